@@ -1,0 +1,34 @@
+# make run | test | lint | bench | clean. The environment in .venv is made once, and again when a pinned version changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+
+.PHONY: run test lint bench clean
+
+run: $(INSTALLED)
+	$(BIN)/pyro-blora train --preset demo --if_finished show
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)
+	$(BIN)/python experiments/glue_small.py
+
+# The stamp's name holds a checksum of both files: a fresh checkout of the same versions reuses the environment.
+# torch goes first and alone, so that a build of your choice that is installed already (CUDA, ROCm) is kept if it fits.
+$(INSTALLED):
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
+	rm -f .venv/.installed-*
+	touch $@
+
+# Results in runs/ stay, and so does .venv: remove it by hand to make it anew.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find pyro_blora tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,180 @@
+"""The command line: parsing only, the work is in `run`.
+
+torch and transformers are imported when a command needs them, so that `--help` and a misspelt flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from .config import RunConfig, field_names, gather_settings, load_preset, preset_names
+from .registry import REQUIRED, Registry
+
+COMMANDS = ("train", "priors", "guides", "show")
+_SETTING = re.compile(r"--((?:prior|guide)\.\w+)(?:=(.*))?", re.DOTALL)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+    try:
+        return _command(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        if os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
+            raise
+        print(f"pyro-blora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pyro-blora: interrupted; the same command resumes the run at its last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _command(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise ValueError(f"unknown command {argv[0]!r}: {_suggest(argv[0], COMMANDS)}")
+    settings, rest = _take_settings(argv) if argv[:1] == ["train"] else ({}, argv)
+    arguments, unknown = _parser().parse_known_args(rest)
+    if unknown:
+        flags = [f"--{name}" for name in ("preset", "if_finished", *field_names())]
+        raise ValueError(f"unknown argument {unknown[0]!r}: {_suggest(unknown[0].partition('=')[0], flags)}")
+    if arguments.command == "train":
+        return _train(arguments, settings)
+    if arguments.command == "show":
+        from .run import show_run
+
+        show_run(Path(arguments.run))
+        return 0
+    if arguments.command == "priors":
+        from .priors import PRIORS as registry
+    else:
+        from .guides import GUIDES as registry
+    _print_registry(registry)
+    return 0
+
+
+def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
+    config = RunConfig(**run_fields(arguments, settings))
+    folder = Path(config.output_dir) / config.folder_name
+    if arguments.if_finished == "show" and (folder / "summary.json").is_file():
+        from .run import show_run
+
+        print(f"finished already: {folder}")
+        show_run(folder)
+        return 0
+    from .run import train_run
+
+    folder = train_run(config)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts one process a device: one of them speaks
+        print(folder)
+    return 0
+
+
+def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """The RunConfig fields of a command line: the preset's, overridden by the flags and settings given."""
+    given = {}
+    for field in dataclasses.fields(RunConfig):
+        if hasattr(arguments, field.name):
+            value = getattr(arguments, field.name)
+            optional = not isinstance(field.type, type) and isinstance(None, field.type)
+            given[field.name] = None if optional and value.lower() in ("none", "null") else value
+    preset = load_preset(arguments.preset) if arguments.preset else {}
+    for owner in ("prior", "guide"):
+        chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
+        if given.get(owner, chosen) != chosen:
+            preset.pop(f"{owner}_settings", None)  # they belong to the law that the line has replaced
+    line = gather_settings(settings)
+    for key in line.keys() & preset.keys():
+        line[key] = {**preset[key], **line[key]}
+    return {**preset, **given, **line}
+
+
+def _take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split off `--prior.rate 3` and `--guide.NAME=VALUE`; values are YAML, and numbers such as 1e-3 are numbers."""
+    settings: dict[str, Any] = {}
+    rest, tokens = [], iter(argv)
+    for token in tokens:
+        match = _SETTING.fullmatch(token)
+        if match is None:
+            rest.append(token)
+            continue
+        name, text = match.groups()
+        text = next(tokens, None) if text is None else text
+        if text is None or text.startswith("--"):
+            raise ValueError(f"--{name} needs a value: --{name} 3 for example")
+        if name in settings:
+            raise ValueError(f"--{name} is given twice")
+        settings[name] = _value(name, text)
+    return settings, rest
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{name} must be a number, a word or a YAML list, got {text!r}") from error
+
+
+def _parser() -> _Parser:
+    purpose = "Bayesian low-rank adapters: Pyro learns their precision and rank with their weights."
+    epilog = "PYRO_BLORA_TRACEBACK=1 in the environment shows the traceback of an error."
+    parser = _Parser(prog="pyro-blora", description=purpose, epilog=epilog, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    train = commands.add_parser(
+        "train",
+        help="train, or resume, one run",
+        description="Train one run, or resume it: a flag overrides the preset, the preset overrides the defaults.",
+        epilog="Settings of the chosen prior and guide: --prior.NAME VALUE, --guide.NAME VALUE.",
+        allow_abbrev=False,
+    )
+    train.add_argument("--preset", help=f"a YAML file, or one of {', '.join(preset_names())}")
+    train.add_argument(
+        "--if_finished",
+        choices=("error", "show"),
+        default="error",
+        help="what to do when this very run is finished already: refuse, or show its result (default: error)",
+    )
+    for field in dataclasses.fields(RunConfig):
+        if field.default is not dataclasses.MISSING:  # prior_settings and guide_settings have flags of their own
+            default = "none" if field.default is None else field.default
+            train.add_argument(
+                f"--{field.name}",
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+                **({"nargs": "?", "const": "true"} if field.type is bool else {}),
+            )
+    commands.add_parser("priors", help="list the registered priors and their settings", allow_abbrev=False)
+    commands.add_parser("guides", help="list the registered guides and their settings", allow_abbrev=False)
+    show = commands.add_parser("show", help="print the result table of a finished run", allow_abbrev=False)
+    show.add_argument("run", help="the run's folder")
+    return parser
+
+
+def _print_registry(registry: Registry) -> None:
+    for name in registry.names():
+        line, settings = registry.describe(name)
+        print(f"{name:14s} {line}")
+        for setting, default in settings.items():
+            shown = "required" if default is REQUIRED else f"default: {default}"
+            print(f"{'':14s}   --{registry.kind}.{setting} VALUE ({shown})")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""Gated, quantized LoRA inside a Hugging Face backbone, built by PEFT; the only file that touches its custom-module hook.
+
+One adapted projection computes, with Q the mixture of nested grids (quantizer.py), g the rank gates, xq = Q(x):
+
+    y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
+
+Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears them
+when it ends: no draw survives a call, a layer called outside says what to do, and a projection that is called twice in
+one forward (DeBERTa's content and positions) sees the same gates both times. Scope `encoder` also quantizes input and
+weight of every other linear map of the encoder, without an adapter. The task head stays at 32 bit.
+
+Ranges are one (L, T) parameter, learned as log(range). `calibrate` sets them from data before the optimizer is built.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+
+import peft
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from .layout import AdapterLayout, head_modules
+from .quantizer import mixture_weights, quantize_mixture
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+ADAPTERS = ("lora",)
+_UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
+_PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
+_SAMPLE = 1 << 20  # torch.quantile takes at most 2^24 numbers; an even stride through them is enough
+
+
+class _Handover:
+    """What the layers of one model read during one call: mixture weights, ranges and ranks, or an observer."""
+
+    def __init__(self):
+        self.gates: tuple | None = None  # (weights by (projection, tensor), ranges likewise, ranks by projection)
+        self.observed: dict | None = None  # (projection, tensor) -> largest range seen, while calibrating
+
+    def quantize(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        if self.observed is not None:
+            seen = _covering_range(x)
+            key = (projection, tensor)
+            self.observed[key] = torch.maximum(self.observed.get(key, seen), seen)
+            return x
+        if self.gates is None:
+            raise RuntimeError(
+                "a gated layer was called without gates: wrap the call, `with adapters.gates(net, z, g): net(**batch)`; "
+                "for the deployed allocation use z, g = the modes of the guide's posterior"
+            )
+        weights, ranges, _ = self.gates
+        index = projection * len(self.tensors) + tensor
+        return quantize_mixture(x, ranges[index], weights[index])
+
+    tensors: tuple[str, ...] = ()
+
+    def rank(self, projection: int) -> Tensor | None:
+        return None if self.gates is None else self.gates[2][projection]
+
+
+class GatedLinear(LoraLinear):
+    """PEFT's LoRA layer with quantized tensors and rank gates; `save_pretrained` writes it as plain LoRA.
+
+    Shapes: x (..., n) -> (..., m); weight (m, n), lora_A (R, n), lora_B (m, R).
+    """
+
+    handover: _Handover
+    index: int
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        quantize = functools.partial(self.handover.quantize, self.index)
+        base, down, up = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        xq = quantize(0, x)  # (..., n)
+        y = F.linear(xq, quantize(1, base.weight), base.bias)  # (..., m)
+        hidden = quantize(4, F.linear(xq, quantize(2, down)))  # (..., R)
+        rank = self.handover.rank(self.index)
+        if rank is not None:
+            hidden = hidden * rank.to(hidden.dtype)
+        return y + self.scaling[ADAPTER] * F.linear(hidden, quantize(3, up))
+
+
+class QuantizedLinear(nn.Module):
+    """A linear map without an adapter whose input and weight are quantized; its parameters keep their names."""
+
+    def __init__(self, linear: nn.Linear, handover: _Handover, index: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.handover, self.index = handover, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.handover.quantize(self.index, 0, x)
+        return F.linear(x, self.handover.quantize(self.index, 1, self.weight), self.bias)
+
+    def plain(self) -> nn.Linear:
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
+
+class GatedModel(nn.Module):
+    """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's.
+
+    Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
+    """
+
+    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: _Handover):
+        super().__init__()
+        self.peft_model, self.layout, self.handover = peft_model, layout, handover
+        self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2]))
+
+    def forward(self, **batch):
+        return self.peft_model(**batch)
+
+    def layers(self) -> list[nn.Module]:
+        """The gated layers in the layout's order."""
+        found = [m for m in self.peft_model.modules() if isinstance(m, GatedLinear | QuantizedLinear)]
+        return sorted(found, key=lambda layer: layer.index)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """lora_A and lora_B of every adapted projection."""
+        return [p for name, p in self.peft_model.named_parameters() if p.requires_grad and ".lora_" in name]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.peft_model.named_parameters() if p.requires_grad and ".lora_" not in name]
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass; the gates of the forward are handed over again there."""
+
+        def contexts():
+            return contextlib.nullcontext(), _handed_over(self.handover, self.handover.gates)
+
+        backbone, settings = self.peft_model.base_model.model, {"use_reentrant": False, "context_fn": contexts}
+        if hasattr(backbone, "activation_checkpointing_enable"):  # the name since transformers 5.20
+            backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+@contextlib.contextmanager
+def _handed_over(handover: _Handover, gates: tuple | None) -> Iterator[None]:
+    before, handover.gates = handover.gates, gates
+    try:
+        yield
+    finally:
+        handover.gates = before
+
+
+@contextlib.contextmanager
+def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
+    """Hand the gates z and g to every layer of `net` for the duration of the block, then clear them.
+
+    Shapes: z (L, T, K) bit chains above the always-open 2-bit rung; g (L, R - 1) rank chains after the first rank.
+    Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
+    """
+    layout = net.layout
+    if tuple(z.shape) != layout.z_shape or tuple(g.shape) != layout.g_shape:
+        raise ValueError(
+            f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
+        )
+    weights = mixture_weights(F.pad(z.float(), (1, 0), value=1.0)).flatten(0, 1).unbind(0)
+    ranges = net.log_range.exp().flatten().unbind(0)
+    ranks = F.pad(g.float(), (1, 0), value=1.0).unbind(0)
+    with _handed_over(net.handover, (weights, ranges, ranks)):
+        yield net
+
+
+def open_gates(layout: AdapterLayout, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """z and g with everything open: the 32-bit model at full rank."""
+    return torch.ones(layout.z_shape, device=device), torch.ones(layout.g_shape, device=device)
+
+
+def attach(
+    backbone: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    target_modules: str | Iterable[str] | None = None,
+    adapter: str = "lora",
+    scope: str = "adapted",
+    sequence_length: int = 128,
+) -> GatedModel:
+    """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
+
+    rank: maximal rank R. alpha: LoRA's scale, the update is multiplied by alpha / R whatever the number of open ranks.
+    target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
+    scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
+    sequence_length: tokens at which MACs are counted.
+    Errors: ValueError, see `AdapterLayout.of`. Nothing is changed in the backbone when it is raised.
+    """
+    if adapter not in ADAPTERS:
+        raise ValueError(f"unknown adapter {adapter!r}: known adapters are {', '.join(ADAPTERS)}")
+    layout = AdapterLayout.of(
+        backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length
+    )
+    config = lora_config(backbone, layout)
+    config._register_custom_module({nn.Linear: GatedLinear})
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+    model = peft.get_peft_model(backbone, config)
+    handover = _Handover()
+    handover.tensors = layout.tensors
+    modules = dict(model.base_model.model.named_modules())
+    for index, projection in enumerate(layout.projections):
+        module = modules[projection.name]
+        if projection.adapted:
+            if not isinstance(module, GatedLinear):
+                raise RuntimeError(f"PEFT put a {type(module).__name__} at {projection.name} instead of a gated layer")
+            module.handover, module.index = handover, index
+        else:
+            parent, _, child = projection.name.rpartition(".")
+            setattr(modules[parent], child, QuantizedLinear(module, handover, index))
+    if pooler := getattr(model.base_model.model.base_model, "pooler", None):
+        pooler.requires_grad_(False)  # pretrained, like the encoder it belongs to; saved, in case it was not
+    net = GatedModel(model, layout, handover)
+    _set_ranges(net, {})
+    if checkpointing:
+        net.gradient_checkpointing_enable()
+    return net
+
+
+def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.LoraConfig:
+    """The plain PEFT configuration of a layout: exact names as targets, head and pooler saved with the adapter."""
+    return peft.LoraConfig(
+        task_type="SEQ_CLS" if "SequenceClassification" in type(backbone).__name__ else None,
+        r=layout.rank, lora_alpha=layout.alpha, target_modules=[p.name for p in layout.adapted],
+        modules_to_save=[name.rsplit(".", 1)[-1] for name in head_modules(backbone)], **patterns,
+    )  # fmt: skip
+
+
+def calibrate(net: GatedModel, batches: Iterable[dict]) -> None:
+    """Start every range from data: weights by their maximum, activations by the 99.99th percentile of |x| over `batches`.
+
+    While lora_B is zero, which says nothing about the size it will have, it takes lora_A's range.
+    """
+    net.handover.observed = observed = {}
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                net(**batch)
+    finally:
+        net.handover.observed = None
+        net.train(training)
+    _set_ranges(net, observed)
+
+
+def _covering_range(x: Tensor) -> Tensor:
+    magnitude = x.detach().float().abs().flatten()
+    return magnitude[:: max(1, magnitude.numel() // _SAMPLE)].quantile(_PERCENTILE / 100)
+
+
+@torch.no_grad()
+def _set_ranges(net: GatedModel, observed: dict) -> None:
+    smallest = torch.finfo(torch.float32).tiny
+    ranges = torch.full_like(net.log_range, _UNSEEN_RANGE)
+    for layer in net.layers():
+        index = layer.index
+        for tensor in (0, 4):
+            ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
+        if isinstance(layer, GatedLinear):
+            ranges[index, 1] = layer.get_base_layer().weight.abs().max()
+            down, up = (side[ADAPTER].weight.abs().max() for side in (layer.lora_A, layer.lora_B))
+            ranges[index, 2], ranges[index, 3] = down, torch.where(up > 0, up, down)
+        else:
+            ranges[index, 1] = layer.weight.abs().max()
+    net.log_range.copy_(ranges.clamp(min=smallest).log())

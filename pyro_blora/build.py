@@ -1,0 +1,68 @@
+"""From a RunConfig to what a run is made of: task, data, tokenizer and program. Training and loading share it."""
+
+import dataclasses
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .adapters import attach
+from .backbone import load_backbone, load_tokenizer
+from .config import RunConfig
+from .data import take, tokenize
+from .guides import GUIDES, build_guide
+from .priors import PRIORS, build_prior
+from .program import BayesianLoRA
+from .tasks import Task, get_task
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """rows: the splits as text, "train", "eval" and others to evaluate; tokens: the same, tokenized."""
+
+    config: RunConfig
+    task: Task
+    rows: dict[str, datasets.Dataset]
+    tokens: dict[str, datasets.Dataset]
+    tokenizer: PreTrainedTokenizerBase
+    program: BayesianLoRA
+
+
+def check_names(config: RunConfig) -> Task:
+    """The task; everything that can be wrong with a name or a setting is found here, before anything is loaded."""
+    task = get_task(config.task)
+    for registry, name, settings in (
+        (PRIORS, config.prior, config.prior_settings),
+        (GUIDES, config.guide, config.guide_settings),
+    ):
+        registry.settings(registry.resolve(name), settings)
+    return task
+
+
+def build(config: RunConfig) -> Parts:
+    """Everything a run needs, deterministic from config.seed.
+
+    Errors: ValueError for whatever the user gave that cannot work; nothing is written.
+    """
+    task = check_names(config)
+    rows = task.validate(task.load(glue_dir=config.glue_dir, seed=config.seed), source=config.glue_dir or "the data")
+    rows = {split: take(table, config.max_train, config.seed) if split == "train" else table
+            for split, table in rows.items() if split != "test"}  # fmt: skip
+    tokenizer = load_tokenizer(config.backbone)
+    torch.manual_seed(config.seed)  # the head and lora_A are drawn now
+    program = build_program(config, task, len(rows["train"]))
+    tokens = {split: tokenize(table, tokenizer, task.text_columns, config.max_length) for split, table in rows.items()}
+    return Parts(config, task, rows, tokens, tokenizer, program)
+
+
+def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
+    net = attach(
+        load_backbone(config.backbone, task.num_labels), rank=config.rank, alpha=config.alpha, adapter=config.adapter,
+        target_modules=config.target_modules, scope=config.scope, sequence_length=config.max_length,
+    )  # fmt: skip
+    if config.gradient_checkpointing:
+        net.gradient_checkpointing_enable()
+    prior = build_prior(config.prior, net.layout, config.prior_settings)
+    guide = build_guide(config.guide, net.layout, prior(), config.guide_settings)
+    hard = config.estimator == "straight_through"
+    return BayesianLoRA(net, prior, guide, task.likelihood, n_train=n_train, hard=hard)

@@ -1,0 +1,61 @@
+"""Checkpoints of what is trained, as safetensors: parameters, Adam's moments and the step. Never frozen weights, never a pickle.
+
+Nothing else has state: the learning rates, the temperature and the KL weight are functions of the step, the data order of
+(seed, epoch), and the draws of (seed, step, rank). So a run that is resumed goes through the same bits.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+_NAME = "state.safetensors"
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name, in a fixed order."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Replace the checkpoint in `folder` in one rename: a kill leaves the old one or the new one, never half of one."""
+    tensors = {}
+    for name, parameter in trainable(module).items():
+        tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (_NAME + ".partial")
+    save_file(tensors, partial, metadata={"step": str(step)})
+    os.replace(partial, folder / _NAME)
+
+
+def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore what `save_checkpoint` wrote and return its step; 0 where there is none.
+
+    Errors: ValueError for a file that is damaged or belongs to another configuration.
+    """
+    path = folder / _NAME
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}): delete its folder to start this run again") from None
+    parameters = trainable(module)
+    if {f"parameter/{name}" for name in parameters} != {key for key in tensors if key.startswith("parameter/")}:
+        raise ValueError(f"checkpoint {path} is of another model: delete its folder to start this run again")
+    with torch.no_grad():
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            parameter = parameters[name]
+            if kind == "parameter":
+                parameter.copy_(value)
+            else:  # Adam keeps its step count on the host
+                optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+    return step

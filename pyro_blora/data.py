@@ -1,0 +1,58 @@
+"""From a task's rows to batches of tokens, in an order that depends on (seed, epoch) only."""
+
+from collections.abc import Iterator
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+_PAD_TO = 8  # lengths in steps of eight: few shapes, and what tensor cores like
+
+
+def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int):
+    """Token ids and labels, sentences cut at max_length tokens; sentence pairs are joined as the tokenizer does."""
+
+    def encode(batch: dict) -> dict:
+        return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+
+    kept = rows.select_columns([*columns, "label"])
+    return kept.map(encode, batched=True, remove_columns=list(columns), keep_in_memory=True, load_from_cache_file=False)
+
+
+def take(rows: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:
+    """`count` rows drawn without replacement, or all of them."""
+    if count is None or count >= len(rows):
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    return rows.select(sorted(order.tolist()))
+
+
+def epoch_order(rows: int, batch_size: int, accumulation: int, seed: int, epoch: int) -> list[list[int]]:
+    """Shuffled batches of one epoch, all of the same size, as many as fill whole optimizer steps."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(rows, generator=generator).tolist()
+    steps = rows // (batch_size * accumulation)
+    return [order[i * batch_size : (i + 1) * batch_size] for i in range(steps * accumulation)]
+
+
+def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: list[list[int]]) -> DataLoader:
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=_PAD_TO)
+    return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
+
+
+def in_order(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> DataLoader:
+    """Every row once, in order, for evaluation; the last batch may be smaller."""
+    batches = [list(range(i, min(i + batch_size, len(rows)))) for i in range(0, len(rows), batch_size)]
+    return loader(rows, tokenizer, batches)
+
+
+def split_labels(batch: dict) -> tuple[dict, torch.Tensor]:
+    """(what the backbone takes, labels (B,))."""
+    inputs = dict(batch)
+    return inputs, inputs.pop("labels")
+
+
+def on_device(batches: DataLoader, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
+    for batch in batches:
+        yield split_labels({key: value.to(device) for key, value in batch.items()})

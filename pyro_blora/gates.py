@@ -1,0 +1,249 @@
+"""Nested Bernoulli gates: a chain that, once closed, stays closed.
+
+A chain of K gates has K + 1 states, its depth d = number of open gates, and
+
+    p(z_1 = 1) = p_1,   p(z_{k+1} = 1 | z_k = 1) = p_{k+1},   p(z_{k+1} = 1 | z_k = 0) = 0.
+
+`NestedBernoulli` is that discrete law: priors and reported posteriors are of this class. `RelaxedNestedBernoulli` is the
+same law with a reparametrised sample for training; the relaxation lives in `rsample` only, and its KL divergence is
+the closed form between the two **discrete** laws. (A density of relaxed samples set against a probability mass, which
+is what pairing Pyro's relaxed Bernoulli with a Bernoulli does, is not an ELBO.)
+
+Everything is computed from log-probabilities (log p = -rate, log(1 - p) = log(-expm1(-rate))), so that rates from 1e-6
+to 1e6 nats give finite values and gradients in float32. A gate with log p = 0 or -inf is *pinned* open or closed.
+
+Shapes: K gates a chain is the event, (..., K); everything to the left is batch.
+Source: Louizos et al., Bayesian Bits (2020); Bayesian-LoRA, equations 7 and 8.
+"""
+
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints, register_kl
+from torch.distributions.utils import lazy_property
+
+
+class _Nonpositive(constraints.Constraint):
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value <= 0).all(-1)
+
+
+class _Chain(constraints.Constraint):
+    """0/1 vectors that never go up from one gate to the next."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        binary = ((value == 0) | (value == 1)).all(-1)
+        return binary & (value[..., 1:] <= value[..., :-1]).all(-1)
+
+
+def _log1mexp(log_prob: Tensor) -> Tensor:
+    """log(1 - exp(log_prob)) for log_prob <= 0, finite wherever the result is, with finite gradients."""
+    near_one = log_prob > -0.6931
+    small = torch.where(near_one, log_prob, -1.0).clamp(max=-torch.finfo(log_prob.dtype).tiny)
+    large = torch.where(near_one, -1.0, log_prob)
+    value = torch.where(near_one, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
+    return torch.where(log_prob < 0, value, -torch.inf)
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value with 0 * inf = 0, and no gradient through infinite values."""
+    finite = value.isfinite()
+    return torch.where(finite, weight * torch.where(finite, value, 0.0), torch.where(weight > 0, value, 0.0))
+
+
+def _shifted(chain: Tensor) -> Tensor:
+    """Each gate's parent: the chain moved by one, with an open gate in front. (..., K) -> (..., K)"""
+    return torch.cat([torch.ones_like(chain[..., :1]), chain], -1)[..., :-1]
+
+
+class NestedBernoulli(TorchDistribution):
+    """The law of a chain of nested gates.
+
+    Shapes: log_probs (..., K), the conditional log-probabilities of opening; K may be 0. Values are (..., K) chains of 0 and 1.
+    Units: log-probabilities and entropies in nats.
+    Errors: ValueError where a log-probability is positive or nan.
+    """
+
+    arg_constraints = {"log_probs": _Nonpositive()}  # noqa: RUF012 (torch's own spelling of a class attribute)
+    support = _Chain()
+    has_enumerate_support = True
+
+    def __init__(self, log_probs: Tensor, validate_args: bool | None = None):
+        self.log_probs = log_probs
+        super().__init__(log_probs.shape[:-1], log_probs.shape[-1:], validate_args=validate_args)
+
+    @classmethod
+    def from_rate(cls, rate: Tensor, validate_args: bool | None = None) -> "NestedBernoulli":
+        """p(open | parent open) = exp(-rate).  rate (..., K) >= 0, in nats."""
+        if not bool((rate >= 0).all()):
+            raise ValueError(f"a rate must be >= 0 nats (p(open) = exp(-rate)), got {rate.min().item():g}")
+        return cls(-rate, validate_args=validate_args)
+
+    @classmethod
+    def from_depth_logits(cls, logits: Tensor, validate_args: bool | None = None) -> "NestedBernoulli":
+        """The chain whose depth d has probability softmax(logits)_d.  logits (..., K + 1)."""
+        at_least = logits.flip(-1).logcumsumexp(-1).flip(-1)  # log of the unnormalised P(d >= k), (..., K + 1)
+        return cls((at_least[..., 1:] - at_least[..., :-1]).clamp(max=0.0), validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = self._get_checked_instance(NestedBernoulli, _instance)
+        new.log_probs = self.log_probs.expand(torch.Size(batch_shape) + self.event_shape)
+        super(NestedBernoulli, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @lazy_property
+    def log_probs_closed(self) -> Tensor:
+        """log p(closed | parent open), (..., K)."""
+        return _log1mexp(self.log_probs)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            uniform = torch.rand(shape, dtype=self.log_probs.dtype, device=self.log_probs.device)
+            return (uniform < self.log_probs.exp()).to(self.log_probs.dtype).cumprod(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of a chain; -inf for what is not one.
+
+        It is linear in the gates, sum_k z_k log p_k + (z_{k-1} - z_k) log(1 - p_k), so a straight-through
+        chain gets the exact differences as its gradient.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        step_down = _shifted(value) - value
+        terms = _weighted(value, self.log_probs) + _weighted(step_down, self.log_probs_closed)
+        return torch.where((step_down >= 0).all(-1), terms.sum(-1), -torch.inf)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All K + 1 chains, (K + 1, 1, ..., K), or (K + 1, *batch_shape, K) if expanded."""
+        gates = self.event_shape[0]
+        chains = torch.ones(gates + 1, gates, dtype=self.log_probs.dtype, device=self.log_probs.device).tril(-1)
+        chains = chains.reshape((gates + 1,) + (1,) * len(self.batch_shape) + (gates,))
+        return chains.expand((gates + 1, *self.batch_shape, gates)) if expand else chains
+
+    @property
+    def mean(self) -> Tensor:
+        """Exact marginal probability that each gate is open, (..., K)."""
+        return self.log_probs.cumsum(-1).exp()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.mean * (1 - self.mean)
+
+    @property
+    def mode(self) -> Tensor:
+        """The deployed chain: a gate is open where its marginal exceeds one half (the median depth), (..., K)."""
+        return (self.mean > 0.5).to(self.log_probs.dtype)
+
+    @property
+    def depth_probs(self) -> Tensor:
+        """P(d = 0), ..., P(d = K): the law of the number of open gates, (..., K + 1)."""
+        one = self.log_probs.new_ones((*self.batch_shape, 1))
+        return torch.cat([one, self.mean], -1) * torch.cat([self.log_probs_closed.exp(), one], -1)
+
+    def entropy(self) -> Tensor:
+        """In nats, of the whole chain, (...)."""
+        closed = _weighted(self.log_probs_closed.exp(), self.log_probs_closed)
+        per_gate = _weighted(self.log_probs.exp(), self.log_probs) + closed
+        return -(_shifted(self.mean) * per_gate).sum(-1)
+
+
+class RelaxedNestedBernoulli(TorchDistribution):
+    """A nested Bernoulli law with a reparametrised sample: binary Concrete gates, multiplied along the chain.
+
+    `hard=True` thresholds each gate and passes the gradient straight through; then samples are exact draws of the
+    discrete law. `hard=False` returns soft chains in [0, 1]. Neither has a density here: `log_prob` is the discrete
+    law's, of the value rounded to a chain, and the ELBO uses the registered closed-form KL.
+
+    Shapes: logits (..., K), conditional log-odds of opening; -inf and inf pin a gate. temperature: a positive number.
+    Source: Maddison et al., Jang et al. (2017); straight-through: Bengio et al. (2013).
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
+    support = constraints.independent(constraints.unit_interval, 1)
+    has_rsample = True
+
+    def __init__(self, logits: Tensor, temperature: float, hard: bool = True, validate_args: bool | None = None):
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        self.logits, self.temperature, self.hard = logits, temperature, hard
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        new = self._get_checked_instance(RelaxedNestedBernoulli, _instance)
+        new.logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
+        new.temperature, new.hard = self.temperature, self.hard
+        super(RelaxedNestedBernoulli, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def discrete(self) -> NestedBernoulli:
+        """The law that is relaxed, and the only one that is ever reported."""
+        return NestedBernoulli(torch.nn.functional.logsigmoid(self.logits), validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """Exact marginals of the discrete law, (..., K)."""
+        return self.discrete.mean
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(sample_shape)
+        uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
+        tiny = torch.finfo(self.logits.dtype).eps
+        noisy = self.logits + torch.logit(uniform.clamp(tiny, 1 - tiny))
+        gates = torch.sigmoid(noisy / self.temperature)
+        if self.hard:
+            gates = (noisy > 0).to(gates.dtype) + gates - gates.detach()
+        return gates.cumprod(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.discrete.log_prob((value > 0.5).to(self.logits.dtype))
+
+
+def _kl(log_q, log_q_closed, log_p, log_p_closed) -> Tensor:
+    """sum_k P_q(parent open) * [q (log q - log p) + (1 - q)(log(1 - q) - log(1 - p))], nats; METHOD §3."""
+
+    def difference(a: Tensor, b: Tensor) -> Tensor:  # of log-probabilities, where both may be -inf
+        both_impossible = a.isinf() & b.isinf()
+        return torch.where(both_impossible, 0.0, a) - torch.where(both_impossible, 0.0, b)
+
+    parents = _shifted(log_q.cumsum(-1).exp())
+    opened = _weighted(parents * log_q.exp(), difference(log_q, log_p))
+    closed = _weighted(parents * log_q_closed.exp(), difference(log_q_closed, log_p_closed))
+    return (opened + closed).sum(-1)
+
+
+@register_kl(NestedBernoulli, NestedBernoulli)
+def _kl_nested_nested(q: NestedBernoulli, p: NestedBernoulli) -> Tensor:
+    return _kl(q.log_probs, q.log_probs_closed, p.log_probs, p.log_probs_closed)
+
+
+@register_kl(RelaxedNestedBernoulli, NestedBernoulli)
+def _kl_relaxed_nested(q: RelaxedNestedBernoulli, p: NestedBernoulli) -> Tensor:
+    opening, closing = torch.nn.functional.logsigmoid(q.logits), torch.nn.functional.logsigmoid(-q.logits)
+    return _kl(opening, closing, p.log_probs, p.log_probs_closed)
+
+
+def pinned_logits(log_probs: Tensor) -> Tensor:
+    """Log-odds at which a guide must hold gates the prior pins: inf (open), -inf (closed), and nan where free."""
+    free = torch.full_like(log_probs, torch.nan)
+    return torch.where(log_probs == 0, torch.inf, torch.where(log_probs == -torch.inf, -torch.inf, free))
+
+
+class Gates(NamedTuple):
+    """The two sites of the program: laws, draws or marginals of the bit gates and of the rank gates.
+
+    Shapes: z (..., L, T, K), g (..., L, R - 1); the lowest rung and the first rank are always open and not listed.
+    """
+
+    z: object
+    g: object

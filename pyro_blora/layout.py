@@ -1,0 +1,233 @@
+"""AdapterLayout: which linear maps of a model carry gates, and what they cost. Plain data, no model inside.
+
+It is the pivot of the package: priors see costs through it, guides take their shapes from it, BOPs, ArviZ coordinates
+and export read the same fields. `AdapterLayout.of(model, ...)` reads it off a Hugging Face model.
+
+Shape letters: L gated projections, T = 5 tensors each, K = 4 random bit gates (the 2-bit rung is always open), R ranks
+(the first is always open). Units: MACs are for one forward of batch 1 at `sequence_length` tokens, measured by
+PyTorch's flop counter on the meta device. DeBERTa's positional stream passes through `query` and `key` a second time
+(512 positions, whatever the sentence length); it is counted, so `tokens` exceeds the sequence length there.
+"""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
+LADDER = (2, 4, 8, 16, 32)
+SCOPES = ("adapted", "encoder")
+
+# The attention inputs of each architecture, the ones the paper adapts.
+TARGETS = {
+    "bert": ("query", "key", "value"),
+    "deberta": ("query_proj", "key_proj", "value_proj"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj"),
+    "distilbert": ("q_lin", "k_lin", "v_lin"),
+    "roberta": ("query", "key", "value"),
+    "xlm-roberta": ("query", "key", "value"),
+}
+_TYPES = {
+    "query_proj": "query", "key_proj": "key", "value_proj": "value",
+    "q_lin": "query", "k_lin": "key", "v_lin": "value",
+    "q_proj": "query", "k_proj": "key", "v_proj": "value", "out_lin": "attention.output",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """One linear map y = W x + b with W of shape (out_features, in_features).
+
+    `tokens` is how many vectors pass through it in one forward, `adapted` whether it has a low-rank adapter.
+    """
+
+    name: str
+    type: str
+    layer: int
+    in_features: int
+    out_features: int
+    tokens: int
+    adapted: bool
+
+    @property
+    def macs(self) -> int:
+        return self.tokens * self.in_features * self.out_features
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterLayout:
+    """The gated projections of a model, in model order, and the MACs of everything.
+
+    `model_macs` counts every matrix product of one forward of the plain model, attention products and head included.
+    """
+
+    architecture: str
+    projections: tuple[Projection, ...]
+    rank: int
+    alpha: float
+    scope: str
+    sequence_length: int
+    model_macs: int
+    tensors: tuple[str, ...] = TENSORS
+    ladder: tuple[int, ...] = LADDER
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: str | Iterable[str] | None = None,
+        scope: str = "adapted",
+        sequence_length: int = 128,
+    ) -> "AdapterLayout":
+        """The layout of a Hugging Face model.
+
+        target_modules: None for the architecture's preset (`TARGETS`), names (matched as the end of a module's path),
+        or one regular expression (matched against the whole path).
+        Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope.
+        """
+        if scope not in SCOPES:
+            raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        targets = _match(linears, target_modules, getattr(model.config, "model_type", "unknown"))
+        encoder = set(_encoder_linears(model, linears)) if scope == "encoder" else set()
+        macs, model_macs = count_macs(model, sequence_length)
+        projections = []
+        for name, linear in linears.items():
+            if name not in targets and name not in encoder:
+                continue
+            n, m = linear.in_features, linear.out_features
+            if name in targets and rank > min(n, m):
+                raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
+            layer = re.search(r"\.(\d+)\.", name)
+            projections.append(
+                Projection(
+                    name=name, type=_type_of(name), layer=int(layer[1]) if layer else 0, in_features=n,
+                    out_features=m, tokens=macs.get(name, 0) // (n * m), adapted=name in targets,
+                )
+            )  # fmt: skip
+        return cls(
+            architecture=getattr(model.config, "model_type", type(model).__name__), projections=tuple(projections),
+            rank=rank, alpha=float(alpha), scope=scope, sequence_length=sequence_length, model_macs=model_macs,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "AdapterLayout":
+        projections = tuple(Projection(**p) for p in data["projections"])
+        tuples = {"tensors": tuple(data["tensors"]), "ladder": tuple(data["ladder"]), "projections": projections}
+        return cls(**{**data, **tuples})
+
+    @property
+    def adapted(self) -> tuple[Projection, ...]:
+        return tuple(p for p in self.projections if p.adapted)
+
+    @property
+    def z_shape(self) -> tuple[int, int, int]:
+        """(L, T, K): the bit gates."""
+        return len(self.projections), len(self.tensors), len(self.ladder) - 1
+
+    @property
+    def g_shape(self) -> tuple[int, int]:
+        """(L, R - 1): the rank gates."""
+        return len(self.projections), self.rank - 1
+
+    @cached_property
+    def g_mask(self) -> Tensor:
+        """(L,) bool: the projections that have an adapter, hence rank gates."""
+        return torch.tensor([p.adapted for p in self.projections])
+
+    @cached_property
+    def z_mask(self) -> Tensor:
+        """(L, T) bool: the tensors that exist. A projection without an adapter has an input and a base only."""
+        always = torch.tensor([t in ("input", "base") for t in self.tensors])
+        return self.g_mask[:, None] | always
+
+    @cached_property
+    def macs(self) -> Tensor:
+        """(L,) MACs of W x."""
+        return torch.tensor([p.macs for p in self.projections], dtype=torch.float64)
+
+    @cached_property
+    def rank_macs(self) -> Tensor:
+        """(L, 2) MACs that one open rank adds: in A x, and in B h; 0 where there is no adapter."""
+        sizes = [(p.in_features, p.out_features) if p.adapted else (0, 0) for p in self.projections]
+        tokens = torch.tensor([p.tokens for p in self.projections], dtype=torch.float64)
+        return tokens[:, None] * torch.tensor(sizes, dtype=torch.float64)
+
+    @cached_property
+    def tensor_macs(self) -> Tensor:
+        """(L, T) MACs of the products that each tensor takes part in, at full rank."""
+        down, up = (self.rank * self.rank_macs).unbind(-1)
+        return torch.stack([self.macs + down, self.macs, down, up, up], -1)
+
+
+def _match(linears: dict[str, nn.Linear], targets, architecture: str) -> set[str]:
+    if targets is None:
+        if architecture not in TARGETS:
+            raise ValueError(
+                f"no preset of target modules for the architecture {architecture!r}: pass target_modules "
+                f"(names or a regular expression). Presets: {', '.join(TARGETS)}"
+            )
+        targets = TARGETS[architecture]
+    if isinstance(targets, str):
+        try:
+            found = {name for name in linears if re.fullmatch(targets, name)}
+        except re.error as error:
+            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}") from None
+        missing = [] if found else [targets]
+    else:
+        hits = {t: {name for name in linears if name == t or name.endswith("." + t)} for t in targets}
+        missing = [t for t, names in hits.items() if not names]
+        found = set().union(*hits.values())
+    if missing or not found:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise ValueError(
+            f"target_modules {', '.join(map(repr, missing)) or '()'} match no linear layer of this model. "
+            f"Its linear layers end in: {', '.join(ends)}"
+        )
+    return found
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the task head, which stays at 32 bit: what stands beside the base model, and a pooler inside it."""
+    prefix = model.base_model_prefix
+    beside = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
+    pooler = getattr(getattr(model, prefix, model), "pooler", None)
+    return (*beside, f"{prefix}.pooler") if pooler is not None else tuple(beside)
+
+
+def _encoder_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
+    head = head_modules(model)
+    return [name for name in linears if not any(name == h or name.startswith(h + ".") for h in head)]
+
+
+def _type_of(name: str) -> str:
+    path = re.split(r"\.\d+\.", name)[-1].removesuffix(".dense")
+    last = path.rsplit(".", 1)[-1]
+    return _TYPES.get(last, path if last == "output" else last)
+
+
+def count_macs(model: nn.Module, sequence_length: int) -> tuple[dict[str, int], int]:
+    """MACs of each linear layer and of the whole model, for one forward of batch 1, from a weightless copy."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"  # fused attention kernels hide their products from the counter
+    with torch.device("meta"):
+        shadow = type(model)(config).eval()
+        tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(input_ids=tokens)  # no attention mask: reading one needs data
+    root = type(shadow).__name__ + "."
+    per_module = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    return per_module, counter.get_total_flops() // 2

@@ -1,0 +1,134 @@
+"""What was learned: exact marginals, draws of the gates, predictions averaged over draws, and their calibration.
+
+Reported posteriors are those of the discrete law. A gate is deployed open where its marginal exceeds one half; draws
+and the deployed allocation come from the same law that was trained.
+Shapes: S draws, E examples, C classes; z (S, L, T, K), g (S, L, R - 1).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+from torchmetrics.functional.classification import multiclass_calibration_error
+from tqdm.auto import tqdm
+
+from . import adapters
+from .gates import Gates
+from .program import BayesianLoRA
+
+ECE_BINS = 15
+MODE = "mode"
+
+
+@torch.no_grad()
+def marginals(program: BayesianLoRA) -> Gates:
+    """Exact probabilities that each gate is open.  z (L, T, K), g (L, R - 1)."""
+    return Gates(*(law.mean for law in program.gate_guide.posterior()))
+
+
+@torch.no_grad()
+def deployed(program: BayesianLoRA) -> Gates:
+    """The one allocation that is exported: open where the marginal exceeds one half."""
+    return Gates(*(law.mode for law in program.gate_guide.posterior()))
+
+
+@torch.no_grad()
+def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "posterior") -> Gates:
+    """Discrete draws of all gates, from the guide's `posterior` or from the `prior`.
+
+    The same seed gives the same draws on every process, and leaves the global generator as it was.
+    Errors: ValueError for fewer than one draw.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    laws = program.gate_guide.posterior() if law == "posterior" else program.prior()
+    device = program.log_scale.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return Gates(*(x.sample((draws,)) for x in laws))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Predictions for E examples under S draws of the gates (or under the deployed allocation, S = 1).
+
+    outputs (S, E, C): class probabilities, or (S, E, 1) predicted means; log_likelihood (S, E) in nats; labels (E,).
+    """
+
+    outputs: Tensor
+    log_likelihood: Tensor
+    labels: Tensor
+    is_regression: bool
+
+    @property
+    def mean(self) -> Tensor:
+        """(E, C) probabilities averaged over draws, or (E, 1) means."""
+        return self.outputs.mean(0)
+
+    @property
+    def decision(self) -> Tensor:
+        """(E,) the most probable class, or the predicted value."""
+        return self.mean.squeeze(-1) if self.is_regression else self.mean.argmax(-1)
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log posterior-predictive density, nats an example."""
+        draws = len(self.log_likelihood)
+        return -(self.log_likelihood.logsumexp(0) - torch.log(torch.tensor(float(draws)))).mean().item()
+
+    def calibration(self) -> dict[str, float | None]:
+        """Expected calibration error (15 equal bins of confidence) and Brier score; None for regression."""
+        if self.is_regression:
+            return {"ece": None, "brier": None}
+        mean = self.mean
+        ece = multiclass_calibration_error(mean, self.labels, num_classes=mean.shape[-1], n_bins=ECE_BINS)
+        hot = torch.nn.functional.one_hot(self.labels, mean.shape[-1])
+        return {"ece": ece.item(), "brier": (mean - hot).square().sum(-1).mean().item()}
+
+
+@torch.no_grad()
+def predict(
+    program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None, quiet: bool = True,
+) -> Prediction:  # fmt: skip
+    """Outputs and pointwise log-likelihood of every example under each draw.
+
+    batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation.
+    Identical allocations are run once. Dropout is off.
+    """
+    if gates is None:
+        gates = Gates(*(x[None] for x in deployed(program)))
+    flat = torch.cat([gates.z.flatten(1), gates.g.flatten(1)], -1)
+    _, which = torch.unique(flat, dim=0, return_inverse=True)
+    firsts = [(which == i).nonzero()[0].item() for i in range(int(which.max()) + 1)]
+    training = program.training
+    program.eval()
+    outputs, log_likelihood, labels = [], [], []
+    for inputs, label in tqdm(batches, desc="predict", disable=quiet, leave=False, dynamic_ncols=True):
+        laws = [_law(program, inputs, gates.z[i], gates.g[i]) for i in firsts]
+        is_regression = not hasattr(laws[0], "probs")
+        out = torch.stack([law.mean[:, None] if is_regression else law.probs for law in laws])
+        outputs.append(out[which].cpu())
+        log_likelihood.append(torch.stack([law.log_prob(label) for law in laws])[which].cpu())
+        labels.append(label.cpu())
+    program.train(training)
+    if not labels:
+        raise ValueError("there are no examples to predict")
+    return Prediction(torch.cat(outputs, 1), torch.cat(log_likelihood, 1), torch.cat(labels), is_regression)
+
+
+def _law(program: BayesianLoRA, inputs: dict, z: Tensor, g: Tensor):
+    with adapters.gates(program.net, z, g):
+        logits = program.net(**inputs).logits.float()
+    return program.likelihood(logits, scale=program.log_scale.exp())
+
+
+@torch.no_grad()
+def divergences(program: BayesianLoRA) -> Gates:
+    """KL(posterior || prior) of each chain in nats; 0 where a tensor does not exist.  z (L, T), g (L,)."""
+    q, p = program.gate_guide.laws(1.0, True), program.prior()
+    return Gates(
+        torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0),
+        torch.where(program.g_mask, kl_divergence(q.g, p.g), 0.0),
+    )

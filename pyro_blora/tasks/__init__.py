@@ -1,0 +1,38 @@
+"""Tasks by name: the nine of GLUE, the embedded demo `acceptability`, and those a user registers.
+
+`get_task("sst2").load(glue_dir=...)` gives the data, `.likelihood(logits)` the law of the labels, `.metric()` the
+score.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from pyro_blora.tasks.acceptability import ACCEPTABILITY
+from pyro_blora.tasks.glue import GLUE
+from pyro_blora.tasks.task import Task
+
+__all__ = ["Task", "get_task", "register_task", "task_names"]
+
+_TASKS: dict[str, Task] = {task.name: task for task in (ACCEPTABILITY, *GLUE)}
+
+
+def task_names() -> tuple[str, ...]:
+    return tuple(_TASKS)
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; ValueError with the nearest known name otherwise."""
+    if name in _TASKS:
+        return _TASKS[name]
+    near = difflib.get_close_matches(str(name), _TASKS, n=1, cutoff=0.5)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown task {name!r}:{hint} Known: {', '.join(_TASKS)}")
+
+
+def register_task(task: Task) -> Task:
+    """Make a task known by its name, and return it; a name is given once."""
+    if _TASKS.get(task.name, task) != task:
+        raise ValueError(f"the task name {task.name!r} is taken: give the new task another name")
+    _TASKS[task.name] = task
+    return task

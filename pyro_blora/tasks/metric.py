@@ -1,0 +1,100 @@
+"""The official GLUE scores as an `evaluate.Metric`, computed here by scikit-learn and scipy.
+
+`evaluate.load("glue", name)` fetches its script from the network; this one gives the same numbers under the same
+keys, offline: `GlueScore("cola").compute(predictions=..., references=...)`, or `add_batch` for each batch and
+`compute()` at the end. Source: Wang et al. 2019, GLUE (ICLR), section 3.
+
+Where a score is undefined it is 0, the value of a predictor that knows nothing, so that averages over runs and JSON
+stay finite: Matthews' and both correlations when the predictions (or the references) are constant, F1 when no
+positive was predicted or present.
+"""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+
+def matthews(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    if _is_constant(predictions) or _is_constant(references):
+        return {"matthews_correlation": 0.0}
+    return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
+
+
+def correlations(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    if _is_constant(predictions) or _is_constant(references):
+        return {"pearson": 0.0, "spearmanr": 0.0}
+    return {
+        "pearson": float(pearsonr(predictions, references).statistic),
+        "spearmanr": float(spearmanr(predictions, references).statistic),
+    }
+
+
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+def accuracy_and_f1(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    return accuracy(predictions, references) | {"f1": float(f1_score(references, predictions, zero_division=0.0))}
+
+
+SCORES = {
+    "cola": matthews,
+    "sst2": accuracy,
+    "mrpc": accuracy_and_f1,
+    "stsb": correlations,
+    "qqp": accuracy_and_f1,
+    "mnli": accuracy,
+    "mnli_mismatched": accuracy,
+    "qnli": accuracy,
+    "rte": accuracy,
+    "wnli": accuracy,
+    "acceptability": accuracy,
+}
+
+
+class GlueScore(evaluate.Metric):
+    """The score of one GLUE task (or of the demo task); predictions stay in memory, no cache file is written.
+
+    Errors: ValueError for an unknown configuration, and for `compute` on nothing or on non-finite values.
+    """
+
+    def __init__(self, config_name: str, *, keep_in_memory: bool = True, **settings) -> None:
+        if config_name not in SCORES:
+            raise ValueError(f"no GLUE score is called {config_name!r}; known: {', '.join(SCORES)}")
+        super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **settings)
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
+        return evaluate.MetricInfo(
+            description="The official score of a GLUE task, computed offline.",
+            citation="Wang et al. 2019, GLUE: a multi-task benchmark for natural language understanding, ICLR.",
+            inputs_description="predictions and references: class indices, or similarities from 0 to 5 for stsb.",
+            features=datasets.Features({"predictions": value, "references": value}),
+            format="numpy",
+        )
+
+    def _finalize(self) -> None:
+        if self.keep_in_memory and self.buf_writer is None:  # evaluate would end in an AttributeError
+            raise ValueError(_nothing(self.config_name))
+        super()._finalize()
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        if len(predictions) == 0:
+            raise ValueError(_nothing(self.config_name))
+        if not (np.isfinite(predictions).all() and np.isfinite(references).all()):
+            raise ValueError(
+                f"{self.config_name!r}: predictions or references are not finite; see whether the loss diverged"
+            )
+        return SCORES[self.config_name](predictions, references)
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    return bool((values == values[0]).all())
+
+
+def _nothing(name: str) -> str:
+    return f"the score of {name!r} needs at least one prediction: call add_batch before compute"

@@ -1,0 +1,252 @@
+"""fit(): stochastic variational inference of gates and adapters together, in a plain Accelerate loop.
+
+Two phases. While `kl_warmup` of the steps pass, adapter and head learn with the gates open. Then the guide starts from
+what the gradients say about every gate (starting.py) and gates, ranges and adapter learn together under the whole ELBO.
+The loss is -ELBO / N at any accumulation and on any number of processes. Every random number comes from a generator
+seeded by (seed, step, micro-batch, process), so a run that is cut off resumes to the same bits.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import accelerate
+import torch
+from tqdm.auto import tqdm
+
+from . import adapters
+from .bops import expected_bits, expected_bops, expected_rank
+from .build import Parts, build
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import RunConfig
+from .data import epoch_order, loader, on_device, split_labels
+from .program import BayesianLoRA
+from .starting import depth_logits
+
+_CALIBRATION_BATCHES = 4  # for the starting ranges
+_STARTING_BATCHES = 16  # for the starting law of the gates: gradients of 512 examples at batch size 32
+_COOLED_BY = 0.75  # the temperature reaches its end at this fraction of the steps, the rest trains at it
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `fit` returns: the parts with a trained program, the logged lines, and the seconds that training took."""
+
+    parts: Parts
+    metrics: list[dict]
+    seconds: float
+
+    @property
+    def program(self) -> BayesianLoRA:
+        return self.parts.program
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Everything that changes with the optimizer step, as pure functions of it."""
+
+    config: RunConfig
+    steps: int  # in the whole run
+    steps_per_epoch: int
+
+    @classmethod
+    def of(cls, config: RunConfig, n_train: int, processes: int = 1) -> "Schedule":
+        per_step = config.batch_size * config.accumulation * processes
+        if n_train < per_step:
+            raise ValueError(
+                f"{n_train} training examples do not fill one step of {per_step} (batch size x accumulation x "
+                "processes): lower --batch_size or raise --max_train"
+            )
+        return cls(config, config.epochs * (n_train // per_step), n_train // per_step)
+
+    @property
+    def opening(self) -> int:
+        """The step at which the gates start."""
+        return math.ceil(self.config.kl_warmup * self.steps)
+
+    def kl_weight(self, step: int) -> float:
+        return float(step >= self.opening)
+
+    def temperature(self, step: int) -> float:
+        start, end = self.config.temperature_start, self.config.temperature_end
+        return start * (end / start) ** min(1.0, step / max(1.0, _COOLED_BY * self.steps))
+
+    def learning_rate(self, group: str, step: int) -> float:
+        """Linear warm-up, then linear decay, of adapter and head; gates and ranges are constant once they start."""
+        if group in ("gates", "ranges"):
+            started = step >= self.opening
+            return getattr(self.config, f"lr_{group}") if started else 0.0
+        peak = self.config.lr if group == "adapter" or self.config.lr_head is None else self.config.lr_head
+        warm = max(1, math.ceil(self.config.warmup * self.steps))
+        return peak * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))
+
+
+def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW over four groups: adapter, head, gates (guide, and prior if it learns) and ranges."""
+    net = program.net
+    decay = config.weight_decay
+    groups = [
+        {"name": "adapter", "params": net.adapter_parameters(), "weight_decay": decay},
+        {"name": "head", "params": [*net.head_parameters(), program.log_scale], "weight_decay": decay},
+        {"name": "gates", "params": [*program.gate_guide.parameters(), *program.prior.parameters()], "weight_decay": 0},
+        {"name": "ranges", "params": [net.log_range], "weight_decay": 0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+
+
+def step_seed(*numbers: int) -> int:
+    """A seed that differs whenever one of the numbers does."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+
+
+def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False) -> Trained:
+    """Train the run that `config` describes.
+
+    folder: where metrics.jsonl and checkpoints/ are kept, and found again after an interruption; None keeps nothing.
+    Errors: ValueError, see `build`, before anything is written.
+    """
+    accelerator = accelerate.Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        log_with=config.tracker, project_dir=folder, step_scheduler_with_optimizer=False,
+    )  # fmt: skip
+    parts = build(config)
+    schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes)
+    return _Loop(accelerator, parts, schedule, folder, quiet).run()
+
+
+class _Loop:
+    """One training run: what the phases share."""
+
+    def __init__(self, accelerator, parts: Parts, schedule: Schedule, folder: Path | None, quiet: bool):
+        self.accelerator, self.parts, self.schedule, self.folder = accelerator, parts, schedule, folder
+        self.config, self.program = parts.config, parts.program
+        self.quiet = quiet or not accelerator.is_main_process
+        self.lines: list[dict] = []
+
+    def run(self) -> Trained:
+        config, accelerator, began = self.config, self.accelerator, time.perf_counter()
+        self.program.to(accelerator.device)
+        self._calibrate()
+        optimizer = make_optimizer(self.program, config)
+        first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer) if self.folder else 0
+        self._restore_lines(first)
+        self.wrapped, optimizer = accelerator.prepare(self.program, optimizer)
+        if config.tracker:
+            accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
+        with tqdm(total=self.schedule.steps, initial=first, disable=self.quiet, desc=config.task, unit="step",
+                  dynamic_ncols=True, mininterval=0.5) as bar:  # fmt: skip
+            for step, micro_batches in self._steps(first):
+                if step == self.schedule.opening:
+                    self._start_gates(optimizer)
+                self._optimizer_step(step, micro_batches, optimizer)
+                bar.update()
+                if (step + 1) % config.logging_steps == 0 or step + 1 == self.schedule.steps:
+                    self._log(step + 1, time.perf_counter() - began, bar)
+                if self.folder and accelerator.is_main_process and (step + 1) % config.checkpoint_steps == 0:
+                    save_checkpoint(self.folder / "checkpoints", self.program, optimizer.optimizer, step + 1)
+        if config.tracker:
+            accelerator.end_training()
+        self.program.eval()
+        return Trained(self.parts, self.lines, time.perf_counter() - began)
+
+    def _steps(self, first: int):
+        """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""
+        config, per_epoch = self.config, self.schedule.steps_per_epoch
+        rows, share = self.parts.tokens["train"], config.accumulation * self.accelerator.num_processes
+        for epoch in range(first // per_epoch, config.epochs):
+            order = epoch_order(len(rows), config.batch_size, share, config.seed, epoch)
+            done = max(0, first - epoch * per_epoch)
+            mine = order[done * share :][self.accelerator.process_index :: self.accelerator.num_processes]
+            batches = iter(loader(rows, self.parts.tokenizer, mine))
+            for step in range(epoch * per_epoch + done, (epoch + 1) * per_epoch):
+                yield step, [next(batches) for _ in range(config.accumulation)]
+
+    def _optimizer_step(self, step: int, micro_batches: list[dict], optimizer) -> None:
+        config, accelerator = self.config, self.accelerator
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(group["name"], step)
+        temperature, kl_weight = self.schedule.temperature(step), self.schedule.kl_weight(step)
+        self.wrapped.train()
+        parts = []
+        for micro, batch in enumerate(micro_batches):
+            last = micro + 1 == len(micro_batches)
+            torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
+            inputs, labels = split_labels({k: v.to(accelerator.device) for k, v in batch.items()})
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                loss, elbo = self.wrapped(inputs, labels, temperature, kl_weight)
+                accelerator.backward(loss / len(micro_batches))
+            parts.append(torch.stack([x.detach().float() for x in (loss, *elbo)]))
+        net = self.program.net
+        accelerator.clip_grad_norm_([*net.adapter_parameters(), *net.head_parameters()], config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.last = torch.stack(parts).mean(0)  # loss, nll, kl_z, kl_g, read on the host when a line is logged
+
+    def _calibrate(self) -> None:
+        batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
+        adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
+
+    def _start_gates(self, optimizer) -> None:
+        """Fit the ranges to what was learned, and set the guide to what the data say about the gates."""
+        self._calibrate()
+        guide = self.program.gate_guide
+        if hasattr(guide, "start") and self.config.lr_gates > 0:
+            guide.start(depth_logits(self.program, self._training_batches(_STARTING_BATCHES, epoch=-2)))
+        for parameter in guide.parameters():
+            optimizer.state.pop(parameter, None)
+
+    def _training_batches(self, count: int, epoch: int):
+        """The first batches of an order of their own: the same on every process."""
+        rows, config = self.parts.tokens["train"], self.config
+        order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
+        return on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device)
+
+    def _log(self, step: int, seconds: float, bar: tqdm) -> None:
+        line = {"step": step, **self._measure(), "seconds": round(seconds, 3)}
+        if not self.accelerator.is_main_process:
+            return
+        self.lines.append(line)
+        bar.set_postfix_str(
+            f"loss {line['loss']:.3f} nll {line['nll']:.3f} kl {line['kl_z'] + line['kl_g']:.0f} "
+            f"bits {line['expected_bits']:.1f} rank {line['expected_rank']:.1f} BOPs {line['bops_adapted']:.1%}"
+        )
+        if self.config.tracker:
+            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+        if self.folder:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @torch.no_grad()
+    def _measure(self) -> dict:
+        program, layout = self.program, self.program.net.layout
+        z, g = (law.mean for law in program.gate_guide.posterior())
+        bops = expected_bops(layout, z, g)
+        numbers = {
+            **dict(zip(("loss", "nll", "kl_z", "kl_g"), self.last, strict=True)),
+            "expected_bits": expected_bits(layout, z)[program.z_mask].mean(),
+            "expected_rank": expected_rank(g)[program.g_mask].mean(),
+            "bops_adapted": bops.adapted_ratio,
+            "bops_model": bops.model_ratio,
+        }
+        return {key: float(value) for key, value in numbers.items()}
+
+    def _restore_lines(self, first: int) -> None:
+        """Keep the logged lines up to the checkpoint; those after it are written again."""
+        path = self.folder / "metrics.jsonl" if self.folder else None
+        if path is None or not self.accelerator.is_main_process:
+            return
+        if path.exists():
+            lines = map(_line, path.read_text("utf-8").splitlines())
+            self.lines = [line for line in lines if line.get("step", first + 1) <= first]
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+
+
+def _line(text: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:  # cut off while it was written
+        return {}

@@ -1,0 +1,31 @@
+"""What every test may ask for: no network, two threads, and the public data where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: nothing here may depend on the network
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of public data, `PYRO_BLORA_DATA` or `../shared/data`; its README lists what it holds."""
+    folder = Path(os.environ.get("PYRO_BLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no public data at {folder}: set PYRO_BLORA_DATA to the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glue_dir(data_dir: Path) -> Path:
+    """The folder in the official GLUE layout."""
+    folder = data_dir / "glue"
+    if not folder.is_dir():
+        pytest.skip(f"no GLUE release at {folder}")
+    return folder

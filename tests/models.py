@@ -1,0 +1,75 @@
+"""Small models with the architecture of the real ones, random weights, and the batches to feed them."""
+
+import torch
+import transformers
+
+VOCABULARY = 100
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
+
+
+def _built(model_class, config, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model_class(config)
+
+
+def tiny_bert(seed=0, *, num_labels=2, dropout=0.1, **settings):
+    """BERT of 2 layers and 4 heads, hidden size 32."""
+    config = transformers.BertConfig(
+        **{**_SMALL, **settings}, num_labels=num_labels, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    return _built(transformers.BertForSequenceClassification, config, seed)
+
+
+def tiny_roberta():
+    return _built(transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**_SMALL))
+
+
+def tiny_distilbert():
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64
+    )
+    return _built(transformers.DistilBertForSequenceClassification, config)
+
+
+def _deberta_config(**sizes):
+    return transformers.DebertaV2Config(
+        type_vocab_size=0, relative_attention=True, norm_rel_ebd="layer_norm", share_att_key=True,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, pooler_hidden_act="gelu", layer_norm_eps=1e-7,
+        num_labels=2, **sizes,
+    )  # fmt: skip
+
+
+def tiny_deberta():
+    """DeBERTaV3 in small: disentangled attention with shared keys, which calls query and key twice a forward."""
+    return _built(
+        transformers.DebertaV2ForSequenceClassification,
+        _deberta_config(**_SMALL, pooler_hidden_size=32, position_buckets=8),
+    )
+
+
+def deberta_v3_base():
+    """DeBERTaV3-base with its exact configuration; build it under `torch.device("meta")`, it has 184 million weights."""
+    config = _deberta_config(
+        vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        max_position_embeddings=512, max_relative_positions=-1, position_buckets=256, pooler_hidden_size=768,
+    )  # fmt: skip
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
+def batch(size=4, length=10, *, seed=0, num_labels=2):
+    """Inputs with padding in the last row, and labels: floats for one output, classes otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(size, length, dtype=torch.long)
+    mask[-1, length // 2 :] = 0
+    inputs = {"input_ids": torch.randint(2, VOCABULARY, (size, length), generator=generator), "attention_mask": mask}
+    labels = torch.randint(0, max(num_labels, 2), (size,), generator=generator)
+    return inputs, labels.float() if num_labels == 1 else labels
+
+
+def random_chains(shape, *, seed=0):
+    """0/1 chains (..., K) whose depth is uniform."""
+    depth = torch.randint(0, shape[-1] + 1, shape[:-1], generator=torch.Generator().manual_seed(seed))
+    return (torch.arange(shape[-1]) < depth[..., None]).float()

@@ -1,0 +1,176 @@
+"""Laws of the command line: every field is a flag, the line overrides the preset, a mistake is one line and code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyro_blora import __main__ as command_line
+from pyro_blora.__main__ import main
+from pyro_blora.config import RunConfig, field_names
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fields(*argv):
+    """The configuration of a `train` line, without running it."""
+    settings, rest = command_line._take_settings(["train", *argv])
+    return RunConfig(**command_line.run_fields(command_line._parser().parse_args(rest), settings))
+
+
+def refused(capsys, *argv):
+    """The one line on stderr of a command that a user's mistake ends."""
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("pyro-blora: error: ")
+    return err.removeprefix("pyro-blora: error: ").rstrip("\n")
+
+
+def process(*argv, module=("-m", "pyro_blora"), **environment):
+    return subprocess.run(
+        [sys.executable, *module, *argv],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_without_flags_the_defaults_hold():
+    assert fields() == RunConfig()
+
+
+@pytest.mark.parametrize("name", [name for name in field_names() if not name.endswith("_settings")])
+def test_every_field_is_a_flag_with_its_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    assert f"--{name} " in capsys.readouterr().out
+    value = getattr(RunConfig(), name)
+    assert getattr(fields(f"--{name}", str(value)), name) == value
+
+
+def test_a_flag_takes_the_type_of_its_field():
+    config = fields(
+        "--lr", "5e-4", "--rank=4", "--max_train", "none", "--target_modules", "query,value", "--tracker", "None"
+    )
+    assert (config.lr, config.rank, config.max_train, config.tracker) == (5e-4, 4, None, None)
+    assert fields("--target_modules", "query,value").target_modules == ("query", "value")
+    assert fields("--gradient_checkpointing").gradient_checkpointing is True
+    assert fields("--gradient_checkpointing", "false").gradient_checkpointing is False
+
+
+def test_settings_of_prior_and_guide_are_flags_with_a_dot():
+    config = fields("--prior.rate", "3", "--prior.low=-1.5", "--prior.tiny", "1e-3", "--guide.a", "b=c", "--guide.x=")
+    assert config.prior_settings == {"rate": 3, "low": -1.5, "tiny": 1e-3}
+    assert config.guide_settings == {"a": "b=c", "x": None}
+    assert fields("--prior.low", "-2").prior_settings == {"low": -2}
+
+
+def test_a_preset_is_overridden_by_the_line():
+    assert fields("--preset", "rte").epochs == 50
+    assert fields("--preset", "rte", "--epochs", "1", "--max_train=8").epochs == 1
+
+
+def test_settings_on_the_line_join_those_of_the_preset(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("prior: nested\nprior.rate: 3\nprior.other: 1\nguide.x: 2\n", encoding="utf-8")
+    config = fields("--preset", str(preset), "--prior.rate", "4")
+    assert config.prior_settings == {"rate": 4, "other": 1} and config.guide_settings == {"x": 2}
+
+
+def test_settings_of_a_replaced_prior_go_with_it(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("prior: nested\nprior.rate: 3\nguide.x: 2\n", encoding="utf-8")
+    config = fields("--preset", str(preset), "--prior", "fixed", "--prior.bits", "8")
+    assert config.prior_settings == {"bits": 8} and config.guide_settings == {"x": 2}
+    assert fields("--preset", str(preset), "--prior", "nested").prior_settings == {"rate": 3}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["train", "--ranks", "4"], "unknown argument '--ranks': did you mean '--rank'?"),
+        (["train", "--epoch=4"], "unknown argument '--epoch=4': did you mean '--epochs'?"),
+        (["train", "--priors.rate", "4"], "unknown argument '--priors.rate'"),
+        (["train", "--rank"], "argument --rank: expected one argument"),
+        (["train", "--rank", "0"], "rank must be at least 1, got 0"),
+        (["train", "--precision", "fp16"], "use bf16"),
+        (["train", "--prior.rate"], "--prior.rate needs a value"),
+        (["train", "--prior.rate", "--rank", "3"], "--prior.rate needs a value"),
+        (["train", "--prior.rate", "1", "--prior.rate=2"], "--prior.rate is given twice"),
+        (["train", "--prior.rate", "[1"], "--prior.rate must be a number, a word or a YAML list, got '[1'"),
+        (["train", "--preset", "dmo"], "unknown preset 'dmo': did you mean 'demo'?"),
+        (["train", "--if_finished", "delete"], "argument --if_finished: invalid choice: 'delete'"),
+        (["show"], "the following arguments are required: run"),
+        ([], "the following arguments are required: {train,priors,guides,show}"),
+        (["priors", "--all"], "unknown argument '--all'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy(capsys, argv, message):
+    assert message in refused(capsys, *argv)
+
+
+def test_a_message_of_many_lines_becomes_one(capsys, tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("task: [rte\nrank: 4\n", encoding="utf-8")
+    assert "mine.yaml is not YAML" in refused(capsys, "train", "--preset", str(preset))
+
+
+def test_the_traceback_is_there_for_who_asks(monkeypatch):
+    monkeypatch.setenv("PYRO_BLORA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        main(["train", "--rank", "0"])
+
+
+def test_an_interrupted_run_says_how_to_resume(capsys, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "_command", interrupted)  # the real signal would end the tests too
+    assert main(["train"]) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [("-m", "pyro_blora"), ("experiments/train.py",)], ids=["pyro-blora", "train.py"])
+def test_a_process_ends_with_one_line_and_exit_code_2(module):
+    command = [] if module[0].endswith("train.py") else ["train"]
+    done = process(*command, "--rank", "0", module=module)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("pyro-blora: error: rank must be at least 1") and done.stderr.count("\n") == 1
+
+
+def test_help_and_mistakes_need_no_torch():
+    code = (
+        "import sys; from pyro_blora.__main__ import main; print(main(['train', '--rank=0']), 'torch' in sys.modules)"
+    )
+    assert process(module=("-c", code)).stdout.split() == ["2", "False"]
+
+
+@pytest.mark.parametrize(("command", "name"), [("priors", "bops"), ("guides", "mean_field")])
+def test_the_registered_laws_are_listed_with_their_settings(command, name, capsys):
+    assert main([command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[0] == name and len(line.split()) > 1 for line in lines)
+    assert all(line.startswith(f"{'':14s}   --{command[:-1]}.") or not line.startswith(" ") for line in lines)
+
+
+def test_the_default_prior_and_guide_are_registered():
+    from pyro_blora.guides import GUIDES
+    from pyro_blora.priors import PRIORS
+
+    assert RunConfig().prior in PRIORS.names() and RunConfig().guide in GUIDES.names()
+
+
+def test_a_folder_that_is_no_run_is_refused_by_show(capsys, tmp_path):
+    assert str(tmp_path) in refused(capsys, "show", str(tmp_path))
+
+
+def test_the_flags_that_stay_are_there():
+    stay = "task backbone glue_dir prior guide estimator adapter rank alpha target_modules scope max_train epochs"
+    stay += " batch_size lr seed draws output_dir"
+    assert set(stay.split()) <= set(field_names())

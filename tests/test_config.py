@@ -1,0 +1,244 @@
+"""Laws of the configuration: ranges, JSON there and back, a digest of what matters, presets."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyro_blora.config import NOT_IN_DIGEST, PRESETS, RunConfig, field_names, load_preset, preset_names
+
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+# One other value for every field, so that a law can be asked of each.
+OTHER = {
+    "task": "sst2", "backbone": "bert-base-uncased", "glue_dir": "/glue", "prior": "nested",
+    "prior_settings": {"rate": 2}, "guide": "other", "guide_settings": {"scale": 0.1},
+    "estimator": "straight_through", "adapter": "lora", "rank": 4, "alpha": 8.0, "target_modules": ("query",),
+    "scope": "encoder", "max_train": 64, "epochs": 1, "batch_size": 8, "accumulation": 2, "lr": 1e-4, "lr_head": 1e-3,
+    "lr_gates": 1e-2, "lr_ranges": 1e-4, "weight_decay": 0.1, "warmup": 0.1, "kl_warmup": 0.5,
+    "temperature_start": 0.4, "temperature_end": 0.2, "clip_norm": 0.5, "precision": "bf16",
+    "gradient_checkpointing": True, "max_length": 64, "seed": 1, "draws": 30, "output_dir": "other",
+    "logging_steps": 1, "checkpoint_steps": 7, "tracker": "tensorboard",
+}  # fmt: skip
+
+
+def test_every_field_says_what_it_is():
+    assert all(field.metadata["help"] for field in dataclasses.fields(RunConfig))
+
+
+def test_every_field_is_in_the_table_of_this_test():
+    assert set(OTHER) == set(field_names())
+
+
+@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
+def test_json_there_and_back_is_the_same_configuration(values):
+    config = RunConfig(**values)
+    back = RunConfig.from_json(config.to_json())
+    assert back == config and back.digest == config.digest
+
+
+def test_json_is_read_from_a_run_folder_and_its_versions_are_left_alone(tmp_path):
+    config = RunConfig(seed=3)
+    (tmp_path / "config.json").write_text(config.to_json(versions={"torch": "2.13.0"}), encoding="utf-8")
+    assert json.loads((tmp_path / "config.json").read_text())["versions"] == {"torch": "2.13.0"}
+    assert RunConfig.from_json(tmp_path / "config.json") == config
+
+
+def test_an_unknown_json_field_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown configuration field 'ranks': did you mean 'rank'"):
+        RunConfig.from_json('{"ranks": 4}')
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "must be a JSON object, got list")])
+def test_json_that_is_no_configuration_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_json(text)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER if RunConfig(**{name: OTHER[name]}) != RunConfig()])
+def test_the_digest_depends_on_what_changes_results_and_on_nothing_else(name):
+    changed = RunConfig(**{name: OTHER[name]}).digest != RunConfig().digest
+    assert changed == (name not in NOT_IN_DIGEST)
+
+
+def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():
+    one = RunConfig(lr=1, alpha=16, rank="8", prior_settings={"a": 1, "b": 2}, target_modules=["query", "value"])
+    two = RunConfig(lr=1.0, alpha="16.0", rank=8.0, prior_settings={"b": 2.0, "a": 1.0}, target_modules="query, value")
+    assert one.digest == two.digest and len(one.digest) == 8 and int(one.digest, 16) >= 0
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant():
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(RunConfig(lr_head=1, weight_decay=0, clip_norm=1), field.name)
+        assert field.type is not float or type(value) is float, field.name
+
+
+@given(
+    lr=st.floats(1e-8, 10),
+    rank=st.integers(1, 512),
+    settings=st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False) | st.none()),
+)
+def test_any_valid_values_survive_json(lr, rank, settings):
+    config = RunConfig(lr=lr, rank=rank, prior_settings=settings)
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+@given(name=st.text(min_size=1, max_size=40))
+def test_a_folder_name_is_a_file_name_on_every_system(name):
+    parts = RunConfig(backbone=name, prior=name).folder_name.split("-")
+    assert len(parts) == 4
+    allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._"
+    assert all(part and set(part) <= set(allowed) for part in parts)
+
+
+def test_a_folder_name_shows_the_last_part_of_a_path():
+    config = RunConfig(task="sst2", backbone="microsoft/deberta-v3-base", prior="laws/my_priors.py:late")
+    assert config.folder_name == f"sst2-deberta_v3_base-my_priors.py_late-{config.digest}"
+    assert RunConfig(backbone="/models/mine/").folder_name.split("-")[1] == "mine"
+    assert RunConfig(backbone="..").folder_name.split("-")[1] == "local"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0: "),
+        ({"rank": 2.5}, "rank must be a whole number, got 2.5"),
+        ({"rank": True}, "rank must be a whole number, got True"),
+        ({"rank": None}, "rank must be a whole number, got None"),
+        ({"alpha": 0}, "alpha must be a positive number, got 0.0"),
+        ({"max_train": 0}, "max_train must be at least 1, got 0"),
+        ({"max_train": "x"}, "max_train must be a whole number or none, got 'x'"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": -1}, "batch_size must be at least 1"),
+        ({"accumulation": 0}, "accumulation must be at least 1"),
+        ({"lr": 0}, "lr must be a positive number"),
+        ({"lr": float("inf")}, "lr must be a positive number"),
+        ({"lr": float("nan")}, "lr must be a number, got nan"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"lr_head": 0}, "lr_head must be a positive number"),
+        ({"lr_gates": -1}, "lr_gates must be 0 or a positive number"),
+        ({"lr_ranges": -1}, "lr_ranges must be 0 or a positive number"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or a positive number"),
+        ({"warmup": 100}, "warmup must be between 0 and 1, got 100.0: it is a fraction"),
+        ({"kl_warmup": -0.1}, "kl_warmup must be between 0 and 1"),
+        ({"temperature_end": 0}, "temperature_end must be a positive number"),
+        ({"temperature_start": 0.05}, "temperature_end must be at most temperature_start"),
+        ({"clip_norm": 0}, "clip_norm must be a positive number"),
+        ({"max_length": 3}, "max_length must be at least 4"),
+        ({"seed": -1}, "seed must be between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed must be between 0 and 4294967295"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"logging_steps": 0}, "logging_steps must be at least 1"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1"),
+        ({"task": ""}, "task must be a name"),
+        ({"backbone": 3}, "backbone must be a word, got 3"),
+        ({"gradient_checkpointing": "maybe"}, "gradient_checkpointing must be true or false"),
+        ({"estimator": "relax"}, "unknown estimator 'relax': did you mean 'relaxed'"),
+        ({"scope": "encoders"}, "unknown scope 'encoders': did you mean 'encoder'"),
+        ({"adapter": "dora"}, "unknown adapter 'dora': did you mean 'lora'"),
+        ({"precision": "bf1"}, "unknown precision 'bf1': did you mean 'bf16'"),
+        ({"prior_settings": {"rate": {1, 2}}}, "prior_settings must hold plain numbers"),
+        ({"prior_settings": {"rate": float("nan")}}, "prior_settings must hold plain numbers"),
+        ({"prior_settings": 3}, "prior_settings must be a table of settings"),
+        ({"target_modules": ["query", 3]}, "target_modules must be names of modules"),
+        ({"target_modules": ()}, "target_modules must be names of modules"),
+        ({"target_modules": "(query"}, "is no regular expression"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(values, message):
+    with pytest.raises(ValueError) as error:
+        RunConfig(**values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fp16", "float16", "half"])
+def test_half_precision_is_refused_with_the_remedy(name):
+    with pytest.raises(ValueError, match=r"is refused: .* use bf16"):
+        RunConfig(precision=name)
+
+
+@pytest.mark.parametrize("values", [{"rank": 1}, {"seed": 2**32 - 1}, {"warmup": 1}, {"lr_gates": 0}, {"max_length": 4},
+                                    {"temperature_start": 0.1, "temperature_end": 0.1}])  # fmt: skip
+def test_the_edge_of_a_range_is_in_it(values):
+    config = RunConfig(**values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("given_value", "stored"),
+    [
+        ("query", ("query",)),
+        ("query, value", ("query", "value")),
+        (["query", "layer.0.value"], ("query", "layer.0.value")),
+        (r".*\.(query|value)", r".*\.(query|value)"),
+        (r".*layer\.\d{1,2}.*", r".*layer\.\d{1,2}.*"),
+        (None, None),
+    ],
+)
+def test_target_modules_are_names_or_one_regular_expression(given_value, stored):
+    assert RunConfig(target_modules=given_value).target_modules == stored
+
+
+def test_settings_are_copied_in():
+    settings = {"rate": 3}
+    config = RunConfig(prior_settings=settings)
+    settings["rate"] = 4
+    assert config.prior_settings == {"rate": 3}
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().rank = 4
+
+
+def test_there_is_a_preset_for_the_demo_and_for_every_glue_task():
+    assert preset_names() == sorted([*GLUE, "demo"])
+
+
+@pytest.mark.parametrize("name", ["demo", *GLUE])
+def test_a_preset_is_a_valid_configuration_and_explains_itself(name):
+    config = RunConfig(**load_preset(name))
+    assert config.task == ("acceptability" if name == "demo" else name)
+    assert config.backbone == ("demo" if name == "demo" else "microsoft/deberta-v3-base")
+    lines = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert all("# " in line for line in lines)
+    assert any("Expected" in line or "Published, not measured here" in line for line in lines)
+    assert any("Hardware" in line for line in lines)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_preset_file_speaks_the_flags(tmp_path):
+    path = write(tmp_path / "mine.yaml", "task: rte\nprior.rate: 3\nlr: 1e-3\nguide.scale: 0.1\nmax_train: null\n")
+    fields = load_preset(path)
+    assert fields["prior_settings"] == {"rate": 3} and fields["guide_settings"] == {"scale": 0.1}
+    assert RunConfig(**fields).lr == 1e-3
+
+
+def test_an_empty_preset_sets_nothing(tmp_path):
+    assert load_preset(write(tmp_path / "empty.yaml", "# nothing yet\n")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: rte\nranks: 4\n", r"mine\.yaml, line 2: unknown key 'ranks': did you mean 'rank'"),
+        ("task: rte\nrank: 4\nrank: 8\n", r"mine\.yaml, line 3: 'rank' is given twice"),
+        ("task: [rte\n", r"mine\.yaml is not YAML"),
+        ("- rte\n", r"mine\.yaml must be a table"),
+        ("adapter.rate: 3\n", r"line 1: unknown key 'adapter\.rate'"),
+        ("task: !!python/object/apply:os.getcwd []\n", r"mine\.yaml is not YAML"),
+    ],
+)
+def test_a_preset_that_is_wrong_is_refused_by_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_preset(write(tmp_path / "mine.yaml", text))
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown preset 'colla': did you mean 'cola'"):
+        load_preset("colla")

@@ -1,0 +1,32 @@
+"""Every script in experiments/ runs: a script that is not in the table below fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {  # script: the arguments of a short run; OUT is a fresh folder
+    "train.py": "--task acceptability --backbone demo --max_train 64 --epochs 1 --draws 2 --output_dir OUT",
+}
+
+
+def test_every_script_is_in_the_table():
+    assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_a_script_runs_and_leaves_results(script, tmp_path):
+    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in SCRIPTS[script].split()]
+    done = subprocess.run(
+        [sys.executable, f"experiments/{script}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYRO_BLORA_TRACEBACK": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any((tmp_path / "out").rglob("summary.json")), done.stdout + done.stderr

@@ -1,0 +1,95 @@
+"""The house keeps its floors: a module imports lower floors only, is explained, and fits on a few screens."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "pyro_blora"
+FLOORS = {
+    "gates": 0,
+    "quantizer": 0,
+    "layout": 0,
+    "config": 0,
+    "registry": 0,
+    "adapters": 1,
+    "priors": 1,
+    "guides": 1,
+    "bops": 1,
+    "tasks": 1,  # the whole folder: its files may import each other
+    "program": 2,
+    "training": 3,
+    "posterior": 3,
+    "checkpoint": 3,
+    "demo": 3,
+    "export": 4,
+    "inference_data": 4,
+    "run": 5,
+    "report": 5,
+    "__main__": 6,
+    "__init__": 7,  # the public table
+}
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+LONGEST = 300  # lines
+
+
+def room(module):
+    """The entry of the table that a module belongs to: its own name, or its folder's."""
+    return module.partition("/")[0]
+
+
+def imported_rooms(module, source):
+    """The rooms of ours that a module imports, at its top or inside a function."""
+    package = module.split("/")[:-1]  # the folder of the module, inside the package
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            paths = [name.name.split(".") for name in node.names if name.name.split(".")[0] == "pyro_blora"]
+            yield from (path[1] if len(path) > 1 else "__init__" for path in paths)
+        elif isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".") if node.module else []
+            if node.level == 0:
+                if parts[:1] != ["pyro_blora"]:
+                    continue
+                path = parts[1:]
+            else:
+                path = [*package[: len(package) - node.level + 1], *parts]
+            if path:
+                yield path[0]
+            else:  # `from . import bops`: each name is a module, or comes from the public table
+                yield from (name.name if name.name in FLOORS else "__init__" for name in node.names)
+
+
+def test_the_package_has_modules():
+    assert {"gates", "config", "registry", "__main__"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_lower_floors_only(module):
+    own = room(module)
+    assert own in FLOORS, f"{module}.py is in no row of the table: give it a floor in tests/test_floors.py"
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    for other in imported_rooms(module, source):
+        assert other in FLOORS, f"{module}.py imports {other}, which has no floor"
+        inside_tasks = own == other == "tasks"
+        assert inside_tasks or FLOORS[other] < FLOORS[own], f"{module}.py (floor {FLOORS[own]}) imports {other}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_explained_and_fits_on_a_few_screens(module):
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source)), f"{module}.py has no docstring"
+    assert len(source.splitlines()) <= LONGEST, f"{module}.py has more than {LONGEST} lines: cut it"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "rooms"),
+    [
+        ("training", "from .program import loss", ["program"]),
+        ("training", "def f():\n    from . import program, fit", ["program", "__init__"]),
+        ("training", "import pyro_blora.gates\nimport pyro_blora\nimport torch", ["gates", "__init__"]),
+        ("training", "from pyro_blora.gates import NestedBernoulli", ["gates"]),
+        ("tasks/glue", "from ..config import RunConfig\nfrom .task import Task\nfrom . import metric", None),
+    ],
+)
+def test_every_way_to_import_is_seen(module, source, rooms):
+    assert list(imported_rooms(module, source)) == (rooms or ["config", "tasks", "tasks"])

@@ -1,0 +1,207 @@
+"""Laws of the registry: names, files of the user's, and settings checked against a signature."""
+
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyro_blora.registry import REQUIRED, Registry
+
+
+def bops(
+    layout, *, rate: float = 1.0, ranks: int = 8, shared: bool = False, mode: str = "all", target: float | None = None
+):
+    """Cost in proportion to bit operations.
+
+    A second paragraph that no list shows.
+    """
+    return rate, ranks, shared, mode, target
+
+
+def fixed(layout, *, bits: Literal[2, 4, 8], name=None, **more):
+    """A named bit width."""
+    return bits
+
+
+def nested(layout, gates, rate=2.0):
+    return rate
+
+
+@pytest.fixture
+def priors():
+    registry = Registry("prior")
+    registry.register(bops)
+    registry.register("fixed")(fixed)
+    registry.register()(nested)
+    return registry
+
+
+def test_a_registered_name_resolves_to_its_function(priors):
+    assert priors.resolve("bops") is bops and priors.resolve("fixed") is fixed
+    assert priors.names() == ["bops", "fixed", "nested"]
+
+
+def test_a_decorated_function_is_returned_unchanged():
+    assert Registry("guide").register("other")(bops) is bops
+
+
+def test_a_name_is_registered_once(priors):
+    with pytest.raises(ValueError, match="prior 'bops' is registered already"):
+        priors.register("bops")(fixed)
+    assert priors.resolve("bops") is bops
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(priors):
+    with pytest.raises(ValueError) as error:
+        priors.resolve("bop")
+    assert str(error.value) == "unknown prior 'bop': did you mean 'bops'? Known: bops, fixed, nested"
+
+
+def test_an_empty_registry_says_so():
+    with pytest.raises(ValueError, match=r"unknown guide 'any': Known: \(none\)"):
+        Registry("guide").resolve("any")
+
+
+def test_describe_gives_the_first_line_and_the_defaults(priors):
+    assert priors.describe("bops") == (
+        "Cost in proportion to bit operations.",
+        {"rate": 1.0, "ranks": 8, "shared": False, "mode": "all", "target": None},
+    )
+    assert priors.describe("fixed")[1] == {"bits": REQUIRED, "name": None}
+    assert priors.describe("nested") == ("", {"rate": 2.0})
+    assert priors.describe("nested", skip=1)[1] == {"gates": REQUIRED, "rate": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("rate", 3, 3.0),
+        ("rate", "1e-3", 0.001),
+        ("rate", "inf", float("inf")),
+        ("ranks", 4.0, 4),
+        ("ranks", "4", 4),
+        ("shared", "true", True),
+        ("shared", False, False),
+        ("mode", 32, "32"),
+        ("target", None, None),
+        ("target", "none", None),
+        ("target", 1, 1.0),
+    ],
+)
+def test_a_value_takes_the_type_of_the_annotation(priors, setting, value, expected):
+    given_back = priors.settings(bops, {setting: value})[setting]
+    assert given_back == expected and type(given_back) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("rate", "x", "prior 'bops': rate must be a number, got 'x'"),
+        ("rate", None, "prior 'bops': rate must be a number, got None"),
+        ("rate", True, "prior 'bops': rate must be a number, got True"),
+        ("rate", float("nan"), "prior 'bops': rate must be a number, got nan"),
+        ("ranks", 2.5, "prior 'bops': ranks must be a whole number, got 2.5"),
+        ("ranks", float("inf"), "prior 'bops': ranks must be a whole number, got inf"),
+        ("shared", 1, "prior 'bops': shared must be true or false, got 1"),
+        ("mode", None, "prior 'bops': mode must be a word, got None"),
+        ("target", "soon", "prior 'bops': target must be a number or none, got 'soon'"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(priors, setting, value, message):
+    with pytest.raises(ValueError) as error:
+        priors.settings(bops, {setting: value})
+    assert str(error.value) == message
+
+
+def test_a_choice_is_one_of_its_choices(priors):
+    assert priors.settings(fixed, {"bits": 4}) == {"bits": 4}
+    with pytest.raises(ValueError, match="bits must be one of 2, 4, 8, got 3"):
+        priors.settings(fixed, {"bits": 3})
+
+
+def test_an_unknown_setting_is_answered_with_the_nearest(priors):
+    with pytest.raises(ValueError, match="prior 'bops': unknown setting 'rat': did you mean 'rate'"):
+        priors.settings(bops, {"rat": 3})
+
+
+def test_a_setting_without_a_default_is_required(priors):
+    with pytest.raises(ValueError, match=r"prior 'fixed': the setting 'bits' is required: give --prior\.bits VALUE"):
+        priors.settings(fixed, {})
+
+
+def test_a_function_that_takes_anything_is_given_anything(priors):
+    assert priors.settings(fixed, {"bits": 2, "extra": [1]}) == {"bits": 2, "extra": [1]}
+
+
+def test_what_the_library_fills_is_no_setting(priors):
+    with pytest.raises(ValueError, match="unknown setting 'gates'"):
+        priors.settings(nested, {"gates": 1}, skip=2)
+    with pytest.raises(ValueError, match="unknown setting 'rate'"):
+        priors.settings(nested, {"rate": 1.0}, skip=3)
+
+
+def test_without_an_annotation_the_default_decides(priors):
+    assert priors.settings(nested, {"rate": 3})["rate"] == 3.0
+    with pytest.raises(ValueError, match="rate must be a number"):
+        priors.settings(nested, {"rate": "x"})
+
+
+@given(value=st.floats(allow_nan=False) | st.integers(-(2**53), 2**53))
+def test_every_number_survives_being_written_down(value):
+    registry = Registry("prior")
+    assert registry.settings(bops, {"rate": repr(value)})["rate"] == float(value)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return f"{path}:law"
+
+
+def test_a_function_comes_from_a_users_file(priors, tmp_path):
+    name = write(
+        tmp_path / "mine.py",
+        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Pair:\n    a: int\n\n"
+        'def law(layout, *, rate: float = 3):\n    """Mine."""\n    return Pair(1).a * rate\n',
+    )
+    law = priors.resolve(name)
+    assert law is priors.resolve(name), "a file is loaded once"
+    assert priors.describe(name) == ("Mine.", {"rate": 3})
+    assert law(None, **priors.settings(law, {"rate": 2})) == 2.0
+
+
+def test_an_edited_file_is_loaded_again_and_may_register_its_name_again(priors, tmp_path):
+    PRIORS[:] = [priors]
+    text = f"from {__name__} import PRIORS\n\n@PRIORS[0].register('mine')\ndef law(layout):\n    return VALUE\n"
+    for value in ("1", "2"):
+        name = write(tmp_path / "mine.py", text.replace("VALUE", value))
+        assert priors.resolve(name)(None) == int(value)
+        assert priors.resolve("mine")(None) == int(value)
+
+
+PRIORS = []
+
+
+@pytest.mark.parametrize(
+    ("text", "attribute", "message"),
+    [
+        ("def laws(layout): ...", "law", "has no 'law': did you mean 'laws'"),
+        ("law = 3", "law", "must be a function, got int"),
+        ("1 / 0", "law", "fails to import: ZeroDivisionError: division by zero"),
+        ("def law(:", "law", "fails to import: SyntaxError"),
+        ("import no_such_module_anywhere", "law", "fails to import: ModuleNotFoundError"),
+    ],
+)
+def test_a_users_file_is_refused_with_the_reason(priors, tmp_path, text, attribute, message):
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        priors.resolve(f"{tmp_path / 'mine.py'}:{attribute}")
+
+
+def test_a_file_needs_to_exist_and_to_name_a_function(priors, tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.py does not exist"):
+        priors.resolve(f"{tmp_path}/gone.py:law")
+    with pytest.raises(ValueError, match=r"write path/to/file\.py:function"):
+        priors.resolve(f"{tmp_path}/gone.py")
+    with pytest.raises(ValueError, match=r"must end in \.py"):
+        priors.resolve(write(tmp_path / "mine.txt", "def law(layout): ..."))
