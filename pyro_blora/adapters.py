@@ -14,6 +14,7 @@ Ranges are one (L, T) parameter, learned as log(range). `calibrate` sets them fr
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
 
 import peft
@@ -28,6 +29,7 @@ from .quantizer import mixture_weights, quantize_mixture
 ADAPTER = "default"  # PEFT's name of the one adapter
 ADAPTERS = ("lora",)
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
+_SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
 _PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
 _SAMPLE = 1 << 20  # torch.quantile takes at most 2^24 numbers; an even stride through them is enough
 
@@ -36,7 +38,8 @@ class _Handover:
     """What the layers of one model read during one call: mixture weights, ranges and ranks, or an observer."""
 
     def __init__(self):
-        self.gates: tuple | None = None  # (weights by (projection, tensor), ranges likewise, ranks by projection)
+        # (weights by (projection, tensor), None for the identity; ranges likewise; ranks by projection)
+        self.gates: tuple | None = None
         self.observed: dict | None = None  # (projection, tensor) -> largest range seen, while calibrating
 
     def quantize(self, projection: int, tensor: int, x: Tensor) -> Tensor:
@@ -52,12 +55,16 @@ class _Handover:
             )
         weights, ranges, _ = self.gates
         index = projection * len(self.tensors) + tensor
-        return quantize_mixture(x, ranges[index], weights[index])
+        return x if weights[index] is None else quantize_mixture(x, ranges[index], weights[index])
 
     tensors: tuple[str, ...] = ()
 
     def rank(self, projection: int) -> Tensor | None:
         return None if self.gates is None else self.gates[2][projection]
+
+    def recomputation(self) -> tuple:
+        """Contexts of a checkpoint's forward and of its recomputation. A method, so that a deep copy gets its own."""
+        return contextlib.nullcontext(), _handed_over(self, self.gates)
 
 
 class GatedLinear(LoraLinear):
@@ -129,11 +136,8 @@ class GatedModel(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; the gates of the forward are handed over again there."""
-
-        def contexts():
-            return contextlib.nullcontext(), _handed_over(self.handover, self.handover.gates)
-
-        backbone, settings = self.peft_model.base_model.model, {"use_reentrant": False, "context_fn": contexts}
+        settings = {"use_reentrant": False, "context_fn": self.handover.recomputation}
+        backbone = self.peft_model.base_model.model
         if hasattr(backbone, "activation_checkpointing_enable"):  # the name since transformers 5.20
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
         else:
@@ -162,6 +166,9 @@ def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
     weights = mixture_weights(F.pad(z.float(), (1, 0), value=1.0)).flatten(0, 1).unbind(0)
+    if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
+        opened = (z == 1).all(-1).flatten().tolist()
+        weights = [None if exact else weight for weight, exact in zip(weights, opened, strict=True)]
     ranges = net.log_range.exp().flatten().unbind(0)
     ranks = F.pad(g.float(), (1, 0), value=1.0).unbind(0)
     with _handed_over(net.handover, (weights, ranges, ranks)):
@@ -199,7 +206,9 @@ def attach(
     config = lora_config(backbone, layout)
     config._register_custom_module({nn.Linear: GatedLinear})
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    model = peft.get_peft_model(backbone, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
+        model = peft.get_peft_model(backbone, config)
     handover = _Handover()
     handover.tensors = layout.tensors
     modules = dict(model.base_model.model.named_modules())
@@ -255,7 +264,6 @@ def _covering_range(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _set_ranges(net: GatedModel, observed: dict) -> None:
-    smallest = torch.finfo(torch.float32).tiny
     ranges = torch.full_like(net.log_range, _UNSEEN_RANGE)
     for layer in net.layers():
         index = layer.index
@@ -267,4 +275,4 @@ def _set_ranges(net: GatedModel, observed: dict) -> None:
             ranges[index, 2], ranges[index, 3] = down, torch.where(up > 0, up, down)
         else:
             ranges[index, 1] = layer.weight.abs().max()
-    net.log_range.copy_(ranges.clamp(min=smallest).log())
+    net.log_range.copy_(ranges.clamp(min=_SMALLEST_RANGE).log())

@@ -1,7 +1,6 @@
 """Backbones by name: a hub name, a local folder, or `demo`, the MiniLM encoder that installs as a Python package."""
 
 import importlib.util
-import logging
 from pathlib import Path
 
 import transformers
@@ -38,16 +37,14 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
 
 
 def _load(auto_class, name: str, **settings):
-    noise = [logging.getLogger("transformers.modeling_utils"), logging.getLogger("transformers.utils.loading_report")]
-    levels = [logger.level for logger in noise]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    for logger in noise:
-        logger.setLevel(logging.ERROR)  # a table that says the head is new: it always is
-    transformers.utils.logging.disable_progress_bar()
+    talk, bars = transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()
+    level = talk.get_verbosity()
+    talk.set_verbosity_error()  # a table that says the head is new: it always is
+    talk.disable_progress_bar()
     try:
         return auto_class.from_pretrained(backbone_path(name), **settings)
     except (OSError, ValueError) as error:
-        if name == DEMO and not Path(backbone_path(name)).exists():
+        if name == DEMO:
             raise
         first = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -55,7 +52,6 @@ def _load(auto_class, name: str, **settings):
             "a local folder with config.json, weights and tokenizer, or `demo`"
         ) from None
     finally:
-        for logger, level in zip(noise, levels, strict=True):
-            logger.setLevel(level)
+        talk.set_verbosity(level)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            talk.enable_progress_bar()

@@ -16,8 +16,13 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, columns
     def encode(batch: dict) -> dict:
         return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
 
-    kept = rows.select_columns([*columns, "label"])
-    return kept.map(encode, batched=True, remove_columns=list(columns), keep_in_memory=True, load_from_cache_file=False)
+    kept, bars = rows.select_columns([*columns, "label"]), datasets.utils.logging.is_progress_bar_enabled()
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        return kept.map(encode, batched=True, remove_columns=list(columns), keep_in_memory=True)
+    finally:
+        if bars:
+            datasets.utils.logging.enable_progress_bar()
 
 
 def take(rows: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:
@@ -41,10 +46,14 @@ def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: 
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
 
 
-def in_order(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> DataLoader:
-    """Every row once, in order, for evaluation; the last batch may be smaller."""
-    batches = [list(range(i, min(i + batch_size, len(rows)))) for i in range(0, len(rows), batch_size)]
-    return loader(rows, tokenizer, batches)
+def by_length(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> tuple[DataLoader, torch.Tensor]:
+    """Every row once, long ones first so that little is padded, for evaluation; and the rows' numbers in that order."""
+    lengths = [len(tokens) for tokens in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return loader(rows, tokenizer, batches), torch.tensor(order)
 
 
 def split_labels(batch: dict) -> tuple[dict, torch.Tensor]:

@@ -88,9 +88,11 @@ class NestedBernoulli(TorchDistribution):
 
     @classmethod
     def from_depth_logits(cls, logits: Tensor, validate_args: bool | None = None) -> "NestedBernoulli":
-        """The chain whose depth d has probability softmax(logits)_d.  logits (..., K + 1)."""
+        """The chain whose depth d has probability softmax(logits)_d.  logits (..., K + 1), -inf: an impossible depth."""
         at_least = logits.flip(-1).logcumsumexp(-1).flip(-1)  # log of the unnormalised P(d >= k), (..., K + 1)
-        return cls((at_least[..., 1:] - at_least[..., :-1]).clamp(max=0.0), validate_args=validate_args)
+        reachable = at_least[..., :-1] > -torch.inf  # a gate whose parent is never open is closed
+        opening = at_least[..., 1:] - torch.where(reachable, at_least[..., :-1], 0.0)
+        return cls(torch.where(reachable, opening, -torch.inf).clamp(max=0.0), validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):
         new = self._get_checked_instance(NestedBernoulli, _instance)
@@ -146,8 +148,13 @@ class NestedBernoulli(TorchDistribution):
     @property
     def depth_probs(self) -> Tensor:
         """P(d = 0), ..., P(d = K): the law of the number of open gates, (..., K + 1)."""
-        one = self.log_probs.new_ones((*self.batch_shape, 1))
-        return torch.cat([one, self.mean], -1) * torch.cat([self.log_probs_closed.exp(), one], -1)
+        return self.depth_log_probs.exp()
+
+    @property
+    def depth_log_probs(self) -> Tensor:
+        """log P(d = 0), ..., log P(d = K), finite where the probability itself underflows, (..., K + 1)."""
+        zero = self.log_probs.new_zeros((*self.batch_shape, 1))
+        return torch.cat([zero, self.log_probs.cumsum(-1)], -1) + torch.cat([self.log_probs_closed, zero], -1)
 
     def entropy(self) -> Tensor:
         """In nats, of the whole chain, (...)."""
@@ -202,7 +209,7 @@ class RelaxedNestedBernoulli(TorchDistribution):
         noisy = self.logits + torch.logit(uniform.clamp(tiny, 1 - tiny))
         gates = torch.sigmoid(noisy / self.temperature)
         if self.hard:
-            gates = (noisy > 0).to(gates.dtype) + gates - gates.detach()
+            gates = (noisy > 0).to(gates.dtype) + (gates - gates.detach())  # in this order: exactly 0 or 1
         return gates.cumprod(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -33,9 +33,11 @@ class _Logits(nn.Module):
         self.register_buffer("z_pins", pinned_logits(prior.z.log_probs.detach()), persistent=False)
         self.register_buffer("g_pins", pinned_logits(prior.g.log_probs.detach()), persistent=False)
 
+        self.free = Gates(bool(self.z_pins.isnan().any()), bool(self.g_pins.isnan().any()))  # is anything random?
+
     def logits(self) -> Gates:
-        z = torch.where(self.z_pins.isnan(), self.z_logits, self.z_pins)
-        g = torch.where(self.g_pins.isnan(), self.g_logits, self.g_pins)
+        z = torch.where(self.z_pins.isnan(), self.z_logits, self.z_pins) if self.free.z else self.z_pins
+        g = torch.where(self.g_pins.isnan(), self.g_logits, self.g_pins) if self.free.g else self.g_pins
         return Gates(z, g)
 
     def start(self, depth_logits: Gates) -> None:
@@ -64,7 +66,7 @@ class Point(_Logits):
 
     def _chain(self, logits: Tensor) -> Tensor:
         soft = torch.sigmoid(logits).cumprod(-1)
-        return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+        return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1
 
     def laws(self, temperature: float, hard: bool) -> Gates:
         return Gates(*(dist.Delta(self._chain(x), event_dim=1, validate_args=False) for x in self.logits()))

@@ -97,13 +97,12 @@ class AdapterLayout:
             raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
-        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        linears = _encoder_linears(model)
         targets = _match(linears, target_modules, getattr(model.config, "model_type", "unknown"))
-        encoder = set(_encoder_linears(model, linears)) if scope == "encoder" else set()
         macs, model_macs = count_macs(model, sequence_length)
         projections = []
         for name, linear in linears.items():
-            if name not in targets and name not in encoder:
+            if name not in targets and scope != "encoder":
                 continue
             n, m = linear.in_features, linear.out_features
             if name in targets and rank > min(n, m):
@@ -193,9 +192,10 @@ def _match(linears: dict[str, nn.Linear], targets, architecture: str) -> set[str
         found = set().union(*hits.values())
     if missing or not found:
         ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        kind = " (one string is a regular expression for the whole path)" if isinstance(targets, str) else ""
         raise ValueError(
-            f"target_modules {', '.join(map(repr, missing)) or '()'} match no linear layer of this model. "
-            f"Its linear layers end in: {', '.join(ends)}"
+            f"target_modules {', '.join(map(repr, missing)) or '()'}{kind} match no linear layer of the "
+            f"encoder. Its linear layers end in: {', '.join(ends)}"
         )
     return found
 
@@ -208,9 +208,11 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     return (*beside, f"{prefix}.pooler") if pooler is not None else tuple(beside)
 
 
-def _encoder_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
+def _encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer but the task head's, by path: the head is trained whole, a target may not be in it."""
     head = head_modules(model)
-    return [name for name in linears if not any(name == h or name.startswith(h + ".") for h in head)]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: m for name, m in linears.items() if not any(name == h or name.startswith(h + ".") for h in head)}
 
 
 def _type_of(name: str) -> str:
@@ -226,6 +228,7 @@ def count_macs(model: nn.Module, sequence_length: int) -> tuple[dict[str, int], 
     with torch.device("meta"):
         shadow = type(model)(config).eval()
         tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+    shadow.config.pad_token_id = None  # once built, it serves a warning only, which would read the tokens
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(input_ids=tokens)  # no attention mask: reading one needs data
     root = type(shadow).__name__ + "."

@@ -19,7 +19,6 @@ from .gates import Gates
 from .program import BayesianLoRA
 
 ECE_BINS = 15
-MODE = "mode"
 
 
 @torch.no_grad()
@@ -61,6 +60,13 @@ class Prediction:
     log_likelihood: Tensor
     labels: Tensor
     is_regression: bool
+
+    def restored(self, order: Tensor) -> "Prediction":
+        """The same with example i at place order[i]: undoes an evaluation order.  order (E,), a permutation."""
+        back = order.argsort()
+        return dataclasses.replace(
+            self, outputs=self.outputs[:, back], log_likelihood=self.log_likelihood[:, back], labels=self.labels[back]
+        )
 
     @property
     def mean(self) -> Tensor:

@@ -55,4 +55,4 @@ def _closing(slope: Tensor) -> Tensor:
 
 def _logits(prior, drop: Tensor, n_train: int, batch: int) -> Tensor:
     rise = n_train * drop.mean(0) + 0.5 * n_train * batch * drop.square().mean(0)
-    return prior.depth_probs.log() - rise
+    return prior.depth_log_probs - rise

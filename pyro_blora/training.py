@@ -111,10 +111,13 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False) -
     """
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with=config.tracker, project_dir=folder, step_scheduler_with_optimizer=False,
+        log_with=config.tracker, project_dir=folder,
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],  # pinned gates, log_scale
     )  # fmt: skip
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes)
+    if folder is not None and accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
     return _Loop(accelerator, parts, schedule, folder, quiet).run()
 
 

@@ -1,11 +1,14 @@
-"""Small models with the architecture of the real ones, random weights, and the batches to feed them."""
+"""Small models with the architecture of the real ones, and the batches to feed them.
+
+Random weights of ten times the usual size, so that a changed layer shows in the output.
+"""
 
 import torch
 import transformers
 
 VOCABULARY = 100
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
+          "intermediate_size": 64, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip
 
 
 def _built(model_class, config, seed=0):
@@ -29,8 +32,9 @@ def tiny_roberta():
 
 def tiny_distilbert():
     config = transformers.DistilBertConfig(
-        vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64
-    )
+        vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64,
+        initializer_range=0.2,
+    )  # fmt: skip
     return _built(transformers.DistilBertForSequenceClassification, config)
 
 
@@ -42,12 +46,15 @@ def _deberta_config(**sizes):
     )  # fmt: skip
 
 
-def tiny_deberta():
+def tiny_deberta(*, dropout=0.1):
     """DeBERTaV3 in small: disentangled attention with shared keys, which calls query and key twice a forward."""
     return _built(
         transformers.DebertaV2ForSequenceClassification,
-        _deberta_config(**_SMALL, pooler_hidden_size=32, position_buckets=8),
-    )
+        _deberta_config(
+            **_SMALL, pooler_hidden_size=32, position_buckets=8, hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        ),
+    )  # fmt: skip
 
 
 def deberta_v3_base():

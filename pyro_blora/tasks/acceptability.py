@@ -36,6 +36,7 @@ def subject_verb_agreement(rng: random.Random, words: Words) -> Block:
     noun, distractor = rng.sample(words["object" if form == "object" else "person"], 2)
     distractor = rng.choice((distractor, lex.plural(distractor)))
     link = f"who {rng.choice(words['person_verb'])}" if form == "relative" else rng.choice(lex.NEAR)
+    between = rng.choice((f"{link} the {distractor}", ""))
     verbs, rest = (
         rng.choice(lex.COPULAS),
         rng.choice(lex.OBJECT_ADJECTIVES if form == "object" else lex.PERSON_ADJECTIVES),
@@ -43,16 +44,16 @@ def subject_verb_agreement(rng: random.Random, words: Words) -> Block:
     if form == "verb":
         verb = rng.choice(words["intransitive"])
         verbs, rest = (lex.third_person(verb), verb), rng.choice(lex.MANNERS)
-    return _crossed((noun, lex.plural(noun)), verbs, f"the {{}} {link} the {distractor} {{}} {rest}")
+    return _crossed((noun, lex.plural(noun)), verbs, f"the {{}} {between} {{}} {rest}")
 
 
 def determiner_noun_agreement(rng: random.Random, words: Words) -> Block:
     """The teacher sold this chair / *this chairs yesterday."""
     noun = rng.choice(words["object"])
     start = f"the {rng.choice(words['person'])} {rng.choice(words['object_verb'])}"
-    adjective = rng.choice((rng.choice(lex.OBJECT_ADJECTIVES), ""))
+    adjective = rng.choice((rng.choice(lex.OBJECT_ADJECTIVES), "", ""))
     frame = f"{start} {{}} {adjective} {{}} {rng.choice(lex.TIMES)}"
-    return _crossed(rng.choice(lex.DETERMINERS), (noun, lex.plural(noun)), frame)
+    return _crossed(lex.DETERMINERS, (noun, lex.plural(noun)), frame)
 
 
 def auxiliary_verb_form(rng: random.Random, words: Words) -> Block:
@@ -71,7 +72,7 @@ def reflexive_agreement(rng: random.Random, words: Words) -> Block:
     subjects, reflexives = couple, ("himself", "herself")
     if rng.random() < 1 / 3:
         subjects, reflexives = (couple[gender], lex.plural(couple[gender])), (reflexives[gender], "themselves")
-    between = rng.choice((f"{rng.choice(lex.NEAR)} the {rng.choice(words['person'])}", ""))
+    between = rng.choice((f"{rng.choice(lex.NEAR)} the {rng.choice(words['person'])}", "", ""))
     frame = f"the {{}} {between} {rng.choice(words['person_verb'])} {{}} {rng.choice(lex.TIMES)}"
     return _crossed(subjects, reflexives, frame)
 

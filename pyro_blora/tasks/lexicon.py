@@ -64,33 +64,12 @@ NOUNS_AND_VERBS: Words = {
 PERSON_ADJECTIVES = _words("tired happy busy angry hungry late ready famous lonely nervous polite rich")
 OBJECT_ADJECTIVES = _words("old new dirty clean expensive heavy beautiful small useful strange cheap green")
 NEAR = ("near", "behind", "beside")
-MANNERS = (
-    "again",
-    "loudly",
-    "every day",
-    "in the garden",
-    "in the kitchen",
-    "all the time",
-    "after dinner",
-    "at night",
-)
-TIMES = (
-    "yesterday",
-    "last week",
-    "again",
-    "after dinner",
-    "this morning",
-    "in the garden",
-    "at the party",
-    "on Monday",
-)
+# Few function words and many sentences that end early: long or varied frames hide the clash from a small encoder.
+MANNERS = ("", "", "again", "at night")
+TIMES = ("", "", "again", "yesterday")
 COPULAS = (("is", "are"), ("was", "were"))
-DETERMINERS = (("this", "these"), ("that", "those"))
-AUXILIARIES = {
-    "participle": ("has", "had"),
-    "gerund": ("is", "was"),
-    "base": ("can", "will", "must", "should", "could"),
-}
+DETERMINERS = ("this", "these")
+AUXILIARIES = {"participle": ("has",), "gerund": ("is",), "base": ("can", "will")}
 
 
 def lexicon(*, held_out: bool) -> Words:

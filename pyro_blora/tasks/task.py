@@ -72,12 +72,13 @@ class Task:
         """
         if logits.shape[-1] != self.num_labels:
             raise ValueError(
-                f"logits of shape {tuple(logits.shape)} for task {self.name!r}: the last dimension must be {self.num_labels}"
+                f"task {self.name!r} needs logits of shape (..., {self.num_labels}), not {tuple(logits.shape)}: "
+                f"build the head with num_labels={self.num_labels}"
             )
         if not self.is_regression:
             return dist.Categorical(logits=logits.float())
         if scale is None:
-            raise ValueError(f"task {self.name!r} needs scale, the labels' standard deviation")
+            raise ValueError(f"task {self.name!r} needs scale: pass the standard deviation of a label as a 0-d tensor")
         low, high = self.label_range
         return dist.Normal((high + low) / 2 + (high - low) / 2 * logits.squeeze(-1).float(), scale.float())
 

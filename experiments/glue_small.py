@@ -1,0 +1,98 @@
+"""Small GLUE on MiniLM: plain LoRA against the `bops` prior with its default settings, in the same loop.
+
+    python experiments/glue_small.py --glue_dir path/to/glue --table benchmarks/glue_small.md
+
+Each cell is a run of `pyro-blora train`, the same as from the command line; finished cells are kept, so the study may be
+spread out. The table gives the dev metric averaged over draws, the BOPs, and what always answering the most frequent
+label (or the mean) would score.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from pyro_blora.config import RunConfig
+from pyro_blora.run import train_run, versions
+from pyro_blora.tasks import get_task
+
+TASKS = ("sst2", "cola", "mrpc", "stsb", "rte", "qnli")
+PRIORS = {"LoRA (`fixed`, 32 bit, rank 8)": ("fixed", {"bits": 32, "rank": 8}), "`bops`, defaults": ("bops", {})}
+
+
+def command(config: RunConfig) -> str:
+    settings = "".join(f" --prior.{key} {value}" for key, value in config.prior_settings.items())
+    return (
+        f"python experiments/train.py --task {config.task} --glue_dir {config.glue_dir} --backbone {config.backbone} "
+        f"--max_train {config.max_train} --epochs {config.epochs} --prior {config.prior}{settings}"
+    )
+
+
+def majority(task_name: str, glue_dir: str) -> float:
+    """The headline metric of the constant answer that is best on the training set."""
+    task = get_task(task_name)
+    rows = task.load(glue_dir=glue_dir)
+    labels = torch.tensor(rows["train"]["label"])
+    constant = labels.mean().item() if task.is_regression else labels.mode().values.item()
+    references = list(rows["eval"]["label"])
+    scores = task.metric().compute(predictions=[constant] * len(references), references=references)
+    return scores[task.metric_name]
+
+
+def finished(config: RunConfig) -> dict:
+    folder = Path(config.output_dir) / config.folder_name
+    if not (folder / "summary.json").exists():
+        train_run(config)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--max_train", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--draws", type=int, default=15)
+    parser.add_argument("--output_dir", default="runs/glue_small")
+    parser.add_argument("--table", default="runs/glue_small/table.md", help="where the Markdown table is written")
+    options = parser.parse_args(arguments)
+    lines, commands, device = [], [], ""
+    for task in options.tasks:
+        floor = majority(task, options.glue_dir)
+        for label, (prior, settings) in PRIORS.items():
+            config = RunConfig(
+                task=task, glue_dir=options.glue_dir, backbone="demo", max_train=options.max_train, prior=prior,
+                prior_settings=settings, epochs=options.epochs, draws=options.draws, output_dir=options.output_dir,
+            )  # fmt: skip
+            result = finished(config)
+            bits = " / ".join(f"{value:.1f}" for value in result["expected_bits"].values())
+            rank = " / ".join(f"{value:.1f}" for value in result["expected_rank"].values())
+            lines.append(
+                f"| {task} | {result['n_train']} | {label} | {result['metric']['name']} | "
+                f"{result['metric']['value']:.3f} | {floor:.3f} | {result['nll']:.3f} | "
+                f"{result['bops']['adapted_ratio']:.1%} | {result['bops']['model_ratio']:.1%} | {bits} | {rank} | "
+                f"{result['seconds']['training']:.0f} |"
+            )
+            commands.append(command(config))
+            device = result["device"]
+        _write(Path(options.table), lines, commands, device)
+
+
+def _write(path: Path, lines: list[str], commands: list[str], device: str) -> None:
+    head = (
+        "| task | examples | method | metric | dev | constant answer | NLL | BOPs / adapted | BOPs / model | "
+        "E[bits] input / base / A / B / hidden | E[rank] query / key / value | training (s) |"
+    )
+    rule = "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    text = "\n".join([
+        "# Small GLUE on MiniLM", "", f"Written by `experiments/glue_small.py` on {device}; {found}. One seed (0).",
+        "", head, rule, *lines, "", "Each line, by its command:", "", "```sh", *commands, "```", "",
+    ])  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

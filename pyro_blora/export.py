@@ -1,0 +1,156 @@
+"""Adapter out and in: a plain PEFT folder of the deployed allocation, and what is needed to go on with the posterior.
+
+`export` writes `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads without
+this package: open ranks only, lora_A and lora_B as quantized at their deployed widths, `rank_pattern` and
+`alpha_pattern` so that the scale stays alpha / R. Beside it `gates.safetensors` holds everything that was trained, in
+full rank and unquantized, for `load`. Both are read back and compared before the call returns.
+"""
+
+import copy
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import adapters
+from .build import build_program, check_names
+from .checkpoint import trainable
+from .config import RunConfig
+from .layout import AdapterLayout
+from .posterior import deployed
+from .program import BayesianLoRA
+from .quantizer import quantize_mixture
+
+GATES_FILE = "gates.safetensors"
+_GAP = 1e-4  # largest difference of logits between the exported adapter and the network it came from
+
+
+@torch.no_grad()
+def export(program: BayesianLoRA, folder: str | Path) -> Path:
+    """Write the deployed adapter to `folder`, which must not exist.
+
+    Errors: FileExistsError; RuntimeError if what was written does not predict what the program predicts (nothing is
+    left behind then).
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: give another folder, an adapter is never overwritten")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        plain = plain_backbone(program.net)
+        ranks, weights = _deployed_weights(program)
+        _save_peft(plain, program.net.layout, ranks, weights, partial)
+        _verify(program, plain, ranks, partial)
+        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
+        notes = {"layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train)}
+        save_file(tensors, partial / GATES_FILE, metadata=notes)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def plain_backbone(net: adapters.GatedModel) -> nn.Module:
+    """A copy of the backbone as transformers made it, with the trained head and without adapters."""
+    model = copy.deepcopy(net.peft_model).unload()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, adapters.QuantizedLinear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.plain())
+    for config in ("peft_config", "_hf_peft_config_loaded"):
+        if config in vars(model):
+            delattr(model, config)
+    return model
+
+
+def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]]]:
+    """Open ranks, and (lora_A (r, n), lora_B (m, r)) as quantized, of every adapted projection by name."""
+    net, layout, (z, g) = program.net, program.net.layout, deployed(program)
+    ladder = adapters.mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, 5)
+    ranks, weights = {}, {}
+    for layer in net.layers():
+        projection, i = layout.projections[layer.index], layer.index
+        if not projection.adapted:
+            continue
+        ranks[projection.name] = rank = 1 + int(g[i].sum())
+        down, up = (
+            quantize_mixture(side[adapters.ADAPTER].weight, net.log_range[i, t].exp(), ladder[i, t])
+            for side, t in ((layer.lora_A, 2), (layer.lora_B, 3))
+        )
+        weights[projection.name] = down[:rank].cpu(), up[:, :rank].cpu()
+    return ranks, weights
+
+
+def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: dict, folder: Path) -> None:
+    alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
+    config = adapters.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
+    with torch.random.fork_rng(devices=[]):
+        model = peft.get_peft_model(copy.deepcopy(plain), config)
+    modules = dict(model.base_model.model.named_modules())
+    for name, (down, up) in weights.items():
+        layer = modules[name]
+        if layer.r[adapters.ADAPTER] != ranks[name]:  # a pattern that matches nothing is ignored by PEFT
+            raise RuntimeError(f"PEFT gave {name} rank {layer.r[adapters.ADAPTER]} instead of {ranks[name]}")
+        layer.lora_A[adapters.ADAPTER].weight.copy_(down)
+        layer.lora_B[adapters.ADAPTER].weight.copy_(up)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for the base model on the hub to see whether its vocabulary grew
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def _verify(program: BayesianLoRA, plain: nn.Module, ranks: dict[str, int], folder: Path) -> None:
+    """The adapter as PEFT reads it, against the gated network with activations and base weights at 32 bit."""
+    device = program.log_scale.device
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder)).eval().to(device)
+    modules = dict(reloaded.base_model.model.named_modules())
+    wrong = [name for name, rank in ranks.items() if modules[name].r[adapters.ADAPTER] != rank]
+    if wrong:
+        raise RuntimeError(f"the exported adapter lost the rank of {wrong[0]}")
+    z, g = deployed(program)
+    z = z.clone()
+    z[:, [0, 1, 4]] = 1.0
+    vocabulary = plain.config.vocab_size
+    tokens = torch.arange(64, device=device).view(2, 32) * 7919 % vocabulary
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    training = program.training
+    program.eval()
+    with adapters.gates(program.net, z, g):
+        expected = program.net(**batch).logits.float()
+    program.train(training)
+    gap = (reloaded(**batch).logits.float() - expected).abs().max().item()
+    if not gap <= _GAP:
+        raise RuntimeError(f"the exported adapter's logits differ by {gap:.2g} from the program's: please report this")
+
+
+def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
+    """The trained program of a run folder, ready to draw, predict or go on.
+
+    Errors: ValueError for a folder that is no finished run, or whose files are damaged or belong to another model.
+    """
+    run = Path(run)
+    path = run / "adapter" / GATES_FILE
+    if not (run / "config.json").is_file() or not path.is_file():
+        raise ValueError(f"{run} is not a finished run: it has no config.json with adapter/{GATES_FILE}")
+    config = RunConfig.from_json(run / "config.json")
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        layout, rows = AdapterLayout.from_dict(json.loads(notes["layout"])), int(notes["n_train"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None
+    program = build_program(config, check_names(config), n_train or rows)
+    parameters = trainable(program)
+    if program.net.layout != layout or set(parameters) != set(tensors):
+        raise ValueError(f"{path} does not fit the model that config.json describes: restore the run folder from a copy")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return program.eval()

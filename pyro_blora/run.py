@@ -1,0 +1,224 @@
+"""One run, from a configuration to a finished folder, and the table a user sees at the end.
+
+The folder is filled under a temporary name (`.<name>.partial`), from which an interrupted run resumes, and renamed when
+everything is there. A finished run is never overwritten.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import accelerate
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .bops import expected_bits, expected_bops, expected_rank
+from .build import check_names
+from .config import RunConfig
+from .data import by_length, on_device, take
+from .export import export
+from .gates import Gates
+from .inference_data import save, to_arviz
+from .posterior import ECE_BINS, Prediction, divergences, draw, marginals, predict
+from .training import Trained, fit
+
+_INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
+_BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
+_ELBO_EXAMPLES, _ELBO_DRAWS = 512, 4  # training rows and discrete draws behind elbo_per_example
+_PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "arviz", "numpy")
+
+
+def train_run(config: RunConfig) -> Path:
+    """Train, evaluate and save one run; returns its folder.
+
+    Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work. Neither leaves
+    anything behind.
+    """
+    folder = Path(config.output_dir) / config.folder_name
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} is a finished run already: look at it with `pyro-blora show {folder}`, or change --seed or "
+            "--output_dir to run again"
+        )
+    check_names(config)
+    partial = folder.with_name(f".{folder.name}.partial")
+    trained = fit(config, folder=partial)
+    state = accelerate.PartialState()
+    if state.is_main_process:
+        began = time.perf_counter()
+        summary = _finish(trained, partial)
+        summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
+        (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
+        (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder)
+        show_run(folder)
+    state.wait_for_everyone()
+    return folder
+
+
+def show_run(folder: str | Path) -> None:
+    """Print the result table of a finished run.  Errors: ValueError for a folder that is none."""
+    folder = Path(folder)
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        tables = result_tables(summary)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
+    console = Console()
+    for table in tables:
+        console.print(table)
+    console.print(f"Run folder: {folder}", soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return found
+
+
+def _finish(trained: Trained, folder: Path) -> dict:
+    """Everything that follows training: predictions, posterior, adapter; returns the summary."""
+    parts, program, config = trained.parts, trained.program, trained.parts.config
+    shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
+    draws = draw(program, config.draws, seed=config.seed)
+    predictions = {split: _predict(trained, split, draws) for split in parts.tokens if split != "train"}
+    prediction = predictions["eval"]
+    save(to_arviz(program, draws, prediction, labels=parts.task.labels, seed=config.seed), folder / "posterior.nc")
+    export(program, folder / "adapter")
+    for split, predicted in predictions.items():
+        name = "predictions.parquet" if split == "eval" else f"predictions_{split.removeprefix('eval_')}.parquet"
+        _table(trained, split, predicted).to_parquet(folder / name)
+    summary = _summary(trained, prediction, _predict(trained, "eval", None))
+    for split, predicted in predictions.items():
+        if split != "eval":
+            summary[split] = _scores(trained, predicted)
+    return summary
+
+
+def _predict(trained: Trained, split: str, draws: Gates | None, rows=None) -> Prediction:
+    parts, device = trained.parts, trained.program.log_scale.device
+    tokens = parts.tokens[split] if rows is None else rows
+    batches, order = by_length(tokens, parts.tokenizer, 2 * parts.config.batch_size)
+    return predict(trained.program, on_device(batches, device), gates=draws, quiet=False).restored(order)
+
+
+def _scores(trained: Trained, prediction: Prediction) -> dict:
+    """The metric's own numbers, the headline first, and calibration."""
+    task = trained.parts.task
+    decision, labels = prediction.decision.tolist(), prediction.labels.tolist()
+    scores = task.metric().compute(predictions=decision, references=labels)
+    correct = None if task.is_regression else float((prediction.decision == prediction.labels).double().mean())
+    calibration = prediction.calibration()
+    return {
+        "metric": {"name": task.metric_name, "value": scores[task.metric_name]},
+        "scores": scores,
+        "accuracy": correct,
+        "nll": prediction.nll,
+        "ece": {"value": calibration["ece"], "bins": ECE_BINS},
+        "brier": calibration["brier"],
+    }
+
+
+def _table(trained: Trained, split: str, prediction: Prediction) -> pd.DataFrame:
+    """One line an example: its text, label, decision, and mean probability of each class (or mean and spread)."""
+    task = trained.parts.task
+    table = trained.parts.rows[split].to_pandas()
+    table["decision"] = prediction.decision.numpy()
+    if task.is_regression:
+        table["std_over_draws"] = prediction.outputs.squeeze(-1).std(0, correction=0).numpy()
+    else:
+        for index, label in enumerate(task.labels):
+            table[f"p_{label}"] = prediction.mean[:, index].numpy()
+    table["log_likelihood"] = prediction.log_likelihood.mean(0).numpy()
+    return table
+
+
+@torch.no_grad()
+def _summary(trained: Trained, prediction: Prediction, deployed: Prediction) -> dict:
+    parts, program, config = trained.parts, trained.program, trained.parts.config
+    layout, (z, g), kl = program.net.layout, marginals(program), divergences(program)
+    kl_z, kl_g = float(kl.z.sum()), float(kl.g.sum())
+    train = take(parts.tokens["train"], _ELBO_EXAMPLES, config.seed)
+    fitted = _predict(trained, "train", draw(program, _ELBO_DRAWS, seed=config.seed), train)
+    bops = expected_bops(layout, z, g)
+    ratios = expected_bops(layout, *draw(program, _BOPS_DRAWS, seed=config.seed)).adapted_ratio.cpu()
+    bits, ranks = expected_bits(layout, z).cpu(), expected_rank(g).cpu()
+    kinds = {p.type: [i for i, q in enumerate(layout.projections) if q.type == p.type] for p in layout.adapted}
+    return {
+        "task": config.task,
+        "backbone": config.backbone,
+        "prior": config.prior,
+        "guide": config.guide,
+        "seed": config.seed,
+        "n_train": program.n_train,
+        "n_eval": len(prediction.labels),
+        **_scores(trained, prediction),
+        "draws": config.draws,
+        "averaging": f"mean of the predicted probabilities over {config.draws} draws of the gates",
+        "deployed": _scores(trained, deployed),
+        "elbo_per_example": float(fitted.log_likelihood.mean()) - (kl_z + kl_g) / program.n_train,
+        "kl": {"z": kl_z, "g": kl_g},
+        "bops": {
+            "adapted_ratio": float(bops.adapted_ratio),
+            "model_ratio": float(bops.model_ratio),
+            "interval": [float(ratios.quantile(p)) for p in _INTERVAL],
+        },
+        "expected_bits": {
+            tensor: float(bits[program.z_mask.cpu()[:, t], t].mean()) for t, tensor in enumerate(layout.tensors)
+        },
+        "expected_rank": {kind: float(ranks[rows].mean()) for kind, rows in kinds.items()},
+        "adapter_parameters": sum(
+            (p.in_features + p.out_features) * (1 + int((g[i] > 0.5).sum()))
+            for i, p in enumerate(layout.projections) if p.adapted
+        ),
+        "seconds": {"training": round(trained.seconds, 2)},
+        "peak_memory_bytes": _peak_memory(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
+    }  # fmt: skip
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def result_tables(summary: dict) -> list[Table]:
+    """What a user wants to know first: the score, its calibration, what the gates learned, what it costs."""
+    head = Table(title=f"{summary['task']} · {summary['backbone']} · prior {summary['prior']}", title_justify="left")
+    for column, justify in (("", "left"), (f"{summary['draws']} draws", "right"), ("deployed", "right")):
+        head.add_column(column, justify=justify)
+    deployed, metric = summary["deployed"], summary["metric"]["name"]
+    head.add_row(metric, _number(summary["metric"]["value"]), _number(deployed["metric"]["value"]))
+    head.add_row("NLL (nats an example)", _number(summary["nll"]), _number(deployed["nll"]))
+    if summary["ece"]["value"] is not None:
+        bins = summary["ece"]["bins"]
+        head.add_row(f"ECE ({bins} bins)", _number(summary["ece"]["value"]), _number(deployed["ece"]["value"]))
+    gates = Table(title="What the gates learned", title_justify="left")
+    for column in ("", "expected"):
+        gates.add_column(column, justify="left" if not column else "right")
+    for role, bits in summary["expected_bits"].items():
+        gates.add_row(f"bits of {role}", f"{bits:.1f}")
+    for kind, rank in summary["expected_rank"].items():
+        gates.add_row(f"rank of {kind}", f"{rank:.1f}")
+    low, high = summary["bops"]["interval"]
+    gates.add_row("BOPs / adapted projections at 32 x 32", f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]")
+    gates.add_row("BOPs / whole model at 32 x 32", f"{summary['bops']['model_ratio']:.2%}")
+    gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
+    return [head, gates]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
