@@ -109,6 +109,7 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False) -
     folder: where metrics.jsonl and checkpoints/ are kept, and found again after an interruption; None keeps nothing.
     Errors: ValueError, see `build`, before anything is written.
     """
+    accelerate.state.AcceleratorState._reset_state()  # an earlier fit in this session may have had another precision
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         log_with=config.tracker, project_dir=folder,

@@ -6,6 +6,8 @@ Random weights of ten times the usual size, so that a changed layer shows in the
 import torch
 import transformers
 
+torch.set_num_threads(1)  # tensors this small are up to ten times slower with a pool of threads on a busy machine
+
 VOCABULARY = 100
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
           "intermediate_size": 64, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip

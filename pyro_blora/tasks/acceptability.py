@@ -37,10 +37,8 @@ def subject_verb_agreement(rng: random.Random, words: Words) -> Block:
     distractor = rng.choice((distractor, lex.plural(distractor)))
     link = f"who {rng.choice(words['person_verb'])}" if form == "relative" else rng.choice(lex.NEAR)
     between = rng.choice((f"{link} the {distractor}", ""))
-    verbs, rest = (
-        rng.choice(lex.COPULAS),
-        rng.choice(lex.OBJECT_ADJECTIVES if form == "object" else lex.PERSON_ADJECTIVES),
-    )
+    verbs = rng.choice(lex.COPULAS)
+    rest = rng.choice(lex.OBJECT_ADJECTIVES if form == "object" else lex.PERSON_ADJECTIVES)
     if form == "verb":
         verb = rng.choice(words["intransitive"])
         verbs, rest = (lex.third_person(verb), verb), rng.choice(lex.MANNERS)
@@ -57,7 +55,7 @@ def determiner_noun_agreement(rng: random.Random, words: Words) -> Block:
 
 
 def auxiliary_verb_form(rng: random.Random, words: Words) -> Block:
-    """The doctor has laughed / *laughing loudly."""
+    """The doctor has laughed / *laughing again."""
     base = rng.choice(words["intransitive"])
     forms = {"participle": lex.past(base), "gerund": lex.gerund(base), "base": base}
     first, second = rng.sample(sorted(lex.AUXILIARIES), 2)

@@ -1,0 +1,119 @@
+"""What every prior and every guide must pass, the package's and a user's own.
+
+    from contracts import check_guide, check_prior
+    check_prior("my_priors.py:late_layers", layout)
+    check_guide("my_guides.py:shared", layout, "nested")
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.distributions import kl_divergence
+
+from pyro_blora.gates import Gates, NestedBernoulli, pinned_logits
+from pyro_blora.guides import build_guide
+from pyro_blora.priors import build_prior
+
+MOVES = ({"dtype": torch.float64}, {"device": "meta"})
+
+
+def masks(layout):
+    """The gates that exist, in the shapes of z and g."""
+    z = layout.z_mask[..., None].expand(layout.z_shape)
+    return Gates(z, layout.g_mask[:, None].expand(layout.g_shape))
+
+
+def shapes(layout):
+    return Gates(layout.z_shape, layout.g_shape)
+
+
+def check_prior(name, layout, settings=None):
+    """A prior is two nested laws in the shapes of the layout, the same at every call, that move with their module."""
+    prior = build_prior(name, layout, settings)
+    laws = prior()
+    assert isinstance(prior, nn.Module) and isinstance(laws, Gates)
+    for law, again, shape in zip(laws, prior(), shapes(layout), strict=True):
+        assert isinstance(law, NestedBernoulli)
+        assert law.batch_shape == shape[:-1] and law.event_shape == shape[-1:] and law.sample().shape == shape
+        assert law.log_probs.dtype == torch.float32
+        assert bool((law.log_probs <= 0).all())  # finite or pinned, and not nan
+        assert torch.equal(law.log_probs, again.log_probs)
+        torch.testing.assert_close(law.depth_probs.sum(-1), torch.ones(shape[:-1]))
+    for law, same in zip(laws, build_prior(name, layout, settings)(), strict=True):
+        assert torch.equal(law.log_probs, same.log_probs)
+    for move in MOVES:
+        for law in copy.deepcopy(prior).to(**move)():
+            assert law.log_probs.dtype == move.get("dtype", torch.float32)
+            assert law.log_probs.device.type == move.get("device", "cpu")
+
+
+def check_guide(name, layout, prior_name, settings=None, prior_settings=None):
+    """A guide has a differentiable KL to the prior, keeps its pins, and reports discrete laws."""
+    torch.manual_seed(0)
+    prior = build_prior(prior_name, layout, prior_settings)()
+    guide = build_guide(name, layout, prior, settings)
+    assert isinstance(guide, nn.Module)
+    for hard in (True, False):
+        _check_laws(guide.laws(0.5, hard), prior, layout, hard)
+    _check_gradient(guide, prior, layout)
+    _check_posterior(guide, prior, layout)
+    _check_moves(guide, layout)
+    if hasattr(guide, "start"):
+        guide.start(Gates(*(law.depth_log_probs for law in prior)))
+        assert all(bool(parameter.isfinite().all()) for parameter in guide.parameters())
+        _check_posterior(guide, prior, layout)
+
+
+def _check_laws(laws, prior, layout, hard):
+    for law, base, shape in zip(laws, prior, shapes(layout), strict=True):
+        value = law.rsample()
+        assert law.batch_shape == shape[:-1] and value.shape == shape
+        assert bool(((value >= 0) & (value <= 1)).all())
+        assert bool((value[..., 1:] <= value[..., :-1] + 1e-6).all())
+        if hard:
+            assert bool(((value == 0) | (value == 1)).all())
+            assert bool((base.log_prob(value.detach()) > -torch.inf).all())  # pins hold in every draw
+        assert bool(kl_divergence(law, base).isfinite().all())
+
+
+def _check_gradient(guide, prior, layout):
+    """The KL and the sample reach the parameters wherever something is free, with finite slopes."""
+    free = [bool((pinned_logits(law.log_probs).isnan() & mask).any())
+            for law, mask in zip(prior, masks(layout), strict=True)]  # fmt: skip
+    parameters, laws = list(guide.parameters()), guide.laws(0.5, True)
+    for law, base, is_free in zip(laws, prior, free, strict=True):
+        for value in (kl_divergence(law, base).sum(), law.rsample().sum()):
+            assert value.requires_grad or not is_free
+            if value.requires_grad:
+                slopes = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+                assert all(bool(slope.isfinite().all()) for slope in slopes)
+                assert any(bool((slope != 0).any()) for slope in slopes) or not is_free
+
+
+def _check_posterior(guide, prior, layout):
+    posterior = guide.posterior()
+    assert isinstance(posterior, Gates)
+    for law, base, shape in zip(posterior, prior, shapes(layout), strict=True):
+        assert isinstance(law, NestedBernoulli)
+        assert law.log_probs.shape == shape and bool((law.log_probs <= 0).all())
+        pins = pinned_logits(base.log_probs)
+        assert bool((law.log_probs[pins == torch.inf] == 0).all())
+        assert bool((law.log_probs[pins == -torch.inf] == -torch.inf).all())
+        assert bool(kl_divergence(law, base).isfinite().all())
+        assert bool((law.mode <= 1).all()) and bool((base.log_prob(law.mode) > -torch.inf).all())
+
+
+def _check_moves(guide, layout):
+    for move in MOVES:
+        moved = copy.deepcopy(guide).to(**move)
+        for law, value in zip(moved.posterior(), (law.rsample() for law in moved.laws(0.5, True)), strict=True):
+            for tensor in (law.log_probs, value):
+                assert tensor.dtype == move.get("dtype", torch.float32)
+                assert tensor.device.type == move.get("device", "cpu")
+    twin = copy.deepcopy(guide)
+    for parameter in twin.parameters():
+        parameter.data.fill_(-1.0)
+    twin.load_state_dict(guide.state_dict())
+    for law, same in zip(guide.posterior(), twin.posterior(), strict=True):
+        assert torch.equal(law.log_probs, same.log_probs)

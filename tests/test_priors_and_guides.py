@@ -1,0 +1,307 @@
+"""Every registered prior and guide keeps the contract, and gives the answers that are known by hand."""
+
+import math
+
+import pytest
+import torch
+from contracts import check_guide, check_prior, masks
+from models import tiny_bert, tiny_deberta
+from torch import nn
+from torch.distributions import kl_divergence
+
+from pyro_blora.bops import expected_bits, expected_bops, expected_rank
+from pyro_blora.gates import Gates, NestedBernoulli
+from pyro_blora.guides import GUIDES, MeanField, build_guide, register_guide
+from pyro_blora.layout import LADDER, AdapterLayout
+from pyro_blora.priors import PRIORS, build_prior, register_prior
+
+OWN = '''
+import torch
+
+from pyro_blora.gates import Gates, NestedBernoulli
+from pyro_blora.guides import MeanField
+
+
+def late_layers(layout, *, rate: float = 2.0):
+    """Later layers pay less."""
+    layer = torch.tensor([p.layer for p in layout.projections])
+    z = (rate / (1 + layer))[:, None, None].expand(layout.z_shape)
+    return Gates(NestedBernoulli.from_rate(z), NestedBernoulli.from_rate(torch.full(layout.g_shape, rate)))
+
+
+def cautious(layout, prior, *, logit: float = 2.0):
+    return MeanField(layout, prior, logit, logit)
+'''
+
+
+@pytest.fixture(scope="module", params=["bert", "deberta-encoder", "rank-1"])
+def layout(request):
+    if request.param == "bert":
+        return AdapterLayout.of(tiny_bert(), rank=4, sequence_length=10)
+    if request.param == "rank-1":
+        return AdapterLayout.of(tiny_bert(), rank=1, scope="encoder", sequence_length=10)
+    return AdapterLayout.of(tiny_deberta(), rank=3, scope="encoder", sequence_length=10)
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    return file
+
+
+@pytest.fixture
+def forget():
+    """Names registered by a test are taken out again."""
+    before = [(registry, dict(registry._functions)) for registry in (PRIORS, GUIDES)]
+    yield
+    for registry, functions in before:
+        registry._functions.clear()
+        registry._functions.update(functions)
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIORS.names())
+def test_a_registered_prior_keeps_the_contract(name, layout):
+    check_prior(name, layout)
+
+
+@pytest.mark.parametrize("prior", PRIORS.names())
+@pytest.mark.parametrize("name", GUIDES.names())
+def test_a_registered_guide_keeps_the_contract_under_every_prior(name, prior, layout):
+    check_guide(name, layout, prior)
+
+
+@pytest.mark.parametrize("settings", [{"rate": 0.0}, {"rate": 1e-6}, {"rate": 300.0}, {"rate": 1.0, "rank_rate": 0.0}])
+@pytest.mark.parametrize("prior", ["nested", "bops"])
+@pytest.mark.parametrize("guide", GUIDES.names())
+def test_extreme_rates_keep_the_contract(guide, prior, settings, layout):
+    check_prior(prior, layout, settings)
+    check_guide(guide, layout, prior, prior_settings=settings)
+
+
+@pytest.mark.parametrize("bits", LADDER)
+@pytest.mark.parametrize("guide", GUIDES.names())
+def test_every_fixed_width_and_rank_keeps_the_contract(guide, bits, layout):
+    for rank in (1, layout.rank):
+        check_guide(guide, layout, "fixed", prior_settings={"bits": bits, "rank": rank})
+
+
+def test_a_prior_and_a_guide_from_a_file_keep_the_contract(own_file, layout):
+    check_prior(f"{own_file}:late_layers", layout, {"rate": 1.5})
+    check_guide(f"{own_file}:cautious", layout, f"{own_file}:late_layers", {"logit": 1.0})
+
+
+def test_a_prior_and_a_guide_from_the_decorator_keep_the_contract(forget, layout):
+    @register_prior("halves")
+    def halves(layout):
+        half = math.log(2)
+        z, g = torch.full(layout.z_shape, half), torch.full(layout.g_shape, half)
+        return Gates(NestedBernoulli.from_rate(z), NestedBernoulli.from_rate(g))
+
+    @register_guide("undecided")
+    def undecided(layout, prior):
+        return MeanField(layout, prior, 0.0, 0.0)
+
+    check_prior("halves", layout)
+    for guide in GUIDES.names():
+        check_guide(guide, layout, "halves")
+    for prior in PRIORS.names():
+        check_guide("undecided", layout, prior)
+
+
+def test_a_prior_that_learns_is_a_module(forget, layout):
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_rate = nn.Parameter(torch.zeros(()))
+
+        def forward(self):
+            z, g = (self.log_rate.exp().expand(shape) for shape in (layout.z_shape, layout.g_shape))
+            return Gates(NestedBernoulli(-z, validate_args=False), NestedBernoulli(-g, validate_args=False))
+
+    @register_prior("learned")
+    def learned(layout):
+        return Learned()
+
+    check_prior("learned", layout)
+    prior = build_prior("learned", layout)
+    guide = build_guide("mean_field", layout, prior())
+    kl_divergence(guide.laws(0.5, True).z, prior().z).sum().backward()
+    assert prior.log_rate.grad != 0
+
+
+# --- known answers ----------------------------------------------------------------------------------------------------
+
+
+def test_nested_opens_each_gate_with_the_exponential_of_minus_its_rate(layout):
+    prior = build_prior("nested", layout, {"rate": 0.7, "rank_rate": 0.2})()
+    for law, rate in zip(prior, (0.7, 0.2), strict=True):
+        gates = torch.arange(1, law.event_shape[0] + 1)
+        torch.testing.assert_close(law.mean, torch.exp(-rate * gates).expand(law.mean.shape))
+
+
+def test_a_rank_costs_a_tenth_of_a_rung_unless_said_otherwise(layout):
+    prior = build_prior("nested", layout, {"rate": 3.0})()
+    assert torch.equal(prior.z.log_probs, torch.full(layout.z_shape, -3.0))
+    torch.testing.assert_close(prior.g.log_probs, torch.full(layout.g_shape, -0.3))
+
+
+def test_bops_rungs_cost_in_the_ratio_of_the_bits_they_add(layout):
+    rates = -build_prior("bops", layout, {"rate": 0.5})().z.log_probs
+    exists = layout.z_mask
+    ratios = rates[exists] / rates[exists][:, :1]
+    torch.testing.assert_close(ratios, torch.tensor([1.0, 2.0, 4.0, 8.0]).expand(ratios.shape))
+    dearest = rates.flatten(0, 1).max(0).values
+    torch.testing.assert_close(dearest, 0.5 * torch.tensor([2.0, 4.0, 8.0, 16.0]))
+
+
+def test_bops_rates_are_proportional_to_the_bit_operations_a_gate_adds(layout):
+    """One constant for every bit gate and every rank gate: rate / added BOPs, everything else open."""
+    prior = build_prior("bops", layout, {"rate": 2.0})()
+    z, g = torch.ones(layout.z_shape), torch.ones(layout.g_shape)
+    constants = []
+    for index in masks(layout).z.nonzero().tolist():
+        at, without = z.clone(), z.clone()
+        at[index[0], index[1], index[2] + 1 :] = 0
+        without[index[0], index[1], index[2] :] = 0
+        added = expected_bops(layout, at, g).adapted.item() + expected_bops(layout, at, g).model.item()
+        added -= expected_bops(layout, without, g).adapted.item() + expected_bops(layout, without, g).model.item()
+        if not layout.projections[index[0]].adapted:
+            added *= 2  # it is in `model` only
+        constants.append(-prior.z.log_probs[tuple(index)].item() / added)
+    for row, rank in masks(layout).g.nonzero().tolist():
+        at, without = g.clone(), g.clone()
+        at[row, rank + 1 :] = 0
+        without[row, rank:] = 0
+        added = expected_bops(layout, z, at).adapted.item() - expected_bops(layout, z, without).adapted.item()
+        constants.append(-prior.g.log_probs[row, rank].item() / (2 * added))
+    assert constants == pytest.approx([constants[0]] * len(constants), rel=1e-5)
+    assert len(constants) == int(masks(layout).z.sum() + masks(layout).g.sum())
+
+
+def test_fixed_pins_the_named_width_and_rank(layout):
+    for bits in LADDER:
+        for rank in range(1, layout.rank + 1):
+            prior = build_prior("fixed", layout, {"bits": bits, "rank": rank})()
+            for law in (prior, build_guide("mean_field", layout, prior).posterior()):
+                assert torch.equal(expected_bits(layout, law.z.mean), torch.full(layout.z_shape[:2], float(bits)))
+                assert torch.equal(expected_rank(law.g.mean), torch.full(layout.g_shape[:1], float(rank)))
+                assert law.z.entropy().sum() == 0
+
+
+def test_fixed_is_plain_lora_by_default(layout):
+    prior = build_prior("fixed", layout)()
+    bops = expected_bops(layout, prior.z.mean, prior.g.mean)
+    assert bops.adapted_ratio == 1 and bops.model_ratio == 1
+
+
+def test_a_mean_field_guide_starts_from_the_depths_it_is_given(layout):
+    prior = build_prior("nested", layout, {"rate": 1.0, "rank_rate": 0.5})()
+    guide = build_guide("mean_field", layout, prior)
+    guide.start(Gates(*(law.depth_log_probs + 3.0 for law in prior)))  # a constant does not count
+    for law, base in zip(guide.posterior(), prior, strict=True):
+        torch.testing.assert_close(law.depth_probs, base.depth_probs)
+
+
+def test_a_start_that_is_sure_leaves_gates_a_way_back(layout):
+    guide = build_guide("mean_field", layout, build_prior("nested", layout)())
+    sure = Gates(torch.full((*layout.z_shape[:2], 5), -1e4), torch.full((*layout.g_shape[:1], layout.rank), -1e4))
+    for logits in sure:
+        logits[..., 0] = 1e4
+    guide.start(sure)
+    probs = guide.posterior().z.log_probs.exp()
+    assert bool((probs[..., 0] < 0.01).all()) and bool((probs * (1 - probs) > 1e-3).all())
+
+
+def test_a_point_guide_is_the_chain_whose_product_exceeds_one_half(layout):
+    guide = build_guide("point", layout, build_prior("nested", layout)())
+    with torch.no_grad():
+        guide.z_logits.copy_(torch.tensor([0.9, 0.8, 0.65, 0.99]).logit())  # products .9 .72 .468 .463
+    expected = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(layout.z_shape)
+    assert torch.equal(guide.posterior().z.mean, expected)
+    assert torch.equal(guide.laws(0.5, True).z.rsample(), expected)
+    torch.testing.assert_close(
+        kl_divergence(guide.laws(0.5, True).z, build_prior("nested", layout)().z),
+        -build_prior("nested", layout)().z.log_prob(expected),
+    )
+
+
+def test_a_hard_draw_of_a_guide_follows_its_posterior(layout):
+    torch.manual_seed(0)
+    guide = build_guide("mean_field", layout, build_prior("nested", layout)(), {"open_logit": 0.3})
+    draws = guide.laws(0.5, True).z.rsample((5000,)).mean((0, 1, 2))
+    torch.testing.assert_close(draws, guide.posterior().z.mean[0, 0], atol=0.02, rtol=0)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nested", "bops"])
+@pytest.mark.parametrize("setting", ["rate", "rank_rate"])
+@pytest.mark.parametrize("value", [-1.0, float("inf")])
+def test_a_rate_that_is_no_finite_number_of_nats_is_refused(name, setting, value, layout):
+    with pytest.raises(ValueError, match=f"^{setting} must be a finite number >= 0"):
+        build_prior(name, layout, {setting: value})
+
+
+@pytest.mark.parametrize("name", ["nested", "bops"])
+def test_a_rate_that_is_nan_is_refused(name, layout):
+    with pytest.raises(ValueError, match="rate must be a"):
+        build_prior(name, layout, {"rate": float("nan")})
+    with pytest.raises(ValueError, match="rate must be a finite number >= 0"):
+        PRIORS.resolve(name)(layout, rate=float("nan"))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 64])
+def test_a_width_off_the_ladder_is_refused(bits, layout):
+    with pytest.raises(ValueError, match=f"bits must be one of 2, 4, 8, 16, 32, got {bits}"):
+        build_prior("fixed", layout, {"bits": bits})
+
+
+@pytest.mark.parametrize("rank", [0, -1, 5])
+def test_a_fixed_rank_out_of_range_is_refused(rank, layout):
+    with pytest.raises(ValueError, match=f"rank must be from 1 to the adapter's rank {layout.rank}, got {rank}"):
+        build_prior("fixed", layout, {"rank": rank})
+
+
+def test_unknown_names_and_settings_are_answered_with_the_nearest(layout):
+    prior = build_prior("nested", layout)()
+    with pytest.raises(ValueError, match="unknown prior 'bop': did you mean 'bops'"):
+        build_prior("bop", layout)
+    with pytest.raises(ValueError, match="unknown setting 'rat': did you mean 'rate'"):
+        build_prior("bops", layout, {"rat": 1.0})
+    with pytest.raises(ValueError, match="unknown guide 'meanfield': did you mean 'mean_field'"):
+        build_guide("meanfield", layout, prior)
+    with pytest.raises(ValueError, match="unknown setting 'open_logits': did you mean 'open_logit'"):
+        build_guide("mean_field", layout, prior, {"open_logits": 1.0})
+
+
+def wrong_priors():
+    def law(shape, log_prob=-1.0):
+        return NestedBernoulli(torch.full(shape, log_prob), validate_args=False)
+
+    return {
+        "must return": lambda layout: law(layout.z_shape),
+        "z must be a NestedBernoulli, got Bernoulli": lambda layout: Gates(
+            torch.distributions.Bernoulli(torch.full(layout.z_shape, 0.5)), law(layout.g_shape)
+        ),
+        "g has shape": lambda layout: Gates(law(layout.z_shape), law((*layout.g_shape, 1))),
+        "z has shape": lambda layout: Gates(law(layout.z_shape[1:]), law(layout.g_shape)),
+        "must be <= 0": lambda layout: Gates(law(layout.z_shape, float("nan")), law(layout.g_shape)),
+    }
+
+
+@pytest.mark.parametrize("message", wrong_priors())
+def test_a_prior_of_the_wrong_kind_is_refused(message, forget, layout):
+    register_prior("wrong")(wrong_priors()[message])
+    with pytest.raises(ValueError, match=f"prior 'wrong'.*{message}"):
+        build_prior("wrong", layout)
+
+
+def test_a_guide_without_its_methods_is_refused(forget, layout):
+    register_guide("wrong")(lambda layout, prior: nn.Identity())
+    with pytest.raises(ValueError, match=r"guide 'wrong' must return an nn.Module .* missing: \['laws', 'posterior'\]"):
+        build_guide("wrong", layout, build_prior("nested", layout)())

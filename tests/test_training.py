@@ -1,0 +1,238 @@
+"""Training: one scaling rule, the same bits from the same seed, and after an interruption."""
+
+import json
+import math
+
+import pyro
+import pytest
+import torch
+from models import deberta_v3_base
+from safetensors.torch import load_file
+from tiny import save_tiny_backbone, tiny_config
+
+from pyro_blora import training
+from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
+from pyro_blora.config import RunConfig
+from pyro_blora.data import epoch_order
+from pyro_blora.training import Schedule, fit, make_optimizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYRO_BLORA_COMPILE", "0")
+        training.adapters.quantize_mixture.__globals__["_kernels"].cache_clear()
+        yield
+    training.adapters.quantize_mixture.__globals__["_kernels"].cache_clear()
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def values(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def state(trained):
+    return {name: p.detach().clone() for name, p in trainable(trained.program).items()}
+
+
+def test_the_same_seed_gives_the_same_lines_and_parameters(backbone):
+    one, two = (fit(tiny_config(backbone), quiet=True) for _ in range(2))
+    assert values(one.metrics) == values(two.metrics)
+    assert len(one.metrics) == 8 and all(math.isfinite(line["loss"]) for line in one.metrics)
+    assert all(torch.equal(a, b) for a, b in zip(state(one).values(), state(two).values(), strict=True))
+
+
+def test_another_seed_gives_other_lines(backbone):
+    assert fit(tiny_config(backbone), quiet=True).metrics[0]["nll"] != (
+        fit(tiny_config(backbone, seed=1), quiet=True).metrics[0]["nll"]
+    )
+
+
+def test_another_prior_changes_the_kl_at_once_and_the_fit_only_when_the_gates_start(backbone):
+    bops = fit(tiny_config(backbone), quiet=True)
+    nested = fit(tiny_config(backbone, prior="nested", prior_settings={"rate": 5.0}), quiet=True)
+    opening = Schedule.of(tiny_config(backbone), 64).opening
+    assert 0 < opening < 8
+    for before, after in zip(bops.metrics[:opening], nested.metrics[:opening], strict=True):
+        assert before["nll"] == after["nll"] and before["loss"] == after["loss"]
+        assert before["kl_z"] != after["kl_z"]
+    assert bops.metrics[-1]["expected_bits"] != nested.metrics[-1]["expected_bits"]
+
+
+def test_the_loss_is_minus_elbo_over_n(backbone):
+    for line in fit(tiny_config(backbone), quiet=True).metrics[4:]:
+        assert line["loss"] == pytest.approx(line["nll"] + (line["kl_z"] + line["kl_g"]) / 64, rel=1e-5)
+
+
+def test_accumulated_gradients_equal_those_of_the_union_batch(tmp_path):
+    """Two micro-batches of 8 give the gradient of one batch of 16: no dropout, no random gate."""
+    plain = save_tiny_backbone(tmp_path / "plain", dropout=0.0)
+    fixed = {"prior": "fixed", "max_train": 16, "epochs": 1, "checkpoint_steps": 1}  # 32 bit: no range plays a part
+    gradients = {}
+    for size, accumulation in ((16, 1), (8, 2)):
+        folder = tmp_path / str(size)
+        fit(tiny_config(plain, batch_size=size, accumulation=accumulation, **fixed), folder=folder, quiet=True)
+        saved = load_file(folder / "checkpoints" / "state.safetensors")
+        gradients[size] = {key: value for key, value in saved.items() if key.startswith("exp_avg/")}  # (1 - beta_1) g
+    assert sum(".lora_B" in key and value.abs().max() > 0 for key, value in gradients[16].items()) == 6
+    for key, whole in gradients[16].items():
+        torch.testing.assert_close(gradients[8][key], whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item() + 1e-9)
+
+
+@pytest.mark.parametrize("killed_after", [3, 6])
+def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after):
+    config = tiny_config(backbone, epochs=3)
+    whole = fit(config, folder=tmp_path / "whole", quiet=True)
+
+    def killing(folder, module, optimizer, step):
+        save_checkpoint(folder, module, optimizer, step)
+        if step == killed_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", killing)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, folder=tmp_path / "cut", quiet=True)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "loss": 1.0}\n{"step": 10')  # logged after the checkpoint, and cut off in a line
+    resumed = fit(config, folder=tmp_path / "cut", quiet=True)
+    for (name, a), b in zip(state(whole).items(), state(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+    written = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "cut")]
+    assert values(written[0]) == values(written[1]) == values(whole.metrics)
+
+
+def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(backbone, tmp_path):
+    from safetensors import safe_open
+
+    trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
+    files = [path for path in (tmp_path / "checkpoints").iterdir()]
+    assert [path.suffix for path in files] == [".safetensors"]
+    with safe_open(files[0], framework="pt") as file:
+        parameters = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118
+    assert parameters == set(trainable(trained.program))
+    assert not any("base_layer" in name or "embeddings" in name for name in parameters)
+
+
+def test_a_damaged_checkpoint_is_refused(backbone, tmp_path):
+    fit(tiny_config(backbone), folder=tmp_path, quiet=True)
+    path = next((tmp_path / "checkpoints").iterdir())
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged.*delete its folder"):
+        fit(tiny_config(backbone), folder=tmp_path, quiet=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(backbone, tmp_path):
+    trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="another model"):
+        load_checkpoint(tmp_path / "checkpoints", module, torch.optim.AdamW(module.parameters()))
+    assert trained.metrics
+
+
+def test_the_parameter_store_of_pyro_stays_empty(backbone):
+    pyro.clear_param_store()
+    fit(tiny_config(backbone), quiet=True)
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_four_groups_hold_every_trained_parameter_once(backbone):
+    program = fit(tiny_config(backbone, max_train=16, epochs=1), quiet=True).program
+    optimizer = make_optimizer(program, tiny_config(backbone))
+    assert [group["name"] for group in optimizer.param_groups] == ["adapter", "head", "gates", "ranges"]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in trainable(program).values())
+    assert [group["weight_decay"] for group in optimizer.param_groups][2:] == [0, 0]
+
+
+def test_gates_and_ranges_move_only_after_the_opening(backbone):
+    before = fit(tiny_config(backbone, kl_warmup=1.0), quiet=True)
+    after = fit(tiny_config(backbone), quiet=True)
+    logits = before.program.gate_guide.z_logits
+    assert torch.equal(logits, torch.full_like(logits, logits[0, 0, 0].item()))
+    assert after.program.gate_guide.z_logits.std() > 0.1
+
+
+def test_schedules_are_functions_of_the_step():
+    schedule = Schedule.of(RunConfig(epochs=4, batch_size=10, warmup=0.1, kl_warmup=0.25, lr=1.0), 100)
+    assert (schedule.steps, schedule.steps_per_epoch, schedule.opening) == (40, 10, 10)
+    assert [schedule.kl_weight(step) for step in (0, 9, 10, 39)] == [0.0, 0.0, 1.0, 1.0]
+    assert schedule.temperature(0) == 0.5 and schedule.temperature(30) == schedule.temperature(39) == pytest.approx(0.1)
+    rates = [schedule.learning_rate("adapter", step) for step in range(40)]
+    assert max(rates) == 1.0 and rates[0] == 0.25 and rates[39] == pytest.approx(1 / 36)
+    assert schedule.learning_rate("gates", 9) == 0 and schedule.learning_rate("gates", 10) == 2e-2
+
+
+def test_an_epoch_visits_rows_once_in_whole_steps():
+    batches = epoch_order(100, 8, 3, seed=0, epoch=0)
+    rows = [row for batch in batches for row in batch]
+    assert len(batches) == 12 and len(set(rows)) == len(rows) == 96
+    assert batches != epoch_order(100, 8, 3, seed=0, epoch=1) != epoch_order(100, 8, 3, seed=1, epoch=1)
+
+
+def test_too_few_examples_for_a_step_are_refused(backbone):
+    with pytest.raises(ValueError, match="8 training examples do not fill one step of 16"):
+        fit(tiny_config(backbone, max_train=8), quiet=True)
+
+
+def test_bf16_trains(backbone):
+    lines = fit(tiny_config(backbone, precision="bf16"), quiet=True).metrics
+    exact = fit(tiny_config(backbone), quiet=True).metrics
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert lines[0]["nll"] != exact[0]["nll"] and lines[0]["nll"] == pytest.approx(exact[0]["nll"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scope": "encoder"},
+        {"guide": "point"},
+        {"estimator": "straight_through"},
+        {"rank": 1},
+        {"gradient_checkpointing": True},
+        {"prior": "fixed", "prior_settings": {"bits": 4, "rank": 2}},
+    ],
+    ids=str,
+)
+def test_every_choice_trains(backbone, changes):
+    lines = fit(tiny_config(backbone, **changes), quiet=True).metrics
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    if changes.get("prior") == "fixed":
+        assert lines[-1]["expected_bits"] == 4.0 and lines[-1]["expected_rank"] == 2.0 and lines[-1]["kl_z"] == 0.0
+
+
+def test_a_tracker_gets_the_logged_numbers(backbone, tmp_path):
+    fit(tiny_config(backbone, tracker="tensorboard", epochs=1), folder=tmp_path, quiet=True)
+    assert any(path.name.startswith("events.out") for path in tmp_path.rglob("*"))
+
+
+def test_deberta_v3_base_trains_a_step_saves_reloads_and_predicts_the_same(data_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    from pyro_blora.data import by_length, on_device
+    from pyro_blora.export import export, load
+    from pyro_blora.posterior import predict
+
+    torch.manual_seed(0)
+    model = deberta_v3_base()
+    assert sum(p.numel() for p in model.parameters()) == 184_423_682
+    model.save_pretrained(tmp_path / "deberta")
+    AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "deberta-v3-fast").save_pretrained(tmp_path / "deberta")
+    del model
+    config = tiny_config(tmp_path / "deberta", max_train=4, batch_size=4, epochs=1, kl_warmup=0.0, rank=8)
+    trained = fit(config, quiet=True)
+    assert len(trained.program.net.layout.adapted) == 36
+    assert sum(p.numel() for p in trained.program.net.adapter_parameters()) == 442_368
+    rows, _ = by_length(trained.parts.tokens["eval"].select(range(4)), trained.parts.tokenizer, 4)
+    batches = list(on_device(rows, torch.device("cpu")))
+    expected = predict(trained.program, batches)
+    run = tmp_path / "run"
+    run.mkdir()
+    export(trained.program, run / "adapter")
+    (run / "config.json").write_text(config.to_json())
+    del trained
+    assert torch.equal(predict(load(run), batches).outputs, expected.outputs)

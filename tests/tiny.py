@@ -1,0 +1,37 @@
+"""A tiny pretrained-looking backbone on disk: a two-layer BERT with a word-level tokenizer of the demo's words."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from models import tiny_bert
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from pyro_blora.config import RunConfig
+from pyro_blora.tasks import get_task
+
+
+def save_tiny_backbone(folder: Path, **settings) -> Path:
+    words = sorted({word for row in get_task("acceptability").load(n_train=400)["train"]["sentence"] for word in row.split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    with torch.random.fork_rng():
+        tiny_bert(vocab_size=len(vocabulary), **settings).save_pretrained(folder)
+    return folder
+
+
+def tiny_config(backbone: Path, **changes) -> RunConfig:
+    """A run of eight steps."""
+    values = {
+        "task": "acceptability", "backbone": str(backbone), "max_train": 64, "epochs": 2, "batch_size": 16, "rank": 4,
+        "draws": 3, "logging_steps": 1, "checkpoint_steps": 3, "max_length": 32,
+    }  # fmt: skip
+    return RunConfig(**{**values, **changes})
