@@ -28,7 +28,7 @@ def load_backbone(name: str, num_labels: int) -> nn.Module:
     problem = "regression" if num_labels == 1 else "single_label_classification"
     return _load(
         transformers.AutoModelForSequenceClassification, name, num_labels=num_labels, problem_type=problem,
-        dtype="float32",
+        dtype="float32", ignore_mismatched_sizes=True,  # a head of another task is replaced
     )  # fmt: skip
 
 

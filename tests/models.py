@@ -60,7 +60,7 @@ def tiny_deberta(*, dropout=0.1):
 
 
 def deberta_v3_base():
-    """DeBERTaV3-base with its exact configuration; build it under `torch.device("meta")`, it has 184 million weights."""
+    """DeBERTaV3-base, its exact configuration; build it under `torch.device("meta")`, it has 184 million weights."""
     config = _deberta_config(
         vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
         max_position_embeddings=512, max_relative_positions=-1, position_buckets=256, pooler_hidden_size=768,

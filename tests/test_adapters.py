@@ -1,4 +1,4 @@
-"""Laws of the gated network: it starts as the pretrained model, computes METHOD's equation, and leaves plain PEFT behind."""
+"""Laws of the gated network: it starts as the pretrained model, computes the equation, and leaves plain PEFT behind."""
 
 import copy
 

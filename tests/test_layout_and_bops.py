@@ -153,7 +153,7 @@ def test_targets_that_match_nothing_are_answered_with_what_exists(targets):
 
 
 def test_a_single_name_is_said_to_be_a_regular_expression():
-    with pytest.raises(ValueError, match="'query' .one string is a regular expression"):
+    with pytest.raises(ValueError, match=r"'query' .one string is a regular expression"):
         layout_of(tiny_bert(), target_modules="query")
 
 

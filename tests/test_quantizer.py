@@ -1,5 +1,6 @@
 """Laws of the nested grid, against the published residual ladder and against counting."""
 
+import itertools
 import math
 
 import pytest
@@ -84,9 +85,9 @@ def test_mixture_equals_the_residual_ladder_with_all_its_gradients(mode, gates):
 
 
 def test_scales_nest_by_odd_integers():
-    ratios = [(2**b - 1) / (2**a - 1) for a, b in zip(GRIDS, GRIDS[1:], strict=False)]
+    ratios = [(2**b - 1) / (2**a - 1) for a, b in itertools.pairwise(GRIDS)]
     assert ratios == [5, 17, 257]
-    for coarse, fine in zip(GRIDS, GRIDS[1:], strict=False):
+    for coarse, fine in itertools.pairwise(GRIDS):
         x = torch.linspace(-1.5, 1.5, 4001, dtype=torch.float64)
         value_range = torch.ones((), dtype=torch.float64)
         on_coarse = quantize(x, value_range, chain_at(coarse, torch.float64))

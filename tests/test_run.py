@@ -1,0 +1,236 @@
+"""A run as a user makes it: the folder, its files, and what is refused without leaving anything behind."""
+
+import json
+import warnings
+from pathlib import Path
+
+import arviz
+import numpy as np
+import pandas as pd
+import peft
+import pytest
+import torch
+from tiny import save_tiny_backbone, tiny_config
+from transformers import AutoModelForSequenceClassification
+
+from pyro_blora import adapters, draw, load, predict
+from pyro_blora.__main__ import main
+from pyro_blora.bops import expected_bits, expected_bops
+from pyro_blora.build import build
+from pyro_blora.config import RunConfig
+from pyro_blora.data import by_length, on_device
+from pyro_blora.posterior import deployed, marginals
+from pyro_blora.run import train_run
+
+SUMMARY = {
+    "task", "backbone", "prior", "guide", "seed", "n_train", "n_eval", "metric", "accuracy", "nll", "ece", "brier",
+    "draws", "averaging", "elbo_per_example", "kl", "bops", "expected_bits", "expected_rank", "adapter_parameters",
+    "seconds", "peak_memory_bytes", "device",
+}  # fmt: skip
+METRICS = {
+    "step", "loss", "nll", "kl_z", "kl_g", "expected_bits", "expected_rank", "bops_adapted", "bops_model", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module", params=["adapted", "encoder"])
+def run(request, backbone, tmp_path_factory):
+    """A finished run folder and its configuration, of either scope."""
+    output = tmp_path_factory.mktemp("runs")
+    config = tiny_config(backbone, scope=request.param, output_dir=str(output), lr=5e-2, max_train=256)
+    folder = train_run(config)
+    assert folder == output / config.folder_name
+    assert [path.name for path in output.iterdir()] == [folder.name]
+    return folder, config
+
+
+def flags(config: RunConfig, **changes) -> list[str]:
+    shown = ("task", "backbone", "max_train", "epochs", "batch_size", "rank", "draws", "max_length", "output_dir")
+    values = {name: getattr(config, name) for name in shown} | changes
+    return ["train", *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+
+
+def evaluation(program, config, count=40):
+    parts = build(config)
+    rows, order = by_length(parts.tokens["eval"].select(range(count)), parts.tokenizer, 16)
+    return list(on_device(rows, torch.device("cpu"))), order
+
+
+def test_the_folder_has_what_the_house_promises(run):
+    folder, config = run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "checkpoints", "posterior.nc", "adapter", "predictions.parquet", "summary.json",
+    }  # fmt: skip
+    assert {path.name for path in (folder / "adapter").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "gates.safetensors",
+    }  # fmt: skip
+    assert RunConfig.from_json(folder / "config.json") == config
+    assert "torch" in json.loads((folder / "config.json").read_text())["versions"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(line) == METRICS for line in lines) and lines[-1]["step"] == 32
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".bin", ".pt", ".pickle")]
+
+
+def test_the_summary_says_what_the_posterior_says(run):
+    folder, _ = run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    program = load(folder)
+    z, g = marginals(program)
+    bops = expected_bops(program.net.layout, z, g)
+    assert summary["bops"]["adapted_ratio"] == pytest.approx(bops.adapted_ratio.item(), rel=1e-6)
+    low, high = summary["bops"]["interval"]
+    assert low <= summary["bops"]["adapted_ratio"] <= high
+    bits = expected_bits(program.net.layout, z)
+    for t, tensor in enumerate(program.net.layout.tensors):
+        mask = program.z_mask[:, t]
+        assert summary["expected_bits"][tensor] == pytest.approx(bits[mask, t].mean().item(), rel=1e-5)
+    assert set(summary["expected_rank"]) == {"query", "key", "value"}
+    table = pd.read_parquet(folder / "predictions.parquet")
+    assert len(table) == summary["n_eval"]
+    assert summary["accuracy"] == pytest.approx((table["decision"] == table["label"]).mean())
+    assert np.allclose(table[["p_unacceptable", "p_acceptable"]].sum(axis=1), 1, atol=1e-5)
+
+
+def test_posterior_opens_in_arviz_with_names(run):
+    folder, config = run
+    data = arviz.from_netcdf(str(folder / "posterior.nc"))
+    for group in ("posterior", "prior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data", "constant_data"):
+        assert group in data.groups() or f"/{group}" in data.groups, group
+    posterior = data["posterior"]
+    assert posterior["z"].dims == ("chain", "draw", "projection", "tensor", "rung")
+    assert posterior["g"].dims == ("chain", "draw", "projection", "rank")
+    assert "1.value" in posterior["projection"].values and list(posterior["rung"].values) == [4, 8, 16, 32]
+    assert data["log_likelihood"]["label"].dims == ("chain", "draw", "example")
+    assert data["posterior_predictive"]["probability"].dims == ("chain", "draw", "example", "class")
+    z = posterior["z"].sel(projection="0.query", tensor="lora_A").values
+    assert set(np.unique(z)) <= {0.0, 1.0} and (np.diff(z, axis=-1) <= 0).all()
+    assert posterior.sizes["draw"] == config.draws
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # three draws are few for a Pareto fit
+        assert np.isfinite(arviz.loo(data, pointwise=True).elpd_loo)
+
+
+def test_posterior_draws_are_those_of_the_summary(run):
+    folder, config = run
+    data, program = arviz.from_netcdf(str(folder / "posterior.nc")), load(folder)
+    z, g = draw(program, config.draws, seed=config.seed)
+    stored = data["posterior"]["z"].values[0]
+    mask = program.z_mask.numpy()
+    assert np.array_equal(stored[:, mask], z.numpy()[:, mask])
+    expected = expected_bops(program.net.layout, z, g).adapted_ratio.numpy()
+    assert np.allclose(data["posterior"]["bops_adapted"].values[0], expected)
+    assert np.allclose(data["constant_data"]["z_marginal"].values[mask], marginals(program).z.numpy()[mask])
+
+
+def test_load_predicts_what_was_saved(run):
+    folder, config = run
+    program = load(folder)
+    batches, order = evaluation(program, config)
+    prediction = predict(program, batches, gates=draw(program, config.draws, seed=config.seed)).restored(order)
+    stored = pd.read_parquet(folder / "predictions.parquet").iloc[:40]
+    assert np.allclose(prediction.mean[:, 1].numpy(), stored["p_acceptable"], atol=1e-5)
+
+
+def test_peft_alone_reads_the_adapter_and_predicts_the_same(run, backbone):
+    folder, config = run
+    program = load(folder)
+    plain = AutoModelForSequenceClassification.from_pretrained(backbone)
+    alone = peft.PeftModel.from_pretrained(plain, str(folder / "adapter")).eval()
+    z, g = deployed(program)
+    ranks = {p.name: 1 + int(g[i].sum()) for i, p in enumerate(program.net.layout.projections) if p.adapted}
+    modules = dict(alone.base_model.model.named_modules())
+    assert {name: modules[name].r["default"] for name in ranks} == ranks
+    z = z.clone()
+    z[:, [0, 1, 4]] = 1  # PEFT leaves activations and base weights at 32 bit
+    for inputs, _ in evaluation(program, config)[0]:
+        with torch.no_grad(), adapters.gates(program.net, z, g):
+            expected = program.net(**inputs).logits
+        with torch.no_grad():
+            torch.testing.assert_close(alone(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_finished_run_is_never_overwritten(run, capsys):
+    folder, config = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(FileExistsError, match="finished run already"):
+        train_run(config)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_show_prints_the_table(run, capsys):
+    folder, _ = run
+    assert main(["show", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for words in ("accuracy", "NLL", "ECE", "bits of lora_A", "rank of value", "BOPs / adapted", "BOPs / whole model"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "acceptabilty"}, "did you mean 'acceptability'"),
+        ({"prior": "bop"}, "did you mean 'bops'"),
+        ({"guide": "meanfield"}, "did you mean 'mean_field'"),
+        ({"prior.rate": -1}, "must be a finite number >= 0"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": 33}, "exceeds the size of"),
+        ({"precision": "fp16"}, "use bf16"),
+        ({"target_modules": "nothing"}, "match no linear layer"),
+        ({"task": "sst2", "glue_dir": "/nowhere"}, "/nowhere"),
+        ({"backbone": "/no/such/model"}, "could not be loaded"),
+        ({"max_train": 4}, "do not fill one step"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(backbone, tmp_path, capsys, changes, message):
+    output = tmp_path / "runs"
+    code = main(flags(tiny_config(backbone, output_dir=str(output)), **changes))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and error.startswith("pyro-blora: error:") and message in error
+    assert not output.exists()
+
+
+def test_a_label_outside_the_task_and_a_truncated_file_are_refused(backbone, tmp_path, capsys):
+    folder = tmp_path / "glue" / "SST-2"
+    folder.mkdir(parents=True)
+    good = "sentence\tlabel\n" + "a fine film \t1\n" * 40
+    for bad, message in (("a bad film \t7\n", "label"), ("a bad fi", "truncated")):
+        (folder / "train.tsv").write_text(good)
+        (folder / "dev.tsv").write_text(good + bad)
+        config = tiny_config(backbone, task="sst2", output_dir=str(tmp_path / "runs"))
+        assert main(flags(config, glue_dir=folder.parent)) == 2
+        error = capsys.readouterr().err
+        assert message in error and "dev.tsv" in error and "line 42" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_regression_runs_to_a_summary(backbone, glue_dir, tmp_path):
+    config = tiny_config(backbone, task="stsb", glue_dir=str(glue_dir), output_dir=str(tmp_path), draws=2)
+    folder = train_run(config)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metric"]["name"] == "pearson" and summary["accuracy"] is None and summary["ece"]["value"] is None
+    assert set(summary["scores"]) == {"pearson", "spearmanr"}
+    assert "mean" in arviz.from_netcdf(str(folder / "posterior.nc"))["posterior_predictive"]
+
+
+def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, monkeypatch):
+    from pyro_blora import run as run_module
+
+    config = tiny_config(backbone, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config)
+    assert [path.name for path in Path(config.output_dir).iterdir()] == [f".{config.folder_name}.partial"]
+    cut = train_run(config)
+    whole = train_run(tiny_config(backbone, output_dir=str(tmp_path / "whole")))
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (cut, whole))
+    for key in ("seconds", "peak_memory_bytes"):
+        first.pop(key), second.pop(key)
+    assert first == second
