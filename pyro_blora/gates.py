@@ -25,6 +25,11 @@ from torch.distributions import constraints, register_kl
 from torch.distributions.utils import lazy_property
 
 
+# Soft gates below this count as closed: at a low temperature they would be denormal numbers, which make every kernel that
+# they touch several times slower.
+_NEGLIGIBLE = 1e-12
+
+
 class _Nonpositive(constraints.Constraint):
     event_dim = 1
 

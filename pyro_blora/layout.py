@@ -208,6 +208,12 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     return (*beside, f"{prefix}.pooler") if pooler is not None else tuple(beside)
 
 
+def _positions(config) -> float:
+    """The longest input; RoBERTa's table has two rows more than that, for padding."""
+    table = getattr(config, "max_position_embeddings", None) or float("inf")
+    return table - 2 if "roberta" in getattr(config, "model_type", "") else table
+
+
 def _encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer but the task head's, by path: the head is trained whole, a target may not be in it."""
     head = head_modules(model)

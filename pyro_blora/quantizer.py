@@ -36,37 +36,37 @@ def mixture_weights(gates: Tensor) -> Tensor:
     return gates - torch.cat([gates[..., 1:], torch.zeros_like(gates[..., :1])], -1)
 
 
-def _scale(value_range: Tensor, bits: int) -> Tensor:
-    return 2 * value_range / (2**bits - 1)
+def _scales(value_range: Tensor) -> tuple[Tensor, Tensor]:
+    """s_b of each grid, and 1 / s_b: (4,) each, computed once a tensor, so that its elements cost products only."""
+    scales = torch.stack([2 * value_range / (2**bits - 1) for bits in _GRIDS])
+    return scales, 1 / scales
 
 
-def _codes(x: Tensor, value_range: Tensor, bits: int) -> Tensor:
+def _codes(x: Tensor, inverse_scale: Tensor, bits: int) -> Tensor:
     largest = 2 ** (bits - 1) - 1
-    return (x * (1 / _scale(value_range, bits))).round().clamp(-largest, largest)  # a product is cheaper than a quotient
+    return (x * inverse_scale).round().clamp(-largest, largest)
 
 
-def _grid_value(x: Tensor, value_range: Tensor, bits: int) -> Tensor:
-    return _codes(x, value_range, bits) * _scale(value_range, bits)
-
-
-def _forward(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:
+def _forward(x: Tensor, value_range: Tensor, weights: Tensor, scales: Tensor, inverse: Tensor) -> Tensor:
     exact = x.to(weights.dtype)
     out = weights[-1] * exact
-    for weight, bits in zip(weights, _GRIDS, strict=False):
-        out = out + weight * _grid_value(exact, value_range, bits)
+    for i, bits in enumerate(_GRIDS):
+        out = out + weights[i] * (_codes(exact, inverse[i], bits) * scales[i])
     return out.to(x.dtype)
 
 
-def _backward(grad: Tensor, x: Tensor, value_range: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+def _backward(
+    grad: Tensor, x: Tensor, value_range: Tensor, weights: Tensor, scales: Tensor, inverse: Tensor
+) -> tuple[Tensor, ...]:
     """dL/dx, dL/dw for each bit width, and the two sums of dL/drange, in one pass over grad and x."""
     dtype, grad, exact = x.dtype, grad.to(weights.dtype), x.to(weights.dtype)
     quantized_weight = weights[:-1].sum()
     inside = exact.abs() < value_range
     mixture_error = -quantized_weight * exact.clamp(-value_range, value_range)
     sums = []
-    for weight, bits in zip(weights, _GRIDS, strict=False):
-        grid_value = _grid_value(exact, value_range, bits)
-        mixture_error = mixture_error + weight * grid_value
+    for i, bits in enumerate(_GRIDS):
+        grid_value = _codes(exact, inverse[i], bits) * scales[i]
+        mixture_error = mixture_error + weights[i] * grid_value
         sums.append((grad * grid_value).sum())
     sums.append((grad * exact).sum())
     saturated = torch.where(inside, 0.0, grad * exact.sign()).sum()
@@ -80,9 +80,9 @@ def _kernels() -> tuple:
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _forward, _backward
     compiled = tuple(torch.compile(f, dynamic=True, fullgraph=True) for f in (_forward, _backward))
-    probe, one, weights = torch.zeros(8), torch.ones(()), torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    one = torch.ones(())
     try:
-        compiled[0](probe, one, weights)
+        compiled[0](torch.zeros(8), one, torch.ones(len(LADDER)), *_scales(one))
     except Exception as error:  # a missing or broken compiler shows itself in many types; eager is always right
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("no working compiler for the quantizer (%s): running it eagerly, several times slower", reason)
@@ -98,14 +98,15 @@ def _bare(*tensors: Tensor) -> list[Tensor]:
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, value_range, weights):
-        ctx.save_for_backward(x, value_range, weights)
-        return _kernels()[0](*_bare(x, value_range, weights))
+        scales, inverse = _scales(value_range)
+        ctx.save_for_backward(x, value_range, weights, scales, inverse)
+        return _kernels()[0](*_bare(x, value_range, weights, scales, inverse))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, value_range, weights = ctx.saved_tensors
-        grad_x, *sums, mixture, saturated = _kernels()[1](*_bare(grad.contiguous(), x, value_range, weights))
+        x, value_range, weights, *scales = ctx.saved_tensors
+        grad_x, *sums, mixture, saturated = _kernels()[1](*_bare(grad.contiguous(), x, value_range, weights, *scales))
         return grad_x, mixture / value_range + weights[:-1].sum() * saturated, torch.stack(sums)
 
 
@@ -140,5 +141,6 @@ def integer_codes(x: Tensor, value_range: Tensor, bits: int) -> tuple[Tensor, Te
     """
     if bits not in _GRIDS:
         raise ValueError(f"only {_GRIDS} bit have integer codes, got {bits}")
-    codes = _codes(x.to(value_range.dtype), value_range, bits)
-    return codes.to(torch.int8 if bits <= 8 else torch.int16), _scale(value_range, bits)
+    scales, inverse = _scales(value_range)
+    codes = _codes(x.to(value_range.dtype), inverse[_GRIDS.index(bits)], bits)
+    return codes.to(torch.int8 if bits <= 8 else torch.int16), scales[_GRIDS.index(bits)]

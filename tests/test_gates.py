@@ -285,6 +285,15 @@ def test_pinned_gates_pass_no_nan_gradient_to_the_free_ones():
     assert bool(slope.isfinite().all()) and slope[0] == 0 and slope[1] != 0 and slope[2] == 0
 
 
+def test_certain_log_probabilities_get_finite_gradients():
+    certain = torch.tensor([0.0, -0.7, -torch.inf], requires_grad=True)
+    other = torch.tensor([0.0, -0.2, -torch.inf], requires_grad=True)
+    q, p = NestedBernoulli(certain), NestedBernoulli(other)
+    for value in (kl_divergence(q, p), q.entropy(), q.depth_probs @ torch.arange(4.0)):
+        slopes = torch.autograd.grad(value, (certain, other), materialize_grads=True, retain_graph=True)
+        assert all(bool(slope.isfinite().all()) for slope in slopes) and slopes[0][1] != 0
+
+
 # --- the relaxation ---------------------------------------------------------------------------------------------------
 
 

@@ -184,6 +184,7 @@ def test_show_prints_the_table(run, capsys):
         ({"target_modules": "nothing"}, "match no linear layer"),
         ({"task": "sst2", "glue_dir": "/nowhere"}, "/nowhere"),
         ({"backbone": "/no/such/model"}, "could not be loaded"),
+        ({"max_length": 65}, "takes at most 64 tokens"),
         ({"max_train": 4}, "do not fill one step"),
     ],
     ids=str,

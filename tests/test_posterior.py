@@ -1,0 +1,105 @@
+"""Predictions averaged over draws, and what is said about them, against numbers computed by hand."""
+
+import math
+
+import pytest
+import torch
+from models import batch, tiny_bert
+
+from pyro_blora import attach, draw, predict
+from pyro_blora.gates import Gates
+from pyro_blora.guides import build_guide
+from pyro_blora.posterior import Prediction, deployed, divergences, marginals
+from pyro_blora.priors import build_prior
+from pyro_blora.program import BayesianLoRA
+from pyro_blora.tasks import get_task
+
+
+def program(prior="nested", task="sst2", **settings):
+    torch.manual_seed(0)
+    net = attach(tiny_bert(num_labels=get_task(task).num_labels), rank=4, sequence_length=16)
+    law = build_prior(prior, net.layout, settings)
+    guide = build_guide("mean_field", net.layout, law(), {"open_logit": 0.5, "rank_logit": 0.0})
+    return BayesianLoRA(net, law, guide, get_task(task).likelihood, n_train=100).eval()
+
+
+def test_draws_have_the_exact_marginals_and_leave_the_generator_alone():
+    built = program()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    gates = draw(built, 4000, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(gates.z, draw(built, 4000, seed=1).z) and not torch.equal(gates.z, draw(built, 4000, seed=2).z)
+    for sampled, exact in zip(gates, marginals(built), strict=True):
+        error = (sampled.mean(0) - exact).abs()
+        assert error.max() < 5 * math.sqrt(0.25 / 4000)
+
+
+def test_deployed_gates_are_open_where_the_marginal_exceeds_one_half():
+    built = program()
+    for open_gates, exact in zip(deployed(built), marginals(built), strict=True):
+        assert torch.equal(open_gates, (exact > 0.5).float())
+    assert 0 < deployed(built).z.mean() < 1
+
+
+def test_the_prediction_is_the_mean_of_probabilities_over_draws():
+    built = program()
+    batches, gates = [batch(4, seed=1), batch(3, seed=2)], draw(built, 3)
+    together = predict(built, batches, gates=gates)
+    assert together.outputs.shape == (3, 7, 2) and together.log_likelihood.shape == (3, 7)
+    for s in range(3):
+        alone = predict(built, batches, gates=Gates(gates.z[s : s + 1], gates.g[s : s + 1]))
+        torch.testing.assert_close(alone.outputs[0], together.outputs[s])
+    torch.testing.assert_close(together.mean, together.outputs.mean(0))
+    picked = together.mean.gather(1, together.labels[:, None])
+    assert together.nll == pytest.approx(-picked.log().mean().item(), rel=1e-5)
+
+
+def test_identical_allocations_share_one_forward():
+    built, calls = program("fixed", bits=8), []
+    built.net.register_forward_hook(lambda *_: calls.append(1))
+    result = predict(built, [batch(4)], gates=draw(built, 10))
+    assert len(calls) == 1 and result.outputs.shape[0] == 10
+
+
+def test_calibration_of_known_probabilities():
+    """Ten examples at confidence 0.8 of which six are right: ECE 0.2; Brier (6 * 0.08 + 4 * 1.28) / 10."""
+    outputs = torch.tensor([[0.2, 0.8]]).expand(1, 10, 2)
+    labels = torch.tensor([1] * 6 + [0] * 4)
+    prediction = Prediction(outputs, torch.zeros(1, 10), labels, False)
+    assert prediction.calibration()["ece"] == pytest.approx(0.2, abs=1e-6)
+    assert prediction.calibration()["brier"] == pytest.approx((6 * 0.08 + 4 * 1.28) / 10, rel=1e-5)
+
+
+def test_restored_undoes_an_order():
+    labels = torch.arange(5)
+    prediction = Prediction(torch.rand(2, 5, 3), torch.rand(2, 5), labels, False)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    shuffled = Prediction(prediction.outputs[:, order], prediction.log_likelihood[:, order], labels[order], False)
+    restored = shuffled.restored(order)
+    assert torch.equal(restored.labels, labels) and torch.equal(restored.outputs, prediction.outputs)
+
+
+def test_regression_predicts_the_mean_over_draws():
+    built = program(task="stsb")
+    result = predict(built, [batch(4, num_labels=1)], gates=draw(built, 3))
+    assert result.is_regression and result.decision.shape == (4,)
+    torch.testing.assert_close(result.decision, result.outputs.squeeze(-1).mean(0))
+    assert result.calibration() == {"ece": None, "brier": None}
+
+
+def test_divergences_are_zero_where_guide_and_prior_agree():
+    pinned = divergences(program("fixed", bits=8, rank=2))
+    assert float(pinned.z.abs().sum()) == 0 and float(pinned.g.abs().sum()) == 0
+    rate = -math.log(torch.sigmoid(torch.tensor(0.5)).item())
+    same = divergences(program("nested", rate=rate, rank_rate=math.log(2)))
+    assert same.z.abs().max() < 1e-6 and same.g.abs().max() < 1e-6
+    assert divergences(program("nested", rate=3.0)).z.min() > 0.1
+
+
+def test_no_draws_and_no_examples_are_refused():
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        draw(program(), 0)
+    with pytest.raises(ValueError, match="no examples"):
+        predict(program(), [])
