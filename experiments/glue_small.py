@@ -2,8 +2,8 @@
 
     python experiments/glue_small.py --glue_dir path/to/glue --table benchmarks/glue_small.md
 
-Each cell is a run of `pyro-blora train`, the same as from the command line; finished cells are kept, so the study may be
-spread out. The table gives the dev metric averaged over draws, the BOPs, and what always answering the most frequent
+Each cell is a run of `pyro-blora train`, the same as from the command line; finished cells are kept, so the study may
+be spread out. The table gives the dev metric averaged over draws, the BOPs, and what always answering the most frequent
 label (or the mean) would score.
 """
 
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run, versions
 from pyro_blora.tasks import get_task

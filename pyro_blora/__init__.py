@@ -15,7 +15,7 @@ _PUBLIC = {
     "register_guide": "guides",
     "RunConfig": "config",
 }
-__all__ = list(_PUBLIC)  # noqa: PLE0604
+__all__ = list(_PUBLIC)
 __version__ = "0.1.0"
 
 

@@ -1,12 +1,12 @@
-"""Gated, quantized LoRA inside a Hugging Face backbone, built by PEFT; the only file that touches its custom-module hook.
+"""Gated, quantized LoRA inside a Hugging Face backbone, built by PEFT; the only file with its custom-module hook.
 
 One adapted projection computes, with Q the mixture of nested grids (quantizer.py), g the rank gates, xq = Q(x):
 
     y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
 
-Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears them
-when it ends: no draw survives a call, a layer called outside says what to do, and a projection that is called twice in
-one forward (DeBERTa's content and positions) sees the same gates both times. Scope `encoder` also quantizes input and
+Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears
+them when it ends: no draw survives a call, a layer called outside says what to do, and a projection that is called
+twice in one forward (DeBERTa's content and positions) sees the same gates both times. Scope `encoder` also quantizes input and
 weight of every other linear map of the encoder, without an adapter. The task head stays at 32 bit.
 
 Ranges are one (L, T) parameter, learned as log(range). `calibrate` sets them from data before the optimizer is built.
@@ -50,8 +50,8 @@ class _Handover:
             return x
         if self.gates is None:
             raise RuntimeError(
-                "a gated layer was called without gates: wrap the call, `with adapters.gates(net, z, g): net(**batch)`; "
-                "for the deployed allocation use z, g = the modes of the guide's posterior"
+                "a gated layer was called without gates: wrap the call, `with adapters.gates(net, z, g): net(**batch)`;"
+                " for the deployed allocation use z, g = the modes of the guide's posterior"
             )
         weights, ranges, _ = self.gates
         index = projection * len(self.tensors) + tensor
@@ -240,7 +240,7 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.
 
 
 def calibrate(net: GatedModel, batches: Iterable[dict]) -> None:
-    """Start every range from data: weights by their maximum, activations by the 99.99th percentile of |x| over `batches`.
+    """Start every range from data: weights by their maximum, activations by the 99.99th percentile of |x|.
 
     While lora_B is zero, which says nothing about the size it will have, it takes lora_A's range.
     """

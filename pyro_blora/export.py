@@ -149,7 +149,9 @@ def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
     program = build_program(config, check_names(config), n_train or rows)
     parameters = trainable(program)
     if program.net.layout != layout or set(parameters) != set(tensors):
-        raise ValueError(f"{path} does not fit the model that config.json describes: restore the run folder from a copy")
+        raise ValueError(
+            f"{path} does not fit the model that config.json describes: restore the run folder from a copy"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

@@ -4,8 +4,8 @@ A chain of K gates has K + 1 states, its depth d = number of open gates, and
 
     p(z_1 = 1) = p_1,   p(z_{k+1} = 1 | z_k = 1) = p_{k+1},   p(z_{k+1} = 1 | z_k = 0) = 0.
 
-`NestedBernoulli` is that discrete law: priors and reported posteriors are of this class. `RelaxedNestedBernoulli` is the
-same law with a reparametrised sample for training; the relaxation lives in `rsample` only, and its KL divergence is
+`NestedBernoulli` is that discrete law: priors and reported posteriors are of this class. `RelaxedNestedBernoulli` is
+the same law with a reparametrised sample for training; the relaxation lives in `rsample` only, and its KL divergence is
 the closed form between the two **discrete** laws. (A density of relaxed samples set against a probability mass, which
 is what pairing Pyro's relaxed Bernoulli with a Bernoulli does, is not an ELBO.)
 
@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.distributions.utils import lazy_property
 
-
-# Soft gates below this count as closed: at a low temperature they would be denormal numbers, which make every kernel that
-# they touch several times slower.
+# Soft gates below this count as closed: at a low temperature they would be denormal numbers, which make every kernel
+# that they touch several times slower.
 _NEGLIGIBLE = 1e-12
 
 
@@ -71,7 +70,7 @@ def _shifted(chain: Tensor) -> Tensor:
 class NestedBernoulli(TorchDistribution):
     """The law of a chain of nested gates.
 
-    Shapes: log_probs (..., K), the conditional log-probabilities of opening; K may be 0. Values are (..., K) chains of 0 and 1.
+    Shapes: log_probs (..., K), the conditional log-probabilities of opening; K may be 0. Values are (..., K) 0/1 chains.
     Units: log-probabilities and entropies in nats.
     Errors: ValueError where a log-probability is positive or nan.
     """
@@ -93,7 +92,7 @@ class NestedBernoulli(TorchDistribution):
 
     @classmethod
     def from_depth_logits(cls, logits: Tensor, validate_args: bool | None = None) -> "NestedBernoulli":
-        """The chain whose depth d has probability softmax(logits)_d.  logits (..., K + 1), -inf: an impossible depth."""
+        """The chain whose depth d has probability softmax(logits)_d.  logits (..., K + 1), -inf: impossible."""
         at_least = logits.flip(-1).logcumsumexp(-1).flip(-1)  # log of the unnormalised P(d >= k), (..., K + 1)
         reachable = at_least[..., :-1] > -torch.inf  # a gate whose parent is never open is closed
         opening = at_least[..., 1:] - torch.where(reachable, at_least[..., :-1], 0.0)

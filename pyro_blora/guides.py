@@ -62,7 +62,7 @@ class MeanField(_Logits):
 
 
 class Point(_Logits):
-    """One chain for each tensor and adapter, the most probable one; learned straight-through. Its KL is -log prior."""
+    """One chain for each tensor and adapter, gates open where their product exceeds 1/2; KL = -log prior."""
 
     def _chain(self, logits: Tensor) -> Tensor:
         soft = torch.sigmoid(logits).cumprod(-1)

@@ -1,6 +1,6 @@
 """Laws of the gates before the data: functions of the layout, by name.
 
-A prior is a pure function `(layout, **settings) -> Gates(z, g)` of two `NestedBernoulli`s with batch shapes (L, T) and (L,).
+A prior is a pure function `(layout, **settings) -> Gates(z, g)` of two `NestedBernoulli`s, batch shapes (L, T) and (L,).
 Rates are in nats a gate: p(open | parent open) = exp(-rate). Register one with `@register_prior`, or name it as
 `--prior file.py:function`. A prior that learns or adapts is an `nn.Module` whose call returns the same; the function
 returns the module.
@@ -118,4 +118,3 @@ def _checked(name: str, gates: Gates, layout: AdapterLayout) -> Gates:
         if not bool((law.log_probs <= 0).all()):
             raise ValueError(f"prior {name!r}: the log-probabilities of {site} must be <= 0 and not nan")
     return gates
-

@@ -23,7 +23,7 @@ from .gates import Gates
 
 
 class Elbo(NamedTuple):
-    """One-sample estimate of the negative ELBO's parts: nll is a batch mean (nats an example), kl_z and kl_g in nats."""
+    """One-sample estimate of the negative ELBO's parts: nll a batch mean (nats an example), kl_z and kl_g in nats."""
 
     nll: Tensor
     kl_z: Tensor

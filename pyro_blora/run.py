@@ -214,7 +214,9 @@ def result_tables(summary: dict) -> list[Table]:
     for kind, rank in summary["expected_rank"].items():
         gates.add_row(f"rank of {kind}", f"{rank:.1f}")
     low, high = summary["bops"]["interval"]
-    gates.add_row("BOPs / adapted projections at 32 x 32", f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]")
+    gates.add_row(
+        "BOPs / adapted projections at 32 x 32", f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]"
+    )
     gates.add_row("BOPs / whole model at 32 x 32", f"{summary['bops']['model_ratio']:.2%}")
     gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
     return [head, gates]

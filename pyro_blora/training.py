@@ -113,7 +113,8 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False) -
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         log_with=config.tracker, project_dir=folder,
-        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],  # pinned gates, log_scale
+        # pinned gates and an unused log_scale get no gradient
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
     )  # fmt: skip
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes)
@@ -198,7 +199,8 @@ class _Loop:
         """Fit the ranges to what was learned, and set the guide to what the data say about the gates."""
         self._calibrate()
         guide = self.program.gate_guide
-        if hasattr(guide, "start") and self.config.lr_gates > 0:
+        free = any(getattr(guide, "free", [True]))  # a prior may pin every gate
+        if hasattr(guide, "start") and free and self.config.lr_gates > 0:
             guide.start(depth_logits(self.program, self._training_batches(_STARTING_BATCHES, epoch=-2)))
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)

@@ -1,4 +1,4 @@
-"""What every test may ask for: no network, two threads, and the public data where it is present."""
+"""What every test may ask for: no network, one thread, and the public data where it is present."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: nothing he
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
 
 
 @pytest.fixture(scope="session")

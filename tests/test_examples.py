@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {  # script: the arguments of a short run; OUT is a fresh folder
+SCRIPTS = {  # script: the arguments of a short run; OUT: a fresh folder, GLUE: the official release (or a skip)
+    "glue_small.py": "--glue_dir GLUE --tasks wnli --max_train 64 --epochs 1 --draws 2 "
+    "--output_dir OUT --table OUT/table.md",
     "train.py": "--task acceptability --backbone demo --max_train 64 --epochs 1 --draws 2 --output_dir OUT",
 }
 
@@ -18,10 +20,12 @@ def test_every_script_is_in_the_table():
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
-def test_a_script_runs_and_leaves_results(script, tmp_path):
-    arguments = [str(tmp_path / "out") if word == "OUT" else word for word in SCRIPTS[script].split()]
+def test_a_script_runs_and_leaves_results(script, tmp_path, request):
+    arguments = SCRIPTS[script].replace("OUT", str(tmp_path / "out"))
+    if "GLUE" in arguments:
+        arguments = arguments.replace("GLUE", str(request.getfixturevalue("glue_dir")))
     done = subprocess.run(
-        [sys.executable, f"experiments/{script}", *arguments],
+        [sys.executable, f"experiments/{script}", *arguments.split()],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYRO_BLORA_TRACEBACK": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

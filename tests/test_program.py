@@ -326,7 +326,7 @@ def test_depth_logits_equal_the_formula(task):
             index = tuple(index) if isinstance(index, list) else (index,)
             for depth in range(gates + 1):
                 drops = [-sum(s[site][index][k].item() for k in range(depth, gates)) for s in slopes]
-                rise = N_TRAIN * sum(drops) / 3 + N_TRAIN * 4 * sum(d * d for d in drops) / 3 / 2
+                rise = N_TRAIN * 4 * sum(d * d for d in drops) / 3 / 2
                 expected = prior[site].depth_probs[index][depth].log().item() - rise
                 assert starts[site][index][depth].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
                 checked += depth == gates and rise == 0  # an open chain changes nothing
@@ -361,6 +361,8 @@ def test_a_started_guide_is_finite_and_the_mode_is_left_as_it_was(guide, prior):
     assert bool(program.elbo(*batch()).loss(N_TRAIN).isfinite())
 
 
-def test_no_batch_to_start_from_is_refused():
-    with pytest.raises(ValueError, match="no batch to start the gates from"):
+def test_batches_of_no_or_of_several_sizes_are_refused():
+    with pytest.raises(ValueError, match="batches of one size, got none"):
         starting.depth_logits(program_of(), [])
+    with pytest.raises(ValueError, match=r"batches of one size, got \[3, 4\]"):
+        starting.depth_logits(program_of(), [batch(3), batch(4)])

@@ -100,7 +100,15 @@ def test_the_summary_says_what_the_posterior_says(run):
 def test_posterior_opens_in_arviz_with_names(run):
     folder, config = run
     data = arviz.from_netcdf(str(folder / "posterior.nc"))
-    for group in ("posterior", "prior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data", "constant_data"):
+    for group in (
+        "posterior",
+        "prior",
+        "sample_stats",
+        "log_likelihood",
+        "posterior_predictive",
+        "observed_data",
+        "constant_data",
+    ):
         assert group in data.groups() or f"/{group}" in data.groups, group
     posterior = data["posterior"]
     assert posterior["z"].dims == ("chain", "draw", "projection", "tensor", "rung")

@@ -47,8 +47,9 @@ def test_the_same_seed_gives_the_same_lines_and_parameters(backbone):
 
 
 def test_another_seed_gives_other_lines(backbone):
-    assert fit(tiny_config(backbone), quiet=True).metrics[0]["nll"] != (
-        fit(tiny_config(backbone, seed=1), quiet=True).metrics[0]["nll"]
+    assert (
+        fit(tiny_config(backbone), quiet=True).metrics[0]["nll"]
+        != (fit(tiny_config(backbone, seed=1), quiet=True).metrics[0]["nll"])
     )
 
 
@@ -102,7 +103,10 @@ def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after):
     resumed = fit(config, folder=tmp_path / "cut", quiet=True)
     for (name, a), b in zip(state(whole).items(), state(resumed).values(), strict=True):
         assert torch.equal(a, b), name
-    written = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "cut")]
+    written = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
     assert values(written[0]) == values(written[1]) == values(whole.metrics)
 
 
@@ -122,7 +126,7 @@ def test_a_damaged_checkpoint_is_refused(backbone, tmp_path):
     fit(tiny_config(backbone), folder=tmp_path, quiet=True)
     path = next((tmp_path / "checkpoints").iterdir())
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged.*delete its folder"):
+    with pytest.raises(ValueError, match=r"damaged.*delete its folder"):
         fit(tiny_config(backbone), folder=tmp_path, quiet=True)
 
 

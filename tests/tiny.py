@@ -12,7 +12,9 @@ from pyro_blora.tasks import get_task
 
 
 def save_tiny_backbone(folder: Path, **settings) -> Path:
-    words = sorted({word for row in get_task("acceptability").load(n_train=400)["train"]["sentence"] for word in row.split()})
+    words = sorted(
+        {word for row in get_task("acceptability").load(n_train=400)["train"]["sentence"] for word in row.split()}
+    )
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
