@@ -6,8 +6,9 @@ One adapted projection computes, with Q the mixture of nested grids (quantizer.p
 
 Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears
 them when it ends: no draw survives a call, a layer called outside says what to do, and a projection that is called
-twice in one forward (DeBERTa's content and positions) sees the same gates both times. Scope `encoder` also quantizes input and
-weight of every other linear map of the encoder, without an adapter. The task head stays at 32 bit.
+twice in one forward (DeBERTa's content and positions) sees the same gates both times. Scope `encoder` also quantizes
+input and weight of every other linear map of the encoder, without an adapter. The task head stays at 32 bit, and a
+pooler inside the base model is frozen like the rest of it.
 
 Ranges are one (L, T) parameter, learned as log(range). `calibrate` sets them from data before the optimizer is built.
 """

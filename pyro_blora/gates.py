@@ -13,7 +13,7 @@ Everything is computed from log-probabilities (log p = -rate, log(1 - p) = log(-
 to 1e6 nats give finite values and gradients in float32. A gate with log p = 0 or -inf is *pinned* open or closed.
 
 Shapes: K gates a chain is the event, (..., K); everything to the left is batch.
-Source: Louizos et al., Bayesian Bits (2020); Bayesian-LoRA, equations 7 and 8.
+Source: van Baalen et al., Bayesian Bits (2020); Bayesian-LoRA, equations 7 and 8.
 """
 
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def _shifted(chain: Tensor) -> Tensor:
 class NestedBernoulli(TorchDistribution):
     """The law of a chain of nested gates.
 
-    Shapes: log_probs (..., K), the conditional log-probabilities of opening; K may be 0. Values are (..., K) 0/1 chains.
+    Shapes: log_probs (..., K), conditional log-probabilities of opening; K may be 0. Values are 0/1 chains (..., K).
     Units: log-probabilities and entropies in nats.
     Errors: ValueError where a log-probability is positive or nan.
     """

@@ -1,6 +1,6 @@
 """Laws of the gates before the data: functions of the layout, by name.
 
-A prior is a pure function `(layout, **settings) -> Gates(z, g)` of two `NestedBernoulli`s, batch shapes (L, T) and (L,).
+A prior is a pure function `(layout, **settings) -> Gates(z, g)`: two `NestedBernoulli`s, batch shapes (L, T), (L,).
 Rates are in nats a gate: p(open | parent open) = exp(-rate). Register one with `@register_prior`, or name it as
 `--prior file.py:function`. A prior that learns or adapts is an `nn.Module` whose call returns the same; the function
 returns the module.
@@ -35,7 +35,7 @@ def nested(layout: AdapterLayout, *, rate: float = 1.0, rank_rate: float | None 
 
 
 @register_prior("bops")
-def bops(layout: AdapterLayout, *, rate: float = 1.0, rank_rate: float | None = None) -> Gates:
+def bops(layout: AdapterLayout, *, rate: float = 0.2, rank_rate: float | None = None) -> Gates:
     """A gate's rate is proportional to the bit operations that opening it adds.
 
     Settings: rate, nats for one more bit of the tensor that the most MACs pass through, its partner at 32 bit;
