@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from .layout import AdapterLayout, head_modules
+from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, TENSORS, AdapterLayout, head_modules
 from .quantizer import mixture_weights, quantize_mixture
 
 ADAPTER = "default"  # PEFT's name of the one adapter
@@ -55,10 +55,8 @@ class _Handover:
                 " for the deployed allocation use z, g = the modes of the guide's posterior"
             )
         weights, ranges, _ = self.gates
-        index = projection * len(self.tensors) + tensor
+        index = projection * len(TENSORS) + tensor
         return x if weights[index] is None else quantize_mixture(x, ranges[index], weights[index])
-
-    tensors: tuple[str, ...] = ()
 
     def rank(self, projection: int) -> Tensor | None:
         return None if self.gates is None else self.gates[2][projection]
@@ -82,13 +80,13 @@ class GatedLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         quantize = functools.partial(self.handover.quantize, self.index)
         base, down, up = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        xq = quantize(0, x)  # (..., n)
-        y = F.linear(xq, quantize(1, base.weight), base.bias)  # (..., m)
-        hidden = quantize(4, F.linear(xq, quantize(2, down)))  # (..., R)
+        xq = quantize(INPUT, x)  # (..., n)
+        y = F.linear(xq, quantize(BASE, base.weight), base.bias)  # (..., m)
+        hidden = quantize(HIDDEN, F.linear(xq, quantize(LORA_A, down)))  # (..., R)
         rank = self.handover.rank(self.index)
         if rank is not None:
             hidden = hidden * rank.to(hidden.dtype)
-        return y + self.scaling[ADAPTER] * F.linear(hidden, quantize(3, up))
+        return y + self.scaling[ADAPTER] * F.linear(hidden, quantize(LORA_B, up))
 
 
 class QuantizedLinear(nn.Module):
@@ -100,8 +98,8 @@ class QuantizedLinear(nn.Module):
         self.handover, self.index = handover, index
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.handover.quantize(self.index, 0, x)
-        return F.linear(x, self.handover.quantize(self.index, 1, self.weight), self.bias)
+        x = self.handover.quantize(self.index, INPUT, x)
+        return F.linear(x, self.handover.quantize(self.index, BASE, self.weight), self.bias)
 
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
@@ -211,7 +209,6 @@ def attach(
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         model = peft.get_peft_model(backbone, config)
     handover = _Handover()
-    handover.tensors = layout.tensors
     modules = dict(model.base_model.model.named_modules())
     for index, projection in enumerate(layout.projections):
         module = modules[projection.name]
@@ -268,12 +265,12 @@ def _set_ranges(net: GatedModel, observed: dict) -> None:
     ranges = torch.full_like(net.log_range, _UNSEEN_RANGE)
     for layer in net.layers():
         index = layer.index
-        for tensor in (0, 4):
+        for tensor in (INPUT, HIDDEN):
             ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
         if isinstance(layer, GatedLinear):
-            ranges[index, 1] = layer.get_base_layer().weight.abs().max()
+            ranges[index, BASE] = layer.get_base_layer().weight.abs().max()
             down, up = (side[ADAPTER].weight.abs().max() for side in (layer.lora_A, layer.lora_B))
-            ranges[index, 2], ranges[index, 3] = down, torch.where(up > 0, up, down)
+            ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)
         else:
-            ranges[index, 1] = layer.weight.abs().max()
+            ranges[index, BASE] = layer.weight.abs().max()
     net.log_range.copy_(ranges.clamp(min=_SMALLEST_RANGE).log())

@@ -22,7 +22,7 @@ from . import adapters
 from .build import build_program, check_names
 from .checkpoint import trainable
 from .config import RunConfig
-from .layout import AdapterLayout
+from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
 from .posterior import deployed
 from .program import BayesianLoRA
 from .quantizer import quantize_mixture
@@ -82,7 +82,7 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
         ranks[projection.name] = rank = 1 + int(g[i].sum())
         down, up = (
             quantize_mixture(side[adapters.ADAPTER].weight, net.log_range[i, t].exp(), ladder[i, t])
-            for side, t in ((layer.lora_A, 2), (layer.lora_B, 3))
+            for side, t in ((layer.lora_A, LORA_A), (layer.lora_B, LORA_B))
         )
         weights[projection.name] = down[:rank].cpu(), up[:, :rank].cpu()
     return ranks, weights
@@ -115,7 +115,7 @@ def _verify(program: BayesianLoRA, plain: nn.Module, ranks: dict[str, int], fold
         raise RuntimeError(f"the exported adapter lost the rank of {wrong[0]}")
     z, g = deployed(program)
     z = z.clone()
-    z[:, [0, 1, 4]] = 1.0
+    z[:, [INPUT, BASE, HIDDEN]] = 1.0
     vocabulary = plain.config.vocab_size
     tokens = torch.arange(64, device=device).view(2, 32) * 7919 % vocabulary
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
+INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
 LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
 
