@@ -24,10 +24,9 @@ PRIORS = {"LoRA (`fixed`, 32 bit, rank 8)": ("fixed", {"bits": 32, "rank": 8}), 
 
 def command(config: RunConfig) -> str:
     settings = "".join(f" --prior.{key} {value}" for key, value in config.prior_settings.items())
-    return (
-        f"python experiments/train.py --task {config.task} --glue_dir {config.glue_dir} --backbone {config.backbone} "
-        f"--max_train {config.max_train} --epochs {config.epochs} --prior {config.prior}{settings}"
-    )
+    named = ("task", "glue_dir", "backbone", "max_train", "epochs", "draws", "prior")
+    flags = " ".join(f"--{name} {getattr(config, name)}" for name in named)
+    return f"python experiments/train.py {flags}{settings}"
 
 
 def majority(task_name: str, glue_dir: str) -> float:
@@ -51,20 +50,22 @@ def finished(config: RunConfig) -> dict:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--max_train", type=int, default=4000)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="names, or name:examples to use fewer of them")
+    parser.add_argument("--max_train", type=int, default=4000, help="training examples where a task names none")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--draws", type=int, default=15)
     parser.add_argument("--output_dir", default="runs/glue_small")
     parser.add_argument("--table", default="runs/glue_small/table.md", help="where the Markdown table is written")
     options = parser.parse_args(arguments)
     lines, commands, device = [], [], ""
-    for task in options.tasks:
+    for name in options.tasks:
+        task, _, examples = name.partition(":")
         floor = majority(task, options.glue_dir)
         for label, (prior, settings) in PRIORS.items():
             config = RunConfig(
-                task=task, glue_dir=options.glue_dir, backbone="demo", max_train=options.max_train, prior=prior,
-                prior_settings=settings, epochs=options.epochs, draws=options.draws, output_dir=options.output_dir,
+                task=task, glue_dir=options.glue_dir, backbone="demo", max_train=int(examples or options.max_train),
+                prior=prior, prior_settings=settings, epochs=options.epochs, draws=options.draws,
+                output_dir=options.output_dir,
             )  # fmt: skip
             result = finished(config)
             bits = " / ".join(f"{value:.1f}" for value in result["expected_bits"].values())

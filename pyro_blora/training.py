@@ -151,7 +151,8 @@ class _Loop:
                 bar.update()
                 if (step + 1) % config.logging_steps == 0 or step + 1 == self.schedule.steps:
                     self._log(step + 1, time.perf_counter() - began, bar)
-                if self.folder and accelerator.is_main_process and (step + 1) % config.checkpoint_steps == 0:
+                due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == self.schedule.steps
+                if self.folder and accelerator.is_main_process and due:
                     save_checkpoint(self.folder / "checkpoints", self.program, optimizer.optimizer, step + 1)
         if config.tracker:
             accelerator.end_training()
