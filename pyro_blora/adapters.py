@@ -111,15 +111,20 @@ class GatedModel(nn.Module):
     """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's.
 
     Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
+    `autocast` is the dtype of the backbone's arithmetic, None for the dtype of its weights.
     """
+
+    autocast: torch.dtype | None = None
 
     def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: _Handover):
         super().__init__()
         self.peft_model, self.layout, self.handover = peft_model, layout, handover
-        self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2]))
+        device = next(peft_model.parameters()).device
+        self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2], device=device))
 
     def forward(self, **batch):
-        return self.peft_model(**batch)
+        with torch.autocast(self.log_range.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.peft_model(**batch)
 
     def layers(self) -> list[nn.Module]:
         """The gated layers in the layout's order."""
@@ -164,6 +169,7 @@ def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
         raise ValueError(
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
+    z, g = z.to(net.log_range.device), g.to(net.log_range.device)
     weights = mixture_weights(F.pad(z.float(), (1, 0), value=1.0)).flatten(0, 1).unbind(0)
     if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
         opened = (z == 1).all(-1).flatten().tolist()

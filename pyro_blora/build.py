@@ -1,6 +1,7 @@
 """From a RunConfig to what a run is made of: task, data, tokenizer and program. Training and loading share it."""
 
 import dataclasses
+from pathlib import Path
 
 import datasets
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .adapters import attach
 from .backbone import load_backbone, load_tokenizer
 from .config import RunConfig
-from .data import take, tokenize
+from .data import tokenize
 from .guides import GUIDES, build_guide
 from .priors import PRIORS, build_prior
 from .program import BayesianLoRA
@@ -45,9 +46,10 @@ def build(config: RunConfig) -> Parts:
     Errors: ValueError for whatever the user gave that cannot work; nothing is written.
     """
     task = check_names(config)
-    rows = task.validate(task.load(glue_dir=config.glue_dir, seed=config.seed), source=config.glue_dir or "the data")
-    rows = {split: take(table, config.max_train, config.seed) if split == "train" else table
-            for split, table in rows.items() if split != "test"}  # fmt: skip
+    glue_dir = Path(config.glue_dir).expanduser() if config.glue_dir else None
+    rows = task.load(glue_dir=glue_dir, seed=config.seed, n_train=config.max_train)
+    rows = task.validate(rows, source=config.glue_dir or "the data")
+    rows = {split: table for split, table in rows.items() if split != "test"}
     tokenizer = load_tokenizer(config.backbone)
     torch.manual_seed(config.seed)  # the head and lora_A are drawn now
     program = build_program(config, task, len(rows["train"]))
@@ -60,6 +62,7 @@ def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
         load_backbone(config.backbone, task.num_labels), rank=config.rank, alpha=config.alpha, adapter=config.adapter,
         target_modules=config.target_modules, scope=config.scope, sequence_length=config.max_length,
     )  # fmt: skip
+    net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()
     prior = build_prior(config.prior, net.layout, config.prior_settings)

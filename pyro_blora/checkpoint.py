@@ -20,7 +20,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
     """Replace the checkpoint in `folder` in one rename: a kill leaves the old one or the new one, never half of one."""
     tensors = {}
     for name, parameter in trainable(module).items():
@@ -29,11 +29,11 @@ def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
             tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (_NAME + ".partial")
-    save_file(tensors, partial, metadata={"step": str(step)})
+    save_file(tensors, partial, metadata={"step": str(step), "total": str(total)})
     os.replace(partial, folder / _NAME)
 
 
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> int:
     """Restore what `save_checkpoint` wrote and return its step; 0 where there is none.
 
     Errors: ValueError for a file that is damaged or belongs to another configuration.
@@ -43,10 +43,15 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
         return 0
     try:
         with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
+            step, expected = int(file.metadata()["step"]), int(file.metadata()["total"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}): delete its folder to start this run again") from None
+    if expected != total:  # the configuration is the same, or the folder would be another one
+        raise ValueError(
+            f"checkpoint {path} is of a run of {expected} steps, this one has {total}: resume on as many processes as "
+            "it was started on, or delete its folder to start again"
+        )
     parameters = trainable(module)
     if {f"parameter/{name}" for name in parameters} != {key for key in tensors if key.startswith("parameter/")}:
         raise ValueError(f"checkpoint {path} is of another model: delete its folder to start this run again")

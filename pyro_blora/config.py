@@ -138,6 +138,9 @@ class RunConfig:
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_IN_DIGEST}
         for owner in ("prior_settings", "guide_settings"):  # 3 and 3.0 are the same setting
             values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
+        for owner in ("prior", "guide"):  # a law in a user's file is what the file says, not what it is called
+            if (file := Path(values[owner].rpartition(":")[0]).expanduser()).is_file():
+                values[owner] += " " + hashlib.sha256(file.read_bytes()).hexdigest()
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
@@ -226,7 +229,7 @@ _RANGES = {  # field: (check, what is expected, remedy)
     "lr_ranges": (*_not_negative(), "0 freezes the ranges"),
     "weight_decay": (*_not_negative(), "0 switches it off"),
     "warmup": (*_fraction(), "it is a fraction of the steps, not a number of steps"),
-    "kl_warmup": (*_fraction(), "it is a fraction of the steps, not a number of steps"),
+    "kl_warmup": (lambda value: 0 <= value < 1, "between 0 and 1 (1 excluded)", "the gates need steps to learn in"),
     "temperature_start": (*_positive(), "0.5 is usual"),
     "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),
     "clip_norm": (*_positive(), "a large number, such as 1e9, switches clipping off"),

@@ -98,6 +98,16 @@ class AdapterLayout:
             raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
+        if not hasattr(model, model.base_model_prefix):
+            raise ValueError(
+                f"{type(model).__name__} has no task head: load the backbone with a class such as "
+                "AutoModelForSequenceClassification"
+            )
+        if sequence_length > _positions(model.config):
+            raise ValueError(
+                f"the model takes at most {_positions(model.config)} tokens, got a sequence length of "
+                f"{sequence_length}: lower it (sequence_length, or --max_length on the command line)"
+            )
         linears = _encoder_linears(model)
         targets = _match(linears, target_modules, getattr(model.config, "model_type", "unknown"))
         macs, model_macs = count_macs(model, sequence_length)

@@ -84,15 +84,32 @@ class BayesianLoRA(nn.Module):
         p = poutine.trace(poutine.replay(self.model, trace=q)).get_trace(inputs, labels)
         label = p.nodes["label"]
         nll = -label["fn"].log_prob(label["value"]).mean()
-        kl = {site: kl_divergence(q.nodes[site]["fn"], p.nodes[site]["fn"]) for site in ("z", "g")}
-        kl_z = torch.where(self.z_mask, kl["z"], 0.0).sum()
-        kl_g = torch.where(self.g_mask, kl["g"], 0.0).sum()
-        return Elbo(nll, kl_z, kl_g)
+        laws = (Gates(*(trace.nodes[site]["fn"] for site in ("z", "g"))) for trace in (q, p))
+        return Elbo(nll, *self.kl(*laws))
+
+    def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor) -> Tensor:
+        """Mean negative log-likelihood of a batch at given gates, nats an example."""
+        with adapters.gates(self.net, z, g):
+            logits = self.net(**inputs).logits.float()
+        return -self.likelihood(logits, scale=self.log_scale.exp()).log_prob(labels).mean()
+
+    def kl(self, q: Gates, p: Gates) -> Gates:
+        """KL(q || p) of all chains that exist, nats."""
+        kl_z = torch.where(self.z_mask, kl_divergence(q.z, p.z), 0.0).sum()
+        return Gates(kl_z, torch.where(self.g_mask, kl_divergence(q.g, p.g), 0.0).sum())
 
     def forward(self, inputs: dict, labels: Tensor, temperature: float, kl_weight: float = 1.0) -> tuple[Tensor, Elbo]:
-        """The training loss and its parts, at a temperature of the relaxation."""
+        """The training loss and its parts, at a temperature of the relaxation.
+
+        At kl_weight 0, before the gates start, they are held open: the loss is the NLL of plain LoRA.
+        """
         self.temperature = temperature
-        elbo = self.elbo(inputs, labels)
+        if kl_weight == 0:
+            opened = adapters.open_gates(self.net.layout, labels.device)
+            laws = self.gate_guide.laws(temperature, self.hard)
+            elbo = Elbo(self.nll(inputs, labels, *opened), *self.kl(laws, self.prior()))
+        else:
+            elbo = self.elbo(inputs, labels)
         return elbo.loss(self.n_train, kl_weight), elbo
 
 

@@ -75,14 +75,15 @@ def _backward(
 
 
 @functools.cache
-def _kernels() -> tuple:
-    """The two functions, compiled once with dynamic shapes; eager where there is no compiler, which is said once."""
+def _kernels(device: str = "cpu") -> tuple:
+    """The two functions, compiled once with dynamic shapes; eager where no compiler works, which is said once."""
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _forward, _backward
     compiled = tuple(torch.compile(f, dynamic=True, fullgraph=True) for f in (_forward, _backward))
-    one = torch.ones(())
+    probe, one, weights = (torch.ones(shape, device=device) for shape in (8, (), len(LADDER)))
     try:
-        compiled[0](torch.zeros(8), one, torch.ones(len(LADDER)), *_scales(one))
+        compiled[0](probe, one, weights, *_scales(one))
+        compiled[1](probe.clone(), probe, one, weights, *_scales(one))
     except Exception as error:  # a missing or broken compiler shows itself in many types; eager is always right
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("no working compiler for the quantizer (%s): running it eagerly, several times slower", reason)
@@ -100,13 +101,14 @@ class _Quantize(torch.autograd.Function):
     def forward(ctx, x, value_range, weights):
         scales, inverse = _scales(value_range)
         ctx.save_for_backward(x, value_range, weights, scales, inverse)
-        return _kernels()[0](*_bare(x, value_range, weights, scales, inverse))
+        return _kernels(x.device.type)[0](*_bare(x, value_range, weights, scales, inverse))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, value_range, weights, *scales = ctx.saved_tensors
-        grad_x, *sums, mixture, saturated = _kernels()[1](*_bare(grad.contiguous(), x, value_range, weights, *scales))
+        backward = _kernels(x.device.type)[1]
+        grad_x, *sums, mixture, saturated = backward(*_bare(grad.contiguous(), x, value_range, weights, *scales))
         return grad_x, mixture / value_range + weights[:-1].sum() * saturated, torch.stack(sums)
 
 

@@ -23,7 +23,7 @@ from .bops import expected_bits, expected_bops, expected_rank
 from .build import check_names
 from .config import RunConfig
 from .data import by_length, on_device, take
-from .export import export
+from .exporting import export
 from .gates import Gates
 from .inference_data import save, to_arviz
 from .posterior import ECE_BINS, Prediction, divergences, draw, marginals, predict
@@ -36,7 +36,7 @@ _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "acceler
 
 
 def train_run(config: RunConfig) -> Path:
-    """Train, evaluate and save one run; returns its folder.
+    """Train, evaluate and save one run; returns its folder, which the main process writes when training has ended.
 
     Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work. Neither leaves
     anything behind.
@@ -50,8 +50,7 @@ def train_run(config: RunConfig) -> Path:
     check_names(config)
     partial = folder.with_name(f".{folder.name}.partial")
     trained = fit(config, folder=partial)
-    state = accelerate.PartialState()
-    if state.is_main_process:
+    if accelerate.PartialState().is_main_process:
         began = time.perf_counter()
         summary = _finish(trained, partial)
         summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
@@ -59,7 +58,6 @@ def train_run(config: RunConfig) -> Path:
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder)
         show_run(folder)
-    state.wait_for_everyone()
     return folder
 
 

@@ -33,10 +33,7 @@ def depth_logits(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) 
     program.eval()
     for inputs, labels in batches:
         opened = [x.requires_grad_() for x in adapters.open_gates(program.net.layout, labels.device)]
-        with adapters.gates(program.net, *opened):
-            logits = program.net(**inputs).logits.float()
-        law = program.likelihood(logits, scale=program.log_scale.exp())
-        slopes = torch.autograd.grad(-law.log_prob(labels).mean(), opened, allow_unused=True)
+        slopes = torch.autograd.grad(program.nll(inputs, labels, *opened), opened, allow_unused=True)
         for site, gate, slope in zip(drops, opened, slopes, strict=True):
             site.append(_closing(torch.zeros_like(gate) if slope is None else slope))
         sizes.add(len(labels))

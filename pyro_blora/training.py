@@ -29,6 +29,9 @@ from .starting import depth_logits
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _STARTING_BATCHES = 16  # for the starting law of the gates: gradients of 512 examples at batch size 32
+_DIVERGED = (
+    "the training diverged at step {}: the loss is no finite number. Lower --lr; a new setting is a new run folder"
+)
 _COOLED_BY = 0.75  # the temperature reaches its end at this fraction of the steps, the rest trains at it
 
 
@@ -66,7 +69,7 @@ class Schedule:
     @property
     def opening(self) -> int:
         """The step at which the gates start."""
-        return math.ceil(self.config.kl_warmup * self.steps)
+        return int(self.config.kl_warmup * self.steps)
 
     def kl_weight(self, step: int) -> float:
         return float(step >= self.opening)
@@ -109,13 +112,19 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False) -
     folder: where metrics.jsonl and checkpoints/ are kept, and found again after an interruption; None keeps nothing.
     Errors: ValueError, see `build`, before anything is written.
     """
-    accelerate.state.AcceleratorState._reset_state()  # an earlier fit in this session may have had another precision
+    if config.tracker and folder is None:
+        raise ValueError(f"tracker {config.tracker!r} needs a folder to write to: fit(config, folder=...)")
     accelerator = accelerate.Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with=config.tracker, project_dir=folder,
+        cpu=not torch.cuda.is_available(),  # exact BOPs are float64, which Apple's GPUs do not have
+        log_with=config.tracker,
+        project_dir=folder,
         # pinned gates and an unused log_scale get no gradient
         kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )  # fmt: skip
+    )
+    if config.tracker and not accelerator.log_with:
+        raise ValueError(
+            f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or drop --tracker"
+        )
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes)
     if folder is not None and accelerator.is_main_process:
@@ -133,27 +142,30 @@ class _Loop:
         self.lines: list[dict] = []
 
     def run(self) -> Trained:
-        config, accelerator, began = self.config, self.accelerator, time.perf_counter()
+        config, accelerator = self.config, self.accelerator
         self.program.to(accelerator.device)
         self._calibrate()
         optimizer = make_optimizer(self.program, config)
-        first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer) if self.folder else 0
+        total = self.schedule.steps
+        first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer, total) if self.folder else 0
         self._restore_lines(first)
+        began = time.perf_counter() - (self.lines[-1]["seconds"] if self.lines else 0.0)
         self.wrapped, optimizer = accelerator.prepare(self.program, optimizer)
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-        with tqdm(total=self.schedule.steps, initial=first, disable=self.quiet, desc=config.task, unit="step",
+        with tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step",
                   dynamic_ncols=True, mininterval=0.5) as bar:  # fmt: skip
             for step, micro_batches in self._steps(first):
                 if step == self.schedule.opening:
                     self._start_gates(optimizer)
                 self._optimizer_step(step, micro_batches, optimizer)
                 bar.update()
-                if (step + 1) % config.logging_steps == 0 or step + 1 == self.schedule.steps:
+                if (step + 1) % config.logging_steps == 0 or step + 1 == total:
                     self._log(step + 1, time.perf_counter() - began, bar)
-                due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == self.schedule.steps
+                due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == total
                 if self.folder and accelerator.is_main_process and due:
-                    save_checkpoint(self.folder / "checkpoints", self.program, optimizer.optimizer, step + 1)
+                    self._require_finite(step)
+                    save_checkpoint(self.folder / "checkpoints", self.program, optimizer.optimizer, step + 1, total)
         if config.tracker:
             accelerator.end_training()
         self.program.eval()
@@ -183,7 +195,10 @@ class _Loop:
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
             inputs, labels = split_labels({k: v.to(accelerator.device) for k, v in batch.items()})
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                loss, elbo = self.wrapped(inputs, labels, temperature, kl_weight)
+                try:
+                    loss, elbo = self.wrapped(inputs, labels, temperature, kl_weight)
+                except ValueError as error:  # the likelihood refuses logits that are nan
+                    raise ValueError(f"{_DIVERGED.format(step)} ({str(error).splitlines()[0]})") from error
                 accelerator.backward(loss / len(micro_batches))
             parts.append(torch.stack([x.detach().float() for x in (loss, *elbo)]))
         net = self.program.net
@@ -191,6 +206,10 @@ class _Loop:
         optimizer.step()
         optimizer.zero_grad()
         self.last = torch.stack(parts).mean(0)  # loss, nll, kl_z, kl_g, read on the host when a line is logged
+
+    def _require_finite(self, step: int) -> None:
+        if not bool(self.last.isfinite().all()):
+            raise ValueError(_DIVERGED.format(step))
 
     def _calibrate(self) -> None:
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
@@ -205,6 +224,9 @@ class _Loop:
             guide.start(depth_logits(self.program, self._training_batches(_STARTING_BATCHES, epoch=-2)))
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)
+        if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
+            for parameter in (*guide.parameters(), self.program.net.log_range):
+                accelerate.utils.broadcast(parameter.data)
 
     def _training_batches(self, count: int, epoch: int):
         """The first batches of an order of their own: the same on every process."""

@@ -26,7 +26,7 @@ FLOORS = {
     "posterior": 3,
     "training": 4,
     "inference_data": 4,
-    "export": 4,
+    "exporting": 4,
     "run": 5,
     "__main__": 6,
     "__init__": 7,  # the public table
