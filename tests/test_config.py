@@ -242,3 +242,12 @@ def test_a_preset_that_is_wrong_is_refused_by_line(tmp_path, text, message):
 def test_an_unknown_preset_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="unknown preset 'colla': did you mean 'cola'"):
         load_preset("colla")
+
+
+def test_the_digest_sees_the_file_of_a_users_law(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def law(layout): ...")
+    first = RunConfig(prior=f"{file}:law").digest
+    assert RunConfig(prior=f"{file}:law").digest == first
+    file.write_text("def law(layout): return None")
+    assert RunConfig(prior=f"{file}:law").digest != first

@@ -138,6 +138,35 @@ def test_a_checkpoint_of_another_model_is_refused(backbone, tmp_path):
     assert trained.metrics
 
 
+def test_a_checkpoint_of_another_number_of_steps_is_refused(backbone, tmp_path):
+    trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
+    optimizer = make_optimizer(trained.program, tiny_config(backbone))
+    assert load_checkpoint(tmp_path / "checkpoints", trained.program, optimizer, 8) == 8
+    with pytest.raises(ValueError, match="run of 8 steps, this one has 4: resume on as many processes"):
+        load_checkpoint(tmp_path / "checkpoints", trained.program, optimizer, 4)
+
+
+def test_the_gates_are_open_before_they_start(backbone):
+    """Phase one is plain LoRA: its losses are those of a prior that pins every gate open."""
+    bops, lora = (fit(tiny_config(backbone, prior=prior), quiet=True).metrics for prior in ("bops", "fixed"))
+    opening = Schedule.of(tiny_config(backbone), 64).opening
+    assert [line["loss"] for line in bops[:opening]] == [line["loss"] for line in lora[:opening]]
+    assert bops[-1]["loss"] != lora[-1]["loss"]
+
+
+def test_a_run_that_diverges_says_so_and_keeps_no_checkpoint(backbone, tmp_path):
+    with pytest.raises(ValueError, match=r"diverged at step \d+.*Lower --lr"):
+        fit(tiny_config(backbone, lr=1e30, warmup=0.0, checkpoint_steps=1, clip_norm=1e30), folder=tmp_path, quiet=True)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
+
+
+def test_a_tracker_that_is_not_installed_is_refused(backbone, tmp_path):
+    with pytest.raises(ValueError, match="tracker 'wandb' is not installed: pip install wandb"):
+        fit(tiny_config(backbone, tracker="wandb"), folder=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_parameter_store_of_pyro_stays_empty(backbone):
     pyro.clear_param_store()
     fit(tiny_config(backbone), quiet=True)

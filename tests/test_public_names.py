@@ -1,0 +1,28 @@
+"""The public table: every name is importable, and is the thing itself rather than a module of the same name."""
+
+import inspect
+
+import pyro_blora
+import pyro_blora.run  # imports every module, as a session does sooner or later
+
+
+def test_every_public_name_is_a_function_or_a_class():
+    for name in pyro_blora.__all__:
+        assert callable(getattr(pyro_blora, name)), name
+        assert inspect.getdoc(getattr(pyro_blora, name)), name
+
+
+def test_the_table_is_what_the_house_promises():
+    assert set(pyro_blora.__all__) == {
+        "attach", "fit", "draw", "predict", "expected_bops", "to_arviz", "export", "load", "register_prior",
+        "register_guide", "RunConfig",
+    }  # fmt: skip
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    try:
+        pyro_blora.atach  # noqa: B018
+    except AttributeError as error:
+        assert "attach" in str(error)
+    else:
+        raise AssertionError("an unknown name was found")
