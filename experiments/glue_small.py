@@ -18,7 +18,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run, versions
 from pyro_blora.tasks import get_task
 
-TASKS = ("sst2", "cola", "mrpc", "stsb", "rte", "qnli")
+TASKS = ("sst2", "cola", "mrpc", "stsb", "qnli", "rte", "wnli")
 PRIORS = {"LoRA (`fixed`, 32 bit, rank 8)": ("fixed", {"bits": 32, "rank": 8}), "`bops`, defaults": ("bops", {})}
 
 
@@ -38,6 +38,12 @@ def majority(task_name: str, glue_dir: str) -> float:
     references = list(rows["eval"]["label"])
     scores = task.metric().compute(predictions=[constant] * len(references), references=references)
     return scores[task.metric_name]
+
+
+def learned(result: dict, floor: float) -> bool:
+    """Whether the score exceeds the constant answer's by two standard errors of an evaluation of this size."""
+    spread = 0.5 if result["metric"]["name"] == "accuracy" else 1.0  # of one example: at most, and of a correlation
+    return result["metric"]["value"] > floor + 2 * spread / result["n_eval"] ** 0.5
 
 
 def finished(config: RunConfig) -> dict:
@@ -68,11 +74,12 @@ def main(arguments: list[str]) -> None:
                 output_dir=options.output_dir,
             )  # fmt: skip
             result = finished(config)
+            mark = "" if learned(result, floor) else " †"
             bits = " / ".join(f"{value:.1f}" for value in result["expected_bits"].values())
             rank = " / ".join(f"{value:.1f}" for value in result["expected_rank"].values())
             lines.append(
                 f"| {task} | {result['n_train']} | {label} | {result['metric']['name']} | "
-                f"{result['metric']['value']:.3f} | {floor:.3f} | {result['nll']:.3f} | "
+                f"{result['metric']['value']:.3f}{mark} | {floor:.3f} | {result['nll']:.3f} | "
                 f"{result['bops']['adapted_ratio']:.1%} | {result['bops']['model_ratio']:.1%} | {bits} | {rank} | "
                 f"{result['seconds']['training']:.0f} |"
             )
@@ -88,10 +95,22 @@ def _write(path: Path, lines: list[str], commands: list[str], device: str) -> No
     )
     rule = "|---|---|---|---|---|---|---|---|---|---|---|---|"
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = "\n".join([
-        "# Small GLUE on MiniLM", "", f"Written by `experiments/glue_small.py` on {device}; {found}. One seed (0).",
-        "", head, rule, *lines, "", "Each line, by its command:", "", "```sh", *commands, "```", "",
-    ])  # fmt: skip
+    text = f"""# Small GLUE on MiniLM
+
+Written by `experiments/glue_small.py` on {device}; {found}. One seed (0).
+
+{head}
+{rule}
+{chr(10).join(lines)}
+
+† MiniLM learns nothing here: no better than the constant answer by two standard errors of the dev set.
+
+Each line, by its command:
+
+```sh
+{chr(10).join(commands)}
+```
+"""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
