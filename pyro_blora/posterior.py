@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torchmetrics.functional.classification import multiclass_calibration_error
-from tqdm.auto import tqdm
 
 from . import adapters
 from .gates import Gates
@@ -95,9 +94,7 @@ class Prediction:
 
 
 @torch.no_grad()
-def predict(
-    program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None, quiet: bool = True,
-) -> Prediction:  # fmt: skip
+def predict(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None) -> Prediction:
     """Outputs and pointwise log-likelihood of every example under each draw.
 
     batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation.
@@ -111,7 +108,7 @@ def predict(
     training = program.training
     program.eval()
     outputs, log_likelihood, labels = [], [], []
-    for inputs, label in tqdm(batches, desc="predict", disable=quiet, leave=False, dynamic_ncols=True):
+    for inputs, label in batches:
         laws = [_law(program, inputs, gates.z[i], gates.g[i]) for i in firsts]
         is_regression = not hasattr(laws[0], "probs")
         out = torch.stack([law.mean[:, None] if is_regression else law.probs for law in laws])

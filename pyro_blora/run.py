@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
 from .bops import expected_bits, expected_bops, expected_rank
 from .build import check_names
@@ -108,7 +109,8 @@ def _predict(trained: Trained, split: str, draws: Gates | None, rows=None) -> Pr
     parts, device = trained.parts, trained.program.log_scale.device
     tokens = parts.tokens[split] if rows is None else rows
     batches, order = by_length(tokens, parts.tokenizer, 2 * parts.config.batch_size)
-    return predict(trained.program, on_device(batches, device), gates=draws, quiet=False).restored(order)
+    bar = tqdm(on_device(batches, device), desc=f"predict {split}", total=len(batches), leave=False, dynamic_ncols=True)
+    return predict(trained.program, bar, gates=draws).restored(order)
 
 
 def _scores(trained: Trained, prediction: Prediction) -> dict:
