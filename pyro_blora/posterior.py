@@ -67,6 +67,10 @@ class Prediction:
             self, outputs=self.outputs[:, back], log_likelihood=self.log_likelihood[:, back], labels=self.labels[back]
         )
 
+    def of_draws(self, which: slice) -> "Prediction":
+        """The same for some of the draws only."""
+        return dataclasses.replace(self, outputs=self.outputs[which], log_likelihood=self.log_likelihood[which])
+
     @property
     def mean(self) -> Tensor:
         """(E, C) probabilities averaged over draws, or (E, 1) means."""

@@ -27,7 +27,7 @@ from .data import by_length, on_device, take
 from .exporting import export
 from .gates import Gates
 from .inference_data import save, to_arviz
-from .posterior import ECE_BINS, Prediction, divergences, draw, marginals, predict
+from .posterior import ECE_BINS, Prediction, deployed, divergences, draw, marginals, predict
 from .training import Trained, fit
 
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
@@ -91,21 +91,24 @@ def _finish(trained: Trained, folder: Path) -> dict:
     parts, program, config = trained.parts, trained.program, trained.parts.config
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
     draws = draw(program, config.draws, seed=config.seed)
-    predictions = {split: _predict(trained, split, draws) for split in parts.tokens if split != "train"}
-    prediction = predictions["eval"]
+    # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
+    gates = Gates(*(torch.cat([x, mode[None]]) for x, mode in zip(draws, deployed(program), strict=True)))
+    together = {split: _predict(trained, split, gates) for split in parts.tokens if split != "train"}
+    predictions = {split: both.of_draws(slice(config.draws)) for split, both in together.items()}
+    prediction, at_mode = predictions["eval"], together["eval"].of_draws(slice(config.draws, None))
     save(to_arviz(program, draws, prediction, labels=parts.task.labels, seed=config.seed), folder / "posterior.nc")
     export(program, folder / "adapter")
     for split, predicted in predictions.items():
         name = "predictions.parquet" if split == "eval" else f"predictions_{split.removeprefix('eval_')}.parquet"
         _table(trained, split, predicted).to_parquet(folder / name)
-    summary = _summary(trained, prediction, _predict(trained, "eval", None))
+    summary = _summary(trained, prediction, at_mode)
     for split, predicted in predictions.items():
         if split != "eval":
             summary[split] = _scores(trained, predicted)
     return summary
 
 
-def _predict(trained: Trained, split: str, draws: Gates | None, rows=None) -> Prediction:
+def _predict(trained: Trained, split: str, draws: Gates, rows=None) -> Prediction:
     parts, device = trained.parts, trained.program.log_scale.device
     tokens = parts.tokens[split] if rows is None else rows
     batches, order = by_length(tokens, parts.tokenizer, 2 * parts.config.batch_size)
@@ -145,7 +148,7 @@ def _table(trained: Trained, split: str, prediction: Prediction) -> pd.DataFrame
 
 
 @torch.no_grad()
-def _summary(trained: Trained, prediction: Prediction, deployed: Prediction) -> dict:
+def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> dict:
     parts, program, config = trained.parts, trained.program, trained.parts.config
     layout, (z, g), kl = program.net.layout, marginals(program), divergences(program)
     kl_z, kl_g = float(kl.z.sum()), float(kl.g.sum())
@@ -166,7 +169,7 @@ def _summary(trained: Trained, prediction: Prediction, deployed: Prediction) -> 
         **_scores(trained, prediction),
         "draws": config.draws,
         "averaging": f"mean of the predicted probabilities over {config.draws} draws of the gates",
-        "deployed": _scores(trained, deployed),
+        "deployed": _scores(trained, at_mode),
         "elbo_per_example": float(fitted.log_likelihood.mean()) - (kl_z + kl_g) / program.n_train,
         "kl": {"z": kl_z, "g": kl_g},
         "bops": {
@@ -200,12 +203,12 @@ def result_tables(summary: dict) -> list[Table]:
     head = Table(title=f"{summary['task']} · {summary['backbone']} · prior {summary['prior']}", title_justify="left")
     for column, justify in (("", "left"), (f"{summary['draws']} draws", "right"), ("deployed", "right")):
         head.add_column(column, justify=justify)
-    deployed, metric = summary["deployed"], summary["metric"]["name"]
-    head.add_row(metric, _number(summary["metric"]["value"]), _number(deployed["metric"]["value"]))
-    head.add_row("NLL (nats an example)", _number(summary["nll"]), _number(deployed["nll"]))
+    at_mode, metric = summary["deployed"], summary["metric"]["name"]
+    head.add_row(metric, _number(summary["metric"]["value"]), _number(at_mode["metric"]["value"]))
+    head.add_row("NLL (nats an example)", _number(summary["nll"]), _number(at_mode["nll"]))
     if summary["ece"]["value"] is not None:
         bins = summary["ece"]["bins"]
-        head.add_row(f"ECE ({bins} bins)", _number(summary["ece"]["value"]), _number(deployed["ece"]["value"]))
+        head.add_row(f"ECE ({bins} bins)", _number(summary["ece"]["value"]), _number(at_mode["ece"]["value"]))
     gates = Table(title="What the gates learned", title_justify="left")
     for column in ("", "expected"):
         gates.add_column(column, justify="left" if not column else "right")
