@@ -4,7 +4,8 @@ A guide is an `nn.Module`, made by `(layout, prior, **settings)` where `prior` i
 
     laws(temperature, hard) -> Gates    what is sampled in training: reparametrised, with a KL against NestedBernoulli
     posterior() -> Gates                the discrete laws, the only ones that are reported or deployed
-    start(depth_logits)                 optional: set the laws from an estimate of what the data say (starting.py)
+    start(depth_logits)                 optional, called if `starts_from_data`: set the laws from an estimate of what
+                                        the data say about each chain (starting.py)
 
 Gates that the prior pins (probability 0 or 1) are held there: the posterior cannot differ. Register a guide with
 `@register_guide`, or name it as `--guide file.py:function`.
@@ -26,14 +27,15 @@ _LARGEST_LOGIT = 6.0  # q(1 - q) = 0.0025: still enough gradient for a gate to c
 class _Logits(nn.Module):
     """Free conditional log-odds for each gate, with the prior's pins laid over them."""
 
-    def __init__(self, layout: AdapterLayout, prior: Gates, z_logit: float, g_logit: float):
+    def __init__(self, layout: AdapterLayout, prior: Gates, open_logit: float | None):
         super().__init__()
-        self.z_logits = nn.Parameter(torch.full(layout.z_shape, float(z_logit)))  # (L, T, K)
-        self.g_logits = nn.Parameter(torch.full(layout.g_shape, float(g_logit)))  # (L, R - 1)
+        logit = _LARGEST_LOGIT if open_logit is None else float(open_logit)
+        self.z_logits = nn.Parameter(torch.full(layout.z_shape, logit))  # (L, T, K)
+        self.g_logits = nn.Parameter(torch.full(layout.g_shape, logit))  # (L, R - 1)
         self.register_buffer("z_pins", pinned_logits(prior.z.log_probs.detach()), persistent=False)
         self.register_buffer("g_pins", pinned_logits(prior.g.log_probs.detach()), persistent=False)
-
         self.free = Gates(bool(self.z_pins.isnan().any()), bool(self.g_pins.isnan().any()))  # is anything random?
+        self.starts_from_data = any(self.free) and open_logit is None
 
     def logits(self) -> Gates:
         z = torch.where(self.z_pins.isnan(), self.z_logits, self.z_pins) if self.free.z else self.z_pins
@@ -76,25 +78,21 @@ class Point(_Logits):
 
 
 @register_guide("mean_field")
-def mean_field(
-    layout: AdapterLayout, prior: Gates, *, open_logit: float = _LARGEST_LOGIT, rank_logit: float = _LARGEST_LOGIT
-) -> MeanField:
+def mean_field(layout: AdapterLayout, prior: Gates, *, open_logit: float | None = None) -> MeanField:
     """Independent relaxed nested Bernoullis, one log-odds a gate; KL in closed form.
 
-    Settings: open_logit and rank_logit, the starting log-odds of bit and rank gates where no estimate replaces them.
+    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
     """
-    return MeanField(layout, prior, open_logit, rank_logit)
+    return MeanField(layout, prior, open_logit)
 
 
 @register_guide("point")
-def point(
-    layout: AdapterLayout, prior: Gates, *, open_logit: float = _LARGEST_LOGIT, rank_logit: float = _LARGEST_LOGIT
-) -> Point:
+def point(layout: AdapterLayout, prior: Gates, *, open_logit: float | None = None) -> Point:
     """A single allocation (maximum a posteriori), learned with straight-through gradients.
 
-    Settings: open_logit and rank_logit, the starting log-odds of bit and rank gates where no estimate replaces them.
+    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
     """
-    return Point(layout, prior, open_logit, rank_logit)
+    return Point(layout, prior, open_logit)
 
 
 def build_guide(name: str, layout: AdapterLayout, prior: Gates, settings: dict | None = None) -> nn.Module:

@@ -219,8 +219,7 @@ class _Loop:
         """Fit the ranges to what was learned, and set the guide to what the data say about the gates."""
         self._calibrate()
         guide = self.program.gate_guide
-        free = any(getattr(guide, "free", [True]))  # a prior may pin every gate
-        if hasattr(guide, "start") and free and self.config.lr_gates > 0:
+        if getattr(guide, "starts_from_data", False):
             guide.start(depth_logits(self.program, self._training_batches(_STARTING_BATCHES, epoch=-2)))
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)

@@ -30,7 +30,7 @@ def late_layers(layout, *, rate: float = 2.0):
 
 
 def cautious(layout, prior, *, logit: float = 2.0):
-    return MeanField(layout, prior, logit, logit)
+    return MeanField(layout, prior, logit)
 '''
 
 
@@ -103,7 +103,7 @@ def test_a_prior_and_a_guide_from_the_decorator_keep_the_contract(forget, layout
 
     @register_guide("undecided")
     def undecided(layout, prior):
-        return MeanField(layout, prior, 0.0, 0.0)
+        return MeanField(layout, prior, 0.0)
 
     check_prior("halves", layout)
     for guide in GUIDES.names():

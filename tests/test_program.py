@@ -48,7 +48,7 @@ def program_of(*, prior="nested", guide="mean_field", task="sst2", scope="encode
             torch.nn.init.normal_(parameter, std=0.3)
     calibrate(net, [batch()[0]])
     prior = build_prior(prior, net.layout)
-    guide = build_guide(guide, net.layout, prior(), {"open_logit": logit, "rank_logit": logit})
+    guide = build_guide(guide, net.layout, prior(), {"open_logit": logit})
     return BayesianLoRA(net, prior, guide, task.likelihood, n_train=N_TRAIN, hard=hard).eval()
 
 

@@ -183,7 +183,7 @@ def test_four_groups_hold_every_trained_parameter_once(backbone):
 
 
 def test_gates_and_ranges_move_only_after_the_opening(backbone):
-    before = fit(tiny_config(backbone, lr_gates=0.0), quiet=True)
+    before = fit(tiny_config(backbone, lr_gates=0.0, guide_settings={"open_logit": 3.0}), quiet=True)
     after = fit(tiny_config(backbone), quiet=True)
     logits = before.program.gate_guide.z_logits
     assert torch.equal(logits, torch.full_like(logits, logits[0, 0, 0].item()))
