@@ -79,7 +79,8 @@ def _kernels(device: str = "cpu") -> tuple:
     """The two functions, compiled once with dynamic shapes; eager where no compiler works, which is said once."""
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _forward, _backward
-    compiled = tuple(torch.compile(f, dynamic=True, fullgraph=True) for f in (_forward, _backward))
+    # without fullgraph, a process that meets more dtypes and sizes than the compiler keeps goes on eagerly
+    compiled = tuple(torch.compile(f, dynamic=True) for f in (_forward, _backward))
     probe, one, weights = (torch.ones(shape, device=device) for shape in (8, (), len(LADDER)))
     try:
         compiled[0](probe, one, weights, *_scales(one))
