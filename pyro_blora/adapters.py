@@ -111,7 +111,7 @@ class GatedModel(nn.Module):
     """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's.
 
     Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
-    `autocast` is the dtype of the backbone's arithmetic, None for the dtype of its weights.
+    `autocast` is the dtype of the backbone's arithmetic, None for the caller's.
     """
 
     autocast: torch.dtype | None = None
@@ -123,7 +123,9 @@ class GatedModel(nn.Module):
         self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2], device=device))
 
     def forward(self, **batch):
-        with torch.autocast(self.log_range.device.type, self.autocast, enabled=self.autocast is not None):
+        if self.autocast is None:  # whatever the caller's own autocast says
+            return self.peft_model(**batch)
+        with torch.autocast(self.log_range.device.type, self.autocast):
             return self.peft_model(**batch)
 
     def layers(self) -> list[nn.Module]:
