@@ -91,7 +91,8 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
 def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: dict, folder: Path) -> None:
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
     config = adapters.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         model = peft.get_peft_model(copy.deepcopy(plain), config)
     modules = dict(model.base_model.model.named_modules())
     for name, (down, up) in weights.items():
@@ -108,7 +109,9 @@ def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: di
 def _verify(program: BayesianLoRA, plain: nn.Module, ranks: dict[str, int], folder: Path) -> None:
     """The adapter as PEFT reads it, against the gated network with activations and base weights at 32 bit."""
     device = program.log_scale.device
-    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder)).eval().to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # as above
+        reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder)).eval().to(device)
     modules = dict(reloaded.base_model.model.named_modules())
     wrong = [name for name, rank in ranks.items() if modules[name].r[adapters.ADAPTER] != rank]
     if wrong:
