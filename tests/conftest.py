@@ -29,3 +29,15 @@ def glue_dir(data_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no GLUE release at {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """The quantizer without its compiler, for modules in which speed is not the point."""
+    from pyro_blora import quantizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYRO_BLORA_COMPILE", "0")
+        quantizer._kernels.cache_clear()
+        yield
+    quantizer._kernels.cache_clear()

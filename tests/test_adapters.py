@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from models import batch, random_chains, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 
-from pyro_blora import adapters, quantizer
+from pyro_blora import adapters
 from pyro_blora.adapters import ADAPTER, GatedLinear, QuantizedLinear, attach, calibrate, open_gates
 from pyro_blora.layout import LADDER, SCOPES, head_modules
 
@@ -16,14 +16,7 @@ SETTINGS = {"rank": 4, "alpha": 6.0, "sequence_length": 10}
 BACKBONES = [tiny_bert, tiny_roberta, tiny_distilbert, tiny_deberta]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def eager():
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PYRO_BLORA_COMPILE", "0")
-    quantizer._kernels.cache_clear()
-    yield
-    patch.undo()
-    quantizer._kernels.cache_clear()
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def gated(build=tiny_bert, *, trained=True, **settings):

@@ -10,7 +10,7 @@ from models import batch, tiny_bert
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 
-from pyro_blora import adapters, quantizer, starting
+from pyro_blora import adapters, starting
 from pyro_blora.adapters import attach, calibrate
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import GUIDES, build_guide
@@ -21,14 +21,7 @@ from pyro_blora.tasks import get_task
 N_TRAIN = 50
 
 
-@pytest.fixture(autouse=True, scope="module")
-def eager():
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PYRO_BLORA_COMPILE", "0")
-    quantizer._kernels.cache_clear()
-    yield
-    patch.undo()
-    quantizer._kernels.cache_clear()
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.data import epoch_order
 from pyro_blora.training import Schedule, fit, make_optimizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYRO_BLORA_COMPILE", "0")
-        training.adapters.quantize_mixture.__globals__["_kernels"].cache_clear()
-        yield
-    training.adapters.quantize_mixture.__globals__["_kernels"].cache_clear()
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +110,7 @@ def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(backbone, tmp_path):
     files = [path for path in (tmp_path / "checkpoints").iterdir()]
     assert [path.suffix for path in files] == [".safetensors"]
     with safe_open(files[0], framework="pt") as file:
-        parameters = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118
+        parameters = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118 (not a dict)
     assert parameters == set(trainable(trained.program))
     assert not any("base_layer" in name or "embeddings" in name for name in parameters)
 
