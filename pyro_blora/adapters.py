@@ -14,7 +14,6 @@ Ranges are one (L, T) parameter, learned as log(range). `calibrate` sets them fr
 """
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -24,8 +23,9 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, TENSORS, AdapterLayout, head_modules
-from .quantizer import mixture_weights, quantize_mixture
+from .handover import Handover, Observer, handed_over
+from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout, head_modules
+from .quantizer import mixture_weights
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 ADAPTERS = ("lora",)
@@ -35,71 +35,38 @@ _PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful
 _SAMPLE = 1 << 20  # torch.quantile takes at most 2^24 numbers; an even stride through them is enough
 
 
-class _Handover:
-    """What the layers of one model read during one call: mixture weights, ranges and ranks, or an observer."""
-
-    def __init__(self):
-        # (weights by (projection, tensor), None for the identity; ranges likewise; ranks by projection)
-        self.gates: tuple | None = None
-        self.observed: dict | None = None  # (projection, tensor) -> largest range seen, while calibrating
-
-    def quantize(self, projection: int, tensor: int, x: Tensor) -> Tensor:
-        if self.observed is not None:
-            seen = _covering_range(x)
-            key = (projection, tensor)
-            self.observed[key] = torch.maximum(self.observed.get(key, seen), seen)
-            return x
-        if self.gates is None:
-            raise RuntimeError(
-                "a gated layer was called without gates: wrap the call, `with adapters.gates(net, z, g): net(**batch)`;"
-                " for the deployed allocation use z, g = the modes of the guide's posterior"
-            )
-        weights, ranges, _ = self.gates
-        index = projection * len(TENSORS) + tensor
-        return x if weights[index] is None else quantize_mixture(x, ranges[index], weights[index])
-
-    def rank(self, projection: int) -> Tensor | None:
-        return None if self.gates is None else self.gates[2][projection]
-
-    def recomputation(self) -> tuple:
-        """Contexts of a checkpoint's forward and of its recomputation. A method, so that a deep copy gets its own."""
-        return contextlib.nullcontext(), _handed_over(self, self.gates)
-
-
 class GatedLinear(LoraLinear):
     """PEFT's LoRA layer with quantized tensors and rank gates; `save_pretrained` writes it as plain LoRA.
 
     Shapes: x (..., n) -> (..., m); weight (m, n), lora_A (R, n), lora_B (m, R).
     """
 
-    handover: _Handover
+    handover: Handover
     index: int
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        quantize = functools.partial(self.handover.quantize, self.index)
+        handover, index = self.handover, self.index
         base, down, up = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        xq = quantize(INPUT, x)  # (..., n)
-        y = F.linear(xq, quantize(BASE, base.weight), base.bias)  # (..., m)
-        hidden = quantize(HIDDEN, F.linear(xq, quantize(LORA_A, down)))  # (..., R)
-        rank = self.handover.rank(self.index)
-        if rank is not None:
-            hidden = hidden * rank.to(hidden.dtype)
-        return y + self.scaling[ADAPTER] * F.linear(hidden, quantize(LORA_B, up))
+        xq = handover.activation(index, INPUT, x)  # (..., n)
+        y = handover.product(index, BASE, xq, base.weight, base.bias)  # (..., m)
+        hidden = handover.activation(index, HIDDEN, handover.product(index, LORA_A, xq, down))  # (..., R)
+        hidden = handover.ranks(index, hidden)
+        return y + self.scaling[ADAPTER] * handover.product(index, LORA_B, hidden, up)
 
 
 class QuantizedLinear(nn.Module):
     """A linear map without an adapter whose input and weight are quantized; its parameters keep their names."""
 
-    def __init__(self, linear: nn.Linear, handover: _Handover, index: int):
+    def __init__(self, linear: nn.Linear, handover: Handover, index: int):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.handover, self.index = handover, index
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.handover.quantize(self.index, INPUT, x)
-        return F.linear(x, self.handover.quantize(self.index, BASE, self.weight), self.bias)
+        x = self.handover.activation(self.index, INPUT, x)
+        return self.handover.product(self.index, BASE, x, self.weight, self.bias)
 
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
@@ -116,7 +83,7 @@ class GatedModel(nn.Module):
 
     autocast: torch.dtype | None = None
 
-    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: _Handover):
+    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: Handover):
         super().__init__()
         self.peft_model, self.layout, self.handover = peft_model, layout, handover
         device = next(peft_model.parameters()).device
@@ -151,15 +118,6 @@ class GatedModel(nn.Module):
 
 
 @contextlib.contextmanager
-def _handed_over(handover: _Handover, gates: tuple | None) -> Iterator[None]:
-    before, handover.gates = handover.gates, gates
-    try:
-        yield
-    finally:
-        handover.gates = before
-
-
-@contextlib.contextmanager
 def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
     """Hand the gates z and g to every layer of `net` for the duration of the block, then clear them.
 
@@ -178,7 +136,7 @@ def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
         weights = [None if exact else weight for weight, exact in zip(weights, opened, strict=True)]
     ranges = net.log_range.exp().flatten().unbind(0)
     ranks = F.pad(g.float(), (1, 0), value=1.0).unbind(0)
-    with _handed_over(net.handover, (weights, ranges, ranks)):
+    with handed_over(net.handover, (weights, ranges, ranks)):
         yield net
 
 
@@ -216,7 +174,7 @@ def attach(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         model = peft.get_peft_model(backbone, config)
-    handover = _Handover()
+    handover = Handover()
     modules = dict(model.base_model.model.named_modules())
     for index, projection in enumerate(layout.projections):
         module = modules[projection.name]
@@ -230,7 +188,7 @@ def attach(
     if pooler := getattr(model.base_model.model.base_model, "pooler", None):
         pooler.requires_grad_(False)  # pretrained, like the encoder it belongs to; saved, in case it was not
     net = GatedModel(model, layout, handover)
-    _set_ranges(net, {})
+    _start_ranges(net, {})
     if checkpointing:
         net.gradient_checkpointing_enable()
     return net
@@ -245,31 +203,47 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
+    """Let `observer` see every forward in the block, in evaluation mode, without gates."""
+    training, net.handover.observer = net.training, observer
+    net.eval()
+    try:
+        yield net
+    finally:
+        net.handover.observer = None
+        net.train(training)
+
+
+class _Extent(Observer):
+    """The largest range that any batch needed, by (projection, tensor)."""
+
+    def __init__(self):
+        self.ranges: dict[tuple[int, int], Tensor] = {}
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        magnitude = x.detach().float().abs().flatten()
+        covering = magnitude[:: max(1, magnitude.numel() // _SAMPLE)].quantile(_PERCENTILE / 100)
+        key = (projection, tensor)
+        self.ranges[key] = torch.maximum(self.ranges.get(key, covering), covering)
+        return x
+
+
+@torch.no_grad()
 def calibrate(net: GatedModel, batches: Iterable[dict]) -> None:
     """Start every range from data: weights by their maximum, activations by the 99.99th percentile of |x|.
 
     While lora_B is zero, which says nothing about the size it will have, it takes lora_A's range.
     """
-    net.handover.observed = observed = {}
-    training = net.training
-    net.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                net(**batch)
-    finally:
-        net.handover.observed = None
-        net.train(training)
-    _set_ranges(net, observed)
-
-
-def _covering_range(x: Tensor) -> Tensor:
-    magnitude = x.detach().float().abs().flatten()
-    return magnitude[:: max(1, magnitude.numel() // _SAMPLE)].quantile(_PERCENTILE / 100)
+    extent = _Extent()
+    with observed(net, extent):
+        for batch in batches:
+            net(**batch)
+    _start_ranges(net, extent.ranges)
 
 
 @torch.no_grad()
-def _set_ranges(net: GatedModel, observed: dict) -> None:
+def _start_ranges(net: GatedModel, observed: dict) -> None:
     ranges = torch.full_like(net.log_range, _UNSEEN_RANGE)
     for layer in net.layers():
         index = layer.index
@@ -281,4 +255,10 @@ def _set_ranges(net: GatedModel, observed: dict) -> None:
             ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)
         else:
             ranges[index, BASE] = layer.weight.abs().max()
+    set_ranges(net, ranges)
+
+
+@torch.no_grad()
+def set_ranges(net: GatedModel, ranges: Tensor) -> None:
+    """ranges (L, T) >= 0; zero becomes the smallest positive range."""
     net.log_range.copy_(ranges.clamp(min=_SMALLEST_RANGE).log())

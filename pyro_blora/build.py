@@ -66,6 +66,5 @@ def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()
     prior = build_prior(config.prior, net.layout, config.prior_settings)
-    guide = build_guide(config.guide, net.layout, prior(), config.guide_settings)
-    hard = config.estimator == "straight_through"
-    return BayesianLoRA(net, prior, guide, task.likelihood, n_train=n_train, hard=hard)
+    guide = build_guide(config.guide, net.layout, prior, config.guide_settings)
+    return BayesianLoRA(net, prior, guide, task.likelihood, n_train=n_train, estimator=config.estimator)

@@ -15,9 +15,12 @@ from torch import nn
 _NAME = "state.safetensors"
 
 
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name, in a fixed order."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What is trained, and the state of a prior that adapts, by name, in a fixed order."""
+    learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    prior = getattr(module, "prior", None)
+    state = {} if prior is None else {f"prior.{key}": x for key, x in prior.state_dict(keep_vars=True).items()}
+    return learned | state
 
 
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:

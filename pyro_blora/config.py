@@ -20,7 +20,7 @@ import yaml
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES = {
-    "estimator": ("relaxed", "straight_through"),
+    "estimator": ("relaxed", "straight_through", "score_function", "enumerate"),
     "adapter": ("lora",),
     "scope": ("adapted", "encoder"),
     "precision": ("float32", "bf16"),
@@ -49,7 +49,7 @@ class RunConfig:
     prior_settings: dict = _field(dict, "settings of the prior, on the command line as --prior.rate 3")
     guide: str = _field("mean_field", "variational family: a name that `pyro-blora guides` lists, or file.py:function")
     guide_settings: dict = _field(dict, "settings of the guide, on the command line as --guide.NAME VALUE")
-    estimator: str = _field("relaxed", "gradient through the gates: relaxed (soft) or straight_through (hard forward)")
+    estimator: str = _field("relaxed", "gradient of the gates: relaxed, straight_through, score_function, enumerate")
     adapter: str = _field("lora", "adapter method: lora")
     rank: int = _field(8, "largest rank R of every adapter")
     alpha: float = _field(16.0, "scale of the adapter: its output is multiplied by alpha / rank")
@@ -67,6 +67,7 @@ class RunConfig:
     lr_ranges: float = _field(1e-3, "learning rate of the quantization ranges; 0 freezes them")
     weight_decay: float = _field(0.01, "decoupled weight decay of adapter and head; gates and ranges have none")
     warmup: float = _field(0.06, "learning-rate warm-up, as a fraction of the steps")
+    kl_weight: float = _field(1.0, "weight of the KL once the gates start; below 1: a cold posterior, surer gates")
     kl_warmup: float = _field(0.3, "fraction of the steps with open gates and no KL, after which the gates start")
     temperature_start: float = _field(0.5, "temperature of the relaxed gates at the first step")
     temperature_end: float = _field(0.1, "temperature of the relaxed gates at the last step")
@@ -97,11 +98,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {expected}, got {value!r}: {remedy}")
-        if self.temperature_end > self.temperature_start:
-            raise ValueError(
-                f"temperature_end must be at most temperature_start, got {self.temperature_end} > "
-                f"{self.temperature_start}: the relaxation is cooled, never heated"
-            )
+        start, end = self.temperature_start, self.temperature_end
+        if end > start:
+            raise ValueError(f"temperature_end must be at most temperature_start, got {end} > {start}: it is cooled")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -229,6 +228,7 @@ _RANGES = {  # field: (check, what is expected, remedy)
     "lr_ranges": (*_not_negative(), "0 freezes the ranges"),
     "weight_decay": (*_not_negative(), "0 switches it off"),
     "warmup": (*_fraction(), "it is a fraction of the steps, not a number of steps"),
+    "kl_weight": (*_positive(), "1 is the ELBO"),
     "kl_warmup": (lambda value: 0 <= value < 1, "between 0 and 1 (1 excluded)", "the gates need steps to learn in"),
     "temperature_start": (*_positive(), "0.5 is usual"),
     "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),

@@ -1,19 +1,29 @@
 """Variational families of the gates, by name.
 
-A guide is an `nn.Module`, made by `(layout, prior, **settings)` where `prior` is the prior's Gates, with
+A guide is an `nn.Module`, made by `(layout, prior, **settings)` where `prior` is a module that returns the prior's
+Gates when it is called, with
 
     laws(temperature, hard) -> Gates    what is sampled in training: reparametrised, with a KL against NestedBernoulli
-    posterior() -> Gates                the discrete laws, the only ones that are reported or deployed
-    start(depth_logits)                 optional, called if `starts_from_data`: set the laws from an estimate of what
+    posterior() -> Gates                the exact marginal laws of the chains, discrete: what is reported and deployed
+    components() -> Gates               optional, for a family that is not mean field: discrete laws with a leading
+                                        dimension of M equally likely components, z (M, L, T, K), g (M, L, R - 1)
+    divergence(prior, z_mask, g_mask)   optional, Gates of KLs in nats, where it is no sum over chains
+    start(evidence)                     optional, called if `starts_from_data`: set the laws from an estimate of what
                                         the data say about each chain (starting.py)
 
+The families here hold *evidence*: q(depth d) = softmax over d of log prior(d) + e_1 + ... + e_d, as the posterior is
+prior times likelihood. What the data say is learned in nats, whatever the optimizer makes of gradients; what the prior
+says enters exactly, so that a prior that moves (a budget, a learned rate) moves the gates in the same step.
 Gates that the prior pins (probability 0 or 1) are held there: the posterior cannot differ. Register a guide with
 `@register_guide`, or name it as `--guide file.py:function`.
 """
 
+import math
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from .gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, pinned_logits
 from .layout import AdapterLayout
@@ -21,53 +31,82 @@ from .registry import Registry
 
 GUIDES = Registry("guide")
 register_guide = GUIDES.register
-_LARGEST_LOGIT = 6.0  # q(1 - q) = 0.0025: still enough gradient for a gate to come back
+_OPEN = 6.0  # log-odds of a gate that waits for the data: q(1 - q) = 0.0025, enough gradient to come back
+_IMPOSSIBLE = -1e30  # in place of log 0 where a prior pins a gate, so that sums and gradients stay finite
+_SURE = 1e4  # nats, in place of infinite evidence
+_SPREAD = 0.5  # nats between the components of a mixture at its start: equal ones would stay equal
+_INFORMATION_DRAWS = 64  # of the gates, for what the component tells about them; no forward of the backbone
 
 
-class _Logits(nn.Module):
-    """Free conditional log-odds for each gate, with the prior's pins laid over them."""
+def conditional_logits(depth_logits: Tensor) -> Tensor:
+    """Log-odds of opening each gate given its parent, from unnormalised log P(depth).  (..., K + 1) -> (..., K)"""
+    at_least = depth_logits.flip(-1).logcumsumexp(-1).flip(-1)
+    return at_least[..., 1:] - depth_logits[..., :-1]
 
-    def __init__(self, layout: AdapterLayout, prior: Gates, open_logit: float | None):
+
+class _Evidence(nn.Module):
+    """Nats that the data add to each step of a chain's depth, for each component; the prior's pins laid over them."""
+
+    def __init__(self, layout: AdapterLayout, prior: nn.Module, open_logit: float | None, components: int = 1):
         super().__init__()
-        logit = _LARGEST_LOGIT if open_logit is None else float(open_logit)
-        self.z_logits = nn.Parameter(torch.full(layout.z_shape, logit))  # (L, T, K)
-        self.g_logits = nn.Parameter(torch.full(layout.g_shape, logit))  # (L, R - 1)
-        self.register_buffer("z_pins", pinned_logits(prior.z.log_probs.detach()), persistent=False)
-        self.register_buffer("g_pins", pinned_logits(prior.g.log_probs.detach()), persistent=False)
+        self.prior = prior
+        laws = prior()
+        self.z_evidence = nn.Parameter(torch.zeros(components, *layout.z_shape))  # (M, L, T, K)
+        self.g_evidence = nn.Parameter(torch.zeros(components, *layout.g_shape))  # (M, L, R - 1)
+        for name, law, mask in (("z_pins", laws.z, layout.z_mask), ("g_pins", laws.g, layout.g_mask)):
+            pins = torch.where(mask[..., None], pinned_logits(law.log_probs.detach()), torch.inf)  # or does not exist
+            self.register_buffer(name, pins, persistent=False)
         self.free = Gates(bool(self.z_pins.isnan().any()), bool(self.g_pins.isnan().any()))  # is anything random?
         self.starts_from_data = any(self.free) and open_logit is None
+        self._open(laws, _OPEN if open_logit is None else float(open_logit))
+
+    @torch.no_grad()
+    def _open(self, prior: Gates, logit: float) -> None:
+        """Every gate at log-odds `logit`, whatever the prior."""
+        for parameter, law in zip((self.z_evidence, self.g_evidence), prior, strict=True):
+            odds = torch.full_like(law.log_probs, logit)
+            wanted = RelaxedNestedBernoulli(odds, 1.0, validate_args=False).discrete.depth_log_probs
+            parameter.copy_((wanted - law.depth_log_probs).diff(dim=-1).nan_to_num(0.0, 0.0, 0.0))
 
     def logits(self) -> Gates:
-        z = torch.where(self.z_pins.isnan(), self.z_logits, self.z_pins) if self.free.z else self.z_pins
-        g = torch.where(self.g_pins.isnan(), self.g_logits, self.g_pins) if self.free.g else self.g_pins
-        return Gates(z, g)
+        """Conditional log-odds of every component.  z (M, L, T, K), g (M, L, R - 1)"""
+        return Gates(*map(self._site_logits, self.prior(), (self.z_evidence, self.g_evidence), self.free,
+                          (self.z_pins, self.g_pins)))  # fmt: skip
 
-    def start(self, depth_logits: Gates) -> None:
-        """Set each chain's law to softmax(depth_logits) over its depth.  z (L, T, K + 1), g (L, R)."""
-        for parameter, logits in zip((self.z_logits, self.g_logits), depth_logits, strict=True):
-            law = NestedBernoulli.from_depth_logits(logits.double())
-            log_odds = (law.log_probs - law.log_probs_closed).nan_to_num(0.0)
-            with torch.no_grad():
-                parameter.copy_(log_odds.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT))
+    @staticmethod
+    def _site_logits(prior: NestedBernoulli, evidence: Tensor, free: bool, pins: Tensor) -> Tensor:
+        pinned = pins.expand(evidence.shape)
+        if not free:
+            return pinned
+        said = nn.functional.pad(evidence.cumsum(-1), (1, 0))
+        logits = conditional_logits(prior.depth_log_probs.clamp(min=_IMPOSSIBLE) + said)
+        return torch.where(pinned.isnan(), logits, pinned)
 
+    @torch.no_grad()
+    def start(self, evidence: Gates) -> None:
+        """Set the evidence to that of each depth, up to a constant.  z (L, T, K + 1), g (L, R), nats."""
+        for parameter, said in zip((self.z_evidence, self.g_evidence), evidence, strict=True):
+            parameter.copy_(said.diff(dim=-1).nan_to_num(0.0, _SURE, -_SURE))
 
-class MeanField(_Logits):
-    """Every gate has log-odds of its own given its parent; sampled as relaxed nested Bernoullis."""
-
-    def laws(self, temperature: float, hard: bool) -> Gates:
-        z, g = self.logits()
-        law = RelaxedNestedBernoulli
-        return Gates(law(z, temperature, hard, validate_args=False), law(g, temperature, hard, validate_args=False))
-
-    def posterior(self) -> Gates:
+    def components(self) -> Gates:
         return Gates(*(RelaxedNestedBernoulli(x, 1.0, validate_args=False).discrete for x in self.logits()))
 
 
-class Point(_Logits):
+class MeanField(_Evidence):
+    """Every chain has a law of its own; sampled as relaxed nested Bernoullis."""
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        return Gates(*(RelaxedNestedBernoulli(x[0], temperature, hard, validate_args=False) for x in self.logits()))
+
+    def posterior(self) -> Gates:
+        return Gates(*(RelaxedNestedBernoulli(x[0], 1.0, validate_args=False).discrete for x in self.logits()))
+
+
+class Point(_Evidence):
     """One chain for each tensor and adapter, gates open where their product exceeds 1/2; KL = -log prior."""
 
     def _chain(self, logits: Tensor) -> Tensor:
-        soft = torch.sigmoid(logits).cumprod(-1)
+        soft = torch.sigmoid(logits[0]).cumprod(-1)
         return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1
 
     def laws(self, temperature: float, hard: bool) -> Gates:
@@ -76,18 +115,82 @@ class Point(_Logits):
     def posterior(self) -> Gates:
         return Gates(*(NestedBernoulli(self._chain(x).detach().log(), validate_args=False) for x in self.logits()))
 
+    def components(self) -> Gates:
+        return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in self.posterior()))
+
+
+class Mixture(_Evidence):
+    """M mean fields, equally likely: chains are independent given the component, correlated without it.
+
+    KL(q || p) = mean_m KL(q_m || p) - I, where I <= log M nats is what a draw tells about its component; the first
+    part is in closed form, I is averaged over draws of the gates, which need no forward.
+    """
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        logits = self.logits()
+        m = int(torch.randint(len(logits.z), ()))  # drawn on the host: no transfer
+        return Gates(*(RelaxedNestedBernoulli(x[m], temperature, hard, validate_args=False) for x in logits))
+
+    def posterior(self) -> Gates:
+        mixed = (law.depth_log_probs.logsumexp(0) - math.log(len(law.log_probs)) for law in self.components())
+        return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in mixed))
+
+    @torch.no_grad()
+    def start(self, evidence: Gates) -> None:
+        super().start(evidence)
+        for parameter in (self.z_evidence, self.g_evidence):
+            parameter.add_(_SPREAD * torch.randn_like(parameter))
+
+    def divergence(self, prior: Gates, z_mask: Tensor, g_mask: Tensor) -> Gates:
+        components = self.components()
+        kl_z = torch.where(z_mask, kl_divergence(components.z, prior.z), 0.0).sum((-1, -2)).mean()
+        kl_g = torch.where(g_mask, kl_divergence(components.g, prior.g), 0.0).sum(-1).mean()
+        return Gates(kl_z - self._information(components, z_mask, g_mask), kl_g)
+
+    def _information(self, components: Gates, z_mask: Tensor, g_mask: Tensor) -> Tensor:
+        """I(component; gates), with the score-function gradient and each component's own mean as its baseline."""
+        M = len(components.z.log_probs)
+        S = max(2, _INFORMATION_DRAWS // M)
+        z, g = (law.sample((S,)).flatten(0, 1)[:, None] for law in components)  # (S M, 1, ...), component i % M
+        log_q = torch.where(z_mask, components.z.log_prob(z), 0.0).sum((-1, -2))
+        log_q = log_q + torch.where(g_mask, components.g.log_prob(g), 0.0).sum(-1)  # (S M, M)
+        own = log_q.view(S, M, M).diagonal(dim1=1, dim2=2)  # (S, M)
+        told = own - (log_q.logsumexp(-1).view(S, M) - math.log(M))
+        reward = told.detach()
+        others = (reward.sum(0) - reward) / (S - 1)
+        score = ((reward - others) * own).mean()
+        return reward.mean() + score - score.detach()
+
 
 @register_guide("mean_field")
-def mean_field(layout: AdapterLayout, prior: Gates, *, open_logit: float | None = None) -> MeanField:
-    """Independent relaxed nested Bernoullis, one log-odds a gate; KL in closed form.
+def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> MeanField:
+    """Independent relaxed nested Bernoullis, one a chain; KL in closed form.
 
     Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
     """
     return MeanField(layout, prior, open_logit)
 
 
+@register_guide("mixture")
+def mixture(
+    layout: AdapterLayout, prior: nn.Module, *, components: int = 4, open_logit: float | None = None
+) -> Mixture:
+    """A mixture of mean fields, which sees that two gates trade off; gains at most log(components) nats of ELBO.
+
+    Settings: components, M; open_logit, the log-odds at which every gate starts (default: estimated from the data).
+    Source: Jaakkola and Jordan, Improving the mean field approximation via the use of mixture distributions (1998).
+    """
+    if components < 2:
+        raise ValueError(f"guide 'mixture' needs at least 2 components, got {components}: one is guide 'mean_field'")
+    guide = Mixture(layout, prior, open_logit, components)
+    with torch.no_grad():
+        for parameter in (guide.z_evidence, guide.g_evidence):
+            parameter.add_(_SPREAD * torch.randn_like(parameter))
+    return guide
+
+
 @register_guide("point")
-def point(layout: AdapterLayout, prior: Gates, *, open_logit: float | None = None) -> Point:
+def point(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> Point:
     """A single allocation (maximum a posteriori), learned with straight-through gradients.
 
     Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
@@ -95,7 +198,7 @@ def point(layout: AdapterLayout, prior: Gates, *, open_logit: float | None = Non
     return Point(layout, prior, open_logit)
 
 
-def build_guide(name: str, layout: AdapterLayout, prior: Gates, settings: dict | None = None) -> nn.Module:
+def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> nn.Module:
     """The named guide on a layout and a prior.  Errors: ValueError for an unknown name, setting or a wrong kind."""
     function = GUIDES.resolve(name)
     guide = function(layout, prior, **GUIDES.settings(function, settings or {}))
@@ -103,3 +206,25 @@ def build_guide(name: str, layout: AdapterLayout, prior: Gates, settings: dict |
     if not isinstance(guide, nn.Module) or missing:
         raise ValueError(f"guide {name!r} must return an nn.Module with laws() and posterior(); missing: {missing}")
     return guide
+
+
+def components(guide: nn.Module) -> Gates:
+    """The discrete law as equally likely components, z (M, L, T, K), g (M, L, R - 1); one if it is mean field."""
+    if hasattr(guide, "components"):
+        return guide.components()
+    return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in guide.posterior()))
+
+
+def draw_gates(guide: nn.Module, draws: int) -> Gates:
+    """Joint discrete draws.  z (S, L, T, K), g (S, L, R - 1)."""
+    laws = components(guide)
+    m = torch.randint(len(laws.z.log_probs), (draws,), device=laws.z.log_probs.device)
+    return Gates(*(NestedBernoulli(law.log_probs[m], validate_args=False).sample() for law in laws))
+
+
+def log_prob(guide: nn.Module, gates: Gates, z_mask: Tensor, g_mask: Tensor) -> Tensor:
+    """log q of joint draws, in nats, over the chains that exist.  z (S, L, T, K), g (S, L, R - 1) -> (S,)."""
+    laws = components(guide)
+    z = torch.where(z_mask, laws.z.log_prob(gates.z[:, None]), 0.0).sum((-1, -2))  # (S, M)
+    g = torch.where(g_mask, laws.g.log_prob(gates.g[:, None]), 0.0).sum(-1)
+    return (z + g).logsumexp(-1) - math.log(len(laws.z.log_probs))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .bops import expected_bits, expected_bops, expected_rank
 from .gates import Gates
+from .guides import log_prob
 from .layout import AdapterLayout
 from .posterior import Prediction, divergences, draw, marginals
 from .program import BayesianLoRA
@@ -124,11 +125,11 @@ def _gate_group(program: BayesianLoRA, layout: AdapterLayout, draws: Gates) -> d
 
 @torch.no_grad()
 def _densities(program: BayesianLoRA, draws: Gates) -> dict[str, np.ndarray]:
-    def total(laws: Gates) -> Tensor:
-        z = torch.where(program.z_mask, laws.z.log_prob(draws.z), 0.0).sum((-1, -2))
-        return z + torch.where(program.g_mask, laws.g.log_prob(draws.g), 0.0).sum(-1)
-
-    return {"log_q": _chain(total(program.gate_guide.posterior())), "log_prior": _chain(total(program.prior()))}
+    prior = program.prior()
+    log_prior = torch.where(program.z_mask, prior.z.log_prob(draws.z), 0.0).sum((-1, -2))
+    log_prior = log_prior + torch.where(program.g_mask, prior.g.log_prob(draws.g), 0.0).sum(-1)
+    log_q = log_prob(program.gate_guide, draws, program.z_mask, program.g_mask)
+    return {"log_q": _chain(log_q), "log_prior": _chain(log_prior)}
 
 
 def _constants(program: BayesianLoRA, layout: AdapterLayout) -> dict[str, np.ndarray]:

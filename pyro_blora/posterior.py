@@ -5,6 +5,7 @@ and the deployed allocation come from the same law that was trained.
 Shapes: S draws, E examples, C classes; z (S, L, T, K), g (S, L, R - 1).
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 
@@ -13,17 +14,26 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from . import adapters
+from .bops import BOPs, expected_bops
 from .gates import Gates
+from .guides import components, draw_gates
 from .program import BayesianLoRA
 
 ECE_BINS = 15
+_KL_DRAWS = 100
 
 
 @torch.no_grad()
 def marginals(program: BayesianLoRA) -> Gates:
     """Exact probabilities that each gate is open.  z (L, T, K), g (L, R - 1)."""
     return Gates(*(law.mean for law in program.gate_guide.posterior()))
+
+
+@torch.no_grad()
+def bops(program: BayesianLoRA) -> BOPs:
+    """E[BOPs] under the guide, exact: chains are independent given the component."""
+    each = expected_bops(program.layout, *(law.mean for law in components(program.gate_guide)))  # fields (M,)
+    return BOPs(*(x.mean(0) for x in each))
 
 
 @torch.no_grad()
@@ -41,11 +51,30 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    laws = program.gate_guide.posterior() if law == "posterior" else program.prior()
+    with _seeded(program, seed):
+        if law == "posterior":
+            return draw_gates(program.gate_guide, draws)
+        return Gates(*(x.sample((draws,)) for x in program.prior()))
+
+
+@contextlib.contextmanager
+def _seeded(program: BayesianLoRA, seed: int):
     device = program.log_scale.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return Gates(*(x.sample((draws,)) for x in laws))
+        yield
+
+
+@torch.no_grad()
+def mean_kl(program: BayesianLoRA, *, seed: int = 0) -> tuple[float, float]:
+    """KL(guide || prior) of the bit gates and of the rank gates, in nats: the mean of 100 estimates.
+
+    They are all the same but for a guide or a prior whose KL is sampled. Seeded as `draw` is.
+    """
+    with _seeded(program, seed):
+        estimates = torch.stack([torch.stack(program.kl()) for _ in range(_KL_DRAWS)])  # (draws, 2)
+    kl_z, kl_g = estimates.double().mean(0).tolist()
+    return kl_z, kl_g
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +155,13 @@ def predict(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, ga
 
 
 def _law(program: BayesianLoRA, inputs: dict, z: Tensor, g: Tensor):
-    with adapters.gates(program.net, z, g):
-        logits = program.net(**inputs).logits.float()
-    return program.likelihood(logits, scale=program.log_scale.exp())
+    return program.likelihood(program.logits(inputs, Gates(z, g)), scale=program.log_scale.exp())
 
 
 @torch.no_grad()
 def divergences(program: BayesianLoRA) -> Gates:
     """KL(posterior || prior) of each chain in nats; 0 where a tensor does not exist.  z (L, T), g (L,)."""
-    q, p = program.gate_guide.laws(1.0, True), program.prior()
+    q, p = program.gate_guide.posterior(), program.prior()
     return Gates(
         torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0),
         torch.where(program.g_mask, kl_divergence(q.g, p.g), 0.0),

@@ -3,7 +3,8 @@
 A prior is a pure function `(layout, **settings) -> Gates(z, g)`: two `NestedBernoulli`s, batch shapes (L, T), (L,).
 Rates are in nats a gate: p(open | parent open) = exp(-rate). Register one with `@register_prior`, or name it as
 `--prior file.py:function`. A prior that learns or adapts is an `nn.Module` whose call returns the same; the function
-returns the module.
+returns the module. It may have `adapt(means)`, called after every step with the guide's marginals; `sample()` and
+`divergence()`, if its own settings are random; and `report()`, numbers for the log and the summary.
 
 To set against the data: what 2 bits cost in log-likelihood over 4,000 examples was measured as about 126 nats for the
 `input` of a projection, 42 for its `base` weight and 2 to 4 for the others, so rates of 0.1 to 100 are a dial.
@@ -12,8 +13,9 @@ To set against the data: what 2 bits cost in log-likelihood over 4,000 examples 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .bops import expected_bops
 from .gates import Gates, NestedBernoulli
 from .layout import AdapterLayout
 from .registry import Registry
@@ -52,26 +54,170 @@ def bops(layout: AdapterLayout, *, rate: float = 0.2, rank_rate: float | None = 
     return Gates(NestedBernoulli.from_rate(z.float()), NestedBernoulli.from_rate(g.float()))
 
 
-@register_prior("fixed")
-def fixed(layout: AdapterLayout, *, bits: int = 32, rank: int | None = None) -> Gates:
-    """Every gate pinned: a named bit width for every tensor and a named rank; nothing is random.
+@register_prior("budget")
+def budget(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted") -> "Budget":
+    """As `bops`, with the rate adapted in training so that the expected bit operations meet a target.
 
-    Settings: bits, one of the ladder; rank, 1 to R (default: R). 32 bit at rank R is plain LoRA; b bit is uniform
+    Settings: bops, the target as a fraction of the denominator; denominator, `adapted` or `model` (see bops.py).
+    """
+    return Budget(layout, bops, denominator)
+
+
+class Budget(nn.Module):
+    """p(z, g) proportional to exp(-rate * BOPs(z, g)), each chain's law taken at the others' expected bits and ranks.
+
+    BOPs are linear in each chain's gates, so the price of a gate is the derivative of E[BOPs] with respect to its
+    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and multiplies the
+    rate by (E[BOPs] / target) ^ gain: dual ascent on log(rate). Rate: nats for the whole of the denominator's BOPs.
+    """
+
+    GAIN, LARGEST_STEP = 0.3, 1.0
+
+    def __init__(self, layout: AdapterLayout, target: float, denominator: str):
+        super().__init__()
+        if denominator not in ("adapted", "model"):
+            raise ValueError(f"prior 'budget': denominator must be 'adapted' or 'model', got {denominator!r}")
+        self.layout, self.target, self.field = layout, target, f"{denominator}_ratio"
+        closed, opened = (
+            self._ratio(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)
+        )
+        if not closed < target < opened:
+            raise ValueError(
+                f"prior 'budget': bops must be between {closed:.3g} (every gate closed) and {opened:.3g} (open) of "
+                f"denominator {denominator!r} in scope {layout.scope!r}, got {target:g}"
+            )
+        self.register_buffer("log_rate", torch.tensor(math.log(1e3)))
+        self.register_buffer("z_price", torch.zeros(layout.z_shape))  # (L, T, K), ratio of BOPs a gate
+        self.register_buffer("g_price", torch.zeros(layout.g_shape))  # (L, R - 1)
+        self._follow(Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape)))
+
+    def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
+        return getattr(expected_bops(self.layout, z, g), self.field)
+
+    def _follow(self, means: Gates) -> Tensor:
+        """Set the prices at these marginals; returns the ratio there."""
+        means = [mean.detach().double().requires_grad_() for mean in means]
+        with torch.enable_grad():
+            ratio = self._ratio(*means)
+            prices = torch.autograd.grad(ratio, means)
+        for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
+            buffer.copy_(price)
+        return ratio.detach()
+
+    @torch.no_grad()
+    def adapt(self, means: Gates) -> None:
+        """One step towards the target, at the guide's marginals.  z (L, T, K), g (L, R - 1)."""
+        gap = (self._follow(means) / self.target).log().clamp(-self.LARGEST_STEP, self.LARGEST_STEP)
+        self.log_rate.add_(self.GAIN * gap.to(self.log_rate))
+
+    def forward(self) -> Gates:
+        costs = (self.log_rate.exp() * price for price in (self.z_price, self.g_price))
+        depths = (-nn.functional.pad(cost.cumsum(-1), (1, 0)) for cost in costs)
+        return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in depths))
+
+    def report(self) -> dict[str, float]:
+        return {"rate": self.log_rate.exp().item()}
+
+
+@register_prior("hierarchical")
+def hierarchical(layout: AdapterLayout, *, shape: float = 1.0, rate: float = 1.0) -> "Hierarchical":
+    """Rates that are random: one for the bit gates of each tensor role, one for the ranks of each projection type.
+
+    Settings: shape and rate of their Gamma hyperprior; its mean shape / rate is in nats a gate.
+    Source: the Gamma hyperprior of sparse Bayesian learning (Tipping, 2001) on the rates of Bayesian-LoRA.
+    """
+    if not (shape > 0 and rate > 0):
+        raise ValueError(f"prior 'hierarchical': shape and rate of the Gamma must be > 0, got {shape} and {rate}")
+    return Hierarchical(layout, float(shape), float(rate))
+
+
+class Hierarchical(nn.Module):
+    """Nested gates whose rates have a Gamma law and a log-normal guide, learned with everything else."""
+
+    def __init__(self, layout: AdapterLayout, shape: float, rate: float):
+        super().__init__()
+        self.shape, self.rate, self.z_shape, self.g_shape = shape, rate, layout.z_shape, layout.g_shape
+        kinds = list(dict.fromkeys(p.type for p in layout.projections))
+        self.names = [*layout.tensors, *(f"rank_{kind}" for kind in kinds)]
+        self.register_buffer("kind", torch.tensor([kinds.index(p.type) for p in layout.projections]), persistent=False)
+        self.loc = nn.Parameter(torch.full((len(self.names),), math.log(shape / rate)))  # of log(rate)
+        self.log_sd = nn.Parameter(torch.full((len(self.names),), -1.0))
+
+    def _gates(self, rates: Tensor) -> Gates:
+        T = self.z_shape[1]
+        z, g = rates[:T, None].expand(self.z_shape), rates[T:][self.kind, None].expand(self.g_shape)
+        return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g)))
+
+    def forward(self) -> Gates:
+        """At the rates' posterior means."""
+        return self._gates((self.loc + self.log_sd.exp().square() / 2).exp())
+
+    def sample(self) -> Gates:
+        """At one reparametrised draw of the rates."""
+        return self._gates((self.loc + self.log_sd.exp() * torch.randn_like(self.loc)).exp())
+
+    def divergence(self) -> Tensor:
+        """KL of the rates' log-normal guide from their Gamma law, nats, closed form."""
+        sd = self.log_sd.exp()
+        entropy = self.loc + 0.5 + 0.5 * math.log(2 * math.pi) + self.log_sd
+        mean = (self.loc + sd.square() / 2).exp()
+        gamma = self.shape * math.log(self.rate) - math.lgamma(self.shape)
+        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean).sum()
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """Posterior mean and central 94 % interval of every rate, nats a gate."""
+        law = torch.distributions.LogNormal(self.loc, self.log_sd.exp())
+        low, high = (law.icdf(torch.full_like(self.loc, p)) for p in (0.03, 0.97))
+        columns = {"": law.mean, "_low": low, "_high": high}
+        return {f"rate_{n}{end}": x[i].item() for i, n in enumerate(self.names) for end, x in columns.items()}
+
+
+@register_prior("fixed")
+def fixed(
+    layout: AdapterLayout, *, bits: int = 32, activation_bits: int | None = None, rank: int | None = None
+) -> Gates:
+    """Every gate pinned: named bit widths and a named rank; nothing is random.
+
+    Settings: bits, of the weights (`base`, `lora_A`, `lora_B`), one of the ladder; activation_bits, of `input` and
+    `hidden` (default: bits); rank, 1 to R (default: R). 32 bit at rank R is plain LoRA; others are uniform
     quantization-aware LoRA.
     """
-    if bits not in layout.ladder:
-        raise ValueError(f"prior 'fixed': bits must be one of {', '.join(map(str, layout.ladder))}, got {bits}")
+    activation_bits = bits if activation_bits is None else activation_bits
+    for name, width in (("bits", bits), ("activation_bits", activation_bits)):
+        if width not in layout.ladder:
+            raise ValueError(f"prior 'fixed': {name} must be one of {', '.join(map(str, layout.ladder))}, got {width}")
     rank = layout.rank if rank is None else rank
     if not 1 <= rank <= layout.rank:
         raise ValueError(f"prior 'fixed': rank must be from 1 to the adapter's rank {layout.rank}, got {rank}")
-    z = _pinned(layout.z_shape, layout.ladder.index(bits))
-    g = _pinned(layout.g_shape, rank - 1)
-    return Gates(z, g)
+    widths = [activation_bits if tensor in ("input", "hidden") else bits for tensor in layout.tensors]
+    depths = torch.tensor([layout.ladder.index(width) for width in widths]).expand(layout.z_shape[:2])
+    return Gates(
+        _pinned(depths, layout.z_shape[-1]), _pinned(torch.full(layout.g_shape[:1], rank - 1), layout.rank - 1)
+    )
 
 
-def _pinned(shape: tuple[int, ...], depth: int) -> NestedBernoulli:
-    gate = torch.arange(shape[-1])
-    return NestedBernoulli(torch.where(gate < depth, 0.0, -torch.inf).expand(shape).contiguous())
+@register_prior("random")
+def random(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted", seed: int = 0) -> Gates:
+    """Every gate pinned at random, with the bit operations of a target, to see what an allocation is worth.
+
+    Rungs of tensors drawn at random are closed, one at a time, until the target is met; all ranks are open.
+    Settings: bops and denominator as in `budget`; seed, of the allocation.
+    """
+    steer = Budget(layout, bops, denominator)  # checks the target
+    generator = torch.Generator().manual_seed(seed)
+    ladder, ranks = layout.z_shape[-1], torch.ones(layout.g_shape)
+    depths = torch.where(layout.z_mask, ladder, 0)
+    gate = torch.arange(ladder)
+    while steer._ratio((gate < depths[..., None]).double(), ranks) > bops:
+        closing = torch.multinomial((depths > 0).double().flatten(), 1, generator=generator)
+        depths.view(-1)[closing] -= 1
+    return Gates(_pinned(depths, ladder), _pinned(torch.full(layout.g_shape[:1], layout.rank - 1), layout.rank - 1))
+
+
+def _pinned(depths: Tensor, gates: int) -> NestedBernoulli:
+    """Chains of `gates` gates at known depths.  depths (...) -> batch shape (...)"""
+    return NestedBernoulli(torch.where(torch.arange(gates) < depths[..., None], 0.0, -torch.inf))
 
 
 def _rate(name: str, rate: float) -> float:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from . import adapters
+from .estimators import ESTIMATORS
 from .gates import Gates
+from .layout import AdapterLayout
 
 
 class Elbo(NamedTuple):
@@ -34,33 +36,35 @@ class Elbo(NamedTuple):
         return self.nll + kl_weight * (self.kl_z + self.kl_g) / n_train
 
 
-class BayesianLoRA(nn.Module):
-    """A gated network with a prior and a guide over its gates.
+class GateProgram(nn.Module):
+    """A model/guide pair over the gates of a layout; a subclass says what the labels' logits are at given gates.
 
-    net: what `attach` returned. prior: a module whose call returns Gates. guide: see guides.py.
-    likelihood: (logits, scale) -> law of the labels; scale is a learned standard deviation, used by regression.
-    n_train: N. hard: straight-through instead of soft relaxed samples.
+    prior: a module whose call returns Gates; optionally with `sample()`, the same with its own random settings drawn,
+    and `divergence()`, their KL. guide: see guides.py. likelihood: (logits, scale) -> law of the labels; scale is a
+    learned standard deviation, used by regression. n_train: N. estimator: a name of estimators.py.
     """
 
     def __init__(
-        self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Callable, *, n_train: int,
-        hard: bool = False,
+        self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, likelihood: Callable, *, n_train: int,
+        estimator: str = "relaxed",
     ):  # fmt: skip
         super().__init__()
-        self.net, self.prior, self.gate_guide, self.likelihood = net, prior, guide, likelihood
-        self.n_train, self.hard, self.temperature = n_train, hard, 1.0
+        self.layout, self.prior, self.gate_guide, self.likelihood = layout, prior, guide, likelihood
+        self.n_train, self.estimator, self.temperature = n_train, ESTIMATORS.resolve(estimator), 1.0
+        self.hard = estimator != "relaxed"
         self.log_scale = nn.Parameter(torch.zeros(()))
-        layout = net.layout
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)
-        require_kl(guide.laws(self.temperature, hard), prior())
+        require_kl(guide.laws(self.temperature, self.hard), prior())
+
+    def logits(self, inputs: dict, gates: Gates) -> Tensor:
+        """What the likelihood takes, (B, classes), at given gates."""
+        raise NotImplementedError
 
     # --- the program ------------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:
-        z, g = self._gate_sites(self.prior())
-        with adapters.gates(self.net, z, g):
-            logits = self.net(**inputs).logits.float()  # (B, classes)
+        logits = self.logits(inputs, self._gate_sites(self.prior()))  # (B, classes)
         with pyro.plate("example", self.n_train, subsample=torch.arange(len(logits), device=logits.device)):
             pyro.sample("label", self.likelihood(logits, scale=self.log_scale.exp()), obs=labels)
         return logits
@@ -69,7 +73,7 @@ class BayesianLoRA(nn.Module):
         return self._gate_sites(self.gate_guide.laws(self.temperature, self.hard))
 
     def _gate_sites(self, laws: Gates) -> Gates:
-        L, T, _ = self.net.layout.z_shape
+        L, T, _ = self.layout.z_shape
         with pyro.plate("z_projection", L, dim=-2), pyro.plate("z_tensor", T, dim=-1), poutine.mask(mask=self.z_mask):
             z = pyro.sample("z", laws.z)  # (L, T, K)
         with pyro.plate("g_projection", L, dim=-1), poutine.mask(mask=self.g_mask):
@@ -79,24 +83,40 @@ class BayesianLoRA(nn.Module):
     # --- the ELBO ---------------------------------------------------------------------------------------------------
 
     def elbo(self, inputs: dict, labels: Tensor) -> Elbo:
-        """A reparametrised one-sample estimate, differentiable in everything; equals Pyro's TraceMeanField_ELBO."""
-        q = poutine.trace(self.guide).get_trace(inputs, labels)
-        p = poutine.trace(poutine.replay(self.model, trace=q)).get_trace(inputs, labels)
-        label = p.nodes["label"]
-        nll = -label["fn"].log_prob(label["value"]).mean()
-        laws = (Gates(*(trace.nodes[site]["fn"] for site in ("z", "g"))) for trace in (q, p))
-        return Elbo(nll, *self.kl(*laws))
+        """The estimator's negative ELBO; with `relaxed` or `straight_through`, that of Pyro's TraceMeanField_ELBO."""
+        nll = self.estimator(lambda gates: self.nll(inputs, labels, *gates), self.gate_guide, self.temperature)
+        return Elbo(nll, *self.kl())
 
     def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor) -> Tensor:
-        """Mean negative log-likelihood of a batch at given gates, nats an example."""
-        with adapters.gates(self.net, z, g):
-            logits = self.net(**inputs).logits.float()
-        return -self.likelihood(logits, scale=self.log_scale.exp()).log_prob(labels).mean()
+        """Mean negative log-likelihood of a batch at given gates, nats an example: the model, conditioned on them."""
+        conditioned = poutine.condition(self.model, data={"z": z, "g": g})
+        label = poutine.trace(conditioned).get_trace(inputs, labels).nodes["label"]
+        return -label["fn"].log_prob(label["value"]).mean()
 
-    def kl(self, q: Gates, p: Gates) -> Gates:
-        """KL(q || p) of all chains that exist, nats."""
-        kl_z = torch.where(self.z_mask, kl_divergence(q.z, p.z), 0.0).sum()
-        return Gates(kl_z, torch.where(self.g_mask, kl_divergence(q.g, p.g), 0.0).sum())
+    def kl(self) -> Gates:
+        """KL(guide || prior) of all chains that exist, nats; that of the prior's own settings counts with z."""
+        prior = self.prior.sample() if hasattr(self.prior, "sample") else self.prior()
+        if hasattr(self.gate_guide, "divergence"):
+            kl_z, kl_g = self.gate_guide.divergence(prior, self.z_mask, self.g_mask)
+        else:
+            laws = self.gate_guide.laws(self.temperature, self.hard)
+            kl_z = torch.where(self.z_mask, kl_divergence(laws.z, prior.z), 0.0).sum()
+            kl_g = torch.where(self.g_mask, kl_divergence(laws.g, prior.g), 0.0).sum()
+        if hasattr(self.prior, "divergence"):
+            kl_z = kl_z + self.prior.divergence()
+        return Gates(kl_z, kl_g)
+
+
+class BayesianLoRA(GateProgram):
+    """The program of a gated network: `net` is what `attach` returned."""
+
+    def __init__(self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Callable, **settings):
+        super().__init__(net.layout, prior, guide, likelihood, **settings)
+        self.net = net
+
+    def logits(self, inputs: dict, gates: Gates) -> Tensor:
+        with adapters.gates(self.net, *gates):
+            return self.net(**inputs).logits.float()
 
     def forward(self, inputs: dict, labels: Tensor, temperature: float, kl_weight: float = 1.0) -> tuple[Tensor, Elbo]:
         """The training loss and its parts, at a temperature of the relaxation.
@@ -105,9 +125,8 @@ class BayesianLoRA(nn.Module):
         """
         self.temperature = temperature
         if kl_weight == 0:
-            opened = adapters.open_gates(self.net.layout, labels.device)
-            laws = self.gate_guide.laws(temperature, self.hard)
-            elbo = Elbo(self.nll(inputs, labels, *opened), *self.kl(laws, self.prior()))
+            opened = adapters.open_gates(self.layout, labels.device)
+            elbo = Elbo(self.nll(inputs, labels, *opened), *self.kl())
         else:
             elbo = self.elbo(inputs, labels)
         return elbo.loss(self.n_train, kl_weight), elbo

@@ -147,3 +147,24 @@ def integer_codes(x: Tensor, value_range: Tensor, bits: int) -> tuple[Tensor, Te
     scales, inverse = _scales(value_range)
     codes = _codes(x.to(value_range.dtype), inverse[_GRIDS.index(bits)], bits)
     return codes.to(torch.int8 if bits <= 8 else torch.int16), scales[_GRIDS.index(bits)]
+
+
+def squared_errors(x: Tensor, ranges: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean squared error of x on the grid of every bit width, at each of several ranges; 0 at 32 bit.
+
+    Shapes: x any, weights (>= 0) as x; ranges (C,) > 0 -> (C, 5).   Units: those of x squared times weights.
+    """
+    x, weights, errors = x.flatten().to(ranges.dtype), weights.flatten().to(ranges.dtype), []
+    for value_range in ranges:
+        scales, inverse = _scales(value_range)
+        grids = (_codes(x, inverse[i], bits) * scales[i] for i, bits in enumerate(_GRIDS))
+        errors.append(torch.stack([((grid - x).square() * weights).mean() for grid in grids] + [x.new_zeros(())]))
+    return torch.stack(errors)
+
+
+def rounded(x: Tensor, value_range: Tensor, bits: int) -> Tensor:
+    """Q_bits(x), without gradients.  x any, value_range ()."""
+    if bits == LADDER[-1]:
+        return x.detach()
+    codes, scale = integer_codes(x.detach(), value_range, bits)
+    return (codes * scale).to(x.dtype)

@@ -27,7 +27,7 @@ from .data import by_length, on_device, take
 from .exporting import export
 from .gates import Gates
 from .inference_data import save, to_arviz
-from .posterior import ECE_BINS, Prediction, deployed, divergences, draw, marginals, predict
+from .posterior import ECE_BINS, Prediction, bops, deployed, draw, marginals, mean_kl, predict
 from .training import Trained, fit
 
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
@@ -150,11 +150,11 @@ def _table(trained: Trained, split: str, prediction: Prediction) -> pd.DataFrame
 @torch.no_grad()
 def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> dict:
     parts, program, config = trained.parts, trained.program, trained.parts.config
-    layout, (z, g), kl = program.net.layout, marginals(program), divergences(program)
-    kl_z, kl_g = float(kl.z.sum()), float(kl.g.sum())
+    layout, (z, g) = program.net.layout, marginals(program)
+    kl_z, kl_g = mean_kl(program, seed=config.seed)
     train = take(parts.tokens["train"], _ELBO_EXAMPLES, config.seed)
     fitted = _predict(trained, "train", draw(program, _ELBO_DRAWS, seed=config.seed), train)
-    bops = expected_bops(layout, z, g)
+    expected, at = bops(program), expected_bops(layout, *deployed(program))
     ratios = expected_bops(layout, *draw(program, _BOPS_DRAWS, seed=config.seed)).adapted_ratio.cpu()
     bits, ranks = expected_bits(layout, z).cpu(), expected_rank(g).cpu()
     kinds = {p.type: [i for i, q in enumerate(layout.projections) if q.type == p.type] for p in layout.adapted}
@@ -170,12 +170,14 @@ def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> d
         "draws": config.draws,
         "averaging": f"mean of the predicted probabilities over {config.draws} draws of the gates",
         "deployed": _scores(trained, at_mode),
+        "prior_state": program.prior.report() if hasattr(program.prior, "report") else {},
         "elbo_per_example": float(fitted.log_likelihood.mean()) - (kl_z + kl_g) / program.n_train,
         "kl": {"z": kl_z, "g": kl_g},
         "bops": {
-            "adapted_ratio": float(bops.adapted_ratio),
-            "model_ratio": float(bops.model_ratio),
+            "adapted_ratio": float(expected.adapted_ratio),
+            "model_ratio": float(expected.model_ratio),
             "interval": [float(ratios.quantile(p)) for p in _INTERVAL],
+            "deployed": {"adapted_ratio": float(at.adapted_ratio), "model_ratio": float(at.model_ratio)},
         },
         "expected_bits": {
             tensor: float(bits[program.z_mask.cpu()[:, t], t].mean()) for t, tensor in enumerate(layout.tensors)

@@ -9,6 +9,7 @@ seeded by (seed, step, micro-batch, process), so a run that is cut off resumes t
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -19,16 +20,18 @@ import torch
 from tqdm.auto import tqdm
 
 from . import adapters
-from .bops import expected_bits, expected_bops, expected_rank
+from .bops import expected_bits, expected_rank
 from .build import Parts, build
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .data import epoch_order, loader, on_device, split_labels
+from .posterior import bops, marginals
 from .program import BayesianLoRA
-from .starting import depth_logits
+from .ranges import range_errors
+from .starting import evidence, sensitivity
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
-_STARTING_BATCHES = 16  # for the starting law of the gates: gradients of 512 examples at batch size 32
+_STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square known to about a tenth
 _DIVERGED = (
     "the training diverged at step {}: the loss is no finite number. Lower --lr; a new setting is a new run folder"
 )
@@ -72,7 +75,7 @@ class Schedule:
         return int(self.config.kl_warmup * self.steps)
 
     def kl_weight(self, step: int) -> float:
-        return float(step >= self.opening)
+        return self.config.kl_weight if step >= self.opening else 0.0
 
     def temperature(self, step: int) -> float:
         start, end = self.config.temperature_start, self.config.temperature_end
@@ -92,10 +95,11 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
     """AdamW over four groups: adapter, head, gates (guide, and prior if it learns) and ranges."""
     net = program.net
     decay = config.weight_decay
+    gates = list(dict.fromkeys([*program.gate_guide.parameters(), *program.prior.parameters()]))
     groups = [
         {"name": "adapter", "params": net.adapter_parameters(), "weight_decay": decay},
         {"name": "head", "params": [*net.head_parameters(), program.log_scale], "weight_decay": decay},
-        {"name": "gates", "params": [*program.gate_guide.parameters(), *program.prior.parameters()], "weight_decay": 0},
+        {"name": "gates", "params": gates, "weight_decay": 0},
         {"name": "ranges", "params": [net.log_range], "weight_decay": 0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
@@ -106,10 +110,11 @@ def step_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
-def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False) -> Trained:
+def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, until: int | None = None) -> Trained:
     """Train the run that `config` describes.
 
     folder: where metrics.jsonl and checkpoints/ are kept, and found again after an interruption; None keeps nothing.
+    until: leave after that many steps, with a checkpoint, from which the same call without it goes on.
     Errors: ValueError, see `build`, before anything is written.
     """
     if config.tracker and folder is None:
@@ -129,7 +134,7 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False) -
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes)
     if folder is not None and accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    return _Loop(accelerator, parts, schedule, folder, quiet).run()
+    return _Loop(accelerator, parts, schedule, folder, quiet).run(until)
 
 
 class _Loop:
@@ -141,12 +146,13 @@ class _Loop:
         self.quiet = quiet or not accelerator.is_main_process
         self.lines: list[dict] = []
 
-    def run(self) -> Trained:
+    def run(self, until: int | None = None) -> Trained:
         config, accelerator = self.config, self.accelerator
         self.program.to(accelerator.device)
         self._calibrate()
         optimizer = make_optimizer(self.program, config)
         total = self.schedule.steps
+        last = total if until is None else min(until, total)
         first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer, total) if self.folder else 0
         self._restore_lines(first)
         began = time.perf_counter() - (self.lines[-1]["seconds"] if self.lines else 0.0)
@@ -155,14 +161,14 @@ class _Loop:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
         with tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step",
                   dynamic_ncols=True, mininterval=0.5) as bar:  # fmt: skip
-            for step, micro_batches in self._steps(first):
+            for step, micro_batches in itertools.islice(self._steps(first), max(0, last - first)):
                 if step == self.schedule.opening:
                     self._start_gates(optimizer)
                 self._optimizer_step(step, micro_batches, optimizer)
                 bar.update()
-                if (step + 1) % config.logging_steps == 0 or step + 1 == total:
+                if (step + 1) % config.logging_steps == 0 or step + 1 == last:
                     self._log(step + 1, time.perf_counter() - began, bar)
-                due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == total
+                due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == last
                 if self.folder and accelerator.is_main_process and due:
                     self._require_finite(step)
                     save_checkpoint(self.folder / "checkpoints", self.program, optimizer.optimizer, step + 1, total)
@@ -205,6 +211,8 @@ class _Loop:
         accelerator.clip_grad_norm_([*net.adapter_parameters(), *net.head_parameters()], config.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
+            self.program.prior.adapt(marginals(self.program))
         self.last = torch.stack(parts).mean(0)  # loss, nll, kl_z, kl_g, read on the host when a line is logged
 
     def _require_finite(self, step: int) -> None:
@@ -216,15 +224,20 @@ class _Loop:
         adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
 
     def _start_gates(self, optimizer) -> None:
-        """Fit the ranges to what was learned, and set the guide to what the data say about the gates."""
-        self._calibrate()
-        guide = self.program.gate_guide
+        """Set the guide to what the data say about the gates, and the ranges to the widths that it then gives."""
+        program, guide, config = self.program, self.program.gate_guide, self.config
+        errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
+        torch.manual_seed(step_seed(config.seed, -1))
         if getattr(guide, "starts_from_data", False):
-            guide.start(depth_logits(self.program, self._training_batches(_STARTING_BATCHES, epoch=-2)))
+            batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
+            guide.start(evidence(program, sensitivity(program, batches, errors.best_by_width()), config.kl_weight))
+        with torch.no_grad():
+            widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
+        adapters.set_ranges(program.net, errors.best(widths))
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)
         if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
-            for parameter in (*guide.parameters(), self.program.net.log_range):
+            for parameter in (*guide.parameters(), *program.prior.buffers(), program.net.log_range):
                 accelerate.utils.broadcast(parameter.data)
 
     def _training_batches(self, count: int, epoch: int):
@@ -252,15 +265,16 @@ class _Loop:
     def _measure(self) -> dict:
         program, layout = self.program, self.program.net.layout
         z, g = (law.mean for law in program.gate_guide.posterior())
-        bops = expected_bops(layout, z, g)
+        expected = bops(program)
         numbers = {
             **dict(zip(("loss", "nll", "kl_z", "kl_g"), self.last, strict=True)),
             "expected_bits": expected_bits(layout, z)[program.z_mask].mean(),
             "expected_rank": expected_rank(g)[program.g_mask].mean(),
-            "bops_adapted": bops.adapted_ratio,
-            "bops_model": bops.model_ratio,
+            "bops_adapted": expected.adapted_ratio,
+            "bops_model": expected.model_ratio,
         }
-        return {key: float(value) for key, value in numbers.items()}
+        told = program.prior.report() if hasattr(program.prior, "report") else {}
+        return {key: float(value) for key, value in (numbers | told).items()}
 
     def _restore_lines(self, first: int) -> None:
         """Keep the logged lines up to the checkpoint; those after it are written again."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_blora.gates import Gates, NestedBernoulli, pinned_logits
-from pyro_blora.guides import build_guide
+from pyro_blora.guides import build_guide, components, draw_gates, log_prob
 from pyro_blora.priors import build_prior
 
 MOVES = ({"dtype": torch.float64}, {"device": "meta"})
@@ -49,60 +49,100 @@ def check_prior(name, layout, settings=None):
 
 
 def check_guide(name, layout, prior_name, settings=None, prior_settings=None):
-    """A guide has a differentiable KL to the prior, keeps its pins, and reports discrete laws."""
+    """A guide has a differentiable KL to the prior, keeps its pins, and reports discrete laws.
+
+    Of the chains that exist: what a guide says about the others is neither reported nor charged.
+    """
     torch.manual_seed(0)
-    prior = build_prior(prior_name, layout, prior_settings)()
-    guide = build_guide(name, layout, prior, settings)
+    module = build_prior(prior_name, layout, prior_settings)
+    guide, prior = build_guide(name, layout, module, settings), module()
     assert isinstance(guide, nn.Module)
     for hard in (True, False):
         _check_laws(guide.laws(0.5, hard), prior, layout, hard)
     _check_gradient(guide, prior, layout)
     _check_posterior(guide, prior, layout)
+    _check_joint(guide, prior, layout)
     _check_moves(guide, layout)
     if hasattr(guide, "start"):
-        guide.start(Gates(*(law.depth_log_probs for law in prior)))
-        assert all(bool(parameter.isfinite().all()) for parameter in guide.parameters())
-        _check_posterior(guide, prior, layout)
+        for nats in (0.0, 30.0):  # nothing, and much, said by the data
+            guide.start(Gates(*(nats * torch.randn(law.depth_log_probs.shape) for law in prior)))
+            assert all(bool(parameter.isfinite().all()) for parameter in guide.parameters())
+            _check_gradient(guide, prior, layout, sure=True)
+            _check_posterior(guide, prior, layout)
+            _check_joint(guide, prior, layout)
+
+
+def existing(kl, layout):
+    """KLs of the chains that exist, and 0 for the others."""
+    return Gates(*(torch.where(mask, x, 0.0) for x, mask in zip(kl, (layout.z_mask, layout.g_mask), strict=True)))
 
 
 def _check_laws(laws, prior, layout, hard):
-    for law, base, shape in zip(laws, prior, shapes(layout), strict=True):
+    for law, shape in zip(laws, shapes(layout), strict=True):
         value = law.rsample()
         assert law.batch_shape == shape[:-1] and value.shape == shape
         assert bool(((value >= 0) & (value <= 1)).all())
         assert bool((value[..., 1:] <= value[..., :-1] + 1e-6).all())
         if hard:
             assert bool(((value == 0) | (value == 1)).all())
-            assert bool((base.log_prob(value.detach()) > -torch.inf).all())  # pins hold in every draw
-        assert bool(kl_divergence(law, base).isfinite().all())
+    if hard:
+        _check_possible(Gates(*(law.rsample().detach() for law in laws)), prior, layout)
+    for kl in existing(map(kl_divergence, laws, prior), layout):
+        assert bool(kl.isfinite().all())
 
 
-def _check_gradient(guide, prior, layout):
-    """The KL and the sample reach the parameters wherever something is free, with finite slopes."""
+def _check_possible(gates, prior, layout):
+    """No gate that exists is where the prior says it cannot be."""
+    for value, base, mask in zip(gates, prior, (layout.z_mask, layout.g_mask), strict=True):
+        assert bool((base.log_prob(value)[..., mask] > -torch.inf).all())
+
+
+def _check_gradient(guide, prior, layout, sure=False):
+    """The KL and the sample reach the parameters wherever something is free, with finite slopes (0 if it is sure)."""
     free = [bool((pinned_logits(law.log_probs).isnan() & mask).any())
             for law, mask in zip(prior, masks(layout), strict=True)]  # fmt: skip
     parameters, laws = list(guide.parameters()), guide.laws(0.5, True)
-    for law, base, is_free in zip(laws, prior, free, strict=True):
-        for value in (kl_divergence(law, base).sum(), law.rsample().sum()):
+    divergences = existing(map(kl_divergence, laws, prior), layout)
+    for law, kl, is_free in zip(laws, divergences, free, strict=True):
+        for value in (kl.sum(), law.rsample().sum()):
             assert value.requires_grad or not is_free
             if value.requires_grad:
                 slopes = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
                 assert all(bool(slope.isfinite().all()) for slope in slopes)
                 at_optimum = bool(value.abs() < 1e-4)  # a guide that starts as its prior has a KL and a slope of 0
-                assert any(bool((slope != 0).any()) for slope in slopes) or at_optimum or not is_free
+                assert any(bool((slope != 0).any()) for slope in slopes) or at_optimum or not is_free or sure
 
 
 def _check_posterior(guide, prior, layout):
     posterior = guide.posterior()
     assert isinstance(posterior, Gates)
-    for law, base, shape in zip(posterior, prior, shapes(layout), strict=True):
+    for law, base, shape, exists in zip(posterior, prior, shapes(layout), masks(layout), strict=True):
         assert isinstance(law, NestedBernoulli)
         assert law.log_probs.shape == shape and bool((law.log_probs <= 0).all())
-        pins = pinned_logits(base.log_probs)
+        pins = torch.where(exists, pinned_logits(base.log_probs), torch.nan)
         assert bool((law.log_probs[pins == torch.inf] == 0).all())
         assert bool((law.log_probs[pins == -torch.inf] == -torch.inf).all())
-        assert bool(kl_divergence(law, base).isfinite().all())
-        assert bool((law.mode <= 1).all()) and bool((base.log_prob(law.mode) > -torch.inf).all())
+        assert bool((law.mode <= 1).all())
+    for kl in existing(map(kl_divergence, posterior, prior), layout):
+        assert bool(kl.isfinite().all())
+    _check_possible(Gates(*(law.mode for law in posterior)), prior, layout)
+
+
+def _check_joint(guide, prior, layout):
+    """The posterior is the marginal of the joint law, whose draws are possible and whose KL is finite, with a slope."""
+    laws, draws = components(guide), draw_gates(guide, 3)
+    for law, marginal, draw, shape in zip(laws, guide.posterior(), draws, shapes(layout), strict=True):
+        assert isinstance(law, NestedBernoulli) and law.log_probs.shape == (len(law.log_probs), *shape)
+        torch.testing.assert_close(law.depth_probs.mean(0), marginal.depth_probs, atol=1e-5, rtol=1e-5)
+        assert draw.shape == (3, *shape) and draw.dtype == torch.float32
+    _check_possible(draws, prior, layout)
+    assert bool(log_prob(guide, draws, layout.z_mask, layout.g_mask).isfinite().all())
+    if hasattr(guide, "divergence"):
+        divergence = sum(guide.divergence(prior, layout.z_mask, layout.g_mask))
+        assert bool(divergence.isfinite()) and divergence.shape == ()
+        if divergence.requires_grad:
+            slopes = torch.autograd.grad(divergence, [*guide.parameters()], retain_graph=True, materialize_grads=True)
+            assert all(bool(slope.isfinite().all()) for slope in slopes)
 
 
 def _check_moves(guide, layout):

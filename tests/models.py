@@ -6,6 +6,9 @@ Random weights of ten times the usual size, so that a changed layer shows in the
 import torch
 import transformers
 
+from pyro_blora.gates import Gates
+from pyro_blora.layout import AdapterLayout, Projection
+
 torch.set_num_threads(1)  # tensors this small are up to ten times slower with a pool of threads on a busy machine
 
 VOCABULARY = 100
@@ -82,3 +85,32 @@ def random_chains(shape, *, seed=0):
     """0/1 chains (..., K) whose depth is uniform."""
     depth = torch.randint(0, shape[-1] + 1, shape[:-1], generator=torch.Generator().manual_seed(seed))
     return (torch.arange(shape[-1]) < depth[..., None]).float()
+
+
+def toy_layout(*, adapted=(True, False), ladder=(2, 4, 32), rank=2):
+    """A layout without a model: projections of 5 x 3 and 3 x 5, adapted or not, few enough gates to enumerate."""
+    projections = tuple(
+        Projection(
+            name=f"p{i}", type="query", layer=i, in_features=5 - 2 * (i % 2), out_features=3 + 2 * (i % 2), tokens=7,
+            adapted=with_adapter,
+        )
+        for i, with_adapter in enumerate(adapted)
+    )  # fmt: skip
+    return AdapterLayout(
+        architecture="toy", projections=projections, rank=rank, alpha=1.0, scope="encoder", sequence_length=7,
+        model_macs=1000, ladder=ladder,
+    )  # fmt: skip
+
+
+def every_state(layout):
+    """Every joint state of the chains that exist, the others open.  z (S, L, T, K), g (S, L, R - 1)"""
+    sites = [(layout.z_mask, layout.z_shape[-1]), (layout.g_mask, layout.g_shape[-1])]
+    counts = [int(mask.sum()) for mask, _ in sites]
+    depths = [torch.arange(length + 1) for (_, length), count in zip(sites, counts, strict=True) for _ in range(count)]
+    states = torch.cartesian_prod(*depths).split(counts, -1)  # (S, chains of a site)
+    gates = []
+    for (mask, length), chosen in zip(sites, states, strict=True):
+        depth = torch.full((len(chosen), *mask.shape), length)
+        depth[:, mask] = chosen
+        gates.append((torch.arange(length) < depth[..., None]).float())
+    return Gates(*gates)

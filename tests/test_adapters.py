@@ -339,7 +339,7 @@ def test_calibration_starts_ranges_from_data(scope):
     start = attach(tiny_bert(), **SETTINGS, scope=scope).log_range
     ranges = net.log_range.exp()
     assert bool(ranges.isfinite().all()) and bool((ranges > 0).all())
-    assert net.handover.observed is None
+    assert net.handover.observer is None
     for layer, row, unseen in zip(net.layers(), ranges, start.exp(), strict=True):
         adapted = isinstance(layer, GatedLinear)
         weight = layer.get_base_layer().weight if adapted else layer.weight

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {  # script: the arguments of a short run; OUT: a fresh folder, GLUE: the official release (or a skip)
+    "check_posterior.py": "--rungs a e --simulations 20 --trained_simulations 1 --output_dir OUT "
+    "--report OUT/report.md --figures OUT/copied",
     "glue_small.py": "--glue_dir GLUE --tasks wnli --max_train 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
     "train.py": "--task acceptability --backbone demo --max_train 64 --epochs 1 --draws 2 --output_dir OUT",

@@ -9,22 +9,23 @@ from models import batch, tiny_bert
 from pyro_blora import attach, draw, predict
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
-from pyro_blora.posterior import Prediction, deployed, divergences, marginals
+from pyro_blora.posterior import Prediction, deployed, divergences, marginals, mean_kl
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 
 
-def program(prior="nested", task="sst2", **settings):
+def program(prior="nested", task="sst2", guide="mean_field", **settings):
     torch.manual_seed(0)
     net = attach(tiny_bert(num_labels=get_task(task).num_labels), rank=4, sequence_length=16)
     law = build_prior(prior, net.layout, settings)
-    guide = build_guide("mean_field", net.layout, law(), {"open_logit": 0.5})
+    guide = build_guide(guide, net.layout, law, {"open_logit": 0.5})
     return BayesianLoRA(net, law, guide, get_task(task).likelihood, n_train=100).eval()
 
 
-def test_draws_have_the_exact_marginals_and_leave_the_generator_alone():
-    built = program()
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+def test_draws_have_the_exact_marginals_and_leave_the_generator_alone(guide):
+    built = program(guide=guide)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -36,8 +37,9 @@ def test_draws_have_the_exact_marginals_and_leave_the_generator_alone():
         assert error.max() < 5 * math.sqrt(0.25 / 4000)
 
 
-def test_deployed_gates_are_open_where_the_marginal_exceeds_one_half():
-    built = program()
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+def test_deployed_gates_are_open_where_the_marginal_exceeds_one_half(guide):
+    built = program(guide=guide)
     for open_gates, exact in zip(deployed(built), marginals(built), strict=True):
         assert torch.equal(open_gates, (exact > 0.5).float())
     assert 0 < deployed(built).z.mean() < 1
@@ -96,6 +98,20 @@ def test_divergences_are_zero_where_guide_and_prior_agree():
     same = divergences(program("nested", rate=rate, rank_rate=rate))
     assert same.z.abs().max() < 1e-6 and same.g.abs().max() < 1e-6
     assert divergences(program("nested", rate=3.0)).z.min() > 0.1
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+def test_the_mean_kl_is_that_of_the_program_and_leaves_the_generator_alone(guide):
+    built = program(guide=guide)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    kl = mean_kl(built)
+    assert torch.equal(torch.rand(3), expected)
+    assert kl == mean_kl(built) and (kl == mean_kl(built, seed=1)) == (guide == "mean_field")
+    draws = torch.stack([torch.stack(built.kl()) for _ in range(400)]).detach()
+    error = draws.std(0) * (1 / 100 + 1 / 400) ** 0.5
+    assert bool(((draws.mean(0) - torch.tensor(kl)).abs() <= 4 * error + 1e-3).all())
 
 
 def test_no_draws_and_no_examples_are_refused():

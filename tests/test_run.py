@@ -228,17 +228,18 @@ def test_regression_runs_to_a_summary(backbone, glue_dir, tmp_path):
     assert "mean" in arviz.from_netcdf(str(folder / "posterior.nc"))["posterior_predictive"]
 
 
-def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("laws", [{}, {"guide": "mixture", "prior": "hierarchical"}], ids=["defaults", "sampled-kl"])
+def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, monkeypatch, laws):
     from pyro_blora import run as run_module
 
-    config = tiny_config(backbone, output_dir=str(tmp_path / "cut"))
+    config = tiny_config(backbone, output_dir=str(tmp_path / "cut"), **laws)
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train_run(config)
     assert [path.name for path in Path(config.output_dir).iterdir()] == [f".{config.folder_name}.partial"]
     cut = train_run(config)
-    whole = train_run(tiny_config(backbone, output_dir=str(tmp_path / "whole")))
+    whole = train_run(tiny_config(backbone, output_dir=str(tmp_path / "whole"), **laws))
     first, second = (json.loads((folder / "summary.json").read_text()) for folder in (cut, whole))
     for key in ("seconds", "peak_memory_bytes"):
         first.pop(key), second.pop(key)

@@ -1,0 +1,74 @@
+"""Stochastic variational inference of the gates as it is shipped, and Pyro's naive pairing for contrast."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pyro_blora.config import RunConfig
+from pyro_blora.gates import Gates
+from pyro_blora.program import GateProgram
+from pyro_blora.training import Schedule
+
+from .problems import Problem
+
+SHIPPED_RATE = RunConfig().lr_gates
+_LAST_RATE = 0.01  # of the first
+
+
+def svi(
+    program: GateProgram, problem: Problem, *, steps: int, lr: float = 5e-2, decay: bool = True,
+    temperature: float | None = None, seed: int = 0,
+) -> GateProgram:  # fmt: skip
+    """Fit the guide with Adam on the program's own ELBO, with the package's temperature schedule or a constant one.
+
+    lr: Adam's rate; it falls geometrically to a hundredth if `decay`, which takes out the jitter of the last steps. The
+    package itself trains gates at a constant rate.
+    """
+    schedule = Schedule(RunConfig(), steps, steps)
+    optimizer = torch.optim.Adam(program.gate_guide.parameters(), lr=lr)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * _LAST_RATE ** (step / steps) if decay else lr
+            program.temperature = schedule.temperature(step) if temperature is None else temperature
+            optimizer.zero_grad()
+            program.elbo(problem.inputs, problem.labels).loss(program.n_train).backward()
+            optimizer.step()
+    return program
+
+
+def naive_pairing(problem: Problem, *, steps: int, temperature: float, lr: float = 5e-2, seed: int = 0) -> Tensor:
+    """What Pyro makes of a RelaxedBernoulliStraightThrough guide against a Bernoulli model: no ELBO.
+
+    A chain is the running product of its own independent Bernoulli gates, so that model and prior are unchanged.
+    Shapes: returns the fitted P(open) of each free gate, (G,).
+    """
+    states, prior = problem.table.states, problem.prior()
+    program = problem.program(estimator="straight_through", open_logit=0.0)
+    log_probs = torch.cat([prior[site].log_probs[index] for site, index in states.chains])
+    sizes = [size - 1 for size in states.sizes]
+    logits = torch.full_like(log_probs, 2.0).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=lr)
+
+    def model():
+        gates = pyro.sample("gates", dist.Bernoulli(log_probs.exp(), validate_args=False).to_event(1))
+        full = [law.mode.clone() for law in prior]
+        for (site, index), chain in zip(states.chains, gates.split(sizes), strict=True):
+            full[site][index] = chain.cumprod(-1)
+        log_likelihood = -len(problem.labels) * problem.score(program, Gates(*full))
+        pyro.factor("data", log_likelihood)
+
+    def guide():
+        law = dist.RelaxedBernoulliStraightThrough(torch.tensor(temperature), logits=logits)
+        pyro.sample("gates", law.to_event(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * _LAST_RATE ** (step / steps)
+            optimizer.zero_grad()
+            (Trace_ELBO().differentiable_loss(model, guide) / len(problem.labels)).backward()
+            optimizer.step()
+    return torch.cat([chain.cumprod(-1) for chain in logits.detach().sigmoid().split(sizes)]).double()

@@ -1,0 +1,263 @@
+"""The rungs: what each measures, against thresholds that are never loosened. A miss is reported as a miss.
+
+    a  without data, the guide returns the prior        e  simulation-based calibration (sbc.py)
+    b  one gate with a closed-form posterior            f  the reported ELBO bounds the evidence from below
+    c  twelve gates, 4,096 states                       g  training and evaluation use one law
+    d  the real adapter layers in a tiny BERT
+
+Every function takes its sizes, so that the same code runs in the report and, in small, in the tests.
+"""
+
+import dataclasses
+import time
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from pyro_blora import posterior
+from pyro_blora.guides import components, draw_gates
+from pyro_blora.program import GateProgram
+
+from .fitting import naive_pairing, svi
+from .problems import Problem, one_gate, prior_only
+from .states import best_on_table
+
+# rung: {quantity: (what is measured, its bound)}; every quantity is at most its bound, a p-value at least
+THRESHOLDS = {
+    "a": {"probability": ("largest error of an open probability without data", 0.01)},
+    "b": {"probability": ("largest error of P(open)", 0.02)},
+    "c": {"marginal": ("largest error of a marginal against the exact posterior", 0.05),
+          "elbo": ("ELBO below the exact mean field's, nats", 0.1)},
+    "d": {"marginal": ("largest error of a marginal against the exact posterior", 0.05),
+          "elbo": ("ELBO below the exact mean field's, nats", 0.1)},
+    "e": {"gates": ("gate probabilities: p-value, Bonferroni over the gates, at least", 0.05 / 3),
+          "effective rank": ("effective rank: p-value of the ECDF, at least", 0.05 / 3),
+          "log-likelihood": ("log-likelihood: p-value of the ECDF, at least", 0.05 / 3)},
+    "f": {"bound": ("largest ELBO minus log evidence over random guides, nats", 0.0),
+          "monte_carlo": ("largest distance of the reported ELBO from the exact one, standard errors", 4.0)},
+    "g": {"mode": ("gates deployed otherwise than 'marginal of the trained law above 1/2'", 0.0),
+          "frequency": ("hard training draws against marginals: binomial p-value, Bonferroni, at least", 0.05)},
+}  # fmt: skip
+ESTIMATORS = ("relaxed", "straight_through", "score_function")
+TEMPERATURES = (1.0, 0.5, 0.1)
+FINAL_TEMPERATURE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the report: `subject` is what was measured on, `quantity` a key of THRESHOLDS[rung]."""
+
+    rung: str
+    subject: str
+    quantity: str
+    measured: float
+
+    @property
+    def meaning(self) -> str:
+        return THRESHOLDS[self.rung][self.quantity][0]
+
+    @property
+    def bound(self) -> float:
+        return THRESHOLDS[self.rung][self.quantity][1]
+
+    @property
+    def passed(self) -> bool:
+        return self.measured >= self.bound if self.meaning.endswith("at least") else self.measured <= self.bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A law of the free gates against the exact answer: marginals (G,), ELBO by enumeration (None if it has none)."""
+
+    problem: str
+    name: str
+    marginals: Tensor
+    error: float
+    elbo: float | None
+    seconds: float
+
+
+def _fit_of(problem: Problem, subject: str, name: str, log_law: Tensor, seconds: float) -> Fit:
+    table = problem.table
+    marginals = table.marginals(log_law.exp())
+    error = (marginals - table.marginals(table.posterior)).abs().max().item()
+    return Fit(subject, name, marginals, error, table.elbo(log_law), seconds)
+
+
+@torch.no_grad()
+def log_law(program: GateProgram, problem: Problem) -> Tensor:
+    """Exact log-probability of every state under the fitted guide, (S,)."""
+    return problem.table.states.log_law(components(program.gate_guide))
+
+
+# --- a, b -------------------------------------------------------------------------------------------------------------
+
+
+def rung_a(*, steps: int = 400) -> list[Check]:
+    """Every estimator and temperature, from a guide away from the prior, at a constant rate: nothing is random."""
+    problem, checks = prior_only(), []
+    for estimator in ESTIMATORS:
+        for temperature in TEMPERATURES:
+            program = problem.program(estimator=estimator, open_logit=2.0)
+            start = _distance_to_prior(program)
+            if start < 0.1:
+                raise RuntimeError(f"the guide starts at the prior ({start:.3f}): nothing would be tested")
+            svi(program, problem, steps=steps, lr=0.1, decay=False, temperature=temperature)
+            subject = f"{estimator}, τ = {temperature:g}"
+            checks.append(Check("a", subject, "probability", _distance_to_prior(program)))
+    return checks
+
+
+def _distance_to_prior(program: GateProgram) -> float:
+    pairs = zip(program.gate_guide.posterior(), program.prior(), strict=True)
+    return max((q.mean - p.mean).abs().max().item() for q, p in pairs if q.mean.numel())
+
+
+def rung_b(*, steps: int = 4000, ratios: tuple[float, ...] = (-1.0, 1.0, 3.0)) -> list[Check]:
+    """Evidence against the gate, for it, and strongly for it."""
+    checks = []
+    for ratio in ratios:
+        problem = one_gate(ratio)
+        closed_form = torch.sigmoid(torch.tensor(ratio) + torch.logit(torch.tensor(0.25))).item()
+        for estimator in (*ESTIMATORS, "enumerate"):
+            program = svi(problem.program(estimator=estimator), problem, steps=steps, lr=0.05)
+            opened = posterior.marginals(program).z.item()
+            subject = f"{estimator}, log-likelihood ratio {ratio:+g} (exact {closed_form:.3f})"
+            checks.append(Check("b", subject, "probability", abs(opened - closed_form)))
+    return checks
+
+
+# --- c, d -------------------------------------------------------------------------------------------------------------
+
+
+def exact_fits(problem: Problem, subject: str, sizes: tuple[int, ...] = (), **search) -> list[Fit]:
+    """The exact posterior, the exact mean field and the best mixtures of `sizes` components."""
+    fits = [_fit_of(problem, subject, "exact posterior", problem.table.posterior.log(), 0.0)]
+    for M in (1, *sizes):
+        began = time.perf_counter()
+        law, _ = best_on_table(problem.table.states, problem.table.log_joint, components=M, **search)
+        name = "exact mean field" if M == 1 else f"exact mixture, M = {M}"
+        fits.append(_fit_of(problem, subject, name, law, time.perf_counter() - began))
+    return fits
+
+
+def trained_fit(
+    problem: Problem, subject: str, *, estimator: str = "relaxed", guide: str = "mean_field", steps: int,
+    label: str | None = None, settings: dict | None = None, **training,
+) -> Fit:  # fmt: skip
+    """A guide of the package, fitted by SVI with one of its estimators and the shipped temperature schedule."""
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    program = svi(problem.program(guide, estimator, **(settings or {})), problem, steps=steps, **training)
+    return _fit_of(problem, subject, label or estimator, log_law(program, problem), time.perf_counter() - began)
+
+
+def naive_fit(problem: Problem, subject: str, *, steps: int) -> Fit:
+    """Pyro's relaxed guide against a Bernoulli model; not an ELBO, so it has none."""
+    began = time.perf_counter()
+    marginals = naive_pairing(problem, steps=steps, temperature=FINAL_TEMPERATURE)
+    error = (marginals - problem.table.marginals(problem.table.posterior)).abs().max().item()
+    return Fit(subject, "Pyro's naive pairing", marginals, error, None, time.perf_counter() - began)
+
+
+def fit_checks(rung: str, fit: Fit, exact: list[Fit]) -> list[Check]:
+    """The two thresholds of rungs c and d for a trained fit."""
+    mean_field = next(f for f in exact if f.name == "exact mean field")
+    subject = f"{fit.problem}: {fit.name} (exact mean field errs by {mean_field.error:.3f})"
+    behind = mean_field.elbo - fit.elbo
+    return [Check(rung, subject, "marginal", fit.error), Check(rung, subject, "elbo", behind)]
+
+
+# --- f, g -------------------------------------------------------------------------------------------------------------
+
+
+def random_program(problem: Problem, guide: str, *, spread: float, seed: int) -> GateProgram:
+    """A guide whose evidence is drawn from a normal law of `spread` nats."""
+    generator = torch.Generator().manual_seed(seed)
+    program = problem.program(guide, "straight_through")
+    with torch.no_grad():
+        for parameter in program.gate_guide.parameters():
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+    return program
+
+
+def bound_excess(program: GateProgram, problem: Problem) -> float:
+    """Exact ELBO minus log evidence, nats: never positive."""
+    return problem.table.elbo(log_law(program, problem)) - problem.table.log_evidence
+
+
+@torch.no_grad()
+def monte_carlo_distance(program: GateProgram, problem: Problem, *, repeats: int = 100, draws: int = 4) -> float:
+    """|mean of reported ELBOs - exact|, in standard errors; each as run.py reports it: draws of the gates, minus KL."""
+    reported = []
+    for _ in range(repeats):
+        gates = draw_gates(program.gate_guide, draws)
+        places = [problem.table.states.index(type(gates)(z, g)) for z, g in zip(*gates, strict=True)]
+        reported.append(problem.table.log_likelihood[places].mean() - sum(program.kl()).double())
+    reported = torch.stack(reported)
+    error = (reported.std() / repeats**0.5).clamp(min=1e-3)  # float32 of a KL of hundreds of nats
+    return ((reported.mean() - problem.table.elbo(log_law(program, problem))).abs() / error).item()
+
+
+def rung_f(problems: dict[str, Problem], *, guides: int = 40) -> list[Check]:
+    """Mean fields and mixtures of random evidence, from undecided to certain."""
+    checks = []
+    for name, problem in problems.items():
+        for guide in ("mean_field", "mixture"):
+            programs = [random_program(problem, guide, spread=0.5 + seed % 8, seed=seed) for seed in range(guides)]
+            subject = f"{name}: {guides} guides `{guide}`"
+            excess = max(bound_excess(program, problem) for program in programs)
+            torch.manual_seed(0)
+            distance = max(monte_carlo_distance(program, problem) for program in programs)
+            checks += [Check("f", subject, "bound", excess), Check("f", subject, "monte_carlo", distance)]
+    return checks
+
+
+@torch.no_grad()
+def frequency_p_values(program: GateProgram, problem: Problem, *, temperature: float, draws: int) -> list[float]:
+    """Exact two-sided binomial p-value of each free gate: hard draws as in training against reported marginals."""
+    chains = problem.table.states.chains
+    totals = [torch.zeros_like(law.mean) for law in program.gate_guide.posterior()]
+    for _ in range(draws):
+        for total, law in zip(totals, program.gate_guide.laws(temperature, True), strict=True):
+            total += law.rsample()
+    marginals = posterior.marginals(program)
+    opened, p = (torch.cat([site_of[site][index] for site, index in chains]) for site_of in (totals, marginals))
+    return [stats.binomtest(int(k), draws, min(1.0, float(q))).pvalue for k, q in zip(opened, p, strict=True)]
+
+
+def deployed_otherwise(program: GateProgram, problem: Problem) -> int:
+    """Gates whose deployed value is not 'P(open) > 1/2' of the trained law, summed over the enumerated states."""
+    deployed = posterior.deployed(program)
+    expected = problem.table.marginals(log_law(program, problem).exp()) > 0.5
+    found = torch.cat([deployed[site][index] for site, index in problem.table.states.chains]) > 0
+    return int((found != expected).sum())
+
+
+def rung_g(problem: Problem, *, guides: int = 3, draws: int = 2000) -> list[Check]:
+    """For each family, on random guides and at every temperature."""
+    checks = []
+    for guide in ("mean_field", "mixture"):
+        programs = [random_program(problem, guide, spread=1.5, seed=seed) for seed in range(guides)]
+        wrong = sum(deployed_otherwise(program, problem) for program in programs)
+        torch.manual_seed(0)
+        p = [p for program in programs for temperature in TEMPERATURES
+             for p in frequency_p_values(program, problem, temperature=temperature, draws=draws)]  # fmt: skip
+        subject = f"{guides} guides `{guide}`, {len(p)} frequencies of {draws} draws"
+        checks.append(Check("g", f"{guides} guides `{guide}`", "mode", wrong))
+        checks.append(Check("g", subject, "frequency", min(1.0, min(p) * len(p))))
+    return checks
+
+
+def step_ratio(problem: Problem, components: int, *, steps: int = 60) -> float:
+    """Median time of a training step with a mixture, over that with a mean field, measured in turn."""
+    programs = [problem.program(), problem.program("mixture", components=components)]
+    seconds = [[], []]
+    for _ in range(steps):
+        for program, found in zip(programs, seconds, strict=True):
+            began = time.perf_counter()
+            program.elbo(problem.inputs, problem.labels).loss(program.n_train).backward()
+            found.append(time.perf_counter() - began)
+    plain, mixture = (torch.tensor(found).median().item() for found in seconds)
+    return mixture / plain

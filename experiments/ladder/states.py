@@ -1,0 +1,166 @@
+"""Every state of a program's free chains, and what follows exactly from a table of their log-likelihoods.
+
+Shapes: S states, C free chains, G free gates (the sum of the chains' K), M components of a mixture.   Units: nats.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_blora.gates import Gates, NestedBernoulli
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """All depths of the chains that a prior leaves free, in the order of `itertools.product`.
+
+    chains: (site, index) of each, site 0 for z and 1 for g. sizes: K + 1 of each. gates: z (S, L, T, K),
+    g (S, L, R - 1). depths (S, C). open (S, G), float64: which free gates are open. log_prior (S,), float64.
+    """
+
+    chains: list[tuple[int, tuple[int, ...]]]
+    sizes: tuple[int, ...]
+    depths: Tensor
+    gates: Gates
+    open: Tensor
+    log_prior: Tensor
+
+    @classmethod
+    def of(cls, prior: Gates) -> "States":
+        """The states of a prior that leaves a few chains free; the others must be pinned."""
+        chains, sizes = [], []
+        for site, law in enumerate(prior):
+            free = ((law.log_probs < 0) & (law.log_probs > -torch.inf)).any(-1)
+            chains += [(site, tuple(index.tolist())) for index in free.nonzero()]
+            sizes += [law.log_probs.shape[-1] + 1] * int(free.sum())
+        depths = torch.tensor(list(itertools.product(*map(range, sizes))))
+        gates = [law.mode.expand(len(depths), *law.log_probs.shape).clone() for law in prior]
+        opened, log_prior = [], torch.zeros(len(depths), dtype=torch.float64)
+        for c, (site, index) in enumerate(chains):
+            K = sizes[c] - 1
+            chain = (torch.arange(K) < depths[:, c, None]).double()  # (S, K)
+            gates[site][(slice(None), *index)] = chain.to(gates[site].dtype)
+            opened.append(chain)
+            log_prior += NestedBernoulli(prior[site].log_probs[index].double()).depth_log_probs[depths[:, c]]
+        return cls(chains, tuple(sizes), depths, Gates(*gates), torch.cat(opened, -1), log_prior)
+
+    @functools.cached_property
+    def _strides(self) -> Gates:
+        """What an open gate adds to the place of a state, in the shapes of the gates."""
+        strides = Gates(*(torch.zeros(gates.shape[1:]) for gates in self.gates))
+        for c, (site, index) in enumerate(self.chains):
+            strides[site][index] = math.prod(self.sizes[c + 1 :])
+        return strides
+
+    def index(self, gates: Gates) -> int:
+        """The place of one state.  z (L, T, K), g (L, R - 1), of 0 and 1."""
+        return int(sum((x * stride).sum() for x, stride in zip(gates, self._strides, strict=True)))
+
+    def one_hot(self) -> Tensor:
+        """(sum of K + 1, S), float64: which depth each chain has in each state."""
+        rows = [torch.nn.functional.one_hot(self.depths[:, c], size) for c, size in enumerate(self.sizes)]
+        return torch.cat(rows, -1).T.double()
+
+    def log_law(self, components: Gates) -> Tensor:
+        """Log-probability (S,) of every state under equally likely components (M, ...): float64, differentiable."""
+        terms = []
+        for c, (site, index) in enumerate(self.chains):
+            law = NestedBernoulli(components[site].log_probs[(slice(None), *index)].double())
+            terms.append(law.depth_log_probs[:, self.depths[:, c]])  # (M, S)
+        return torch.stack(terms).sum(0).logsumexp(0) - math.log(len(terms[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The log-likelihood of all the data in every state.  log_likelihood (S,), float64."""
+
+    states: States
+    log_likelihood: Tensor
+
+    @classmethod
+    def of(cls, states: States, log_likelihood: Callable[[Gates], Tensor]) -> "Table":
+        """One call of `log_likelihood` for each state."""
+        with torch.no_grad():
+            rows = [log_likelihood(Gates(z, g)).double() for z, g in zip(*states.gates, strict=True)]
+        return cls(states, torch.stack(rows))
+
+    @property
+    def log_joint(self) -> Tensor:
+        return self.states.log_prior + self.log_likelihood
+
+    @property
+    def log_evidence(self) -> float:
+        return self.log_joint.logsumexp(0).item()
+
+    @property
+    def posterior(self) -> Tensor:
+        """(S,) exact probabilities."""
+        return self.log_joint.softmax(0)
+
+    def marginals(self, law: Tensor) -> Tensor:
+        """P(open) of each free gate under state probabilities.  (..., S) -> (..., G)"""
+        return law @ self.states.open
+
+    def expected_nll(self, log_law: Tensor) -> Tensor:
+        """E_q[-log-likelihood], nats over all data.  log_law (S,)"""
+        return -(log_law.exp() * self.log_likelihood).sum()
+
+    def elbo(self, log_law: Tensor) -> float:
+        """E_q[log joint - log q] by enumeration.  log_law (S,)"""
+        return negative_kl(log_law, self.log_joint).item()
+
+
+def negative_kl(log_q: Tensor, log_joint: Tensor) -> Tensor:
+    """sum of q (log joint - log q), with 0 log 0 = 0.  (..., S) -> (...)"""
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_joint - log_q), 0.0).sum(-1)
+
+
+def best_on_table(
+    states: States, log_joint: Tensor, *, components: int = 1, restarts: int = 8, steps: int = 600, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The best equally weighted mixture of mean fields: gradient ascent on the enumerated ELBO, the best of restarts.
+
+    Shapes: log_joint (..., S) -> the log law (..., S) and its ELBO (...), float64.   Units: nats.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hot, log_prior = states.one_hot(), torch.zeros(sum(states.sizes), dtype=torch.float64)
+    shape = (restarts, *log_joint.shape[:-1], components, len(hot))
+    spread = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    logits = (log_prior + spread).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+
+    def log_law() -> Tensor:
+        each = torch.cat([x.log_softmax(-1) for x in logits.split(states.sizes, -1)], -1)
+        return (each @ hot).logsumexp(-2) - math.log(components)
+
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 * min(1.0, 2 * (1 - step / steps))
+        optimizer.zero_grad()
+        (-negative_kl(log_law(), log_joint).sum()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        law = log_law()
+        elbo, best = negative_kl(law, log_joint).max(0)
+        return law.gather(0, best[None, ..., None].expand(1, *law.shape[1:]))[0], elbo
+
+
+def coordinate_sweep(states: States, log_joint: Tensor, log_law: Tensor) -> Tensor:
+    """One sweep of exact coordinate ascent from a mean field: at its optimum nothing moves.  (S,) -> (S,)"""
+    shape = states.sizes
+    laws = [_marginal(log_law.exp().view(shape), c) for c in range(len(shape))]
+    for c in range(len(shape)):
+        weighted = log_joint.view(shape)
+        for other in reversed([i for i in range(len(shape)) if i != c]):  # from the last, so that places stay
+            weighted = torch.tensordot(weighted, laws[other], dims=([other], [0]))
+        laws[c] = weighted.softmax(0)
+    return sum(law.log()[states.depths[:, c]] for c, law in enumerate(laws))
+
+
+def _marginal(law: Tensor, chain: int) -> Tensor:
+    return law.sum([i for i in range(law.dim()) if i != chain])

@@ -1,0 +1,88 @@
+"""Ranges that fit the bit widths in use: those of least expected loss, tensor by tensor.
+
+A range that covers the largest value wastes a coarse grid: two bits over +-max round nearly every weight to zero, and
+a few outliers, which the loss hardly feels, would stretch the grid of every activation. So a geometric ladder of ranges
+is tried on a sample of each tensor's values, each squared error weighted by the squared gradient of the loss there (the
+diagonal of the empirical Fisher), and the best one for the probabilities of the bit widths is taken. Training then
+learns the ranges further, with everything else.
+Source: the quadratic loss of Optimal Brain Damage (1990); Nagel et al., A white paper on neural network quantization
+(2021), section 3.1, for searching ranges.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adapters import observed
+from .handover import Observer
+from .program import BayesianLoRA
+from .quantizer import LADDER, squared_errors
+
+_CANDIDATES = 0.88 ** torch.arange(40)  # of the largest value, down to 0.7 % of it
+_SAMPLE = 1 << 14  # values a tensor
+
+
+class RangeErrors(NamedTuple):
+    """ranges (L, T, C): those tried; errors (L, T, C, 5): weighted squared error of each bit width of the ladder."""
+
+    ranges: Tensor
+    errors: Tensor
+
+    def best(self, widths: Tensor) -> Tensor:
+        """The range of least expected error.  widths (L, T, 5), the probability of each bit width -> (L, T)."""
+        expected = (self.errors * widths[..., None, :].to(self.errors)).sum(-1)
+        return self.ranges.gather(-1, expected.argmin(-1, keepdim=True)).squeeze(-1)
+
+    def best_by_width(self) -> Tensor:
+        """(L, T, 5): the range of least error of each bit width."""
+        each = torch.eye(len(LADDER), device=self.errors.device)
+        return torch.stack([self.best(width.expand(*self.ranges.shape[:2], -1)) for width in each], -1)
+
+
+class _Sample(Observer):
+    """Values of every tensor with the gradients of the loss there, and the largest value, over several batches."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.size, self.anchor = size, torch.zeros((), device=device, requires_grad=True)
+        self.values: dict[tuple[int, int], list[Tensor]] = {}
+        self.slopes: dict[tuple[int, int], list[Tensor]] = {}
+        self.largest: dict[tuple[int, int], Tensor] = {}
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        key, x = (projection, tensor), x + self.anchor.to(x.dtype)  # so that it has a gradient
+        index = torch.randint(x.numel(), (self.size,), generator=torch.Generator().manual_seed(0)).to(x.device)
+        values = x.detach().flatten().float()
+        self.largest[key] = torch.maximum(self.largest.get(key, values.new_zeros(())), values.abs().max())
+        x.register_hook(lambda slope: self._keep(key, values[index], slope.flatten()[index].float()))
+        return x
+
+    def _keep(self, key: tuple[int, int], values: Tensor, slopes: Tensor) -> None:
+        self.values.setdefault(key, []).append(values)
+        self.slopes.setdefault(key, []).append(slopes)
+
+    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.activation(projection, tensor, weight), bias)
+
+
+def range_errors(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) -> RangeErrors:
+    """Every candidate range of every tensor, tried on a sample of it. A tensor of zeros keeps the net's range."""
+    net, batches = program.net, list(batches)
+    sample = _Sample(_SAMPLE // max(1, len(batches)), net.log_range.device)
+    for inputs, labels in batches:
+        with observed(net, sample):
+            logits = net(**inputs).logits.float()
+        nll = -program.likelihood(logits, scale=program.log_scale.exp()).log_prob(labels).sum()
+        torch.autograd.grad(nll, sample.anchor)
+    candidates = _CANDIDATES.to(net.log_range.device)
+    with torch.no_grad():
+        ranges = net.log_range.exp()[..., None].repeat(1, 1, len(candidates))  # (L, T, C)
+        errors = torch.zeros(*ranges.shape, len(LADDER), device=ranges.device)
+        for key, largest in sample.largest.items():
+            if largest > 0:
+                weights = torch.cat(sample.slopes[key]).square()
+                ranges[key] = largest * candidates
+                errors[key] = squared_errors(torch.cat(sample.values[key]), ranges[key], weights)
+    return RangeErrors(ranges, errors)

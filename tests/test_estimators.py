@@ -1,0 +1,273 @@
+"""Estimators against the exact expectation, and the exact expectation against that of Pyro.
+
+The program is a regression whose features are multiplied by gates: small enough for all its states.
+"""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import every_state, toy_layout
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
+from torch import nn
+from torch.distributions import kl_divergence
+
+from pyro_blora.estimators import ESTIMATORS, score_function
+from pyro_blora.gates import Gates, NestedBernoulli
+from pyro_blora.guides import build_guide, log_prob
+from pyro_blora.program import GateProgram
+
+N_TRAIN = 20
+EXAMPLES = 8
+
+
+class Pinned(nn.Module):
+    """Rate 0.6 where `free` says so, in chains that are open elsewhere."""
+
+    def __init__(self, layout, z_free, g_free):
+        super().__init__()
+        z, g = torch.zeros(layout.z_shape), torch.zeros(layout.g_shape)
+        for index in z_free:
+            z[index] = -0.6
+        for index in g_free:
+            g[index] = -0.6
+        self.register_buffer("z", z)
+        self.register_buffer("g", g)
+
+    def forward(self):
+        return Gates(NestedBernoulli(self.z, validate_args=False), NestedBernoulli(self.g, validate_args=False))
+
+
+def normal(mean, scale):
+    return dist.Normal(mean.squeeze(-1), scale)
+
+
+class Regression(GateProgram):
+    """mean = sum of weight_i * gate_i * feature_i over all gates that exist."""
+
+    def __init__(self, layout, prior, guide, **settings):
+        super().__init__(layout, prior, guide, normal, n_train=N_TRAIN, **settings)
+        torch.manual_seed(2)
+        opened = (torch.ones(shape) for shape in (layout.z_shape, layout.g_shape))
+        self.weight = nn.Parameter(torch.randn(len(self.flat(*opened))))
+
+    def flat(self, z, g):
+        return torch.cat([z[self.z_mask].flatten(), g[self.g_mask].flatten()])
+
+    def logits(self, inputs, gates):
+        return (inputs["x"] @ (self.weight * self.flat(*gates)))[:, None]
+
+
+def chains(estimator="enumerate", guide="mean_field", **settings):
+    """Four free chains of one to three gates, some of their gates pinned: 81 states at most; the rest is open."""
+    layout = toy_layout(rank=3)
+    rows = [(0, 0), (0, 1), (1, 0, 1)]  # input and base of one projection; the second gate of another's input
+    return program_of(layout, Pinned(layout, rows, [0]), estimator, guide, **settings)
+
+
+def bits(estimator="enumerate", guide="mean_field", **settings):
+    """Four free gates: three of one gate a chain, and a rank."""
+    layout = toy_layout(ladder=(2, 32))
+    return program_of(layout, Pinned(layout, [(0, 0), (0, 1), (1, 0)], [0]), estimator, guide, **settings)
+
+
+def program_of(layout, prior, estimator, guide, **settings):
+    guide = build_guide(guide, layout, prior, {"open_logit": 0.4, **settings})
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return Regression(layout, prior, guide, estimator=estimator)
+
+
+def data(program):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(EXAMPLES, len(program.weight), generator=generator)
+    return {"x": x}, torch.randn(EXAMPLES, generator=generator)
+
+
+def learning(program):
+    return [*program.gate_guide.parameters(), program.weight, program.log_scale]
+
+
+def slopes(value, program):
+    return torch.cat([x.flatten() for x in torch.autograd.grad(value, learning(program), materialize_grads=True)])
+
+
+def of_every_state(program):
+    """E[NLL] summed over all states that are possible."""
+    inputs, labels = data(program)
+    guide, masks = program.gate_guide, (program.z_mask, program.g_mask)
+    states = every_state(program.layout)
+    possible = log_prob(guide, states, *masks) > -torch.inf
+    states = Gates(*(gates[possible] for gates in states))
+    q = log_prob(guide, states, *masks).exp()
+    assert 1 < len(q) <= 81
+    return sum(q[i] * program.nll(inputs, labels, states.z[i], states.g[i]) for i in range(len(q)))
+
+
+# --- enumeration ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+@pytest.mark.parametrize("build", [chains, bits])
+def test_enumeration_is_the_sum_over_every_state(build, guide):
+    program = build(guide=guide)
+    ours, exact = program.elbo(*data(program)).nll, of_every_state(program)
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slopes(ours, program), slopes(exact, program), rtol=1e-4, atol=1e-5)
+
+
+def test_the_enumerated_elbo_is_that_of_pyro():
+    """TraceEnum_ELBO of the same regression, with one enumerated Bernoulli site for each free gate."""
+    program = bits()
+    inputs, labels = data(program)
+    free = [("z", (0, 0, 0)), ("z", (0, 1, 0)), ("z", (1, 0, 0)), ("g", (0, 0))]
+    index = torch.zeros(program.layout.z_shape), torch.zeros(program.layout.g_shape)
+    for i, (site, place) in enumerate(free):
+        index["zg".index(site)][place] = i + 1
+    feature = program.flat(*index)  # 0 for a feature whose gate is pinned open
+
+    def gates(logits):
+        laws = [dist.Bernoulli(logits=getattr(logits, site)[place]) for site, place in free]
+        return [pyro.sample(f"gate_{i}", law, infer={"enumerate": "parallel"}) for i, law in enumerate(laws)]
+
+    def guide():
+        gates(Gates(*(x[0] for x in program.gate_guide.logits())))
+
+    def model():
+        prior = [torch.logit(law.log_probs.exp()) for law in program.prior()]
+        opened = gates(Gates(*prior))
+        mean = sum(
+            inputs["x"][:, i] * program.weight[i] * (opened[int(of) - 1] if of else 1.0) for i, of in enumerate(feature)
+        )
+        with pyro.plate("example", EXAMPLES), poutine.scale(scale=N_TRAIN / EXAMPLES):
+            pyro.sample("label", dist.Normal(mean, program.log_scale.exp()), obs=labels)
+
+    model = poutine.infer_config(model, lambda site: {"enumerate": None})  # the guide's states are summed over
+    theirs = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide) / N_TRAIN
+    ours = program.elbo(inputs, labels).loss(N_TRAIN)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slopes(ours, program), slopes(theirs, program), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_free_is_one_state():
+    layout = toy_layout()
+    program = program_of(layout, Pinned(layout, [], []), "enumerate", "mean_field")
+    opened = Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape))
+    torch.testing.assert_close(program.elbo(*data(program)).nll, program.nll(*data(program), *opened))
+
+
+def test_components_that_are_sure_of_different_states_are_both_counted():
+    program = bits(guide="mixture", components=2)
+    with torch.no_grad():
+        program.gate_guide.z_evidence[0].fill_(500.0)
+        program.gate_guide.z_evidence[1].fill_(-500.0)
+    torch.testing.assert_close(program.elbo(*data(program)).nll, of_every_state(program))
+
+
+def test_too_many_states_are_refused_with_the_remedy():
+    layout = toy_layout(ladder=(2, 4, 8, 16, 32))
+    prior = Pinned(layout, [(0,), (1,)], [(0,)])
+    program = program_of(layout, prior, "enumerate", "mean_field")
+    with pytest.raises(ValueError, match="would take 156,250 forwards a step, more than 16,384: use --estimator rel"):
+        program.elbo(*data(program))
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def estimates(program, count):
+    """Values and slopes of so many estimates of the NLL, and the exact ones."""
+    inputs, labels = data(program)
+
+    def score(gates):  # program.nll without its trace
+        return -program.likelihood(program.logits(inputs, gates), program.log_scale.exp()).log_prob(labels).mean()
+
+    torch.manual_seed(0)
+    values = [program.estimator(score, program.gate_guide, program.temperature) for _ in range(count)]
+    exact = ESTIMATORS.resolve("enumerate")(score, program.gate_guide, 1.0)
+    gradients = torch.stack([slopes(value, program) for value in values])
+    return torch.stack(values).detach(), gradients, exact.detach(), slopes(exact, program)
+
+
+def agree(draws, expected):
+    error = draws.std(0) / math.sqrt(len(draws))
+    return bool(((draws.mean(0) - expected).abs() <= 4 * error + 1e-5).all())
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+@pytest.mark.parametrize("build", [chains, bits])
+def test_the_mean_of_many_score_function_slopes_is_the_enumerated_one(build, guide):
+    values, gradients, value, slope = estimates(build("score_function", guide), 1500)
+    assert agree(values, value) and agree(gradients, slope)
+    assert gradients.std(0).max() / math.sqrt(1500) < 0.1 * slope.abs().max()  # an estimate that says something
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+def test_the_mean_of_many_straight_through_values_is_the_enumerated_one(guide):
+    values, gradients, value, slope = estimates(chains("straight_through", guide), 800)
+    assert values.std() > 0 and agree(values, value)
+    assert not agree(gradients, slope)  # its slopes are biased
+
+
+def test_a_soft_draw_of_the_relaxed_estimator_is_biased_less_when_it_is_colder():
+    program, gaps = chains("relaxed"), []
+    for temperature in (2.0, 0.01):
+        program.temperature = temperature
+        values, _, value, _ = estimates(program, 400)
+        gaps.append((values.mean() - value).abs())
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+def test_gates_that_are_pinned_have_no_slope():
+    program = chains("score_function")
+    free = [law.log_probs < 0 for law in program.prior()]
+    for _ in range(20):
+        slope = torch.autograd.grad(program.elbo(*data(program)).nll, list(program.gate_guide.parameters()))
+        for site, where in zip(slope, free, strict=True):
+            assert bool((site[0][~where].abs() < 1e-6).all())
+        assert bool((slope[0][0][free[0]] != 0).any())
+
+
+def test_antithetic_draws_keep_pins_at_the_edge_of_the_generator(monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)  # one draw in 17 million is 0
+    program = chains("score_function")
+    seen = []
+    score_function(lambda gates: seen.append(gates) or gates.z.sum(), program.gate_guide, 1.0)
+    assert len(seen) == 2
+    for gates in seen:
+        for law, value in zip(program.prior(), gates, strict=True):
+            assert bool((value[law.log_probs.cumsum(-1) == 0] == 1).all())
+
+
+def test_two_antithetic_draws_vary_less_than_two_independent_ones():
+    program = bits("score_function")
+    values, *_ = estimates(program, 600)
+    single, *_ = estimates(bits("straight_through"), 1200)
+    assert values.var() < single.view(-1, 2).mean(-1).var()
+
+
+@pytest.mark.parametrize("estimator", ["score_function", "enumerate"])
+def test_a_guide_of_one_allocation_is_refused(estimator):
+    program = bits(estimator, "point")
+    with pytest.raises(ValueError, match=f"estimator '{estimator}' .* use --guide mean_field, or --estimator straight"):
+        program.elbo(*data(program))
+
+
+def test_every_estimator_has_the_same_kl():
+    laws = {name: chains(name).kl() for name in ESTIMATORS.names()}
+    program = chains()
+    q, p = program.gate_guide.posterior(), program.prior()
+    expected = torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0).sum()
+    assert set(laws) == {"relaxed", "straight_through", "score_function", "enumerate"}
+    for kl in laws.values():
+        torch.testing.assert_close(kl.z, expected)
+
+
+def test_an_unknown_estimator_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown estimator 'enumerated': did you mean 'enumerate'"):
+        bits("enumerated")

@@ -1,0 +1,161 @@
+"""The acceptance ladder in small: the same rungs and thresholds as experiments/check_posterior.py, on fewer cases."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.ladder import rungs, sbc
+from experiments.ladder.calibration import Simulations, calibration, ecdf_p_value
+from experiments.ladder.gradients import GUIDES, estimators, exact_gradient, place, quality, sampled
+from experiments.ladder.problems import Network, one_gate, twelve_gates
+from experiments.ladder.states import best_on_table, coordinate_sweep
+from pyro_blora.estimators import ESTIMATORS
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+@pytest.fixture(scope="module")
+def network(eager):
+    return Network()
+
+
+@pytest.fixture(scope="module")
+def problems(network):
+    return {"twelve gates": twelve_gates(1), "network": network.problem()}
+
+
+def require(checks):
+    assert checks
+    assert not [f"{c.subject}: {c.meaning}: {c.measured:.3g}, bound {c.bound:.3g}" for c in checks if not c.passed]
+
+
+# --- the harness ------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_one_gate_is_the_closed_form():
+    table = one_gate(2.0, open_probability=0.25).table
+    expected = torch.sigmoid(torch.logit(torch.tensor(0.25).double()) + 2.0)
+    assert table.marginals(table.posterior).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["twelve gates", "network"])
+def test_states_are_all_there_and_each_is_found_again(problems, name):
+    states = problems[name].table.states
+    assert len(states.depths) == {"twelve gates": 4096, "network": 400}[name]
+    assert states.log_prior.logsumexp(0).item() == pytest.approx(0.0, abs=1e-6)
+    for i in range(0, len(states.depths), 37):
+        assert states.index(type(states.gates)(states.gates.z[i], states.gates.g[i])) == i
+
+
+def test_the_table_equals_enumeration_through_the_network(problems):
+    problem = problems["network"]
+    program = rungs.random_program(problem, "mean_field", spread=1.0, seed=3)
+    with torch.no_grad():
+        forwards = ESTIMATORS.resolve("enumerate")(lambda g: problem.score(program, g), program.gate_guide, 1.0)
+    expected = problem.table.expected_nll(rungs.log_law(program, problem)) / len(problem.labels)
+    assert forwards.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["twelve gates", "network"])
+def test_the_exact_mean_field_is_a_fixed_point_of_coordinate_ascent(problems, name):
+    table = problems[name].table
+    law, elbo = best_on_table(table.states, table.log_joint, restarts=2, steps=600)
+    assert elbo.item() < table.log_evidence
+    swept = coordinate_sweep(table.states, table.log_joint, law)
+    torch.testing.assert_close(table.marginals(swept.exp()), table.marginals(law.exp()), atol=2e-3, rtol=0)
+
+
+def test_a_mixture_comes_closer_than_a_mean_field(problems):
+    table = problems["network"].table
+    _, plain = best_on_table(table.states, table.log_joint, restarts=2, steps=300)
+    _, mixed = best_on_table(table.states, table.log_joint, components=4, restarts=2, steps=300)
+    assert 0 < table.log_evidence - mixed < 0.5 * (table.log_evidence - plain)
+
+
+# --- the rungs --------------------------------------------------------------------------------------------------------
+
+
+def test_without_data_the_guide_returns_the_prior():
+    require(rungs.rung_a(steps=300))
+
+
+def test_one_gate_has_its_closed_form_posterior():
+    require(rungs.rung_b(steps=1500, ratios=(-1.0,)))
+
+
+def test_training_reaches_the_posterior_of_twelve_gates(problems):
+    problem = problems["twelve gates"]
+    exact = rungs.exact_fits(problem, "twelve gates", restarts=2, steps=300)
+    require(rungs.fit_checks("c", rungs.trained_fit(problem, "twelve gates", steps=2000, lr=0.1), exact))
+
+
+def test_training_reaches_the_mean_field_of_the_network(problems):
+    problem = problems["network"]
+    exact = rungs.exact_fits(problem, "network", restarts=2, steps=300)
+    fit = rungs.trained_fit(problem, "network", steps=1000, lr=0.1)
+    require([check for check in rungs.fit_checks("d", fit, exact) if check.quantity == "elbo"])
+
+
+@pytest.fixture(scope="module")
+def simulations(network):
+    return Simulations.of(network, 100)
+
+
+def test_the_exact_posterior_is_calibrated(network, simulations):
+    law = sbc.on_table(network, simulations, 0)
+    require(sbc.checks("exact posterior", calibration(network.states, simulations, law)))
+
+
+@pytest.mark.parametrize(("power", "statistic"), [(3.0, "gates"), (0.2, "log-likelihood")])
+def test_an_overconfident_or_a_timid_law_is_found_out(network, simulations, power, statistic):
+    law = (power * sbc.on_table(network, simulations, 0).log()).softmax(-1)
+    found = calibration(network.states, simulations, law)
+    assert not {c.quantity: c for c in sbc.checks("wrong", found)}[statistic].passed
+    assert (found.overconfidence > 0) == (power > 1)
+
+
+def test_p_values_of_uniform_ranks_are_uniform():
+    generator = torch.Generator().manual_seed(1)
+    p = torch.tensor([ecdf_p_value(torch.rand(50, generator=generator)) for _ in range(200)])
+    for level in (0.05, 0.2, 0.5):
+        assert abs((p <= level).double().mean().item() - level) < 4 * (level * (1 - level) / 200) ** 0.5
+    assert ecdf_p_value(torch.rand(50, generator=generator).sqrt()) < 0.01
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["twelve gates", "network"]),
+    guide=st.sampled_from(["mean_field", "mixture"]),
+    spread=st.floats(0.01, 20.0),
+    seed=st.integers(0, 2**31),
+)
+def test_every_elbo_is_below_the_log_evidence(problems, name, guide, spread, seed):
+    program = rungs.random_program(problems[name], guide, spread=spread, seed=seed)
+    assert rungs.bound_excess(program, problems[name]) <= rungs.THRESHOLDS["f"]["bound"][1]
+
+
+def test_the_reported_elbo_is_the_exact_one_within_its_error(problems):
+    require(rungs.rung_f({"network": problems["network"]}, guides=4))
+
+
+def test_training_and_evaluation_use_one_law(problems):
+    require(rungs.rung_g(problems["network"], guides=1, draws=500))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", GUIDES)
+def test_score_function_estimators_are_unbiased_and_a_warm_relaxation_is_not(problems, where):
+    problem = problems["network"]
+    program = problem.program()
+    place(program, problem, where)
+    exact = exact_gradient(program, problem)
+    torch.manual_seed(0)
+    for estimator in [e for e in estimators() if not e.soft]:
+        found = quality(sampled(estimator, program, problem, 500), exact, estimator.forwards)
+        assert found.bias < 3 * found.bias_error, (estimator.name, found)
+    warm = next(e for e in estimators() if e.name.startswith("relaxed") and e.temperature == 1.0)
+    found = quality(sampled(warm, program, problem, 60), exact, 1)
+    assert found.bias > 2 * found.bias_error, found
