@@ -12,7 +12,7 @@ sum is what makes errors add up, and lets the gates see each other. Its many cor
 hundred examples (a search over allocations finds those that cancel in the sample only), so all chains at one depth
 share one, rho, and other pairs have its geometric mean. The evidence for a depth of a chain is minus what it adds to
 the rise, at the mean of the others' laws; all laws are found together, as mean field does. Each m^2 is drawn towards
-that of its role (tensor and type of projection) as far as its own sampling error says. The first-order term N mean_i D_i
+that of its role (tensor and type of projection) as far as its own sampling error says. The first-order term, N mean D,
 is left out: over M examples its standard error is N sd(D) / sqrt(M), which exceeds every rise below 2 N / M nats; it
 would close gates on noise.
 
