@@ -17,25 +17,29 @@ spread out; `--cells` runs some of them only.
 """
 
 import argparse
-import json
-import shutil
 import sys
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments.studies.cells import finished, folder_of
+from experiments.studies.compare import paired, rank_differences
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
-from pyro_blora.checkpoint import trainable
 from pyro_blora.config import RunConfig
-from pyro_blora.run import train_run
-from pyro_blora.training import Schedule, fit
+from pyro_blora.run import versions
 
-CHECKPOINT = Path("checkpoints/state.safetensors")
 BUDGETS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
+STYLES = {  # colours of Okabe and Ito
+    "lora": ("#000000", "*"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"), "random": ("#009E73", "^"),
+    "post": ("#CC79A7", "v"),
+}  # fmt: skip
 METHODS = ("lora", "uniform", "budget", "random", "post")
 COLD = 0.1  # weight of the KL: what is deployed is one allocation, so the posterior is kept near its mode
 
@@ -64,44 +68,6 @@ def share_of(config: RunConfig) -> tuple[float, int]:
     return expected_bops(program.layout, *(law.mean for law in program.prior())).model_ratio.item(), program.n_train
 
 
-def finished(config: RunConfig, lora: RunConfig, n_train: int) -> dict:
-    """The summary of a cell, trained from the shared LoRA if it is not there."""
-    folder = Path(config.output_dir) / config.folder_name
-    partial = folder.with_name(f".{folder.name}.partial")
-    if not folder.exists():
-        if not partial.exists():
-            warm(config, trunk(lora, Schedule.of(config, n_train)), partial)
-        train_run(config)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-
-
-def trunk(lora: RunConfig, schedule: Schedule) -> Path:
-    """The checkpoint of `lora` at the step where the gates of `schedule` start, going on from an earlier one."""
-    steps = min(schedule.opening, schedule.steps - 1)
-    root = Path(lora.output_dir) / f".trunk-{lora.folder_name}"
-    folder = root / str(steps)
-    if not (folder / CHECKPOINT).exists():
-        earlier = [int(path.name) for path in root.glob("[0-9]*") if int(path.name) < steps]
-        if earlier and not folder.exists():
-            shutil.copytree(root / str(max(earlier)), folder)
-        fit(lora, folder=folder, until=steps)
-    return folder / CHECKPOINT
-
-
-def warm(config: RunConfig, source: Path, partial: Path) -> None:
-    """Put a state of LoRA where the run of `config` resumes: until then both are the same."""
-    program = build(config).program
-    shared = {name for name in trainable(program) if name.startswith("net.") or name == "log_scale"}
-    with safe_open(source, framework="pt") as file:
-        notes = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys() if key.partition("/")[2] in shared}  # noqa: SIM118 (not a dict)
-    own = {f"parameter/{name}": x.detach().clone() for name, x in trainable(program).items() if name not in shared}
-    (partial / CHECKPOINT).parent.mkdir(parents=True)
-    waiting = partial / CHECKPOINT.with_suffix(".tmp")
-    save_file(tensors | own, waiting, metadata=notes)
-    waiting.rename(partial / CHECKPOINT)
-
-
 def study(options) -> list[dict]:
     """One row a cell, in the order of the table; runs what is missing among `options.cells`."""
     rows = []
@@ -115,7 +81,7 @@ def study(options) -> list[dict]:
                     if (method == "lora") != (budget is None):
                         continue
                     config = lora if method == "lora" else configuration(options, task, seed, method, budget, share)
-                    there = (Path(config.output_dir) / config.folder_name).exists()
+                    there = folder_of(config).exists()
                     if not there and method not in options.cells:
                         continue
                     result = finished(config, lora, n_train)
@@ -134,6 +100,126 @@ def line(row: dict) -> str:
             f"{row['bops']['model_ratio']:.4f}; {row['seconds']['training']:.0f} s")  # fmt: skip
 
 
+def groups(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Cells by (task, budget, method), the seeds together."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
+    return found
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| task | BOPs of | method | seeds | score | NLL | E[BOPs] / model | deployed: score | NLL | BOPs / model |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, budget, method), cells in groups(rows).items():
+        lines.append(
+            f"| {task} | {budget or '32 bit'} | `{method}` | {len(cells)} | "
+            f"{spread([x['metric']['value'] for x in cells])} | {spread([x['nll'] for x in cells])} | "
+            f"{np.mean([x['bops']['model_ratio'] for x in cells]):.2%} | "
+            f"{spread([x['deployed']['metric']['value'] for x in cells])} | "
+            f"{spread([x['deployed']['nll'] for x in cells])} | "
+            f"{np.mean([x['bops']['deployed']['model_ratio'] for x in cells]):.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(rows: list[dict]) -> str:
+    """Paired differences of `budget` to every other method at the same BOPs, and to LoRA."""
+    lines = ["| task | BOPs of | `budget` minus | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|"]
+    found = groups(rows)
+    for (task, budget, method), cells in found.items():
+        if method != "budget":
+            continue
+        mine = {x["seed"]: x for x in cells}
+        for other in METHODS:
+            rivals = {x["seed"]: x for x in found.get((task, None if other == "lora" else budget, other), [])}
+            seeds = sorted(mine.keys() & rivals.keys())
+            if other == "budget" or not seeds:
+                continue
+            result = paired([mine[s]["folder"] for s in seeds], [rivals[s]["folder"] for s in seeds],
+                            cells[0]["metric"]["name"])  # fmt: skip
+            told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values())
+            lines.append(f"| {task} | {budget} | `{other}` | {len(seeds)} | {told} |")
+    return "\n".join(lines)
+
+
+def ranks(rows: list[dict]) -> str:
+    """E[rank] of value against query and key, by task and budget."""
+    lines = ["| task | BOPs of | E[rank] query / key / value | value minus mean of query and key [95 %] | layers |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for (task, budget, method), cells in groups(rows).items():
+        if method == "budget":
+            mean, low, high, layers = rank_differences([x["folder"] for x in cells])
+            kinds = " / ".join(
+                f"{np.mean([x['expected_rank'][k] for x in cells]):.2f}" for k in ("query", "key", "value")
+            )
+            lines.append(f"| {task} | {budget} | {kinds} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] | {layers} |")
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """NLL against the BOPs of the model, a panel a task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    _, panels = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 3.6), squeeze=False, constrained_layout=True)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for method in METHODS:
+            points = [cells for (t, _, m), cells in groups(rows).items() if (t, m) == (task, method)]
+            points.sort(key=lambda cells: cells[0]["share"])
+            if not points:
+                continue
+            x = [100 * np.mean([c["bops"]["model_ratio"] for c in cells]) for cells in points]
+            y = [np.mean([c["nll"] for c in cells]) for cells in points]
+            error = [np.std([c["nll"] for c in cells]) for cells in points]
+            colour, marker = STYLES[method]
+            panel.errorbar(x, y, yerr=error, color=colour, marker=marker, label=method, capsize=2, linewidth=1.2)
+        panel.set(xscale="log", xlabel="BOPs (% of the model at 32 x 32 bit)", ylabel="NLL (nats an example)")
+        panel.set_title(f"{task}: mean and spread over seeds", fontsize=10)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    plt.savefig(path, dpi=110)
+    plt.close()
+
+
+def report(options, rows: list[dict]) -> str:
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    cells = len(options.tasks) * len(options.seeds) * (1 + len(options.budgets) * (len(METHODS) - 1))
+    seconds = [x["seconds"]["training"] for x in rows]
+    return f"""# Is the allocation worth anything?
+
+```sh
+python experiments/allocation.py --glue_dir {options.glue_dir} --report benchmarks/allocation.md \\
+    --figures benchmarks/figures
+```
+
+MiniLM, scope `encoder`, {options.max_train} training examples, {options.epochs} epochs, gates start after \
+{options.kl_warmup:.0%} of the steps; {len(rows)} of {cells} cells are finished (the rest are not shown, nothing is
+filled in); on {rows[0]["device"]}, {np.median(seconds):.0f} s of training a cell in the median, beside other work;
+{found}.
+`score` is accuracy (SST-2) or Pearson's correlation (STS-B) on the dev set, mean ± standard deviation over seeds, of
+the predictions averaged over {options.draws} draws of the gates; `deployed` is the one allocation that is exported.
+
+{table(rows)}
+
+Paired differences, with intervals over seeds and examples (bootstrap); a negative NLL is in favour of `budget`:
+
+{differences(rows)}
+
+![NLL against BOPs](figures/allocation.png)
+
+## Does `value` keep larger ranks than `query` and `key`?
+
+Layer by layer in the runs of `budget`, with intervals over layers and seeds:
+
+{ranks(rows)}
+"""
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
@@ -146,8 +232,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--output_dir", default="runs/allocation")
+    parser.add_argument("--report", type=Path, default=Path("runs/allocation/allocation.md"))
+    parser.add_argument("--figures", type=Path, default=Path("runs/allocation"))
     options = parser.parse_args(arguments)
-    study(options)
+    rows = study(options)
+    for folder in (options.report.parent, options.figures):
+        folder.mkdir(parents=True, exist_ok=True)
+    figure(rows, options.figures / "allocation.png")
+    options.report.write_text(report(options, rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What the studies share: cells that start from one LoRA, statistics over seeds and examples, and figures."""
