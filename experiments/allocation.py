@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished, folder_of
+from experiments.studies.cells import finished, kept
 from experiments.studies.compare import paired, rank_differences
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
@@ -81,13 +81,12 @@ def study(options) -> list[dict]:
                     if (method == "lora") != (budget is None):
                         continue
                     config = lora if method == "lora" else configuration(options, task, seed, method, budget, share)
-                    there = folder_of(config).exists()
-                    if not there and method not in options.cells:
+                    path = options.keep / f"{task}-{seed}-{budget or 'full'}-{method}.json"
+                    if method not in options.cells and kept(path, config) is None:
                         continue
-                    result = finished(config, lora, n_train)
-                    rows.append(
-                        {"task": task, "seed": seed, "budget": budget, "method": method, "share": share, **result}
-                    )
+                    cell = finished(path, config, lora, n_train)
+                    names = {"task": task, "seed": seed, "budget": budget, "method": method, "share": share}
+                    rows.append({**names, "cell": cell, **cell["summary"], **names})
                     print(line(rows[-1]), flush=True)
     return rows
 
@@ -143,7 +142,7 @@ def differences(rows: list[dict]) -> str:
             seeds = sorted(mine.keys() & rivals.keys())
             if other == "budget" or not seeds:
                 continue
-            result = paired([mine[s]["folder"] for s in seeds], [rivals[s]["folder"] for s in seeds],
+            result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
                             cells[0]["metric"]["name"])  # fmt: skip
             told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values())
             lines.append(f"| {task} | {budget} | `{other}` | {len(seeds)} | {told} |")
@@ -156,7 +155,7 @@ def ranks(rows: list[dict]) -> str:
              "|---|---|---|---|---|"]  # fmt: skip
     for (task, budget, method), cells in groups(rows).items():
         if method == "budget":
-            mean, low, high, layers = rank_differences([x["folder"] for x in cells])
+            mean, low, high, layers = rank_differences([x["cell"] for x in cells])
             kinds = " / ".join(
                 f"{np.mean([x['expected_rank'][k] for x in cells]):.2f}" for k in ("query", "key", "value")
             )
@@ -232,6 +231,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--output_dir", default="runs/allocation")
+    parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
     parser.add_argument("--report", type=Path, default=Path("runs/allocation/allocation.md"))
     parser.add_argument("--figures", type=Path, default=Path("runs/allocation"))
     options = parser.parse_args(arguments)

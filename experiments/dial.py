@@ -15,7 +15,6 @@ The rate is swept at the default learning rate of the gates, and the learning ra
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.studies.cells import finished, folder_of
+from experiments.studies.cells import finished
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
@@ -49,17 +48,18 @@ def configuration(options, start: str, rate: float, lr_gates: float = 2e-2) -> R
     )  # fmt: skip
 
 
-def row(config: RunConfig, lora: RunConfig, n_train: int, start: str) -> dict:
+def row(options, config: RunConfig, lora: RunConfig, n_train: int, start: str) -> dict:
     """One cell: its prior's rate, learning rate, and what the gates did."""
-    result = finished(config, lora, n_train)
-    log = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rate = config.prior_settings["rate"]
+    path = options.keep / f"dial-{config.task}-{start}-{rate:g}-{config.lr_gates:g}.json"
+    cell = finished(path, config, lora, n_train)
+    result, log = cell["summary"], cell["log"]
     gated = [x["expected_bits"] for x in log if x["step"] > config.kl_warmup * log[-1]["step"]]
     return {
-        "start": start, "rate": config.prior_settings["rate"], "lr_gates": config.lr_gates,
-        "bops": result["bops"]["adapted_ratio"], "interval": result["bops"]["interval"], "bits_at_start": gated[0],
-        "bits": gated[-1], "score": result["metric"]["value"], "nll": result["nll"],
-        "deployed_nll": result["deployed"]["nll"], "elbo": result["elbo_per_example"], "n_eval": result["n_eval"],
-        "seconds": result["seconds"]["training"], "device": result["device"],
+        "start": start, "rate": rate, "lr_gates": config.lr_gates, "bops": result["bops"]["adapted_ratio"],
+        "interval": result["bops"]["interval"], "bits_at_start": gated[0], "bits": gated[-1],
+        "score": result["metric"]["value"], "nll": result["nll"], "deployed_nll": result["deployed"]["nll"],
+        "elbo": result["elbo_per_example"], "n_eval": result["n_eval"], "device": result["device"],
     }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def study(options) -> list[dict]:
     cells += [("closed", min(options.rates), 2e-2), ("closed", min(options.rates), 2e-1)]
     rows = []
     for start, rate, lr_gates in cells:
-        rows.append(row(configuration(options, start, rate, lr_gates), lora, n_train, start))
+        rows.append(row(options, configuration(options, start, rate, lr_gates), lora, n_train, start))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
@@ -143,6 +143,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--output_dir", default="runs/dial")
+    parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
     parser.add_argument("--report", type=Path, default=Path("runs/dial/dial.md"))
     parser.add_argument("--figures", type=Path, default=Path("runs/dial"))
     options = parser.parse_args(arguments)

@@ -6,7 +6,6 @@ A run counts as met if E[BOPs] at its last step is within 5 % (relative) of the 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,9 +16,9 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import folder_of
+from experiments.studies.cells import finished
 from pyro_blora.config import RunConfig
-from pyro_blora.run import train_run, versions
+from pyro_blora.run import versions
 
 TARGETS = (0.5, 0.2, 0.1, 0.05, 0.03)
 TASKS = ("acceptability", "sst2", "cola", "mrpc", "stsb", "rte")
@@ -39,13 +38,9 @@ def study(options) -> list[dict]:
     for task in options.tasks:
         for target in options.targets:
             config = configuration(options, task, target)
-            if not folder_of(config).exists():
-                train_run(config)
-            log = (folder_of(config) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            log = [json.loads(line) for line in log]
-            gated = [x for x in log if x["step"] > config.kl_warmup * log[-1]["step"]]
-            summary = json.loads((folder_of(config) / "summary.json").read_text(encoding="utf-8"))
-            rows.append({"task": task, "target": target, "gated": gated, "device": summary["device"]})
+            cell = finished(options.keep / f"target-{task}-{target:g}.json", config, None)
+            gated = [x for x in cell["log"] if x["step"] > config.kl_warmup * cell["log"][-1]["step"]]
+            rows.append({"task": task, "target": target, "gated": gated, "device": cell["summary"]["device"]})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
@@ -91,6 +86,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max_train", type=int, default=320)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--output_dir", default="runs/targets")
+    parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
     parser.add_argument("--report", type=Path, default=Path("runs/targets/targets.md"))
     parser.add_argument("--figures", type=Path, default=Path("runs/targets"))
     options = parser.parse_args(arguments)

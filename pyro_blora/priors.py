@@ -84,7 +84,8 @@ class Budget(nn.Module):
         if not closed < target < opened:
             raise ValueError(
                 f"prior 'budget': bops must be between {closed:.3g} (every gate closed) and {opened:.3g} (open) of "
-                f"denominator {denominator!r} in scope {layout.scope!r}, got {target:g}"
+                f"denominator {denominator!r} in scope {layout.scope!r}, got {target:g}; in scope `encoder` "
+                "more gates save bit operations"
             )
         self.register_buffer("log_rate", torch.tensor(math.log(1e3)))
         self.register_buffer("z_price", torch.zeros(layout.z_shape))  # (L, T, K), ratio of BOPs a gate

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from experiments.ladder import rungs, sbc
 from experiments.ladder.calibration import Simulations, calibration, ecdf_p_value
-from experiments.ladder.gradients import GUIDES, estimators, exact_gradient, place, quality, sampled
+from experiments.ladder.gradients import estimators, exact_gradient, place, quality, sampled
 from experiments.ladder.problems import Network, one_gate, twelve_gates
 from experiments.ladder.states import best_on_table, coordinate_sweep
 from pyro_blora.estimators import ESTIMATORS
@@ -77,23 +77,23 @@ def test_a_mixture_comes_closer_than_a_mean_field(problems):
 
 
 def test_without_data_the_guide_returns_the_prior():
-    require(rungs.rung_a(steps=300))
+    require(rungs.rung_a(steps=200))
 
 
 def test_one_gate_has_its_closed_form_posterior():
-    require(rungs.rung_b(steps=1500, ratios=(-1.0,)))
+    require(rungs.rung_b(steps=800, ratios=(-1.0,)))
 
 
 def test_training_reaches_the_posterior_of_twelve_gates(problems):
     problem = problems["twelve gates"]
     exact = rungs.exact_fits(problem, "twelve gates", restarts=2, steps=300)
-    require(rungs.fit_checks("c", rungs.trained_fit(problem, "twelve gates", steps=2000, lr=0.1), exact))
+    require(rungs.fit_checks("c", rungs.trained_fit(problem, "twelve gates", steps=3000, lr=0.1), exact))
 
 
 def test_training_reaches_the_mean_field_of_the_network(problems):
     problem = problems["network"]
     exact = rungs.exact_fits(problem, "network", restarts=2, steps=300)
-    fit = rungs.trained_fit(problem, "network", steps=1000, lr=0.1)
+    fit = rungs.trained_fit(problem, "network", steps=800, lr=0.1)
     require([check for check in rungs.fit_checks("d", fit, exact) if check.quantity == "elbo"])
 
 
@@ -146,16 +146,25 @@ def test_training_and_evaluation_use_one_law(problems):
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", GUIDES)
-def test_score_function_estimators_are_unbiased_and_a_warm_relaxation_is_not(problems, where):
-    problem = problems["network"]
-    program = problem.program()
-    place(program, problem, where)
-    exact = exact_gradient(program, problem)
+@pytest.fixture(params=["prior", "converged"])
+def placed(problems, request):
+    """The network's program at a guide, and the exact gradient there."""
+    program = problems["network"].program()
+    place(program, problems["network"], request.param)
     torch.manual_seed(0)
+    return program, exact_gradient(program, problems["network"])
+
+
+def test_score_function_estimators_are_unbiased(problems, placed):
+    program, exact = placed
     for estimator in [e for e in estimators() if not e.soft]:
-        found = quality(sampled(estimator, program, problem, 500), exact, estimator.forwards)
+        found = quality(sampled(estimator, program, problems["network"], 400), exact, estimator.forwards)
         assert found.bias < 3 * found.bias_error, (estimator.name, found)
+
+
+@pytest.mark.parametrize("placed", ["prior"], indirect=True)
+def test_a_warm_relaxation_is_biased(problems, placed):
+    program, exact = placed
     warm = next(e for e in estimators() if e.name.startswith("relaxed") and e.temperature == 1.0)
-    found = quality(sampled(warm, program, problem, 60), exact, 1)
-    assert found.bias > 2 * found.bias_error, found
+    found = quality(sampled(warm, program, problems["network"], 60), exact, 1)
+    assert found.bias > 3 * found.bias_error, found

@@ -8,12 +8,14 @@ matplotlib.use("Agg")  # no display
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from .calibration import LEVEL, STATISTICS, Calibration, ecdf_band
 from .rungs import Fit
 
 _COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = "_osD^vP"
+_PALETTE = 64  # colours of a saved figure
 _BINS = 10  # of equal width, of predicted probability
 
 
@@ -21,6 +23,9 @@ def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
+    with Image.open(path) as picture:  # a palette makes half the file
+        small = picture.convert("RGB").quantize(_PALETTE)
+    small.save(path, optimize=True)
 
 
 def marginals(fits: list[Fit], names: list[str], path: Path) -> None:

@@ -1,39 +1,64 @@
 """Cells of a study: runs of `pyro-blora train` that share the part of training in which nothing is random yet.
 
 Until the gates start, a run does not depend on its prior or guide: it is plain LoRA. So the LoRA of a task and seed is
-trained once, and each cell resumes from its checkpoint, through the same bits as if it had been trained alone. Finished
-cells are kept, an interrupted one resumes.
+trained once, and each cell resumes from its checkpoint, through the same bits as if it had been trained alone.
+
+A finished cell is one small JSON file: configuration, summary, logged lines, expected ranks, and what was predicted of
+each example, without its text. So a study may be spread out over days and machines, and its tables are made again
+without training. An interrupted cell resumes.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import arviz
+import pandas as pd
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pyro_blora.build import build
 from pyro_blora.checkpoint import trainable
 from pyro_blora.config import RunConfig
-from pyro_blora.run import train_run
+from pyro_blora.run import train_run, versions
 from pyro_blora.training import Schedule, fit
 
 CHECKPOINT = Path("checkpoints/state.safetensors")
+_ELSEWHERE = ("glue_dir", "output_dir")  # where a cell was run, not what
 
 
 def folder_of(config: RunConfig) -> Path:
     return Path(config.output_dir) / config.folder_name
 
 
-def finished(config: RunConfig, lora: RunConfig, n_train: int) -> dict:
-    """The summary of a cell, trained from the shared LoRA if it is not there."""
+def kept(path: Path, config: RunConfig) -> dict | None:
+    """The cell in the file, None where there is none.  Errors: ValueError for the file of another configuration."""
+    if not path.exists():
+        return None
+    cell = json.loads(path.read_text(encoding="utf-8"))
+    if cell["config"] != _settings(config):
+        wrong = sorted(key for key, value in _settings(config).items() if cell["config"].get(key) != value)
+        raise ValueError(f"{path} is of another configuration ({', '.join(wrong)} differ): give another --keep")
+    return cell
+
+
+def finished(path: Path, config: RunConfig, lora: RunConfig | None, n_train: int = 0) -> dict:
+    """The cell in the file; trained where it is missing, from the shared LoRA (of `n_train` examples) if given."""
+    cell = kept(path, config)
+    if cell is not None:
+        return cell
     folder = folder_of(config)
     partial = folder.with_name(f".{folder.name}.partial")
     if not folder.exists():
-        if not partial.exists():
+        if lora is not None and not partial.exists():
             warm(config, trunk(lora, Schedule.of(config, n_train)), partial)
         train_run(config)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    cell = _read(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(cell) + "\n", encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+    return cell
 
 
 def trunk(lora: RunConfig, schedule: Schedule) -> Path:
@@ -54,10 +79,29 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     program = build(config).program
     shared = {name for name in trainable(program) if name.startswith("net.") or name == "log_scale"}
     with safe_open(source, framework="pt") as file:
-        notes = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys() if key.partition("/")[2] in shared}  # noqa: SIM118 (not a dict)
+        notes, keys = file.metadata(), [key for key in file.keys() if key.partition("/")[2] in shared]  # noqa: SIM118 (not a dict)
+        tensors = {key: file.get_tensor(key) for key in keys}
     own = {f"parameter/{name}": x.detach().clone() for name, x in trainable(program).items() if name not in shared}
     (partial / CHECKPOINT).parent.mkdir(parents=True)
     waiting = partial / CHECKPOINT.with_suffix(".tmp")
     save_file(tensors | own, waiting, metadata=notes)
     waiting.rename(partial / CHECKPOINT)
+
+
+def _settings(config: RunConfig) -> dict:
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {key: value for key, value in values.items() if key not in _ELSEWHERE}
+
+
+def _read(config: RunConfig) -> dict:
+    folder = folder_of(config)
+    examples = pd.read_parquet(folder / "predictions.parquet", columns=["label", "decision", "log_likelihood"])
+    ranks = 1 + arviz.from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"].sum("rank", skipna=False)
+    return {
+        "config": _settings(config),
+        "versions": versions(),
+        "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
+        "log": [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()],
+        "ranks": ranks.to_series().dropna().round(4).to_dict(),  # by projection
+        "examples": {name: column.round(5).tolist() for name, column in examples.items()},
+    }

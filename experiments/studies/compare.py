@@ -1,67 +1,57 @@
-"""Paired comparisons of runs: over the seeds that both have, and over the examples of their evaluation set."""
-
-from pathlib import Path
+"""Paired comparisons of cells: over the seeds that both methods have, and over the examples of their evaluation set."""
 
 import numpy as np
-import pandas as pd
 
 BOOTSTRAP = 2000
 INTERVAL = (2.5, 97.5)  # percent
 
 
-def predictions(folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(folder / "predictions.parquet", columns=["label", "decision", "log_likelihood"])
+def _arrays(cell: dict) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values) for name, values in cell["examples"].items()}
 
 
-def score(table: pd.DataFrame, metric: str) -> float:
+def score(examples: dict[str, np.ndarray], metric: str) -> float:
     """Of the decisions: accuracy, or Pearson's correlation."""
     if metric == "accuracy":
-        return float((table["decision"] == table["label"]).mean())
+        return float((examples["decision"] == examples["label"]).mean())
     if metric == "pearson":
-        return float(np.corrcoef(table["decision"], table["label"])[0, 1])
+        return float(np.corrcoef(examples["decision"], examples["label"])[0, 1])
     raise ValueError(f"comparisons know accuracy and pearson, got {metric!r}: add the metric to compare.py")
 
 
-def paired(
-    ours: list[Path], theirs: list[Path], metric: str, *, seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
+def paired(ours: list[dict], theirs: list[dict], metric: str, *, seed: int = 0) -> dict[str, tuple[float, ...]]:
     """Difference ours - theirs of the score and of the NLL, averaged over seeds, with 95 % bootstrap intervals.
 
-    ours, theirs: run folders by seed, in the same order. Seeds and examples are drawn anew in each of 2,000 bootstrap
+    ours, theirs: cells by seed, in the same order. Seeds and examples are drawn anew in each of 2,000 bootstrap
     samples, the same examples for both methods.
     """
-    pairs = [(predictions(a), predictions(b)) for a, b in zip(ours, theirs, strict=True)]
-    generator, draws = np.random.default_rng(seed), {"score": [], "nll": []}
+    pairs = [(_arrays(a), _arrays(b)) for a, b in zip(ours, theirs, strict=True)]
+    size, generator = len(pairs[0][0]["label"]), np.random.default_rng(seed)
 
-    def differences(tables) -> tuple[float, float]:
-        scores = [score(a, metric) - score(b, metric) for a, b in tables]
-        nlls = [float((b["log_likelihood"] - a["log_likelihood"]).mean()) for a, b in tables]
+    def differences(tables, rows) -> tuple[float, float]:
+        taken = [[{name: x[rows] for name, x in table.items()} for table in pair] for pair in tables]
+        scores = [score(a, metric) - score(b, metric) for a, b in taken]
+        nlls = [(b["log_likelihood"] - a["log_likelihood"]).mean() for a, b in taken]
         return float(np.mean(scores)), float(np.mean(nlls))
 
+    samples = []
     for _ in range(BOOTSTRAP):
-        rows = generator.integers(len(pairs[0][0]), size=len(pairs[0][0]))
-        which = generator.integers(len(pairs), size=len(pairs))
-        for key, value in zip(draws, differences([tuple(x.iloc[rows] for x in pairs[i]) for i in which]), strict=True):
-            draws[key].append(value)
-    means = dict(zip(draws, differences(pairs), strict=True))
-    return {key: (means[key], *np.percentile(values, INTERVAL)) for key, values in draws.items()}
+        rows = generator.integers(size, size=size)
+        samples.append(differences([pairs[i] for i in generator.integers(len(pairs), size=len(pairs))], rows))
+    means, (low, high) = differences(pairs, slice(None)), np.percentile(samples, INTERVAL, axis=0)
+    return {key: (means[i], low[i], high[i]) for i, key in enumerate(("score", "nll"))}
 
 
-def rank_differences(folders: list[Path], *, seed: int = 0) -> tuple[float, float, float, int]:
+def rank_differences(cells: list[dict], *, seed: int = 0) -> tuple[float, float, float, int]:
     """E[rank] of `value` minus the mean of `query` and `key`, layer by layer: mean and 95 % bootstrap interval.
 
-    Layers of all runs are drawn anew in each bootstrap sample.  Returns (mean, low, high, layers).
+    Layers of all cells are drawn anew in each bootstrap sample.  Returns (mean, low, high, layers).
     """
-    import arviz
-
-    found = []
-    for folder in folders:
-        marginals = arviz.from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"]
-        ranks = (1 + marginals.sum("rank", skipna=False)).to_series().dropna()
-        table = ranks.rename_axis("projection").reset_index(name="rank")
-        table[["layer", "type"]] = table["projection"].str.rsplit(".", n=1, expand=True)
-        wide = table.pivot(index="layer", columns="type", values="rank")
-        found.append((wide["value"] - (wide["query"] + wide["key"]) / 2).to_numpy())
-    values, generator = np.concatenate(found), np.random.default_rng(seed)
+    values = []
+    for cell in cells:
+        layers = {name.rpartition(".")[0] for name in cell["ranks"]}
+        ranks = {layer: [cell["ranks"][f"{layer}.{kind}"] for kind in ("value", "query", "key")] for layer in layers}
+        values += [value - (query + key) / 2 for value, query, key in ranks.values()]
+    values, generator = np.asarray(values), np.random.default_rng(seed)
     means = values[generator.integers(len(values), size=(BOOTSTRAP, len(values)))].mean(1)
     return (float(values.mean()), *np.percentile(means, INTERVAL), len(values))
