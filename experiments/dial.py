@@ -71,8 +71,8 @@ def study(options) -> list[dict]:
     )  # fmt: skip
     n_train = build(lora).program.n_train
     cells = [(start, rate, 2e-2) for rate in options.rates for start in ("evidence", "blind")]
-    cells += [(start, MIDDLE, lr) for lr in LEARNING_RATES for start in ("evidence", "blind") if lr != 2e-2]
-    cells += [("closed", min(options.rates), 2e-2), ("closed", min(options.rates), 2e-1)]
+    cells += [(start, MIDDLE, lr) for lr in options.learning_rates for start in ("evidence", "blind") if lr != 2e-2]
+    cells += [("closed", min(options.rates), lr) for lr in options.learning_rates if lr >= 2e-2]
     rows = []
     for start, rate, lr_gates in cells:
         rows.append(row(options, configuration(options, start, rate, lr_gates), lora, n_train, start))
@@ -105,7 +105,7 @@ def summary(rows: list[dict]) -> str:
         by_rate, by_lr = swept(start), swept(start, "lr_gates")
         steps = [b[1] - a[1] for a, b in itertools.pairwise(by_rate)]
         span, lr_span = by_rate[0][1] - by_rate[-1][1], max(y for _, y in by_lr) - min(y for _, y in by_lr)
-        largest = max(map(abs, steps)) / abs(span) if span else math.nan
+        largest = max(map(abs, steps), default=math.nan) / abs(span) if span else math.nan
         lines.append(
             f"- `{start}`: log10 E[BOPs] falls by {span:.2f} over {len(by_rate) - 1} decades of the rate, monotone: "
             f"{'yes' if all(step <= 0 for step in steps) else 'no'}; the largest decade is {largest:.0%} of the fall. "
@@ -138,6 +138,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, help="of the gates")
     parser.add_argument("--max_train", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")

@@ -2,7 +2,8 @@
 
 An estimator is `(score, guide, temperature) -> E_q[score]`, where `score(gates)` is the mean NLL of a batch at given
 gates and the result is differentiable in the guide and in whatever the score depends on. The KL is added elsewhere, in
-closed form, whichever estimator is used.
+closed form, whichever estimator is used. Its attribute `check`, if it has one, is called with the guide before anything
+is trained, and raises ValueError for a guide that it cannot serve.
 
     relaxed            one soft draw, reparametrised: low variance, biased by the temperature
     straight_through   one hard draw with the soft draw's gradient: exact values, biased gradient
@@ -51,17 +52,25 @@ def score_function(score: Score, guide: nn.Module, temperature: float) -> Tensor
     Errors: ValueError for a guide whose laws have no logits.
     Source: Dong, Mnih and Tucker, DisARM (2020); Yin et al., U2G (2020), found the same.
     """
+    laws = _with_logits(guide, temperature)
+    pairs = Gates(*(_antithetic(law.logits) for law in laws))  # each (2, ..., K), of 0 and 1
+    first, second = (score(Gates(*(pair[i].cumprod(-1) for pair in pairs))) for i in range(2))
+    difference = (first - second).detach() / 2
+    surrogate = sum(_disarm(law.logits, pair, difference) for law, pair in zip(laws, pairs, strict=True))
+    return (first + second) / 2 + surrogate - surrogate.detach()
+
+
+def _with_logits(guide: nn.Module, temperature: float = 1.0) -> Gates:
     laws = guide.laws(temperature, True)
     if not all(hasattr(law, "logits") for law in laws):
         raise ValueError(
             f"estimator 'score_function' needs a guide with logits, not one of {type(laws.z).__name__} laws: use "
             "--guide mean_field, or --estimator straight_through"
         )
-    pairs = Gates(*(_antithetic(law.logits) for law in laws))  # each (2, ..., K), of 0 and 1
-    first, second = (score(Gates(*(pair[i].cumprod(-1) for pair in pairs))) for i in range(2))
-    difference = (first - second).detach() / 2
-    surrogate = sum(_disarm(law.logits, pair, difference) for law, pair in zip(laws, pairs, strict=True))
-    return (first + second) / 2 + surrogate - surrogate.detach()
+    return laws
+
+
+score_function.check = _with_logits
 
 
 def _antithetic(logits: Tensor) -> Tensor:
@@ -84,21 +93,8 @@ def enumerate_states(score: Score, guide: nn.Module, temperature: float) -> Tens
 
     Errors: ValueError for more than 16,384 states, and for a guide of one allocation, which would get no gradient.
     """
-    if any(isinstance(law, dist.Delta) for law in guide.laws(temperature, True)):
-        raise ValueError(
-            "estimator 'enumerate' has no gradient for a guide of one allocation: use --guide mean_field, or "
-            "--estimator straight_through"
-        )
-    laws = guides.components(guide)
-    tables = [law.depth_probs.flatten(1, -2) for law in laws]  # (M, chains, K + 1)
-    free = [(site, chain) for site, table in enumerate(tables) for chain in range(table.shape[1])
-            if (table[:, chain] > 0).any(0).sum() > 1]  # fmt: skip
+    laws, tables, free = _chains(guide)
     depths = [tables[site].shape[-1] for site, _ in free]
-    if math.prod(depths) > _MOST_STATES:
-        raise ValueError(
-            f"estimator 'enumerate' would take {math.prod(depths):,} forwards a step, more than {_MOST_STATES:,}: use "
-            "--estimator relaxed, or a prior that leaves fewer gates free"
-        )
     total = 0.0
     modes = [law.mode[0] for law in laws]  # of a pinned chain, its only state
     for state in product(*(range(depth) for depth in depths)):
@@ -110,3 +106,35 @@ def enumerate_states(score: Score, guide: nn.Module, temperature: float) -> Tens
             weight = weight * tables[site][:, chain, depth]
         total = total + weight.mean() * score(Gates(*gates))
     return total
+
+
+def _chains(guide: nn.Module) -> tuple[Gates, list[Tensor], list[tuple[int, int]]]:
+    """Components, the probability of each depth of each chain, and (site, chain) of those that are free."""
+    if any(isinstance(law, dist.Delta) for law in guide.laws(1.0, True)):
+        raise ValueError(
+            "estimator 'enumerate' has no gradient for a guide of one allocation: use --guide mean_field, or "
+            "--estimator straight_through"
+        )
+    laws = guides.components(guide)
+    tables = [law.depth_probs.flatten(1, -2) for law in laws]  # (M, chains, K + 1)
+    free = [(site, chain) for site, table in enumerate(tables) for chain in range(table.shape[1])
+            if (table[:, chain] > 0).any(0).sum() > 1]  # fmt: skip
+    states = math.prod(tables[site].shape[-1] for site, _ in free)
+    if states > _MOST_STATES:
+        given = f"{states:,}" if states < 1e12 else f"10^{int(math.log10(states))}"
+        raise ValueError(
+            f"estimator 'enumerate' would take {given} forwards a step, more than {_MOST_STATES:,}: use "
+            "--estimator relaxed, or a prior that leaves fewer gates free"
+        )
+    return laws, tables, free
+
+
+enumerate_states.check = _chains
+
+
+def build_estimator(name: str, guide: nn.Module) -> Callable:
+    """The named estimator.  Errors: ValueError for an unknown name, and for a guide that it cannot serve."""
+    estimator = ESTIMATORS.resolve(name)
+    if hasattr(estimator, "check"):
+        estimator.check(guide)
+    return estimator

@@ -67,23 +67,27 @@ class Budget(nn.Module):
     """p(z, g) proportional to exp(-rate * BOPs(z, g)), each chain's law taken at the others' expected bits and ranks.
 
     BOPs are linear in each chain's gates, so the price of a gate is the derivative of E[BOPs] with respect to its
-    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and multiplies the
-    rate by (E[BOPs] / target) ^ gain: dual ascent on log(rate). Rate: nats for the whole of the denominator's BOPs.
+    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and moves log(rate)
+    by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual ascent that does
+    not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs. Where the data use less
+    than the target, it stays at the smallest rate.
     """
 
-    GAIN, LARGEST_STEP = 0.3, 1.0
+    GAIN = 0.3  # and the largest step of log(rate)
+    FOLLOW = 0.2  # of the way to new prices: all the way, an input and its weight would turn dear and cheap in step
+    SMALLEST = 1e-2  # nats, as good as none: below, the way back would be long
 
-    def __init__(self, layout: AdapterLayout, target: float, denominator: str):
+    def __init__(self, layout: AdapterLayout, target: float, denominator: str, name: str = "budget"):
         super().__init__()
         if denominator not in ("adapted", "model"):
-            raise ValueError(f"prior 'budget': denominator must be 'adapted' or 'model', got {denominator!r}")
+            raise ValueError(f"prior {name!r}: denominator must be 'adapted' or 'model', got {denominator!r}")
         self.layout, self.target, self.field = layout, target, f"{denominator}_ratio"
         closed, opened = (
             self._ratio(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)
         )
         if not closed < target < opened:
             raise ValueError(
-                f"prior 'budget': bops must be between {closed:.3g} (every gate closed) and {opened:.3g} (open) of "
+                f"prior {name!r}: bops must be between {closed:.3g} (every gate closed) and {opened:.3g} (open) of "
                 f"denominator {denominator!r} in scope {layout.scope!r}, got {target:g}; in scope `encoder` "
                 "more gates save bit operations"
             )
@@ -95,21 +99,33 @@ class Budget(nn.Module):
     def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
         return getattr(expected_bops(self.layout, z, g), self.field)
 
-    def _follow(self, means: Gates) -> Tensor:
-        """Set the prices at these marginals; returns the ratio there."""
+    def _follow(self, means: Gates, share: float = 1.0) -> Tensor:
+        """Move the prices a share of the way to those at these marginals; returns the ratio there."""
         means = [mean.detach().double().requires_grad_() for mean in means]
         with torch.enable_grad():
             ratio = self._ratio(*means)
             prices = torch.autograd.grad(ratio, means)
         for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
-            buffer.copy_(price)
+            buffer.lerp_(price.to(buffer), share)
         return ratio.detach()
+
+    def _variance(self, means: Gates) -> Tensor:
+        """Of the ratio at these prices, chains independent: minus its slope in the rate, by the Gibbs form."""
+        total = 0.0
+        for price, mean in zip((self.z_price, self.g_price), means, strict=True):
+            cost = nn.functional.pad(price.double().cumsum(-1), (1, 0))  # of each depth
+            law = -nn.functional.pad(mean.double(), (1, 1)).diff(dim=-1)
+            law[..., 0] += 1
+            total = total + (law * (cost - (law * cost).sum(-1, keepdim=True)).square()).sum()
+        return total
 
     @torch.no_grad()
     def adapt(self, means: Gates) -> None:
         """One step towards the target, at the guide's marginals.  z (L, T, K), g (L, R - 1)."""
-        gap = (self._follow(means) / self.target).log().clamp(-self.LARGEST_STEP, self.LARGEST_STEP)
-        self.log_rate.add_(self.GAIN * gap.to(self.log_rate))
+        ratio = self._follow(means, self.FOLLOW)
+        slope = self.log_rate.exp() * self._variance(means) / ratio  # -d log E[BOPs] / d log(rate)
+        step = (ratio / self.target).log() / slope.clamp(min=1 / self.GAIN)
+        self.log_rate.add_(step.clamp(-self.GAIN, self.GAIN).to(self.log_rate)).clamp_(min=math.log(self.SMALLEST))
 
     def forward(self) -> Gates:
         costs = (self.log_rate.exp() * price for price in (self.z_price, self.g_price))
@@ -205,7 +221,10 @@ def random(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adap
     Rungs of tensors drawn at random are closed, one at a time, until the target is met; all ranks are open.
     Settings: bops and denominator as in `budget`; seed, of the allocation.
     """
-    steer = Budget(layout, bops, denominator)  # checks the target
+    steer = Budget(layout, bops, denominator, "random")  # checks the target
+    least = steer._ratio(torch.zeros(layout.z_shape), torch.ones(layout.g_shape))
+    if bops < least:
+        raise ValueError(f"prior 'random': bops must be at least {least:.3g} (2 bit, every rank open), got {bops:g}")
     generator = torch.Generator().manual_seed(seed)
     ladder, ranks = layout.z_shape[-1], torch.ones(layout.g_shape)
     depths = torch.where(layout.z_mask, ladder, 0)

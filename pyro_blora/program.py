@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from . import adapters
-from .estimators import ESTIMATORS
+from .estimators import build_estimator
 from .gates import Gates
 from .layout import AdapterLayout
 
@@ -50,7 +50,7 @@ class GateProgram(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.layout, self.prior, self.gate_guide, self.likelihood = layout, prior, guide, likelihood
-        self.n_train, self.estimator, self.temperature = n_train, ESTIMATORS.resolve(estimator), 1.0
+        self.n_train, self.estimator, self.temperature = n_train, build_estimator(estimator, guide), 1.0
         self.hard = estimator != "relaxed"
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)

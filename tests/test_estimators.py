@@ -15,9 +15,10 @@ from pyro.infer import TraceEnum_ELBO
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_blora.estimators import ESTIMATORS, score_function
+from pyro_blora.estimators import ESTIMATORS, enumerate_states, score_function
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, log_prob
+from pyro_blora.priors import build_prior
 from pyro_blora.program import GateProgram
 
 N_TRAIN = 20
@@ -172,9 +173,17 @@ def test_components_that_are_sure_of_different_states_are_both_counted():
 def test_too_many_states_are_refused_with_the_remedy():
     layout = toy_layout(ladder=(2, 4, 8, 16, 32))
     prior = Pinned(layout, [(0,), (1,)], [(0,)])
-    program = program_of(layout, prior, "enumerate", "mean_field")
     with pytest.raises(ValueError, match="would take 156,250 forwards a step, more than 16,384: use --estimator rel"):
-        program.elbo(*data(program))
+        program_of(layout, prior, "enumerate", "mean_field")
+    program = program_of(layout, prior, "relaxed", "mean_field")
+    with pytest.raises(ValueError, match="would take 156,250 forwards"):
+        enumerate_states(lambda gates: gates.z.sum(), program.gate_guide, 1.0)
+
+
+def test_states_without_number_are_refused_with_their_power_of_ten():
+    layout = toy_layout(adapted=(True,) * 40, ladder=(2, 4, 8, 16, 32))
+    with pytest.raises(ValueError, match=r"would take 10\^151 forwards a step"):  # 5^200 * 2^40
+        program_of(layout, build_prior("nested", layout), "enumerate", "mean_field")
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -253,9 +262,13 @@ def test_two_antithetic_draws_vary_less_than_two_independent_ones():
 
 @pytest.mark.parametrize("estimator", ["score_function", "enumerate"])
 def test_a_guide_of_one_allocation_is_refused(estimator):
-    program = bits(estimator, "point")
-    with pytest.raises(ValueError, match=f"estimator '{estimator}' .* use --guide mean_field, or --estimator straight"):
-        program.elbo(*data(program))
+    refused = pytest.raises(
+        ValueError, match=f"estimator '{estimator}' .* use --guide mean_field, or --estimator straight"
+    )
+    with refused:
+        bits(estimator, "point")
+    with refused:
+        ESTIMATORS.resolve(estimator)(lambda gates: gates.z.sum(), bits("relaxed", "point").gate_guide, 1.0)
 
 
 def test_every_estimator_has_the_same_kl():

@@ -9,6 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {  # script: the arguments of a short run; OUT: a fresh folder, GLUE: the official release (or a skip)
+    "allocation.py": "--glue_dir GLUE --tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget --max_train 64 "
+    "--epochs 1 --output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
+    "dial.py": "--glue_dir GLUE --task wnli --rates 0.1 --learning_rates 0.02 --max_train 64 --epochs 1 "
+    "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
+    "targets.py": "--glue_dir GLUE --tasks wnli --targets 0.1 --max_train 64 --epochs 1 "
+    "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
     "check_posterior.py": "--rungs a e --simulations 20 --trained_simulations 1 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
     "glue_small.py": "--glue_dir GLUE --tasks wnli --max_train 64 --epochs 1 --draws 2 "

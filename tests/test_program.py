@@ -1,4 +1,4 @@
-"""The program is the ELBO that Pyro computes from it, and the guide starts where the data point."""
+"""The program is the ELBO that Pyro computes from it."""
 
 import copy
 
@@ -10,7 +10,7 @@ from models import batch, tiny_bert
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 
-from pyro_blora import adapters, starting
+from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import GUIDES, build_guide
@@ -320,73 +320,3 @@ def test_without_data_gates_return_to_their_prior():
         optimizer.step()
     for q, p, mask in zip(program.gate_guide.posterior(), prior, (program.z_mask, program.g_mask), strict=True):
         assert bool((q.mean - p.mean).abs()[mask].max() < 0.02)
-
-
-# --- where the guide starts -------------------------------------------------------------------------------------------
-
-
-def slopes_at_the_open_network(program, inputs, labels):
-    opened = [gate.requires_grad_() for gate in adapters.open_gates(program.net.layout)]
-    with adapters.gates(program.net, *opened):
-        logits = program.net(**inputs).logits
-    nll = -program.likelihood(logits, scale=program.log_scale.exp()).log_prob(labels).mean()
-    return torch.autograd.grad(nll, opened)
-
-
-@pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_depth_logits_equal_the_formula(task):
-    program = program_of(task=task)
-    outputs = get_task(task).num_labels
-    batches = [batch(seed=seed, num_labels=outputs) for seed in range(3)]
-    starts = starting.depth_logits(program, batches)
-    layout = program.net.layout
-    assert starts.z.shape == (12, 5, 5) and starts.g.shape == (12, 3)
-    slopes = [slopes_at_the_open_network(program, *pair) for pair in batches]
-    prior = program.prior()
-    checked = 0
-    for site in (0, 1):
-        gates = slopes[0][site].shape[-1]
-        for index in torch.cartesian_prod(*(torch.arange(n) for n in slopes[0][site].shape[:-1])).tolist():
-            index = tuple(index) if isinstance(index, list) else (index,)
-            for depth in range(gates + 1):
-                drops = [-sum(s[site][index][k].item() for k in range(depth, gates)) for s in slopes]
-                rise = N_TRAIN * 4 * sum(d * d for d in drops) / 3 / 2
-                expected = prior[site].depth_probs[index][depth].log().item() - rise
-                assert starts[site][index][depth].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
-                checked += depth == gates and rise == 0  # an open chain changes nothing
-    assert checked == layout.z_shape[0] * (layout.z_shape[1] + 1)
-
-
-def test_the_first_order_drop_predicts_a_small_change_of_a_gate():
-    program, (inputs, labels) = program_of(), batch()
-    slope, _ = slopes_at_the_open_network(program, inputs, labels)
-    z, g = adapters.open_gates(program.net.layout)
-    index, step = torch.unravel_index(slope.abs().argmax(), slope.shape), 1e-2
-    z[(*index[:2], slice(index[2], None))] -= step  # close the chain from this gate on, a little
-
-    def nll(*gates):
-        with torch.no_grad(), adapters.gates(program.net, *gates):
-            return torch.nn.functional.cross_entropy(program.net(**inputs).logits, labels)
-
-    change = nll(z, g) - nll(*adapters.open_gates(program.net.layout))
-    predicted = step * starting._closing(slope)[tuple(index)]
-    assert abs(predicted) > 1e-5
-    torch.testing.assert_close(change, predicted, rtol=0.1, atol=1e-6)
-
-
-@pytest.mark.parametrize("prior", PRIORS.names())
-@pytest.mark.parametrize("guide", GUIDES.names())
-def test_a_started_guide_is_finite_and_the_mode_is_left_as_it_was(guide, prior):
-    program = program_of(guide=guide, prior=prior).train()
-    program.gate_guide.start(starting.depth_logits(program, [batch(seed=seed) for seed in range(2)]))
-    assert program.training and program.net.handover.gates is None
-    assert all(bool(p.isfinite().all()) for p in program.gate_guide.parameters())
-    assert all(p.grad is None for p in program.parameters())
-    assert bool(program.elbo(*batch()).loss(N_TRAIN).isfinite())
-
-
-def test_batches_of_no_or_of_several_sizes_are_refused():
-    with pytest.raises(ValueError, match="batches of one size, got none"):
-        starting.depth_logits(program_of(), [])
-    with pytest.raises(ValueError, match=r"batches of one size, got \[3, 4\]"):
-        starting.depth_logits(program_of(), [batch(3), batch(4)])

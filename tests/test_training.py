@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import training
+from pyro_blora.build import build
 from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.data import epoch_order
@@ -103,6 +104,55 @@ def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after):
     assert values(written[0]) == values(written[1]) == values(whole.metrics)
 
 
+def test_leaving_after_some_steps_and_going_on_is_bitwise(backbone, tmp_path):
+    """Under a prior that adapts, before and after the gates have started."""
+    config = tiny_config(backbone, epochs=3, prior="budget", prior_settings={"bops": 0.1})
+    opening = Schedule.of(config, 64).opening
+    whole = fit(config, folder=tmp_path / "whole", quiet=True)
+    for until in (opening - 1, opening, opening + 2):
+        left = fit(config, folder=tmp_path / f"{until}", quiet=True, until=until)
+        assert [line["step"] for line in left.metrics] == list(range(1, until + 1))
+        resumed = fit(config, folder=tmp_path / f"{until}", quiet=True)
+        assert values(resumed.metrics) == values(whole.metrics)
+        for (name, a), b in zip(state(whole).items(), state(resumed).values(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_a_budget_adapts_after_every_step_from_the_opening_on(backbone):
+    config = tiny_config(backbone, prior="budget", prior_settings={"bops": 0.1})
+    opening, trained = Schedule.of(config, 64).opening, fit(config, quiet=True)
+    rates = [line["rate"] for line in trained.metrics]
+    assert len(set(rates[:opening])) == 1 and len(set(rates[opening:])) == 8 - opening
+    assert trained.program.prior.report()["rate"] == rates[-1] > 0
+
+
+def test_the_weight_of_the_kl_counts_from_the_opening_on(backbone):
+    config = tiny_config(backbone, kl_weight=0.25)
+    opening = Schedule.of(config, 64).opening
+    for i, line in enumerate(fit(config, quiet=True).metrics):
+        weight = 0.25 if i >= opening else 0.0
+        assert line["loss"] == pytest.approx(line["nll"] + weight * (line["kl_z"] + line["kl_g"]) / 64, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"estimator": "score_function", "guide": "point"}, "'score_function' needs a guide with logits"),
+        ({"estimator": "enumerate", "guide": "point"}, "'enumerate' has no gradient for a guide of one allocation"),
+        ({"estimator": "enumerate"}, r"'enumerate' would take 10\^\d+ forwards a step"),
+    ],
+    ids=str,
+)
+def test_a_guide_that_an_estimator_cannot_serve_is_refused_before_anything_is_written(
+    backbone, tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_config(backbone, **changes))
+    with pytest.raises(ValueError, match=message):
+        fit(tiny_config(backbone, **changes), folder=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(backbone, tmp_path):
     from safetensors import safe_open
 
@@ -191,6 +241,7 @@ def test_schedules_are_functions_of_the_step():
     rates = [schedule.learning_rate("adapter", step) for step in range(40)]
     assert max(rates) == 1.0 and rates[0] == 0.25 and rates[39] == pytest.approx(1 / 36)
     assert schedule.learning_rate("gates", 9) == 0 and schedule.learning_rate("gates", 10) == 2e-2
+    assert schedule.learning_rate("gates", schedule.steps) == pytest.approx(2e-4)
 
 
 def test_an_epoch_visits_rows_once_in_whole_steps():
@@ -218,6 +269,7 @@ def test_bf16_trains(backbone):
         {"scope": "encoder"},
         {"guide": "point"},
         {"guide": "mixture"},
+        {"prior": "budget"},
         {"estimator": "straight_through"},
         {"estimator": "score_function"},
         {"estimator": "enumerate", "prior": "fixed", "prior_settings": {"bits": 4, "rank": 2}},
