@@ -10,7 +10,7 @@ is trained, and raises ValueError for a guide that it cannot serve.
     score_function     two antithetic hard draws: unbiased, two forwards, variance grows with the number of gates
     enumerate          the sum over all states: exact, for programs with few free gates
 
-Measured bias and variance: benchmarks/posterior.md.
+The first two draw once from each component of a mixture. Measured bias and variance: benchmarks/posterior.md.
 """
 
 import math
@@ -34,13 +34,18 @@ _MOST_STATES = 1 << 14  # forwards in one exact expectation
 @register_estimator("relaxed")
 def relaxed(score: Score, guide: nn.Module, temperature: float) -> Tensor:
     """One soft draw. Source: Maddison et al., Jang et al. (2017)."""
-    return score(Gates(*(law.rsample() for law in guide.laws(temperature, False))))
+    return _reparametrised(score, guide, temperature, False)
 
 
 @register_estimator("straight_through")
 def straight_through(score: Score, guide: nn.Module, temperature: float) -> Tensor:
     """One hard draw with the gradient of the soft one. Source: Bengio et al. (2013), Jang et al. (2017)."""
-    return score(Gates(*(law.rsample() for law in guide.laws(temperature, True))))
+    return _reparametrised(score, guide, temperature, True)
+
+
+def _reparametrised(score: Score, guide: nn.Module, temperature: float, hard: bool) -> Tensor:
+    each = guide.each_law(temperature, hard) if hasattr(guide, "each_law") else [guide.laws(temperature, hard)]
+    return sum(score(Gates(*(law.rsample() for law in laws))) for laws in each) / len(each)
 
 
 @register_estimator("score_function")

@@ -8,6 +8,8 @@ Gates when it is called, with
     components() -> Gates               optional, for a family that is not mean field: discrete laws with a leading
                                         dimension of M equally likely components, z (M, L, T, K), g (M, L, R - 1)
     divergence(prior, z_mask, g_mask)   optional, Gates of KLs in nats, where it is no sum over chains
+    each_law(temperature, hard)         optional, with components: the law of every component; training draws from each,
+                                        M forwards a step, as one alone would be M times noisier than a mean field
     start(evidence)                     optional, called if `starts_from_data`: set the laws from an estimate of what
                                         the data say about each chain (starting.py)
 
@@ -127,9 +129,12 @@ class Mixture(_Evidence):
     """
 
     def laws(self, temperature: float, hard: bool) -> Gates:
-        logits = self.logits()
-        m = int(torch.randint(len(logits.z), ()))  # drawn on the host: no transfer
-        return Gates(*(RelaxedNestedBernoulli(x[m], temperature, hard, validate_args=False) for x in logits))
+        each = self.each_law(temperature, hard)
+        return each[int(torch.randint(len(each), ()))]  # drawn on the host: no transfer
+
+    def each_law(self, temperature: float, hard: bool) -> list[Gates]:
+        pairs = zip(*self.logits(), strict=True)  # of (z, g), a component each
+        return [Gates(*(RelaxedNestedBernoulli(x, temperature, hard, validate_args=False) for x in p)) for p in pairs]
 
     def posterior(self) -> Gates:
         mixed = (law.depth_log_probs.logsumexp(0) - math.log(len(law.log_probs)) for law in self.components())
@@ -177,6 +182,7 @@ def mixture(
 ) -> Mixture:
     """A mixture of mean fields, which sees that two gates trade off; gains at most log(components) nats of ELBO.
 
+    It costs `components` forwards and backwards a step in place of one.
     Settings: components, M; open_logit, the log-odds at which every gate starts (default: estimated from the data).
     Source: Jaakkola and Jordan, Improving the mean field approximation via the use of mixture distributions (1998).
     """
