@@ -121,18 +121,24 @@ class Sensitivity:
 
 
 def _pooled(squares: Tensor, kinds: Tensor) -> Tensor:
-    """Means over M, shrunk on the log scale towards their mean over projections of a kind (empirical Bayes).
+    """Means over M, shrunk on the log scale towards their mean over projections of a kind: random effects.
 
-    squares (M, L, ...) >= 0 -> (L, ...); a mean of zero stays zero.
+    squares (M, L, ...) >= 0 -> (L, ...); a mean of zero stays zero.   Source: DerSimonian and Laird (1986).
     """
     mean = squares.mean(0)
     noise = squares.var(0) / len(squares) / mean.square().clamp(min=1e-30)  # variance of log(mean), (L, ...)
-    log_mean, pooled = mean.clamp(min=1e-30).log(), mean.clone()
+    log_mean, noise, pooled = mean.clamp(min=1e-30).log(), noise.clamp(min=1e-6), mean.clone()
     for kind in kinds.unique():
         own, error = log_mean[kinds == kind], noise[kinds == kind]
-        spread = (own.var(0, correction=min(1, len(own) - 1)) - error.mean(0)).clamp(min=0.0)
-        keep = spread / (spread + error).clamp(min=1e-30)
-        pooled[kinds == kind] = torch.exp(keep * own + (1 - keep) * own.mean(0))
+        weight = 1 / error
+        centre = (weight * own).sum(0) / weight.sum(0)
+        excess = (weight * (own - centre).square()).sum(0) - (len(own) - 1)
+        spread = excess / (weight.sum(0) - weight.square().sum(0) / weight.sum(0)).clamp(min=1e-30)
+        spread = spread.clamp(min=0.0) if len(own) > 1 else torch.full_like(spread, torch.inf)  # alone: nothing to pool
+        weight = 1 / (spread + error)
+        centre = (weight * own).sum(0) / weight.sum(0).clamp(min=1e-30)
+        keep = 1 / (1 + error / spread)
+        pooled[kinds == kind] = torch.exp(keep * own + (1 - keep) * centre)
     return torch.where(mean > 0, pooled, 0.0)
 
 
