@@ -58,7 +58,7 @@ def configuration(options, task: str, seed: int, method: str, budget: str | None
     return RunConfig(**{
         "task": task, "glue_dir": options.glue_dir, "backbone": "demo", "scope": "encoder", "seed": seed,
         "max_train": options.max_train, "epochs": options.epochs, "kl_warmup": options.kl_warmup, "max_length": 64,
-        "draws": options.draws, "output_dir": options.output_dir, **changes,
+        "draws": options.draws, "lr_gates": 2e-2, "output_dir": options.output_dir, **changes,
     })  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class RunConfig:
     accumulation: int = _field(1, "forwards per optimizer step")
     lr: float = _field(1e-3, "learning rate of the adapter")
     lr_head: float | None = _field(None, "learning rate of the classification head; none: lr")
-    lr_gates: float = _field(2e-2, "learning rate of the gates' logits; 0 freezes them")
+    lr_gates: float = _field(0.1, "first learning rate of the gates, nats a step; falls to 1 %; 0 freezes them")
     lr_ranges: float = _field(1e-3, "learning rate of the quantization ranges; 0 freezes them")
     weight_decay: float = _field(0.01, "decoupled weight decay of adapter and head; gates and ranges have none")
     warmup: float = _field(0.06, "learning-rate warm-up, as a fraction of the steps")

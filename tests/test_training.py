@@ -240,8 +240,8 @@ def test_schedules_are_functions_of_the_step():
     assert schedule.temperature(0) == 0.5 and schedule.temperature(30) == schedule.temperature(39) == pytest.approx(0.1)
     rates = [schedule.learning_rate("adapter", step) for step in range(40)]
     assert max(rates) == 1.0 and rates[0] == 0.25 and rates[39] == pytest.approx(1 / 36)
-    assert schedule.learning_rate("gates", 9) == 0 and schedule.learning_rate("gates", 10) == 2e-2
-    assert schedule.learning_rate("gates", schedule.steps) == pytest.approx(2e-4)
+    assert schedule.learning_rate("gates", 9) == 0 and schedule.learning_rate("gates", 10) == 0.1
+    assert schedule.learning_rate("gates", schedule.steps) == pytest.approx(1e-3)
 
 
 def test_an_epoch_visits_rows_once_in_whole_steps():
