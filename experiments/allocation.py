@@ -56,7 +56,7 @@ def configuration(options, task: str, seed: int, method: str, budget: str | None
         "budget": {"prior": "budget", "prior_settings": {"bops": bops, "denominator": "model"}, "kl_weight": COLD},
     }[method]
     return RunConfig(**{
-        "task": task, "glue_dir": options.glue_dir, "backbone": "demo", "scope": "encoder", "seed": seed,
+        "task": task, "glue_dir": options.glue_dir, "backbone": options.backbone, "scope": "encoder", "seed": seed,
         "max_train": options.max_train, "epochs": options.epochs, "kl_warmup": options.kl_warmup, "max_length": 64,
         "draws": options.draws, "lr_gates": 2e-2, "output_dir": options.output_dir, **changes,
     })  # fmt: skip
@@ -226,6 +226,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument("--cells", nargs="+", default=METHODS, choices=METHODS, help="methods to run where missing")
+    parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
     parser.add_argument("--max_train", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")

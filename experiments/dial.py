@@ -41,7 +41,7 @@ MARKERS = {"evidence": "o", "blind": "s", "closed": "^"}
 
 def configuration(options, start: str, rate: float, lr_gates: float = 2e-2) -> RunConfig:
     return RunConfig(
-        task=options.task, glue_dir=options.glue_dir, backbone="demo", scope="encoder", max_length=64,
+        task=options.task, glue_dir=options.glue_dir, backbone=options.backbone, scope="encoder", max_length=64,
         max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=options.draws,
         prior="bops", prior_settings={"rate": rate}, guide_settings=STARTS[start], lr_gates=lr_gates,
         output_dir=options.output_dir,
@@ -65,7 +65,7 @@ def row(options, config: RunConfig, lora: RunConfig, n_train: int, start: str) -
 
 def study(options) -> list[dict]:
     lora = RunConfig(
-        task=options.task, glue_dir=options.glue_dir, backbone="demo", scope="encoder", max_length=64,
+        task=options.task, glue_dir=options.glue_dir, backbone=options.backbone, scope="encoder", max_length=64,
         max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=options.draws,
         prior="fixed", prior_settings={"bits": 32}, output_dir=options.output_dir,
     )  # fmt: skip
@@ -139,6 +139,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, help="of the gates")
+    parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
     parser.add_argument("--max_train", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")

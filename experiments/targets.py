@@ -27,8 +27,8 @@ TOLERANCE = 0.05
 
 def configuration(options, task: str, target: float) -> RunConfig:
     return RunConfig(
-        task=task, glue_dir=options.glue_dir if task != "acceptability" else None, backbone="demo", max_length=64,
-        max_train=options.max_train, epochs=options.epochs, prior="budget", draws=2, logging_steps=1,
+        task=task, glue_dir=options.glue_dir if task != "acceptability" else None, backbone=options.backbone,
+        max_length=64, max_train=options.max_train, epochs=options.epochs, prior="budget", draws=2, logging_steps=1,
         prior_settings={"bops": target, "denominator": "adapted"}, output_dir=options.output_dir,
     )  # fmt: skip
 
@@ -83,6 +83,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
+    parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
     parser.add_argument("--max_train", type=int, default=320)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--output_dir", default="runs/targets")

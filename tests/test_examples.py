@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {  # script: the arguments of a short run; OUT: a fresh folder, GLUE: the official release (or a skip)
-    "allocation.py": "--glue_dir GLUE --tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget --max_train 64 "
-    "--epochs 1 --output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
-    "dial.py": "--glue_dir GLUE --task wnli --rates 0.1 --learning_rates 0.02 --max_train 64 --epochs 1 "
-    "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
-    "targets.py": "--glue_dir GLUE --tasks wnli --targets 0.1 --max_train 64 --epochs 1 "
-    "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
+KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
+SMALL = f"--glue_dir GLUE --backbone TINY --max_train 64 --epochs 1 {KEPT}"
+SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a small BERT, GLUE: the release (or a skip)
+    "allocation.py": f"--tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget {SMALL}",
+    "dial.py": f"--task wnli --rates 0.1 --learning_rates 0.02 {SMALL}",
+    "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs a e --simulations 20 --trained_simulations 1 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
     "glue_small.py": "--glue_dir GLUE --tasks wnli --max_train 64 --epochs 1 --draws 2 "
@@ -30,6 +30,8 @@ def test_every_script_is_in_the_table():
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_a_script_runs_and_leaves_results(script, tmp_path, request):
     arguments = SCRIPTS[script].replace("OUT", str(tmp_path / "out"))
+    if "TINY" in arguments:
+        arguments = arguments.replace("TINY", str(save_tiny_backbone(tmp_path / "tiny")))
     if "GLUE" in arguments:
         arguments = arguments.replace("GLUE", str(request.getfixturevalue("glue_dir")))
     done = subprocess.run(
@@ -41,7 +43,7 @@ def test_a_script_runs_and_leaves_results(script, tmp_path, request):
             "PYRO_BLORA_TRACEBACK": "1",
             "HF_HUB_OFFLINE": "1",
             "PYRO_BLORA_COMPILE": "1" if script == "train.py" else "0",  # compiling takes longer than these runs do
-        },  # fmt: skip
+        },
         capture_output=True,
         text=True,
         timeout=900,
