@@ -192,8 +192,8 @@ def report(options, rows: list[dict]) -> str:
     return f"""# Is the allocation worth anything?
 
 ```sh
-python experiments/allocation.py --glue_dir {options.glue_dir} --report benchmarks/allocation.md \\
-    --figures benchmarks/figures
+python experiments/allocation.py --glue_dir {options.glue_dir} --seeds {" ".join(map(str, options.seeds))} \\
+    --report benchmarks/allocation.md --figures benchmarks/figures
 ```
 
 MiniLM, scope `encoder`, {options.max_train} training examples, {options.epochs} epochs, gates start after \
@@ -225,7 +225,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
-    parser.add_argument("--cells", nargs="+", default=METHODS, choices=METHODS, help="methods to run where missing")
+    parser.add_argument(
+        "--cells", nargs="*", default=METHODS, choices=METHODS, help="methods to run where missing; none: only report"
+    )
     parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
     parser.add_argument("--max_train", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=2)
