@@ -67,15 +67,15 @@ class Budget(nn.Module):
     """p(z, g) proportional to exp(-rate * BOPs(z, g)), each chain's law taken at the others' expected bits and ranks.
 
     BOPs are linear in each chain's gates, so the price of a gate is the derivative of E[BOPs] with respect to its
-    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and moves log(rate)
-    by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual ascent that does
-    not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs. Where the data use less
-    than the target, it stays at the smallest rate.
+    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and moves
+    asinh(rate) by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual ascent
+    that does not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs; below 0 where
+    the data use less than the target, which is met all the same.
     """
 
-    GAIN = 0.3  # and the largest step of log(rate)
+    GAIN = 0.3  # and the largest step of asinh(rate), which is that of log(rate) for all but small rates
+    LARGEST = 20.0  # asinh of 2e8 nats: where a guide does not follow, the way back stays short
     FOLLOW = 0.2  # of the way to new prices: all the way, an input and its weight would turn dear and cheap in step
-    SMALLEST = 1e-2  # nats, as good as none: below, the way back would be long
 
     def __init__(self, layout: AdapterLayout, target: float, denominator: str, name: str = "budget"):
         super().__init__()
@@ -91,7 +91,7 @@ class Budget(nn.Module):
                 f"denominator {denominator!r} in scope {layout.scope!r}, got {target:g}; in scope `encoder` "
                 "more gates save bit operations"
             )
-        self.register_buffer("log_rate", torch.tensor(math.log(1e3)))
+        self.register_buffer("asinh_rate", torch.tensor(math.asinh(1e3)))
         self.register_buffer("z_price", torch.zeros(layout.z_shape))  # (L, T, K), ratio of BOPs a gate
         self.register_buffer("g_price", torch.zeros(layout.g_shape))  # (L, R - 1)
         self._follow(Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape)))
@@ -123,17 +123,18 @@ class Budget(nn.Module):
     def adapt(self, means: Gates) -> None:
         """One step towards the target, at the guide's marginals.  z (L, T, K), g (L, R - 1)."""
         ratio = self._follow(means, self.FOLLOW)
-        slope = self.log_rate.exp() * self._variance(means) / ratio  # -d log E[BOPs] / d log(rate)
+        slope = self.asinh_rate.cosh() * self._variance(means) / ratio  # -d log E[BOPs] / d asinh(rate)
         step = (ratio / self.target).log() / slope.clamp(min=1 / self.GAIN)
-        self.log_rate.add_(step.clamp(-self.GAIN, self.GAIN).to(self.log_rate)).clamp_(min=math.log(self.SMALLEST))
+        step = step.clamp(-self.GAIN, self.GAIN).to(self.asinh_rate)
+        self.asinh_rate.add_(step).clamp_(-self.LARGEST, self.LARGEST)
 
     def forward(self) -> Gates:
-        costs = (self.log_rate.exp() * price for price in (self.z_price, self.g_price))
+        costs = (self.asinh_rate.sinh() * price for price in (self.z_price, self.g_price))
         depths = (-nn.functional.pad(cost.cumsum(-1), (1, 0)) for cost in costs)
         return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in depths))
 
     def report(self) -> dict[str, float]:
-        return {"rate": self.log_rate.exp().item()}
+        return {"rate": self.asinh_rate.sinh().item()}
 
 
 @register_prior("hierarchical")
