@@ -16,7 +16,6 @@ seed (the run goes through the same bits as if it had been trained alone). Finis
 spread out; `--cells` runs some of them only.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.studies.cells import finished, kept
 from experiments.studies.compare import paired, rank_differences
+from experiments.studies.pages import study_parser, write_page
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
@@ -220,29 +220,18 @@ Layer by layer in the runs of `budget`, with intervals over layers and seeds:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
+    parser = study_parser(__doc__, "allocation", max_train=4000, output_dir="runs/allocation")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument(
         "--cells", nargs="*", default=METHODS, choices=METHODS, help="methods to run where missing; none: only report"
     )
-    parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
-    parser.add_argument("--max_train", type=int, default=4000)
-    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--output_dir", default="runs/allocation")
-    parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
-    parser.add_argument("--report", type=Path, default=Path("runs/allocation/allocation.md"))
-    parser.add_argument("--figures", type=Path, default=Path("runs/allocation"))
     options = parser.parse_args(arguments)
     rows = study(options)
-    for folder in (options.report.parent, options.figures):
-        folder.mkdir(parents=True, exist_ok=True)
-    figure(rows, options.figures / "allocation.png")
-    options.report.write_text(report(options, rows), encoding="utf-8")
+    write_page(options, "allocation", report(options, rows), lambda path: figure(rows, path))
 
 
 if __name__ == "__main__":

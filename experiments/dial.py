@@ -13,7 +13,6 @@ Prior `bops` on SST-2 with MiniLM, scope `encoder`, each run from the same LoRA:
 The rate is swept at the default learning rate of the gates, and the learning rate at one rate of the prior.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -27,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments.studies.cells import finished
+from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
@@ -134,26 +134,15 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
+    parser = study_parser(__doc__, "dial", max_train=4000, output_dir="runs/dial")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, help="of the gates")
-    parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
-    parser.add_argument("--max_train", type=int, default=4000)
-    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--output_dir", default="runs/dial")
-    parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
-    parser.add_argument("--report", type=Path, default=Path("runs/dial/dial.md"))
-    parser.add_argument("--figures", type=Path, default=Path("runs/dial"))
     options = parser.parse_args(arguments)
     rows = study(options)
-    for folder in (options.report.parent, options.figures):
-        folder.mkdir(parents=True, exist_ok=True)
-    figure(rows, options.figures / "dial.png")
-    options.report.write_text(report(options, rows), encoding="utf-8")
+    write_page(options, "dial", report(options, rows), lambda path: figure(rows, path))
 
 
 def report(options, rows: list[dict]) -> str:

@@ -5,7 +5,6 @@
 A run counts as met if E[BOPs] at its last step is within 5 % (relative) of the target. Finished cells are kept.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.studies.cells import finished
+from experiments.studies.pages import study_parser, write_page
 from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
 
@@ -79,25 +79,18 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
+    parser = study_parser(__doc__, "targets", max_train=320, output_dir="runs/targets")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
-    parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
-    parser.add_argument("--max_train", type=int, default=320)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--output_dir", default="runs/targets")
-    parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
-    parser.add_argument("--report", type=Path, default=Path("runs/targets/targets.md"))
-    parser.add_argument("--figures", type=Path, default=Path("runs/targets"))
     options = parser.parse_args(arguments)
     rows = study(options)
-    for folder in (options.report.parent, options.figures):
-        folder.mkdir(parents=True, exist_ok=True)
-    figure(rows, options.figures / "targets.png")
+    write_page(options, "targets", report(options, rows), lambda path: figure(rows, path))
+
+
+def report(options, rows: list[dict]) -> str:
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     met = sum(abs(error(row)) <= TOLERANCE for row in rows)
-    options.report.write_text(f"""# Does the budget prior meet its target?
+    return f"""# Does the budget prior meet its target?
 
 ```sh
 python experiments/targets.py --glue_dir {options.glue_dir} --targets {" ".join(map(str, options.targets))} \\
@@ -111,7 +104,7 @@ python experiments/targets.py --glue_dir {options.glue_dir} --targets {" ".join(
 {table(rows)}
 
 ![Path of the rate](figures/targets.png)
-""", encoding="utf-8")  # fmt: skip
+"""
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     loss  = -ELBO / N  =  E_q[-log p(label | z, g)] an example  +  (KL_z + KL_g) / N
 
 All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is the closed form between
-the discrete laws; a relaxation lives in the guide's sample only. A pair of laws without a registered KL is refused.
+the discrete laws (of a mixture, less what its draws tell about their component); a relaxation lives in the guide's
+sample only. A pair of laws without a registered KL is refused.
 Shapes: B batch, N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
 """
 
@@ -32,7 +33,7 @@ class Elbo(NamedTuple):
     kl_g: Tensor
 
     def loss(self, n_train: int, kl_weight: float = 1.0) -> Tensor:
-        """-ELBO / N, in nats an example; kl_weight < 1 during warm-up."""
+        """-ELBO / N, in nats an example; below a kl_weight of 1, that of a cold posterior."""
         return self.nll + kl_weight * (self.kl_z + self.kl_g) / n_train
 
 

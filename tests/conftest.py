@@ -41,3 +41,17 @@ def eager():
         quantizer._kernels.cache_clear()
         yield
     quantizer._kernels.cache_clear()
+
+
+@pytest.fixture(scope="module", params=["bert", "deberta-encoder", "rank-1"])
+def layout(request):
+    """Layouts of both scopes, with and without rank gates."""
+    from models import tiny_bert, tiny_deberta
+
+    from pyro_blora.layout import AdapterLayout
+
+    if request.param == "bert":
+        return AdapterLayout.of(tiny_bert(), rank=4, sequence_length=10)
+    if request.param == "rank-1":
+        return AdapterLayout.of(tiny_bert(), rank=1, scope="encoder", sequence_length=10)
+    return AdapterLayout.of(tiny_deberta(), rank=3, scope="encoder", sequence_length=10)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from contracts import masks
-from models import every_state, tiny_bert, tiny_deberta, toy_layout
+from models import every_state, toy_layout
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -13,20 +13,9 @@ from pyro_blora import guides
 from pyro_blora.bops import expected_bops
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, draw_gates, log_prob
-from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import bops
 from pyro_blora.priors import build_prior
 from pyro_blora.program import GateProgram
-
-
-@pytest.fixture(scope="module", params=["bert", "deberta-encoder", "rank-1"])
-def layout(request):
-    if request.param == "bert":
-        return AdapterLayout.of(tiny_bert(), rank=4, sequence_length=10)
-    if request.param == "rank-1":
-        return AdapterLayout.of(tiny_bert(), rank=1, scope="encoder", sequence_length=10)
-    return AdapterLayout.of(tiny_deberta(), rank=3, scope="encoder", sequence_length=10)
-
 
 # --- evidence ---------------------------------------------------------------------------------------------------------
 

@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 from contracts import check_guide, check_prior, masks
-from models import tiny_bert, tiny_deberta
 from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_blora.bops import expected_bits, expected_bops, expected_rank
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import GUIDES, MeanField, build_guide, register_guide
-from pyro_blora.layout import LADDER, AdapterLayout
+from pyro_blora.layout import LADDER
 from pyro_blora.priors import PRIORS, build_prior, register_prior
 
 OWN = '''
@@ -32,15 +31,6 @@ def late_layers(layout, *, rate: float = 2.0):
 def cautious(layout, prior, *, logit: float = 2.0):
     return MeanField(layout, prior, logit)
 '''
-
-
-@pytest.fixture(scope="module", params=["bert", "deberta-encoder", "rank-1"])
-def layout(request):
-    if request.param == "bert":
-        return AdapterLayout.of(tiny_bert(), rank=4, sequence_length=10)
-    if request.param == "rank-1":
-        return AdapterLayout.of(tiny_bert(), rank=1, scope="encoder", sequence_length=10)
-    return AdapterLayout.of(tiny_deberta(), rank=3, scope="encoder", sequence_length=10)
 
 
 @pytest.fixture

@@ -1,0 +1,27 @@
+"""The options that every study takes, and the page and figure that it leaves."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+def study_parser(doc: str, name: str, *, max_train: int, output_dir: str) -> argparse.ArgumentParser:
+    """A parser of the shared options; the script's own are added to it."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
+    parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
+    parser.add_argument("--max_train", type=int, default=max_train)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--output_dir", default=output_dir)
+    parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
+    parser.add_argument("--report", type=Path, default=Path(output_dir) / f"{name}.md")
+    parser.add_argument("--figures", type=Path, default=Path(output_dir))
+    return parser
+
+
+def write_page(options: argparse.Namespace, name: str, text: str, draw: Callable[[Path], None]) -> None:
+    """Write the page, and the figure that `draw` saves at the path it is given."""
+    for folder in (options.report.parent, options.figures):
+        folder.mkdir(parents=True, exist_ok=True)
+    draw(options.figures / f"{name}.png")
+    options.report.write_text(text, encoding="utf-8")
