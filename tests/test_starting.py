@@ -260,6 +260,14 @@ def test_noisy_means_are_drawn_to_those_of_their_kind():
         assert pooled[mine].std() < 0.5 * own[mine].std()
 
 
+def test_more_examples_leave_more_of_each_mean():
+    squares = torch.randn(30, 6, 1, generator=torch.Generator().manual_seed(1)).square()
+    squares *= torch.tensor([1.0, 1.3, 1.7, 2.2, 2.8, 3.6])[:, None]
+    own, kinds = squares.mean(0).log(), torch.zeros(6)
+    few, many = ((_pooled(squares.repeat(times, 1, 1), kinds).log() - own).abs().max() for times in (1, 50))
+    assert few > 0.1 and many < 0.1 * few  # the shrinkage falls as one over the examples
+
+
 def test_one_noisy_mean_does_not_draw_precise_ones():
     generator = torch.Generator().manual_seed(0)
     level = torch.tensor([1.0, 3.0, 10.0, 30.0])
