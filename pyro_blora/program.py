@@ -4,12 +4,12 @@
     guide:  z ~ q_z,      g ~ q_g
     loss  = -ELBO / N  =  E_q[-log p(label | z, g)] an example  +  (KL_z + KL_g) / N
 
-All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is the closed form between
-the discrete laws (of a mixture, less what its draws tell about their component); a relaxation lives in the guide's
-sample only. A pair of laws without a registered KL is refused.
+All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is that of the discrete
+laws, in closed form (of a mixture: `Mixture.divergence`); a relaxation lives in the guide's sample only.
 Shapes: B batch, N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
 """
 
+import abc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class Elbo(NamedTuple):
         return self.nll + kl_weight * (self.kl_z + self.kl_g) / n_train
 
 
-class GateProgram(nn.Module):
+class GateProgram(nn.Module, abc.ABC):
     """A model/guide pair over the gates of a layout; a subclass says what the labels' logits are at given gates.
 
     prior: a module whose call returns Gates; optionally with `sample()`, the same with its own random settings drawn,
@@ -58,9 +58,9 @@ class GateProgram(nn.Module):
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)
         require_kl(guide.laws(self.temperature, self.hard), prior())
 
+    @abc.abstractmethod
     def logits(self, inputs: dict, gates: Gates) -> Tensor:
         """What the likelihood takes, (B, classes), at given gates."""
-        raise NotImplementedError
 
     # --- the program ------------------------------------------------------------------------------------------------
 
