@@ -7,6 +7,7 @@ about half an hour on two slow cores; `--rungs a b` runs some of it.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -20,15 +21,16 @@ import torch
 
 from experiments.ladder import figures, report, rungs, sbc
 from experiments.ladder.calibration import Simulations
-from experiments.ladder.fitting import SHIPPED_RATE
 from experiments.ladder.gradients import GUIDES, estimators, exact_gradient, place, quality, sampled
+from experiments.ladder.parallel import in_parallel
 from experiments.ladder.problems import Network, Problem, twelve_gates
 
 SEEDS = range(4)  # of the twelve gates
 STEPS = 4000  # of the Gaussian toys
 NETWORK_STEPS = 2500
-SIZES = (2, 4, 8)
-RATE = 0.1
+SIZES = (2, 4)
+CONSTANT_RATE = 0.02
+REINMAX = str(Path(__file__).parent / "ladder" / "rivals.py") + ":reinmax"
 
 
 class Ladder:
@@ -44,7 +46,7 @@ class Ladder:
         self.checks += rungs.rung_a()
 
     def b(self):
-        self.checks += rungs.rung_b()
+        self.checks += rungs.rung_b(processes=self.options.processes)
 
     def c(self):
         for seed in SEEDS:
@@ -56,31 +58,36 @@ class Ladder:
     def d(self):
         problem = self.network.problem()
         self._fitted("d", "network, 400 states", problem, SIZES, NETWORK_STEPS, all_estimators=True)
+        large = Network(free=("input", "base")).problem()
+        self._fitted("d", "network, 10,000 states", large, SIZES, NETWORK_STEPS, all_estimators=False)
         self.ratios = {M: rungs.step_ratio(problem, M) for M in SIZES}
         self._gradients("network", problem, draws=300)
-        if self.options.large:
-            large = Network(free=("input", "base")).problem()
-            self._fitted("d", "network, 10,000 states", large, (), NETWORK_STEPS, all_estimators=False)
 
     def _fitted(self, rung: str, name: str, problem: Problem, sizes, steps: int, *, all_estimators: bool):
         exact = rungs.exact_fits(problem, name, sizes, restarts=4, steps=400)
-        shipped = rungs.trained_fit(problem, name, steps=steps, lr=RATE)
-        fits = [shipped]
+        trained = functools.partial(rungs.trained_fit, problem, name, steps=steps)
+        jobs = [trained]
+        jobs += [functools.partial(trained, guide="mixture", label=f"relaxed, mixture, M = {M}", components=M)
+                 for M in sizes]  # fmt: skip
         if all_estimators:
-            fits += [rungs.trained_fit(problem, name, estimator=e, steps=steps, lr=RATE) for e in rungs.ESTIMATORS[1:]]
-            fits.append(rungs.trained_fit(problem, name, label=f"relaxed, constant rate {SHIPPED_RATE:g}",
-                                          steps=steps, lr=SHIPPED_RATE, decay=False))  # fmt: skip
-            fits.append(rungs.naive_fit(problem, name, steps=steps // 2))
-        trained = [rungs.trained_fit(problem, name, guide="mixture", label=f"relaxed, mixture, M = {M}", steps=steps,
-                                     settings={"components": M}, lr=RATE) for M in sizes]  # fmt: skip
-        self.checks += rungs.fit_checks(rung, shipped, exact)
-        self.fits += [(problem.table.log_evidence, fit) for fit in (*exact, *fits, *trained)]
+            jobs += [functools.partial(trained, estimator=estimator) for estimator in rungs.ESTIMATORS[1:]]
+            jobs.append(functools.partial(trained, estimator=REINMAX, label="ReinMax"))
+            label = f"relaxed, constant rate {CONSTANT_RATE:g}"
+            jobs.append(functools.partial(trained, label=label, lr=CONSTANT_RATE))
+            jobs.append(functools.partial(rungs.naive_fit, problem, name, steps=steps // 2))
+        fits = list(in_parallel(jobs, self.options.processes))
+        shipped, mixtures, others = fits[0], fits[1 : 1 + len(sizes)], fits[1 + len(sizes) :]
+        for fit in (shipped, *mixtures):
+            self.checks += rungs.fit_checks(rung, fit, exact)
+        self.fits += [(problem.table.log_evidence, fit) for fit in (*exact, *fits)]
         if all_estimators:
-            figures.marginals([*exact[:2], *fits], problem.names, self.figures / f"posterior_marginals_{rung}.png")
+            figures.marginals(
+                [*exact[:2], shipped, *others], problem.names, self.figures / f"posterior_marginals_{rung}.png"
+            )
         if sizes:
             evidence = problem.table.log_evidence
             best = [(M, evidence - fit.elbo) for M, fit in zip((1, *sizes), exact[1:], strict=True)]
-            found = [(M, evidence - fit.elbo) for M, fit in zip((1, *sizes), (shipped, *trained), strict=True)]
+            found = [(M, evidence - fit.elbo) for M, fit in zip((1, *sizes), (shipped, *mixtures), strict=True)]
             self.gaps[name] = {"exact optimum": best, "trained by SVI": found}
             figures.gap_closed(self.gaps, self.figures / "posterior_gap.png")
 
@@ -102,7 +109,9 @@ class Ladder:
             "exact posterior": sbc.on_table(self.network, simulations, 0),
             "exact mean field": sbc.on_table(self.network, simulations, 1, restarts=4, steps=300),
             "exact mixture, M = 4": sbc.on_table(self.network, simulations, 4, restarts=2, steps=300),
-            "trained, relaxed": sbc.shipped(self.network, simulations, self.options.trained_simulations, steps=300),
+            "trained, relaxed": sbc.shipped(
+                self.network, simulations, self.options.trained_simulations, steps=300, processes=self.options.processes
+            ),
         }
         self.calibrations = sbc.calibrations(self.network, simulations, laws)
         for name, found in self.calibrations.items():
@@ -121,8 +130,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rungs", nargs="+", choices=list("abcdefg"), default=list("abcdefg"))
     parser.add_argument("--simulations", type=int, default=500, help="of rung e, for the exact laws")
-    parser.add_argument("--trained_simulations", type=int, default=80, help="of rung e, for training by SVI")
-    parser.add_argument("--large", action="store_true", help="rung d also with 10,000 states")
+    parser.add_argument("--trained_simulations", type=int, default=500, help="of rung e, for training by SVI")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="fits at a time, one thread each")
     parser.add_argument("--output_dir", default="runs/check_posterior")
     parser.add_argument("--report", help="where the Markdown report is copied")
     parser.add_argument("--figures", help="folder that the figures are copied to")

@@ -81,19 +81,21 @@ def test_without_data_the_guide_returns_the_prior():
 
 
 def test_one_gate_has_its_closed_form_posterior():
-    require(rungs.rung_b(steps=800, ratios=(-1.0,)))
+    steps = {"relaxed": 2000, "straight_through": 2000, "score_function": 1000, "enumerate": 400}
+    assert steps.keys() == rungs.ONE_GATE_STEPS.keys()
+    require(rungs.rung_b(steps=steps, ratios=(-1.0,)))
 
 
 def test_training_reaches_the_posterior_of_twelve_gates(problems):
     problem = problems["twelve gates"]
     exact = rungs.exact_fits(problem, "twelve gates", restarts=2, steps=300)
-    require(rungs.fit_checks("c", rungs.trained_fit(problem, "twelve gates", steps=3000, lr=0.1), exact))
+    require(rungs.fit_checks("c", rungs.trained_fit(problem, "twelve gates", steps=3000), exact))
 
 
 def test_training_reaches_the_mean_field_of_the_network(problems):
     problem = problems["network"]
     exact = rungs.exact_fits(problem, "network", restarts=2, steps=300)
-    fit = rungs.trained_fit(problem, "network", steps=800, lr=0.1)
+    fit = rungs.trained_fit(problem, "network", steps=800)
     require([check for check in rungs.fit_checks("d", fit, exact) if check.quantity == "elbo"])
 
 
@@ -168,3 +170,9 @@ def test_a_warm_relaxation_is_biased(problems, placed):
     warm = next(e for e in estimators() if e.name.startswith("relaxed") and e.temperature == 1.0)
     found = quality(sampled(warm, program, problems["network"], 60), exact, 1)
     assert found.bias > 3 * found.bias_error, found
+
+
+def test_trainings_in_parallel_are_those_in_turn(network, simulations):
+    in_turn, forked = (sbc.shipped(network, simulations, 3, steps=20, processes=n) for n in (1, 2))
+    assert torch.equal(in_turn, forked) and not torch.equal(in_turn[0], in_turn[1])
+    torch.testing.assert_close(in_turn.sum(-1), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)

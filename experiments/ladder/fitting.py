@@ -13,25 +13,21 @@ from pyro_blora.training import Schedule
 
 from .problems import Problem
 
-SHIPPED_RATE = RunConfig().lr_gates
-_LAST_RATE = 0.01  # of the first
-
 
 def svi(
-    program: GateProgram, problem: Problem, *, steps: int, lr: float = 5e-2, decay: bool = True,
-    temperature: float | None = None, seed: int = 0,
+    program: GateProgram, problem: Problem, *, steps: int, lr: float | None = None, temperature: float | None = None,
+    seed: int = 0,
 ) -> GateProgram:  # fmt: skip
-    """Fit the guide with Adam on the program's own ELBO, with the package's temperature schedule or a constant one.
+    """Fit the guide with Adam on the program's own ELBO, with the package's schedules of its rate and temperature.
 
-    lr: Adam's rate; it falls geometrically to a hundredth if `decay`, which takes out the jitter of the last steps. The
-    package itself trains gates at a constant rate.
+    lr, temperature: constants in place of the schedules.
     """
-    schedule = Schedule(RunConfig(), steps, steps)
-    optimizer = torch.optim.Adam(program.gate_guide.parameters(), lr=lr)
+    schedule = Schedule(RunConfig(kl_warmup=0.0), steps, steps)
+    optimizer = torch.optim.Adam(program.gate_guide.parameters())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * _LAST_RATE ** (step / steps) if decay else lr
+            optimizer.param_groups[0]["lr"] = schedule.learning_rate("gates", step) if lr is None else lr
             program.temperature = schedule.temperature(step) if temperature is None else temperature
             optimizer.zero_grad()
             program.elbo(problem.inputs, problem.labels).loss(program.n_train).backward()
@@ -39,7 +35,7 @@ def svi(
     return program
 
 
-def naive_pairing(problem: Problem, *, steps: int, temperature: float, lr: float = 5e-2, seed: int = 0) -> Tensor:
+def naive_pairing(problem: Problem, *, steps: int, temperature: float, seed: int = 0) -> Tensor:
     """What Pyro makes of a RelaxedBernoulliStraightThrough guide against a Bernoulli model: no ELBO.
 
     A chain is the running product of its own independent Bernoulli gates, so that model and prior are unchanged.
@@ -50,7 +46,7 @@ def naive_pairing(problem: Problem, *, steps: int, temperature: float, lr: float
     log_probs = torch.cat([prior[site].log_probs[index] for site, index in states.chains])
     sizes = [size - 1 for size in states.sizes]
     logits = torch.full_like(log_probs, 2.0).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=lr)
+    optimizer, schedule = torch.optim.Adam([logits]), Schedule(RunConfig(kl_warmup=0.0), steps, steps)
 
     def model():
         gates = pyro.sample("gates", dist.Bernoulli(log_probs.exp(), validate_args=False).to_event(1))
@@ -67,7 +63,7 @@ def naive_pairing(problem: Problem, *, steps: int, temperature: float, lr: float
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * _LAST_RATE ** (step / steps)
+            optimizer.param_groups[0]["lr"] = schedule.learning_rate("gates", step)
             optimizer.zero_grad()
             (Trace_ELBO().differentiable_loss(model, guide) / len(problem.labels)).backward()
             optimizer.step()

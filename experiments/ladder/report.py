@@ -11,8 +11,8 @@ from .gradients import GUIDES
 from .rungs import Check
 
 _ABOUT_FITS = """\
-Trained by Adam with a rate that falls geometrically to a hundredth, unless said otherwise (the package trains gates at
-a constant rate), and the package's temperature schedule, 0.5 to 0.1. ELBOs are of the discrete law, by enumeration."""
+Trained by Adam with the package's schedules: a rate of 0.1 that falls to a hundredth, unless said otherwise, and a
+temperature that falls from 0.5 to 0.1. ELBOs are of the discrete law, by enumeration."""
 _ABOUT_MIXTURES = "Gaps to the log evidence, in nats; closed: of the exact mean field's gap."
 _ABOUT_GRADIENTS = """\
 Of E_q[NLL] at three guides, against enumeration. bias: ‖E g - g*‖ / ‖g*‖ ± its Monte Carlo error, which is also its
@@ -79,10 +79,11 @@ def write(ladder, seconds: dict[str, float], folder: Path, arguments: str) -> No
     """posterior_ladder.md of everything measured so far."""
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     spent = ", ".join(f"{rung} {value:.0f} s" for rung, value in seconds.items())
+    command = f"python experiments/check_posterior.py {arguments}".rstrip()
     parts = [
         "# Is the posterior right?",
-        f"Written by `python experiments/check_posterior.py {arguments}`".rstrip() + f" on {_processor()}, one thread; "
-        f"{found}. Rungs: {spent}; {sum(seconds.values()) / 60:.0f} minutes.",
+        f"Written by `{command}` on {_processor()}, one thread a fit; {found}. "
+        f"Rungs: {spent}; {sum(seconds.values()) / 60:.0f} minutes.",
         "## Thresholds\n\n" + _table(["rung", "subject", "quantity", "threshold", "measured", "outcome"], [])
         + "\n" + "\n".join(map(line, ladder.checks)),
     ]  # fmt: skip

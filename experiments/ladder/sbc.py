@@ -3,12 +3,15 @@
 The exact posterior must be calibrated: that validates the harness. The others are held to the same thresholds.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .calibration import STATISTICS, Calibration, Simulations, calibration
 from .fitting import svi
-from .problems import Network
+from .parallel import in_parallel
+from .problems import Network, Problem
 from .rungs import Check, log_law
 from .states import best_on_table
 
@@ -22,13 +25,16 @@ def on_table(network: Network, simulations: Simulations, components: int, **sear
     return torch.cat(laws).exp()
 
 
-def shipped(network: Network, simulations: Simulations, count: int, *, steps: int, lr: float = 0.1) -> Tensor:
+def shipped(network: Network, simulations: Simulations, count: int, *, steps: int, processes: int = 1) -> Tensor:
     """`relaxed` on a mean field through the network, for the first `count` simulations.  (count, S)"""
-    problem, laws = network.problem(), []
-    for i in range(count):
-        here = problem.with_labels(simulations.labels[i], simulations.log_likelihood[i])
-        laws.append(log_law(svi(here.program(), here, steps=steps, lr=lr, seed=i), here).exp())
-    return torch.stack(laws)
+    problem = network.problem()
+    here = (problem.with_labels(simulations.labels[i], simulations.log_likelihood[i]) for i in range(count))
+    jobs = [functools.partial(_trained, x, steps=steps, seed=i) for i, x in enumerate(here)]
+    return torch.tensor(list(in_parallel(jobs, processes)), dtype=torch.float64)
+
+
+def _trained(problem: Problem, **settings) -> list[float]:
+    return log_law(svi(problem.program(), problem, **settings), problem).exp().tolist()
 
 
 def checks(name: str, found: Calibration) -> list[Check]:
