@@ -86,8 +86,8 @@ def summary(rows: list[dict]) -> str:
     larger = [task for task, (low, _) in found.items() if low > 0]
     smaller = [task for task, (_, high) in found.items() if high < 0]
     undecided = [task for task in found if task not in larger + smaller]
-    parts = [f"{verb} in {len(tasks)} ({', '.join(tasks) or 'none'})" for verb, tasks in
-             (("keeps larger ranks", larger), ("keeps smaller ones", smaller), ("is undecided", undecided))]  # fmt: skip
+    found_in = {"keeps larger ranks": larger, "keeps smaller ones": smaller, "is undecided": undecided}
+    parts = [f"{verb} in {len(tasks)} ({', '.join(tasks) or 'none'})" for verb, tasks in found_in.items()]
     return f"Under `nested`, of {len(found)} tasks, `value` {', '.join(parts)}."
 
 
