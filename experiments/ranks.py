@@ -54,7 +54,7 @@ def study(options) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| task | prior | score | E[rank] query / key / value | value minus mean of query and key [95 %] | layers |",
+    lines = ["| task | prior | score | E[rank] query / key / value | value minus mean of query, key [95 %] | layers |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         mean, low, high, layers = rank_differences([row])
