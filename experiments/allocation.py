@@ -11,8 +11,9 @@ and number of steps, each from the same LoRA that the first part of training giv
     random      rungs closed at random down to the same BOPs, then as `uniform`
     lora        no quantization
 
-Each cell is a run of `pyro-blora train`; what comes before its gates start is shared between the cells of a task and
-seed (the run goes through the same bits as if it had been trained alone). Finished cells are kept, so the study may be
+Methods are compared by the one allocation that each deploys: one forward an example. Averages over draws of the gates,
+an ensemble of several forwards, stand beside it. Each cell is a run of `pyro-blora train`; what comes before its gates
+start is shared between the cells of a task and seed. Finished cells are kept, so the study may be
 spread out; `--cells` runs some of them only.
 """
 
@@ -27,13 +28,12 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished, kept
-from experiments.studies.compare import paired, rank_differences
+from experiments.studies.cells import finished, kept, provenance
+from experiments.studies.compare import paired
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
-from pyro_blora.run import versions
 
 BUDGETS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 STYLES = {  # colours of Okabe and Ito
@@ -114,17 +114,17 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| task | BOPs of | method | seeds | score | NLL | E[BOPs] / model | deployed: score | NLL | BOPs / model |",
+        "| task | BOPs of | method | seeds | deployed: score | NLL | BOPs | draws: score | NLL | E[BOPs] |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (task, budget, method), cells in groups(rows).items():
         lines.append(
             f"| {task} | {budget or '32 bit'} | `{method}` | {len(cells)} | "
-            f"{spread([x['metric']['value'] for x in cells])} | {spread([x['nll'] for x in cells])} | "
-            f"{np.mean([x['bops']['model_ratio'] for x in cells]):.2%} | "
             f"{spread([x['deployed']['metric']['value'] for x in cells])} | "
             f"{spread([x['deployed']['nll'] for x in cells])} | "
-            f"{np.mean([x['bops']['deployed']['model_ratio'] for x in cells]):.2%} |"
+            f"{np.mean([x['bops']['deployed']['model_ratio'] for x in cells]):.2%} | "
+            f"{spread([x['metric']['value'] for x in cells])} | {spread([x['nll'] for x in cells])} | "
+            f"{np.mean([x['bops']['model_ratio'] for x in cells]):.2%} |"
         )
     return "\n".join(lines)
 
@@ -149,20 +149,6 @@ def differences(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def ranks(rows: list[dict]) -> str:
-    """E[rank] of value against query and key, by task and budget."""
-    lines = ["| task | BOPs of | E[rank] query / key / value | value minus mean of query and key [95 %] | layers |",
-             "|---|---|---|---|---|"]  # fmt: skip
-    for (task, budget, method), cells in groups(rows).items():
-        if method == "budget":
-            mean, low, high, layers = rank_differences([x["cell"] for x in cells])
-            kinds = " / ".join(
-                f"{np.mean([x['expected_rank'][k] for x in cells]):.2f}" for k in ("query", "key", "value")
-            )
-            lines.append(f"| {task} | {budget} | {kinds} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] | {layers} |")
-    return "\n".join(lines)
-
-
 def figure(rows: list[dict], path: Path) -> None:
     """NLL against the BOPs of the model, a panel a task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -173,12 +159,12 @@ def figure(rows: list[dict], path: Path) -> None:
             points.sort(key=lambda cells: cells[0]["share"])
             if not points:
                 continue
-            x = [100 * np.mean([c["bops"]["model_ratio"] for c in cells]) for cells in points]
-            y = [np.mean([c["nll"] for c in cells]) for cells in points]
-            error = [np.std([c["nll"] for c in cells]) for cells in points]
+            x = [100 * np.mean([c["bops"]["deployed"]["model_ratio"] for c in cells]) for cells in points]
+            y = [np.mean([c["deployed"]["nll"] for c in cells]) for cells in points]
+            error = [np.std([c["deployed"]["nll"] for c in cells]) for cells in points]
             colour, marker = STYLES[method]
             panel.errorbar(x, y, yerr=error, color=colour, marker=marker, label=method, capsize=2, linewidth=1.2)
-        panel.set(xscale="log", xlabel="BOPs (% of the model at 32 x 32 bit)", ylabel="NLL (nats an example)")
+        panel.set(xscale="log", xlabel="BOPs, deployed (% of the model at 32 x 32 bit)", ylabel="NLL (nats an example)")
         panel.set_title(f"{task}: mean and spread over seeds", fontsize=10)
     panels[0][0].legend(frameon=False, fontsize=8)
     plt.savefig(path, dpi=110)
@@ -186,7 +172,6 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def report(options, rows: list[dict]) -> str:
-    found = ", ".join(f"{name} {version}" for name, version in versions().items())
     cells = len(options.tasks) * len(options.seeds) * (1 + len(options.budgets) * (len(METHODS) - 1))
     seconds = [x["seconds"]["training"] for x in rows]
     return f"""# Is the allocation worth anything?
@@ -198,24 +183,19 @@ python experiments/allocation.py --glue_dir {options.glue_dir} --seeds {" ".join
 
 MiniLM, scope `encoder`, {options.max_train} training examples, {options.epochs} epochs, gates start after \
 {options.kl_warmup:.0%} of the steps; {len(rows)} of {cells} cells are finished (the rest are not shown, nothing is
-filled in); on {rows[0]["device"]}, {np.median(seconds):.0f} s of training a cell in the median, beside other work;
-{found}.
-`score` is accuracy (SST-2) or Pearson's correlation (STS-B) on the dev set, mean ± standard deviation over seeds, of
-the predictions averaged over {options.draws} draws of the gates; `deployed` is the one allocation that is exported.
+filled in); {np.median(seconds):.0f} s of training a cell in the median, beside other work;
+{provenance([row["cell"] for row in rows])}.
+`score` is the task's metric on the dev set, mean ± standard deviation over seeds. `deployed` is the one allocation that
+is exported, one forward an example; `draws` averages the predictions of {options.draws} draws of the gates. BOPs are of
+the model.
 
 {table(rows)}
 
-Paired differences, with intervals over seeds and examples (bootstrap); a negative NLL is in favour of `budget`:
+Paired differences of what is deployed, with intervals over examples and seeds; a negative NLL is in favour of `budget`:
 
 {differences(rows)}
 
 ![NLL against BOPs](figures/allocation.png)
-
-## Does `value` keep larger ranks than `query` and `key`?
-
-Layer by layer in the runs of `budget`, with intervals over layers and seeds:
-
-{ranks(rows)}
 """
 
 

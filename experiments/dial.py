@@ -6,11 +6,13 @@ Prior `bops` on SST-2 with MiniLM, scope `encoder`, each run from the same LoRA:
 
     evidence    the gates start from the posterior that the data's Fisher information and the prior give, and hold what
                 the data say in nats (starting.py, guides.py): the default
-    blind       the same guide and loss, but every gate starts at log-odds 3 whatever prior and data say; then the prior
-                acts through Adam's steps only, as in published code
+    blind       the same guide and loss, but every gate starts at log-odds 3 whatever prior and data say; so prior and
+                data act through Adam's steps only
     closed      blind, from log-odds -3: do closed gates come back?
 
-The rate is swept at the default learning rate of the gates, and the learning rate at one rate of the prior.
+The rate is swept at the default learning rate of the gates, and the learning rate at one rate of the prior. That rate
+falls to a hundredth, so with S gated steps a gate can move by about lr * S / 5 nats: the learning rate is how far a
+blind gate can get, whatever the rate of the prior.
 """
 
 import itertools
@@ -25,26 +27,26 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.studies.cells import finished
+from experiments.studies.cells import finished, provenance
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
-from pyro_blora.run import versions
 
 STARTS = {"evidence": {}, "blind": {"open_logit": 3.0}, "closed": {"open_logit": -3.0}}
 RATES = tuple(10.0**k for k in range(-3, 3))  # nats for one more bit of the largest tensor
-LEARNING_RATES = (2e-3, 2e-2, 2e-1)
+DEFAULT_RATE = RunConfig().lr_gates
+LEARNING_RATES = (DEFAULT_RATE / 10, DEFAULT_RATE, DEFAULT_RATE * 10)
 MIDDLE = 0.1
 COLOURS = {"evidence": "#0072B2", "blind": "#D55E00", "closed": "#009E73"}  # Okabe and Ito
 MARKERS = {"evidence": "o", "blind": "s", "closed": "^"}
 
 
-def configuration(options, start: str, rate: float, lr_gates: float = 2e-2) -> RunConfig:
+def configuration(options, start: str, rate: float, lr_gates: float) -> RunConfig:
     return RunConfig(
         task=options.task, glue_dir=options.glue_dir, backbone=options.backbone, scope="encoder", max_length=64,
         max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=options.draws,
         prior="bops", prior_settings={"rate": rate}, guide_settings=STARTS[start], lr_gates=lr_gates,
-        output_dir=options.output_dir,
+        logging_steps=1, output_dir=options.output_dir,
     )  # fmt: skip
 
 
@@ -54,12 +56,13 @@ def row(options, config: RunConfig, lora: RunConfig, n_train: int, start: str) -
     path = options.keep / f"dial-{config.task}-{start}-{rate:g}-{config.lr_gates:g}.json"
     cell = finished(path, config, lora, n_train)
     result, log = cell["summary"], cell["log"]
-    gated = [x["expected_bits"] for x in log if x["step"] > config.kl_warmup * log[-1]["step"]]
+    opening = int(config.kl_warmup * log[-1]["step"])
+    gated = [x["expected_bits"] for x in log if x["step"] > opening]
     return {
         "start": start, "rate": rate, "lr_gates": config.lr_gates, "bops": result["bops"]["adapted_ratio"],
         "interval": result["bops"]["interval"], "bits_at_start": gated[0], "bits": gated[-1],
         "score": result["metric"]["value"], "nll": result["nll"], "deployed_nll": result["deployed"]["nll"],
-        "elbo": result["elbo_per_example"], "n_eval": result["n_eval"], "device": result["device"],
+        "elbo": result["elbo_per_example"], "n_eval": result["n_eval"], "cell": cell,
     }  # fmt: skip
 
 
@@ -70,9 +73,10 @@ def study(options) -> list[dict]:
         prior="fixed", prior_settings={"bits": 32}, output_dir=options.output_dir,
     )  # fmt: skip
     n_train = build(lora).program.n_train
-    cells = [(start, rate, 2e-2) for rate in options.rates for start in ("evidence", "blind")]
-    cells += [(start, MIDDLE, lr) for lr in options.learning_rates for start in ("evidence", "blind") if lr != 2e-2]
-    cells += [("closed", min(options.rates), lr) for lr in options.learning_rates if lr >= 2e-2]
+    cells = [(start, rate, DEFAULT_RATE) for rate in options.rates for start in ("evidence", "blind")]
+    others = [lr for lr in options.learning_rates if lr != DEFAULT_RATE]
+    cells += [(start, MIDDLE, lr) for lr in others for start in ("evidence", "blind")]
+    cells += [("closed", min(options.rates), lr) for lr in options.learning_rates if lr >= DEFAULT_RATE]
     rows = []
     for start, rate, lr_gates in cells:
         rows.append(row(options, configuration(options, start, rate, lr_gates), lora, n_train, start))
@@ -81,7 +85,7 @@ def study(options) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| start | rate (nats) | gates' learning rate | E[BOPs] / adapted [94 %] | E[bits] at the start → end | "
+    lines = ["| start | rate (nats) | gates' learning rate | E[BOPs] / adapted [94 %] | E[bits], first → last | "
              "accuracy | NLL | deployed NLL | -ELBO / N |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for x in rows:
         low, high = x["interval"]
@@ -97,7 +101,7 @@ def summary(rows: list[dict]) -> str:
     """What the sweep says about the dial, in numbers."""
 
     def swept(start, key="rate"):
-        fixed = ("lr_gates", 2e-2) if key == "rate" else ("rate", MIDDLE)
+        fixed = ("lr_gates", DEFAULT_RATE) if key == "rate" else ("rate", MIDDLE)
         return sorted((x[key], math.log10(x["bops"])) for x in rows if x["start"] == start and x[fixed[0]] == fixed[1])
 
     lines = []
@@ -117,7 +121,8 @@ def summary(rows: list[dict]) -> str:
 def figure(rows: list[dict], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.4), constrained_layout=True)
     for start in ("evidence", "blind"):
-        mine = sorted((x for x in rows if x["start"] == start and x["lr_gates"] == 2e-2), key=lambda x: x["rate"])
+        mine = [x for x in rows if (x["start"], x["lr_gates"]) == (start, DEFAULT_RATE)]
+        mine.sort(key=lambda x: x["rate"])
         style = {"color": COLOURS[start], "marker": MARKERS[start], "label": start}
         left.plot([x["rate"] for x in mine], [100 * x["bops"] for x in mine], **style)
         right.plot([100 * x["bops"] for x in mine], [x["nll"] for x in mine], **style)
@@ -146,7 +151,6 @@ def main(arguments: list[str]) -> None:
 
 
 def report(options, rows: list[dict]) -> str:
-    found = ", ".join(f"{name} {version}" for name, version in versions().items())
     given = f"--max_train {options.max_train} --epochs {options.epochs} --kl_warmup {options.kl_warmup}"
     return f"""# Is the rate of the prior a dial?
 
@@ -155,8 +159,8 @@ python experiments/dial.py --glue_dir {options.glue_dir} {given} --draws {option
     --report benchmarks/dial.md --figures benchmarks/figures
 ```
 
-{options.task}, MiniLM, scope `encoder`, {options.max_train} training examples, one seed, on {rows[0]["device"]};
-{found}.
+{options.task}, MiniLM, scope `encoder`, {options.max_train} training examples, one seed;
+{provenance([row["cell"] for row in rows])}.
 Standard error of the accuracy: {0.5 / rows[0]["n_eval"] ** 0.5:.3f} at most.
 
 {table(rows)}

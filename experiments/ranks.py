@@ -18,12 +18,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished
+from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import rank_differences
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
-from pyro_blora.run import versions
 
 TASKS = ("sst2", "stsb", "cola", "mrpc", "rte")
 PRIORS = {"nested": {"rate": 1.0, "rank_rate": 1.0}, "hierarchical": {}}
@@ -108,7 +107,6 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def report(options, rows: list[dict]) -> str:
-    found = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"""# Does `value` keep larger ranks than `query` and `key`?
 
 ```sh
@@ -117,9 +115,10 @@ python experiments/ranks.py --glue_dir {options.glue_dir} --tasks {" ".join(opti
     --report benchmarks/ranks.md --figures benchmarks/figures
 ```
 
-MiniLM, scope `adapted`, at most 8 ranks, {options.max_train} training examples, one seed, on
-{rows[0]["summary"]["device"]}; {found}.
-Differences are taken layer by layer; intervals are bootstrapped over the layers of one run.
+MiniLM, scope `adapted`, at most 8 ranks, {options.max_train} training examples, one seed;
+{provenance(rows)}.
+Differences are taken layer by layer; intervals are Student's over the layers of one run, so they do not say how another
+seed would turn out.
 
 {table(rows)}
 

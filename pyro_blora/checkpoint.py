@@ -16,11 +16,13 @@ _NAME = "state.safetensors"
 
 
 def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained, and the state of a prior that adapts, by name, in a fixed order."""
-    learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    prior = getattr(module, "prior", None)
-    state = {} if prior is None else {f"prior.{key}": x for key, x in prior.state_dict(keep_vars=True).items()}
-    return learned | state
+    """What is trained, and the state of a prior that adapts and of a guide, by name, in a fixed order."""
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for name in ("prior", "gate_guide"):
+        state = module.get_submodule(name).state_dict(keep_vars=True) if hasattr(module, name) else {}
+        known = set(map(id, found.values()))  # a guide holds its prior too
+        found |= {f"{name}.{key}": x for key, x in state.items() if id(x) not in known}
+    return found
 
 
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:

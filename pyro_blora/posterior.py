@@ -1,12 +1,13 @@
 """What was learned: exact marginals, draws of the gates, predictions averaged over draws, and their calibration.
 
-Reported posteriors are those of the discrete law. A gate is deployed open where its marginal exceeds one half; draws
-and the deployed allocation come from the same law that was trained.
+Reported posteriors are those of the discrete law. Draws and the deployed allocation come from the same law that was
+trained; a gate is deployed open where its marginal exceeds one half.
 Shapes: S draws, E examples, C classes; z (S, L, T, K), g (S, L, R - 1).
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +17,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from .bops import BOPs, expected_bops
 from .gates import Gates
-from .guides import components, draw_gates
+from .guides import components, draw_gates, log_prob
 from .program import BayesianLoRA
 
 ECE_BINS = 15
@@ -32,14 +33,30 @@ def marginals(program: BayesianLoRA) -> Gates:
 @torch.no_grad()
 def bops(program: BayesianLoRA) -> BOPs:
     """E[BOPs] under the guide, exact: chains are independent given the component."""
-    each = expected_bops(program.layout, *(law.mean for law in components(program.gate_guide)))  # fields (M,)
+    each = expected_bops(program.layout, *component_marginals(program))  # fields (M,)
     return BOPs(*(x.mean(0) for x in each))
 
 
 @torch.no_grad()
+def component_marginals(program: BayesianLoRA) -> Gates:
+    """The same as `marginals` for each equally likely component.  z (M, L, T, K), g (M, L, R - 1)."""
+    return Gates(*(law.mean for law in components(program.gate_guide)))
+
+
+@torch.no_grad()
 def deployed(program: BayesianLoRA) -> Gates:
-    """The one allocation that is exported: open where the marginal exceeds one half."""
-    return Gates(*(law.mode for law in program.gate_guide.posterior()))
+    """The one allocation that is exported: open where the marginal exceeds one half.  z (L, T, K), g (L, R - 1).
+
+    Under a mixture, where of two gates that stand in for each other both may have marginals below one half, the most
+    probable of this rule's allocations for the whole law and for each component.
+    """
+    whole, guide = Gates(*(law.mode for law in program.gate_guide.posterior())), program.gate_guide
+    each = Gates(*(law.mode for law in components(guide)))
+    if len(each.z) == 1:
+        return whole
+    candidates = Gates(*(torch.cat([x[None], y]) for x, y in zip(whole, each, strict=True)))
+    best = log_prob(guide, candidates, program.z_mask, program.g_mask).argmax()
+    return Gates(*(x[best] for x in candidates))
 
 
 @torch.no_grad()
@@ -54,6 +71,8 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
     with _seeded(program, seed):
         if law == "posterior":
             return draw_gates(program.gate_guide, draws)
+        if hasattr(program.prior, "sample_prior"):
+            return Gates(*(x.sample() for x in program.prior.sample_prior(draws)))
         return Gates(*(x.sample((draws,)) for x in program.prior()))
 
 
@@ -111,10 +130,14 @@ class Prediction:
         return self.mean.squeeze(-1) if self.is_regression else self.mean.argmax(-1)
 
     @property
+    def log_score(self) -> Tensor:
+        """(E,) log posterior-predictive density: of the mean over draws, nats."""
+        return self.log_likelihood.logsumexp(0) - math.log(len(self.log_likelihood))
+
+    @property
     def nll(self) -> float:
-        """Mean negative log posterior-predictive density, nats an example."""
-        draws = len(self.log_likelihood)
-        return -(self.log_likelihood.logsumexp(0) - torch.log(torch.tensor(float(draws)))).mean().item()
+        """Mean negative log score, nats an example."""
+        return -self.log_score.mean().item()
 
     def calibration(self) -> dict[str, float | None]:
         """Expected calibration error (15 equal bins of confidence) and Brier score; None for regression."""

@@ -100,28 +100,29 @@ class Budget(nn.Module):
         return getattr(expected_bops(self.layout, z, g), self.field)
 
     def _follow(self, means: Gates, share: float = 1.0) -> Tensor:
-        """Move the prices a share of the way to those at these marginals; returns the ratio there."""
+        """Move the prices a share of the way to those at these marginals; returns the expected ratio there."""
         means = [mean.detach().double().requires_grad_() for mean in means]
         with torch.enable_grad():
-            ratio = self._ratio(*means)
+            ratio = self._ratio(*means).mean()
             prices = torch.autograd.grad(ratio, means)
         for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
-            buffer.lerp_(price.to(buffer), share)
+            buffer.lerp_(price.reshape(-1, *buffer.shape).sum(0).to(buffer), share)
         return ratio.detach()
 
     def _variance(self, means: Gates) -> Tensor:
-        """Of the ratio at these prices, chains independent: minus its slope in the rate, by the Gibbs form."""
+        """Of the ratio at these prices, chains independent given the component: minus its slope, by the Gibbs form."""
         total = 0.0
         for price, mean in zip((self.z_price, self.g_price), means, strict=True):
             cost = nn.functional.pad(price.double().cumsum(-1), (1, 0))  # of each depth
             law = -nn.functional.pad(mean.double(), (1, 1)).diff(dim=-1)
             law[..., 0] += 1
-            total = total + (law * (cost - (law * cost).sum(-1, keepdim=True)).square()).sum()
+            spread = (law * (cost - (law * cost).sum(-1, keepdim=True)).square()).sum(-1)
+            total = total + spread.reshape(-1, *price.shape[:-1]).mean(0).sum()
         return total
 
     @torch.no_grad()
     def adapt(self, means: Gates) -> None:
-        """One step towards the target, at the guide's marginals.  z (L, T, K), g (L, R - 1)."""
+        """One step towards the target, at the guide's marginals.  z ([M,] L, T, K), g ([M,] L, R - 1), M components."""
         ratio = self._follow(means, self.FOLLOW)
         slope = self.asinh_rate.cosh() * self._variance(means) / ratio  # -d log E[BOPs] / d asinh(rate)
         step = (ratio / self.target).log() / slope.clamp(min=1 / self.GAIN)
@@ -162,17 +163,23 @@ class Hierarchical(nn.Module):
         self.log_sd = nn.Parameter(torch.full((len(self.names),), -1.0))
 
     def _gates(self, rates: Tensor) -> Gates:
-        T = self.z_shape[1]
-        z, g = rates[:T, None].expand(self.z_shape), rates[T:][self.kind, None].expand(self.g_shape)
-        return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g)))
+        """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
+        T, lead = self.z_shape[1], rates.shape[:-1]
+        z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
+        return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g.expand(*lead, *self.g_shape))))
 
     def forward(self) -> Gates:
         """At the rates' posterior means."""
         return self._gates((self.loc + self.log_sd.exp().square() / 2).exp())
 
     def sample(self) -> Gates:
-        """At one reparametrised draw of the rates."""
+        """At one reparametrised draw of the rates from their posterior."""
         return self._gates((self.loc + self.log_sd.exp() * torch.randn_like(self.loc)).exp())
+
+    def sample_prior(self, draws: int) -> Gates:
+        """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
+        law = torch.distributions.Gamma(*(torch.full_like(self.loc, x) for x in (self.shape, self.rate)))
+        return self._gates(law.sample((draws,)))
 
     def divergence(self) -> Tensor:
         """KL of the rates' log-normal guide from their Gamma law, nats, closed form."""

@@ -84,12 +84,13 @@ class GateProgram(nn.Module, abc.ABC):
     # --- the ELBO ---------------------------------------------------------------------------------------------------
 
     def elbo(self, inputs: dict, labels: Tensor) -> Elbo:
-        """The estimator's negative ELBO; with `relaxed` or `straight_through`, that of Pyro's TraceMeanField_ELBO."""
+        """By the estimator. For a reparametrised mean field that of Pyro's TraceMeanField_ELBO; of a mixture Pyro would
+        take the KL of the one component drawn, and random rates at their means."""
         nll = self.estimator(lambda gates: self.nll(inputs, labels, *gates), self.gate_guide, self.temperature)
         return Elbo(nll, *self.kl())
 
     def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor) -> Tensor:
-        """Mean negative log-likelihood of a batch at given gates, nats an example: the model, conditioned on them."""
+        """Mean NLL of a batch at given gates, nats an example: the model, conditioned on them."""
         conditioned = poutine.condition(self.model, data={"z": z, "g": g})
         label = poutine.trace(conditioned).get_trace(inputs, labels).nodes["label"]
         return -label["fn"].log_prob(label["value"]).mean()

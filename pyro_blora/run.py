@@ -94,13 +94,16 @@ def _finish(trained: Trained, folder: Path) -> dict:
     # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
     gates = Gates(*(torch.cat([x, mode[None]]) for x, mode in zip(draws, deployed(program), strict=True)))
     together = {split: _predict(trained, split, gates) for split in parts.tokens if split != "train"}
-    predictions = {split: both.of_draws(slice(config.draws)) for split, both in together.items()}
-    prediction, at_mode = predictions["eval"], together["eval"].of_draws(slice(config.draws, None))
+    predictions, modes = (
+        {split: both.of_draws(which) for split, both in together.items()}
+        for which in (slice(config.draws), slice(config.draws, None))
+    )
+    prediction, at_mode = predictions["eval"], modes["eval"]
     save(to_arviz(program, draws, prediction, labels=parts.task.labels, seed=config.seed), folder / "posterior.nc")
     export(program, folder / "adapter")
     for split, predicted in predictions.items():
         name = "predictions.parquet" if split == "eval" else f"predictions_{split.removeprefix('eval_')}.parquet"
-        _table(trained, split, predicted).to_parquet(folder / name)
+        _table(trained, split, predicted, modes[split]).to_parquet(folder / name)
     summary = _summary(trained, prediction, at_mode)
     for split, predicted in predictions.items():
         if split != "eval":
@@ -133,8 +136,11 @@ def _scores(trained: Trained, prediction: Prediction) -> dict:
     }
 
 
-def _table(trained: Trained, split: str, prediction: Prediction) -> pd.DataFrame:
-    """One line an example: its text, label, decision, and mean probability of each class (or mean and spread)."""
+def _table(trained: Trained, split: str, prediction: Prediction, at_mode: Prediction) -> pd.DataFrame:
+    """One line an example: its text, label, decision, and mean probability of each class (or mean and spread).
+
+    `log_likelihood` is the log of the density averaged over draws, as in `nll`; `deployed_*`: of the one allocation.
+    """
     task = trained.parts.task
     table = trained.parts.rows[split].to_pandas()
     table["decision"] = prediction.decision.numpy()
@@ -143,7 +149,8 @@ def _table(trained: Trained, split: str, prediction: Prediction) -> pd.DataFrame
     else:
         for index, label in enumerate(task.labels):
             table[f"p_{label}"] = prediction.mean[:, index].numpy()
-    table["log_likelihood"] = prediction.log_likelihood.mean(0).numpy()
+    table["log_likelihood"] = prediction.log_score.numpy()
+    table["deployed_decision"], table["deployed_log_likelihood"] = at_mode.decision.numpy(), at_mode.log_score.numpy()
     return table
 
 

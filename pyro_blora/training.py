@@ -25,7 +25,7 @@ from .build import Parts, build
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .data import epoch_order, loader, on_device, split_labels
-from .posterior import bops, marginals
+from .posterior import bops, component_marginals
 from .program import BayesianLoRA
 from .ranges import range_errors
 from .starting import evidence, sensitivity
@@ -218,7 +218,7 @@ class _Loop:
         optimizer.step()
         optimizer.zero_grad()
         if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
-            self.program.prior.adapt(marginals(self.program))
+            self.program.prior.adapt(component_marginals(self.program))
         self.last = torch.stack(parts).mean(0)  # loss, nll, kl_z, kl_g, read on the host when a line is logged
 
     def _require_finite(self, step: int) -> None:

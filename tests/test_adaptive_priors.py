@@ -182,6 +182,21 @@ def test_marginals_that_require_grad_are_taken_as_numbers(layout):
         assert all(torch.equal(state[key], priors[0][key]) for key in state)
 
 
+def test_a_budget_steers_the_bops_of_a_mixture_not_those_of_its_marginals(layout):
+    prior = build_prior("budget", layout, {"bops": 0.2})
+    guide, generator = build_guide("mixture", layout, prior, {"components": 3}), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (guide.z_evidence, guide.g_evidence):
+            parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
+    for _ in range(300):
+        prior.adapt(Gates(*(law.mean.detach() for law in guide.components())))
+    with torch.no_grad():
+        each = expected_bops(layout, *(law.mean for law in guide.components())).adapted_ratio
+    marginal = ratio(layout, "adapted", [law.mean.detach() for law in guide.posterior()])
+    assert each.mean().item() == pytest.approx(0.2, rel=0.01)
+    assert abs(marginal / 0.2 - 1) > 0.01
+
+
 # --- budget: its state ------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +235,19 @@ def test_the_state_of_the_prior_travels_with_the_exported_adapter(backbone, tmp_
 
 
 # --- hierarchical -----------------------------------------------------------------------------------------------------
+
+
+def test_prior_draws_of_hierarchical_know_nothing_of_the_data(layout):
+    prior = build_prior("hierarchical", layout, {"shape": 2.0, "rate": 1.0})
+    with torch.no_grad():
+        prior.loc.fill_(3.0)  # as if the data had closed everything
+    torch.manual_seed(0)
+    laws = prior.sample_prior(4000)
+    assert laws.z.mean.shape == (4000, *layout.z_shape) and laws.g.mean.shape == (4000, *layout.g_shape)
+    first = laws.z.mean[:, 0, 0, 0]  # E exp(-rate) = (1 + 1 / rate of the Gamma) ** -shape
+    assert first.mean().item() == pytest.approx(0.25, abs=5 * first.std().item() / 4000**0.5)
+    assert torch.equal(laws.z.mean[:, 0, 0], laws.z.mean[:, 1, 0])  # one rate for a role
+    assert not torch.equal(laws.z.mean[:, 0, 0], laws.z.mean[:, 0, 1])
 
 
 @pytest.mark.parametrize(("shape", "rate", "log_sd"), [(1.0, 1.0, -1.0), (2.5, 0.4, 0.3), (0.3, 5.0, -2.0)])

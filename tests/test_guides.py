@@ -13,7 +13,7 @@ from pyro_blora import guides
 from pyro_blora.bops import expected_bops
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, draw_gates, log_prob
-from pyro_blora.posterior import bops
+from pyro_blora.posterior import bops, deployed
 from pyro_blora.priors import build_prior
 from pyro_blora.program import GateProgram
 
@@ -272,6 +272,30 @@ def test_bops_under_a_mixture_are_those_of_every_state():
     for ours, each, mean_field in zip(bops(program), expected_bops(layout, *states), marginal, strict=True):
         torch.testing.assert_close(ours, q @ each, rtol=1e-5, atol=0)
         assert abs(ours - mean_field) > 1e-3 * ours  # bits of an input and of its weight trade off
+
+
+def test_of_two_gates_that_stand_in_for_each_other_a_mixture_deploys_one():
+    layout = toy_layout(ladder=(2, 32))
+    prior = build_prior("nested", layout)
+    guide = build_guide("mixture", layout, prior, {"components": 3})
+    program = Sums(layout, prior, guide, None, n_train=1)
+    wanted = torch.full((3, *layout.z_shape), -9.0)  # log-odds: closed, but for one tensor in each component
+    for component, tensor in enumerate((0, 1, 1)):
+        wanted[component, 0, tensor] = 2.0 if tensor else 9.0
+    with torch.no_grad():
+        guide.z_evidence.copy_(wanted + prior().z.log_probs_closed - prior().z.log_probs)
+        guide.g_evidence.fill_(9.0)
+    z, g = deployed(program)
+    assert z[0, 0].item() == 0 and z[0, 1].item() == 1 and z[layout.z_mask].sum() == 1 and bool((g == 1).all())
+    wanted[0, 0, 0], wanted[1:, 0, 1] = 9.0, -0.5  # now each is open with less than one half
+    with torch.no_grad():
+        guide.z_evidence.copy_(wanted + prior().z.log_probs_closed - prior().z.log_probs)
+    marginal = guide.posterior().z.mean
+    assert bool((marginal[0, :2] < 0.5).all())
+    candidates = every_state(layout)
+    law = log_prob(guide, candidates, layout.z_mask, layout.g_mask)
+    chosen = log_prob(guide, type(candidates)(*(x[None] for x in deployed(program))), layout.z_mask, layout.g_mask)
+    assert chosen.item() == pytest.approx(law.max().item(), abs=1e-5)
 
 
 def test_the_components_of_a_mixture_start_apart(layout):

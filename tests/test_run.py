@@ -94,6 +94,10 @@ def test_the_summary_says_what_the_posterior_says(run):
     table = pd.read_parquet(folder / "predictions.parquet")
     assert len(table) == summary["n_eval"]
     assert summary["accuracy"] == pytest.approx((table["decision"] == table["label"]).mean())
+    assert summary["nll"] == pytest.approx(-table["log_likelihood"].mean(), rel=1e-5)
+    at_mode = summary["deployed"]
+    assert at_mode["accuracy"] == pytest.approx((table["deployed_decision"] == table["label"]).mean())
+    assert at_mode["nll"] == pytest.approx(-table["deployed_log_likelihood"].mean(), rel=1e-5)
     assert np.allclose(table[["p_unacceptable", "p_acceptable"]].sum(axis=1), 1, atol=1e-5)
 
 

@@ -1,14 +1,16 @@
 """Cells of a study: runs of `pyro-blora train` that share the part of training in which nothing is random yet.
 
 Until the gates start, a run does not depend on its prior or guide: it is plain LoRA. So the LoRA of a task and seed is
-trained once, and each cell resumes from its checkpoint, through the same bits as if it had been trained alone.
+trained once, and each cell resumes from its checkpoint, through the same bits as if it had been trained alone. (If its
+gates start later than those of the LoRA's configuration, then up to the dropout masks in between.)
 
-A finished cell is one small JSON file: configuration, summary, logged lines, expected ranks, and what was predicted of
-each example, without its text. So a study may be spread out over days and machines, and its tables are made again
-without training. An interrupted cell resumes.
+A finished cell is one small JSON file: configuration, summary, logged lines, expected ranks, what was predicted of each
+example, without its text, and a digest of the package's code. So a study may be spread out over days and machines, and
+its tables are made again without training. An interrupted cell resumes.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,12 +20,14 @@ import pandas as pd
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import pyro_blora
 from pyro_blora.build import build
 from pyro_blora.checkpoint import trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run, versions
 from pyro_blora.training import Schedule, fit
 
+PREDICTED = ("decision", "log_likelihood", "deployed_decision", "deployed_log_likelihood")
 CHECKPOINT = Path("checkpoints/state.safetensors")
 _ELSEWHERE = ("glue_dir", "output_dir")  # where a cell was run, not what
 
@@ -51,7 +55,7 @@ def finished(path: Path, config: RunConfig, lora: RunConfig | None, n_train: int
     folder = folder_of(config)
     partial = folder.with_name(f".{folder.name}.partial")
     if not folder.exists():
-        if lora is not None and not partial.exists():
+        if lora is not None and not partial.exists() and Schedule.of(config, n_train).opening > 0:
             warm(config, trunk(lora, Schedule.of(config, n_train)), partial)
         train_run(config)
     cell = _read(config)
@@ -88,6 +92,25 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     waiting.rename(partial / CHECKPOINT)
 
 
+def _code_digest() -> str:
+    """Eight hexadecimal digits of all modules of the package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(pyro_blora.__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+_CODE = _code_digest()  # as imported, whatever is edited while a study runs
+
+
+def provenance(cells: list[dict]) -> str:
+    """Where and by what these cells were trained: devices, versions of the packages, digests of the code."""
+    devices = sorted({cell["summary"]["device"] for cell in cells})
+    packages = sorted({f"{name} {version}" for cell in cells for name, version in cell["versions"].items()})
+    code = sorted({cell.get("code", "not recorded") for cell in cells})
+    return f"on {', '.join(devices)}; {', '.join(packages)}; digests of the package's code: {', '.join(code)}"
+
+
 def _settings(config: RunConfig) -> dict:
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     return {key: value for key, value in values.items() if key not in _ELSEWHERE}
@@ -95,11 +118,12 @@ def _settings(config: RunConfig) -> dict:
 
 def _read(config: RunConfig) -> dict:
     folder = folder_of(config)
-    examples = pd.read_parquet(folder / "predictions.parquet", columns=["label", "decision", "log_likelihood"])
+    examples = pd.read_parquet(folder / "predictions.parquet", columns=["label", *PREDICTED])
     ranks = 1 + arviz.from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"].sum("rank", skipna=False)
     return {
         "config": _settings(config),
         "versions": versions(),
+        "code": _CODE,
         "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         "log": [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()],
         "ranks": ranks.to_series().dropna().round(4).to_dict(),  # by projection

@@ -1,9 +1,14 @@
-"""Paired comparisons of cells: over the seeds that both methods have, and over the examples of their evaluation set."""
+"""Paired comparisons of cells: over the seeds that both methods have, and over the examples of their evaluation set.
+
+What is compared is the one allocation that is deployed: one forward an example, at the bit operations of the table.
+"""
 
 import numpy as np
+from scipy import stats
 
 BOOTSTRAP = 2000
-INTERVAL = (2.5, 97.5)  # percent
+LEVEL = 0.95
+_CORRELATIONS = ("pearson", "matthews_correlation")  # of two classes, Matthews' is Pearson's
 
 
 def _arrays(cell: dict) -> dict[str, np.ndarray]:
@@ -11,47 +16,58 @@ def _arrays(cell: dict) -> dict[str, np.ndarray]:
 
 
 def score(examples: dict[str, np.ndarray], metric: str) -> float:
-    """Of the decisions: accuracy, or Pearson's correlation."""
+    """Of the deployed decisions: accuracy, or a correlation.  Errors: ValueError for another metric."""
+    decision, label = examples["deployed_decision"], examples["label"]
     if metric == "accuracy":
-        return float((examples["decision"] == examples["label"]).mean())
-    if metric == "pearson":
-        return float(np.corrcoef(examples["decision"], examples["label"])[0, 1])
-    raise ValueError(f"comparisons know accuracy and pearson, got {metric!r}: add the metric to compare.py")
+        return float((decision == label).mean())
+    if metric in _CORRELATIONS:
+        spread = decision.std() * label.std()
+        return float(((decision - decision.mean()) * (label - label.mean())).mean() / spread) if spread > 0 else 0.0
+    raise ValueError(f"comparisons know accuracy, {', '.join(_CORRELATIONS)}, got {metric!r}: add it to compare.py")
+
+
+def _differences(pair, rows, metric: str) -> tuple[float, float]:
+    """Of the score and of the NLL, at some of the examples."""
+    a, b = ({name: x[rows] for name, x in table.items()} for table in pair)
+    nll = (b["deployed_log_likelihood"] - a["deployed_log_likelihood"]).mean()
+    return score(a, metric) - score(b, metric), float(nll)
 
 
 def paired(ours: list[dict], theirs: list[dict], metric: str, *, seed: int = 0) -> dict[str, tuple[float, ...]]:
-    """Difference ours - theirs of the score and of the NLL, averaged over seeds, with 95 % bootstrap intervals.
+    """Ours minus theirs, of the score and of the NLL, averaged over seeds: mean and 95 % interval.
 
-    ours, theirs: cells by seed, in the same order. Seeds and examples are drawn anew in each of 2,000 bootstrap
-    samples, the same examples for both methods.
+    ours, theirs: cells by seed, in the same order. The examples are the same for all: their part is bootstrapped, all
+    seeds together; the seeds' part is Student's, as there are few. Both are added in squares; one seed has no part.
     """
     pairs = [(_arrays(a), _arrays(b)) for a, b in zip(ours, theirs, strict=True)]
     size, generator = len(pairs[0][0]["label"]), np.random.default_rng(seed)
-
-    def differences(tables, rows) -> tuple[float, float]:
-        taken = [[{name: x[rows] for name, x in table.items()} for table in pair] for pair in tables]
-        scores = [score(a, metric) - score(b, metric) for a, b in taken]
-        nlls = [(b["log_likelihood"] - a["log_likelihood"]).mean() for a, b in taken]
-        return float(np.mean(scores)), float(np.mean(nlls))
-
-    samples = []
-    for _ in range(BOOTSTRAP):
-        rows = generator.integers(size, size=size)
-        samples.append(differences([pairs[i] for i in generator.integers(len(pairs), size=len(pairs))], rows))
-    means, (low, high) = differences(pairs, slice(None)), np.percentile(samples, INTERVAL, axis=0)
-    return {key: (means[i], low[i], high[i]) for i, key in enumerate(("score", "nll"))}
+    by_seed = np.array([_differences(pair, slice(None), metric) for pair in pairs])  # (seeds, 2)
+    drawn = (generator.integers(size, size=size) for _ in range(BOOTSTRAP))
+    samples = [np.mean([_differences(pair, rows, metric) for pair in pairs], 0) for rows in drawn]
+    squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 0)) ** 2
+    if len(pairs) > 1:
+        squares = squares + _half_width(by_seed) ** 2
+    means, half = by_seed.mean(0), np.sqrt(squares)
+    return {key: (means[i], means[i] - half[i], means[i] + half[i]) for i, key in enumerate(("score", "nll"))}
 
 
-def rank_differences(cells: list[dict], *, seed: int = 0) -> tuple[float, float, float, int]:
-    """E[rank] of `value` minus the mean of `query` and `key`, layer by layer: mean and 95 % bootstrap interval.
+def _half_width(values: np.ndarray) -> np.ndarray:
+    """Of Student's interval for the mean over the first dimension."""
+    n = len(values)
+    return stats.t.ppf((1 + LEVEL) / 2, n - 1) * values.std(0, ddof=1) / n**0.5
 
-    Layers of all cells are drawn anew in each bootstrap sample.  Returns (mean, low, high, layers).
+
+def rank_differences(cells: list[dict]) -> tuple[float, float, float, int]:
+    """E[rank] of `value` minus the mean of `query` and `key`: mean and 95 % interval (Student) over the layers.
+
+    cells: runs of one task that differ in their seed; a layer's difference is averaged over them first.
+    Returns (mean, low, high, layers).
     """
-    values = []
+    by_layer: dict[str, list[float]] = {}
     for cell in cells:
-        layers = {name.rpartition(".")[0] for name in cell["ranks"]}
-        ranks = {layer: [cell["ranks"][f"{layer}.{kind}"] for kind in ("value", "query", "key")] for layer in layers}
-        values += [value - (query + key) / 2 for value, query, key in ranks.values()]
-    values, generator = np.asarray(values), np.random.default_rng(seed)
-    means = values[generator.integers(len(values), size=(BOOTSTRAP, len(values)))].mean(1)
-    return (float(values.mean()), *np.percentile(means, INTERVAL), len(values))
+        for layer in {name.rpartition(".")[0] for name in cell["ranks"]}:
+            value, query, key = (cell["ranks"][f"{layer}.{kind}"] for kind in ("value", "query", "key"))
+            by_layer.setdefault(layer, []).append(value - (query + key) / 2)
+    values = np.array([np.mean(found) for found in by_layer.values()])
+    half = float(_half_width(values))
+    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half, len(values)

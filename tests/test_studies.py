@@ -1,0 +1,62 @@
+"""Statistics and provenance of the studies, against numbers computed by hand and against simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.studies.cells import provenance
+from experiments.studies.compare import paired, rank_differences, score
+
+
+def cell(label, decision, log_likelihood, **more):
+    """What a study keeps of a run; the ensemble's columns are wrong on purpose."""
+    return {"examples": {
+        "label": list(label), "decision": [0] * len(label), "log_likelihood": [9.0] * len(label),
+        "deployed_decision": list(decision), "deployed_log_likelihood": list(log_likelihood),
+    }, **more}  # fmt: skip
+
+
+def test_scores_are_those_of_what_is_deployed():
+    examples = {"label": np.array([0, 1, 1, 1]), "deployed_decision": np.array([0, 1, 0, 1])}
+    assert score(examples, "accuracy") == 0.75
+    assert score(examples, "matthews_correlation") == pytest.approx(1 / 3**0.5)  # (2 * 1 - 0) / sqrt(2 * 3 * 1 * 2)
+    assert score(examples, "pearson") == pytest.approx(np.corrcoef(*examples.values())[0, 1])
+    assert score({**examples, "deployed_decision": np.ones(4)}, "matthews_correlation") == 0
+    with pytest.raises(ValueError, match="got 'f1': add it to compare.py"):
+        score(examples, "f1")
+
+
+def test_a_paired_difference_is_ours_minus_theirs():
+    ours, theirs = cell([0, 1, 1, 1], [0, 1, 1, 1], [-0.1] * 4), cell([0, 1, 1, 1], [0, 1, 0, 0], [-0.3] * 4)
+    found = paired([ours], [theirs], "accuracy")
+    assert found["score"][0] == 0.5 and found["nll"] == pytest.approx((-0.2, -0.2, -0.2))
+    assert found["score"][1] < 0.5 < found["score"][2]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_of_paired_differences_cover(seeds):
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        shared = generator.normal(0.1, 1.0, 60)  # of the examples, the same for all seeds
+        rows = [shared + generator.normal(0, 0.2) * (seeds > 1) + generator.normal(0, 0.3, 60) for _ in range(seeds)]
+        found = paired([cell([0] * 60, [0] * 60, -row) for row in rows],
+                       [cell([0] * 60, [0] * 60, [0.0] * 60) for _ in rows], "accuracy")  # fmt: skip
+        covered += found["nll"][1] < 0.1 < found["nll"][2]
+    assert covered >= 88  # of 95 expected, 3 standard errors below
+
+
+def test_rank_differences_average_seeds_within_a_layer():
+    def run(*values):
+        ranks = {f"{i}.{kind}": rank for i, v in enumerate(values) for kind, rank in
+                 {"query": 2.0, "key": 4.0, "value": v}.items()}  # fmt: skip
+        return {"ranks": ranks}
+
+    mean, low, high, layers = rank_differences([run(4.0, 5.0, 6.0), run(6.0, 7.0, 8.0)])  # by layer 2, 3, 4
+    half = stats.t.ppf(0.975, 2) * 1 / 3**0.5
+    assert (mean, layers) == (3.0, 3) and (low, high) == pytest.approx((3 - half, 3 + half))
+
+
+def test_a_page_names_every_code_that_trained_its_cells():
+    cells = [{"summary": {"device": "cpu"}, "versions": {"torch": "2"}, "code": code} for code in ("b", "a", "b")]
+    assert provenance(cells) == "on cpu; torch 2; digests of the package's code: a, b"
+    assert "not recorded" in provenance([{"summary": {"device": "cpu"}, "versions": {}}])
