@@ -125,7 +125,8 @@ class Mixture(_Evidence):
     """M mean fields, equally likely: chains are independent given the component, correlated without it.
 
     KL(q || p) = mean_m KL(q_m || p) - I, where I <= log M nats is what a draw tells about its component; the first
-    part is in closed form, I is averaged over draws of the gates, which need no forward.
+    part is in closed form, I is averaged over draws of the gates, which need no forward. Pyro's own ELBO would take the
+    KL of the one component that `laws` draws.
     """
 
     def laws(self, temperature: float, hard: bool) -> Gates:

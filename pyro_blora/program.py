@@ -84,8 +84,7 @@ class GateProgram(nn.Module, abc.ABC):
     # --- the ELBO ---------------------------------------------------------------------------------------------------
 
     def elbo(self, inputs: dict, labels: Tensor) -> Elbo:
-        """By the estimator. For a reparametrised mean field that of Pyro's TraceMeanField_ELBO; of a mixture Pyro would
-        take the KL of the one component drawn, and random rates at their means."""
+        """By the estimator; for a reparametrised mean field, Pyro's TraceMeanField_ELBO (see guides.Mixture)."""
         nll = self.estimator(lambda gates: self.nll(inputs, labels, *gates), self.gate_guide, self.temperature)
         return Elbo(nll, *self.kl())
 

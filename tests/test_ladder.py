@@ -1,4 +1,7 @@
-"""The acceptance ladder in small: the same rungs and thresholds as experiments/check_posterior.py, on fewer cases."""
+"""The acceptance ladder in small: rungs and thresholds of experiments/check_posterior.py, on the cases that pass there.
+
+What misses its threshold is in benchmarks/posterior_ladder.md.
+"""
 
 import pytest
 import torch
@@ -77,7 +80,7 @@ def test_a_mixture_comes_closer_than_a_mean_field(problems):
 
 
 def test_without_data_the_guide_returns_the_prior():
-    require(rungs.rung_a(steps=200))
+    require(rungs.rung_a(steps=250))
 
 
 def test_one_gate_has_its_closed_form_posterior():
@@ -97,6 +100,15 @@ def test_training_reaches_the_mean_field_of_the_network(problems):
     exact = rungs.exact_fits(problem, "network", restarts=2, steps=300)
     fit = rungs.trained_fit(problem, "network", steps=800)
     require([check for check in rungs.fit_checks("d", fit, exact) if check.quantity == "elbo"])
+
+
+def test_a_trained_mixture_beats_the_exact_mean_field_of_twelve_gates():
+    problem = twelve_gates(0)
+    exact = rungs.exact_fits(problem, "twelve gates", restarts=2, steps=300)
+    fit = rungs.trained_fit(problem, "twelve gates", guide="mixture", label="mixture", steps=2000, components=2)
+    checks = rungs.fit_checks("c", fit, exact)
+    assert {check.quantity for check in checks} == {"marginal", "mixture"}
+    require(checks)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +150,7 @@ def test_every_elbo_is_below_the_log_evidence(problems, name, guide, spread, see
 
 
 def test_the_reported_elbo_is_the_exact_one_within_its_error(problems):
-    require(rungs.rung_f({"network": problems["network"]}, guides=4))
+    require(rungs.rung_f({"network": problems["network"]}, guides=4, steps=150))
 
 
 def test_training_and_evaluation_use_one_law(problems):

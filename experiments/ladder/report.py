@@ -38,7 +38,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _fits(ladder) -> str:
     rows = []
     for evidence, fit in ladder.fits:
-        gap = "no ELBO" if fit.elbo is None else f"{max(0.0, evidence - fit.elbo):.3f}"
+        gap = "no ELBO" if fit.elbo is None else f"{evidence - fit.elbo:.3f}"
         rows.append([fit.problem, fit.name, f"{fit.error:.3f}", gap, f"{fit.seconds:.0f}"])
     return _table(["problem", "law", "worst marginal error", "log evidence - ELBO (nats)", "seconds"], rows)
 
