@@ -28,6 +28,7 @@ from experiments.ladder.problems import Network, Problem, twelve_gates
 SEEDS = range(4)  # of the twelve gates
 STEPS = 4000  # of the Gaussian toys
 NETWORK_STEPS = 2500
+SIMULATED_STEPS = 150  # of each training in rung e
 SIZES = (2, 4)
 CONSTANT_RATE = 0.02
 REINMAX = str(Path(__file__).parent / "ladder" / "rivals.py") + ":reinmax"
@@ -110,7 +111,11 @@ class Ladder:
             "exact mean field": sbc.on_table(self.network, simulations, 1, restarts=4, steps=300),
             "exact mixture, M = 4": sbc.on_table(self.network, simulations, 4, restarts=2, steps=300),
             "trained, relaxed": sbc.shipped(
-                self.network, simulations, self.options.trained_simulations, steps=300, processes=self.options.processes
+                self.network,
+                simulations,
+                self.options.trained_simulations,
+                steps=SIMULATED_STEPS,
+                processes=self.options.processes,
             ),
         }
         self.calibrations = sbc.calibrations(self.network, simulations, laws)

@@ -34,6 +34,7 @@ from pyro_blora.config import RunConfig
 
 STARTS = {"evidence": {}, "blind": {"open_logit": 3.0}, "closed": {"open_logit": -3.0}}
 RATES = tuple(10.0**k for k in range(-3, 3))  # nats for one more bit of the largest tensor
+BLIND_RATES = RATES[::2]
 DEFAULT_RATE = RunConfig().lr_gates
 LEARNING_RATES = (DEFAULT_RATE / 10, DEFAULT_RATE, DEFAULT_RATE * 10)
 MIDDLE = 0.1
@@ -73,7 +74,8 @@ def study(options) -> list[dict]:
         prior="fixed", prior_settings={"bits": 32}, output_dir=options.output_dir,
     )  # fmt: skip
     n_train = build(lora).program.n_train
-    cells = [(start, rate, DEFAULT_RATE) for rate in options.rates for start in ("evidence", "blind")]
+    cells = [("evidence", rate, DEFAULT_RATE) for rate in options.rates]
+    cells += [("blind", rate, DEFAULT_RATE) for rate in options.blind_rates]
     others = [lr for lr in options.learning_rates if lr != DEFAULT_RATE]
     cells += [(start, MIDDLE, lr) for lr in others for start in ("evidence", "blind")]
     cells += [("closed", min(options.rates), lr) for lr in options.learning_rates if lr >= DEFAULT_RATE]
@@ -142,6 +144,9 @@ def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "dial", max_train=4000, output_dir="runs/dial")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument(
+        "--blind_rates", nargs="+", type=float, default=BLIND_RATES, help="of the runs without evidence"
+    )
     parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, help="of the gates")
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)

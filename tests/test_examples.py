@@ -13,8 +13,8 @@ KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
 SMALL = f"--glue_dir GLUE --backbone TINY --max_train 64 --epochs 1 {KEPT}"
 SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a small BERT, GLUE: the release (or a skip)
     "allocation.py": f"--tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget {SMALL}",
-    "dial.py": f"--task wnli --rates 0.1 --learning_rates 0.1 {SMALL}",
-    "ranks.py": f"--tasks wnli {SMALL}",
+    "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
+    "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs a e --simulations 20 --trained_simulations 1 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",

@@ -50,7 +50,7 @@ ESTIMATORS = ("relaxed", "straight_through", "score_function")
 TEMPERATURES = (1.0, 0.5, 0.1)
 FINAL_TEMPERATURE = 0.1
 # of rung b: P(open) after 4,000 soft draws at temperature 0.1 still has a standard deviation of about 0.02
-ONE_GATE_STEPS = {"relaxed": 32_000, "straight_through": 32_000, "score_function": 4000, "enumerate": 1000}
+ONE_GATE_STEPS = {"relaxed": 16_000, "straight_through": 16_000, "score_function": 4000, "enumerate": 1000}
 
 
 @dataclasses.dataclass(frozen=True)
