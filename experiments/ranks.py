@@ -3,8 +3,8 @@
     python experiments/ranks.py --glue_dir GLUE --report benchmarks/ranks.md --figures benchmarks/figures
 
 Each task is trained under prior `nested`, where every rank of every projection has the same rate, so that a difference
-can come from the data only; and some, from the same LoRA, under `hierarchical`, which learns a rate for the ranks of each
-projection type and for the bits of each tensor role, and reports the posterior of these rates.
+can come from the data only; and some, from the same LoRA, under `hierarchical`, which learns a rate for the ranks of
+each projection type and for the bits of each tensor role, and reports the posterior of these rates.
 """
 
 import sys
