@@ -212,12 +212,15 @@ def adapted_program(config):
 def test_the_state_of_the_prior_travels_in_a_checkpoint(backbone, tmp_path):
     config = tiny_config(backbone, prior="budget", prior_settings={"bops": 0.2})
     program = adapted_program(config)
+    program.gate_guide.register_buffer("baseline", torch.tensor(3.0))  # as a guide of the user's may have
     assert {"prior.asinh_rate", "prior.z_price", "prior.g_price"} <= set(trainable(program))
     save_checkpoint(tmp_path, program, make_optimizer(program, config), 5, 8)
     torch.manual_seed(config.seed)
     fresh = build_program(config, get_task(config.task), 64)
+    fresh.gate_guide.register_buffer("baseline", torch.tensor(0.0))
     assert fresh.prior.asinh_rate != program.prior.asinh_rate
     assert load_checkpoint(tmp_path, fresh, make_optimizer(fresh, config), 8) == 5
+    assert fresh.gate_guide.baseline == 3
     for site, same in zip(program.prior(), fresh.prior(), strict=True):
         assert torch.equal(site.log_probs, same.log_probs)
 
