@@ -1,8 +1,8 @@
 """Checkpoints of what is trained, as safetensors: parameters, buffers of prior and guide, Adam's moments, the step.
 
-No frozen weights, no pickle. Nothing else has state: the learning rates, the temperature and the KL weight are functions
-of the step, the data order of (seed, epoch), and the draws of (seed, step, rank). So a run that is resumed goes through
-the same bits.
+No frozen weights, no pickle. Nothing else has state: learning rates, temperature and KL weight are functions of the
+step, the data order of (seed, epoch), and the draws of (seed, step, rank). So a run that is resumed goes through the
+same bits.
 """
 
 import os
