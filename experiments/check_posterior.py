@@ -24,6 +24,7 @@ from experiments.ladder.calibration import Simulations
 from experiments.ladder.gradients import GUIDES, estimators, exact_gradient, place, quality, sampled
 from experiments.ladder.parallel import in_parallel
 from experiments.ladder.problems import Network, Problem, twelve_gates
+from experiments.ladder.starts import start_fits
 
 SEEDS = range(4)  # of the twelve gates
 STEPS = 4000  # of the Gaussian toys
@@ -59,8 +60,12 @@ class Ladder:
     def d(self):
         problem = self.network.problem()
         self._fitted("d", "network, 400 states", problem, SIZES, NETWORK_STEPS, all_estimators=True)
-        large = Network(free=("input", "base")).problem()
-        self._fitted("d", "network, 10,000 states", large, SIZES, NETWORK_STEPS, all_estimators=False)
+        large = Network(free=("input", "base"))
+        self._fitted("d", "network, 10,000 states", large.problem(), SIZES, NETWORK_STEPS, all_estimators=False)
+        for name, network in (("400 states", self.network), ("10,000 states", large)):
+            for seed in range(3):
+                fits = start_fits(network, name, seed, restarts=2, steps=300)
+                self.fits += [(fits[0].elbo, fit) for fit in fits[1:]]
         self.ratios = {M: rungs.step_ratio(problem, M) for M in SIZES}
         self._gradients("network", problem, draws=300)
 

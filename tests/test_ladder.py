@@ -12,6 +12,7 @@ from experiments.ladder import rungs, sbc
 from experiments.ladder.calibration import Simulations, calibration, ecdf_p_value
 from experiments.ladder.gradients import estimators, exact_gradient, place, quality, sampled
 from experiments.ladder.problems import Network, one_gate, twelve_gates
+from experiments.ladder.starts import start_fits
 from experiments.ladder.states import best_on_table, coordinate_sweep
 from pyro_blora.estimators import ESTIMATORS
 
@@ -109,6 +110,12 @@ def test_a_trained_mixture_beats_the_exact_mean_field_of_twelve_gates():
     checks = rungs.fit_checks("c", fit, exact)
     assert {check.quantity for check in checks} == {"marginal", "mixture"}
     require(checks)
+
+
+def test_the_start_from_data_is_near_the_posterior(network):
+    exact, _, prior, opened, started = start_fits(network, "network", 1, restarts=1, steps=50)
+    gaps = [exact.elbo - fit.elbo for fit in (prior, opened, started)]
+    assert 0 < gaps[2] < 0.5 * min(gaps[:2])
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,8 @@ class Fit:
     seconds: float
 
 
-def _fit_of(problem: Problem, subject: str, name: str, log_law: Tensor, seconds: float) -> Fit:
+def fit_of(problem: Problem, subject: str, name: str, log_law: Tensor, seconds: float) -> Fit:
+    """Against the exact answer, of a law over the states, (S,)."""
     table = problem.table
     marginals = table.marginals(log_law.exp())
     error = (marginals - table.marginals(table.posterior)).abs().max().item()
@@ -154,12 +155,12 @@ def _fitted_gate(ratio: float, estimator: str, steps: int) -> float:
 
 def exact_fits(problem: Problem, subject: str, sizes: tuple[int, ...] = (), **search) -> list[Fit]:
     """The exact posterior, the exact mean field and the best mixtures of `sizes` components."""
-    fits = [_fit_of(problem, subject, "exact posterior", problem.table.posterior.log(), 0.0)]
+    fits = [fit_of(problem, subject, "exact posterior", problem.table.posterior.log(), 0.0)]
     for M in (1, *sizes):
         began = time.perf_counter()
         law, _ = best_on_table(problem.table.states, problem.table.log_joint, components=M, **search)
         name = "exact mean field" if M == 1 else f"exact mixture, M = {M}"
-        fits.append(_fit_of(problem, subject, name, law, time.perf_counter() - began))
+        fits.append(fit_of(problem, subject, name, law, time.perf_counter() - began))
     return fits
 
 
@@ -171,7 +172,7 @@ def trained_fit(
     began = time.perf_counter()
     torch.manual_seed(0)
     program = svi(problem.program(guide, estimator, **settings), problem, steps=steps, lr=lr)
-    return _fit_of(problem, subject, label or estimator, log_law(program, problem), time.perf_counter() - began)
+    return fit_of(problem, subject, label or estimator, log_law(program, problem), time.perf_counter() - began)
 
 
 def naive_fit(problem: Problem, subject: str, *, steps: int) -> Fit:
