@@ -21,6 +21,7 @@ import torch
 
 from experiments.ladder import figures, report, rungs, sbc
 from experiments.ladder.calibration import Simulations
+from experiments.ladder.fitting import step_ratio
 from experiments.ladder.gradients import GUIDES, estimators, exact_gradient, place, quality, sampled
 from experiments.ladder.parallel import in_parallel
 from experiments.ladder.problems import Network, Problem, twelve_gates
@@ -66,7 +67,7 @@ class Ladder:
             for seed in range(3):
                 fits = start_fits(network, name, seed, restarts=2, steps=300)
                 self.fits += [(fits[0].elbo, fit) for fit in fits[1:]]
-        self.ratios = {M: rungs.step_ratio(problem, M) for M in SIZES}
+        self.ratios = {M: step_ratio(problem, M) for M in SIZES}
         self._gradients("network", problem, draws=300)
 
     def _fitted(self, rung: str, name: str, problem: Problem, sizes, steps: int, *, all_estimators: bool):

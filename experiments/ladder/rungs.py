@@ -287,16 +287,3 @@ def rung_g(problem: Problem, *, guides: int = 3, draws: int = 2000) -> list[Chec
         checks.append(Check("g", f"{guides} guides `{guide}`", "mode", wrong))
         checks.append(Check("g", subject, "frequency", min(1.0, min(p) * len(p))))
     return checks
-
-
-def step_ratio(problem: Problem, components: int, *, steps: int = 60) -> float:
-    """Median time of a training step with a mixture, over that with a mean field, measured in turn."""
-    programs = [problem.program(), problem.program("mixture", components=components)]
-    seconds = [[], []]
-    for _ in range(steps):
-        for program, found in zip(programs, seconds, strict=True):
-            began = time.perf_counter()
-            program.elbo(problem.inputs, problem.labels).loss(program.n_train).backward()
-            found.append(time.perf_counter() - began)
-    plain, mixture = (torch.tensor(found).median().item() for found in seconds)
-    return mixture / plain
