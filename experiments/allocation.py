@@ -134,18 +134,15 @@ def differences(rows: list[dict]) -> str:
     lines = ["| task | BOPs of | `budget` minus | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|"]
     found = groups(rows)
     for (task, budget, method), cells in found.items():
-        if method != "budget":
-            continue
         mine = {x["seed"]: x for x in cells}
-        for other in METHODS:
+        for other in METHODS if method == "budget" else ():
             rivals = {x["seed"]: x for x in found.get((task, None if other == "lora" else budget, other), [])}
             seeds = sorted(mine.keys() & rivals.keys())
-            if other == "budget" or not seeds:
-                continue
-            result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
-                            cells[0]["metric"]["name"])  # fmt: skip
-            told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values())
-            lines.append(f"| {task} | {budget} | `{other}` | {len(seeds)} | {told} |")
+            if other != "budget" and seeds:
+                result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
+                                cells[0]["metric"]["name"])  # fmt: skip
+                told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values())
+                lines.append(f"| {task} | {budget} | `{other}` | {len(seeds)} | {told} |")
     return "\n".join(lines)
 
 
@@ -177,8 +174,8 @@ def report(options, rows: list[dict]) -> str:
     return f"""# Is the allocation worth anything?
 
 ```sh
-python experiments/allocation.py --glue_dir {options.glue_dir} --seeds {" ".join(map(str, options.seeds))} \\
-    --report benchmarks/allocation.md --figures benchmarks/figures
+python experiments/allocation.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} --seeds \\
+    {" ".join(map(str, options.seeds))} --report benchmarks/allocation.md --figures benchmarks/figures
 ```
 
 MiniLM, scope `encoder`, {options.max_train} training examples, {options.epochs} epochs, gates start after \
