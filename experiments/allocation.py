@@ -82,7 +82,7 @@ def study(options) -> list[dict]:
                         continue
                     config = lora if method == "lora" else configuration(options, task, seed, method, budget, share)
                     path = options.keep / f"{task}-{seed}-{budget or 'full'}-{method}.json"
-                    if method not in options.cells and kept(path, config) is None:
+                    if (options.only_finished or method not in options.cells) and kept(path, config) is None:
                         continue
                     cell = finished(path, config, lora, n_train)
                     names = {"task": task, "seed": seed, "budget": budget, "method": method, "share": share}
@@ -201,9 +201,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
-    parser.add_argument(
-        "--cells", nargs="*", default=METHODS, choices=METHODS, help="methods to run where missing; none: only report"
-    )
+    parser.add_argument("--cells", nargs="+", default=METHODS, choices=METHODS, help="methods to run where missing")
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     options = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.studies.cells import finished, provenance
+from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
@@ -51,19 +51,26 @@ def configuration(options, start: str, rate: float, lr_gates: float) -> RunConfi
     )  # fmt: skip
 
 
-def row(options, config: RunConfig, lora: RunConfig, n_train: int, start: str) -> dict:
+def cells(options) -> list[tuple[str, float, float]]:
+    """(start, rate of the prior, learning rate of the gates) of every run."""
+    found = [("evidence", rate, DEFAULT_RATE) for rate in options.rates]
+    found += [("blind", rate, DEFAULT_RATE) for rate in options.blind_rates]
+    others = [lr for lr in options.learning_rates if lr != DEFAULT_RATE]
+    found += [(start, MIDDLE, lr) for lr in others for start in ("evidence", "blind")]
+    return found + [("closed", min(options.rates), lr) for lr in options.learning_rates if lr >= DEFAULT_RATE]
+
+
+def row(start: str, config: RunConfig, cell: dict) -> dict:
     """One cell: its prior's rate, learning rate, and what the gates did."""
-    rate = config.prior_settings["rate"]
-    path = options.keep / f"dial-{config.task}-{start}-{rate:g}-{config.lr_gates:g}.json"
-    cell = finished(path, config, lora, n_train)
     result, log = cell["summary"], cell["log"]
     opening = int(config.kl_warmup * log[-1]["step"])
     gated = [x["expected_bits"] for x in log if x["step"] > opening]
     return {
-        "start": start, "rate": rate, "lr_gates": config.lr_gates, "bops": result["bops"]["adapted_ratio"],
-        "interval": result["bops"]["interval"], "bits_at_start": gated[0], "bits": gated[-1],
-        "score": result["metric"]["value"], "nll": result["nll"], "deployed_nll": result["deployed"]["nll"],
-        "elbo": result["elbo_per_example"], "n_eval": result["n_eval"], "cell": cell,
+        "start": start, "rate": config.prior_settings["rate"], "lr_gates": config.lr_gates,
+        "bops": result["bops"]["adapted_ratio"], "interval": result["bops"]["interval"], "bits_at_start": gated[0],
+        "bits": gated[-1], "score": result["metric"]["value"], "nll": result["nll"],
+        "deployed_nll": result["deployed"]["nll"], "elbo": result["elbo_per_example"], "n_eval": result["n_eval"],
+        "cell": cell,
     }  # fmt: skip
 
 
@@ -73,15 +80,13 @@ def study(options) -> list[dict]:
         max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=options.draws,
         prior="fixed", prior_settings={"bits": 32}, output_dir=options.output_dir,
     )  # fmt: skip
-    n_train = build(lora).program.n_train
-    cells = [("evidence", rate, DEFAULT_RATE) for rate in options.rates]
-    cells += [("blind", rate, DEFAULT_RATE) for rate in options.blind_rates]
-    others = [lr for lr in options.learning_rates if lr != DEFAULT_RATE]
-    cells += [(start, MIDDLE, lr) for lr in others for start in ("evidence", "blind")]
-    cells += [("closed", min(options.rates), lr) for lr in options.learning_rates if lr >= DEFAULT_RATE]
-    rows = []
-    for start, rate, lr_gates in cells:
-        rows.append(row(options, configuration(options, start, rate, lr_gates), lora, n_train, start))
+    n_train, rows = build(lora).program.n_train, []
+    for start, rate, lr_gates in cells(options):
+        config = configuration(options, start, rate, lr_gates)
+        path = options.keep / f"dial-{options.task}-{start}-{rate:g}-{lr_gates:g}.json"
+        if options.only_finished and kept(path, config) is None:
+            continue
+        rows.append(row(start, config, finished(path, config, lora, n_train)))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
@@ -109,13 +114,16 @@ def summary(rows: list[dict]) -> str:
     lines = []
     for start in ("evidence", "blind"):
         by_rate, by_lr = swept(start), swept(start, "lr_gates")
+        if len(by_rate) < 2 or len(by_lr) < 2:
+            continue
         steps = [b[1] - a[1] for a, b in itertools.pairwise(by_rate)]
         span, lr_span = by_rate[0][1] - by_rate[-1][1], max(y for _, y in by_lr) - min(y for _, y in by_lr)
         largest = max(map(abs, steps), default=math.nan) / abs(span) if span else math.nan
+        decades, lr_decades = (math.log10(x[-1][0] / x[0][0]) for x in (by_rate, by_lr))
         lines.append(
-            f"- `{start}`: log10 E[BOPs] falls by {span:.2f} over {len(by_rate) - 1} decades of the rate, monotone: "
-            f"{'yes' if all(step <= 0 for step in steps) else 'no'}; the largest decade is {largest:.0%} of the fall. "
-            f"Two decades of the gates' learning rate move it by {lr_span:.2f}."
+            f"- `{start}`: log10 E[BOPs] falls by {span:.2f} over {decades:.0f} decades of the rate, monotone: "
+            f"{'yes' if all(step <= 0 for step in steps) else 'no'}; the largest of {len(steps)} steps is {largest:.0%} "
+            f"of the fall. {lr_decades:.0f} decades of the gates' learning rate move it by {lr_span:.2f}."
         )
     return "\n".join(lines)
 
@@ -164,7 +172,8 @@ python experiments/dial.py --glue_dir {options.glue_dir} {given} --draws {option
     --report benchmarks/dial.md --figures benchmarks/figures
 ```
 
-{options.task}, MiniLM, scope `encoder`, {options.max_train} training examples, one seed;
+{options.task}, MiniLM, scope `encoder`, {options.max_train} training examples, one seed; {len(rows)} of
+{len(cells(options))} cells are finished (the rest are not shown);
 {provenance([row["cell"] for row in rows])}.
 Standard error of the accuracy: {0.5 / rows[0]["n_eval"] ** 0.5:.3f} at most.
 

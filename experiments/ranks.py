@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished, provenance
+from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import rank_differences
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
@@ -48,7 +48,10 @@ def study(options) -> list[dict]:
             if prior == "hierarchical" and task not in options.hierarchical:
                 continue
             config = configuration(options, task, prior, settings)
-            cell = finished(options.keep / f"ranks-{task}-{prior}.json", config, lora, n_train)
+            path = options.keep / f"ranks-{task}-{prior}.json"
+            if options.only_finished and kept(path, config) is None:
+                continue
+            cell = finished(path, config, lora, n_train)
             rows.append({"task": task, "prior": prior, **cell})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
@@ -71,6 +74,8 @@ def table(rows: list[dict]) -> str:
 def rates(rows: list[dict]) -> str:
     """Posterior of the hierarchical rates: mean and central 94 % interval."""
     learned = [row for row in rows if row["prior"] == "hierarchical"]
+    if not learned:
+        return "No run is finished."
     means = [name for name in learned[0]["summary"]["prior_state"] if not name.endswith(("_low", "_high"))]
     lines = ["| rate of, nats a gate | " + " | ".join(row["task"] for row in learned) + " |",
              "|---|" + "---|" * len(learned)]  # fmt: skip

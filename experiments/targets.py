@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished, provenance
+from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
@@ -43,7 +43,10 @@ def study(options) -> list[dict]:
         for target in options.targets:
             settings = {"bops": target, "denominator": "adapted"}
             config = configuration(options, task, prior="budget", prior_settings=settings, logging_steps=1)
-            cell = finished(options.keep / f"target-{task}-{target:g}.json", config, lora, n_train)
+            path = options.keep / f"target-{task}-{target:g}.json"
+            if options.only_finished and kept(path, config) is None:
+                continue
+            cell = finished(path, config, lora, n_train)
             opening = int(config.kl_warmup * cell["log"][-1]["step"])
             gated = [line for line in cell["log"] if line["step"] > opening]
             rows.append({"task": task, "target": target, "gated": gated, "cell": cell})

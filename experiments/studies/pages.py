@@ -14,6 +14,7 @@ def study_parser(doc: str, name: str, *, max_train: int, output_dir: str) -> arg
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--output_dir", default=output_dir)
     parser.add_argument("--keep", type=Path, default=Path("benchmarks/cells"), help="folder of finished cells")
+    parser.add_argument("--only_finished", action="store_true", help="train nothing: write the page of finished cells")
     parser.add_argument("--report", type=Path, default=Path(output_dir) / f"{name}.md")
     parser.add_argument("--figures", type=Path, default=Path(output_dir))
     return parser
