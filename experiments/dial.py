@@ -120,10 +120,11 @@ def summary(rows: list[dict]) -> str:
         span, lr_span = by_rate[0][1] - by_rate[-1][1], max(y for _, y in by_lr) - min(y for _, y in by_lr)
         largest = max(map(abs, steps), default=math.nan) / abs(span) if span else math.nan
         decades, lr_decades = (math.log10(x[-1][0] / x[0][0]) for x in (by_rate, by_lr))
+        monotone = "yes" if all(step <= 0 for step in steps) else "no"
         lines.append(
             f"- `{start}`: log10 E[BOPs] falls by {span:.2f} over {decades:.0f} decades of the rate, monotone: "
-            f"{'yes' if all(step <= 0 for step in steps) else 'no'}; the largest of {len(steps)} steps is {largest:.0%} "
-            f"of the fall. {lr_decades:.0f} decades of the gates' learning rate move it by {lr_span:.2f}."
+            f"{monotone}; the largest of {len(steps)} steps is {largest:.0%} of the fall. {lr_decades:.0f} decades of the gates' "
+            f"learning rate move it by {lr_span:.2f}."
         )
     return "\n".join(lines)
 
