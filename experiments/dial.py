@@ -123,8 +123,8 @@ def summary(rows: list[dict]) -> str:
         monotone = "yes" if all(step <= 0 for step in steps) else "no"
         lines.append(
             f"- `{start}`: log10 E[BOPs] falls by {span:.2f} over {decades:.0f} decades of the rate, monotone: "
-            f"{monotone}; the largest of {len(steps)} steps is {largest:.0%} of the fall. {lr_decades:.0f} decades of the gates' "
-            f"learning rate move it by {lr_span:.2f}."
+            f"{monotone}; the largest of {len(steps)} steps is {largest:.0%} of the fall. "
+            f"{lr_decades:.0f} decades of the gates' learning rate move it by {lr_span:.2f}."
         )
     return "\n".join(lines)
 

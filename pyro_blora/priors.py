@@ -106,7 +106,7 @@ class Budget(nn.Module):
             ratio = self._ratio(*means).mean()
             prices = torch.autograd.grad(ratio, means)
         for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
-            buffer.lerp_(price.reshape(-1, *buffer.shape).sum(0).to(buffer), share)
+            buffer.lerp_(price.sum_to_size(buffer.shape).to(buffer), share)
         return ratio.detach()
 
     def _variance(self, means: Gates) -> Tensor:
