@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished, kept, provenance
+from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import paired
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.bops import expected_bops
@@ -82,9 +82,10 @@ def study(options) -> list[dict]:
                         continue
                     config = lora if method == "lora" else configuration(options, task, seed, method, budget, share)
                     path = options.keep / f"{task}-{seed}-{budget or 'full'}-{method}.json"
-                    if (options.only_finished or method not in options.cells) and kept(path, config) is None:
+                    train = method in options.cells and not options.only_finished
+                    cell = finished(path, config, lora, n_train, train=train)
+                    if cell is None:
                         continue
-                    cell = finished(path, config, lora, n_train)
                     names = {"task": task, "seed": seed, "budget": budget, "method": method, "share": share}
                     rows.append({**names, "cell": cell, **cell["summary"], **names})
                     print(line(rows[-1]), flush=True)
@@ -205,8 +206,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     options = parser.parse_args(arguments)
-    rows = study(options)
-    write_page(options, "allocation", report(options, rows), lambda path: figure(rows, path))
+    write_page(options, "allocation", study(options), report, figure)
 
 
 if __name__ == "__main__":

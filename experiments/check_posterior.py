@@ -41,7 +41,7 @@ class Ladder:
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.figures, self.options = folder / "figures", options
-        self.checks, self.fits, self.gradients, self.mixtures = [], [], [], []
+        self.checks, self.fits, self.gradients = [], [], []
         self.gaps, self.calibrations, self.ratios = {}, {}, {}
         self.network = Network() if set("defg") & set(options.rungs) else None
 

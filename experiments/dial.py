@@ -27,7 +27,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.studies.cells import finished, kept, provenance
+from experiments.studies.cells import finished, provenance
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
@@ -42,12 +42,11 @@ COLOURS = {"evidence": "#0072B2", "blind": "#D55E00", "closed": "#009E73"}  # Ok
 MARKERS = {"evidence": "o", "blind": "s", "closed": "^"}
 
 
-def configuration(options, start: str, rate: float, lr_gates: float) -> RunConfig:
+def configuration(options, **changes) -> RunConfig:
     return RunConfig(
         task=options.task, glue_dir=options.glue_dir, backbone=options.backbone, scope="encoder", max_length=64,
         max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=options.draws,
-        prior="bops", prior_settings={"rate": rate}, guide_settings=STARTS[start], lr_gates=lr_gates,
-        logging_steps=1, output_dir=options.output_dir,
+        output_dir=options.output_dir, **changes,
     )  # fmt: skip
 
 
@@ -75,18 +74,16 @@ def row(start: str, config: RunConfig, cell: dict) -> dict:
 
 
 def study(options) -> list[dict]:
-    lora = RunConfig(
-        task=options.task, glue_dir=options.glue_dir, backbone=options.backbone, scope="encoder", max_length=64,
-        max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=options.draws,
-        prior="fixed", prior_settings={"bits": 32}, output_dir=options.output_dir,
-    )  # fmt: skip
+    lora = configuration(options, prior="fixed", prior_settings={"bits": 32})
     n_train, rows = build(lora).program.n_train, []
     for start, rate, lr_gates in cells(options):
-        config = configuration(options, start, rate, lr_gates)
+        config = configuration(options, prior="bops", prior_settings={"rate": rate}, guide_settings=STARTS[start],
+                               lr_gates=lr_gates, logging_steps=1)  # fmt: skip
         path = options.keep / f"dial-{options.task}-{start}-{rate:g}-{lr_gates:g}.json"
-        if options.only_finished and kept(path, config) is None:
+        cell = finished(path, config, lora, n_train, train=not options.only_finished)
+        if cell is None:
             continue
-        rows.append(row(start, config, finished(path, config, lora, n_train)))
+        rows.append(row(start, config, cell))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
@@ -160,8 +157,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     options = parser.parse_args(arguments)
-    rows = study(options)
-    write_page(options, "dial", report(options, rows), lambda path: figure(rows, path))
+    write_page(options, "dial", study(options), report, figure)
 
 
 def report(options, rows: list[dict]) -> str:

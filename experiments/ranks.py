@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished, kept, provenance
+from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import rank_differences
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
@@ -49,9 +49,9 @@ def study(options) -> list[dict]:
                 continue
             config = configuration(options, task, prior, settings)
             path = options.keep / f"ranks-{task}-{prior}.json"
-            if options.only_finished and kept(path, config) is None:
+            cell = finished(path, config, lora, n_train, train=not options.only_finished)
+            if cell is None:
                 continue
-            cell = finished(path, config, lora, n_train)
             rows.append({"task": task, "prior": prior, **cell})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
@@ -149,8 +149,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--hierarchical", nargs="+", default=("sst2", "mrpc"), help="tasks to learn the rates on")
     parser.add_argument("--kl_warmup", type=float, default=0.6, help="share of the steps before the gates start")
     options = parser.parse_args(arguments)
-    rows = study(options)
-    write_page(options, "ranks", report(options, rows), lambda path: figure(rows, path))
+    write_page(options, "ranks", study(options), report, figure)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import finished, kept, provenance
+from experiments.studies.cells import finished, provenance
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
@@ -44,9 +44,9 @@ def study(options) -> list[dict]:
             settings = {"bops": target, "denominator": "adapted"}
             config = configuration(options, task, prior="budget", prior_settings=settings, logging_steps=1)
             path = options.keep / f"target-{task}-{target:g}.json"
-            if options.only_finished and kept(path, config) is None:
+            cell = finished(path, config, lora, n_train, train=not options.only_finished)
+            if cell is None:
                 continue
-            cell = finished(path, config, lora, n_train)
             opening = int(config.kl_warmup * cell["log"][-1]["step"])
             gated = [line for line in cell["log"] if line["step"] > opening]
             rows.append({"task": task, "target": target, "gated": gated, "cell": cell})
@@ -97,8 +97,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument("--kl_warmup", type=float, default=0.6, help="share of the steps before the gates start")
     options = parser.parse_args(arguments)
-    rows = study(options)
-    write_page(options, "targets", report(options, rows), lambda path: figure(rows, path))
+    write_page(options, "targets", study(options), report, figure)
 
 
 def report(options, rows: list[dict]) -> str:

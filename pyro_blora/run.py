@@ -94,18 +94,16 @@ def _finish(trained: Trained, folder: Path) -> dict:
     # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
     gates = Gates(*(torch.cat([x, mode[None]]) for x, mode in zip(draws, deployed(program), strict=True)))
     together = {split: _predict(trained, split, gates) for split in parts.tokens if split != "train"}
-    predictions, modes = (
-        {split: both.of_draws(which) for split, both in together.items()}
-        for which in (slice(config.draws), slice(config.draws, None))
-    )
-    prediction, at_mode = predictions["eval"], modes["eval"]
+    averaged, last = slice(config.draws), slice(config.draws, None)
+    pairs = {split: (both.of_draws(averaged), both.of_draws(last)) for split, both in together.items()}
+    prediction, at_mode = pairs["eval"]
     save(to_arviz(program, draws, prediction, labels=parts.task.labels, seed=config.seed), folder / "posterior.nc")
     export(program, folder / "adapter")
-    for split, predicted in predictions.items():
+    for split, pair in pairs.items():
         name = "predictions.parquet" if split == "eval" else f"predictions_{split.removeprefix('eval_')}.parquet"
-        _table(trained, split, predicted, modes[split]).to_parquet(folder / name)
+        _table(trained, split, *pair).to_parquet(folder / name)
     summary = _summary(trained, prediction, at_mode)
-    for split, predicted in predictions.items():
+    for split, (predicted, _) in pairs.items():
         if split != "eval":
             summary[split] = _scores(trained, predicted)
     return summary

@@ -37,6 +37,15 @@ def test_draws_have_the_exact_marginals_and_leave_the_generator_alone(guide):
         assert error.max() < 5 * math.sqrt(0.25 / 4000)
 
 
+def test_draws_of_the_prior_do_not_know_what_was_learned():
+    built = program("hierarchical")  # rates are Gamma(1, 1): a first gate is open with E exp(-rate) = 1/2
+    with torch.no_grad():
+        built.prior.loc.fill_(3.0)
+    z, g = draw(built, 4000, law="prior")
+    assert z.shape == (4000, *built.layout.z_shape) and g.shape == (4000, *built.layout.g_shape)
+    assert z[:, 0, 0, 0].mean().item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 4000))
+
+
 def test_deployed_gates_are_open_where_the_marginal_exceeds_one_half():
     built = program()
     for open_gates, exact in zip(deployed(built), marginals(built), strict=True):

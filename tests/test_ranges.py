@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 def program_of(*, trained=True, task="sst2", scope="encoder"):
     task = get_task(task)
+    torch.manual_seed(0)  # PEFT draws lora_A
     net = attach(tiny_bert(num_labels=task.num_labels), rank=3, sequence_length=10, scope=scope)
     torch.manual_seed(7)
     for name, parameter in net.named_parameters():
@@ -143,7 +144,7 @@ def test_a_fitted_range_loses_no_more_than_covering_the_largest_value(found, pro
         covering, fitted = found.errors[..., 0, i], found.errors[..., i].amin(-1)
         assert bool((fitted <= covering).all())
     ratio = found.errors[..., 0].amin(-1)[program.z_mask] / found.errors[..., 0, 0][program.z_mask]
-    assert ratio.log().mean().exp() < 0.8  # at 2 bits: about a half
+    assert ratio.log().mean().exp() < 0.6  # at 2 bits: 0.50 to 0.55 over twelve seeds of the adapter
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.studies.cells import provenance
+from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import paired, rank_differences, score
+from experiments.studies.pages import study_parser, write_page
+from pyro_blora.config import RunConfig
 
 
 def cell(label, decision, log_likelihood, **more):
@@ -60,3 +62,13 @@ def test_a_page_names_every_code_that_trained_its_cells():
     cells = [{"summary": {"device": "cpu"}, "versions": {"torch": "2"}, "code": code} for code in ("b", "a", "b")]
     assert provenance(cells) == "on cpu; torch 2; digests of the package's code: a, b"
     assert "not recorded" in provenance([{"summary": {"device": "cpu"}, "versions": {}}])
+
+
+def test_without_a_finished_cell_nothing_is_trained_and_nothing_written(tmp_path):
+    config = RunConfig(task="acceptability", output_dir=str(tmp_path / "runs"))
+    assert finished(tmp_path / "cell.json", config, config, 64, train=False) is None
+    given = ["--glue_dir", "none", "--keep", str(tmp_path), "--report", str(tmp_path / "page.md"), "--only_finished"]
+    options = study_parser("A study.", "study", max_train=64, output_dir="runs").parse_args(given)
+    with pytest.raises(SystemExit, match=r"no cell of this study is finished in .*: run it without --only_finished"):
+        write_page(options, "study", [], lambda options, rows: "", lambda rows, path: path.touch())
+    assert list(tmp_path.iterdir()) == []

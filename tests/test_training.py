@@ -15,6 +15,7 @@ from pyro_blora.build import build
 from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.data import epoch_order
+from pyro_blora.priors import Budget
 from pyro_blora.training import Schedule, fit, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -124,6 +125,15 @@ def test_a_budget_adapts_after_every_step_from_the_opening_on(backbone):
     rates = [line["rate"] for line in trained.metrics]
     assert len(set(rates[:opening])) == 1 and len(set(rates[opening:])) == 8 - opening
     assert trained.program.prior.report()["rate"] == rates[-1] > 0
+
+
+def test_a_budget_follows_every_component_of_a_mixture(backbone, monkeypatch):
+    seen, adapt = [], Budget.adapt
+    monkeypatch.setattr(Budget, "adapt", lambda prior, means: (seen.append(means.z.shape), adapt(prior, means)))
+    config = tiny_config(backbone, prior="budget", guide="mixture", guide_settings={"components": 3})
+    trained = fit(config, quiet=True)
+    z = (3, *trained.program.layout.z_shape)
+    assert [shape for shape in seen if len(shape) == len(z)] == [z] * (8 - Schedule.of(config, 64).opening)
 
 
 def test_the_weight_of_the_kl_counts_from_the_opening_on(backbone):
@@ -270,6 +280,7 @@ def test_bf16_trains(backbone):
         {"guide": "point"},
         {"guide": "mixture"},
         {"prior": "budget"},
+        {"prior": "hierarchical"},
         {"estimator": "straight_through"},
         {"estimator": "score_function"},
         {"estimator": "enumerate", "prior": "fixed", "prior_settings": {"bits": 4, "rank": 2}},

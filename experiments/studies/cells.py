@@ -47,15 +47,15 @@ def kept(path: Path, config: RunConfig) -> dict | None:
     return cell
 
 
-def finished(path: Path, config: RunConfig, lora: RunConfig | None, n_train: int = 0) -> dict:
-    """The cell in the file; trained where it is missing, from the shared LoRA (of `n_train` examples) if given."""
+def finished(path: Path, config: RunConfig, lora: RunConfig, n_train: int, *, train: bool = True) -> dict | None:
+    """The cell in the file; where it is missing, trained from the shared LoRA of `n_train` examples, or None."""
     cell = kept(path, config)
-    if cell is not None:
+    if cell is not None or not train:
         return cell
     folder = folder_of(config)
     partial = folder.with_name(f".{folder.name}.partial")
     if not folder.exists():
-        if lora is not None and not partial.exists() and Schedule.of(config, n_train).opening > 0:
+        if not partial.exists() and Schedule.of(config, n_train).opening > 0:
             warm(config, trunk(lora, Schedule.of(config, n_train)), partial)
         train_run(config)
     cell = _read(config)

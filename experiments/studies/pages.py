@@ -20,9 +20,14 @@ def study_parser(doc: str, name: str, *, max_train: int, output_dir: str) -> arg
     return parser
 
 
-def write_page(options: argparse.Namespace, name: str, text: str, draw: Callable[[Path], None]) -> None:
-    """Write the page, and the figure that `draw` saves at the path it is given."""
+def write_page(options: argparse.Namespace, name: str, rows: list[dict], report: Callable, figure: Callable) -> None:
+    """Write the text of `report(options, rows)`, and the picture that `figure(rows, path)` saves.
+
+    Errors: SystemExit where no cell is finished.
+    """
+    if not rows:
+        raise SystemExit(f"no cell of this study is finished in {options.keep}: run it without --only_finished")
     for folder in (options.report.parent, options.figures):
         folder.mkdir(parents=True, exist_ok=True)
-    draw(options.figures / f"{name}.png")
-    options.report.write_text(text, encoding="utf-8")
+    figure(rows, options.figures / f"{name}.png")
+    options.report.write_text(report(options, rows), encoding="utf-8")
