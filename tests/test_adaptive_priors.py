@@ -197,6 +197,14 @@ def test_a_budget_steers_the_bops_of_a_mixture_not_those_of_its_marginals(layout
     assert abs(marginal / 0.2 - 1) > 0.01
 
 
+def test_the_newton_step_of_a_mixture_is_that_of_its_equal_components(layout):
+    prior = build_prior("budget", layout, {"bops": 0.2})
+    means = [torch.rand(shape, generator=torch.Generator().manual_seed(0)).cumprod(-1)
+             for shape in (layout.z_shape, layout.g_shape)]  # fmt: skip
+    alone, three = (prior._variance(Gates(*x)) for x in (means, [mean.expand(3, *mean.shape) for mean in means]))
+    assert three.item() == pytest.approx(alone.item(), rel=1e-6) and alone > 0
+
+
 # --- budget: its state ------------------------------------------------------------------------------------------------
 
 
