@@ -40,9 +40,9 @@ class Elbo(NamedTuple):
 class GateProgram(nn.Module, abc.ABC):
     """A model/guide pair over the gates of a layout; a subclass says what the labels' logits are at given gates.
 
-    prior: a module whose call returns Gates; optionally with `sample()`, the same with its own random settings drawn,
-    and `divergence()`, their KL. guide: see guides.py. likelihood: (logits, scale) -> law of the labels; scale is a
-    learned standard deviation, used by regression. n_train: N. estimator: a name of estimators.py.
+    prior: a module whose call returns Gates; what else it may have: see priors.py. guide: see guides.py. likelihood:
+    (logits, scale) -> law of the labels; scale is a learned standard deviation, used by regression. n_train: N.
+    estimator: a name of estimators.py.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GateProgram(nn.Module, abc.ABC):
     # --- the ELBO ---------------------------------------------------------------------------------------------------
 
     def elbo(self, inputs: dict, labels: Tensor) -> Elbo:
-        """By the estimator; for a reparametrised mean field, Pyro's TraceMeanField_ELBO (see guides.Mixture)."""
+        """NLL by the estimator, KL in closed form: of a reparametrised mean field, Pyro's TraceMeanField_ELBO."""
         nll = self.estimator(lambda gates: self.nll(inputs, labels, *gates), self.gate_guide, self.temperature)
         return Elbo(nll, *self.kl())
 

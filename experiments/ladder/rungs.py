@@ -40,7 +40,7 @@ THRESHOLDS = {
     "e": {"gates": ("gate probabilities: p-value, Bonferroni over the gates, at least", 0.05 / 3),
           "effective rank": ("effective rank: p-value of the ECDF, at least", 0.05 / 3),
           "log-likelihood": ("log-likelihood: p-value of the ECDF, at least", 0.05 / 3)},
-    "f": {"bound": ("largest ELBO minus log evidence over random guides, nats", 0.0),
+    "f": {"bound": ("largest ELBO minus log evidence over the guides, nats", 0.0),
           "reported": ("largest reported ELBO minus log evidence, standard errors of the former", 4.0),
           "monte_carlo": ("largest distance of the reported ELBO from the exact one, standard errors", 4.0)},
     "g": {"mode": ("gates deployed otherwise than by the rule, from the enumerated law", 0.0),
