@@ -132,8 +132,10 @@ def test_a_budget_follows_every_component_of_a_mixture(backbone, monkeypatch):
     monkeypatch.setattr(Budget, "adapt", lambda prior, means: (seen.append(means.z.shape), adapt(prior, means)))
     config = tiny_config(backbone, prior="budget", guide="mixture", guide_settings={"components": 3})
     trained = fit(config, quiet=True)
-    z = (3, *trained.program.layout.z_shape)
-    assert [shape for shape in seen if len(shape) == len(z)] == [z] * (8 - Schedule.of(config, 64).opening)
+    shape = torch.Size([3, *trained.program.layout.z_shape])
+    start = len(seen) - (8 - Schedule.of(config, 64).opening)  # the search for the start is one law's, before any step
+    assert seen[start:] == [shape] * len(seen[start:])
+    assert {moved[0] for moved in seen[:start]} == {1}
 
 
 def test_the_weight_of_the_kl_counts_from_the_opening_on(backbone):
