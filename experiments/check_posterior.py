@@ -28,9 +28,7 @@ from experiments.ladder.problems import Network, Problem, twelve_gates
 from experiments.ladder.starts import start_fits
 
 SEEDS = range(4)  # of the twelve gates
-STEPS = 4000  # of the Gaussian toys
-NETWORK_STEPS = 2500
-SIMULATED_STEPS = 150  # of each training in rung e
+STEPS = 4000  # of SVI in rungs c and d
 SIZES = (2, 4)
 CONSTANT_RATE = 0.02
 REINMAX = str(Path(__file__).parent / "ladder" / "rivals.py") + ":reinmax"
@@ -55,14 +53,14 @@ class Ladder:
         for seed in SEEDS:
             name = f"twelve gates, seed {seed}"
             sizes = SIZES if seed == 0 else ()
-            self._fitted("c", name, twelve_gates(seed), sizes, STEPS, all_estimators=seed == 0)
+            self._fitted("c", name, twelve_gates(seed), sizes, all_estimators=seed == 0)
         self._gradients("twelve gates", twelve_gates(0), draws=2000)
 
     def d(self):
         problem = self.network.problem()
-        self._fitted("d", "network, 400 states", problem, SIZES, NETWORK_STEPS, all_estimators=True)
+        self._fitted("d", "network, 400 states", problem, SIZES, all_estimators=True)
         large = Network(free=("input", "base"))
-        self._fitted("d", "network, 10,000 states", large.problem(), SIZES, NETWORK_STEPS, all_estimators=False)
+        self._fitted("d", "network, 10,000 states", large.problem(), SIZES, all_estimators=False)
         for name, network in (("400 states", self.network), ("10,000 states", large)):
             for seed in range(3):
                 fits = start_fits(network, name, seed, restarts=2, steps=300)
@@ -70,9 +68,9 @@ class Ladder:
         self.ratios = {M: step_ratio(problem, M) for M in SIZES}
         self._gradients("network", problem, draws=300)
 
-    def _fitted(self, rung: str, name: str, problem: Problem, sizes, steps: int, *, all_estimators: bool):
+    def _fitted(self, rung: str, name: str, problem: Problem, sizes, *, all_estimators: bool):
         exact = rungs.exact_fits(problem, name, sizes, restarts=4, steps=400)
-        trained = functools.partial(rungs.trained_fit, problem, name, steps=steps)
+        trained = functools.partial(rungs.trained_fit, problem, name, steps=STEPS)
         jobs = [trained]
         jobs += [functools.partial(trained, guide="mixture", label=f"relaxed, mixture, M = {M}", components=M)
                  for M in sizes]  # fmt: skip
@@ -81,7 +79,7 @@ class Ladder:
             jobs.append(functools.partial(trained, estimator=REINMAX, label="ReinMax"))
             label = f"relaxed, constant rate {CONSTANT_RATE:g}"
             jobs.append(functools.partial(trained, label=label, lr=CONSTANT_RATE))
-            jobs.append(functools.partial(rungs.naive_fit, problem, name, steps=steps // 2))
+            jobs.append(functools.partial(rungs.naive_fit, problem, name, steps=STEPS // 2))
         fits = list(in_parallel(jobs, self.options.processes))
         shipped, mixtures, others = fits[0], fits[1 : 1 + len(sizes)], fits[1 + len(sizes) :]
         for fit in (shipped, *mixtures):
@@ -117,11 +115,7 @@ class Ladder:
             "exact mean field": sbc.on_table(self.network, simulations, 1, restarts=4, steps=300),
             "exact mixture, M = 4": sbc.on_table(self.network, simulations, 4, restarts=2, steps=300),
             "trained, relaxed": sbc.shipped(
-                self.network,
-                simulations,
-                self.options.trained_simulations,
-                steps=SIMULATED_STEPS,
-                processes=self.options.processes,
+                self.network, simulations, steps=self.options.simulated_steps, processes=self.options.processes
             ),
         }
         self.calibrations = sbc.calibrations(self.network, simulations, laws)
@@ -140,8 +134,8 @@ class Ladder:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rungs", nargs="+", choices=list("abcdefg"), default=list("abcdefg"))
-    parser.add_argument("--simulations", type=int, default=500, help="of rung e, for the exact laws")
-    parser.add_argument("--trained_simulations", type=int, default=500, help="of rung e, for training by SVI")
+    parser.add_argument("--simulations", type=int, default=500, help="of rung e")
+    parser.add_argument("--simulated_steps", type=int, default=1000, help="of SVI in each simulation of rung e")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="fits at a time, one thread each")
     parser.add_argument("--output_dir", default="runs/check_posterior")
     parser.add_argument("--report", help="where the Markdown report is copied")

@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.ladder import rungs, sbc
+from experiments.ladder.batched import nll, trained_laws
 from experiments.ladder.calibration import Simulations, calibration, ecdf_p_value
+from experiments.ladder.fitting import svi
 from experiments.ladder.gradients import estimators, exact_gradient, place, quality, sampled
 from experiments.ladder.problems import Network, one_gate, twelve_gates
 from experiments.ladder.starts import start_fits
 from experiments.ladder.states import best_on_table, coordinate_sweep
 from pyro_blora.estimators import ESTIMATORS
+from pyro_blora.gates import Gates
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -192,6 +195,33 @@ def test_a_warm_relaxation_is_biased(problems, placed):
 
 
 def test_trainings_in_parallel_are_those_in_turn(network, simulations):
-    in_turn, forked = (sbc.shipped(network, simulations, 3, steps=20, processes=n) for n in (1, 2))
+    few = simulations.split(3)[0]
+    in_turn, forked = (sbc.shipped(network, few, steps=20, batch=2, processes=n) for n in (1, 2))
     assert torch.equal(in_turn, forked) and not torch.equal(in_turn[0], in_turn[1])
     torch.testing.assert_close(in_turn.sum(-1), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_one_simulation_in_a_batch_is_trained_as_svi_trains_it(network, simulations):
+    one = simulations.split(1)[0]
+    problem = network.problem().with_labels(one.labels[0], one.log_likelihood[0])
+    alone = rungs.log_law(svi(problem.program(), problem, steps=20), problem).exp()
+    torch.testing.assert_close(trained_laws(network, one, steps=20)[0], alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("free", [("base",), ("input", "base")])
+def test_a_batch_of_simulations_has_the_likelihood_and_gradients_of_each(eager, free):
+    network = Network(examples=16, free=free)
+    problem = network.problem()
+    program = problem.program()
+    torch.manual_seed(0)
+    draws = [[law.rsample().detach() for law in program.gate_guide.laws(0.5, False)] for _ in range(3)]
+    gates = Gates(*(torch.stack(site).requires_grad_() for site in zip(*draws, strict=True)))
+    labels = torch.randint(2, (3, 16))
+    together = nll(network, gates, labels)
+    alone = torch.stack([program.nll(network.inputs, y, z, g) for y, z, g in zip(labels, *gates, strict=True)])
+    torch.testing.assert_close(together, alone)
+    tensors = [network.net.layout.tensors.index(name) for name in free]
+    (z, g), (z_alone, g_alone) = (torch.autograd.grad(total.sum(), tuple(gates)) for total in (together, alone))
+    torch.testing.assert_close(g, g_alone, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(z[:, :, tensors], z_alone[:, :, tensors], atol=1e-6, rtol=1e-4)
+    assert z[:, :, tensors].abs().max() > 1e-3

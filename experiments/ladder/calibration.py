@@ -38,6 +38,10 @@ class Simulations:
         truth = torch.multinomial(prior, count, replacement=True, generator=generator)
         return cls(truth, *network.drawn(truth, generator))
 
+    def split(self, size: int) -> list["Simulations"]:
+        """The same in parts of at most `size`."""
+        return [Simulations(*part) for part in zip(*(x.split(size) for x in dataclasses.astuple(self)), strict=True)]
+
 
 def randomised_rank(quantity: Tensor, law: Tensor, truth: Tensor, generator: torch.Generator) -> Tensor:
     """P(quantity < truth's) + U P(quantity = truth's) under each law: uniform if calibrated.
