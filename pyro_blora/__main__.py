@@ -7,19 +7,20 @@ import argparse
 import dataclasses
 import difflib
 import os
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from .config import RunConfig, field_names, gather_settings, load_preset, preset_names
+from .config import RunConfig, field_names
+from .flags import preset_names, run_fields, take_settings
 from .registry import REQUIRED, Registry
 
 COMMANDS = ("train", "priors", "guides", "show")
-_SETTING = re.compile(r"--((?:prior|guide)\.\w+)(?:=(.*))?", re.DOTALL)
+_SITES = (
+    "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a prior of their own, --prior.z.SETTING "
+    "VALUE its settings; the name `off` opens them for good."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def _command(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise ValueError(f"unknown command {argv[0]!r}: {_suggest(argv[0], COMMANDS)}")
-    settings, rest = _take_settings(argv) if argv[:1] == ["train"] else ({}, argv)
+    settings, rest = take_settings(argv) if argv[:1] == ["train"] else ({}, argv)
     arguments, unknown = _parser().parse_known_args(rest)
     if unknown:
         flags = [f"--{name}" for name in ("preset", "if_finished", *field_names())]
@@ -61,6 +62,8 @@ def _command(argv: list[str]) -> int:
     else:
         from .guides import GUIDES as registry
     _print_registry(registry)
+    if arguments.command == "priors":
+        print(_SITES)
     return 0
 
 
@@ -81,51 +84,6 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     return 0
 
 
-def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """The RunConfig fields of a command line: the preset's, overridden by the flags and settings given."""
-    given = {}
-    for field in dataclasses.fields(RunConfig):
-        if hasattr(arguments, field.name):
-            value = getattr(arguments, field.name)
-            optional = not isinstance(field.type, type) and isinstance(None, field.type)
-            given[field.name] = None if optional and value.lower() in ("none", "null") else value
-    preset = load_preset(arguments.preset) if arguments.preset else {}
-    for owner in ("prior", "guide"):
-        chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
-        if given.get(owner, chosen) != chosen:
-            preset.pop(f"{owner}_settings", None)  # they belong to the law that the line has replaced
-    line = gather_settings(settings)
-    for key in line.keys() & preset.keys():
-        line[key] = {**preset[key], **line[key]}
-    return {**preset, **given, **line}
-
-
-def _take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split off `--prior.rate 3` and `--guide.NAME=VALUE`; values are YAML, and numbers such as 1e-3 are numbers."""
-    settings: dict[str, Any] = {}
-    rest, tokens = [], iter(argv)
-    for token in tokens:
-        match = _SETTING.fullmatch(token)
-        if match is None:
-            rest.append(token)
-            continue
-        name, text = match.groups()
-        text = next(tokens, None) if text is None else text
-        if text is None or text.startswith("--"):
-            raise ValueError(f"--{name} needs a value: --{name} 3 for example")
-        if name in settings:
-            raise ValueError(f"--{name} is given twice")
-        settings[name] = _value(name, text)
-    return settings, rest
-
-
-def _value(name: str, text: str) -> Any:
-    try:
-        return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--{name} must be a number, a word or a YAML list, got {text!r}") from error
-
-
 def _parser() -> _Parser:
     purpose = "Bayesian low-rank adapters: Pyro learns their precision and rank with their weights."
     epilog = "PYRO_BLORA_TRACEBACK=1 in the environment shows the traceback of an error."
@@ -135,7 +93,8 @@ def _parser() -> _Parser:
         "train",
         help="train, or resume, one run",
         description="Train one run, or resume it: a flag overrides the preset, the preset overrides the defaults.",
-        epilog="Settings of the chosen prior and guide: --prior.NAME VALUE, --guide.NAME VALUE.",
+        epilog="Settings of the chosen prior and guide: --prior.NAME VALUE, --guide.NAME VALUE; `pyro-blora priors` "
+        "and `pyro-blora guides` list them. " + _SITES,
         allow_abbrev=False,
     )
     train.add_argument("--preset", help=f"a YAML file, or one of {', '.join(preset_names())}")

@@ -12,7 +12,7 @@ from .backbone import load_backbone, load_tokenizer
 from .config import RunConfig
 from .data import tokenize
 from .guides import GUIDES, build_guide
-from .priors import PRIORS, build_prior
+from .priors import build_prior, parts
 from .program import BayesianLoRA
 from .tasks import Task, get_task
 
@@ -32,11 +32,8 @@ class Parts:
 def check_names(config: RunConfig) -> Task:
     """The task; everything that can be wrong with a name or a setting is found here, before anything is loaded."""
     task = get_task(config.task)
-    for registry, name, settings in (
-        (PRIORS, config.prior, config.prior_settings),
-        (GUIDES, config.guide, config.guide_settings),
-    ):
-        registry.settings(registry.resolve(name), settings)
+    parts(config.prior, config.prior_settings)
+    GUIDES.settings(GUIDES.resolve(config.guide), config.guide_settings)
     return task
 
 

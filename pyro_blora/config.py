@@ -1,8 +1,4 @@
-"""One run's configuration: a frozen dataclass with its checks, its JSON, its digest, and the presets that fill it.
-
-The presets are package data, in `pyro_blora/presets/`, so that an installed `pyro-blora train --preset demo` finds them
-without a checkout.
-"""
+"""One run's configuration: a frozen dataclass with its checks, its JSON and its digest."""
 
 import dataclasses
 import difflib
@@ -15,8 +11,6 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
-
-import yaml
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES = {
@@ -93,7 +87,7 @@ class RunConfig:
             )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: {_suggest(getattr(self, name), choices)}")
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: {suggest(getattr(self, name), choices)}")
         for name, (holds, expected, remedy) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -108,7 +102,7 @@ class RunConfig:
         known = field_names()
         for key in values:
             if key not in known:
-                raise ValueError(f"unknown configuration field {key!r}: {_suggest(key, known)}")
+                raise ValueError(f"unknown configuration field {key!r}: {suggest(key, known)}")
         return cls(**values)
 
     @classmethod
@@ -137,66 +131,28 @@ class RunConfig:
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_IN_DIGEST}
         for owner in ("prior_settings", "guide_settings"):  # 3 and 3.0 are the same setting
             values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
-        for owner in ("prior", "guide"):  # a law in a user's file is what the file says, not what it is called
-            if (file := Path(values[owner].rpartition(":")[0]).expanduser()).is_file():
-                values[owner] += " " + hashlib.sha256(file.read_bytes()).hexdigest()
+        values |= {owner: _with_content(values[owner]) for owner in ("prior", "guide")}
+        own = values["prior_settings"]
+        own |= {site: _with_content(own[site]) for site in ("z", "g") if isinstance(own.get(site), str)}
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
     @property
+    def prior_names(self) -> list[str]:
+        """The prior's name; where a site has a prior of its own, that of z and that of g."""
+        sites = [str(self.prior_settings.get(site, self.prior)) for site in ("z", "g")]
+        return [self.prior] if sites == [self.prior] * 2 else sites
+
+    @property
     def folder_name(self) -> str:
         """`<task>-<backbone>-<prior>-<digest>`, safe as a file name on every system."""
-        return "-".join([*map(_basename, (self.task, self.backbone, self.prior)), self.digest])
+        prior = "+".join(map(_basename, self.prior_names))
+        return "-".join([_basename(self.task), _basename(self.backbone), prior, self.digest])
 
 
 def field_names() -> list[str]:
     """The names of all fields, in the order of the dataclass."""
     return [field.name for field in dataclasses.fields(RunConfig)]
-
-
-def preset_names() -> list[str]:
-    """The names of the presets that travel with the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def load_preset(name: str) -> dict[str, Any]:
-    """The RunConfig fields that a preset sets, from a packaged name or a YAML file of the user's.
-
-    The keys are the command line's flags; `prior.rate: 3` becomes an entry of `prior_settings`.
-    Errors: ValueError naming the file, and the line of a key that is unknown or given twice.
-    """
-    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(name).expanduser()
-    if not path.is_file():
-        raise ValueError(f"unknown preset {name!r}: {_suggest(name, preset_names())}; or give a YAML file that exists")
-    text = path.read_text(encoding="utf-8")
-    try:
-        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"preset {path} is not YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"preset {path} must be a table of `flag: value` lines, got {type(values).__name__}")
-    seen: set[str] = set()
-    for key_node, _ in node.value:
-        where = f"preset {path}, line {key_node.start_mark.line + 1}"
-        key = key_node.value
-        if key in seen:
-            raise ValueError(f"{where}: {key!r} is given twice")
-        if key not in field_names() and not re.fullmatch(r"(prior|guide)\.\w+", key):
-            raise ValueError(f"{where}: unknown key {key!r}: {_suggest(key, field_names())}")
-        seen.add(key)
-    return gather_settings(values)
-
-
-def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values with every `prior.NAME` and `guide.NAME` moved into `prior_settings` and `guide_settings`."""
-    gathered = {key: value for key, value in values.items() if "." not in key}
-    for key, value in values.items():
-        if "." in key:
-            owner, _, setting = key.partition(".")
-            gathered[f"{owner}_settings"] = {**gathered.get(f"{owner}_settings", {}), setting: value}
-    return gathered
 
 
 def _at_least(low: float) -> tuple:
@@ -290,11 +246,17 @@ def _targets(value: str | tuple | None) -> str | tuple[str, ...] | None:
     return value
 
 
+def _with_content(name: str) -> str:
+    """A law in a user's file is what the file says, not what it is called."""
+    file = Path(name.rpartition(":")[0]).expanduser()
+    return f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" if file.is_file() else name
+
+
 def _basename(name: str) -> str:
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return re.sub(r"[^A-Za-z0-9._]", "_", last).strip(".") or "local"
 
 
-def _suggest(name: str, known: typing.Iterable[str]) -> str:
+def suggest(name: str, known: typing.Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}"

@@ -2,10 +2,9 @@
 
 A prior is a pure function `(layout, **settings) -> Gates(z, g)`: two `NestedBernoulli`s, batch shapes (L, T), (L,).
 Rates are in nats a gate: p(open | parent open) = exp(-rate). Register one with `@register_prior`, or name it as
-`--prior file.py:function`. A prior that learns or adapts is an `nn.Module` whose call returns the same; the function
-returns the module. It may have `adapt(means)`, called after every step with the marginals of the guide's M components,
-z (M, L, T, K) and g (M, L, R - 1); if its own settings are random, `sample()`, at a draw from their posterior, its
-`divergence()`, and `sample_prior(S)`, at S draws before any data; and `report()`, numbers for log and summary.
+`--prior file.py:function`. A prior that learns, adapts or looks at the data is an `nn.Module` whose call returns the
+same, see adaptive.py; the function returns the module. Either site can have a prior of its own: the settings `z` and
+`g` name it, `z.NAME` and `g.NAME` are its settings, and `off` opens all its gates for good (32 bit; rank R).
 
 To set against the data: what 2 bits cost in log-likelihood over 4,000 examples was measured as about 126 nats for the
 `input` of a projection, 42 for its `base` weight and 2 to 4 for the others, so rates of 0.1 to 100 are a dial.
@@ -16,13 +15,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .bops import expected_bops
+from .adaptive import Budget, ExplainedVariance, Hierarchical, Separate
 from .gates import Gates, NestedBernoulli
 from .layout import AdapterLayout
 from .registry import Registry
 
 PRIORS = Registry("prior")
 register_prior = PRIORS.register
+_OFF = ("fixed", {})  # what the word `off` means
 
 
 @register_prior("nested")
@@ -56,7 +56,7 @@ def bops(layout: AdapterLayout, *, rate: float = 0.2, rank_rate: float | None = 
 
 
 @register_prior("budget")
-def budget(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted") -> "Budget":
+def budget(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted") -> Budget:
     """As `bops`, with the rate adapted in training so that the expected bit operations meet a target.
 
     Settings: bops, the target as a fraction of the denominator; denominator, `adapted` or `model` (see bops.py).
@@ -64,83 +64,8 @@ def budget(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adap
     return Budget(layout, bops, denominator)
 
 
-class Budget(nn.Module):
-    """p(z, g) proportional to exp(-rate * BOPs(z, g)), each chain's law taken at the others' expected bits and ranks.
-
-    BOPs are linear in each chain's gates, so the price of a gate is the derivative of E[BOPs] with respect to its
-    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and moves
-    asinh(rate) by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual ascent
-    that does not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs; below 0 where
-    the data use less than the target, which is met all the same.
-    """
-
-    GAIN = 0.3  # and the largest step of asinh(rate), which is that of log(rate) for all but small rates
-    LARGEST = 20.0  # asinh of 2e8 nats: where a guide does not follow, the way back stays short
-    FOLLOW = 0.2  # of the way to new prices: all the way, an input and its weight would turn dear and cheap in step
-
-    def __init__(self, layout: AdapterLayout, target: float, denominator: str, name: str = "budget"):
-        super().__init__()
-        if denominator not in ("adapted", "model"):
-            raise ValueError(f"prior {name!r}: denominator must be 'adapted' or 'model', got {denominator!r}")
-        self.layout, self.target, self.field = layout, target, f"{denominator}_ratio"
-        closed, opened = (
-            self._ratio(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)
-        )
-        if not closed < target < opened:
-            raise ValueError(
-                f"prior {name!r}: bops must be between {closed:.3g} (every gate closed) and {opened:.3g} (open) of "
-                f"denominator {denominator!r} in scope {layout.scope!r}, got {target:g}; in scope `encoder` "
-                "more gates save bit operations"
-            )
-        self.register_buffer("asinh_rate", torch.tensor(math.asinh(1e3)))
-        self.register_buffer("z_price", torch.zeros(layout.z_shape))  # (L, T, K), ratio of BOPs a gate
-        self.register_buffer("g_price", torch.zeros(layout.g_shape))  # (L, R - 1)
-        self._follow(Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape)))
-
-    def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
-        return getattr(expected_bops(self.layout, z, g), self.field)
-
-    def _follow(self, means: Gates, share: float = 1.0) -> Tensor:
-        """Move the prices a share of the way to those at these marginals; returns the expected ratio there."""
-        means = [mean.detach().double().requires_grad_() for mean in means]
-        with torch.enable_grad():
-            ratio = self._ratio(*means).mean()
-            prices = torch.autograd.grad(ratio, means)
-        for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
-            buffer.lerp_(price.sum_to_size(buffer.shape).to(buffer), share)
-        return ratio.detach()
-
-    def _variance(self, means: Gates) -> Tensor:
-        """Of the ratio at these prices, chains independent given the component: minus its slope, by the Gibbs form."""
-        total = 0.0
-        for price, mean in zip((self.z_price, self.g_price), means, strict=True):
-            cost = nn.functional.pad(price.double().cumsum(-1), (1, 0))  # of each depth
-            law = -nn.functional.pad(mean.double(), (1, 1)).diff(dim=-1)
-            law[..., 0] += 1
-            spread = (law * (cost - (law * cost).sum(-1, keepdim=True)).square()).sum(-1)
-            total = total + spread.reshape(-1, *price.shape[:-1]).mean(0).sum()
-        return total
-
-    @torch.no_grad()
-    def adapt(self, means: Gates) -> None:
-        """One step towards the target, at the marginals of M components.  z (M, L, T, K), g (M, L, R - 1)."""
-        ratio = self._follow(means, self.FOLLOW)
-        slope = self.asinh_rate.cosh() * self._variance(means) / ratio  # -d log E[BOPs] / d asinh(rate)
-        step = (ratio / self.target).log() / slope.clamp(min=1 / self.GAIN)
-        step = step.clamp(-self.GAIN, self.GAIN).to(self.asinh_rate)
-        self.asinh_rate.add_(step).clamp_(-self.LARGEST, self.LARGEST)
-
-    def forward(self) -> Gates:
-        costs = (self.asinh_rate.sinh() * price for price in (self.z_price, self.g_price))
-        depths = (-nn.functional.pad(cost.cumsum(-1), (1, 0)) for cost in costs)
-        return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in depths))
-
-    def report(self) -> dict[str, float]:
-        return {"rate": self.asinh_rate.sinh().item()}
-
-
 @register_prior("hierarchical")
-def hierarchical(layout: AdapterLayout, *, shape: float = 1.0, rate: float = 1.0) -> "Hierarchical":
+def hierarchical(layout: AdapterLayout, *, shape: float = 1.0, rate: float = 1.0) -> Hierarchical:
     """Rates that are random: one for the bit gates of each tensor role, one for the ranks of each projection type.
 
     Settings: shape and rate of their Gamma hyperprior; its mean shape / rate is in nats a gate.
@@ -151,52 +76,28 @@ def hierarchical(layout: AdapterLayout, *, shape: float = 1.0, rate: float = 1.0
     return Hierarchical(layout, float(shape), float(rate))
 
 
-class Hierarchical(nn.Module):
-    """Nested gates whose rates have a Gamma law and a log-normal guide, learned with everything else."""
+@register_prior("depth")
+def depth(layout: AdapterLayout) -> Gates:
+    """Every bit width of a tensor is equally likely, and every rank of an adapter.
 
-    def __init__(self, layout: AdapterLayout, shape: float, rate: float):
-        super().__init__()
-        self.shape, self.rate, self.z_shape, self.g_shape = shape, rate, layout.z_shape, layout.g_shape
-        kinds = list(dict.fromkeys(p.type for p in layout.projections))
-        self.names = [*layout.tensors, *(f"rank_{kind}" for kind in kinds)]
-        self.register_buffer("kind", torch.tensor([kinds.index(p.type) for p in layout.projections]), persistent=False)
-        self.loc = nn.Parameter(torch.full((len(self.names),), math.log(shape / rate)))  # of log(rate)
-        self.log_sd = nn.Parameter(torch.full((len(self.names),), -1.0))
+    In nats: a gate that is followed by n - 1 more costs log((n + 1) / n). No settings.
+    Source: Valipour et al., DyLoRA (2023), which trains under this law of the rank and never updates it.
+    """
+    z, g = (torch.zeros(*shape[:-1], shape[-1] + 1) for shape in (layout.z_shape, layout.g_shape))
+    return Gates(NestedBernoulli.from_depth_logits(z), NestedBernoulli.from_depth_logits(g))
 
-    def _gates(self, rates: Tensor) -> Gates:
-        """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
-        T, lead = self.z_shape[1], rates.shape[:-1]
-        z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
-        return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g.expand(*lead, *self.g_shape))))
 
-    def forward(self) -> Gates:
-        """At the rates' posterior means."""
-        return self._gates((self.loc + self.log_sd.exp().square() / 2).exp())
+@register_prior("eva")
+def eva(layout: AdapterLayout, *, strength: float = 1.0, share: float = 0.5) -> ExplainedVariance:
+    """Bit widths equally likely; a rank's log-odds from the variance of the layer's input that it explains.
 
-    def sample(self) -> Gates:
-        """At one reparametrised draw of the rates from their posterior."""
-        return self._gates((self.loc + self.log_sd.exp() * torch.randn_like(self.loc)).exp())
-
-    def sample_prior(self, draws: int) -> Gates:
-        """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
-        law = torch.distributions.Gamma(*(torch.full_like(self.loc, x) for x in (self.shape, self.rate)))
-        return self._gates(law.sample((draws,)))
-
-    def divergence(self) -> Tensor:
-        """KL of the rates' log-normal guide from their Gamma law, nats, closed form."""
-        sd = self.log_sd.exp()
-        entropy = self.loc + 0.5 + 0.5 * math.log(2 * math.pi) + self.log_sd
-        mean = (self.loc + sd.square() / 2).exp()
-        gamma = self.shape * math.log(self.rate) - math.lgamma(self.shape)
-        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean).sum()
-
-    @torch.no_grad()
-    def report(self) -> dict[str, float]:
-        """Posterior mean and central 94 % interval of every rate, nats a gate."""
-        law = torch.distributions.LogNormal(self.loc, self.log_sd.exp())
-        low, high = (law.icdf(torch.full_like(self.loc, p)) for p in (0.03, 0.97))
-        columns = {"": law.mean, "_low": low, "_high": high}
-        return {f"rate_{n}{end}": x[i].item() for i, n in enumerate(self.names) for end, x in columns.items()}
+    Settings: strength, of the log-odds in the logarithm of that share of variance; share, of all ranks, whose
+    odds are at least even.
+    Source: Paischer et al., EVA (2024), as a prior instead of an initialization.
+    """
+    if not (strength > 0 and 0 < share <= 1):
+        raise ValueError(f"prior 'eva': strength must be > 0 and share in (0, 1], got {strength} and {share}")
+    return ExplainedVariance(layout, float(strength), float(share))
 
 
 @register_prior("fixed")
@@ -269,15 +170,44 @@ class _Constant(nn.Module):
 
 
 def build_prior(name: str, layout: AdapterLayout, settings: dict | None = None) -> nn.Module:
-    """The named prior on a layout, as a module that returns Gates when called.
+    """The named prior on a layout, as a module that returns Gates when called; settings `z` and `g` replace a site.
 
     Errors: ValueError for an unknown name or setting, and for a law of the wrong kind or shape.
     """
+    built = {owner: _built(*part, layout) for owner, part in parts(name, settings or {}).items()}
+    whole = built.get("both")
+    return Separate(built.get("z", whole), built.get("g", whole)) if built.keys() - {"both"} else whole
+
+
+def _built(name: str, settings: dict, layout: AdapterLayout) -> nn.Module:
     function = PRIORS.resolve(name)
-    result = function(layout, **PRIORS.settings(function, settings or {}))
+    name = getattr(name, "__name__", name)
+    result = function(layout, **PRIORS.settings(function, settings))
     prior = result if isinstance(result, nn.Module) else _Constant(_checked(name, result, layout))
     _checked(name, prior(), layout)
     return prior
+
+
+def parts(name: str, settings: dict) -> dict[str, tuple[str, dict]]:
+    """Name and settings of what is left of the prior of `both` sites, and of a `z` and a `g` of their own.
+
+    Errors: ValueError for an unknown name or setting, and for settings of a prior that has no site left.
+    """
+    own = {site: str(settings[site]) for site in ("z", "g") if site in settings}
+    found = {} if len(own) == 2 else {"both": (name, {})}
+    found |= {site: _OFF if chosen == "off" else (chosen, {}) for site, chosen in own.items()}
+    for key, value in settings.items():
+        site, dot, setting = key.partition(".")
+        if key in own:
+            continue
+        owner, setting = (site, setting) if dot else ("both", key)
+        if owner not in found or own.get(owner) == "off":
+            remedy = f"name one with --prior.{owner} NAME" if dot else "z and g have priors of their own"
+            raise ValueError(f"setting {key!r} belongs to no prior here: {remedy}, or drop --prior.{key}")
+        found[owner] = (found[owner][0], {**found[owner][1], setting: value})
+    for chosen, given in found.values():
+        PRIORS.settings(PRIORS.resolve(chosen), given)
+    return found
 
 
 def _checked(name: str, gates: Gates, layout: AdapterLayout) -> Gates:

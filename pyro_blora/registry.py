@@ -52,11 +52,13 @@ class Registry:
         """The registered names, sorted."""
         return sorted(self._functions)
 
-    def resolve(self, name: str) -> Callable:
-        """The function behind a registered name, or behind `path/to/file.py:function`.
+    def resolve(self, name: str | Callable) -> Callable:
+        """The function behind a registered name, or behind `path/to/file.py:function`; a function is itself.
 
         Errors: ValueError for an unknown name, a missing file, a file that fails to import, a missing function.
         """
+        if callable(name):
+            return name
         if name in self._functions:
             return self._functions[name]
         if ":" in name or name.endswith(".py"):

@@ -166,7 +166,7 @@ def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> d
     return {
         "task": config.task,
         "backbone": config.backbone,
-        "prior": config.prior,
+        "prior": "+".join(config.prior_names),
         "guide": config.guide,
         "seed": config.seed,
         "n_train": program.n_train,

@@ -28,6 +28,8 @@ from .data import epoch_order, loader, on_device, split_labels
 from .posterior import bops, component_marginals
 from .program import BayesianLoRA
 from .ranges import range_errors
+from .schedule import Schedule
+from .spectra import explained_variances
 from .starting import evidence, sensitivity
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
@@ -35,8 +37,6 @@ _STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square kno
 _DIVERGED = (
     "the training diverged at step {}: the loss is no finite number. Lower --lr; a new setting is a new run folder"
 )
-_LAST_RATE = 0.01  # of the gates' learning rate, at the last step, of the first
-_COOLED_BY = 0.75  # the temperature reaches its end at this fraction of the steps, the rest trains at it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,51 +50,6 @@ class Trained:
     @property
     def program(self) -> BayesianLoRA:
         return self.parts.program
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Everything that changes with the optimizer step, as pure functions of it."""
-
-    config: RunConfig
-    steps: int  # in the whole run
-    steps_per_epoch: int
-
-    @classmethod
-    def of(cls, config: RunConfig, n_train: int, processes: int = 1) -> "Schedule":
-        per_step = config.batch_size * config.accumulation * processes
-        if n_train < per_step:
-            raise ValueError(
-                f"{n_train} training examples do not fill one step of {per_step} (batch size x accumulation x "
-                "processes): lower --batch_size or raise --max_train"
-            )
-        return cls(config, config.epochs * (n_train // per_step), n_train // per_step)
-
-    @property
-    def opening(self) -> int:
-        """The step at which the gates start."""
-        return int(self.config.kl_warmup * self.steps)
-
-    def kl_weight(self, step: int) -> float:
-        return self.config.kl_weight if step >= self.opening else 0.0
-
-    def temperature(self, step: int) -> float:
-        start, end = self.config.temperature_start, self.config.temperature_end
-        return start * (end / start) ** min(1.0, step / max(1.0, _COOLED_BY * self.steps))
-
-    def learning_rate(self, group: str, step: int) -> float:
-        """Adapter and head: linear warm-up and decay. From the opening on, ranges are constant, gates fall to 1 %.
-
-        At a constant rate, Adam leaves the gates in a cloud of its own noise around their law: benchmarks/posterior.md.
-        """
-        if group in ("gates", "ranges"):
-            if step < self.opening:
-                return 0.0
-            gone = (step - self.opening) / max(1, self.steps - self.opening)
-            return self.config.lr_gates * _LAST_RATE**gone if group == "gates" else self.config.lr_ranges
-        peak = self.config.lr if group == "adapter" or self.config.lr_head is None else self.config.lr_head
-        warm = max(1, math.ceil(self.config.warmup * self.steps))
-        return peak * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))
 
 
 def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Optimizer:
@@ -228,6 +183,9 @@ class _Loop:
     def _calibrate(self) -> None:
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
+        if hasattr(self.program.prior, "explain"):
+            batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
+            self.program.prior.explain(explained_variances(self.program.net, (inputs for inputs, _ in batches)))
 
     def _start_gates(self, optimizer) -> None:
         """Set the guide to what the data say about the gates, and the ranges to the widths that it then gives."""

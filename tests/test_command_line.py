@@ -10,14 +10,15 @@ import pytest
 from pyro_blora import __main__ as command_line
 from pyro_blora.__main__ import main
 from pyro_blora.config import RunConfig, field_names
+from pyro_blora.flags import run_fields, take_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def fields(*argv):
     """The configuration of a `train` line, without running it."""
-    settings, rest = command_line._take_settings(["train", *argv])
-    return RunConfig(**command_line.run_fields(command_line._parser().parse_args(rest), settings))
+    settings, rest = take_settings(["train", *argv])
+    return RunConfig(**run_fields(command_line._parser().parse_args(rest), settings))
 
 
 def refused(capsys, *argv):
@@ -68,6 +69,14 @@ def test_settings_of_prior_and_guide_are_flags_with_a_dot():
     assert config.prior_settings == {"rate": 3, "low": -1.5, "tiny": 1e-3}
     assert config.guide_settings == {"a": "b=c", "x": None}
     assert fields("--prior.low", "-2").prior_settings == {"low": -2}
+
+
+def test_a_site_takes_a_prior_of_its_own(tmp_path):
+    config = fields("--prior", "bops", "--prior.g", "depth", "--prior.z=nested", "--prior.z.rate", "3")
+    assert config.prior_settings == {"g": "depth", "z": "nested", "z.rate": 3}
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("prior.g: eva\nprior.g.share: 0.25\n", encoding="utf-8")
+    assert fields("--preset", str(preset)).prior_settings == {"g": "eva", "g.share": 0.25}
 
 
 def test_a_preset_is_overridden_by_the_line():

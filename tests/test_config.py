@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_blora.config import NOT_IN_DIGEST, PRESETS, RunConfig, field_names, load_preset, preset_names
+from pyro_blora.config import NOT_IN_DIGEST, PRESETS, RunConfig, field_names
+from pyro_blora.flags import load_preset, preset_names
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 # One other value for every field, so that a law can be asked of each.
@@ -97,6 +98,16 @@ def test_a_folder_name_shows_the_last_part_of_a_path():
     assert config.folder_name == f"sst2-deberta_v3_base-my_priors.py_late-{config.digest}"
     assert RunConfig(backbone="/models/mine/").folder_name.split("-")[1] == "mine"
     assert RunConfig(backbone="..").folder_name.split("-")[1] == "local"
+
+
+def test_sites_with_priors_of_their_own_are_in_the_name(tmp_path):
+    mixed = RunConfig(prior="bops", prior_settings={"g": "laws/own.py:late"})
+    assert mixed.folder_name == f"acceptability-demo-bops+own.py_late-{mixed.digest}"
+    assert RunConfig(prior="bops", prior_settings={"g": "bops", "z": "bops"}).prior_names == ["bops"]
+    file = tmp_path / "own.py"
+    config = RunConfig(prior_settings={"z": f"{file}:late"})
+    digests = [file.write_text(text) and config.digest for text in ("late = 1", "late = 2")]
+    assert digests[0] != digests[1]  # the law is what the file says
 
 
 @pytest.mark.parametrize(

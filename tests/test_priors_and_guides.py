@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from contracts import check_guide, check_prior, masks
+from contracts import check_guide, masks
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -13,6 +13,7 @@ from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import GUIDES, MeanField, build_guide, register_guide
 from pyro_blora.layout import LADDER
 from pyro_blora.priors import PRIORS, build_prior, register_prior
+from pyro_blora.testing import check_prior
 
 OWN = '''
 import torch

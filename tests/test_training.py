@@ -16,7 +16,8 @@ from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.data import epoch_order
 from pyro_blora.priors import Budget
-from pyro_blora.training import Schedule, fit, make_optimizer
+from pyro_blora.schedule import Schedule
+from pyro_blora.training import fit, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -18,7 +18,7 @@ from pyro_blora.gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from pyro_blora.guides import Mixture
 from pyro_blora.handover import Observer
 from pyro_blora.quantizer import mixture_weights, quantize_mixture
-from pyro_blora.training import Schedule
+from pyro_blora.schedule import Schedule
 
 from .calibration import Simulations
 from .problems import UNDECIDED, Network

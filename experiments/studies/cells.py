@@ -25,7 +25,8 @@ from pyro_blora.build import build
 from pyro_blora.checkpoint import trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run, versions
-from pyro_blora.training import Schedule, fit
+from pyro_blora.schedule import Schedule
+from pyro_blora.training import fit
 
 PREDICTED = ("decision", "log_likelihood", "deployed_decision", "deployed_log_likelihood")
 CHECKPOINT = Path("checkpoints/state.safetensors")

@@ -1,0 +1,110 @@
+"""From presets and command-line words to the fields of a RunConfig.
+
+The presets are package data, in `pyro_blora/presets/`, so that an installed `pyro-blora train --preset demo` finds them
+without a checkout. A setting of the prior or guide has a dot in its name: `--prior.rate 3` on the line,
+`prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own, `--prior.g.NAME` its settings.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import PRESETS, RunConfig, field_names, suggest
+
+_OWNED = r"(?:prior|guide)\.\w+|prior\.[zg]\.\w+"
+_SETTING = re.compile(rf"--({_OWNED})(?:=(.*))?", re.DOTALL)
+
+
+def preset_names() -> list[str]:
+    """The names of the presets that travel with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The RunConfig fields that a preset sets, from a packaged name or a YAML file of the user's.
+
+    The keys are the command line's flags; `prior.rate: 3` becomes an entry of `prior_settings`.
+    Errors: ValueError naming the file, and the line of a key that is unknown or given twice.
+    """
+    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"unknown preset {name!r}: {suggest(name, preset_names())}; or give a YAML file that exists")
+    text = path.read_text(encoding="utf-8")
+    try:
+        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"preset {path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"preset {path} must be a table of `flag: value` lines, got {type(values).__name__}")
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        where = f"preset {path}, line {key_node.start_mark.line + 1}"
+        key = key_node.value
+        if key in seen:
+            raise ValueError(f"{where}: {key!r} is given twice")
+        if key not in field_names() and not re.fullmatch(_OWNED, key):
+            raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, field_names())}")
+        seen.add(key)
+    return gather_settings(values)
+
+
+def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values with every `prior.NAME` and `guide.NAME` moved into `prior_settings` and `guide_settings`."""
+    gathered = {key: value for key, value in values.items() if "." not in key}
+    for key, value in values.items():
+        if "." in key:
+            owner, _, setting = key.partition(".")
+            gathered[f"{owner}_settings"] = {**gathered.get(f"{owner}_settings", {}), setting: value}
+    return gathered
+
+
+def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """The RunConfig fields of a command line: the preset's, overridden by the flags and settings given."""
+    given = {}
+    for field in dataclasses.fields(RunConfig):
+        if hasattr(arguments, field.name):
+            value = getattr(arguments, field.name)
+            optional = not isinstance(field.type, type) and isinstance(None, field.type)
+            given[field.name] = None if optional and value.lower() in ("none", "null") else value
+    preset = load_preset(arguments.preset) if arguments.preset else {}
+    for owner in ("prior", "guide"):
+        chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
+        if given.get(owner, chosen) != chosen:
+            preset.pop(f"{owner}_settings", None)  # they belong to the law that the line has replaced
+    line = gather_settings(settings)
+    for key in line.keys() & preset.keys():
+        line[key] = {**preset[key], **line[key]}
+    return {**preset, **given, **line}
+
+
+def take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split off `--prior.rate 3` and `--guide.NAME=VALUE`; values are YAML, and numbers such as 1e-3 are numbers."""
+    settings: dict[str, Any] = {}
+    rest, tokens = [], iter(argv)
+    for token in tokens:
+        match = _SETTING.fullmatch(token)
+        if match is None:
+            rest.append(token)
+            continue
+        name, text = match.groups()
+        text = next(tokens, None) if text is None else text
+        if text is None or text.startswith("--"):
+            raise ValueError(f"--{name} needs a value: --{name} 3 for example")
+        if name in settings:
+            raise ValueError(f"--{name} is given twice")
+        settings[name] = _value(name, text)
+    return settings, rest
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{name} must be a number, a word or a YAML list, got {text!r}") from error

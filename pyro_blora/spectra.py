@@ -1,0 +1,57 @@
+"""How much of a projection's input its leading principal components explain, for a prior that wants to know."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .adapters import GatedModel, observed
+from .handover import Observer
+from .layout import INPUT
+
+
+class _Moments(Observer):
+    """Count, sum and sum of squares of each adapted projection's input, over batches, examples and tokens."""
+
+    def __init__(self, wanted: set[int]):
+        self.wanted = wanted
+        self.counts: dict[int, int] = dict.fromkeys(wanted, 0)
+        self.sums: dict[int, Tensor | float] = dict.fromkeys(wanted, 0.0)  # (n,)
+        self.products: dict[int, Tensor | float] = dict.fromkeys(wanted, 0.0)  # (n, n)
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        if tensor == INPUT and projection in self.wanted:
+            rows = x.detach().flatten(0, -2).float()
+            self.counts[projection] += len(rows)
+            self.sums[projection] = self.sums[projection] + rows.sum(0)
+            self.products[projection] = self.products[projection] + rows.mT @ rows
+        return x
+
+    def ratios(self, projection: int, components: int) -> Tensor:
+        """Shares of the variance, falling, (components,); 0 beyond the input's width."""
+        count = max(1, self.counts[projection])
+        mean = self.sums[projection] / count
+        variances = torch.linalg.eigvalsh(self.products[projection] / count - torch.outer(mean, mean)).flip(0)
+        shares = variances.clamp(min=0) / variances.clamp(min=0).sum().clamp(min=torch.finfo(variances.dtype).tiny)
+        return torch.nn.functional.pad(shares, (0, max(0, components - len(shares))))[:components]
+
+
+@torch.no_grad()
+def explained_variances(net: GatedModel, batches: Iterable[dict]) -> Tensor:
+    """Explained variance ratios of the R leading components of every adapted projection's input.
+
+    Padding counts as any other token. Shapes: (L, R); rows of projections without an adapter are 0.
+    Errors: ValueError without any batch.
+    Source: principal components of layer inputs as in EVA (Paischer et al., 2024), here from the covariance itself.
+    """
+    adapted = {i for i, p in enumerate(net.layout.projections) if p.adapted}
+    moments = _Moments(adapted)
+    with observed(net, moments):
+        for batch in batches:
+            net(**batch)
+    if not all(moments.counts.values()):
+        raise ValueError("explained variances need at least one batch of training examples, got none")
+    rows = torch.zeros(len(net.layout.projections), net.layout.rank, device=net.log_range.device)
+    for projection in adapted:
+        rows[projection] = moments.ratios(projection, net.layout.rank)
+    return rows

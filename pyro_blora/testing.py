@@ -1,0 +1,121 @@
+"""What a prior of your own must keep, checked one promise at a time: put `check_prior` into your tests.
+
+from pyro_blora.testing import check_prior
+
+check_prior("late.py:late", settings={"rate": 2.0})
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from .gates import Gates
+from .guides import build_guide
+from .layout import AdapterLayout, Projection
+from .priors import build_prior
+
+
+def example_layout(*, layers: int = 2, rank: int = 4) -> AdapterLayout:
+    """Query, key and value of a small encoder, and a feed-forward map without an adapter: all that a law can meet."""
+    kinds = {"query": (8, 8), "key": (8, 8), "value": (8, 8), "intermediate": (8, 32)}
+    projections = tuple(
+        Projection(name=f"{layer}.{kind}", type=kind, layer=layer, in_features=n, out_features=m, tokens=16,
+                   adapted=kind != "intermediate")
+        for layer in range(layers) for kind, (n, m) in kinds.items()
+    )  # fmt: skip
+    macs = sum(p.in_features * p.out_features * p.tokens for p in projections)
+    return AdapterLayout(
+        architecture="example", projections=projections, rank=rank, alpha=2.0 * rank, scope="encoder",
+        sequence_length=16, model_macs=2 * macs,
+    )  # fmt: skip
+
+
+def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, settings: dict | None = None) -> nn.Module:
+    """Refuse a prior that breaks a promise, with a sentence that says which; returns the built module.
+
+    prior: a registered name, `file.py:function`, or the function itself. layout: what to build it on (default:
+    `example_layout()`).
+    Errors: ValueError naming the prior, what is wrong and the remedy.
+    """
+    layout = example_layout() if layout is None else layout
+    built = build_prior(prior, layout, settings)  # refuses wrong kinds, shapes and positive log-probabilities
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"prior {getattr(prior, '__name__', prior)!r}: {what}")
+
+    laws = built()
+    for site, law, again in zip("zg", laws, built(), strict=True):
+        if law.log_probs.dtype != torch.float32:
+            refuse(f"{site} is {law.log_probs.dtype}, expected torch.float32: end with .float()")
+        if not torch.equal(law.log_probs, again.log_probs):
+            refuse(f"two calls gave different laws of {site}: draw random numbers in sample(), or once with a seed")
+    for site, law, twin in zip("zg", laws, build_prior(prior, layout, settings)(), strict=True):
+        if not torch.equal(law.log_probs, twin.log_probs):
+            refuse(f"built twice, it gave different laws of {site}: a run could not be repeated; use a seed")
+    _check_moves(built, refuse)
+    _check_gradients(built, layout, refuse)
+    _check_adapts(built, lambda: build_prior(prior, layout, settings), refuse)
+    return built
+
+
+def _check_moves(prior: nn.Module, refuse: Callable) -> None:
+    for move, expected in (({"device": "meta"}, "device"), ({"dtype": torch.float64}, "dtype")):
+        try:
+            laws = copy.deepcopy(prior).to(**move)()
+        except (RuntimeError, NotImplementedError) as error:
+            refuse(f"it fails after .to({move[expected]}) ({str(error).splitlines()[0]}): {_REGISTER}")
+        for site, law in zip("zg", laws, strict=True):
+            found = law.log_probs.device.type if expected == "device" else law.log_probs.dtype
+            if found != move[expected]:
+                refuse(f"{site} stays on {found} when the module moves to {move[expected]}: {_REGISTER}")
+
+
+_REGISTER = "hold its tensors with self.register_buffer or nn.Parameter, and make new ones from those"
+
+
+def _check_gradients(prior: nn.Module, layout: AdapterLayout, refuse: Callable) -> None:
+    """The KL of a guide reaches whatever the prior learns."""
+    divergence = _divergence(prior, layout)
+    if not bool(divergence.isfinite()):
+        refuse("the KL of a guide from it is not finite: keep log-probabilities at 0 or above -1e30, or pin with -inf")
+    learned = dict(prior.named_parameters())
+    if not learned:
+        return
+    slopes = torch.autograd.grad(divergence, [*learned.values()], allow_unused=True) if divergence.requires_grad else ()
+    for name, slope in zip(learned, slopes or [None] * len(learned), strict=True):
+        if slope is None:
+            refuse(f"its parameter {name!r} gets no gradient from the KL: use it in forward(), without .detach()")
+        if not bool(slope.isfinite().all()):
+            refuse(f"the gradient of its parameter {name!r} is not finite: compute with logarithms")
+
+
+def _divergence(prior: nn.Module, layout: AdapterLayout) -> Tensor:
+    laws = prior.sample() if hasattr(prior, "sample") else prior()
+    guide = build_guide("mean_field", layout, prior, {"open_logit": 1.0})
+    q = guide.laws(0.5, True)
+    divergence = torch.where(layout.z_mask, kl_divergence(q.z, laws.z), 0.0).sum()
+    divergence = divergence + torch.where(layout.g_mask, kl_divergence(q.g, laws.g), 0.0).sum()
+    return divergence + (prior.divergence() if hasattr(prior, "divergence") else 0.0)
+
+
+def _check_adapts(prior: nn.Module, rebuilt: Callable[[], nn.Module], refuse: Callable) -> None:
+    """What `adapt` and `explain` change is in the state_dict, or a run that is resumed would forget it."""
+    with torch.no_grad():
+        moved = copy.deepcopy(prior)
+        means = Gates(*(law.mean[None] for law in moved()))
+        if hasattr(moved, "adapt"):
+            moved.adapt(means)
+        if hasattr(moved, "explain"):
+            L, ranks = means.g.shape[1:]
+            moved.explain(torch.linspace(0.5, 0.1, ranks + 1).expand(L, -1))
+        fresh = rebuilt()
+        fresh.load_state_dict(moved.state_dict())
+        for site, law, restored in zip("zg", moved(), fresh(), strict=True):
+            if not torch.equal(law.log_probs, restored.log_probs):
+                refuse(f"what it changes in {site} is not in its state_dict: hold it with self.register_buffer")
+    for name, value in (moved.report() if hasattr(moved, "report") else {}).items():
+        if not isinstance(value, int | float):
+            refuse(f"report()[{name!r}] must be a number, got {type(value).__name__}: use .item()")
