@@ -16,8 +16,9 @@ import yaml
 
 from .config import PRESETS, RunConfig, field_names, suggest
 
-_OWNED = r"(?:prior|guide)\.\w+|prior\.[zg]\.\w+"
-_SETTING = re.compile(rf"--({_OWNED})(?:=(.*))?", re.DOTALL)
+_PATTERN = r"(?:prior|guide)\.\w+|prior\.[zg]\.\w+"
+OWNED = re.compile(_PATTERN)
+_SETTING = re.compile(rf"--({_PATTERN})(?:=(.*))?", re.DOTALL)
 
 
 def preset_names() -> list[str]:
@@ -49,7 +50,7 @@ def load_preset(name: str) -> dict[str, Any]:
         key = key_node.value
         if key in seen:
             raise ValueError(f"{where}: {key!r} is given twice")
-        if key not in field_names() and not re.fullmatch(_OWNED, key):
+        if key not in field_names() and not OWNED.fullmatch(key):
             raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, field_names())}")
         seen.add(key)
     return gather_settings(values)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_backbone
+from tiny import save_tiny_backbone, tiny_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
@@ -18,6 +18,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs a e --simulations 20 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
+    "grid.py": "GRID --output_dir OUT",
     "glue_small.py": "--glue_dir GLUE --tasks wnli --max_train 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
     "train.py": "--task acceptability --backbone demo --max_train 64 --epochs 1 --draws 2 --output_dir OUT",
@@ -31,6 +32,9 @@ def test_every_script_is_in_the_table():
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_a_script_runs_and_leaves_results(script, tmp_path, request):
     arguments = SCRIPTS[script].replace("OUT", str(tmp_path / "out"))
+    if "GRID" in arguments:
+        backbone = save_tiny_backbone(tmp_path / "tiny")
+        arguments = arguments.replace("GRID", str(tiny_grid(tmp_path / "grid.yaml", backbone)))
     if "TINY" in arguments:
         arguments = arguments.replace("TINY", str(save_tiny_backbone(tmp_path / "tiny")))
     if "GLUE" in arguments:

@@ -1,5 +1,6 @@
 """A tiny pretrained-looking backbone on disk: a two-layer BERT with a word-level tokenizer of the demo's words."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -37,3 +38,13 @@ def tiny_config(backbone: Path, **changes) -> RunConfig:
         "draws": 3, "logging_steps": 1, "checkpoint_steps": 3, "max_length": 32,
     }  # fmt: skip
     return RunConfig(**{**values, **changes})
+
+
+def tiny_grid(path: Path, backbone: Path, axes: str = "  seed: [0, 1]\n") -> Path:
+    """A grid file of such runs."""
+    values = dataclasses.asdict(tiny_config(backbone))
+    base = {key: values[key] for key in ("task", "backbone", "max_train", "epochs", "batch_size", "rank", "draws",
+                                         "logging_steps", "checkpoint_steps", "max_length")}  # fmt: skip
+    lines = "".join(f"  {key}: {value}\n" for key, value in base.items())
+    path.write_text(f"base:\n{lines}axes:\n{axes}", encoding="utf-8")
+    return path

@@ -1,0 +1,173 @@
+"""From a grid file to the cells of a study: every combination of its axes, each a checked RunConfig.
+
+    base:                                  # flags of every run
+      backbone: demo
+      max_train: 2000
+    axes:                                  # every combination of one entry from each
+      task: [sst2, mrpc]
+      prior:
+        - nested
+        - {prior: bops, prior.rate: 0.5}   # several flags that go together, shown as `bops` and told apart by `label`
+      seed: [0, 1]
+
+Nothing is trained, and nothing but the names of priors and guides is looked up, before every cell is known to be right.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pyro_blora.build import check_names
+from pyro_blora.config import RunConfig, field_names, suggest
+from pyro_blora.flags import OWNED, gather_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One choice of an axis: what it is called in tables, the flags it sets, and its line in the file."""
+
+    label: str
+    flags: dict[str, Any]
+    line: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a grid.  labels: axis -> label of its entry."""
+
+    labels: dict[str, str]
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / self.config.folder_name
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{axis}={label}" for axis, label in self.labels.items())
+
+
+def read_grid(path: str | Path, output_dir: str | None = None, glue_dir: str | None = None) -> list[Cell]:
+    """All cells of a grid file, in the order of its axes.
+
+    output_dir: of the runs, unless the file names one (default: runs/<name of the file>). glue_dir: likewise.
+    Errors: ValueError naming the file and the line, or the combination, that cannot work.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"grid file {path} does not exist: give a YAML file, those of experiments/grids for example")
+    text = path.read_text(encoding="utf-8")
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"grid {path} is not YAML: {' '.join(str(error).split())}") from error
+    tables = dict(_pairs(root, path, "base and axes", ("base", "axes")))
+    base = _flags(tables["base"], path) if "base" in tables else {}
+    base = {"output_dir": output_dir or f"runs/{path.stem}", "glue_dir": glue_dir} | base
+    axes = _axes(tables.get("axes"), path)
+    _config(base, f"grid {path}, base")
+    for entries in axes.values():  # one at a time first, so that a mistake has a line
+        for entry in entries:
+            _config(base | entry.flags, f"grid {path}, line {entry.line}")
+    cells = []
+    for chosen in itertools.product(*axes.values()):
+        labels = {axis: entry.label for axis, entry in zip(axes, chosen, strict=True)}
+        flags = base | {key: value for entry in chosen for key, value in entry.flags.items()}
+        where = f"grid {path}, " + " with ".join(f"line {entry.line} ({entry.label})" for entry in chosen)
+        config = _config(flags, where)
+        try:
+            check_names(config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        cells.append(Cell(labels, config))
+    _refuse_twins(cells, path)
+    return cells
+
+
+def _axes(node: yaml.Node | None, path: Path) -> dict[str, list[Entry]]:
+    if node is None:
+        raise ValueError(f"grid {path} has no `axes`: a table such as `task: [sst2, mrpc]`")
+    axes, owner = {}, {}
+    for axis, choices in _pairs(node, path, "axes"):
+        if not isinstance(choices, yaml.SequenceNode) or not choices.value:
+            raise ValueError(f"{_at(path, choices)}: axis {axis!r} must be a list, such as [0, 1]")
+        axes[axis] = [_entry(axis, choice, path) for choice in choices.value]
+        labels = [entry.label for entry in axes[axis]]
+        for i, entry in enumerate(axes[axis]):
+            if entry.label in labels[:i]:
+                where = f"grid {path}, line {entry.line}"
+                raise ValueError(f"{where}: axis {axis!r} has two entries {entry.label!r}: give one a `label:`")
+        for flag in {flag for entry in axes[axis] for flag in entry.flags}:
+            if flag in owner:
+                line = next(entry.line for entry in axes[axis] if flag in entry.flags)
+                raise ValueError(f"grid {path}, line {line}: {flag!r} is set by the axes {owner[flag]!r} and {axis!r}")
+            owner[flag] = axis
+    return axes
+
+
+def _entry(axis: str, node: yaml.Node, path: Path) -> Entry:
+    line = node.start_mark.line + 1
+    if not isinstance(node, yaml.MappingNode):
+        value = _value(node)
+        _require_flag(axis, node, path)
+        return Entry(str(value), {axis: value}, line)
+    flags = _flags(node, path, extra=("label",))
+    label = flags.pop("label", None) or flags.get(axis)
+    if label is None:
+        raise ValueError(f"{_at(path, node)}: an entry of axis {axis!r} that does not set {axis!r} needs a `label:`")
+    return Entry(str(label), flags, line)
+
+
+def _flags(node: yaml.Node, path: Path, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    found = {}
+    for key, value in _pairs(node, path, "flags"):
+        if key not in extra:
+            _require_flag(key, value, path)
+        found[key] = _value(value)
+    return found
+
+
+def _require_flag(key: str, node: yaml.Node, path: Path) -> None:
+    if key not in field_names() and not OWNED.fullmatch(key):
+        raise ValueError(f"{_at(path, node)}: unknown flag {key!r}: {suggest(key, field_names())}")
+
+
+def _pairs(node: yaml.Node | None, path: Path, what: str, known: tuple[str, ...] = ()) -> list[tuple[str, yaml.Node]]:
+    if not isinstance(node, yaml.MappingNode):
+        where = f"grid {path}" if node is None else _at(path, node)
+        raise ValueError(f"{where}: expected a table of {what}")
+    keys = [key.value for key, _ in node.value]
+    for i, (key, _) in enumerate(node.value):
+        if key.value in keys[:i]:
+            raise ValueError(f"{_at(path, key)}: {key.value!r} is given twice")
+        if known and key.value not in known:
+            raise ValueError(f"{_at(path, key)}: unknown key {key.value!r}: {suggest(key.value, known)}")
+    return [(key.value, value) for key, value in node.value]
+
+
+def _value(node: yaml.Node) -> Any:
+    return yaml.safe_load(yaml.serialize(node))
+
+
+def _at(path: Path, node: yaml.Node) -> str:
+    return f"grid {path}, line {node.start_mark.line + 1}"
+
+
+def _config(flags: dict[str, Any], where: str) -> RunConfig:
+    try:
+        return RunConfig.from_dict(gather_settings(flags))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _refuse_twins(cells: list[Cell], path: Path) -> None:
+    held: dict[Path, Cell] = {}
+    for cell in cells:
+        if cell.folder in held:
+            raise ValueError(
+                f"grid {path}: {held[cell.folder].name} and {cell.name} are the same run: drop one of them"
+            )
+        held[cell.folder] = cell

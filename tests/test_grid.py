@@ -1,0 +1,158 @@
+"""Grids: what a file means, what is wrong with it and where, and that no finished run is lost or repeated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import save_tiny_backbone, tiny_grid
+
+from experiments.studies.grid_file import read_grid
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYRO_BLORA_COMPILE": "0", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def written(tmp_path, text):
+    path = tmp_path / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def grid(*arguments):
+    return [sys.executable, "experiments/grid.py", *map(str, arguments)]
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+GOOD = """
+base:
+  max_train: 2000
+axes:
+  task: [sst2, mrpc]
+  prior:
+    - nested
+    - {prior: budget, prior.bops: 0.2}
+    - {prior: bops, prior.g: depth, label: flat ranks}
+  seed: [0, 1]
+"""
+
+
+def test_a_file_is_every_combination_of_its_axes(tmp_path):
+    cells = read_grid(written(tmp_path, GOOD), glue_dir="/glue")
+    assert len(cells) == 12 and len({cell.folder for cell in cells}) == 12
+    assert [cell.labels for cell in cells[:2]] == [
+        {"task": "sst2", "prior": "nested", "seed": "0"},
+        {"task": "sst2", "prior": "nested", "seed": "1"},
+    ]
+    last = cells[-1]
+    assert last.labels == {"task": "mrpc", "prior": "flat ranks", "seed": "1"}
+    assert (last.config.prior, last.config.prior_settings) == ("bops", {"g": "depth"})
+    assert cells[2].config.prior_settings == {"bops": 0.2}
+    assert {(c.config.max_train, c.config.glue_dir, c.config.output_dir) for c in cells} == {
+        (2000, "/glue", "runs/study")
+    }
+    assert read_grid(written(tmp_path, GOOD), "elsewhere")[0].config.output_dir == "elsewhere"
+
+
+def test_the_files_that_come_along_are_right():
+    files = sorted((ROOT / "experiments" / "grids").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert read_grid(file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("nested\n", "nestd\n", r"line 7 \(nestd\).*unknown prior 'nestd': did you mean 'nested'"),
+        ("[0, 1]", "[0, -1]", "line 10: seed must be between 0 and 4294967295, got -1"),
+        ("  seed:", "  sed:", "line 10: unknown flag 'sed': did you mean 'seed'"),
+        ("max_train: 2000", "max_train: many", "base: max_train must be a whole number or none, got 'many'"),
+        ("max_train: 2000", "max_trian: 2000", "line 3: unknown flag 'max_trian': did you mean 'max_train'"),
+        ("prior.bops: 0.2", "prior.bps: 0.2", r"line 8 \(budget\).*unknown setting 'bps': did you mean 'bops'"),
+        ("axes:", "axis:", "line 4: unknown key 'axis': did you mean 'axes'"),
+        ("[0, 1]", "[0, 0]", "line 10: axis 'seed' has two entries '0': give one a `label:`"),
+        ("[0, 1]", "0", "line 10: axis 'seed' must be a list"),
+        ("[0, 1]", "[]", "line 10: axis 'seed' must be a list"),
+        ("[0, 1]", "[0, {lr: 0.1}]", "line 10: an entry of axis 'seed' that does not set 'seed' needs a `label:`"),
+        ("[0, 1]", "[0, {label: x, task: cola}]", "line 10: 'task' is set by the axes 'task' and 'seed'"),
+        ("[0, 1]", "[0, {seed: 1, seed: 2}]", "line 10: 'seed' is given twice"),
+        ("[0, 1]", "[0, {label: same, seed: 0}]", "are the same run: drop one of them"),
+        ("  task: [sst2, mrpc]\n", "  task: [sst2, mrpc\n", "is not YAML"),
+        ("label: flat ranks", "label: nested", "line 9: axis 'prior' has two entries 'nested'"),
+    ],
+)
+def test_a_mistake_is_refused_with_its_line(tmp_path, old, new, message):
+    assert old in GOOD
+    with pytest.raises(ValueError, match=message):
+        read_grid(written(tmp_path, GOOD.replace(old, new)))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "base: {seed: 1}\n", "axes: [1]\n", "axes: {}\nbase: 3\n"])
+def test_a_file_of_another_shape_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=r"grid .*study\.yaml"):
+        read_grid(written(tmp_path, text))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_grid(tmp_path / "none.yaml")
+
+
+def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path):
+    file = written(tmp_path, GOOD.replace("nested\n", "nestd\n"))
+    done = subprocess.run(grid(file, "--output_dir", tmp_path / "out"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'nested'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone):
+    file = tiny_grid(tmp_path / "grid.yaml", backbone, "  lr: [0.001, 1.0e+30]\n")
+    out = tmp_path / "out"
+    done = subprocess.run(grid(file, "--output_dir", out, "--processes", 2), cwd=ROOT, env=ENVIRONMENT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "1 of 2 runs are finished" in done.stdout and "failed: lr=1e+30" in done.stdout and "diverged" in done.stdout
+    table = pd.read_parquet(out / "results.parquet")
+    assert len(table) == 1 and table.lr.tolist() == ["0.001"] and Path(table.folder[0]).is_dir()
+    assert pd.read_csv(out / "results.csv").score[0] == pytest.approx(table.score[0])
+    assert table.bops_adapted.between(0, 1).all() and table.metric[0] == "accuracy"
+
+
+def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone):
+    file, out = tiny_grid(tmp_path / "grid.yaml", backbone, "  seed: [0, 1, 2]\n"), tmp_path / "out"
+    summaries = lambda: sorted(out.glob("*/summary.json"))  # noqa: E731
+    process = subprocess.Popen(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (summaries() and list(out.glob(".*.partial"))):  # one run is finished, the next one has begun
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1.0)
+    kept = {path: path.stat().st_mtime_ns for path in summaries()}
+    lines = {path: path.read_text("utf-8") for path in out.glob(".*.partial/metrics.jsonl")}
+    time.sleep(1.5)  # no orphan goes on
+    assert lines == {path: path.read_text("utf-8") for path in out.glob(".*.partial/metrics.jsonl")}
+    done = subprocess.run(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 runs are finished" in done.stdout and 1 <= len(kept) < 3
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in summaries()}.items()
+    table = pd.read_parquet(out / "results.parquet")
+    assert table.seed.tolist() == ["0", "1", "2"]
+    for folder, nll in zip(table.folder, table.nll, strict=True):
+        assert json.loads((Path(folder) / "summary.json").read_text("utf-8"))["nll"] == nll
