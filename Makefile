@@ -25,7 +25,7 @@ bench: $(INSTALLED)
 $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev,cluster]'
 	rm -f .venv/.installed-*
 	touch $@
 

@@ -8,10 +8,8 @@ the end with the file of its output. The results are one table, results.parquet 
 """
 
 import argparse
-import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,29 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
+import yaml
 from tqdm.auto import tqdm
 
 from experiments.studies.grid_file import Cell, read_grid
+from experiments.studies.launchers import Cluster, Processes
 from pyro_blora.schedule import Schedule
 
 _LOOK = 0.5  # seconds between two looks at the runs
-
-
-@dataclasses.dataclass
-class Running:
-    """A cell and the process that trains it."""
-
-    cell: Cell
-    process: subprocess.Popen
-
-    @property
-    def step(self) -> int:
-        """The last step that it has logged."""
-        path = self.cell.folder.with_name(f".{self.cell.folder.name}.partial") / "metrics.jsonl"
-        try:
-            return json.loads(path.read_text("utf-8").splitlines()[-1])["step"]
-        except (OSError, IndexError, ValueError, KeyError):  # nothing yet, or half a line
-            return 0
 
 
 def is_finished(cell: Cell) -> bool:
@@ -52,45 +35,44 @@ def log_file(cell: Cell) -> Path:
     return Path(cell.config.output_dir) / "logs" / f"{cell.folder.name}.txt"
 
 
-def start(cell: Cell) -> Running:
-    """`pyro-blora train` on the cell's own configuration; what it prints goes to its log file."""
-    path = log_file(cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    config = path.with_suffix(".json")
+def step(cell: Cell) -> int:
+    """The last step that a run in progress has logged."""
+    path = cell.folder.with_name(f".{cell.folder.name}.partial") / "metrics.jsonl"
+    try:
+        return json.loads(path.read_text("utf-8").splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError, KeyError):  # nothing yet, or half a line
+        return 0
+
+
+def start(cell: Cell, launcher):
+    """Start the run on the cell's own configuration."""
+    log = log_file(cell)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    config = log.with_suffix(".json")
     config.write_text(cell.config.to_json(), encoding="utf-8")
-    root = Path(__file__).resolve().parents[1]
-    with open(path, "w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.studies.one_run", str(config), str(os.getpid())],
-            stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])},
-        )  # fmt: skip
-    return Running(cell, process)
+    return launcher.start(config, log)
 
 
-def run_all(cells: list[Cell], processes: int) -> list[Cell]:
-    """Train what is not finished, `processes` at a time; returns the cells that failed."""
+def run_all(cells: list[Cell], launcher, at_a_time: int) -> list[Cell]:
+    """Train what is not finished, some at a time; returns the cells that failed."""
     waiting = [cell for cell in cells if not is_finished(cell)]
-    running: list[Running] = []
-    failed: list[Cell] = []
+    running, failed = [], []
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run", dynamic_ncols=True) as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < processes:
-                    running.append(start(waiting.pop(0)))
+                while waiting and len(running) < at_a_time:
+                    running.append((waiting[0], start(waiting.pop(0), launcher)))
                 time.sleep(_LOOK)
-                for one in [one for one in running if one.process.poll() is not None]:
-                    running.remove(one)
-                    if not is_finished(one.cell):
-                        failed.append(one.cell)
-                        bar.write(f"failed: {one.cell.name}: {last_line(log_file(one.cell))}")
+                for cell, run in [(cell, run) for cell, run in running if run.ended()]:
+                    running.remove((cell, run))
+                    if not is_finished(cell):
+                        failed.append(cell)
+                        bar.write(f"failed: {cell.name}: {last_line(log_file(cell))}")
                     bar.update()
-                bar.set_postfix_str(", ".join(f"{one.cell.name} step {one.step}" for one in running))
-        finally:  # interrupted: a run that is told to stop resumes at its last checkpoint
-            for one in running:
-                one.process.terminate()
-            for one in running:
-                one.process.wait()
+                bar.set_postfix_str(", ".join(f"{cell.name} step {step(cell)}" for cell, _ in running))
+        finally:  # interrupted: a run that is stopped goes on from its last checkpoint
+            for _, run in running:
+                run.stop()
     return failed
 
 
@@ -127,6 +109,13 @@ def write_results(table: pd.DataFrame, folder: Path) -> None:
         os.replace(folder / f".{name}.partial", folder / name)
 
 
+def job_settings(given: list[str]) -> dict:
+    """NAME=VALUE words as a table; values are YAML."""
+    if wrong := [word for word in given if "=" not in word]:
+        raise ValueError(f"--job takes NAME=VALUE, got {wrong[0]!r}")
+    return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in given)}
+
+
 def steps_of(cell: Cell) -> str:
     """Optimizer steps, where the file says how many examples there are."""
     return str(Schedule.of(cell.config, cell.config.max_train).steps) if cell.config.max_train else "all data"
@@ -137,13 +126,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("grid", help="a YAML file; experiments/grids has some")
     parser.add_argument("--glue_dir", help="folder of the official TSV release, for runs that name none")
     parser.add_argument("--output_dir", help="folder of the runs, unless the file names one (default: runs/<grid>)")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--at_a_time", type=int, help="runs at a time (default: 1; all of them on Slurm)")
+    parser.add_argument("--cluster", choices=("slurm", "local"), help="send the runs there as jobs, through submitit")
+    parser.add_argument(
+        "--job",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameters of a job, as submitit calls them: slurm_partition=gpu gpus_per_node=1",
+    )
     parser.add_argument("--dry_run", action="store_true", help="check the file and list its runs")
     options = parser.parse_args(arguments)
     try:
         cells = read_grid(options.grid, options.output_dir, glue_dir=options.glue_dir)
-        if options.processes < 1:
-            raise ValueError(f"--processes must be at least 1, got {options.processes}")
+        folder = Path(cells[0].config.output_dir)
+        at_a_time = options.at_a_time or (len(cells) if options.cluster == "slurm" else 1)
+        if at_a_time < 1:
+            raise ValueError(f"--at_a_time must be at least 1, got {at_a_time}")
+        launcher = (
+            Cluster(options.cluster, folder / "jobs", job_settings(options.job)) if options.cluster else Processes()
+        )
     except ValueError as error:
         print(f"grid.py: error: {error}", file=sys.stderr)
         return 2
@@ -151,9 +153,8 @@ def main(arguments: list[str]) -> int:
         for cell in cells:
             print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)} steps)")
         return 0
-    folder = Path(cells[0].config.output_dir)
     try:
-        failed = run_all(cells, options.processes)
+        failed = run_all(cells, launcher, at_a_time)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130

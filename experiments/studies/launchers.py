@@ -1,0 +1,84 @@
+"""Where the runs of a grid take place: processes of this machine, or jobs of a cluster through submitit.
+
+A launcher starts a run from its config.json and answers with something that has `ended()` and `stop()`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import one_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Processes:
+    """A process of its own for every run. They end with the one that started them."""
+
+    def start(self, config: Path, log: Path) -> "_Process":
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "experiments.studies.one_run", config, log, str(os.getpid())]
+        return _Process(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}))
+
+
+class _Process:
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+class Cluster:
+    """A job of a cluster for every run: `slurm`, or `local` to try it out on this machine.
+
+    Jobs of Slurm go on when the command that sent them ends; their numbers are kept beside the logs, and the next
+    command waits for them instead of sending them again.
+    Errors: ValueError without submitit, and for a parameter that the cluster does not know.
+    """
+
+    def __init__(self, name: str, folder: Path, parameters: dict[str, Any]):
+        try:
+            import submitit
+        except ImportError:
+            raise ValueError(f"--cluster {name} needs submitit: pip install 'pyro-blora[cluster]'") from None
+        self.name, self.folder, self.submitit = name, folder, submitit
+        self.executor = submitit.AutoExecutor(folder=folder, cluster=name)
+        try:
+            self.executor.update_parameters(**{"timeout_min": 240, **parameters})
+        except (NameError, AssertionError, TypeError) as error:
+            raise ValueError(f"--cluster {name} does not take these parameters: {error}") from None
+
+    def start(self, config: Path, log: Path) -> "_Job":
+        kept = log.with_suffix(".job")
+        if self.name == "slurm" and kept.is_file():
+            job = _Job(self.submitit.SlurmJob(self.folder, kept.read_text("utf-8").strip()), keep=True)
+            if not job.ended():
+                return job
+        parent = os.getpid() if self.name == "local" else None
+        path = os.environ.get("PYTHONPATH")  # a job starts elsewhere: it finds the checkout by this
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), path]))
+        try:
+            job = self.executor.submit(one_run.train, str(config.resolve()), str(log.resolve()), parent)
+        finally:
+            os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+        kept.write_text(job.job_id + "\n", encoding="utf-8")
+        return _Job(job, keep=self.name == "slurm")
+
+
+class _Job:
+    def __init__(self, job: Any, keep: bool):
+        self.job, self.keep = job, keep
+
+    def ended(self) -> bool:
+        return self.job.done()
+
+    def stop(self) -> None:
+        if not self.keep:
+            self.job.cancel(check=False)
