@@ -118,7 +118,9 @@ def job_settings(given: list[str]) -> dict:
 
 def steps_of(cell: Cell) -> str:
     """Optimizer steps, where the file says how many examples there are."""
-    return str(Schedule.of(cell.config, cell.config.max_train).steps) if cell.config.max_train else "all data"
+    return (
+        str(Schedule.of(cell.config, cell.config.max_train).steps) if cell.config.max_train else "as many as the data"
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -139,20 +141,19 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         cells = read_grid(options.grid, options.output_dir, glue_dir=options.glue_dir)
-        folder = Path(cells[0].config.output_dir)
-        at_a_time = options.at_a_time or (len(cells) if options.cluster == "slurm" else 1)
+        at_a_time = len(cells) if options.cluster == "slurm" else 1
+        at_a_time = at_a_time if options.at_a_time is None else options.at_a_time
         if at_a_time < 1:
             raise ValueError(f"--at_a_time must be at least 1, got {at_a_time}")
-        launcher = (
-            Cluster(options.cluster, folder / "jobs", job_settings(options.job)) if options.cluster else Processes()
-        )
+        if options.dry_run:
+            for cell in cells:
+                print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)} steps)")
+            return 0
+        folder, job = Path(cells[0].config.output_dir), job_settings(options.job)
+        launcher = Cluster(options.cluster, folder / "jobs", job) if options.cluster else Processes()
     except ValueError as error:
         print(f"grid.py: error: {error}", file=sys.stderr)
         return 2
-    if options.dry_run:
-        for cell in cells:
-            print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)} steps)")
-        return 0
     try:
         failed = run_all(cells, launcher, at_a_time)
     except KeyboardInterrupt:

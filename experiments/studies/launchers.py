@@ -6,6 +6,7 @@ A launcher starts a run from its config.json and answers with something that has
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,17 @@ class Cluster:
         except ImportError:
             raise ValueError(f"--cluster {name} needs submitit: pip install 'pyro-blora[cluster]'") from None
         self.name, self.folder, self.submitit = name, folder, submitit
-        self.executor = submitit.AutoExecutor(folder=folder, cluster=name)
+        with tempfile.TemporaryDirectory() as tried:  # submitit makes its folder before it looks at the parameters
+            self._executor(tried, parameters)
+        self.executor = self._executor(folder, parameters)
+
+    def _executor(self, folder: Path | str, parameters: dict[str, Any]):
+        executor = self.submitit.AutoExecutor(folder=folder, cluster=self.name)
         try:
-            self.executor.update_parameters(**{"timeout_min": 240, **parameters})
+            executor.update_parameters(**{"timeout_min": 240, **parameters})
         except (NameError, AssertionError, TypeError) as error:
-            raise ValueError(f"--cluster {name} does not take these parameters: {error}") from None
+            raise ValueError(f"--cluster {self.name} does not take these parameters: {error}") from None
+        return executor
 
     def start(self, config: Path, log: Path) -> "_Job":
         kept = log.with_suffix(".job")
