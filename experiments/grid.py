@@ -118,9 +118,8 @@ def job_settings(given: list[str]) -> dict:
 
 def steps_of(cell: Cell) -> str:
     """Optimizer steps, where the file says how many examples there are."""
-    return (
-        str(Schedule.of(cell.config, cell.config.max_train).steps) if cell.config.max_train else "as many as the data"
-    )
+    config = cell.config
+    return f"{Schedule.of(config, config.max_train).steps} steps" if config.max_train else "all data"
 
 
 def main(arguments: list[str]) -> int:
@@ -147,7 +146,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--at_a_time must be at least 1, got {at_a_time}")
         if options.dry_run:
             for cell in cells:
-                print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)} steps)")
+                print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)})")
             return 0
         folder, job = Path(cells[0].config.output_dir), job_settings(options.job)
         launcher = Cluster(options.cluster, folder / "jobs", job) if options.cluster else Processes()
