@@ -25,6 +25,7 @@ from experiments.studies.launchers import Cluster, Processes
 from pyro_blora.schedule import Schedule
 
 _LOOK = 0.5  # seconds between two looks at the runs
+COLUMNS = ("metric", "score", "deployed_score", "nll", "deployed_nll", "ece", "brier", "seconds", "folder")
 
 
 def is_finished(cell: Cell) -> bool:
@@ -61,7 +62,13 @@ def run_all(cells: list[Cell], launcher, at_a_time: int) -> list[Cell]:
         try:
             while waiting or running:
                 while waiting and len(running) < at_a_time:
-                    running.append((waiting[0], start(waiting.pop(0), launcher)))
+                    cell = waiting.pop(0)
+                    try:
+                        running.append((cell, start(cell, launcher)))
+                    except (OSError, RuntimeError) as error:  # the cluster does not take it
+                        log_file(cell).write_text(f"not started: {' '.join(str(error).split())}\n", encoding="utf-8")
+                        failed.append(cell)
+                        bar.update()
                 time.sleep(_LOOK)
                 for cell, run in [(cell, run) for cell, run in running if run.ended()]:
                     running.remove((cell, run))
@@ -113,7 +120,10 @@ def job_settings(given: list[str]) -> dict:
     """NAME=VALUE words as a table; values are YAML."""
     if wrong := [word for word in given if "=" not in word]:
         raise ValueError(f"--job takes NAME=VALUE, got {wrong[0]!r}")
-    return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in given)}
+    try:
+        return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in given)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--job takes NAME=VALUE, and a value is no YAML: {' '.join(str(error).split())}") from None
 
 
 def steps_of(cell: Cell) -> str:
@@ -139,7 +149,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="check the file and list its runs")
     options = parser.parse_args(arguments)
     try:
-        cells = read_grid(options.grid, options.output_dir, glue_dir=options.glue_dir)
+        cells = read_grid(options.grid, options.output_dir, options.glue_dir, taken=COLUMNS)
         at_a_time = len(cells) if options.cluster == "slurm" else 1
         at_a_time = at_a_time if options.at_a_time is None else options.at_a_time
         if at_a_time < 1:
@@ -148,6 +158,8 @@ def main(arguments: list[str]) -> int:
             for cell in cells:
                 print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)})")
             return 0
+        if options.job and not options.cluster:
+            raise ValueError("--job is for the jobs of a cluster: add --cluster slurm")
         folder, job = Path(cells[0].config.output_dir), job_settings(options.job)
         launcher = Cluster(options.cluster, folder / "jobs", job) if options.cluster else Processes()
     except ValueError as error:

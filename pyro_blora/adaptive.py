@@ -3,11 +3,12 @@
 Each is an `nn.Module` whose call returns Gates. What else it may have, all optional:
 
     adapt(means)      called after every step with the marginals of M components, z (M, L, T, K) and g (M, L, R - 1)
-    explain(ratios)   called before training with the explained variances of the projections' inputs (L, R), spectra.py
+    explain(ratios)   called when the gates start, with the explained variances of the layers' inputs (L, R), spectra.py
     sample()          if its own settings are random: the laws at a draw from their posterior, reparametrised
     divergence()      ... and the KL of that posterior from their law, nats
     sample_prior(S)   ... and the laws at S draws before any data
     report()          numbers for log and summary
+    only(site)        called where it is the law of `z` or `g` alone: what it says of the other counts for nothing
 """
 
 import math
@@ -41,19 +42,22 @@ class Budget(nn.Module):
         if denominator not in ("adapted", "model"):
             raise ValueError(f"prior {name!r}: denominator must be 'adapted' or 'model', got {denominator!r}")
         self.layout, self.target, self.field = layout, target, f"{denominator}_ratio"
-        closed, opened = (
-            self._ratio(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)
-        )
-        if not closed < target < opened:
-            raise ValueError(
-                f"prior {name!r}: bops must be between {closed:.3g} (every gate closed) and {opened:.3g} (open) of "
-                f"denominator {denominator!r} in scope {layout.scope!r}, got {target:g}; in scope `encoder` "
-                "more gates save bit operations"
-            )
+        self.name, self.denominator = name, denominator
+        self.require_reach(*(Gates(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)))
         self.register_buffer("asinh_rate", torch.tensor(math.asinh(1e3)))
         self.register_buffer("z_price", torch.zeros(layout.z_shape))  # (L, T, K), ratio of BOPs a gate
         self.register_buffer("g_price", torch.zeros(layout.g_shape))  # (L, R - 1)
         self._follow(Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape)))
+
+    def require_reach(self, closed: Gates, opened: Gates) -> None:
+        """Refuse a target that is not between the least and the most that the gates can spend."""
+        least, most = self._ratio(*closed), self._ratio(*opened)
+        if not least < self.target < most:
+            raise ValueError(
+                f"prior {self.name!r}: bops must be between {least:.3g} (every gate closed) and {most:.3g} (open) of "
+                f"denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in scope "
+                "`encoder` more gates save bit operations"
+            )
 
     def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
         return getattr(expected_bops(self.layout, z, g), self.field)
@@ -106,8 +110,13 @@ class Hierarchical(nn.Module):
         kinds = list(dict.fromkeys(p.type for p in layout.projections))
         self.names = [*layout.tensors, *(f"rank_{kind}" for kind in kinds)]
         self.register_buffer("kind", torch.tensor([kinds.index(p.type) for p in layout.projections]), persistent=False)
+        self.used = range(len(self.names))
         self.loc = nn.Parameter(torch.full((len(self.names),), math.log(shape / rate)))  # of log(rate)
         self.log_sd = nn.Parameter(torch.full((len(self.names),), -1.0))
+
+    def only(self, site: str) -> None:
+        tensors = self.z_shape[1]
+        self.used = range(tensors) if site == "z" else range(tensors, len(self.names))
 
     def _gates(self, rates: Tensor) -> Gates:
         """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
@@ -134,7 +143,7 @@ class Hierarchical(nn.Module):
         entropy = self.loc + 0.5 + 0.5 * math.log(2 * math.pi) + self.log_sd
         mean = (self.loc + sd.square() / 2).exp()
         gamma = self.shape * math.log(self.rate) - math.lgamma(self.shape)
-        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean).sum()
+        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean)[list(self.used)].sum()
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
@@ -142,7 +151,7 @@ class Hierarchical(nn.Module):
         law = torch.distributions.LogNormal(self.loc, self.log_sd.exp())
         low, high = (law.icdf(torch.full_like(self.loc, p)) for p in (0.03, 0.97))
         columns = {"": law.mean, "_low": low, "_high": high}
-        return {f"rate_{n}{end}": x[i].item() for i, n in enumerate(self.names) for end, x in columns.items()}
+        return {f"rate_{self.names[i]}{end}": x[i].item() for i in self.used for end, x in columns.items()}
 
 
 class ExplainedVariance(nn.Module):
@@ -150,15 +159,18 @@ class ExplainedVariance(nn.Module):
 
     log-odds of rank r = strength * log(ratio_r / cut), with ratio_r the share of the input's variance along its r-th
     principal component, and the cut the smallest that EVA would keep if it kept `share` of all ranks. Ranks are even
-    until the data are seen.
+    until the gates start and the data are seen.
     """
 
     def __init__(self, layout: AdapterLayout, strength: float, share: float):
         super().__init__()
-        self.strength, self.share = strength, share
+        self.strength, self.share, self.silent = strength, share, False
         self.register_buffer("z_depths", torch.zeros(*layout.z_shape[:2], layout.z_shape[-1] + 1), persistent=False)
         self.register_buffer("adapted", layout.g_mask.clone(), persistent=False)
         self.register_buffer("log_odds", torch.zeros(layout.g_shape))  # (L, R - 1)
+
+    def only(self, site: str) -> None:
+        self.silent = site == "z"
 
     @torch.no_grad()
     def explain(self, ratios: Tensor) -> None:
@@ -174,7 +186,7 @@ class ExplainedVariance(nn.Module):
     def report(self) -> dict[str, float]:
         """Ranks that the prior alone expects, averaged over the adapters."""
         expected = 1 + self.log_odds.sigmoid().cumprod(-1).sum(-1)
-        return {"prior_rank": expected[self.adapted].mean().item()}
+        return {} if self.silent else {"prior_rank": expected[self.adapted].mean().item()}
 
 
 class Separate(nn.Module):
@@ -182,7 +194,16 @@ class Separate(nn.Module):
 
     def __init__(self, z: nn.Module, g: nn.Module):
         super().__init__()
+        if isinstance(z, Budget) and isinstance(g, Budget):
+            raise ValueError("z and g cannot both have prior 'budget', whose targets are of the same bit operations")
         self.z, self.g = z, g
+        for site, part in (("z", z), ("g", g)):
+            if hasattr(part, "only"):
+                part.only(site)
+            if isinstance(part, Budget):  # as far as this site's gates reach, with the other's as they are
+                means = Gates(*(law.mean for law in self()))
+                ends = (means._replace(**{site: torch.full_like(getattr(means, site), v)}) for v in (0.0, 1.0))
+                part.require_reach(*ends)
 
     def forward(self) -> Gates:
         return Gates(self.z().z, self.g().g)

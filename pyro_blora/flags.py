@@ -18,6 +18,7 @@ from .config import PRESETS, RunConfig, field_names, suggest
 
 _PATTERN = r"(?:prior|guide)\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number, whatever YAML says
 _SETTING = re.compile(rf"--({_PATTERN})(?:=(.*))?", re.DOTALL)
 
 
@@ -62,6 +63,8 @@ def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if "." in key:
             owner, _, setting = key.partition(".")
+            if key in ("prior.z", "prior.g") and value is False:
+                value = "off"  # YAML's reading of the word
             gathered[f"{owner}_settings"] = {**gathered.get(f"{owner}_settings", {}), setting: value}
     return gathered
 
@@ -106,6 +109,6 @@ def take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _value(name: str, text: str) -> Any:
     try:
-        return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else yaml.safe_load(text)
+        return float(text) if EXPONENT.fullmatch(text) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--{name} must be a number, a word or a YAML list, got {text!r}") from error

@@ -86,7 +86,7 @@ class NestedBernoulli(TorchDistribution):
     @classmethod
     def from_rate(cls, rate: Tensor, validate_args: bool | None = None) -> "NestedBernoulli":
         """p(open | parent open) = exp(-rate).  rate (..., K) >= 0, in nats."""
-        if not bool((rate >= 0).all()):
+        if not rate.is_meta and not bool((rate >= 0).all()):
             raise ValueError(f"a rate must be >= 0 nats (p(open) = exp(-rate)), got {rate.min().item():g}")
         return cls(-rate, validate_args=validate_args)
 

@@ -183,8 +183,10 @@ def _built(name: str, settings: dict, layout: AdapterLayout) -> nn.Module:
     function = PRIORS.resolve(name)
     name = getattr(name, "__name__", name)
     result = function(layout, **PRIORS.settings(function, settings))
-    prior = result if isinstance(result, nn.Module) else _Constant(_checked(name, result, layout))
-    _checked(name, prior(), layout)
+    prior = result if isinstance(result, nn.Module) else _Constant(checked(name, result, layout))
+    if not isinstance(prior(), Gates):
+        raise ValueError(f"prior {name!r} must return Gates(z, g) when it is called, got {type(prior()).__name__}")
+    checked(name, prior(), layout)
     return prior
 
 
@@ -210,7 +212,8 @@ def parts(name: str, settings: dict) -> dict[str, tuple[str, dict]]:
     return found
 
 
-def _checked(name: str, gates: Gates, layout: AdapterLayout) -> Gates:
+def checked(name: str, gates: Gates, layout: AdapterLayout) -> Gates:
+    """The gates of a prior.  Errors: ValueError for what is no pair of laws in the shapes of the layout."""
     if not (isinstance(gates, tuple) and len(gates) == 2):
         raise ValueError(f"prior {name!r} must return Gates(z, g), got {type(gates).__name__}")
     gates = Gates(*gates)

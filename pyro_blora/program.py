@@ -40,7 +40,7 @@ class Elbo(NamedTuple):
 class GateProgram(nn.Module, abc.ABC):
     """A model/guide pair over the gates of a layout; a subclass says what the labels' logits are at given gates.
 
-    prior: a module whose call returns Gates; what else it may have: see priors.py. guide: see guides.py. likelihood:
+    prior: a module whose call returns Gates; what else it may have: see adaptive.py. guide: see guides.py. likelihood:
     (logits, scale) -> law of the labels; scale is a learned standard deviation, used by regression. n_train: N.
     estimator: a name of estimators.py.
     """

@@ -21,10 +21,11 @@ class _Moments(Observer):
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         if tensor == INPUT and projection in self.wanted:
-            rows = x.detach().flatten(0, -2).float()
+            rows = x.detach().flatten(0, -2).double()  # means are subtracted from squares: float32 is not enough
             self.counts[projection] += len(rows)
             self.sums[projection] = self.sums[projection] + rows.sum(0)
-            self.products[projection] = self.products[projection] + rows.mT @ rows
+            with torch.autocast(x.device.type, enabled=False):
+                self.products[projection] = self.products[projection] + rows.mT @ rows
         return x
 
     def ratios(self, projection: int, components: int) -> Tensor:

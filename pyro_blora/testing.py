@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from pyro.distributions import validation_enabled
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -64,7 +65,8 @@ def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, sett
 def _check_moves(prior: nn.Module, refuse: Callable) -> None:
     for move, expected in (({"device": "meta"}, "device"), ({"dtype": torch.float64}, "dtype")):
         try:
-            laws = copy.deepcopy(prior).to(**move)()
+            with validation_enabled(False):  # it reads values, which the meta device does not have
+                laws = copy.deepcopy(prior).to(**move)()
         except (RuntimeError, NotImplementedError) as error:
             refuse(f"it fails after .to({move[expected]}) ({str(error).splitlines()[0]}): {_REGISTER}")
         for site, law in zip("zg", laws, strict=True):
@@ -81,7 +83,7 @@ def _check_gradients(prior: nn.Module, layout: AdapterLayout, refuse: Callable) 
     divergence = _divergence(prior, layout)
     if not bool(divergence.isfinite()):
         refuse("the KL of a guide from it is not finite: keep log-probabilities at 0 or above -1e30, or pin with -inf")
-    learned = dict(prior.named_parameters())
+    learned = {name: parameter for name, parameter in prior.named_parameters() if parameter.requires_grad}
     if not learned:
         return
     slopes = torch.autograd.grad(divergence, [*learned.values()], allow_unused=True) if divergence.requires_grad else ()
@@ -111,6 +113,9 @@ def _check_adapts(prior: nn.Module, rebuilt: Callable[[], nn.Module], refuse: Ca
         if hasattr(moved, "explain"):
             L, ranks = means.g.shape[1:]
             moved.explain(torch.linspace(0.5, 0.1, ranks + 1).expand(L, -1))
+        for site, law in zip("zg", moved(), strict=True):
+            if not bool((law.log_probs <= 0).all()):
+                refuse(f"after adapt() or explain() the log-probabilities of {site} must be <= 0 and not nan")
         fresh = rebuilt()
         fresh.load_state_dict(moved.state_dict())
         for site, law, restored in zip("zg", moved(), fresh(), strict=True):

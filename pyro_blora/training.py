@@ -183,13 +183,13 @@ class _Loop:
     def _calibrate(self) -> None:
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
-        if hasattr(self.program.prior, "explain"):
-            batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
-            self.program.prior.explain(explained_variances(self.program.net, (inputs for inputs, _ in batches)))
 
     def _start_gates(self, optimizer) -> None:
         """Set the guide to what the data say about the gates, and the ranges to the widths that it then gives."""
         program, guide, config = self.program, self.program.gate_guide, self.config
+        if hasattr(program.prior, "explain"):
+            batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
+            program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
         errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
         torch.manual_seed(step_seed(config.seed, -1))
         if getattr(guide, "starts_from_data", False):

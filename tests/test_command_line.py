@@ -75,6 +75,9 @@ def test_a_site_takes_a_prior_of_its_own(tmp_path):
     config = fields("--prior", "bops", "--prior.g", "depth", "--prior.z=nested", "--prior.z.rate", "3")
     assert config.prior_settings == {"g": "depth", "z": "nested", "z.rate": 3}
     preset = tmp_path / "mine.yaml"
+    assert fields("--prior.g", "off", "--prior.z=off").prior_settings == {"g": "off", "z": "off"}
+    preset.write_text("prior.z: off\n", encoding="utf-8")
+    assert fields("--preset", str(preset)).prior_settings == {"z": "off"}
     preset.write_text("prior.g: eva\nprior.g.share: 0.25\n", encoding="utf-8")
     assert fields("--preset", str(preset)).prior_settings == {"g": "eva", "g.share": 0.25}
 

@@ -14,6 +14,7 @@ from tiny import save_tiny_backbone, tiny_grid
 
 from experiments.grid import main
 from experiments.studies.grid_file import read_grid
+from experiments.studies.launchers import in_queue
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYRO_BLORA_COMPILE": "0", "OMP_NUM_THREADS": "1"}
@@ -50,7 +51,7 @@ axes:
 
 
 def test_a_file_is_every_combination_of_its_axes(tmp_path):
-    cells = read_grid(written(tmp_path, GOOD), glue_dir="/glue")
+    cells = read_grid(written(tmp_path, GOOD), glue_dir=str(tmp_path))
     assert len(cells) == 12 and len({cell.folder for cell in cells}) == 12
     assert [cell.labels for cell in cells[:2]] == [
         {"task": "sst2", "prior": "nested", "seed": "0"},
@@ -61,7 +62,7 @@ def test_a_file_is_every_combination_of_its_axes(tmp_path):
     assert (last.config.prior, last.config.prior_settings) == ("bops", {"g": "depth"})
     assert cells[2].config.prior_settings == {"bops": 0.2}
     assert {(c.config.max_train, c.config.glue_dir, c.config.output_dir) for c in cells} == {
-        (2000, "/glue", "runs/study")
+        (2000, str(tmp_path), "runs/study")
     }
     assert read_grid(written(tmp_path, GOOD), "elsewhere")[0].config.output_dir == "elsewhere"
 
@@ -76,12 +77,16 @@ def test_the_files_that_come_along_are_right():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("nested\n", "nestd\n", r"line 7 \(nestd\).*unknown prior 'nestd': did you mean 'nested'"),
-        ("[0, 1]", "[0, -1]", "line 10: seed must be between 0 and 4294967295, got -1"),
+        ("nested\n", "nestd\n", r"line 7 \(nestd\): unknown prior 'nestd': did you mean 'nested'"),
+        ("[0, 1]", "[0, -1]", r"line 10 \(-1\): seed must be between 0 and 4294967295, got -1"),
         ("  seed:", "  sed:", "line 10: unknown flag 'sed': did you mean 'seed'"),
         ("max_train: 2000", "max_train: many", "base: max_train must be a whole number or none, got 'many'"),
         ("max_train: 2000", "max_trian: 2000", "line 3: unknown flag 'max_trian': did you mean 'max_train'"),
-        ("prior.bops: 0.2", "prior.bps: 0.2", r"line 8 \(budget\).*unknown setting 'bps': did you mean 'bops'"),
+        (
+            "prior.bops: 0.2",
+            "prior.bps: 0.2",
+            r"line 8 \(budget\): prior 'budget': unknown setting 'bps': did you mean 'bops'",
+        ),
         ("axes:", "axis:", "line 4: unknown key 'axis': did you mean 'axes'"),
         ("[0, 1]", "[0, 0]", "line 10: axis 'seed' has two entries '0': give one a `label:`"),
         ("[0, 1]", "0", "line 10: axis 'seed' must be a list"),
@@ -90,6 +95,12 @@ def test_the_files_that_come_along_are_right():
         ("[0, 1]", "[0, {label: x, task: cola}]", "line 10: 'task' is set by the axes 'task' and 'seed'"),
         ("[0, 1]", "[0, {seed: 1, seed: 2}]", "line 10: 'seed' is given twice"),
         ("[0, 1]", "[0, {label: same, seed: 0}]", "are the same run: drop one of them"),
+        ("[0, 1]", "[0, {label: x, prior.rate: -1}]", "rate must be a finite number >= 0"),
+        ("- nested", "- {prior: fixed, prior.bits: 5}", r"line 7 \(fixed\): prior 'fixed': bits must be one of"),
+        ("max_train: 2000", "glue_dir: nowhere", "glue_dir nowhere is no folder"),
+        ("max_train: 2000", "max_train: 4", "4 training examples do not fill one step of 16"),
+        ("  seed:", "  score:", "line 10: axis 'score' would hide that column"),
+        ("[0, 1]", "[0, !foo 1]", "could not determine a constructor"),
         ("  task: [sst2, mrpc]\n", "  task: [sst2, mrpc\n", "is not YAML"),
         ("label: flat ranks", "label: nested", "line 9: axis 'prior' has two entries 'nested'"),
     ],
@@ -97,7 +108,13 @@ def test_the_files_that_come_along_are_right():
 def test_a_mistake_is_refused_with_its_line(tmp_path, old, new, message):
     assert old in GOOD
     with pytest.raises(ValueError, match=message):
-        read_grid(written(tmp_path, GOOD.replace(old, new)))
+        read_grid(written(tmp_path, GOOD.replace(old, new)), taken=("score",))
+
+
+def test_settings_of_a_replaced_prior_go_and_numbers_are_numbers(tmp_path):
+    text = "base: {prior: budget, prior.bops: 0.2}\naxes:\n  prior: [budget, nested, {prior: bops, prior.rate: 1e-3}]\n"
+    cells = read_grid(written(tmp_path, text))
+    assert [cell.config.prior_settings for cell in cells] == [{"bops": 0.2}, {}, {"rate": 1e-3}]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "base: {seed: 1}\n", "axes: [1]\n", "axes: {}\nbase: 3\n"])
@@ -123,6 +140,7 @@ def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path):
     [
         (["--job", "partition"], "--job takes NAME=VALUE, got 'partition'"),
         (["--job", "colour=blue"], "--cluster local does not take these parameters"),
+        (["--job", "a=["], "--job takes NAME=VALUE, and a value is no YAML"),
         (["--at_a_time", "-1"], "--at_a_time must be at least 1, got -1"),
     ],
 )
@@ -131,6 +149,29 @@ def test_wrong_words_are_refused(tmp_path, backbone, capsys, words, message):
     assert main([str(file), "--output_dir", str(tmp_path / "out"), "--cluster", "local", *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_words_for_jobs_need_a_cluster(tmp_path, backbone, capsys):
+    assert main([str(tiny_grid(tmp_path / "grid.yaml", backbone)), "--job", "timeout_min=3"]) == 2
+    assert "add --cluster slurm" in capsys.readouterr().err
+
+
+def test_slurm_is_refused_where_there_is_none(tmp_path, backbone, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    file = tiny_grid(tmp_path / "grid.yaml", backbone)
+    assert main([str(file), "--output_dir", str(tmp_path / "out"), "--cluster", "slurm"]) == 2
+    assert "--cluster slurm does not work here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_is_in_the_queue_while_slurm_names_it(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"  # answers as Slurm's does: a line while the job is there, an error after it
+    squeue.write_text(
+        '#!/bin/sh\n[ "$3" = 17 ] && echo "17 gpu RUNNING" && exit 0\necho "Invalid job id" >&2; exit 1\n'
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert in_queue("17") and not in_queue("18")
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

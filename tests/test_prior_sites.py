@@ -84,7 +84,12 @@ def test_only_what_a_part_can_do_is_offered(layout):
     assert same(first.z, second.z) and not same(first.g, second.g)
     many = learned.sample_prior(7)
     assert many.z.sample().shape == (7, *layout.z_shape) and many.g.sample().shape == (7, *layout.g_shape)
-    assert torch.equal(learned.divergence(), learned.g.divergence())
+    whole = build_prior("hierarchical", layout)
+    tensors = len(layout.tensors)
+    each = torch.stack([whole.divergence() / len(whole.names)] * (len(whole.names) - tensors))
+    torch.testing.assert_close(learned.divergence(), each.sum())  # of the ranks' rates only: all start alike
+    assert learned.report() and all(name.startswith("g_rate_rank_") for name in learned.report())
+    assert not build_prior("nested", layout, {"z": "eva"}).report()
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,18 @@ def test_a_wrong_pair_is_refused_before_anything_is_loaded(layout, backbone, set
         build_prior("nested", layout, settings)
     with pytest.raises(ValueError, match=message):
         check_names(tiny_config(backbone, prior="nested", prior_settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"z": "budget", "g": "budget"}, "cannot both have prior 'budget'"),
+        ({"z": "off", "g": "budget", "g.bops": 0.3}, "bops must be between"),
+    ],
+)
+def test_a_budget_that_the_site_cannot_reach_is_refused(layout, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_prior("nested", layout, settings)
 
 
 def test_a_run_without_rank_gates_keeps_every_rank_and_closes_bits(backbone):

@@ -43,6 +43,17 @@ def test_every_adapter_has_a_row_and_nothing_else(net):
     assert bool((found.diff() <= 0).all()) and bool((found.sum(-1) <= 1 + 1e-5).all())
 
 
+def test_half_precision_of_the_backbone_does_not_blur_them(net):
+    exact = explained_variances(net, batches())
+    net.autocast = torch.bfloat16
+    try:
+        found = explained_variances(net, batches())
+    finally:
+        net.autocast = None
+    adapted = net.layout.g_mask
+    torch.testing.assert_close(found[adapted], exact[adapted], atol=0, rtol=0.03)
+
+
 def test_without_data_they_are_refused(net):
     with pytest.raises(ValueError, match="at least one batch"):
         explained_variances(net, [])

@@ -30,6 +30,40 @@ class Learned(nn.Module):
         return laws(*(-self.rate().expand(shape) for shape in self.shapes))
 
 
+class FromRate(Learned):
+    """As README writes it, with validation."""
+
+    def forward(self):
+        rate = self.rate()
+        return Gates(*(NestedBernoulli.from_rate(rate.expand(shape)) for shape in self.shapes))
+
+
+class PartlyFrozen(Learned):
+    def __init__(self, layout):
+        super().__init__(layout)
+        self.frozen = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def rate(self):
+        return self.log_rate.exp() + self.frozen
+
+
+class Plain(Learned):
+    def forward(self):
+        return tuple(super().forward())
+
+
+class Breaking(Learned):
+    def __init__(self, layout):
+        super().__init__(layout)
+        self.register_buffer("extra", torch.zeros(()))
+
+    def rate(self):
+        return self.log_rate.exp() + self.extra
+
+    def adapt(self, means):
+        self.extra.fill_(torch.nan)
+
+
 class Detached(Learned):
     def rate(self):
         return self.log_rate.detach().exp()
@@ -103,6 +137,8 @@ def one_site(layout):
         (Detached, "'Detached': its parameter 'log_rate' gets no gradient from the KL"),
         (Elsewhere, "'Elsewhere': z stays on cpu when the module moves to meta: hold its tensors with"),
         (Forgetful, "'Forgetful': what it changes in z is not in its state_dict"),
+        (Plain, r"'Plain' must return Gates\(z, g\) when it is called, got tuple"),
+        (Breaking, r"after adapt\(\) or explain\(\) the log-probabilities of z must be"),
         (Talkative, r"report\(\)\['rate'\] must be a number, got Parameter"),
     ],
 )
@@ -111,7 +147,7 @@ def test_what_is_wrong_is_said(prior, message):
         check_prior(prior)
 
 
-@pytest.mark.parametrize("prior", [good, Learned])
+@pytest.mark.parametrize("prior", [good, Learned, FromRate, PartlyFrozen])
 def test_a_good_one_is_returned_built(prior):
     assert isinstance(check_prior(prior), nn.Module)
 

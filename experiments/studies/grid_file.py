@@ -22,7 +22,12 @@ import yaml
 
 from pyro_blora.build import check_names
 from pyro_blora.config import RunConfig, field_names, suggest
-from pyro_blora.flags import OWNED, gather_settings
+from pyro_blora.flags import EXPONENT, OWNED, gather_settings
+from pyro_blora.priors import PRIORS, build_prior, parts
+from pyro_blora.schedule import Schedule
+from pyro_blora.testing import example_layout
+
+_OF_THE_MODEL = ("budget", "random")  # priors whose settings only the model itself can refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +55,13 @@ class Cell:
         return " ".join(f"{axis}={label}" for axis, label in self.labels.items())
 
 
-def read_grid(path: str | Path, output_dir: str | None = None, glue_dir: str | None = None) -> list[Cell]:
+def read_grid(
+    path: str | Path, output_dir: str | None = None, glue_dir: str | None = None, taken: tuple[str, ...] = ()
+) -> list[Cell]:
     """All cells of a grid file, in the order of its axes.
 
     output_dir: of the runs, unless the file names one (default: runs/<name of the file>). glue_dir: likewise.
+    taken: names that no axis may have.
     Errors: ValueError naming the file and the line, or the combination, that cannot work.
     """
     path = Path(path)
@@ -67,33 +75,63 @@ def read_grid(path: str | Path, output_dir: str | None = None, glue_dir: str | N
     tables = dict(_pairs(root, path, "base and axes", ("base", "axes")))
     base = _flags(tables["base"], path) if "base" in tables else {}
     base = {"output_dir": output_dir or f"runs/{path.stem}", "glue_dir": glue_dir} | base
-    axes = _axes(tables.get("axes"), path)
-    _config(base, f"grid {path}, base")
-    for entries in axes.values():  # one at a time first, so that a mistake has a line
-        for entry in entries:
-            _config(base | entry.flags, f"grid {path}, line {entry.line}")
+    axes = _axes(tables.get("axes"), path, taken)
+    try:
+        RunConfig.from_dict(gather_settings(base))
+    except ValueError as error:
+        raise ValueError(f"grid {path}, base: {error}") from None
     cells = []
     for chosen in itertools.product(*axes.values()):
         labels = {axis: entry.label for axis, entry in zip(axes, chosen, strict=True)}
-        flags = base | {key: value for entry in chosen for key, value in entry.flags.items()}
         where = f"grid {path}, " + " with ".join(f"line {entry.line} ({entry.label})" for entry in chosen)
-        config = _config(flags, where)
         try:
-            check_names(config)
+            cells.append(Cell(labels, _checked(base, *(entry.flags for entry in chosen))))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        cells.append(Cell(labels, config))
+            raise ValueError(f"{_line_of(str(error), base, chosen, path) or where}: {error}") from None
     _refuse_twins(cells, path)
     return cells
 
 
-def _axes(node: yaml.Node | None, path: Path) -> dict[str, list[Entry]]:
+def _checked(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
+    """The configuration of a cell.  Errors: ValueError for what can be known to be wrong without loading anything."""
+    flags = dict(base)
+    for entry in entries:
+        for owner in ("prior", "guide"):
+            if owner in entry and entry[owner] != flags.get(owner):  # the settings belong to the law that is replaced
+                flags = {key: value for key, value in flags.items() if not key.startswith(f"{owner}.")}
+        flags |= entry
+    config = RunConfig.from_dict(gather_settings(flags))
+    check_names(config)
+    if config.glue_dir is not None and not Path(config.glue_dir).expanduser().is_dir():
+        raise ValueError(f"glue_dir {config.glue_dir} is no folder: give that of the official TSV release")
+    if config.max_train is not None:
+        Schedule.of(config, config.max_train)
+    for name, settings in parts(config.prior, config.prior_settings).values():
+        if name in PRIORS.names() and name not in _OF_THE_MODEL:
+            build_prior(name, example_layout(rank=config.rank), settings)
+    return config
+
+
+def _line_of(message: str, base: dict[str, Any], chosen: tuple[Entry, ...], path: Path) -> str | None:
+    """Where the entry is that makes the same mistake on its own."""
+    for entry in chosen:
+        try:
+            _checked(base, entry.flags)
+        except ValueError as error:
+            if str(error) == message:
+                return f"grid {path}, line {entry.line} ({entry.label})"
+    return None
+
+
+def _axes(node: yaml.Node | None, path: Path, taken: tuple[str, ...]) -> dict[str, list[Entry]]:
     if node is None:
         raise ValueError(f"grid {path} has no `axes`: a table such as `task: [sst2, mrpc]`")
     axes, owner = {}, {}
     for axis, choices in _pairs(node, path, "axes"):
         if not isinstance(choices, yaml.SequenceNode) or not choices.value:
             raise ValueError(f"{_at(path, choices)}: axis {axis!r} must be a list, such as [0, 1]")
+        if axis in taken:
+            raise ValueError(f"{_at(path, choices)}: axis {axis!r} would hide that column of the results: rename it")
         axes[axis] = [_entry(axis, choice, path) for choice in choices.value]
         labels = [entry.label for entry in axes[axis]]
         for i, entry in enumerate(axes[axis]):
@@ -115,8 +153,8 @@ def _entry(axis: str, node: yaml.Node, path: Path) -> Entry:
         _require_flag(axis, node, path)
         return Entry(str(value), {axis: value}, line)
     flags = _flags(node, path, extra=("label",))
-    label = flags.pop("label", None) or flags.get(axis)
-    if label is None:
+    label = flags.pop("label", flags.get(axis))
+    if label is None and axis not in flags:
         raise ValueError(f"{_at(path, node)}: an entry of axis {axis!r} that does not set {axis!r} needs a `label:`")
     return Entry(str(label), flags, line)
 
@@ -149,18 +187,16 @@ def _pairs(node: yaml.Node | None, path: Path, what: str, known: tuple[str, ...]
 
 
 def _value(node: yaml.Node) -> Any:
-    return yaml.safe_load(yaml.serialize(node))
+    if isinstance(node, yaml.ScalarNode) and node.style is None and EXPONENT.fullmatch(node.value):
+        return float(node.value)  # YAML takes 1e-3 for a word
+    try:
+        return yaml.safe_load(yaml.serialize(node))
+    except yaml.YAMLError as error:
+        raise ValueError(f"line {node.start_mark.line + 1}: {' '.join(str(error).split())}") from None
 
 
 def _at(path: Path, node: yaml.Node) -> str:
     return f"grid {path}, line {node.start_mark.line + 1}"
-
-
-def _config(flags: dict[str, Any], where: str) -> RunConfig:
-    try:
-        return RunConfig.from_dict(gather_settings(flags))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _refuse_twins(cells: list[Cell], path: Path) -> None:

@@ -55,7 +55,10 @@ class Cluster:
         self.executor = self._executor(folder, parameters)
 
     def _executor(self, folder: Path | str, parameters: dict[str, Any]):
-        executor = self.submitit.AutoExecutor(folder=folder, cluster=self.name)
+        try:
+            executor = self.submitit.AutoExecutor(folder=folder, cluster=self.name)
+        except RuntimeError as error:
+            raise ValueError(f"--cluster {self.name} does not work here: {error}") from None
         try:
             executor.update_parameters(**{"timeout_min": 240, **parameters})
         except (NameError, AssertionError, TypeError) as error:
@@ -63,11 +66,9 @@ class Cluster:
         return executor
 
     def start(self, config: Path, log: Path) -> "_Job":
-        kept = log.with_suffix(".job")
-        if self.name == "slurm" and kept.is_file():
-            job = _Job(self.submitit.SlurmJob(self.folder, kept.read_text("utf-8").strip()), keep=True)
-            if not job.ended():
-                return job
+        kept, slurm = log.with_suffix(".job"), self.name == "slurm"
+        if slurm and kept.is_file() and in_queue(number := kept.read_text("utf-8").strip()):
+            return _Job(self.submitit.SlurmJob(self.folder, number), keep=True)
         parent = os.getpid() if self.name == "local" else None
         path = os.environ.get("PYTHONPATH")  # a job starts elsewhere: it finds the checkout by this
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), path]))
@@ -75,8 +76,15 @@ class Cluster:
             job = self.executor.submit(one_run.train, str(config.resolve()), str(log.resolve()), parent)
         finally:
             os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
-        kept.write_text(job.job_id + "\n", encoding="utf-8")
-        return _Job(job, keep=self.name == "slurm")
+        if slurm:
+            kept.write_text(job.job_id + "\n", encoding="utf-8")
+        return _Job(job, keep=slurm)
+
+
+def in_queue(number: str) -> bool:
+    """Whether Slurm has the job waiting or running; it forgets those that have ended."""
+    asked = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True)
+    return asked.returncode == 0 and bool(asked.stdout.strip())
 
 
 class _Job:

@@ -14,13 +14,20 @@ from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run
 
 
-def end_with(parent: int) -> None:
-    while True:
-        try:
-            os.kill(parent, 0)  # asks whether it is there, and does nothing to it
-        except ProcessLookupError:
-            os._exit(1)
+def end_with(ancestor: int) -> None:
+    """End this process when the one that started it, or one before that, is gone."""
+    parent = os.getppid()
+    while os.getppid() == parent and is_there(ancestor):
         time.sleep(0.2)
+    os._exit(1)
+
+
+def is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def train(config: str, log: str, parent: int | None = None) -> None:
