@@ -1,6 +1,7 @@
 """From a RunConfig to what a run is made of: task, data, tokenizer and program. Training and loading share it."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import datasets
@@ -43,7 +44,7 @@ def build(config: RunConfig) -> Parts:
     Errors: ValueError for whatever the user gave that cannot work; nothing is written.
     """
     task = check_names(config)
-    glue_dir = Path(config.glue_dir).expanduser() if config.glue_dir else None
+    glue_dir = Path(os.path.expanduser(config.glue_dir)) if config.glue_dir else None
     rows = task.load(glue_dir=glue_dir, seed=config.seed, n_train=config.max_train)
     rows = task.validate(rows, source=config.glue_dir or "the data")
     rows = {split: table for split, table in rows.items() if split != "test"}

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -248,7 +249,7 @@ def _targets(value: str | tuple | None) -> str | tuple[str, ...] | None:
 
 def _with_content(name: str) -> str:
     """A law in a user's file is what the file says, not what it is called."""
-    file = Path(name.rpartition(":")[0]).expanduser()
+    file = Path(os.path.expanduser(name.rpartition(":")[0]))
     return f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" if file.is_file() else name
 
 

@@ -7,6 +7,7 @@ without a checkout. A setting of the prior or guide has a dot in its name: `--pr
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ def load_preset(name: str) -> dict[str, Any]:
     The keys are the command line's flags; `prior.rate: 3` becomes an entry of `prior_settings`.
     Errors: ValueError naming the file, and the line of a key that is unknown or given twice.
     """
-    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(name).expanduser()
+    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(os.path.expanduser(name))
     if not path.is_file():
         raise ValueError(f"unknown preset {name!r}: {suggest(name, preset_names())}; or give a YAML file that exists")
     text = path.read_text(encoding="utf-8")

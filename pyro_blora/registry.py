@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 import types
 import typing
@@ -126,7 +127,7 @@ def _same_origin(old: Callable, new: Callable) -> bool:
 
 def _load(path: str, kind: str) -> types.ModuleType:
     """Import a user's file once per content, so that a run that asks twice gets the same function."""
-    file = Path(path).expanduser().resolve()
+    file = Path(os.path.expanduser(path)).resolve()
     if not file.is_file():
         raise ValueError(f"{kind} file {path} does not exist (looked for {file})")
     content = hashlib.sha256(file.read_bytes()).hexdigest()

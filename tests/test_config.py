@@ -100,6 +100,10 @@ def test_a_folder_name_shows_the_last_part_of_a_path():
     assert RunConfig(backbone="..").folder_name.split("-")[1] == "local"
 
 
+def test_a_home_that_nobody_has_is_a_name_like_any_other():
+    assert RunConfig(prior="~nobody0/own.py:late").folder_name.split("-")[2] == "own.py_late"
+
+
 def test_sites_with_priors_of_their_own_are_in_the_name(tmp_path):
     mixed = RunConfig(prior="bops", prior_settings={"g": "laws/own.py:late"})
     assert mixed.folder_name == f"acceptability-demo-bops+own.py_late-{mixed.digest}"

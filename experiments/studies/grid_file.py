@@ -15,6 +15,7 @@ Nothing is trained, and nothing but the names of priors and guides is looked up,
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _checked(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
         flags |= entry
     config = RunConfig.from_dict(gather_settings(flags))
     check_names(config)
-    if config.glue_dir is not None and not Path(config.glue_dir).expanduser().is_dir():
+    if config.glue_dir is not None and not Path(os.path.expanduser(config.glue_dir)).is_dir():
         raise ValueError(f"glue_dir {config.glue_dir} is no folder: give that of the official TSV release")
     if config.max_train is not None:
         Schedule.of(config, config.max_train)
