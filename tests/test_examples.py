@@ -16,7 +16,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
     "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
-    "check_posterior.py": "--rungs a e --simulations 20 --simulated_steps 10 --output_dir OUT "
+    "check_posterior.py": "--rungs e g --simulations 20 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
     "grid.py": "GRID --output_dir OUT",
     "glue_small.py": "--glue_dir GLUE --tasks wnli --max_train 64 --epochs 1 --draws 2 "
