@@ -9,6 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: nothing he
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples everywhere, and a slow machine is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
 

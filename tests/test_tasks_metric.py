@@ -40,6 +40,8 @@ def ratio(numerator: float, denominator: float) -> float:
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return 0.0  # the mean of equal numbers need not be that number to the last bit
     x, y = x - x.mean(), y - y.mean()
     return ratio(float(x @ y), math.sqrt(float(x @ x) * float(y @ y)))
 
