@@ -95,17 +95,8 @@ class GateProgram(nn.Module, abc.ABC):
         return -label["fn"].log_prob(label["value"]).mean()
 
     def kl(self) -> Gates:
-        """KL(guide || prior) of all chains that exist, nats; that of the prior's own settings counts with z."""
-        prior = self.prior.sample() if hasattr(self.prior, "sample") else self.prior()
-        if hasattr(self.gate_guide, "divergence"):
-            kl_z, kl_g = self.gate_guide.divergence(prior, self.z_mask, self.g_mask)
-        else:
-            laws = self.gate_guide.laws(self.temperature, self.hard)
-            kl_z = torch.where(self.z_mask, kl_divergence(laws.z, prior.z), 0.0).sum()
-            kl_g = torch.where(self.g_mask, kl_divergence(laws.g, prior.g), 0.0).sum()
-        if hasattr(self.prior, "divergence"):
-            kl_z = kl_z + self.prior.divergence()
-        return Gates(kl_z, kl_g)
+        """KL(guide || prior) of all chains that exist, nats."""
+        return kl_of(self.gate_guide, self.prior, self.z_mask, self.g_mask, self.temperature, self.hard)
 
 
 class BayesianLoRA(GateProgram):
@@ -131,6 +122,18 @@ class BayesianLoRA(GateProgram):
         else:
             elbo = self.elbo(inputs, labels)
         return elbo.loss(self.n_train, kl_weight), elbo
+
+
+def kl_of(guide: nn.Module, prior: nn.Module, z_mask: Tensor, g_mask: Tensor, temperature: float, hard: bool) -> Gates:
+    """KL(guide || prior) of the chains in the masks, nats; that of the prior's own settings counts with z."""
+    p = prior.sample() if hasattr(prior, "sample") else prior()
+    if hasattr(guide, "divergence"):
+        kl_z, kl_g = guide.divergence(p, z_mask, g_mask)
+    else:
+        q = guide.laws(temperature, hard)
+        kl_z = torch.where(z_mask, kl_divergence(q.z, p.z), 0.0).sum()
+        kl_g = torch.where(g_mask, kl_divergence(q.g, p.g), 0.0).sum()
+    return Gates(kl_z + prior.divergence() if hasattr(prior, "divergence") else kl_z, kl_g)
 
 
 def require_kl(q: Gates, p: Gates) -> None:

@@ -193,7 +193,10 @@ def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone, where):
 
 def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone):
     file, out = tiny_grid(tmp_path / "grid.yaml", backbone, "  seed: [0, 1]\n"), tmp_path / "out"
-    summaries = lambda: sorted(out.glob("*/summary.json"))  # noqa: E731
+
+    def summaries():
+        return sorted(out.glob("*/summary.json"))
+
     process = subprocess.Popen(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (summaries() and list(out.glob(".*.partial"))):  # one run is finished, the next one has begun
