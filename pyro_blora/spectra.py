@@ -21,11 +21,10 @@ class _Moments(Observer):
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         if tensor == INPUT and projection in self.wanted:
-            rows = x.detach().flatten(0, -2).double()  # means are subtracted from squares: float32 is not enough
+            rows = x.detach().flatten(0, -2).double()  # a mean's square is taken off; autocast leaves it alone
             self.counts[projection] += len(rows)
             self.sums[projection] = self.sums[projection] + rows.sum(0)
-            with torch.autocast(x.device.type, enabled=False):
-                self.products[projection] = self.products[projection] + rows.mT @ rows
+            self.products[projection] = self.products[projection] + rows.mT @ rows
         return x
 
     def ratios(self, projection: int, components: int) -> Tensor:

@@ -18,6 +18,7 @@ from pyro_blora.guides import build_guide
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import marginals
 from pyro_blora.priors import build_prior
+from pyro_blora.program import kl_of
 from pyro_blora.tasks import get_task
 from pyro_blora.training import make_optimizer
 
@@ -399,3 +400,17 @@ def test_a_random_allocation_that_would_have_to_close_ranks_is_refused(layout):
     between = (ratio(layout, "adapted", closed) + least) / 2
     with pytest.raises(ValueError, match=f"prior 'random': bops must be at least {least:.3g} .2 bit, every rank open"):
         build_prior("random", layout, {"bops": between})
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+def test_random_rates_pay_their_own_divergence(layout, guide):
+    prior = build_prior("hierarchical", layout)
+    law = build_guide(guide, layout, prior, {"open_logit": 1.0})
+    paid = []
+    for divergence in (prior.divergence(), torch.tensor(0.0)):
+        prior.divergence = lambda divergence=divergence: divergence
+        torch.manual_seed(0)
+        paid.append(kl_of(law, prior, layout.z_mask, layout.g_mask, 0.5, True))
+    assert paid[0].g == paid[1].g
+    torch.testing.assert_close(paid[0].z - paid[1].z, build_prior("hierarchical", layout).divergence())
+    assert paid[0].z > paid[1].z

@@ -205,14 +205,15 @@ def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone):
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(1.0)
-    kept = {path: path.stat().st_mtime_ns for path in summaries()}
+    logs = [out / "logs" / f"{path.parent.name}.txt" for path in summaries()]  # of a run that is not started again
+    kept = {path: path.stat().st_mtime_ns for path in [*summaries(), *logs]}
     lines = {path: path.read_text("utf-8") for path in out.glob(".*.partial/metrics.jsonl")}
     time.sleep(1.5)  # no orphan goes on
     assert lines == {path: path.read_text("utf-8") for path in out.glob(".*.partial/metrics.jsonl")}
     done = subprocess.run(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 runs are finished" in done.stdout and len(kept) == 1
-    assert kept.items() <= {path: path.stat().st_mtime_ns for path in summaries()}.items()
+    assert "2 of 2 runs are finished" in done.stdout and len(kept) == 2
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
     table = pd.read_parquet(out / "results.parquet")
     assert table.seed.tolist() == ["0", "1"]
     for folder, nll in zip(table.folder, table.nll, strict=True):

@@ -196,6 +196,8 @@ def test_a_warm_relaxation_is_biased(problems, placed):
 
 def test_trainings_in_parallel_are_those_in_turn(network, simulations):
     few = simulations.split(3)[0]
+    for name in ("truth", "labels", "log_likelihood"):  # parts are in order: each law is held against its own truth
+        assert torch.equal(torch.cat([getattr(part, name) for part in few.split(2)]), getattr(simulations, name)[:3])
     in_turn, forked = (sbc.shipped(network, few, steps=20, batch=2, processes=n) for n in (1, 2))
     assert torch.equal(in_turn, forked) and not torch.equal(in_turn[0], in_turn[1])
     torch.testing.assert_close(in_turn.sum(-1), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)

@@ -6,7 +6,8 @@ from models import tiny_bert
 from sklearn.decomposition import PCA
 
 from pyro_blora.adapters import attach
-from pyro_blora.spectra import explained_variances
+from pyro_blora.layout import INPUT
+from pyro_blora.spectra import _Moments, explained_variances
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -52,6 +53,16 @@ def test_half_precision_of_the_backbone_does_not_blur_them(net):
         net.autocast = None
     adapted = net.layout.g_mask
     torch.testing.assert_close(found[adapted], exact[adapted], atol=0, rtol=0.03)
+
+
+def test_a_large_mean_does_not_hide_them():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 6, generator=generator) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3, 0.1]) + 3000
+    moments = _Moments({0})
+    for part in rows.split(100):
+        moments.activation(0, INPUT, part[None])
+    expected = PCA(4).fit(rows.double().numpy()).explained_variance_ratio_
+    torch.testing.assert_close(moments.ratios(0, 4), torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_without_data_they_are_refused(net):
