@@ -213,8 +213,7 @@ def test_one_simulation_in_a_batch_is_trained_as_svi_trains_it(network, simulati
 @pytest.mark.parametrize("free", [("base",), ("input", "base")])
 def test_a_batch_of_simulations_has_the_likelihood_and_gradients_of_each(eager, free):
     network = Network(examples=16, free=free)
-    problem = network.problem()
-    program = problem.program()
+    program = network.program()
     torch.manual_seed(0)
     draws = [[law.rsample().detach() for law in program.gate_guide.laws(0.5, False)] for _ in range(3)]
     gates = Gates(*(torch.stack(site).requires_grad_() for site in zip(*draws, strict=True)))

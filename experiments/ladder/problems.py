@@ -170,13 +170,17 @@ class Network:
         self.prior = FixedPrior(z, g)
         self.states = States.of(self.prior())
         self.make = functools.partial(BayesianLoRA, self.net, likelihood=task.likelihood)
-        self.log_probs = self._log_probs()
         self.names = self._names(free)
 
+    def program(self) -> GateProgram:
+        """With an undecided mean field; no state is enumerated for it."""
+        guide = build_guide("mean_field", self.net.layout, self.prior, {"open_logit": UNDECIDED})
+        return self.make(prior=self.prior, guide=guide, n_train=len(self.inputs["input_ids"])).eval()
+
+    @functools.cached_property
     @torch.no_grad()
-    def _log_probs(self) -> Tensor:
-        guide = build_guide("mean_field", self.net.layout, self.prior, {"open_logit": 0.0})
-        program = self.make(prior=self.prior, guide=guide, n_train=1)
+    def log_probs(self) -> Tensor:
+        program = self.program()
         rows = [program.logits(self.inputs, Gates(z, g)) for z, g in zip(*self.states.gates, strict=True)]
         return torch.stack(rows).double().log_softmax(-1)
 
