@@ -5,8 +5,8 @@ One adapted projection computes, with Q the mixture of nested grids (quantizer.p
     y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
 
 Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears
-them when it ends: no draw survives a call, a layer called outside says what to do, and a projection that is called
-twice in one forward (DeBERTa's content and positions) sees the same gates both times. Scope `encoder` also quantizes
+them when it ends: no draw survives a call, and a projection that is called twice in one forward (DeBERTa's content and
+positions) sees the same gates both times. Scope `encoder` also quantizes
 input and weight of every other linear map of the encoder, without an adapter. The task head stays at 32 bit, and a
 pooler inside the base model is frozen like the rest of it.
 
@@ -28,7 +28,7 @@ from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout, head_mod
 from .quantizer import mixture_weights
 
 ADAPTER = "default"  # PEFT's name of the one adapter
-ADAPTERS = ("lora",)
+ADAPTERS = ("lora", "none")
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
 _SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
 _PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
@@ -100,17 +100,35 @@ class GatedModel(nn.Module):
         found = [m for m in self.peft_model.modules() if isinstance(m, GatedLinear | QuantizedLinear)]
         return sorted(found, key=lambda layer: layer.index)
 
+    @property
+    def backbone(self) -> nn.Module:
+        """What transformers made, with our layers in it."""
+        return self.peft_model.base_model.model if self.layout.adapted else self.peft_model
+
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """lora_A and lora_B of every adapted projection."""
-        return [p for name, p in self.peft_model.named_parameters() if p.requires_grad and ".lora_" in name]
+        """lora_A and lora_B of every adapted projection; without adapters all of the encoder."""
+        return [p for p, of_adapter in self._trained() if of_adapter]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.peft_model.named_parameters() if p.requires_grad and ".lora_" not in name]
+        return [p for p, of_adapter in self._trained() if not of_adapter]
+
+    def _trained(self) -> list[tuple[nn.Parameter, bool]]:
+        part = ".lora_" if self.layout.adapted else f"{self.backbone.base_model_prefix}."
+        return [(p, part in name) for name, p in self.peft_model.named_parameters() if p.requires_grad]
+
+    def penalty(self) -> Tensor | float:
+        """What the adapter method adds to the loss, nats an example."""
+        return 0.0
+
+    def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
+        """(lora_A (R, n), lora_B (m, R)) of an adapted projection, by its name in the layout."""
+        layer = self.backbone.get_submodule(projection)
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; the gates of the forward are handed over again there."""
         settings = {"use_reentrant": False, "context_fn": self.handover.recomputation}
-        backbone = self.peft_model.base_model.model
+        backbone = self.backbone
         if hasattr(backbone, "activation_checkpointing_enable"):  # the name since transformers 5.20
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
         else:
@@ -154,6 +172,7 @@ def attach(
     adapter: str = "lora",
     scope: str = "adapted",
     sequence_length: int = 128,
+    init_lora_weights: str = "default",
 ) -> GatedModel:
     """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
 
@@ -161,6 +180,8 @@ def attach(
     target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
     scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
     sequence_length: tokens at which MACs are counted.
+    adapter: `lora`, or `none`: the layout's projections have no adapter, and the whole backbone learns.
+    init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py.
     Errors: ValueError, see `AdapterLayout.of`. Nothing is changed in the backbone when it is raised.
     """
     if adapter not in ADAPTERS:
@@ -168,14 +189,14 @@ def attach(
     layout = AdapterLayout.of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length
     )
-    config = lora_config(backbone, layout)
-    config._register_custom_module({nn.Linear: GatedLinear})
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-        model = peft.get_peft_model(backbone, config)
     handover = Handover()
-    modules = dict(model.base_model.model.named_modules())
+    if adapter == "none":
+        layout = layout.without_adapters()
+        model = backbone.requires_grad_(True)
+    else:
+        model = _with_lora(backbone, layout, init_lora_weights)
+    modules = dict(backbone.named_modules())
     for index, projection in enumerate(layout.projections):
         module = modules[projection.name]
         if projection.adapted:
@@ -185,13 +206,28 @@ def attach(
         else:
             parent, _, child = projection.name.rpartition(".")
             setattr(modules[parent], child, QuantizedLinear(module, handover, index))
-    if pooler := getattr(model.base_model.model.base_model, "pooler", None):
-        pooler.requires_grad_(False)  # pretrained, like the encoder it belongs to; saved, in case it was not
     net = GatedModel(model, layout, handover)
     _start_ranges(net, {})
     if checkpointing:
         net.gradient_checkpointing_enable()
     return net
+
+
+def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: str) -> peft.PeftModel:
+    eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if init_lora_weights == "eva" else {}
+    config = lora_config(backbone, layout, **eva)
+    config._register_custom_module({nn.Linear: GatedLinear})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
+        model = peft.get_peft_model(backbone, config)
+    freeze_pooler(model)
+    return model
+
+
+def freeze_pooler(model: peft.PeftModel) -> None:
+    """It is pretrained, like the encoder it belongs to, and in PEFT's files in case it was not."""
+    if pooler := getattr(model.base_model.model.base_model, "pooler", None):
+        pooler.requires_grad_(False)
 
 
 def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.LoraConfig:

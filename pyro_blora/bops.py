@@ -55,6 +55,7 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
     bits = dict(zip(layout.tensors, expected_bits(layout, z_probs).unbind(-1), strict=True))
     macs, rank_macs = layout.macs.to(z_probs.device), layout.rank_macs.to(z_probs.device)
     adapted_mask = layout.g_mask.to(z_probs.device)
+    adapted_mask = adapted_mask | ~adapted_mask.any()  # full fine-tuning: its projections, as none has an adapter
     base = macs * bits["input"] * bits["base"]
     per_rank = rank_macs[:, 0] * bits["input"] * bits["lora_A"] + rank_macs[:, 1] * bits["hidden"] * bits["lora_B"]
     gated = base + expected_rank(g_probs) * per_rank  # (..., L)

@@ -8,6 +8,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .adalora import attach_adalora
 from .adapters import attach
 from .backbone import load_backbone, load_tokenizer
 from .config import RunConfig
@@ -56,10 +57,15 @@ def build(config: RunConfig) -> Parts:
 
 
 def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
-    net = attach(
-        load_backbone(config.backbone, task.num_labels), rank=config.rank, alpha=config.alpha, adapter=config.adapter,
-        target_modules=config.target_modules, scope=config.scope, sequence_length=config.max_length,
-    )  # fmt: skip
+    backbone = load_backbone(config.backbone, task.num_labels)
+    settings = {
+        "rank": config.rank, "alpha": config.alpha, "target_modules": config.target_modules, "scope": config.scope,
+        "sequence_length": config.max_length,
+    }  # fmt: skip
+    if config.adapter == "adalora":
+        net = attach_adalora(backbone, **settings)
+    else:
+        net = attach(backbone, adapter=config.adapter, init_lora_weights=config.init_lora_weights, **settings)
     net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()

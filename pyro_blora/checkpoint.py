@@ -17,10 +17,11 @@ _NAME = "state.safetensors"
 
 
 def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained, and the state of a prior that adapts and of a guide, by name, in a fixed order."""
+    """What is trained, and the state of a prior that adapts, of a guide and of an allocator, by name in a fixed order."""
     found = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for name in ("prior", "gate_guide"):
-        state = module.get_submodule(name).state_dict(keep_vars=True) if hasattr(module, name) else {}
+    parts = dict(module.named_modules())
+    for name in ("prior", "gate_guide", "net.allocation"):
+        state = parts[name].state_dict(keep_vars=True) if name in parts else {}
         known = set(map(id, found.values()))  # a guide holds its prior too
         found |= {f"{name}.{key}": x for key, x in state.items() if id(x) not in known}
     return found

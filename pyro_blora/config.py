@@ -13,15 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from .methods import METHODS, resolved
+
 PRESETS = Path(__file__).parent / "presets"
 CHOICES = {
     "estimator": ("relaxed", "straight_through", "score_function", "enumerate"),
-    "adapter": ("lora",),
+    "method": tuple(METHODS),
+    "adapter": ("lora", "adalora", "none"),
+    "init_lora_weights": ("default", "eva"),
+    "average_over": ("gates", "dropout"),
     "scope": ("adapted", "encoder"),
     "precision": ("float32", "bf16"),
 }
 # Left out of the digest: they say where and how a run is watched and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
+_LR = 1e-3
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
 
 
@@ -40,12 +46,14 @@ class RunConfig:
     task: str = _field("acceptability", "task to learn: acceptability needs no download; the GLUE tasks by name")
     backbone: str = _field("demo", "demo (a packaged MiniLM), a folder, or a name on the Hugging Face hub")
     glue_dir: str | None = _field(None, "folder of GLUE files to read instead of downloading; none: download")
+    method: str = _field("bayesian_lora", "bayesian_lora, or what it is compared with; `pyro-blora methods` lists them")
     prior: str = _field("bops", "law of the gates: a name that `pyro-blora priors` lists, or file.py:function")
     prior_settings: dict = _field(dict, "settings of the prior, on the command line as --prior.rate 3")
     guide: str = _field("mean_field", "variational family: a name that `pyro-blora guides` lists, or file.py:function")
     guide_settings: dict = _field(dict, "settings of the guide, on the command line as --guide.NAME VALUE")
     estimator: str = _field("relaxed", "gradient of the gates: relaxed, straight_through, score_function, enumerate")
-    adapter: str = _field("lora", "adapter method: lora")
+    adapter: str = _field("lora", "what learns beside the head: lora; adalora and none belong to methods")
+    init_lora_weights: str = _field("default", "how lora_A starts: default (as in PEFT) or eva (principal components)")
     rank: int = _field(8, "largest rank R of every adapter")
     alpha: float = _field(16.0, "scale of the adapter: its output is multiplied by alpha / rank")
     target_modules: str | tuple | None = _field(
@@ -56,14 +64,14 @@ class RunConfig:
     epochs: int = _field(3, "passes over the training examples")
     batch_size: int = _field(16, "examples per device and forward")
     accumulation: int = _field(1, "forwards per optimizer step")
-    lr: float = _field(1e-3, "learning rate of the adapter")
+    lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, or the method's own")
     lr_head: float | None = _field(None, "learning rate of the classification head; none: lr")
     lr_gates: float = _field(0.1, "first learning rate of the gates, nats a step; falls to 1 %; 0 freezes them")
     lr_ranges: float = _field(1e-3, "learning rate of the quantization ranges; 0 freezes them")
     weight_decay: float = _field(0.01, "decoupled weight decay of adapter and head; gates and ranges have none")
     warmup: float = _field(0.06, "learning-rate warm-up, as a fraction of the steps")
     kl_weight: float = _field(1.0, "weight of the KL once the gates start; below 1: a cold posterior, surer gates")
-    kl_warmup: float = _field(0.3, "fraction of the steps with open gates and no KL, after which the gates start")
+    kl_warmup: float = _field(0.3, "fraction of the steps with open gates and no KL, before the gates start; 1: after")
     temperature_start: float = _field(0.5, "temperature of the relaxed gates at the first step")
     temperature_end: float = _field(0.1, "temperature of the relaxed gates at the last step")
     clip_norm: float = _field(1.0, "largest norm of the gradient of adapter and head")
@@ -72,6 +80,7 @@ class RunConfig:
     max_length: int = _field(128, "longest input, in tokens; longer ones are cut")
     seed: int = _field(0, "seed of data order, initialization and gate draws")
     draws: int = _field(15, "draws of the gates for posterior and predictions")
+    average_over: str = _field("gates", "what draws of predictions differ in: gates, or dropout at open gates")
     output_dir: str = _field("runs", "folder that receives the run's folder")
     logging_steps: int = _field(10, "optimizer steps between lines of metrics.jsonl")
     checkpoint_steps: int = _field(100, "optimizer steps between checkpoints")
@@ -80,6 +89,8 @@ class RunConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _fit(field.name, field.type, getattr(self, field.name)))
+        if self.method in METHODS:  # an unknown one is refused below
+            self._follow_method()
         object.__setattr__(self, "target_modules", _targets(self.target_modules))
         if self.precision in ("fp16", "float16", "half"):
             raise ValueError(
@@ -96,6 +107,19 @@ class RunConfig:
         start, end = self.temperature_start, self.temperature_end
         if end > start:
             raise ValueError(f"temperature_end must be at most temperature_start, got {end} > {start}: it is cooled")
+
+    def _follow_method(self) -> None:
+        """Set what the method fixes or proposes."""
+        fields = dataclasses.fields(self)
+        given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        for owner in ("prior", "guide"):
+            given |= {f"{owner}.{key}": value for key, value in given.pop(f"{owner}_settings").items()}
+        for flag, value in {"lr": _LR, **resolved(self.method, given)}.items():
+            owner, dot, setting = flag.partition(".")
+            if dot:
+                getattr(self, f"{owner}_settings")[setting] = value
+            elif flag != "lr" or self.lr is None:
+                object.__setattr__(self, flag, value)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -186,7 +210,7 @@ _RANGES = {  # field: (check, what is expected, remedy)
     "weight_decay": (*_not_negative(), "0 switches it off"),
     "warmup": (*_fraction(), "it is a fraction of the steps, not a number of steps"),
     "kl_weight": (*_positive(), "1 is the ELBO"),
-    "kl_warmup": (lambda value: 0 <= value < 1, "between 0 and 1 (1 excluded)", "the gates need steps to learn in"),
+    "kl_warmup": (*_fraction(), "it is a fraction of the steps; 1 starts the gates when training has ended"),
     "temperature_start": (*_positive(), "0.5 is usual"),
     "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),
     "clip_norm": (*_positive(), "a large number, such as 1e9, switches clipping off"),

@@ -2,7 +2,8 @@
 
 `export` writes `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads without
 this package: open ranks only, lora_A and lora_B as quantized at their deployed widths, `rank_pattern` and
-`alpha_pattern` so that the scale stays alpha / R. Beside it `gates.safetensors` holds everything that was trained, in
+`alpha_pattern` so that the scale stays alpha / R. After full fine-tuning there is no adapter, and the folder is one for
+transformers' `from_pretrained`. Beside it `gates.safetensors` holds everything that was trained, in
 full rank and unquantized, for `load`. Both are read back and compared before the call returns.
 """
 
@@ -45,9 +46,14 @@ def export(program: BayesianLoRA, folder: str | Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         plain = plain_backbone(program.net)
-        ranks, weights = _deployed_weights(program)
-        _save_peft(plain, program.net.layout, ranks, weights, partial)
-        _verify(program, plain, ranks, partial)
+        if program.net.layout.adapted:
+            ranks, weights = _deployed_weights(program)
+            _save_peft(plain, program.net.layout, ranks, weights, partial)
+            reloaded = _reloaded(plain, ranks, partial)
+        else:
+            plain.save_pretrained(str(partial))
+            reloaded = type(plain).from_pretrained(str(partial))
+        _verify(program, reloaded)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
         notes = {"layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train)}
         save_file(tensors, partial / GATES_FILE, metadata=notes)
@@ -59,7 +65,8 @@ def export(program: BayesianLoRA, folder: str | Path) -> Path:
 
 def plain_backbone(net: adapters.GatedModel) -> nn.Module:
     """A copy of the backbone as transformers made it, with the trained head and without adapters."""
-    model = copy.deepcopy(net.peft_model).unload()
+    model = copy.deepcopy(net.peft_model)
+    model = model.unload() if net.layout.adapted else model
     for name, module in list(model.named_modules()):
         if isinstance(module, adapters.QuantizedLinear):
             parent, _, child = name.rpartition(".")
@@ -75,15 +82,16 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
     net, layout, (z, g) = program.net, program.net.layout, deployed(program)
     ladder = adapters.mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, 5)
     ranks, weights = {}, {}
-    for layer in net.layers():
-        projection, i = layout.projections[layer.index], layer.index
+    for i, projection in enumerate(layout.projections):
         if not projection.adapted:
             continue
         ranks[projection.name] = rank = 1 + int(g[i].sum())
         down, up = (
-            quantize_mixture(side[adapters.ADAPTER].weight, net.log_range[i, t].exp(), ladder[i, t])
-            for side, t in ((layer.lora_A, LORA_A), (layer.lora_B, LORA_B))
+            quantize_mixture(side, net.log_range[i, t].exp(), ladder[i, t])
+            for side, t in zip(net.low_rank(projection.name), (LORA_A, LORA_B), strict=True)
         )
+        missing = max(0, rank - len(down))  # AdaLoRA may leave none, PEFT needs one
+        down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
         weights[projection.name] = down[:rank].cpu(), up[:, :rank].cpu()
     return ranks, weights
 
@@ -106,20 +114,26 @@ def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: di
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def _verify(program: BayesianLoRA, plain: nn.Module, ranks: dict[str, int], folder: Path) -> None:
-    """The adapter as PEFT reads it, against the gated network with activations and base weights at 32 bit."""
-    device = program.log_scale.device
+def _reloaded(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Module:
+    """The adapter as PEFT reads it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # as above
-        reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder)).eval().to(device)
+        reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder))
     modules = dict(reloaded.base_model.model.named_modules())
     wrong = [name for name, rank in ranks.items() if modules[name].r[adapters.ADAPTER] != rank]
     if wrong:
         raise RuntimeError(f"the exported adapter lost the rank of {wrong[0]}")
+    return reloaded
+
+
+def _verify(program: BayesianLoRA, reloaded: nn.Module) -> None:
+    """What was written, against the gated network with activations and base weights at 32 bit."""
+    device = program.log_scale.device
+    reloaded.eval().to(device)
     z, g = deployed(program)
     z = z.clone()
     z[:, [INPUT, BASE, HIDDEN]] = 1.0
-    vocabulary = plain.config.vocab_size
+    vocabulary = program.net.peft_model.config.vocab_size
     tokens = torch.arange(64, device=device).view(2, 32) * 7919 % vocabulary
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     training = program.training

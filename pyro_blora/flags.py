@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from .config import PRESETS, RunConfig, field_names, suggest
+from .methods import left_open
 
 _PATTERN = r"(?:prior|guide)\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
@@ -29,9 +30,13 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The RunConfig fields that a preset sets, from a packaged name or a YAML file of the user's.
+    """The RunConfig fields that a preset sets; `prior.rate: 3` becomes an entry of `prior_settings`."""
+    return gather_settings(read_preset(name))
 
-    The keys are the command line's flags; `prior.rate: 3` becomes an entry of `prior_settings`.
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The flags that a preset sets, from a packaged name or a YAML file of the user's.
+
     Errors: ValueError naming the file, and the line of a key that is unknown or given twice.
     """
     path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(os.path.expanduser(name))
@@ -55,7 +60,7 @@ def load_preset(name: str) -> dict[str, Any]:
         if key not in field_names() and not OWNED.fullmatch(key):
             raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, field_names())}")
         seen.add(key)
-    return gather_settings(values)
+    return values
 
 
 def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +83,10 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
             value = getattr(arguments, field.name)
             optional = not isinstance(field.type, type) and isinstance(None, field.type)
             given[field.name] = None if optional and value.lower() in ("none", "null") else value
-    preset = load_preset(arguments.preset) if arguments.preset else {}
+    preset = read_preset(arguments.preset) if arguments.preset else {}
+    if given.get("method", preset.get("method")) != preset.get("method"):
+        preset = left_open(given["method"], preset)
+    preset = gather_settings(preset)
     for owner in ("prior", "guide"):
         chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
         if given.get(owner, chosen) != chosen:

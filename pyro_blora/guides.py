@@ -168,6 +168,21 @@ class Mixture(_Evidence):
         return reward.mean() + score - score.detach()
 
 
+class Prior(nn.Module):
+    """The prior's own laws: the data teach the gates nothing, and the KL is 0."""
+
+    def __init__(self, prior: nn.Module):
+        super().__init__()
+        self.prior = prior
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        odds = (law.log_probs - law.log_probs_closed for law in self.prior())
+        return Gates(*(RelaxedNestedBernoulli(x, temperature, hard, validate_args=False) for x in odds))
+
+    def posterior(self) -> Gates:
+        return self.prior()
+
+
 @register_guide("mean_field")
 def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> MeanField:
     """Independent relaxed nested Bernoullis, one a chain; KL in closed form.
@@ -203,6 +218,15 @@ def point(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None =
     Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
     """
     return Point(layout, prior, open_logit)
+
+
+@register_guide("prior")
+def prior_itself(layout: AdapterLayout, prior: nn.Module) -> Prior:
+    """The prior itself: gates are drawn in training, and learn nothing. No settings.
+
+    Source: Valipour et al., DyLoRA (2023), is this guide with prior `depth` on the ranks.
+    """
+    return Prior(prior)
 
 
 def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> nn.Module:

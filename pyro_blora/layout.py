@@ -139,6 +139,12 @@ class AdapterLayout:
         tuples = {"tensors": tuple(data["tensors"]), "ladder": tuple(data["ladder"]), "projections": projections}
         return cls(**{**data, **tuples})
 
+    def without_adapters(self) -> "AdapterLayout":
+        """The same projections for full fine-tuning."""
+        return dataclasses.replace(
+            self, projections=tuple(dataclasses.replace(p, adapted=False) for p in self.projections)
+        )
+
     @property
     def adapted(self) -> tuple[Projection, ...]:
         return tuple(p for p in self.projections if p.adapted)

@@ -150,27 +150,34 @@ class Prediction:
 
 
 @torch.no_grad()
-def predict(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None) -> Prediction:
+def predict(
+    program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None,
+    dropout_seed: int | None = None,
+) -> Prediction:  # fmt: skip
     """Outputs and pointwise log-likelihood of every example under each draw.
 
     batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation.
-    Identical allocations are run once. Dropout is off.
+    dropout_seed: None for no dropout, when identical allocations are run once; else every draw has dropout masks of its
+    own, from this seed.
     """
     if gates is None:
         gates = Gates(*(x[None] for x in deployed(program)))
     flat = torch.cat([gates.z.flatten(1), gates.g.flatten(1)], -1)
     _, which = torch.unique(flat, dim=0, return_inverse=True)
+    if dropout_seed is not None:
+        which = torch.arange(len(flat))
     firsts = [(which == i).nonzero()[0].item() for i in range(int(which.max()) + 1)]
     training = program.training
-    program.eval()
+    program.train(dropout_seed is not None)
     outputs, log_likelihood, labels = [], [], []
-    for inputs, label in batches:
-        laws = [_law(program, inputs, gates.z[i], gates.g[i]) for i in firsts]
-        is_regression = not hasattr(laws[0], "probs")
-        out = torch.stack([law.mean[:, None] if is_regression else law.probs for law in laws])
-        outputs.append(out[which].cpu())
-        log_likelihood.append(torch.stack([law.log_prob(label) for law in laws])[which].cpu())
-        labels.append(label.cpu())
+    with _seeded(program, dropout_seed or 0):
+        for inputs, label in batches:
+            laws = [_law(program, inputs, gates.z[i], gates.g[i]) for i in firsts]
+            is_regression = not hasattr(laws[0], "probs")
+            out = torch.stack([law.mean[:, None] if is_regression else law.probs for law in laws])
+            outputs.append(out[which].cpu())
+            log_likelihood.append(torch.stack([law.log_prob(label) for law in laws])[which].cpu())
+            labels.append(label.cpu())
     program.train(training)
     if not labels:
         raise ValueError("there are no examples to predict")

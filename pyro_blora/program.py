@@ -121,7 +121,7 @@ class BayesianLoRA(GateProgram):
             elbo = Elbo(self.nll(inputs, labels, *opened), *self.kl())
         else:
             elbo = self.elbo(inputs, labels)
-        return elbo.loss(self.n_train, kl_weight), elbo
+        return elbo.loss(self.n_train, kl_weight) + self.net.penalty(), elbo
 
 
 def kl_of(guide: nn.Module, prior: nn.Module, z_mask: Tensor, g_mask: Tensor, temperature: float, hard: bool) -> Gates:

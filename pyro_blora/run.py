@@ -33,6 +33,7 @@ from .training import Trained, fit
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
 _ELBO_EXAMPLES, _ELBO_DRAWS = 512, 4  # training rows and discrete draws behind elbo_per_example
+_AVERAGED = {"gates": "the gates", "dropout": "dropout masks"}
 _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "arviz", "numpy")
 
 
@@ -91,11 +92,7 @@ def _finish(trained: Trained, folder: Path) -> dict:
     parts, program, config = trained.parts, trained.program, trained.parts.config
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
     draws = draw(program, config.draws, seed=config.seed)
-    # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
-    gates = Gates(*(torch.cat([x, mode[None]]) for x, mode in zip(draws, deployed(program), strict=True)))
-    together = {split: _predict(trained, split, gates) for split in parts.tokens if split != "train"}
-    averaged, last = slice(config.draws), slice(config.draws, None)
-    pairs = {split: (both.of_draws(averaged), both.of_draws(last)) for split, both in together.items()}
+    pairs = {split: _averaged_and_deployed(trained, split, draws) for split in parts.tokens if split != "train"}
     prediction, at_mode = pairs["eval"]
     save(to_arviz(program, draws, prediction, labels=parts.task.labels, seed=config.seed), folder / "posterior.nc")
     export(program, folder / "adapter")
@@ -106,15 +103,42 @@ def _finish(trained: Trained, folder: Path) -> dict:
     for split, (predicted, _) in pairs.items():
         if split != "eval":
             summary[split] = _scores(trained, predicted)
+    if config.guide == "prior" and program.layout.adapted:
+        summary["by_rank"] = _by_rank(trained)
     return summary
 
 
-def _predict(trained: Trained, split: str, draws: Gates, rows=None) -> Prediction:
+def _averaged_and_deployed(trained: Trained, split: str, draws: Gates) -> tuple[Prediction, Prediction]:
+    config, mode = trained.parts.config, Gates(*(x[None] for x in deployed(trained.program)))
+    if config.average_over == "dropout":
+        return _predict(trained, split, draws, dropout_seed=config.seed), _predict(trained, split, mode)
+    # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
+    both = _predict(trained, split, Gates(*(torch.cat(pair) for pair in zip(draws, mode, strict=True))))
+    return both.of_draws(slice(config.draws)), both.of_draws(slice(config.draws, None))
+
+
+def _by_rank(trained: Trained) -> list[dict]:
+    """Scores of the deployed bit widths with the same rank everywhere, from 1 to R."""
+    layout, z = trained.program.layout, deployed(trained.program).z
+    ranks = torch.arange(layout.rank, device=z.device)
+    g = (ranks[:-1] < ranks[:, None, None]).float().expand(-1, *layout.g_shape)  # (R, L, R - 1)
+    gates = Gates(z.expand(layout.rank, *z.shape), g)
+    prediction, bops = _predict(trained, "eval", gates), expected_bops(layout, *gates)
+    return [
+        {
+            "rank": i + 1, **_scores(trained, prediction.of_draws(slice(i, i + 1))),
+            "bops": {"adapted_ratio": float(bops.adapted_ratio[i]), "model_ratio": float(bops.model_ratio[i])},
+        }
+        for i in range(layout.rank)
+    ]  # fmt: skip
+
+
+def _predict(trained: Trained, split: str, draws: Gates, rows=None, dropout_seed: int | None = None) -> Prediction:
     parts, device = trained.parts, trained.program.log_scale.device
     tokens = parts.tokens[split] if rows is None else rows
     batches, order = by_length(tokens, parts.tokenizer, 2 * parts.config.batch_size)
     bar = tqdm(on_device(batches, device), desc=f"predict {split}", total=len(batches), leave=False, dynamic_ncols=True)
-    return predict(trained.program, bar, gates=draws).restored(order)
+    return predict(trained.program, bar, gates=draws, dropout_seed=dropout_seed).restored(order)
 
 
 def _scores(trained: Trained, prediction: Prediction) -> dict:
@@ -155,7 +179,8 @@ def _table(trained: Trained, split: str, prediction: Prediction, at_mode: Predic
 @torch.no_grad()
 def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> dict:
     parts, program, config = trained.parts, trained.program, trained.parts.config
-    layout, (z, g) = program.net.layout, marginals(program)
+    net, layout, (z, g) = program.net, program.net.layout, marginals(program)
+    learning = [*net.adapter_parameters(), *net.head_parameters()]
     kl_z, kl_g = mean_kl(program, seed=config.seed)
     train = take(parts.tokens["train"], _ELBO_EXAMPLES, config.seed)
     fitted = _predict(trained, "train", draw(program, _ELBO_DRAWS, seed=config.seed), train)
@@ -166,6 +191,7 @@ def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> d
     return {
         "task": config.task,
         "backbone": config.backbone,
+        "method": config.method,
         "prior": "+".join(config.prior_names),
         "guide": config.guide,
         "seed": config.seed,
@@ -173,7 +199,7 @@ def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> d
         "n_eval": len(prediction.labels),
         **_scores(trained, prediction),
         "draws": config.draws,
-        "averaging": f"mean of the predicted probabilities over {config.draws} draws of the gates",
+        "averaging": f"mean of the predicted probabilities over {config.draws} draws of {_AVERAGED[config.average_over]}",
         "deployed": _scores(trained, at_mode),
         "prior_state": program.prior.report() if hasattr(program.prior, "report") else {},
         "elbo_per_example": float(fitted.log_likelihood.mean()) - (kl_z + kl_g) / program.n_train,
@@ -186,12 +212,14 @@ def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> d
         },
         "expected_bits": {
             tensor: float(bits[program.z_mask.cpu()[:, t], t].mean()) for t, tensor in enumerate(layout.tensors)
+            if program.z_mask[:, t].any()
         },
         "expected_rank": {kind: float(ranks[rows].mean()) for kind, rows in kinds.items()},
         "adapter_parameters": sum(
             (p.in_features + p.out_features) * (1 + int((g[i] > 0.5).sum()))
             for i, p in enumerate(layout.projections) if p.adapted
         ),
+        "trained_parameters": sum(p.numel() for p in learning),
         "seconds": {"training": round(trained.seconds, 2)},
         "peak_memory_bytes": _peak_memory(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
@@ -207,7 +235,9 @@ def _peak_memory() -> int:
 
 def result_tables(summary: dict) -> list[Table]:
     """What a user wants to know first: the score, its calibration, what the gates learned, what it costs."""
-    head = Table(title=f"{summary['task']} · {summary['backbone']} · prior {summary['prior']}", title_justify="left")
+    method = summary.get("method", "bayesian_lora")
+    name = f"prior {summary['prior']}" if method == "bayesian_lora" else method
+    head = Table(title=f"{summary['task']} · {summary['backbone']} · {name}", title_justify="left")
     for column, justify in (("", "left"), (f"{summary['draws']} draws", "right"), ("deployed", "right")):
         head.add_column(column, justify=justify)
     at_mode, metric = summary["deployed"], summary["metric"]["name"]
@@ -229,7 +259,15 @@ def result_tables(summary: dict) -> list[Table]:
     )
     gates.add_row("BOPs / whole model at 32 x 32", f"{summary['bops']['model_ratio']:.2%}")
     gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
-    return [head, gates]
+    if "by_rank" not in summary:
+        return [head, gates]
+    ranks = Table(title="At every rank", title_justify="left")
+    for column in ("rank", metric, "NLL", "BOPs / adapted"):
+        ranks.add_column(column, justify="right")
+    for row in summary["by_rank"]:
+        value, share = row["metric"]["value"], row["bops"]["adapted_ratio"]
+        ranks.add_row(str(row["rank"]), _number(value), _number(row["nll"]), f"{share:.2%}")
+    return [head, gates, ranks]
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,8 @@
-"""How much of a projection's input its leading principal components explain, for a prior that wants to know."""
+"""The principal components of the projections' inputs: what they explain, for a prior, and where lora_A may start."""
 
 from collections.abc import Iterable
 
+import peft
 import torch
 from torch import Tensor
 
@@ -55,3 +56,14 @@ def explained_variances(net: GatedModel, batches: Iterable[dict]) -> Tensor:
     for projection in adapted:
         rows[projection] = moments.ratios(projection, net.layout.rank)
     return rows
+
+
+@torch.no_grad()
+def start_eva(net: GatedModel, batches: Iterable[dict]) -> None:
+    """Start lora_A at the leading principal components of its layer's inputs, by PEFT's incremental PCA.
+
+    batches: passed over again until the components have settled. Every adapter keeps its rank.
+    Source: Paischer et al., EVA (2024).
+    """
+    with observed(net, Observer()):
+        peft.initialize_lora_eva_weights(net.peft_model, list(batches), show_progress_bar=False)

@@ -29,11 +29,13 @@ from .posterior import bops, component_marginals
 from .program import BayesianLoRA
 from .ranges import range_errors
 from .schedule import Schedule
-from .spectra import explained_variances
+from .spectra import explained_variances, start_eva
 from .starting import evidence, sensitivity
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
+_EVA_BATCHES = 32  # passed over until the components have settled
 _STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square known to about a tenth
+_POST_STEPS = 500  # of a prior that adapts, where training has ended before the gates start
 _DIVERGED = (
     "the training diverged at step {}: the loss is no finite number. Lower --lr; a new setting is a new run folder"
 )
@@ -126,6 +128,8 @@ class _Loop:
                 if step == self.schedule.opening:
                     self._start_gates(optimizer)
                 self._optimizer_step(step, micro_batches, optimizer)
+                if step + 1 == total == self.schedule.opening:
+                    self._start_gates(optimizer)
                 bar.update()
                 if (step + 1) % config.logging_steps == 0 or step + 1 == last:
                     self._log(step + 1, time.perf_counter() - began, bar)
@@ -171,6 +175,9 @@ class _Loop:
         net = self.program.net
         accelerator.clip_grad_norm_([*net.adapter_parameters(), *net.head_parameters()], config.clip_norm)
         optimizer.step()
+        if hasattr(net, "allocate"):
+            guide = self.program.gate_guide
+            guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
         optimizer.zero_grad()
         if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
             self.program.prior.adapt(component_marginals(self.program))
@@ -181,12 +188,16 @@ class _Loop:
             raise ValueError(_DIVERGED.format(step))
 
     def _calibrate(self) -> None:
+        if self.config.init_lora_weights == "eva":
+            start_eva(self.program.net, (inputs for inputs, _ in self._training_batches(_EVA_BATCHES, epoch=-3)))
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
 
     def _start_gates(self, optimizer) -> None:
         """Set the guide to what the data say about the gates, and the ranges to the widths that it then gives."""
         program, guide, config = self.program, self.program.gate_guide, self.config
+        if not program.net.layers():  # PEFT's own layers are not gated
+            return
         if hasattr(program.prior, "explain"):
             batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
             program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
@@ -195,6 +206,9 @@ class _Loop:
         if getattr(guide, "starts_from_data", False):
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
             guide.start(evidence(program, sensitivity(program, batches, errors.best_by_width()), config.kl_weight))
+        if hasattr(program.prior, "adapt") and self.schedule.opening == self.schedule.steps:
+            for _ in range(_POST_STEPS):
+                program.prior.adapt(component_marginals(program))
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))
@@ -233,7 +247,7 @@ class _Loop:
         numbers = {
             **dict(zip(("loss", "nll", "kl_z", "kl_g"), self.last, strict=True)),
             "expected_bits": expected_bits(layout, z)[program.z_mask].mean(),
-            "expected_rank": expected_rank(g)[program.g_mask].mean(),
+            "expected_rank": expected_rank(g)[program.g_mask].sum() / max(1, len(layout.adapted)),
             "bops_adapted": expected.adapted_ratio,
             "bops_model": expected.model_ratio,
         }

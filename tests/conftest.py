@@ -18,6 +18,12 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
 
 
+@pytest.fixture(scope="module", autouse=True)
+def validated():
+    """Distributions check their arguments, whatever a module before this did: torch.compile switches it off for good."""
+    torch.distributions.Distribution.set_default_validate_args(True)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of public data, `PYRO_BLORA_DATA` or `../shared/data`; its README lists what it holds."""

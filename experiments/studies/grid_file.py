@@ -10,6 +10,7 @@
         - {prior: bops, prior.rate: 0.5}   # several flags that go together, shown as `bops` and told apart by `label`
       seed: [0, 1]
 
+`preset: sst2` stands for the flags of that preset, wherever it is given; everything else in the file overrides it.
 Nothing is trained, and nothing but the names of priors and guides is looked up, before every cell is known to be right.
 """
 
@@ -23,7 +24,8 @@ import yaml
 
 from pyro_blora.build import check_names
 from pyro_blora.config import RunConfig, field_names, suggest
-from pyro_blora.flags import EXPONENT, OWNED, gather_settings
+from pyro_blora.flags import EXPONENT, OWNED, gather_settings, read_preset
+from pyro_blora.methods import left_open
 from pyro_blora.priors import PRIORS, build_prior, parts
 from pyro_blora.schedule import Schedule
 from pyro_blora.testing import example_layout
@@ -78,7 +80,7 @@ def read_grid(
     base = {"output_dir": output_dir or f"runs/{path.stem}", "glue_dir": glue_dir} | base
     axes = _axes(tables.get("axes"), path, taken)
     try:
-        RunConfig.from_dict(gather_settings(base))
+        _checked_fields(base)
     except ValueError as error:
         raise ValueError(f"grid {path}, base: {error}") from None
     cells = []
@@ -95,13 +97,7 @@ def read_grid(
 
 def _checked(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
     """The configuration of a cell.  Errors: ValueError for what can be known to be wrong without loading anything."""
-    flags = dict(base)
-    for entry in entries:
-        for owner in ("prior", "guide"):
-            if owner in entry and entry[owner] != flags.get(owner):  # the settings belong to the law that is replaced
-                flags = {key: value for key, value in flags.items() if not key.startswith(f"{owner}.")}
-        flags |= entry
-    config = RunConfig.from_dict(gather_settings(flags))
+    config = _checked_fields(base, *entries)
     check_names(config)
     if config.glue_dir is not None and not Path(os.path.expanduser(config.glue_dir)).is_dir():
         raise ValueError(f"glue_dir {config.glue_dir} is no folder: give that of the official TSV release")
@@ -111,6 +107,22 @@ def _checked(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
         if name in PRIORS.names() and name not in _OF_THE_MODEL:
             build_prior(name, example_layout(rank=config.rank), settings)
     return config
+
+
+def _checked_fields(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
+    """Base and entries, each over what stands before it; a preset is under all of them."""
+    flags = dict(base)
+    for table in (base, *entries):  # presets first: everything in the file overrides them
+        flags = (read_preset(table["preset"]) if "preset" in table else {}) | flags
+    for method in [entry["method"] for entry in entries if "method" in entry]:
+        flags = left_open(method, flags)
+    for entry in entries:
+        for owner in ("prior", "guide"):
+            if owner in entry and entry[owner] != flags.get(owner):  # the settings belong to the law that is replaced
+                flags = {key: value for key, value in flags.items() if not key.startswith(f"{owner}.")}
+        flags |= entry
+    flags.pop("preset", None)
+    return RunConfig.from_dict(gather_settings(flags))
 
 
 def _line_of(message: str, base: dict[str, Any], chosen: tuple[Entry, ...], path: Path) -> str | None:
@@ -170,8 +182,8 @@ def _flags(node: yaml.Node, path: Path, extra: tuple[str, ...] = ()) -> dict[str
 
 
 def _require_flag(key: str, node: yaml.Node, path: Path) -> None:
-    if key not in field_names() and not OWNED.fullmatch(key):
-        raise ValueError(f"{_at(path, node)}: unknown flag {key!r}: {suggest(key, field_names())}")
+    if key != "preset" and key not in field_names() and not OWNED.fullmatch(key):
+        raise ValueError(f"{_at(path, node)}: unknown flag {key!r}: {suggest(key, ['preset', *field_names()])}")
 
 
 def _pairs(node: yaml.Node | None, path: Path, what: str, known: tuple[str, ...] = ()) -> list[tuple[str, yaml.Node]]:

@@ -1,0 +1,155 @@
+"""AdaLoRA from PEFT inside our loop: its layers, its allocator, and the guide that says which ranks are left.
+
+An adapted projection computes y = W0 x + b + (alpha / R) * B diag(E) A x, at 32 bit. After every optimizer step PEFT's
+allocator zeroes the entries of E that matter least, on its cubic schedule from R everywhere to `target_rank` on
+average. The open ranks are a point in the prior's space, so expected ranks, BOPs and reports are those of any run. What
+is exported is plain LoRA: diag(E) A and B at the open ranks.
+
+Source: Zhang et al., AdaLoRA (2023); its schedule is in fractions of the steps here.
+"""
+
+import warnings
+
+import peft
+import pyro.distributions as dist
+import torch
+from peft.tuners.adalora import SVDLinear
+from torch import Tensor, nn
+
+from .adapters import ADAPTER, GatedModel, freeze_pooler, lora_config
+from .gates import Gates, NestedBernoulli
+from .guides import register_guide
+from .handover import Handover
+from .layout import AdapterLayout
+
+_BEFORE, _AFTER, _INTERVAL = 0.1, 0.3, 0.01  # fractions of the steps: before, after, and between allocations
+_ORTHOGONALITY = 0.1  # weight of the penalty, as AdaLoRA has it on most of GLUE
+
+
+class AdaLoRAModel(GatedModel):
+    """A backbone with PEFT's AdaLoRA layers; gates are handed to nobody, as its ranks are open or zero.
+
+    Buffers: the allocator's running sensitivities, so that a checkpoint has them.
+    """
+
+    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout):
+        super().__init__(peft_model, layout, Handover())
+        self.tuner = [peft_model.base_model]  # in a list: the module is registered once, below `peft_model`
+        self.allocation = nn.ModuleDict()  # by kind: a buffer for each parameter
+        for kind in ("exp_avg_ipt", "exp_avg_unc"):
+            self.allocation[kind] = module = nn.Module()
+            for name, parameter in self._parameters_of_adapters():
+                module.register_buffer(name.replace(".", "/"), torch.zeros_like(parameter))
+        self.allocation.register_buffer("opened", torch.ones(len(layout.projections), layout.rank, dtype=torch.bool))
+
+    def _parameters_of_adapters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those that AdaLoRA rates, by their names in PEFT's inner model."""
+        return [(name, p) for name, p in self.tuner[0].model.named_parameters() if "lora_" in name]
+
+    def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
+        """(diag(E) A (r, n), B (m, r)) at the open ranks, which may be none."""
+        layer: SVDLinear = self.tuner[0].model.get_submodule(projection)
+        scales = layer.lora_E[ADAPTER].squeeze(-1)  # (R,)
+        scales, opened = scales / (1 + 1e-5 / len(scales)), scales != 0  # PEFT divides by R + 1e-5
+        return scales[opened, None] * layer.lora_A[ADAPTER][opened], layer.lora_B[ADAPTER][:, opened]
+
+    def _scales(self) -> dict[str, Tensor]:
+        """E of every projection, (R, 1), by its name in PEFT's inner model."""
+        names = (f"{p.name}.lora_E.{ADAPTER}" for p in self.layout.projections)
+        return {name: self.tuner[0].model.get_parameter(name) for name in names}
+
+    def penalty(self) -> Tensor:
+        """The weighted mean distance of A A^T and B^T B from the identity."""
+        distances = []
+        for name, p in self._parameters_of_adapters():
+            if "lora_E" not in name:
+                gram = p @ p.T if "lora_A" in name else p.T @ p
+                distances.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=p.device)))
+        return _ORTHOGONALITY * torch.stack(distances).mean()
+
+    @torch.no_grad()
+    def allocate(self, step: int, steps: int, target_rank: int) -> Tensor:
+        """PEFT's allocation after optimizer step `step` (from 1) of `steps`, gradients in place; returns the ranks."""
+        tuner = self.tuner[0]
+        config, allocator = tuner.peft_config[ADAPTER], tuner.rankallocator
+        config.total_step, config.target_r = steps, target_rank
+        config.tinit, config.tfinal = int(_BEFORE * steps), int(_AFTER * steps)
+        config.deltaT = max(1, int(_INTERVAL * steps))
+        allocator.target_bgt = target_rank * len(allocator.name_set)
+        opened = self.allocation.opened  # (L, R), as the last allocation left them: in the end that is kept
+        config.rank_pattern = dict(zip(self._scales(), opened.tolist(), strict=True))
+        state = {kind: dict(module.named_buffers()) for kind, module in self.allocation.items()}
+        for kind, buffers in state.items():
+            setattr(allocator, kind, {name.replace("/", "."): x.clone() for name, x in buffers.items()})
+        allocator.ipt = {name: torch.zeros_like(p) for name, p in self._parameters_of_adapters()}
+        tuner.update_and_allocate(step)
+        for kind, buffers in state.items():
+            for name, x in getattr(allocator, kind).items():
+                buffers[name.replace(".", "/")].copy_(x)
+        opened.copy_(torch.stack([scale.squeeze(-1) != 0 for scale in self._scales().values()]))
+        return opened.sum(-1)
+
+
+def attach_adalora(
+    backbone: nn.Module, *, rank: int, alpha: float, target_modules=None, scope: str = "adapted",
+    sequence_length: int = 128,
+) -> AdaLoRAModel:  # fmt: skip
+    """Put PEFT's AdaLoRA layers of `rank` ranks into a Hugging Face backbone; arguments as of `attach`.
+
+    Errors: ValueError, see `AdapterLayout.of`, and for scope `encoder`: nothing is quantized here.
+    """
+    if scope != "adapted":
+        raise ValueError(f"adalora quantizes nothing, so it has no scope {scope!r}: drop --scope")
+    layout = AdapterLayout.of(
+        backbone, rank=rank, alpha=alpha, target_modules=target_modules, sequence_length=sequence_length
+    )
+    plain = lora_config(backbone, layout)
+    config = peft.AdaLoraConfig(
+        task_type=plain.task_type, target_modules=plain.target_modules, modules_to_save=plain.modules_to_save,
+        init_r=rank, target_r=rank, lora_alpha=alpha, total_step=1,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
+        model = peft.get_peft_model(backbone, config)
+    freeze_pooler(model)
+    return AdaLoRAModel(model, layout)
+
+
+class Allocated(nn.Module):
+    """One rank for each adapter, as `allocate` was last told; every bit gate is open."""
+
+    def __init__(self, layout: AdapterLayout, target_rank: int):
+        super().__init__()
+        self.target_rank = target_rank
+        self.register_buffer("z", torch.ones(layout.z_shape), persistent=False)
+        self.register_buffer("ranks", torch.full(layout.g_shape[:1], layout.rank))  # (L,)
+        self.register_buffer("before", torch.arange(1, layout.rank), persistent=False)  # ranks before each gate
+
+    def allocate(self, ranks: Tensor) -> None:
+        """Open ranks of every projection, (L,); the first is always open, so 0 counts as 1."""
+        self.ranks.copy_(ranks)
+
+    def _chains(self) -> Gates:
+        return Gates(self.z, (self.before < self.ranks[:, None]).to(self.z))
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        return Gates(*(dist.Delta(x, event_dim=1, validate_args=False) for x in self._chains()))
+
+    def posterior(self) -> Gates:
+        return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in self._chains()))
+
+
+@register_guide("allocated")
+def allocated(layout: AdapterLayout, prior: nn.Module, *, target_rank: int | None = None) -> Allocated:
+    """The ranks that AdaLoRA's allocator has left, a point; for method `adalora`.
+
+    Settings: target_rank, their average at the end (default: two thirds of `rank`, AdaLoRA's own ratio).
+    Source: Zhang et al., AdaLoRA (2023).
+    """
+    target_rank = max(1, 2 * layout.rank // 3) if target_rank is None else target_rank
+    if not 1 <= target_rank < layout.rank:
+        raise ValueError(
+            f"guide 'allocated': target_rank must be from 1 to {layout.rank - 1}, below the rank {layout.rank} where "
+            f"AdaLoRA starts, got {target_rank}: raise --rank"
+        )
+    return Allocated(layout, target_rank)

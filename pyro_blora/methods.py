@@ -1,0 +1,81 @@
+"""Methods by name: what a method fixes of a run's configuration, and what it only proposes.
+
+`bayesian_lora` is everything as configured. The others are what it is compared with, in the same loop, data order, head
+and report. Most are a prior/guide pair of the same program; AdaLoRA and EVA's initialization are PEFT's.
+Keys are the command line's flags: `prior.bits` is a setting of the prior.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+_LORA = {"prior": "fixed", "prior.bits": 32}  # nothing random, nothing quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """line: what it is, with its source. fixes: flags that make the method what it is. proposes: its own defaults."""
+
+    line: str
+    fixes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    proposes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+METHODS = {
+    "bayesian_lora": Method("gates of bits and ranks, learned under the chosen prior and guide"),
+    "lora": Method("plain LoRA: 32 bit, every rank (Hu et al., 2021)", _LORA),
+    "qat_lora": Method(
+        "LoRA trained at one bit width, straight-through (Jacob et al., 2018)",
+        {"prior": "fixed"}, {"prior.bits": 8},
+    ),
+    "bayesian_bits": Method("bit gates only, every rank (van Baalen et al., Bayesian Bits, 2020)", {"prior.g": "off"}),
+    "rank_gates": Method("rank gates only, 32 bit", {"prior.z": "off"}),
+    "dylora": Method(
+        "LoRA whose rank is drawn uniformly in every step, evaluated at every rank (Valipour et al., DyLoRA, 2023)",
+        {"prior": "depth", "prior.z": "off", "guide": "prior", "estimator": "straight_through"}, {"kl_warmup": 0.0},
+    ),
+    "adalora": Method(
+        "PEFT's AdaLoRA: from `rank` everywhere to an average of --guide.target_rank (Zhang et al., 2023)",
+        {"prior": "depth", "prior.z": "off", "guide": "allocated", "adapter": "adalora"},
+    ),
+    "eva": Method(
+        "LoRA that starts at the principal components of its inputs, PEFT's EVA (Paischer et al., 2024)",
+        {**_LORA, "init_lora_weights": "eva"},
+    ),
+    "full": Method(
+        "full fine-tuning: no adapter, every weight of the backbone learns", {**_LORA, "adapter": "none"},
+        {"lr": 5e-5, "lr_head": 1e-3},
+    ),
+    "ptq": Method(
+        "LoRA quantized after training, ranges fitted to the data (Nagel et al., 2021)",
+        {"prior": "fixed", "kl_warmup": 1.0}, {"prior.bits": 8},
+    ),
+    "mc_dropout": Method(
+        "LoRA whose predictions average over dropout masks (Gal and Ghahramani, 2016)",
+        {**_LORA, "average_over": "dropout"},
+    ),
+}  # fmt: skip
+ADAPTERS = {method.fixes["adapter"]: name for name, method in METHODS.items() if "adapter" in method.fixes}
+
+
+def resolved(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a method adds to those `given` (which differ from the configuration's own defaults).
+
+    Errors: ValueError for a flag that contradicts the method, and for an adapter that belongs to another method.
+    """
+    method = METHODS[name]
+    for flag, value in method.fixes.items():
+        if flag in given and given[flag] != value:
+            raise ValueError(f"--{flag} {given[flag]} contradicts --method {name}, which is {flag} {value}: drop one")
+    owner = ADAPTERS.get(given.get("adapter"), name)
+    if owner != name:
+        raise ValueError(f"adapter {given['adapter']!r} is part of a method: give --method {owner} in its place")
+    return {flag: value for flag, value in {**method.proposes, **method.fixes}.items() if flag not in given}
+
+
+def left_open(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those flags of a preset, or of a grid's base, that do not give way to the method which replaces theirs."""
+    method = METHODS.get(name, METHODS["bayesian_lora"])
+    says = {**method.proposes, **method.fixes}
+    owned = tuple(f"{flag}." for flag in says if flag in ("prior", "guide"))  # settings of a law that is replaced
+    return {flag: value for flag, value in flags.items() if flag not in says and not flag.startswith(owned)}
