@@ -8,15 +8,17 @@ import dataclasses
 import difflib
 import os
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig, field_names
 from .flags import preset_names, run_fields, take_settings
-from .registry import REQUIRED, Registry
+from .methods import METHODS
+from .registry import REQUIRED, Registry, registered
 
-COMMANDS = ("train", "priors", "guides", "show")
+COMMANDS = ("train", "methods", "priors", "guides", "show")
 _SITES = (
     "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a prior of their own, --prior.z.SETTING "
     "VALUE its settings; the name `off` opens them for good."
@@ -57,10 +59,13 @@ def _command(argv: list[str]) -> int:
 
         show_run(Path(arguments.run))
         return 0
+    if arguments.command == "methods":
+        _print_methods()
+        return 0
     if arguments.command == "priors":
         from .priors import PRIORS as registry
     else:
-        from .guides import GUIDES as registry
+        from .build import GUIDES as registry  # with those of all modules
     _print_registry(registry)
     if arguments.command == "priors":
         print(_SITES)
@@ -93,8 +98,8 @@ def _parser() -> _Parser:
         "train",
         help="train, or resume, one run",
         description="Train one run, or resume it: a flag overrides the preset, the preset overrides the defaults.",
-        epilog="Settings of the chosen prior and guide: --prior.NAME VALUE, --guide.NAME VALUE; `pyro-blora priors` "
-        "and `pyro-blora guides` list them. " + _SITES,
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     train.add_argument("--preset", help=f"a YAML file, or one of {', '.join(preset_names())}")
@@ -114,11 +119,30 @@ def _parser() -> _Parser:
                 help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
                 **({"nargs": "?", "const": "true"} if field.type is bool else {}),
             )
+    commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     commands.add_parser("priors", help="list the registered priors and their settings", allow_abbrev=False)
     commands.add_parser("guides", help="list the registered guides and their settings", allow_abbrev=False)
     show = commands.add_parser("show", help="print the result table of a finished run", allow_abbrev=False)
     show.add_argument("run", help="the run's folder")
     return parser
+
+
+def _epilog() -> str:
+    """What can be chosen by name, read from the modules' text: importing them would take seconds."""
+    lines = ["methods:", *(f"  {name:14s} {method.line}" for name, method in METHODS.items())]
+    for kind, modules in (("prior", ["priors"]), ("guide", ["guides", "adalora"])):
+        lines += ["", f"{kind}s, with their settings (--{kind}.NAME VALUE; `pyro-blora {kind}s` lists them):"]
+        found = [pair for module in modules for pair in registered(Path(__file__).with_name(f"{module}.py"), kind)]
+        lines += [f"  {name:14s} {line}" for name, line in found]
+    return "\n".join([*lines, "", *textwrap.wrap(_SITES, 100)])
+
+
+def _print_methods() -> None:
+    for name, method in METHODS.items():
+        print(f"{name:14s} {method.line}")
+        for verb, flags in (("sets", method.fixes), ("proposes", method.proposes)):
+            if flags:
+                print(f"{'':14s}   {verb} {' '.join(f'--{flag} {value}' for flag, value in flags.items())}")
 
 
 def _print_registry(registry: Registry) -> None:

@@ -219,6 +219,7 @@ def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: st
     config._register_custom_module({nn.Linear: GatedLinear})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
+        warnings.filterwarnings("ignore", "lora with eva initialization")  # memory that a batch has no use for
         model = peft.get_peft_model(backbone, config)
     freeze_pooler(model)
     return model

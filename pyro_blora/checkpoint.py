@@ -17,7 +17,7 @@ _NAME = "state.safetensors"
 
 
 def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained, and the state of a prior that adapts, of a guide and of an allocator, by name in a fixed order."""
+    """What is trained, and the state of prior, guide and allocator, by name, in a fixed order."""
     found = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parts = dict(module.named_modules())
     for name in ("prior", "gate_guide", "net.allocation"):

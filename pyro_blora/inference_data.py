@@ -14,7 +14,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x whenever it is imported
     import arviz
 import numpy as np
+import pandas as pd
 import torch
+import xarray
 from torch import Tensor
 
 from .bops import expected_bits, expected_bops, expected_rank
@@ -88,6 +90,26 @@ def assemble(groups: Mapping[str, Mapping[str, np.ndarray]], coords: dict, dims:
     if int(arviz.__version__.split(".")[0]) >= 1:
         return arviz.from_dict({name: dict(group) for name, group in groups.items()}, coords=coords, dims=dims)
     return arviz.from_dict(**{name: dict(group) for name, group in groups.items()}, coords=coords, dims=dims)
+
+
+def held_out(log_scores: np.ndarray, draws: int):
+    """ArviZ's ELPDData of held-out examples, for `arviz.compare`: their log scores need no leaving out.
+
+    log_scores (E,): of the predictive density averaged over `draws`, nats. ArviZ knows such data as `loo` only.
+    """
+    E = len(log_scores)
+    pointwise = xarray.DataArray(np.asarray(log_scores, dtype=float), dims=["example"])
+    total, error = float(pointwise.sum()), float(np.sqrt(E * pointwise.var()))
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        from arviz_stats.utils import ELPDDataLOO
+
+        return ELPDDataLOO(total, error, 0.0, draws, E, "log", False, 0.7, elpd_i=pointwise)
+    from arviz.stats.stats_utils import ELPDData
+
+    return ELPDData(pd.Series({
+        "elpd_loo": total, "se": error, "p_loo": 0.0, "n_samples": draws, "n_data_points": E, "warning": False,
+        "loo_i": pointwise, "scale": "log",
+    }))  # fmt: skip
 
 
 def save(data, path: Path) -> None:

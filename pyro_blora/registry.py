@@ -5,6 +5,7 @@ file needs no installation. Settings are checked here against the function's own
 that is ignored silently makes a wrong experiment look finished.
 """
 
+import ast
 import difflib
 import hashlib
 import importlib.util
@@ -212,3 +213,16 @@ def _convert(value: Any, kind: type) -> Any:
     if math.isnan(number) or (kind is int and not number.is_integer()):  # is_integer is False for infinities
         return REQUIRED
     return kind(number)
+
+
+def registered(path: Path, kind: str) -> list[tuple[str, str]]:
+    """Name and a line for each function under `@register_<kind>("name")` in a module's text, which is not run."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for decorator in getattr(node, "decorator_list", ()):
+            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == f"register_{kind}":
+                settings = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+                shown = ", ".join(f"{arg.arg}={ast.unparse(default)}" for arg, default in settings)
+                line = (ast.get_docstring(node) or "").partition("\n")[0]
+                found.append((decorator.args[0].value, f"{line} ({shown})" if shown else line))
+    return sorted(found)

@@ -199,7 +199,7 @@ def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> d
         "n_eval": len(prediction.labels),
         **_scores(trained, prediction),
         "draws": config.draws,
-        "averaging": f"mean of the predicted probabilities over {config.draws} draws of {_AVERAGED[config.average_over]}",
+        "averaging": f"mean of predicted probabilities over {config.draws} draws of {_AVERAGED[config.average_over]}",
         "deployed": _scores(trained, at_mode),
         "prior_state": program.prior.report() if hasattr(program.prior, "report") else {},
         "elbo_per_example": float(fitted.log_likelihood.mean()) - (kl_z + kl_g) / program.n_train,

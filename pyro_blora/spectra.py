@@ -65,5 +65,8 @@ def start_eva(net: GatedModel, batches: Iterable[dict]) -> None:
     batches: passed over again until the components have settled. Every adapter keeps its rank.
     Source: Paischer et al., EVA (2024).
     """
+    learning = {name: p.requires_grad for name, p in net.named_parameters()}
     with observed(net, Observer()):
         peft.initialize_lora_eva_weights(net.peft_model, list(batches), show_progress_bar=False)
+    for name, parameter in net.named_parameters():  # PEFT lets the pooler learn when it puts its adapter back
+        parameter.requires_grad_(learning[name])

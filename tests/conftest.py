@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread waits more than
 
 @pytest.fixture(scope="module", autouse=True)
 def validated():
-    """Distributions check their arguments, whatever a module before this did: torch.compile switches it off for good."""
+    """Distributions check their arguments in every module: torch.compile switches it off for the whole process."""
     torch.distributions.Distribution.set_default_validate_args(True)
 
 

@@ -15,6 +15,7 @@ GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 OTHER = {
     "task": "sst2", "backbone": "bert-base-uncased", "glue_dir": "/glue", "prior": "nested",
     "prior_settings": {"rate": 2}, "guide": "other", "guide_settings": {"scale": 0.1},
+    "method": "rank_gates", "init_lora_weights": "eva", "average_over": "dropout",
     "estimator": "straight_through", "adapter": "lora", "rank": 4, "alpha": 8.0, "target_modules": ("query",),
     "scope": "encoder", "max_train": 64, "epochs": 1, "batch_size": 8, "accumulation": 2, "lr": 1e-4, "lr_head": 1e-3,
     "lr_gates": 1e-2, "lr_ranges": 1e-4, "weight_decay": 0.1, "warmup": 0.1, "kl_warmup": 0.5, "kl_weight": 0.5,
@@ -129,8 +130,8 @@ def test_sites_with_priors_of_their_own_are_in_the_name(tmp_path):
         ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"lr": 0}, "lr must be a positive number"),
         ({"lr": float("inf")}, "lr must be a positive number"),
-        ({"lr": float("nan")}, "lr must be a number, got nan"),
-        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"lr": float("nan")}, "lr must be a number or none, got nan"),
+        ({"lr": "fast"}, "lr must be a number or none, got 'fast'"),
         ({"lr_head": 0}, "lr_head must be a positive number"),
         ({"lr_gates": -1}, "lr_gates must be 0 or a positive number"),
         ({"lr_ranges": -1}, "lr_ranges must be 0 or a positive number"),

@@ -42,8 +42,9 @@ def kept(path: Path, config: RunConfig) -> dict | None:
     if not path.exists():
         return None
     cell = json.loads(path.read_text(encoding="utf-8"))
-    if cell["config"] != _settings(config):
-        wrong = sorted(key for key, value in _settings(config).items() if cell["config"].get(key) != value)
+    known = _settings(RunConfig.from_dict(cell["config"]))  # fields that are newer than the cell had their defaults
+    if known != _settings(config):
+        wrong = sorted(key for key, value in _settings(config).items() if known[key] != value)
         raise ValueError(f"{path} is of another configuration ({', '.join(wrong)} differ): give another --keep")
     return cell
 

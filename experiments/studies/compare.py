@@ -1,6 +1,7 @@
 """Paired comparisons of cells: over the seeds that both methods have, and over the examples of their evaluation set.
 
-What is compared is the one allocation that is deployed: one forward an example, at the bit operations of the table.
+What is compared is the one allocation that is deployed, one forward an example at the bit operations of the table; or,
+with an empty prefix, what is averaged over draws.
 """
 
 import numpy as np
@@ -15,9 +16,9 @@ def _arrays(cell: dict) -> dict[str, np.ndarray]:
     return {name: np.asarray(values) for name, values in cell["examples"].items()}
 
 
-def score(examples: dict[str, np.ndarray], metric: str) -> float:
-    """Of the deployed decisions: accuracy, or a correlation.  Errors: ValueError for another metric."""
-    decision, label = examples["deployed_decision"], examples["label"]
+def score(examples: dict[str, np.ndarray], metric: str, prefix: str = "deployed_") -> float:
+    """Of the decisions: accuracy, or a correlation.  Errors: ValueError for another metric."""
+    decision, label = examples[f"{prefix}decision"], examples["label"]
     if metric == "accuracy":
         return float((decision == label).mean())
     if metric in _CORRELATIONS:
@@ -26,14 +27,16 @@ def score(examples: dict[str, np.ndarray], metric: str) -> float:
     raise ValueError(f"comparisons know accuracy, {', '.join(_CORRELATIONS)}, got {metric!r}: add it to compare.py")
 
 
-def _differences(pair, rows, metric: str) -> tuple[float, float]:
+def _differences(pair, rows, metric: str, prefix: str) -> tuple[float, float]:
     """Of the score and of the NLL, at some of the examples."""
     a, b = ({name: x[rows] for name, x in table.items()} for table in pair)
-    nll = (b["deployed_log_likelihood"] - a["deployed_log_likelihood"]).mean()
-    return score(a, metric) - score(b, metric), float(nll)
+    nll = (b[f"{prefix}log_likelihood"] - a[f"{prefix}log_likelihood"]).mean()
+    return score(a, metric, prefix) - score(b, metric, prefix), float(nll)
 
 
-def paired(ours: list[dict], theirs: list[dict], metric: str, *, seed: int = 0) -> dict[str, tuple[float, ...]]:
+def paired(
+    ours: list[dict], theirs: list[dict], metric: str, *, seed: int = 0, prefix: str = "deployed_"
+) -> dict[str, tuple[float, ...]]:
     """Ours minus theirs, of the score and of the NLL, averaged over seeds: mean and 95 % interval.
 
     ours, theirs: cells by seed, in the same order. The examples are the same for all: their part is bootstrapped, all
@@ -41,9 +44,9 @@ def paired(ours: list[dict], theirs: list[dict], metric: str, *, seed: int = 0) 
     """
     pairs = [(_arrays(a), _arrays(b)) for a, b in zip(ours, theirs, strict=True)]
     size, generator = len(pairs[0][0]["label"]), np.random.default_rng(seed)
-    by_seed = np.array([_differences(pair, slice(None), metric) for pair in pairs])  # (seeds, 2)
+    by_seed = np.array([_differences(pair, slice(None), metric, prefix) for pair in pairs])  # (seeds, 2)
     drawn = (generator.integers(size, size=size) for _ in range(BOOTSTRAP))
-    samples = [np.mean([_differences(pair, rows, metric) for pair in pairs], 0) for rows in drawn]
+    samples = [np.mean([_differences(pair, rows, metric, prefix) for pair in pairs], 0) for rows in drawn]
     squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 0)) ** 2
     if len(pairs) > 1:
         squares = squares + _half_width(by_seed) ** 2

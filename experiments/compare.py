@@ -1,0 +1,224 @@
+"""A comparison that is statistics: differences between the entries of a grid's axis, paired by seed and example.
+
+    python experiments/compare.py runs/methods/results.parquet --axis method --against lora \
+        --report benchmarks/methods.md --figures benchmarks/figures
+
+Reads the table that experiments/grid.py leaves and the run folders that it names. The page has, for every task: means
+and standard deviations over seeds; paired differences to one entry with 95 % intervals over seeds and examples, of what
+is deployed and of what is averaged over draws; ArviZ's `compare` of the held-out log scores; a figure of the metric
+against the bit operations. All seeds are shown, and cells that are missing are named.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.studies.cells import PREDICTED
+from experiments.studies.compare import paired
+from pyro_blora.inference_data import arviz, held_out
+
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+_MARKERS = "os^vD*PX<>hp"
+
+
+def read(path: Path, axis: str) -> pd.DataFrame:
+    """The table of a grid, with the examples' predictions and the summary of every run.
+
+    Errors: ValueError for a table without the axis, a task or a seed, or with runs that are gone.
+    """
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    for column in (axis, "task", "seed", "folder"):
+        if column not in table:
+            known = ", ".join(table.columns[: list(table.columns).index("metric")])
+            raise ValueError(f"{path} has no column {column!r}: its axes are {known}")
+    if gone := [folder for folder in table["folder"] if not (Path(folder) / "predictions.parquet").is_file()]:
+        raise ValueError(
+            f"run folder {gone[0]} is gone: give the grid's command again, from the folder it was given in"
+        )
+    columns = ["label", *PREDICTED]
+    runs = [pd.read_parquet(Path(folder) / "predictions.parquet", columns=columns) for folder in table["folder"]]
+    table["examples"] = [run.to_dict("list") for run in runs]
+    table["summary"] = [json.loads((Path(f) / "summary.json").read_text(encoding="utf-8")) for f in table["folder"]]
+    return table
+
+
+def groups(table: pd.DataFrame, axis: str) -> dict[tuple[str, str], pd.DataFrame]:
+    """Runs by (task, entry of the axis), ordered by seed; entries in the order of the file."""
+    found = table.groupby(["task", axis], sort=False)
+    return {key: rows.sort_values("seed") for key, rows in found}
+
+
+def spread(values: pd.Series, digits: int = 3) -> str:
+    deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}"
+
+
+def means(table: pd.DataFrame, axis: str) -> str:
+    head = "deployed: score | NLL | BOPs / adapted | / model | draws: score | NLL | ECE"
+    lines = [f"| task | {axis} | seeds | {head} | training (s) |", "|" + "---|" * 11]
+    for (task, entry), runs in groups(table, axis).items():
+        seeds = ", ".join(map(str, runs["seed"]))
+        ece = spread(runs["ece"]) if runs["ece"].notna().all() else "-"
+        lines.append(
+            f"| {task} | `{entry}` | {seeds} | {spread(runs['deployed_score'])} | {spread(runs['deployed_nll'])} | "
+            f"{runs['deployed_bops_adapted'].mean():.2%} | {runs['deployed_bops_model'].mean():.2%} | "
+            f"{spread(runs['score'])} | {spread(runs['nll'])} | {ece} | {runs['seconds'].median():.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(table: pd.DataFrame, axis: str, against: str) -> str:
+    """Of every entry to one of them, over the seeds that both have."""
+    lines = [
+        f"| task | {axis} minus `{against}` | seeds | deployed: score [95 %] | NLL [95 %] | "
+        "draws: score [95 %] | NLL [95 %] |",
+        "|" + "---|" * 7,
+    ]
+    found = groups(table, axis)
+    for (task, entry), runs in found.items():
+        rivals = found.get((task, against))
+        if entry == against or rivals is None:
+            continue
+        pairs = runs.merge(rivals, on="seed", suffixes=("", "_theirs"))
+        sides = [[{"examples": x} for x in pairs[column]] for column in ("examples", "examples_theirs")]
+        told = []
+        for prefix in ("deployed_", ""):
+            result = paired(*sides, runs["metric"].iloc[0], prefix=prefix)
+            told += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values()]
+        lines.append(f"| {task} | `{entry}` | {len(pairs)} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def elpd(table: pd.DataFrame, axis: str) -> str:
+    """ArviZ's `compare` of the log scores of held-out examples, averaged over the seeds that every entry has."""
+    lines = [f"| task | {axis} | elpd | difference | its standard error | stacking weight |", "|" + "---|" * 6]
+    for task, runs in table.groupby("task", sort=False):
+        shared = set.intersection(*(set(rows["seed"]) for _, rows in runs.groupby(axis)))
+        if not shared:
+            continue
+        scores = {
+            entry: held_out(
+                np.mean([x["log_likelihood"] for x in rows["examples"]], 0), rows["summary"].iloc[0]["draws"]
+            )
+            for entry, rows in runs[runs["seed"].isin(shared)].groupby(axis, sort=False)
+        }
+        if len(scores) > 1:
+            for entry, row in arviz.compare(scores, method="stacking").iterrows():
+                value = row.get("elpd_loo", row.get("elpd"))
+                behind = f"{row['elpd_diff']:.1f} | {row['dse']:.1f} | {row['weight']:.2f}"
+                lines.append(f"| {task} | `{entry}` | {value:.1f} | {behind} |")
+    return "\n".join(lines)
+
+
+def figure(table: pd.DataFrame, axis: str, path: Path) -> None:
+    """What is deployed: the metric against the bit operations, a panel a task; a small mark a seed."""
+    tasks, entries = list(dict.fromkeys(table["task"])), list(dict.fromkeys(table[axis]))
+    _, panels = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.4), squeeze=False, constrained_layout=True)
+    found = groups(table, axis)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for i, entry in enumerate(entries):
+            runs = found.get((task, entry))
+            if runs is None:
+                continue
+            x, y = 100 * runs["deployed_bops_adapted"], runs["deployed_score"]
+            style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": "none"}
+            panel.plot(x, y, markersize=3, alpha=0.5, **style)
+            panel.plot(x.mean(), y.mean(), markersize=8, label=entry, **style)
+        panel.set(xscale="log", xlabel="BOPs, deployed (% of the adapted projections at 32 x 32 bit)")
+        panel.set(ylabel=found[task, runs_entry(found, task)]["metric"].iloc[0], title=task)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    plt.gcf().legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    plt.savefig(path, dpi=110)
+    plt.close()
+
+
+def runs_entry(found: dict, task: str) -> str:
+    return next(entry for name, entry in found if name == task)
+
+
+def missing(table: pd.DataFrame, axis: str) -> str:
+    """Cells of tasks x entries x seeds that are not in the table."""
+    wanted = pd.MultiIndex.from_product([dict.fromkeys(table[c]) for c in ("task", axis, "seed")])
+    absent = wanted.difference(pd.MultiIndex.from_frame(table[["task", axis, "seed"]]), sort=False)
+    return ", ".join(f"{task} `{entry}` seed {seed}" for task, entry, seed in absent) or "none"
+
+
+def report(table: pd.DataFrame, options: argparse.Namespace) -> str:
+    axis, summary = options.axis, table["summary"].iloc[0]
+    picture = os.path.relpath(options.figures / f"{options.report.stem}.png", options.report.parent)
+    return f"""# {options.report.stem}: `{axis}` compared
+
+```sh
+python experiments/compare.py {options.table} --axis {axis} --against {options.against} \\
+    --report {options.report} --figures {options.figures}
+```
+
+{len(table)} runs on {summary["device"]}; backbone {summary["backbone"]}, {summary["n_train"]} training examples.
+Missing of the grid: {missing(table, axis)}.
+
+`deployed` is the one allocation that is exported, one forward an example; `draws` averages predictions over draws of
+the gates (or of dropout masks). ± is the standard deviation over seeds; BOPs are of what is deployed.
+
+{means(table, axis)}
+
+## Paired differences
+
+The same seeds and the same held-out examples. Intervals hold both: Student's over the seeds, as they are few, and the
+bootstrap over the examples, added in squares. A negative NLL is in favour of the entry.
+
+{differences(table, axis, options.against)}
+
+## ArviZ's compare
+
+Log scores of held-out examples (nats in total; of the density averaged over draws, then averaged over seeds). They are
+held out, so nothing is left out by importance sampling, and no correction for the guide is needed; the standard error
+is over examples only.
+
+{elpd(table, axis)}
+
+![{table["metric"].iloc[0]} against BOPs]({picture})
+"""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="results.parquet (or .csv) of experiments/grid.py")
+    parser.add_argument("--axis", required=True, help="what is compared: an axis of the grid, such as method or prior")
+    parser.add_argument("--against", required=True, help="the entry that the others are compared with")
+    parser.add_argument("--report", type=Path, help="page to write (default: compare.md beside the table)")
+    parser.add_argument("--figures", type=Path, help="folder of the figure (default: that of the page)")
+    options = parser.parse_args(arguments)
+    options.report = options.report or options.table.with_name("compare.md")
+    options.figures = options.figures or options.report.parent
+    try:
+        if not options.table.is_file():
+            raise ValueError(f"{options.table} does not exist: it is what experiments/grid.py writes")
+        table = read(options.table, options.axis)
+        if options.against not in set(table[options.axis]):
+            raise ValueError(
+                f"no run has {options.axis} {options.against!r}: {', '.join(dict.fromkeys(table[options.axis]))}"
+            )
+    except ValueError as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 2
+    for folder in (options.report.parent, options.figures):
+        folder.mkdir(parents=True, exist_ok=True)
+    figure(table, options.axis, options.figures / f"{options.report.stem}.png")
+    options.report.write_text(report(table, options), encoding="utf-8")
+    print(options.report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
