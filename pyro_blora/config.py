@@ -44,7 +44,7 @@ class RunConfig:
     """
 
     task: str = _field("acceptability", "task to learn: acceptability needs no download; the GLUE tasks by name")
-    backbone: str = _field("demo", "demo (a packaged MiniLM), a folder, or a name on the Hugging Face hub")
+    backbone: str = _field("demo", "demo (a packaged MiniLM), a folder, a name on the hub, or file.py:function")
     glue_dir: str | None = _field(None, "folder of GLUE files to read instead of downloading; none: download")
     method: str = _field("bayesian_lora", "bayesian_lora, or what it is compared with; `pyro-blora methods` lists them")
     prior: str = _field("bops", "law of the gates: a name that `pyro-blora priors` lists, or file.py:function")
@@ -156,7 +156,7 @@ class RunConfig:
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_IN_DIGEST}
         for owner in ("prior_settings", "guide_settings"):  # 3 and 3.0 are the same setting
             values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
-        values |= {owner: _with_content(values[owner]) for owner in ("prior", "guide")}
+        values |= {owner: _with_content(values[owner]) for owner in ("prior", "guide", "backbone")}
         own = values["prior_settings"]
         own |= {site: _with_content(own[site]) for site in ("z", "g") if isinstance(own.get(site), str)}
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -110,19 +110,25 @@ def _checked(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
 
 
 def _checked_fields(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
-    """Base and entries, each over what stands before it; a preset is under all of them."""
-    flags = dict(base)
-    for table in (base, *entries):  # presets first: everything in the file overrides them
-        flags = (read_preset(table["preset"]) if "preset" in table else {}) | flags
-    for method in [entry["method"] for entry in entries if "method" in entry]:
-        flags = left_open(method, flags)
+    """Presets, under the base, under the entries in their order; a method under what its own entry says."""
+    flags: dict[str, Any] = {}
+    for table in (base, *entries):
+        flags |= read_preset(table["preset"]) if "preset" in table else {}
+    flags = _over(flags, base)
     for entry in entries:
-        for owner in ("prior", "guide"):
-            if owner in entry and entry[owner] != flags.get(owner):  # the settings belong to the law that is replaced
-                flags = {key: value for key, value in flags.items() if not key.startswith(f"{owner}.")}
-        flags |= entry
+        flags = left_open(entry["method"], flags) if "method" in entry else flags
+    for entry in entries:
+        flags = _over(flags, entry)
     flags.pop("preset", None)
     return RunConfig.from_dict(gather_settings(flags))
+
+
+def _over(flags: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """The flags with those of the table; the settings of a law that it replaces go with that law."""
+    for owner in ("prior", "guide"):
+        if owner in table and table[owner] != flags.get(owner):
+            flags = {key: value for key, value in flags.items() if not key.startswith(f"{owner}.")}
+    return flags | table
 
 
 def _line_of(message: str, base: dict[str, Any], chosen: tuple[Entry, ...], path: Path) -> str | None:
@@ -166,7 +172,7 @@ def _entry(axis: str, node: yaml.Node, path: Path) -> Entry:
         _require_flag(axis, node, path)
         return Entry(str(value), {axis: value}, line)
     flags = _flags(node, path, extra=("label",))
-    label = flags.pop("label", flags.get(axis))
+    label = flags.pop("label", flags.get(axis, flags.get("preset")))
     if label is None and axis not in flags:
         raise ValueError(f"{_at(path, node)}: an entry of axis {axis!r} that does not set {axis!r} needs a `label:`")
     return Entry(str(label), flags, line)
