@@ -112,6 +112,20 @@ def held_out(log_scores: np.ndarray, draws: int):
     }))  # fmt: skip
 
 
+def leave_one_out(log_likelihood: np.ndarray, log_joint: np.ndarray, log_q: np.ndarray):
+    """(ArviZ's PSIS-LOO of training examples under draws of a guide, whether it is corrected for the guide).
+
+    log_likelihood (S, E), log_joint and log_q (S,) of the same draws, nats. ArviZ 1.x weighs the draws by joint over
+    guide; 0.x takes them for draws of the posterior.
+    Source: Magnusson et al., Bayesian leave-one-out cross-validation for large data (2019).
+    """
+    data = assemble({"posterior": {"log_q": log_q[None]}, "log_likelihood": {"label": log_likelihood[None]}}, {}, {})
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        weights = [xarray.DataArray(x[None], dims=["chain", "draw"]) for x in (log_joint, log_q)]
+        return arviz.loo_approximate_posterior(data, *weights, pointwise=True), True
+    return arviz.loo(data, pointwise=True, reff=1.0), False
+
+
 def save(data, path: Path) -> None:
     data.to_netcdf(str(path), engine="h5netcdf")
 

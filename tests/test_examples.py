@@ -6,13 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_backbone, tiny_grid
+from tiny import save_tiny_backbone, tiny_config, tiny_grid
+
+from experiments.grid import results, write_results
+from experiments.studies.grid_file import Cell
+from pyro_blora.run import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
 SMALL = f"--glue_dir GLUE --backbone TINY --max_train 64 --epochs 1 {KEPT}"
 SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a small BERT, GLUE: the release (or a skip)
     "allocation.py": f"--tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget {SMALL}",
+    "compare.py": "RESULTS --axis seed --against 0 --report OUT/page.md",
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
     "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
@@ -25,6 +30,17 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
 }
 
 
+def tiny_results(folder):
+    """The table of two finished runs."""
+    backbone = save_tiny_backbone(folder / "tiny")
+    configs = [tiny_config(backbone, seed=seed, output_dir=str(folder / "runs")) for seed in (0, 1)]
+    cells = [Cell({"task": c.task, "seed": str(c.seed)}, c) for c in configs]
+    for cell in cells:
+        train_run(cell.config)
+    write_results(results(cells), folder / "runs")
+    return folder / "runs" / "results.parquet"
+
+
 def test_every_script_is_in_the_table():
     assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS)
 
@@ -35,6 +51,8 @@ def test_a_script_runs_and_leaves_results(script, tmp_path, request):
     if "GRID" in arguments:
         backbone = save_tiny_backbone(tmp_path / "tiny")
         arguments = arguments.replace("GRID", str(tiny_grid(tmp_path / "grid.yaml", backbone)))
+    if "RESULTS" in arguments:
+        arguments = arguments.replace("RESULTS", str(tiny_results(tmp_path / "out")))
     if "TINY" in arguments:
         arguments = arguments.replace("TINY", str(save_tiny_backbone(tmp_path / "tiny")))
     if "GLUE" in arguments:

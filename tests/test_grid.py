@@ -67,6 +67,38 @@ def test_a_file_is_every_combination_of_its_axes(tmp_path):
     assert read_grid(written(tmp_path, GOOD), "elsewhere")[0].config.output_dir == "elsewhere"
 
 
+def test_a_preset_is_under_everything_that_the_file_says(tmp_path):
+    text = """
+base:
+  epochs: 1
+axes:
+  method: [lora, {method: bayesian_lora, prior: nested, label: ours}, full]
+  task: [{preset: sst2}, {preset: cola, lr: 0.5}]
+"""
+    cells = {tuple(c.labels.values()): c.config for c in read_grid(written(tmp_path, text), glue_dir=str(tmp_path))}
+    sst2, own, full = cells["lora", "sst2"], cells["ours", "cola"], cells["full", "sst2"]
+    assert (sst2.task, sst2.backbone, sst2.epochs, sst2.lr) == ("sst2", "microsoft/deberta-v3-base", 1, 8e-4)
+    assert (sst2.prior, sst2.prior_settings) == ("fixed", {"bits": 32})  # the preset's prior gave way
+    assert (own.task, own.prior, own.lr) == ("cola", "nested", 0.5)
+    assert (full.lr, cells["full", "cola"].lr) == (5e-5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("axes:\n  method: [lora]\n  prior: [fixed, nested]\n", r"line 3 \(nested\).*contradicts --method lora"),
+        ("axes:\n  method: [lora, loar]\n", r"line 2 \(loar\): unknown method 'loar': did you mean 'lora'"),
+        ("axes:\n  task: [sst2, {preset: sst3}]\n", r"line 2 \(sst3\): unknown preset 'sst3': did you mean 'sst2'"),
+        ("base:\n  preset: sst3\naxes:\n  seed: [0]\n", "base: unknown preset 'sst3'"),
+        ("axes:\n  method:\n    - lora\n    - {method: adalora, rank: 8, guide.target_rank: 8}\n",
+         r"line 4 \(adalora\): guide 'allocated': target_rank must be from 1 to 7"),
+    ],
+)  # fmt: skip
+def test_methods_and_presets_that_cannot_work_are_refused_with_their_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_grid(written(tmp_path, text), glue_dir=str(tmp_path))
+
+
 def test_the_files_that_come_along_are_right():
     files = sorted((ROOT / "experiments" / "grids").glob("*.yaml"))
     assert files

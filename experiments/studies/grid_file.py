@@ -26,6 +26,7 @@ from pyro_blora.build import check_names
 from pyro_blora.config import RunConfig, field_names, suggest
 from pyro_blora.flags import EXPONENT, OWNED, gather_settings, read_preset
 from pyro_blora.methods import left_open
+from pyro_blora.guides import GUIDES, build_guide
 from pyro_blora.priors import PRIORS, build_prior, parts
 from pyro_blora.schedule import Schedule
 from pyro_blora.testing import example_layout
@@ -106,6 +107,9 @@ def _checked(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
     for name, settings in parts(config.prior, config.prior_settings).values():
         if name in PRIORS.names() and name not in _OF_THE_MODEL:
             build_prior(name, example_layout(rank=config.rank), settings)
+    if config.guide in GUIDES.names():
+        layout = example_layout(rank=config.rank)
+        build_guide(config.guide, layout, build_prior("nested", layout), config.guide_settings)
     return config
 
 

@@ -1,0 +1,38 @@
+"""PSIS-LOO of a run's training examples under its guide: what its gates predict of an example they have not seen.
+
+The weights are those that were trained on the example too, so this is about the gates alone.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyro_blora.build import build
+from pyro_blora.config import RunConfig
+from pyro_blora.data import by_length, on_device, take
+from pyro_blora.exporting import load
+from pyro_blora.guides import log_prob
+from pyro_blora.inference_data import leave_one_out
+from pyro_blora.posterior import draw, predict
+
+
+@torch.no_grad()
+def loo_of_run(folder: Path, examples: int, draws: int) -> tuple[object, bool]:
+    """ArviZ's result for `examples` of the training set under `draws` draws; whether it is corrected for the guide.
+
+    The joint density of gates and data, which the correction needs, is that of the examples times N / `examples`.
+    """
+    parts, program = build(RunConfig.from_json(folder / "config.json")), load(folder)
+    rows = take(parts.tokens["train"], examples, parts.config.seed)
+    gates = draw(program, draws, seed=parts.config.seed)
+    batches, _ = by_length(rows, parts.tokenizer, 2 * parts.config.batch_size)
+    scores = predict(program, on_device(batches, torch.device("cpu")), gates=gates).log_likelihood.double()  # (S, E)
+    prior, masks = program.prior(), (program.z_mask, program.g_mask)
+    log_prior = sum(
+        torch.where(mask, law.log_prob(x), 0.0).flatten(1).sum(-1)
+        for law, x, mask in zip(prior, gates, masks, strict=True)
+    )
+    log_joint = log_prior.double() + scores.sum(-1) * program.n_train / len(rows)
+    log_q = log_prob(program.gate_guide, gates, *masks).double()
+    return leave_one_out(*(np.asarray(x) for x in (scores, log_joint, log_q)))
