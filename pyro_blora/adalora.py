@@ -34,7 +34,6 @@ class AdaLoRAModel(GatedModel):
 
     def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout):
         super().__init__(peft_model, layout, Handover())
-        self.tuner = [peft_model.base_model]  # in a list: the module is registered once, below `peft_model`
         self.allocation = nn.ModuleDict()  # by kind: a buffer for each parameter
         for kind in ("exp_avg_ipt", "exp_avg_unc"):
             self.allocation[kind] = module = nn.Module()
@@ -42,13 +41,17 @@ class AdaLoRAModel(GatedModel):
                 module.register_buffer(name.replace(".", "/"), torch.zeros_like(parameter))
         self.allocation.register_buffer("opened", torch.ones(len(layout.projections), layout.rank, dtype=torch.bool))
 
+    @property
+    def tuner(self) -> peft.AdaLoraModel:
+        return self.peft_model.base_model
+
     def _parameters_of_adapters(self) -> list[tuple[str, nn.Parameter]]:
         """Those that AdaLoRA rates, by their names in PEFT's inner model."""
-        return [(name, p) for name, p in self.tuner[0].model.named_parameters() if "lora_" in name]
+        return [(name, p) for name, p in self.backbone.named_parameters() if "lora_" in name]
 
     def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
         """(diag(E) A (r, n), B (m, r)) at the open ranks, which may be none."""
-        layer: SVDLinear = self.tuner[0].model.get_submodule(projection)
+        layer: SVDLinear = self.backbone.get_submodule(projection)
         scales = layer.lora_E[ADAPTER].squeeze(-1)  # (R,)
         scales, opened = scales / (1 + 1e-5 / len(scales)), scales != 0  # PEFT divides by R + 1e-5
         return scales[opened, None] * layer.lora_A[ADAPTER][opened], layer.lora_B[ADAPTER][:, opened]
@@ -56,7 +59,7 @@ class AdaLoRAModel(GatedModel):
     def _scales(self) -> dict[str, Tensor]:
         """E of every projection, (R, 1), by its name in PEFT's inner model."""
         names = (f"{p.name}.lora_E.{ADAPTER}" for p in self.layout.projections)
-        return {name: self.tuner[0].model.get_parameter(name) for name in names}
+        return {name: self.backbone.get_parameter(name) for name in names}
 
     def penalty(self) -> Tensor:
         """The weighted mean distance of A A^T and B^T B from the identity."""
@@ -70,19 +73,19 @@ class AdaLoRAModel(GatedModel):
     @torch.no_grad()
     def allocate(self, step: int, steps: int, target_rank: int) -> Tensor:
         """PEFT's allocation after optimizer step `step` (from 1) of `steps`, gradients in place; returns the ranks."""
-        tuner = self.tuner[0]
-        config, allocator = tuner.peft_config[ADAPTER], tuner.rankallocator
+        config, allocator = self.tuner.peft_config[ADAPTER], self.tuner.rankallocator
         config.total_step, config.target_r = steps, target_rank
         config.tinit, config.tfinal = int(_BEFORE * steps), int(_AFTER * steps)
         config.deltaT = max(1, int(_INTERVAL * steps))
         allocator.target_bgt = target_rank * len(allocator.name_set)
-        opened = self.allocation.opened  # (L, R), as the last allocation left them: in the end that is kept
-        config.rank_pattern = dict(zip(self._scales(), opened.tolist(), strict=True))
+        opened = self.allocation.opened  # (L, R), as the last allocation left them
+        if step > steps - config.tfinal:  # from here on that is kept
+            config.rank_pattern = dict(zip(self._scales(), opened.tolist(), strict=True))
         state = {kind: dict(module.named_buffers()) for kind, module in self.allocation.items()}
         for kind, buffers in state.items():
             setattr(allocator, kind, {name.replace("/", "."): x.clone() for name, x in buffers.items()})
         allocator.ipt = {name: torch.zeros_like(p) for name, p in self._parameters_of_adapters()}
-        tuner.update_and_allocate(step)
+        self.tuner.update_and_allocate(step)
         for kind, buffers in state.items():
             for name, x in getattr(allocator, kind).items():
                 buffers[name.replace(".", "/")].copy_(x)

@@ -25,8 +25,8 @@ import yaml
 from pyro_blora.build import check_names
 from pyro_blora.config import RunConfig, field_names, suggest
 from pyro_blora.flags import EXPONENT, OWNED, gather_settings, read_preset
-from pyro_blora.methods import left_open
 from pyro_blora.guides import GUIDES, build_guide
+from pyro_blora.methods import left_open
 from pyro_blora.priors import PRIORS, build_prior, parts
 from pyro_blora.schedule import Schedule
 from pyro_blora.testing import example_layout
