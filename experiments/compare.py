@@ -122,6 +122,21 @@ def elpd(table: pd.DataFrame, axis: str) -> str:
     return "\n".join(lines)
 
 
+def at_every_rank(table: pd.DataFrame, axis: str) -> str:
+    """A section with the scores of runs that were evaluated at every rank (DyLoRA)."""
+    lines = []
+    for (task, entry), runs in groups(table, axis).items():
+        for rows in zip(*(summary.get("by_rank", []) for summary in runs["summary"]), strict=True):
+            values = [pd.Series([row["metric"]["value"] for row in rows]), pd.Series([row["nll"] for row in rows])]
+            share = rows[0]["bops"]["adapted_ratio"]
+            told = " | ".join(map(spread, values))
+            lines.append(f"| {task} | `{entry}` | {rows[0]['rank']} | {told} | {share:.2%} |")
+    if not lines:
+        return ""
+    head = [f"| task | {axis} | rank | score | NLL | BOPs / adapted |", "|" + "---|" * 6]
+    return "\n".join(["", "## At every rank", "", *head, *lines, ""])
+
+
 def leave_one_out(table: pd.DataFrame, axis: str, examples: int, draws: int) -> str:
     """PSIS-LOO of the training examples of every run whose gates are random, labelled by what ArviZ could correct."""
     rows, corrected = [], False
@@ -217,7 +232,7 @@ held out, so nothing is left out by importance sampling, and no correction for t
 is over examples only.
 
 {elpd(table, axis)}
-{loo}
+{at_every_rank(table, axis)}{loo}
 ![{table["metric"].iloc[0]} against BOPs]({picture})
 """
 

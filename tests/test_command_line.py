@@ -186,3 +186,42 @@ def test_the_flags_that_stay_are_there():
     stay = "task backbone glue_dir prior guide estimator adapter rank alpha target_modules scope max_train epochs"
     stay += " batch_size lr seed draws output_dir"
     assert set(stay.split()) <= set(field_names())
+
+
+def test_help_lists_all_that_can_be_chosen_by_name_without_importing_it(capsys):
+    from pyro_blora.build import GUIDES
+    from pyro_blora.methods import METHODS
+    from pyro_blora.priors import PRIORS
+
+    done = process("-X", "importtime", "-m", "pyro_blora", "train", "--help", module=())
+    assert done.returncode == 0 and "pyro_blora.config" in done.stderr and "torch" not in done.stderr
+    sections = dict(section.partition(":\n")[::2] for section in done.stdout.split("\n\n"))
+    listed = {key.partition(",")[0]: {line.split()[0] for line in rows.splitlines() if line.strip()}
+              for key, rows in sections.items()}  # fmt: skip
+    own = {registry.kind: {n for n in registry.names() if registry.resolve(n).__module__.startswith("pyro_blora.")}
+           for registry in (PRIORS, GUIDES)}  # fmt: skip
+    assert (listed["methods"], listed["priors"], listed["guides"]) == (set(METHODS), own["prior"], own["guide"])
+    assert "As `bops`, with the rate adapted" in done.stdout and "(bops=0.1, denominator='adapted')" in done.stdout
+
+
+def test_methods_are_listed_with_the_flags_that_they_set(capsys):
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert "sets --prior fixed --prior.bits 32 --adapter none" in out and "proposes --lr 5e-05" in out
+
+
+def test_a_method_replaces_what_the_preset_says_of_it_and_the_line_overrides_what_it_proposes(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("prior: bops\nprior.rate: 3\nlr: 1.0e-4\nrank: 4\n", encoding="utf-8")
+    config = fields("--preset", str(preset), "--method", "full")
+    assert (config.prior, config.prior_settings, config.lr, config.rank) == ("fixed", {"bits": 32}, 5e-5, 4)
+    assert fields("--preset", str(preset), "--method", "full", "--lr", "2e-5").lr == 2e-5
+    assert fields("--method", "qat_lora", "--prior.bits", "4").prior_settings == {"bits": 4}
+    preset.write_text("method: lora\nlr: 0.5\n", encoding="utf-8")
+    assert (fields("--preset", str(preset)).prior, fields("--preset", str(preset)).lr) == ("fixed", 0.5)
+
+
+def test_a_method_that_is_contradicted_is_refused(capsys):
+    assert "--prior nested contradicts --method lora" in refused(
+        capsys, "train", "--method", "lora", "--prior", "nested"
+    )

@@ -1,13 +1,19 @@
 """Statistics and provenance of the studies, against numbers computed by hand and against simulation."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.studies.cells import finished, provenance
+from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def cell(label, decision, log_likelihood, **more):
@@ -72,3 +78,13 @@ def test_without_a_finished_cell_nothing_is_trained_and_nothing_written(tmp_path
     with pytest.raises(SystemExit, match=r"no cell of this study is finished in .*: run it without --only_finished"):
         write_page(options, "study", [], lambda options, rows: "", lambda rows, path: path.touch())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cells_that_are_kept_are_still_those_of_their_configurations():
+    paths = sorted((ROOT / "benchmarks" / "cells").rglob("*.json"))
+    assert len(paths) > 100
+    for path in paths:
+        config = RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        assert kept(path, config)["summary"]["task"] == config.task
+    with pytest.raises(ValueError, match=r"another configuration \(seed differ\)"):
+        kept(path, dataclasses.replace(config, seed=config.seed + 1))
