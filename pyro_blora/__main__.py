@@ -130,7 +130,7 @@ def _parser() -> _Parser:
 def _epilog() -> str:
     """What can be chosen by name, read from the modules' text: importing them would take seconds."""
     lines = ["methods:", *(f"  {name:14s} {method.line}" for name, method in METHODS.items())]
-    for kind, modules in (("prior", ["priors"]), ("guide", ["guides", "adalora"])):
+    for kind, modules in (("prior", ["priors"]), ("guide", ["guides", "given"])):
         lines += ["", f"{kind}s, with their settings (--{kind}.NAME VALUE; `pyro-blora {kind}s` lists them):"]
         found = [pair for module in modules for pair in registered(Path(__file__).with_name(f"{module}.py"), kind)]
         lines += [f"  {name:14s} {line}" for name, line in found]

@@ -1,4 +1,4 @@
-"""AdaLoRA from PEFT inside our loop: its layers, its allocator, and the guide that says which ranks are left.
+"""AdaLoRA from PEFT inside our loop: its layers, and its allocator, which the guide `allocated` (given.py) follows.
 
 An adapted projection computes y = W0 x + b + (alpha / R) * B diag(E) A x, at 32 bit. After every optimizer step PEFT's
 allocator zeroes the entries of E that matter least, on its cubic schedule from R everywhere to `target_rank` on
@@ -11,14 +11,11 @@ Source: Zhang et al., AdaLoRA (2023); its schedule is in fractions of the steps 
 import warnings
 
 import peft
-import pyro.distributions as dist
 import torch
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor, nn
 
 from .adapters import ADAPTER, GatedModel, freeze_pooler, lora_config
-from .gates import Gates, NestedBernoulli
-from .guides import register_guide
 from .handover import Handover
 from .layout import AdapterLayout
 
@@ -78,7 +75,7 @@ class AdaLoRAModel(GatedModel):
         config.tinit, config.tfinal = int(_BEFORE * steps), int(_AFTER * steps)
         config.deltaT = max(1, int(_INTERVAL * steps))
         allocator.target_bgt = target_rank * len(allocator.name_set)
-        opened = self.allocation.opened  # (L, R), as the last allocation left them
+        opened = self.allocation.opened  # (L, R), after the last step
         if step > steps - config.tfinal:  # from here on that is kept
             config.rank_pattern = dict(zip(self._scales(), opened.tolist(), strict=True))
         state = {kind: dict(module.named_buffers()) for kind, module in self.allocation.items()}
@@ -116,43 +113,3 @@ def attach_adalora(
         model = peft.get_peft_model(backbone, config)
     freeze_pooler(model)
     return AdaLoRAModel(model, layout)
-
-
-class Allocated(nn.Module):
-    """One rank for each adapter, as `allocate` was last told; every bit gate is open."""
-
-    def __init__(self, layout: AdapterLayout, target_rank: int):
-        super().__init__()
-        self.target_rank = target_rank
-        self.register_buffer("z", torch.ones(layout.z_shape), persistent=False)
-        self.register_buffer("ranks", torch.full(layout.g_shape[:1], layout.rank))  # (L,)
-        self.register_buffer("before", torch.arange(1, layout.rank), persistent=False)  # ranks before each gate
-
-    def allocate(self, ranks: Tensor) -> None:
-        """Open ranks of every projection, (L,); the first is always open, so 0 counts as 1."""
-        self.ranks.copy_(ranks)
-
-    def _chains(self) -> Gates:
-        return Gates(self.z, (self.before < self.ranks[:, None]).to(self.z))
-
-    def laws(self, temperature: float, hard: bool) -> Gates:
-        return Gates(*(dist.Delta(x, event_dim=1, validate_args=False) for x in self._chains()))
-
-    def posterior(self) -> Gates:
-        return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in self._chains()))
-
-
-@register_guide("allocated")
-def allocated(layout: AdapterLayout, prior: nn.Module, *, target_rank: int | None = None) -> Allocated:
-    """The ranks that AdaLoRA's allocator has left, a point; for method `adalora`.
-
-    Settings: target_rank, their average at the end (default: two thirds of `rank`, AdaLoRA's own ratio).
-    Source: Zhang et al., AdaLoRA (2023).
-    """
-    target_rank = max(1, 2 * layout.rank // 3) if target_rank is None else target_rank
-    if not 1 <= target_rank < layout.rank:
-        raise ValueError(
-            f"guide 'allocated': target_rank must be from 1 to {layout.rank - 1}, below the rank {layout.rank} where "
-            f"AdaLoRA starts, got {target_rank}: raise --rank"
-        )
-    return Allocated(layout, target_rank)

@@ -10,8 +10,7 @@ positions) sees the same gates both times. Scope `encoder` also quantizes
 input and weight of every other linear map of the encoder, without an adapter. The task head stays at 32 bit, and a
 pooler inside the base model is frozen like the rest of it.
 
-Ranges are one (L, T) parameter, learned as log(range). `calibrate` sets them from data before the optimizer is built.
-"""
+Ranges are one (L, T) parameter, learned as log(range), which `calibrate` sets from data."""
 
 import contextlib
 import warnings
@@ -78,7 +77,7 @@ class GatedModel(nn.Module):
     """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's.
 
     Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
-    `autocast` is the dtype of the backbone's arithmetic, None for the caller's.
+    `autocast`: dtype of the backbone's arithmetic, None for the caller's.
     """
 
     autocast: torch.dtype | None = None

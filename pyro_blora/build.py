@@ -8,6 +8,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from . import given  # noqa: F401 (its guides join the table)
 from .adalora import attach_adalora
 from .adapters import attach
 from .backbone import load_backbone, load_tokenizer
@@ -69,6 +70,9 @@ def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
     net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()
+    drops = any(module.p > 0 for module in net.modules() if isinstance(module, torch.nn.Dropout))
+    if config.average_over == "dropout" and not drops:
+        raise ValueError(f"backbone {config.backbone!r} has no dropout to draw masks of: drop --average_over dropout")
     prior = build_prior(config.prior, net.layout, config.prior_settings)
     guide = build_guide(config.guide, net.layout, prior, config.guide_settings)
     return BayesianLoRA(net, prior, guide, task.likelihood, n_train=n_train, estimator=config.estimator)

@@ -27,7 +27,7 @@ CHOICES = {
 }
 # Left out of the digest: they say where and how a run is watched and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
-_LR = 1e-3
+_USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
 
 
@@ -71,7 +71,9 @@ class RunConfig:
     weight_decay: float = _field(0.01, "decoupled weight decay of adapter and head; gates and ranges have none")
     warmup: float = _field(0.06, "learning-rate warm-up, as a fraction of the steps")
     kl_weight: float = _field(1.0, "weight of the KL once the gates start; below 1: a cold posterior, surer gates")
-    kl_warmup: float = _field(0.3, "fraction of the steps with open gates and no KL, before the gates start; 1: after")
+    kl_warmup: float | None = _field(
+        None, "fraction of the steps with open gates, before they start; 1: after training; none: 0.3, or the method's"
+    )
     temperature_start: float = _field(0.5, "temperature of the relaxed gates at the first step")
     temperature_end: float = _field(0.1, "temperature of the relaxed gates at the last step")
     clip_norm: float = _field(1.0, "largest norm of the gradient of adapter and head")
@@ -80,7 +82,9 @@ class RunConfig:
     max_length: int = _field(128, "longest input, in tokens; longer ones are cut")
     seed: int = _field(0, "seed of data order, initialization and gate draws")
     draws: int = _field(15, "draws of the gates for posterior and predictions")
-    average_over: str = _field("gates", "what draws of predictions differ in: gates, or dropout at open gates")
+    average_over: str = _field(
+        "gates", "what draws of predictions differ in: gates, or (dropout) gates and dropout masks"
+    )
     output_dir: str = _field("runs", "folder that receives the run's folder")
     logging_steps: int = _field(10, "optimizer steps between lines of metrics.jsonl")
     checkpoint_steps: int = _field(100, "optimizer steps between checkpoints")
@@ -114,11 +118,12 @@ class RunConfig:
         given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
         for owner in ("prior", "guide"):
             given |= {f"{owner}.{key}": value for key, value in given.pop(f"{owner}_settings").items()}
-        for flag, value in {"lr": _LR, **resolved(self.method, given)}.items():
+        usual = {flag: value for flag, value in _USUAL.items() if flag not in given}
+        for flag, value in {**usual, **resolved(self.method, given)}.items():
             owner, dot, setting = flag.partition(".")
             if dot:
                 getattr(self, f"{owner}_settings")[setting] = value
-            elif flag != "lr" or self.lr is None:
+            else:
                 object.__setattr__(self, flag, value)
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from .config import PRESETS, RunConfig, field_names, suggest
-from .methods import left_open
+from .methods import left_open, require_consistent
 
 _PATTERN = r"(?:prior|guide)\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
@@ -91,6 +91,7 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
         chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
         if given.get(owner, chosen) != chosen:
             preset.pop(f"{owner}_settings", None)  # they belong to the law that the line has replaced
+    require_consistent(given.get("method", preset.get("method", "bayesian_lora")), {**given, **settings})
     line = gather_settings(settings)
     for key in line.keys() & preset.keys():
         line[key] = {**preset[key], **line[key]}

@@ -8,6 +8,7 @@ Gates when it is called, with
     components() -> Gates               optional, for a family that is not mean field: discrete laws with a leading
                                         dimension of M equally likely components, z (M, L, T, K), g (M, L, R - 1)
     divergence(prior, z_mask, g_mask)   optional, Gates of KLs in nats, where it is no sum over chains
+    deployed() -> Gates                 optional, the allocation to export, where it is not where marginals exceed 1/2
     each_law(temperature, hard)         optional, with components: the law of every component; training draws from each,
                                         M forwards a step, as one alone would be M times noisier than a mean field
     start(evidence)                     optional, called if `starts_from_data`: set the laws from an estimate of what
@@ -168,21 +169,6 @@ class Mixture(_Evidence):
         return reward.mean() + score - score.detach()
 
 
-class Prior(nn.Module):
-    """The prior's own laws: the data teach the gates nothing, and the KL is 0."""
-
-    def __init__(self, prior: nn.Module):
-        super().__init__()
-        self.prior = prior
-
-    def laws(self, temperature: float, hard: bool) -> Gates:
-        odds = (law.log_probs - law.log_probs_closed for law in self.prior())
-        return Gates(*(RelaxedNestedBernoulli(x, temperature, hard, validate_args=False) for x in odds))
-
-    def posterior(self) -> Gates:
-        return self.prior()
-
-
 @register_guide("mean_field")
 def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> MeanField:
     """Independent relaxed nested Bernoullis, one a chain; KL in closed form.
@@ -218,15 +204,6 @@ def point(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None =
     Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
     """
     return Point(layout, prior, open_logit)
-
-
-@register_guide("prior")
-def prior_itself(layout: AdapterLayout, prior: nn.Module) -> Prior:
-    """The prior itself: gates are drawn in training, and learn nothing. No settings.
-
-    Source: Valipour et al., DyLoRA (2023), is this guide with prior `depth` on the ranks.
-    """
-    return Prior(prior)
 
 
 def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> nn.Module:

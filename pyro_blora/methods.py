@@ -31,8 +31,10 @@ METHODS = {
     "bayesian_bits": Method("bit gates only, every rank (van Baalen et al., Bayesian Bits, 2020)", {"prior.g": "off"}),
     "rank_gates": Method("rank gates only, 32 bit", {"prior.z": "off"}),
     "dylora": Method(
-        "LoRA whose rank is drawn uniformly in every step, evaluated at every rank (Valipour et al., DyLoRA, 2023)",
-        {"prior": "depth", "prior.z": "off", "guide": "prior", "estimator": "straight_through"}, {"kl_warmup": 0.0},
+        "LoRA whose rank, one for all adapters, is drawn uniformly in every step, evaluated at every rank "
+        "(Valipour et al., DyLoRA, 2023)",
+        {"prior": "depth", "prior.z": "off", "guide": "uniform_rank", "estimator": "straight_through"},
+        {"kl_warmup": 0.0},
     ),
     "adalora": Method(
         "PEFT's AdaLoRA: from `rank` everywhere to an average of --guide.target_rank (Zhang et al., 2023)",
@@ -58,18 +60,25 @@ METHODS = {
 ADAPTERS = {method.fixes["adapter"]: name for name, method in METHODS.items() if "adapter" in method.fixes}
 
 
+def require_consistent(name: str, stated: Mapping[str, Any]) -> None:
+    """Errors: ValueError for a flag that was stated on the line or in a file and contradicts the method."""
+    for flag, value in METHODS[name].fixes.items() if name in METHODS else ():
+        if flag in stated and str(stated[flag]) != str(value):
+            raise ValueError(f"--{flag} {stated[flag]} contradicts --method {name}, which is {flag} {value}: drop one")
+
+
 def resolved(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that a method adds to those `given` (which differ from the configuration's own defaults).
 
     Errors: ValueError for a flag that contradicts the method, and for an adapter that belongs to another method.
     """
     method = METHODS[name]
-    for flag, value in method.fixes.items():
-        if flag in given and given[flag] != value:
-            raise ValueError(f"--{flag} {given[flag]} contradicts --method {name}, which is {flag} {value}: drop one")
+    require_consistent(name, given)
     owner = ADAPTERS.get(given.get("adapter"), name)
     if owner != name:
         raise ValueError(f"adapter {given['adapter']!r} is part of a method: give --method {owner} in its place")
+    if given.get("init_lora_weights") == "eva" and "adapter" in method.fixes:
+        raise ValueError(f"--init_lora_weights eva is for LoRA, which --method {name} does not have: drop one")
     return {flag: value for flag, value in {**method.proposes, **method.fixes}.items() if flag not in given}
 
 

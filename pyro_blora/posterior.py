@@ -50,7 +50,10 @@ def deployed(program: BayesianLoRA) -> Gates:
     Under a mixture, where of two gates that stand in for each other both may have marginals below one half, the most
     probable of this rule's allocations for the whole law and for each component.
     """
-    whole, guide = Gates(*(law.mode for law in program.gate_guide.posterior())), program.gate_guide
+    guide = program.gate_guide
+    if hasattr(guide, "deployed"):
+        return guide.deployed()
+    whole = Gates(*(law.mode for law in guide.posterior()))
     each = Gates(*(law.mode for law in components(guide)))
     if len(each.z) == 1:
         return whole

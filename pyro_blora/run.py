@@ -33,7 +33,7 @@ from .training import Trained, fit
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
 _ELBO_EXAMPLES, _ELBO_DRAWS = 512, 4  # training rows and discrete draws behind elbo_per_example
-_AVERAGED = {"gates": "the gates", "dropout": "dropout masks"}
+_AVERAGED = {"gates": "the gates", "dropout": "the gates and of dropout masks"}
 _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "arviz", "numpy")
 
 
@@ -103,7 +103,7 @@ def _finish(trained: Trained, folder: Path) -> dict:
     for split, (predicted, _) in pairs.items():
         if split != "eval":
             summary[split] = _scores(trained, predicted)
-    if config.guide == "prior" and program.layout.adapted:
+    if config.guide == "uniform_rank" and program.layout.adapted:
         summary["by_rank"] = _by_rank(trained)
     return summary
 

@@ -1,5 +1,7 @@
 """The principal components of the projections' inputs: what they explain, for a prior, and where lora_A may start."""
 
+import contextlib
+import io
 from collections.abc import Iterable
 
 import peft
@@ -58,15 +60,29 @@ def explained_variances(net: GatedModel, batches: Iterable[dict]) -> Tensor:
     return rows
 
 
+def _tokens(inputs: tuple[Tensor, ...], mask: Tensor, name: str) -> Tensor:
+    """Rows of a layer's input that are tokens of the batch, (tokens, n); none of another shape's."""
+    x = inputs[0] if isinstance(inputs, tuple | list) else inputs
+    return x[mask] if x.shape[:2] == mask.shape else x.new_zeros(0, x.shape[-1])
+
+
 @torch.no_grad()
 def start_eva(net: GatedModel, batches: Iterable[dict]) -> None:
     """Start lora_A at the leading principal components of its layer's inputs, by PEFT's incremental PCA.
 
-    batches: passed over again until the components have settled. Every adapter keeps its rank.
+    batches: passed over again until the components have settled. Padding and DeBERTa's table of positions, which its
+    projections see too, do not count. Every adapter keeps its rank.
+    Errors: ValueError where every batch has fewer tokens than the adapter ranks: PEFT would pass over them forever.
     Source: Paischer et al., EVA (2024).
     """
-    learning = {name: p.requires_grad for name, p in net.named_parameters()}
-    with observed(net, Observer()):
-        peft.initialize_lora_eva_weights(net.peft_model, list(batches), show_progress_bar=False)
+    batches, learning = list(batches), {name: p.requires_grad for name, p in net.named_parameters()}
+    if max((int(batch["attention_mask"].sum()) for batch in batches), default=0) < net.layout.rank:
+        raise ValueError(f"EVA needs {net.layout.rank} tokens in a batch, as many as ranks: raise --batch_size")
+    with observed(net, Observer()), contextlib.redirect_stdout(io.StringIO()):  # PEFT prints what it leaves out
+        peft.initialize_lora_eva_weights(
+            net.peft_model, batches, show_progress_bar=False, gather_distributed_inputs=False,
+            prepare_model_inputs_fn=lambda inputs, config: inputs["attention_mask"].bool(),
+            prepare_layer_inputs_fn=_tokens,
+        )  # fmt: skip
     for name, parameter in net.named_parameters():  # PEFT lets the pooler learn when it puts its adapter back
         parameter.requires_grad_(learning[name])

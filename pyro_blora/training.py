@@ -110,7 +110,7 @@ class _Loop:
         self.lines: list[dict] = []
 
     def run(self, until: int | None = None) -> Trained:
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, began = self.config, self.accelerator, time.perf_counter()
         self.program.to(accelerator.device)
         self._calibrate()
         optimizer = make_optimizer(self.program, config)
@@ -118,7 +118,7 @@ class _Loop:
         last = total if until is None else min(until, total)
         first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer, total) if self.folder else 0
         self._restore_lines(first)
-        began = time.perf_counter() - (self.lines[-1]["seconds"] if self.lines else 0.0)
+        began -= self.lines[-1]["seconds"] if self.lines else 0.0
         self.wrapped, optimizer = accelerator.prepare(self.program, optimizer)
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})

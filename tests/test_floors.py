@@ -26,6 +26,7 @@ FLOORS = {
     "estimators": 2,
     "checkpoint": 2,
     "priors": 3,
+    "given": 2,
     "adalora": 3,
     "spectra": 3,
     "program": 3,

@@ -26,7 +26,7 @@ from pyro_blora.build import check_names
 from pyro_blora.config import RunConfig, field_names, suggest
 from pyro_blora.flags import EXPONENT, OWNED, gather_settings, read_preset
 from pyro_blora.guides import GUIDES, build_guide
-from pyro_blora.methods import left_open
+from pyro_blora.methods import left_open, require_consistent
 from pyro_blora.priors import PRIORS, build_prior, parts
 from pyro_blora.schedule import Schedule
 from pyro_blora.testing import example_layout
@@ -120,7 +120,10 @@ def _checked_fields(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig
         flags |= read_preset(table["preset"]) if "preset" in table else {}
     flags = _over(flags, base)
     for entry in entries:
-        flags = left_open(entry["method"], flags) if "method" in entry else flags
+        if "method" in entry:
+            flags = left_open(entry["method"], flags)
+            for stated in entries:
+                require_consistent(entry["method"], stated)
     for entry in entries:
         flags = _over(flags, entry)
     flags.pop("preset", None)

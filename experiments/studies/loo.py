@@ -18,14 +18,18 @@ from pyro_blora.posterior import draw, predict
 
 
 @torch.no_grad()
-def loo_of_run(folder: Path, examples: int, draws: int) -> tuple[object, bool]:
+def loo_of_run(folder: Path, examples: int, draws: int) -> tuple[object, bool] | None:
     """ArviZ's result for `examples` of the training set under `draws` draws; whether it is corrected for the guide.
+
+    None where all draws are the same allocation.
 
     The joint density of gates and data, which the correction needs, is that of the examples times N / `examples`.
     """
     parts, program = build(RunConfig.from_json(folder / "config.json")), load(folder)
     rows = take(parts.tokens["train"], examples, parts.config.seed)
     gates = draw(program, draws, seed=parts.config.seed)
+    if len(torch.unique(torch.cat([x.flatten(1) for x in gates], -1), dim=0)) == 1:
+        return None
     batches, _ = by_length(rows, parts.tokenizer, 2 * parts.config.batch_size)
     scores = predict(program, on_device(batches, torch.device("cpu")), gates=gates).log_likelihood.double()  # (S, E)
     prior, masks = program.prior(), (program.z_mask, program.g_mask)
