@@ -10,7 +10,6 @@ against the bit operations. All seeds are shown, and cells that are missing are 
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,40 +23,13 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import PREDICTED
 from experiments.studies.compare import paired
 from experiments.studies.loo import loo_of_run
+from experiments.studies.results import groups, missing, read
 from pyro_blora.inference_data import arviz, held_out
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _MARKERS = "os^vD*PX<>hp"
-
-
-def read(path: Path, axis: str) -> pd.DataFrame:
-    """The table of a grid, with the examples' predictions and the summary of every run.
-
-    Errors: ValueError for a table without the axis, a task or a seed, or with runs that are gone.
-    """
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    for column in (axis, "task", "seed", "folder"):
-        if column not in table:
-            known = ", ".join(table.columns[: list(table.columns).index("metric")])
-            raise ValueError(f"{path} has no column {column!r}: its axes are {known}")
-    if gone := [folder for folder in table["folder"] if not (Path(folder) / "predictions.parquet").is_file()]:
-        raise ValueError(
-            f"run folder {gone[0]} is gone: give the grid's command again, from the folder it was given in"
-        )
-    columns = ["label", *PREDICTED]
-    runs = [pd.read_parquet(Path(folder) / "predictions.parquet", columns=columns) for folder in table["folder"]]
-    table["examples"] = [run.to_dict("list") for run in runs]
-    table["summary"] = [json.loads((Path(f) / "summary.json").read_text(encoding="utf-8")) for f in table["folder"]]
-    return table
-
-
-def groups(table: pd.DataFrame, axis: str) -> dict[tuple[str, str], pd.DataFrame]:
-    """Runs by (task, entry of the axis), ordered by seed; entries in the order of the file."""
-    found = table.groupby(["task", axis], sort=False)
-    return {key: rows.sort_values("seed") for key, rows in found}
 
 
 def spread(values: pd.Series, digits: int = 3) -> str:
@@ -66,14 +38,14 @@ def spread(values: pd.Series, digits: int = 3) -> str:
 
 
 def means(table: pd.DataFrame, axis: str) -> str:
-    head = "deployed: score | NLL | BOPs / adapted | / model | draws: score | NLL | ECE"
+    head = "deployed: score | NLL | 10^9 BOPs, adapted | model | draws: score | NLL | ECE"
     lines = [f"| task | {axis} | seeds | {head} | training (s) |", "|" + "---|" * 11]
     for (task, entry), runs in groups(table, axis).items():
         seeds = ", ".join(map(str, runs["seed"]))
         ece = spread(runs["ece"]) if runs["ece"].notna().all() else "-"
         lines.append(
             f"| {task} | `{entry}` | {seeds} | {spread(runs['deployed_score'])} | {spread(runs['deployed_nll'])} | "
-            f"{runs['deployed_bops_adapted'].mean():.2%} | {runs['deployed_bops_model'].mean():.2%} | "
+            f"{runs['adapted'].mean():.1f} | {runs['model'].mean():.1f} | "
             f"{spread(runs['score'])} | {spread(runs['nll'])} | {ece} | {runs['seconds'].median():.0f} |"
         )
     return "\n".join(lines)
@@ -92,6 +64,9 @@ def differences(table: pd.DataFrame, axis: str, against: str) -> str:
         if entry == against or rivals is None:
             continue
         pairs = runs.merge(rivals, on="seed", suffixes=("", "_theirs"))
+        if pairs.empty:
+            lines.append(f"| {task} | `{entry}` | none in common | | | | |")
+            continue
         sides = [[{"examples": x} for x in pairs[column]] for column in ("examples", "examples_theirs")]
         told = []
         for prefix in ("deployed_", ""):
@@ -140,13 +115,16 @@ def at_every_rank(table: pd.DataFrame, axis: str) -> str:
 def leave_one_out(table: pd.DataFrame, axis: str, examples: int, draws: int) -> str:
     """PSIS-LOO of the training examples of every run whose gates are random, labelled by what ArviZ could correct."""
     rows, corrected = [], False
-    for run in table.itertuples():
-        if run.summary["kl"]["z"] + run.summary["kl"]["g"] > 0:
-            result, corrected = loo_of_run(Path(run.folder), examples, draws)
-            total = float(result["elpd_loo"] if hasattr(result, "index") else result.elpd)
-            over = int((np.asarray(result.pareto_k) > result.good_k).sum())
-            entry = getattr(run, axis) if axis.isidentifier() else table.loc[run.Index, axis]
-            rows.append(f"| {run.task} | `{entry}` | {run.seed} | {total:.1f} | {float(result.se):.1f} | {over} |")
+    for (task, entry), runs in groups(table, axis).items():
+        for seed, folder in zip(runs["seed"], runs["folder"], strict=True):
+            found = loo_of_run(Path(folder), examples, draws)
+            if found is not None:
+                result, corrected = found
+                total = float(result["elpd_loo"] if hasattr(result, "index") else result.elpd)
+                over = int((np.asarray(result.pareto_k) > result.good_k).sum())
+                rows.append(f"| {task} | `{entry}` | {seed} | {total:.1f} | {float(result.se):.1f} | {over} |")
+    if not rows:
+        return "\n## Leave-one-out over the training examples\n\nNo run has random gates.\n"
     label = (
         "Corrected for the guide: draws are weighted by joint density over guide."
         if corrected
@@ -176,32 +154,22 @@ def figure(table: pd.DataFrame, axis: str, path: Path) -> None:
             runs = found.get((task, entry))
             if runs is None:
                 continue
-            x, y = 100 * runs["deployed_bops_adapted"], runs["deployed_score"]
+            x, y = runs["adapted"], runs["deployed_score"]
             style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": "none"}
             panel.plot(x, y, markersize=3, alpha=0.5, **style)
             panel.plot(x.mean(), y.mean(), markersize=8, label=entry, **style)
-        panel.set(xscale="log", xlabel="BOPs, deployed (% of the adapted projections at 32 x 32 bit)")
-        panel.set(ylabel=found[task, runs_entry(found, task)]["metric"].iloc[0], title=task)
+        panel.set(xscale="log", xlabel="bit operations of the adapted projections, deployed (10^9)", title=task)
+        panel.set(ylabel=table[table["task"] == task]["metric"].iloc[0])
     handles, labels = panels[0][0].get_legend_handles_labels()
     plt.gcf().legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     plt.savefig(path, dpi=110)
     plt.close()
 
 
-def runs_entry(found: dict, task: str) -> str:
-    return next(entry for name, entry in found if name == task)
-
-
-def missing(table: pd.DataFrame, axis: str) -> str:
-    """Cells of tasks x entries x seeds that are not in the table."""
-    wanted = pd.MultiIndex.from_product([dict.fromkeys(table[c]) for c in ("task", axis, "seed")])
-    absent = wanted.difference(pd.MultiIndex.from_frame(table[["task", axis, "seed"]]), sort=False)
-    return ", ".join(f"{task} `{entry}` seed {seed}" for task, entry, seed in absent) or "none"
-
-
 def report(table: pd.DataFrame, options: argparse.Namespace) -> str:
     axis, summary = options.axis, table["summary"].iloc[0]
     loo = leave_one_out(table, axis, options.loo, options.loo_draws) if options.loo else ""
+    draws = " or ".join(map(str, sorted({summary["draws"] for summary in table["summary"]})))
     picture = os.path.relpath(options.figures / f"{options.report.stem}.png", options.report.parent)
     return f"""# {options.report.stem}: `{axis}` compared
 
@@ -211,10 +179,12 @@ python experiments/compare.py {options.table} --axis {axis} --against {options.a
 ```
 
 {len(table)} runs on {summary["device"]}; backbone {summary["backbone"]}, {summary["n_train"]} training examples.
-Missing of the grid: {missing(table, axis)}.
+Predictions average {draws} draws. Missing of the grid: {", ".join(missing(table, axis)) or "none"}.
 
 `deployed` is the one allocation that is exported, one forward an example; `draws` averages predictions over draws of
-the gates (or of dropout masks). ± is the standard deviation over seeds; BOPs are of what is deployed.
+the gates (or of dropout masks). ± is the standard deviation over seeds. Bit operations are of what is deployed, in one
+forward at the sequence length of the run, absolute, as runs differ in what 100 % is: of the adapted projections with
+their adapters, and of the whole model. Seconds of training are the median, beside whatever else the machine did.
 
 {means(table, axis)}
 
@@ -250,8 +220,6 @@ def main(arguments: list[str]) -> int:
     options.report = options.report or options.table.with_name("compare.md")
     options.figures = options.figures or options.report.parent
     try:
-        if not options.table.is_file():
-            raise ValueError(f"{options.table} does not exist: it is what experiments/grid.py writes")
         table = read(options.table, options.axis)
         if options.against not in set(table[options.axis]):
             raise ValueError(

@@ -17,6 +17,13 @@ from torch import Tensor
 from .layout import AdapterLayout
 
 
+class Full(NamedTuple):
+    """Bit operations at 32 x 32 bit with all R ranks, float64 scalars: the two denominators."""
+
+    adapted: Tensor
+    model: Tensor
+
+
 class BOPs(NamedTuple):
     """Bit operations of one forward (batch 1, layout.sequence_length tokens), and their ratios to 32 x 32 bit.
 
@@ -40,6 +47,18 @@ def expected_rank(g_probs: Tensor) -> Tensor:
     return 1 + g_probs.sum(-1)
 
 
+def at_full_width(layout: AdapterLayout) -> Full:
+    """What the ratios of `expected_bops` are of."""
+    full, adapter_macs = float(layout.ladder[-1] ** 2), layout.rank * layout.rank_macs.sum()
+    adapted = (layout.macs * _adapted(layout)).sum() + adapter_macs
+    return Full(full * adapted, full * (layout.model_macs + adapter_macs))
+
+
+def _adapted(layout: AdapterLayout) -> Tensor:
+    """(L,) bool: the adapted projections; all of them after full fine-tuning, which has no adapter."""
+    return layout.g_mask | ~layout.g_mask.any()
+
+
 def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BOPs:
     """E[BOPs], exact under a mean-field law; or the BOPs of draws.
 
@@ -54,18 +73,10 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
     z_probs, g_probs = z_probs.double(), g_probs.double()
     bits = dict(zip(layout.tensors, expected_bits(layout, z_probs).unbind(-1), strict=True))
     macs, rank_macs = layout.macs.to(z_probs.device), layout.rank_macs.to(z_probs.device)
-    adapted_mask = layout.g_mask.to(z_probs.device)
-    adapted_mask = adapted_mask | ~adapted_mask.any()  # full fine-tuning: its projections, as none has an adapter
     base = macs * bits["input"] * bits["base"]
     per_rank = rank_macs[:, 0] * bits["input"] * bits["lora_A"] + rank_macs[:, 1] * bits["hidden"] * bits["lora_B"]
     gated = base + expected_rank(g_probs) * per_rank  # (..., L)
-    full = float(layout.ladder[-1] ** 2)
-    adapter_macs = layout.rank * rank_macs.sum()
-    adapted = (gated * adapted_mask).sum(-1)
-    model = gated.sum(-1) + full * (layout.model_macs - macs.sum())
-    return BOPs(
-        adapted=adapted,
-        model=model,
-        adapted_ratio=adapted / (full * ((macs * adapted_mask).sum() + adapter_macs)),
-        model_ratio=model / (full * (layout.model_macs + adapter_macs)),
-    )
+    full = at_full_width(layout)
+    adapted = (gated * _adapted(layout).to(z_probs.device)).sum(-1)
+    model = gated.sum(-1) + layout.ladder[-1] ** 2 * (layout.model_macs - macs.sum())
+    return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())

@@ -8,6 +8,8 @@ from tiny import save_tiny_backbone, tiny_grid
 
 from experiments import compare, grid
 from experiments.studies.loo import loo_of_run
+from pyro_blora import load
+from pyro_blora.bops import at_full_width
 from pyro_blora.inference_data import held_out, leave_one_out
 
 AXES = """  task: [acceptability]
@@ -41,7 +43,8 @@ def test_the_page_says_what_the_runs_say(results):
     mine = table[table["method"] == "qat_lora"]
     (line,) = rows(text, "# compare", "qat_lora")
     assert line[2] == "0, 1" and line[4].startswith(f"{mine['deployed_nll'].mean():.3f} ± ")
-    assert line[5] == f"{mine['deployed_bops_adapted'].mean():.2%}"
+    full = [at_full_width(load(folder).layout).adapted.item() for folder in mine["folder"]]
+    assert line[5] == f"{(mine['deployed_bops_adapted'] * full).mean() / 1e9:.1f}"
     (line,) = rows(text, "## Paired differences", "qat_lora")
     theirs = table[table["method"] == "lora"]
     assert line[2] == "2" and line[4].startswith(
@@ -85,6 +88,7 @@ def test_leaving_one_out_is_of_random_gates_and_labelled(results):
 def test_leave_one_out_of_a_run_is_below_its_fit(results):
     table = pd.read_parquet(results)
     folder = table[table["method"] == "bayesian_lora"]["folder"].iloc[0]
+    assert loo_of_run(compare.Path(table[table["method"] == "lora"]["folder"].iloc[0]), 16, 20) is None
     result, _ = loo_of_run(compare.Path(folder), 16, 20)
     assert result.n_data_points == 16 and result.n_samples == 20 and result.p_loo >= 0
 
@@ -112,10 +116,35 @@ def test_held_out_scores_have_their_sum_and_its_standard_error():
     assert table.loc["two", "dse"] == pytest.approx((4 * 0.01) ** 0.5)
 
 
+def test_other_axes_are_not_pooled(results, tmp_path):
+    table = pd.read_parquet(results)
+    other = table.assign(rank="8")
+    both = pd.concat([table.assign(rank="4"), other])[["task", "rank", *table.columns[1:]]]
+    both.to_csv(tmp_path / "both.csv", index=False)
+    assert compare.main([str(tmp_path / "both.csv"), "--axis", "method", "--against", "lora"]) == 0
+    text = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    lines = rows(text, "## Paired differences", "qat_lora")
+    assert [line[0] for line in lines] == ["acceptability, rank 4", "acceptability, rank 8"]
+    assert all(line[2] == "2" for line in lines)
+    both.drop(columns="rank").to_csv(tmp_path / "both.csv", index=False)
+    assert compare.main([str(tmp_path / "both.csv"), "--axis", "method", "--against", "lora"]) == 2
+
+
+def test_entries_without_a_common_seed_are_named(results, tmp_path):
+    table = pd.read_parquet(results)
+    table[(table["method"] == "qat_lora") == (table["seed"] == "1")].to_csv(tmp_path / "part.csv", index=False)
+    assert compare.main([str(tmp_path / "part.csv"), "--axis", "method", "--against", "lora"]) == 0
+    assert "| acceptability | `qat_lora` | none in common |" in (tmp_path / "compare.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--axis", "prior", "--against", "lora"], "has no column 'prior': its axes are task, method, seed"),
+        (["--axis", "prior", "--against", "lora"], "axis 'prior'"),
+        (
+            ["--axis", "seed", "--against", "0"],
+            "cannot be compared: it takes a task, a seed and one of the other axes; here are task, method",
+        ),
         (["--axis", "method", "--against", "sgd"], "no run has method 'sgd': lora, bayesian_lora, qat_lora"),
     ],
 )
@@ -128,6 +157,9 @@ def test_a_table_or_a_run_that_is_gone_is_named(results, tmp_path, capsys):
     table = pd.read_parquet(results)
     table["folder"] = "gone"
     table.to_parquet(tmp_path / "results.parquet")
-    for path, message in ((tmp_path / "results.parquet", "gone is gone"), (tmp_path / "no.parquet", "does not exist")):
+    for path, message in (
+        (tmp_path / "results.parquet", "run gone is gone"),
+        (tmp_path / "no.parquet", "does not exist"),
+    ):
         assert compare.main([str(path), "--axis", "method", "--against", "lora"]) == 2
         assert message in capsys.readouterr().err

@@ -17,7 +17,7 @@ KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
 SMALL = f"--glue_dir GLUE --backbone TINY --max_train 64 --epochs 1 {KEPT}"
 SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a small BERT, GLUE: the release (or a skip)
     "allocation.py": f"--tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget {SMALL}",
-    "compare.py": "RESULTS --axis seed --against 0 --report OUT/page.md",
+    "compare.py": "RESULTS --axis prior --against nested --report OUT/page.md",
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
     "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
@@ -33,8 +33,8 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
 def tiny_results(folder):
     """The table of two finished runs."""
     backbone = save_tiny_backbone(folder / "tiny")
-    configs = [tiny_config(backbone, seed=seed, output_dir=str(folder / "runs")) for seed in (0, 1)]
-    cells = [Cell({"task": c.task, "seed": str(c.seed)}, c) for c in configs]
+    configs = [tiny_config(backbone, prior=prior, output_dir=str(folder / "runs")) for prior in ("nested", "bops")]
+    cells = [Cell({"task": c.task, "prior": c.prior, "seed": str(c.seed)}, c) for c in configs]
     for cell in cells:
         train_run(cell.config)
     write_results(results(cells), folder / "runs")
