@@ -48,7 +48,17 @@ def means(table: pd.DataFrame, axis: str) -> str:
             f"{runs['adapted'].mean():.1f} | {runs['model'].mean():.1f} | "
             f"{spread(runs['score'])} | {spread(runs['nll'])} | {ece} | {runs['seconds'].median():.0f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *constants(table)])
+
+
+def constants(table: pd.DataFrame) -> list[str]:
+    """What always answering the most frequent label of the held-out examples scores, where the metric is accuracy."""
+    told = []
+    for task, runs in table.groupby("task", sort=False):
+        if runs["metric"].iloc[0] == "accuracy":
+            label = pd.Series(runs["examples"].iloc[0]["label"])
+            told.append(f"{task} {(label == label.mode().iloc[0]).mean():.3f}")
+    return ["", f"Always answering the most frequent label scores: {', '.join(told)}."] if told else []
 
 
 def differences(table: pd.DataFrame, axis: str, against: str) -> str:
