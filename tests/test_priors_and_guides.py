@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from contracts import check_guide, masks
+from contracts import LEARNING, check_guide, masks
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_blora import given
 from pyro_blora.bops import expected_bits, expected_bops, expected_rank
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import GUIDES, MeanField, build_guide, register_guide
@@ -16,7 +15,6 @@ from pyro_blora.layout import LADDER
 from pyro_blora.priors import PRIORS, build_prior, register_prior
 from pyro_blora.testing import check_prior
 
-LEARNING = [name for name in GUIDES.names() if GUIDES.resolve(name).__module__ != given.__name__]
 OWN = '''
 import torch
 

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from contracts import LEARNING
 from models import batch, tiny_bert
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
@@ -13,13 +14,13 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate
 from pyro_blora.gates import Gates, NestedBernoulli
-from pyro_blora.guides import GUIDES, build_guide
+from pyro_blora.guides import build_guide
 from pyro_blora.priors import PRIORS, build_prior
 from pyro_blora.program import BayesianLoRA, Elbo, require_kl
 from pyro_blora.tasks import get_task
 
 N_TRAIN = 50
-SUMS = [name for name in GUIDES.names() if name != "mixture"]  # guides whose KL is a sum over chains
+SUMS = [name for name in LEARNING if name != "mixture"]  # guides whose KL is a sum over chains
 PLAIN = [name for name in PRIORS.names() if name != "hierarchical"]  # priors without random settings of their own
 
 pytestmark = pytest.mark.usefixtures("eager")

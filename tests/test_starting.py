@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contracts import LEARNING
 from models import batch, tiny_bert, tiny_deberta
 from scipy.stats import spearmanr
 from torch.nn.functional import linear, one_hot
@@ -9,7 +10,7 @@ from torch.nn.functional import linear, one_hot
 from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate, observed, set_ranges
 from pyro_blora.gates import Gates
-from pyro_blora.guides import GUIDES, build_guide
+from pyro_blora.guides import build_guide
 from pyro_blora.handover import Observer
 from pyro_blora.layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B
 from pyro_blora.posterior import bops
@@ -348,7 +349,7 @@ def test_the_estimate_orders_tensors_as_their_true_rise(bert, measured):
 
 
 @pytest.mark.parametrize("prior", PRIORS.names())
-@pytest.mark.parametrize("guide", GUIDES.names())
+@pytest.mark.parametrize("guide", LEARNING)
 def test_a_started_guide_is_finite(bert, measured, guide, prior):
     program = program_of(bert, guide=guide, prior=prior)
     program.gate_guide.start(evidence(program, measured))
