@@ -168,7 +168,7 @@ def figure(table: pd.DataFrame, axis: str, path: Path) -> None:
             style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": "none"}
             panel.plot(x, y, markersize=3, alpha=0.5, **style)
             panel.plot(x.mean(), y.mean(), markersize=8, label=entry, **style)
-        panel.set(xscale="log", xlabel="bit operations of the adapted projections, deployed (10^9)", title=task)
+        panel.set(xscale="log", xlabel="10^9 bit operations of the adapted projections", title=task)
         panel.set(ylabel=table[table["task"] == task]["metric"].iloc[0])
     handles, labels = panels[0][0].get_legend_handles_labels()
     plt.gcf().legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -188,6 +188,7 @@ python experiments/compare.py {options.table} --axis {axis} --against {options.a
     --report {options.report} --figures {options.figures}
 ```
 
+The table is what `experiments/grid.py` left of the grid `{options.table.parent.name}`, whose file has its command.
 {len(table)} runs on {summary["device"]}; backbone {summary["backbone"]}, {summary["n_train"]} training examples.
 Predictions average {draws} draws. Missing of the grid: {", ".join(missing(table, axis)) or "none"}.
 
