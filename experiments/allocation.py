@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.studies.cells import finished, provenance
-from experiments.studies.compare import paired
+from experiments.studies.compare import paired, spread
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
@@ -106,11 +106,6 @@ def groups(rows: list[dict]) -> dict[tuple, list[dict]]:
     for row in rows:
         found.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
     return found
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def table(rows: list[dict]) -> str:

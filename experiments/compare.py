@@ -23,18 +23,13 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.compare import paired
+from experiments.studies.compare import paired, spread
 from experiments.studies.loo import loo_of_run
 from experiments.studies.results import groups, missing, read
 from pyro_blora.inference_data import arviz, held_out
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _MARKERS = "os^vD*PX<>hp"
-
-
-def spread(values: pd.Series, digits: int = 3) -> str:
-    deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{deviation}"
 
 
 def means(table: pd.DataFrame, axis: str) -> str:
@@ -112,7 +107,7 @@ def at_every_rank(table: pd.DataFrame, axis: str) -> str:
     lines = []
     for (task, entry), runs in groups(table, axis).items():
         for rows in zip(*(summary.get("by_rank", []) for summary in runs["summary"]), strict=True):
-            values = [pd.Series([row["metric"]["value"] for row in rows]), pd.Series([row["nll"] for row in rows])]
+            values = [row["metric"]["value"] for row in rows], [row["nll"] for row in rows]
             share = rows[0]["bops"]["adapted_ratio"]
             told = " | ".join(map(spread, values))
             lines.append(f"| {task} | `{entry}` | {rows[0]['rank']} | {told} | {share:.2%} |")

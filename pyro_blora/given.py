@@ -21,6 +21,8 @@ def _point(gates: Gates) -> Gates:
 class UniformRank(nn.Module):
     """One rank for all adapters, each with the same probability; the largest is deployed."""
 
+    serves_every_rank = True  # so every rank is evaluated
+
     def __init__(self, layout: AdapterLayout):
         super().__init__()
         ranks = torch.arange(layout.rank)  # ranks - 1 of the components

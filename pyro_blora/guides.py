@@ -8,6 +8,7 @@ Gates when it is called, with
     components() -> Gates               optional, for a family that is not mean field: discrete laws with a leading
                                         dimension of M equally likely components, z (M, L, T, K), g (M, L, R - 1)
     divergence(prior, z_mask, g_mask)   optional, Gates of KLs in nats, where it is no sum over chains
+    serves_every_rank                   optional: after training, the same rank everywhere is evaluated, from 1 to R
     deployed() -> Gates                 optional, the allocation to export, where it is not where marginals exceed 1/2
     each_law(temperature, hard)         optional, with components: the law of every component; training draws from each,
                                         M forwards a step, as one alone would be M times noisier than a mean field

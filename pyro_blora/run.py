@@ -103,7 +103,7 @@ def _finish(trained: Trained, folder: Path) -> dict:
     for split, (predicted, _) in pairs.items():
         if split != "eval":
             summary[split] = _scores(trained, predicted)
-    if config.guide == "uniform_rank" and program.layout.adapted:
+    if getattr(program.gate_guide, "serves_every_rank", False):
         summary["by_rank"] = _by_rank(trained)
     return summary
 

@@ -35,7 +35,6 @@ from .starting import evidence, sensitivity
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _EVA_BATCHES = 32  # passed over until the components have settled
 _STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square known to about a tenth
-_POST_STEPS = 500  # of a prior that adapts, where training has ended before the gates start
 _DIVERGED = (
     "the training diverged at step {}: the loss is no finite number. Lower --lr; a new setting is a new run folder"
 )
@@ -206,9 +205,6 @@ class _Loop:
         if getattr(guide, "starts_from_data", False):
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
             guide.start(evidence(program, sensitivity(program, batches, errors.best_by_width()), config.kl_weight))
-        if hasattr(program.prior, "adapt") and self.schedule.opening == self.schedule.steps:
-            for _ in range(_POST_STEPS):
-                program.prior.adapt(component_marginals(program))
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))

@@ -87,6 +87,7 @@ axes:
     ("text", "message"),
     [
         ("axes:\n  method: [lora]\n  prior: [fixed, nested]\n", r"line 3 \(nested\).*contradicts --method lora"),
+        ("base:\n  method: lora\naxes:\n  prior: [bops]\n", "line 4 .bops.: --prior bops contradicts --method lora"),
         ("axes:\n  method: [lora, loar]\n", r"line 2 \(loar\): unknown method 'loar': did you mean 'lora'"),
         ("axes:\n  task: [sst2, {preset: sst3}]\n", r"line 2 \(sst3\): unknown preset 'sst3': did you mean 'sst2'"),
         ("base:\n  preset: sst3\naxes:\n  seed: [0]\n", "base: unknown preset 'sst3'"),

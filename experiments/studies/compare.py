@@ -54,6 +54,12 @@ def paired(
     return {key: (means[i], means[i] - half[i], means[i] + half[i]) for i, key in enumerate(("score", "nll"))}
 
 
+def spread(values, digits: int = 3) -> str:
+    """Mean, and ± the standard deviation where there are several."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
 def _half_width(values: np.ndarray) -> np.ndarray:
     """Of Student's interval for the mean over the first dimension."""
     n = len(values)

@@ -114,18 +114,17 @@ def _checked(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
 
 
 def _checked_fields(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig:
-    """Presets, under the base, under the entries in their order; a method under what its own entry says."""
+    """Presets, under the base, under the entries; a method replaces what is under the level that names it."""
     flags: dict[str, Any] = {}
     for table in (base, *entries):
         flags |= read_preset(table["preset"]) if "preset" in table else {}
-    flags = _over(flags, base)
-    for entry in entries:
-        if "method" in entry:
-            flags = left_open(entry["method"], flags)
-            for stated in entries:
-                require_consistent(entry["method"], stated)
-    for entry in entries:
-        flags = _over(flags, entry)
+    for level in ((base,), entries):
+        for method in [table["method"] for table in level if "method" in table]:
+            flags = left_open(method, flags)
+        for table in level:
+            flags = _over(flags, table)
+    for table in entries if any("method" in entry for entry in entries) else (base, *entries):
+        require_consistent(flags.get("method", "bayesian_lora"), table)
     flags.pop("preset", None)
     return RunConfig.from_dict(gather_settings(flags))
 
