@@ -1,7 +1,9 @@
 """Backbones by name: a hub name, a local folder, `demo` (the MiniLM encoder that installs as a Python package), or a
 function of the user's, `file.py:function`, which takes the number of outputs and returns (model, tokenizer)."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
@@ -58,13 +60,25 @@ def _own(name: str, num_labels: int) -> tuple[nn.Module, transformers.PreTrained
     return pair[0].float(), pair[1]
 
 
-def _load(auto_class, name: str, **settings):
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers, and not its table that says the head is new: it always is."""
     talk, bars = transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()
     level = talk.get_verbosity()
-    talk.set_verbosity_error()  # a table that says the head is new: it always is
+    talk.set_verbosity_error()
     talk.disable_progress_bar()
     try:
-        return auto_class.from_pretrained(backbone_path(name), **settings)
+        yield
+    finally:
+        talk.set_verbosity(level)
+        if bars:
+            talk.enable_progress_bar()
+
+
+def _load(auto_class, name: str, **settings):
+    try:
+        with quiet():
+            return auto_class.from_pretrained(backbone_path(name), **settings)
     except (OSError, ValueError) as error:
         if name == DEMO:
             raise
@@ -73,7 +87,3 @@ def _load(auto_class, name: str, **settings):
             f"backbone {name!r} could not be loaded ({first}). Give a model name on the hub (needs the network once), "
             "a local folder with config.json, weights and tokenizer, or `demo`"
         ) from None
-    finally:
-        talk.set_verbosity(level)
-        if bars:
-            talk.enable_progress_bar()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import adapters
+from .backbone import quiet
 from .build import build_program, check_names
 from .checkpoint import trainable
 from .config import RunConfig
@@ -51,8 +52,9 @@ def export(program: BayesianLoRA, folder: str | Path) -> Path:
             _save_peft(plain, program.net.layout, ranks, weights, partial)
             reloaded = _reloaded(plain, ranks, partial)
         else:
-            plain.save_pretrained(str(partial))
-            reloaded = type(plain).from_pretrained(str(partial))
+            with quiet():
+                plain.save_pretrained(str(partial))
+                reloaded = type(plain).from_pretrained(str(partial))
         _verify(program, reloaded)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
         notes = {"layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train)}

@@ -63,8 +63,18 @@ ADAPTERS = {method.fixes["adapter"]: name for name, method in METHODS.items() if
 def require_consistent(name: str, stated: Mapping[str, Any]) -> None:
     """Errors: ValueError for a flag that was stated on the line or in a file and contradicts the method."""
     for flag, value in METHODS[name].fixes.items() if name in METHODS else ():
-        if flag in stated and str(stated[flag]) != str(value):
+        if flag in stated and not _same(stated[flag], value):
             raise ValueError(f"--{flag} {stated[flag]} contradicts --method {name}, which is {flag} {value}: drop one")
+
+
+def _same(stated: Any, value: Any) -> bool:
+    """Whether a word of the line or of a file is the value: `1` is 1.0, and YAML reads `off` as False."""
+    if isinstance(value, str):
+        return stated == value or (stated is False and value == "off")
+    try:
+        return float(stated) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def resolved(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,17 @@ def test_what_a_method_fixes_cannot_be_contradicted(method):
             require_consistent(method, {flag: default})
 
 
+def test_what_a_method_fixes_may_be_said_again():
+    said = [
+        ("ptq", "kl_warmup", "1"),
+        ("rank_gates", "prior.z", False),
+        ("lora", "prior.bits", 32.0),
+        ("lora", "prior", "fixed"),
+    ]
+    for method, flag, value in said:
+        require_consistent(method, {flag: value})
+
+
 def test_an_adapter_of_a_method_is_refused_without_it():
     with pytest.raises(ValueError, match="adapter 'adalora' is part of a method: give --method adalora"):
         RunConfig(adapter="adalora")
