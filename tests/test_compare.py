@@ -7,9 +7,10 @@ import pytest
 from tiny import save_tiny_backbone, tiny_grid
 
 from experiments import compare, grid
+from experiments.studies import loo
 from experiments.studies.grid_file import read_grid
 from experiments.studies.loo import loo_of_run
-from pyro_blora import load
+from pyro_blora import draw, load
 from pyro_blora.bops import at_full_width
 from pyro_blora.inference_data import held_out, leave_one_out
 from pyro_blora.run import train_run
@@ -98,6 +99,22 @@ def test_leave_one_out_of_a_run_is_below_its_fit(results):
     assert result.n_data_points == 16 and result.n_samples == 20 and result.p_loo >= 0
 
 
+def test_leave_one_out_is_given_the_densities_of_its_draws(results, monkeypatch):
+    """What ArviZ 1.x corrects with: log p(y, z, g) and log q(z, g) of the same draws."""
+    table = pd.read_parquet(results)
+    folder = table[table["method"] == "bayesian_lora"]["folder"].iloc[0]
+    seen = []
+    monkeypatch.setattr(loo, "leave_one_out", lambda *arrays: seen.extend(arrays))
+    loo.loo_of_run(compare.Path(folder), 16, 20)
+    log_likelihood, log_joint, log_q = seen
+    program = load(folder)
+    gates, laws, prior = draw(program, 20), program.gate_guide.posterior(), program.prior()
+    of = [sum(law.log_prob(x).flatten(1).sum(-1).detach() for law, x in zip(pair, gates, strict=True))
+          for pair in (prior, laws)]  # fmt: skip
+    assert np.allclose(log_joint, of[0] + log_likelihood.sum(-1) * program.n_train / 16, atol=1e-3)
+    assert np.allclose(log_q, of[1], atol=1e-3) and log_likelihood.shape == (20, 16)
+
+
 def test_leave_one_out_of_a_known_posterior():
     """Normal data with a known mean's posterior: the exact log density of each point given the others."""
     generator = np.random.default_rng(0)
@@ -115,6 +132,8 @@ def test_leave_one_out_of_a_known_posterior():
 def test_held_out_scores_have_their_sum_and_its_standard_error():
     scores = np.array([-1.0, -2.0, -0.5, -0.5])
     worse = scores - np.array([0.1, 0.3, 0.1, 0.3])
+    error = held_out(scores, 3).se
+    assert float(error) == pytest.approx(np.sqrt(len(scores) * scores.var()))
     table = arviz.compare({"one": held_out(scores, 3), "two": held_out(worse, 3)})
     assert list(table.index) == ["one", "two"]
     assert table.loc["two", "elpd_diff"] == pytest.approx(0.8)

@@ -268,6 +268,12 @@ def test_dropout_masks_need_dropout(tmp_path):
         build(tiny_config(folder, method="mc_dropout"))
 
 
+def test_full_fine_tuning_frees_a_backbone_that_was_frozen():
+    net = attach(tiny_bert().requires_grad_(False), adapter="none", sequence_length=16)
+    assert all(p.requires_grad for p in net.parameters())
+    assert len(net.adapter_parameters()) + len(net.head_parameters()) == len(list(net.backbone.parameters()))
+
+
 def test_full_fine_tuning_moves_every_weight_and_is_a_folder_for_transformers(runs, backbone):
     folder = runs("full")
     before = AutoModelForSequenceClassification.from_pretrained(backbone).state_dict()

@@ -34,6 +34,14 @@ def test_scores_are_those_of_what_is_deployed():
         score(examples, "f1")
 
 
+def test_what_is_averaged_over_draws_has_an_empty_prefix():
+    ours, theirs = cell([0, 1, 1, 1], [0, 1, 1, 1], [-0.1] * 4), cell([0, 1, 1, 1], [0, 1, 0, 0], [-0.3] * 4)
+    ours["examples"] |= {"decision": [0, 1, 0, 0], "log_likelihood": [-0.5] * 4}
+    theirs["examples"] |= {"decision": [0, 1, 1, 0], "log_likelihood": [-0.2] * 4}
+    found = paired([ours], [theirs], "accuracy", prefix="")
+    assert found["score"][0] == -0.25 and found["nll"] == pytest.approx((0.3, 0.3, 0.3))
+
+
 def test_a_paired_difference_is_ours_minus_theirs():
     ours, theirs = cell([0, 1, 1, 1], [0, 1, 1, 1], [-0.1] * 4), cell([0, 1, 1, 1], [0, 1, 0, 0], [-0.3] * 4)
     found = paired([ours], [theirs], "accuracy")
