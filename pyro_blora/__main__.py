@@ -55,7 +55,7 @@ def _command(argv: list[str]) -> int:
     if arguments.command == "train":
         return _train(arguments, settings)
     if arguments.command == "show":
-        from .run import show_run
+        from .show import show_run
 
         show_run(Path(arguments.run))
         return 0
@@ -76,7 +76,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     config = RunConfig(**run_fields(arguments, settings))
     folder = Path(config.output_dir) / config.folder_name
     if arguments.if_finished == "show" and (folder / "summary.json").is_file():
-        from .run import show_run
+        from .show import show_run
 
         print(f"finished already: {folder}")
         show_run(folder)

@@ -124,18 +124,44 @@ class Hierarchical(nn.Module):
         z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
         return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g.expand(*lead, *self.g_shape))))
 
+    def _law(self, name: str) -> torch.distributions.Distribution:
+        """Of all rates (n,), used or not: their guide (`posterior`), or their Gamma law (`prior`)."""
+        if name == "posterior":
+            return torch.distributions.LogNormal(self.loc, self.log_sd.exp())
+        return torch.distributions.Gamma(*(torch.full_like(self.loc, x) for x in (self.shape, self.rate)))
+
     def forward(self) -> Gates:
         """At the rates' posterior means."""
-        return self._gates((self.loc + self.log_sd.exp().square() / 2).exp())
+        return self._gates(self._law("posterior").mean)
 
     def sample(self) -> Gates:
         """At one reparametrised draw of the rates from their posterior."""
         return self._gates((self.loc + self.log_sd.exp() * torch.randn_like(self.loc)).exp())
 
+    @property
+    def rate_names(self) -> list[str]:
+        return [self.names[i] for i in self.used]
+
+    def draw_rates(self, draws: int, law: str = "posterior") -> Tensor:
+        """(S, n) rates in use, from their log-normal guide or from their Gamma law."""
+        return self._law(law).sample((draws,))[:, list(self.used)]
+
+    def gates_at(self, rates: Tensor) -> Gates:
+        """Laws of the gates at given rates in use (S, n)."""
+        every = self._law("posterior").mean.expand(len(rates), -1).clone()
+        every[:, list(self.used)] = rates
+        return self._gates(every)
+
+    def log_ratio(self, rates: Tensor) -> Tensor:
+        """log Gamma law - log guide of rates in use (S, n) -> (S,)"""
+        every = rates.new_ones(len(rates), len(self.names))
+        every[:, list(self.used)] = rates
+        gap = self._law("prior").log_prob(every) - self._law("posterior").log_prob(every)
+        return gap[:, list(self.used)].sum(-1)
+
     def sample_prior(self, draws: int) -> Gates:
         """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
-        law = torch.distributions.Gamma(*(torch.full_like(self.loc, x) for x in (self.shape, self.rate)))
-        return self._gates(law.sample((draws,)))
+        return self._gates(self._law("prior").sample((draws,)))
 
     def divergence(self) -> Tensor:
         """KL of the rates' log-normal guide from their Gamma law, nats, closed form."""
@@ -148,7 +174,7 @@ class Hierarchical(nn.Module):
     @torch.no_grad()
     def report(self) -> dict[str, float]:
         """Posterior mean and central 94 % interval of every rate, nats a gate."""
-        law = torch.distributions.LogNormal(self.loc, self.log_sd.exp())
+        law = self._law("posterior")
         low, high = (law.icdf(torch.full_like(self.loc, p)) for p in (0.03, 0.97))
         columns = {"": law.mean, "_low": low, "_high": high}
         return {f"rate_{self.names[i]}{end}": x[i].item() for i in self.used for end, x in columns.items()}

@@ -9,11 +9,14 @@ matrix product of a forward (attention products and head included) with the same
 An open model is 1.0 of either.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .gates import Gates
 from .layout import AdapterLayout
 
 
@@ -80,3 +83,38 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
     adapted = (gated * _adapted(layout).to(z_probs.device)).sum(-1)
     model = gated.sum(-1) + layout.ladder[-1] ** 2 * (layout.model_macs - macs.sum())
     return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())
+
+
+def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates:
+    """What each gate contributes to the expected saving, in BOPs: Shapley values, which sum to full minus expected.
+
+    BOPs are sums of products such as bits * bits * rank, so what one factor saves depends on the others; a Shapley value
+    is its mean over all orders in which the factors could have gone from full to expected. Within a factor, bits and
+    ranks are linear in the gates, and each closed gate saves its own share.
+    Shapes: z_probs (L, T, K), g_probs (L, R - 1) marginals under a mean-field law -> z (L, T, K), g (L, R - 1), float64;
+    the sum over the adapted projections is the saving of `adapted`, that over all is the saving of `model`.
+    Source: Shapley, A value for n-person games (1953).
+    """
+    z_probs, g_probs = z_probs.double().cpu(), g_probs.double().cpu()
+    bits, most = expected_bits(layout, z_probs), float(layout.ladder[-1])
+    rank = layout.rank
+    factors = {t: (torch.full_like(bits[:, i], most), bits[:, i]) for i, t in enumerate(layout.tensors)}
+    factors["rank"] = (torch.full_like(bits[:, 0], rank), expected_rank(g_probs))
+    saved = {name: torch.zeros_like(bits[:, 0]) for name in factors}
+    products = (
+        (layout.macs, ("input", "base")),
+        (layout.rank_macs[:, 0], ("rank", "input", "lora_A")),
+        (layout.rank_macs[:, 1], ("rank", "hidden", "lora_B")),
+    )
+    for macs, names in products:
+        for order in itertools.permutations(names):
+            for place, name in enumerate(order):
+                full, expected = factors[name]
+                before = math.prod(factors[n][1] for n in order[:place])
+                after = math.prod(factors[n][0] for n in order[place + 1 :])
+                saved[name] += macs * before * (full - expected) * after / math.factorial(len(names))
+    steps = torch.tensor(layout.ladder, dtype=torch.float64).diff()
+    shares = (1 - z_probs) * steps  # (L, T, K): bits that each gate saves
+    per_bit = torch.stack([saved[t] / (most - bits[:, i]).clamp(min=1e-12) for i, t in enumerate(layout.tensors)], -1)
+    per_rank = saved["rank"] / (rank - expected_rank(g_probs)).clamp(min=1e-12)
+    return Gates(shares * per_bit[..., None], (1 - g_probs) * per_rank[:, None])

@@ -47,7 +47,8 @@ def build(config: RunConfig) -> Parts:
     """
     task = check_names(config)
     glue_dir = Path(os.path.expanduser(config.glue_dir)) if config.glue_dir else None
-    rows = task.load(glue_dir=glue_dir, seed=config.seed, n_train=config.max_train)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    rows = task.load(glue_dir=glue_dir, seed=seed, n_train=config.max_train)
     rows = task.validate(rows, source=config.glue_dir or "the data")
     rows = {split: table for split, table in rows.items() if split != "test"}
     tokenizer = load_tokenizer(config.backbone)

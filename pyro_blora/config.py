@@ -27,6 +27,7 @@ CHOICES = {
 }
 # Left out of the digest: they say where and how a run is watched and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
+_ADDED = (("data_seed", None), ("restarts", 1))  # later than runs whose folders are to keep their names
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
 
@@ -81,6 +82,8 @@ class RunConfig:
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, more time")
     max_length: int = _field(128, "longest input, in tokens; longer ones are cut")
     seed: int = _field(0, "seed of data order, initialization and gate draws")
+    data_seed: int | None = _field(None, "seed of the training rows that max_train keeps; none: seed")
+    restarts: int = _field(1, "fits from seed, seed + 1, ...: the chains of posterior.nc; the first is exported")
     draws: int = _field(15, "draws of the gates for posterior and predictions")
     average_over: str = _field(
         "gates", "what draws of predictions differ in: gates, or (dropout) gates and dropout masks"
@@ -159,6 +162,7 @@ class RunConfig:
     def digest(self) -> str:
         """Eight hexadecimal digits that two configurations share only if they compute the same."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_IN_DIGEST}
+        values = {key: value for key, value in values.items() if (key, value) not in _ADDED}
         for owner in ("prior_settings", "guide_settings"):  # 3 and 3.0 are the same setting
             values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
         values |= {owner: _with_content(values[owner]) for owner in ("prior", "guide", "backbone")}
@@ -208,6 +212,7 @@ _RANGES = {  # field: (check, what is expected, remedy)
     "epochs": (*_at_least(1), "one pass is the shortest run; max_train makes it shorter"),
     "batch_size": (*_at_least(1), "accumulation keeps the effective batch when memory is short"),
     "accumulation": (*_at_least(1), "1 means a step after every batch"),
+    "restarts": (*_at_least(1), "1 is a single fit; 3 or 4 show whether they agree"),
     "lr": (*_positive(), "1e-3 is usual for adapters"),
     "lr_head": (*_positive(), "leave it out to use lr"),
     "lr_gates": (*_not_negative(), "0 freezes the gates"),
@@ -220,6 +225,7 @@ _RANGES = {  # field: (check, what is expected, remedy)
     "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),
     "clip_norm": (*_positive(), "a large number, such as 1e9, switches clipping off"),
     "max_length": (*_at_least(4), "a pair of texts needs three special tokens and a word"),
+    "data_seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "leave it out to use seed"),
     "seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "NumPy's generators take 32 bits"),
     "draws": (*_at_least(1), "15 is usual"),
     "logging_steps": (*_at_least(1), "1 logs every step"),

@@ -1,133 +1,135 @@
-"""To ArviZ: named groups and dimensions, `posterior.nc`. The only file that knows ArviZ's version.
+"""To ArviZ: a trained program's draws and exact laws as named groups and dimensions, `posterior.nc`.
 
-Groups: posterior and prior (z, g, bits, rank, bops_adapted, bops_model), sample_stats (log_q, log_prior),
-log_likelihood and posterior_predictive (label, and probability or mean), observed_data, constant_data (exact marginals,
-KL of each chain, MACs). Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection, tensor,
-rung, rank, example, class. Tensors that a projection does not have are nan.
+Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random),
+sample_stats (log_q, log_prior; log_ratio of the rates), log_likelihood and posterior_predictive (label, and probability
+or mean), observed_data, constant_data (exact: the laws of guide and prior over widths and ranks, marginals, KL, and
+what is deployed). Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection (with
+coordinates layer and type), tensor, rung, rank, width, open_rank, component, law, example, class. Tensors that a
+projection does not have are nan.
 """
 
-import warnings
-from collections.abc import Mapping
-from pathlib import Path
+import json
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x whenever it is imported
-    import arviz
 import numpy as np
-import pandas as pd
 import torch
 import xarray
 from torch import Tensor
 
+from .arviz_data import container
 from .bops import expected_bits, expected_bops, expected_rank
 from .gates import Gates
-from .guides import log_prob
+from .guides import components, log_prob
 from .layout import AdapterLayout
-from .posterior import Prediction, divergences, draw, marginals
+from .posterior import Prediction, deployed, divergences, draw, marginals, rates
 from .program import BayesianLoRA
 
-GATE_DIMS = {
-    "z": ["projection", "tensor", "rung"],
-    "g": ["projection", "rank"],
-    "bits": ["projection", "tensor"],
-    "ranks": ["projection"],
-    "z_marginal": ["projection", "tensor", "rung"],
-    "g_marginal": ["projection", "rank"],
-    "z_kl": ["projection", "tensor"],
-    "g_kl": ["projection"],
-    "macs": ["projection"],
-    "label": ["example"],
-    "probability": ["example", "class"],
-    "mean": ["example"],
+SAMPLED = ("posterior", "prior", "sample_stats", "log_likelihood", "posterior_predictive")  # lead with (chain, draw)
+_DIMS = {  # of a variable, after (chain, draw) where it is sampled
+    "z": ("projection", "tensor", "rung"),
+    "g": ("projection", "rank"),
+    "bits": ("projection", "tensor"),
+    "ranks": ("projection",),
+    "rate": ("law",),
+    "probability": ("example", "class"),
+    "mean": ("example",),
+    "label": ("example",),
+    "log_q_width": ("chain", "component", "projection", "tensor", "width"),
+    "log_q_rank": ("chain", "component", "projection", "open_rank"),
+    "log_prior_width": ("chain", "projection", "tensor", "width"),
+    "log_prior_rank": ("chain", "projection", "open_rank"),
+    "z_marginal": ("chain", "projection", "tensor", "rung"),
+    "g_marginal": ("chain", "projection", "rank"),
+    "z_kl": ("chain", "projection", "tensor"),
+    "g_kl": ("chain", "projection"),
+    "z_deployed": ("chain", "projection", "tensor", "rung"),
+    "g_deployed": ("chain", "projection", "rank"),
+    "clipped": ("chain", "projection", "tensor"),
+    "macs": ("projection",),
+}
+_NUMBERED = ("chain", "draw", "component")
+_SAID = {  # (long_name, units)
+    "z": ("bit gate: 1 where the rung is open", ""),
+    "g": ("rank gate: 1 where the rank is open", ""),
+    "bits": ("bit width", "bit"),
+    "ranks": ("open ranks", ""),
+    "rate": ("rate of the prior", "nat a gate"),
+    "bops_adapted": ("bit operations of the adapted projections, of those at 32 x 32 bit with all ranks", ""),
+    "bops_model": ("bit operations of the model, of those at 32 x 32 bit with all ranks", ""),
+    "log_q": ("log probability of the draw under the guide", "nat"),
+    "log_prior": ("log probability of the draw under the prior", "nat"),
+    "log_ratio": ("log density of the rates' best law over that of their guide, up to a constant", "nat"),
+    "z_kl": ("KL of guide from prior", "nat"),
+    "g_kl": ("KL of guide from prior", "nat"),
+    "log_q_width": ("log probability of a bit width under the guide", "nat"),
+    "log_q_rank": ("log probability of a number of open ranks under the guide", "nat"),
+    "log_prior_width": ("log probability of a bit width under the prior", "nat"),
+    "log_prior_rank": ("log probability of a number of open ranks under the prior", "nat"),
+    "clipped": ("share of values beyond the range of their grid", ""),
+    "macs": ("multiplications of one forward, batch 1", ""),
 }
 
 
 def coordinates(layout: AdapterLayout) -> dict[str, list]:
     """Real names: projections as `7.value` (their full path where that is not unique), rungs in bit, ranks from 2."""
     short = [f"{p.layer}.{p.type}" for p in layout.projections]
-    names = short if len(set(short)) == len(short) else [p.name for p in layout.projections]
     return {
-        "projection": names,
+        "projection": short if len(set(short)) == len(short) else [p.name for p in layout.projections],
         "tensor": list(layout.tensors),
         "rung": list(layout.ladder[1:]),
         "rank": list(range(2, layout.rank + 1)),
+        "width": list(layout.ladder),
+        "open_rank": list(range(1, layout.rank + 1)),
     }
 
 
 def to_arviz(
     program: BayesianLoRA, draws: Gates, prediction: Prediction | None = None, *, labels: tuple[str, ...] = (),
-    seed: int = 0,
+    clipped: Tensor | None = None, seed: int = 0,
 ):  # fmt: skip
-    """ArviZ data of a trained program: an InferenceData (ArviZ 0.x) or a DataTree (1.x).
+    """ArviZ data of a trained program: an InferenceData (ArviZ 0.x) or a DataTree (1.x), of one chain.
 
     draws: from `posterior.draw`. prediction: from `predict` with the same draws, for the example groups. labels: class
-    names. seed: of the prior's draws and of the predicted labels.
+    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. seed: of the prior's draws, of the rates and of the predicted labels.
     Errors: ValueError where the prediction has another number of draws.
     """
-    layout = program.net.layout
-    prior_draws = draw(program, len(draws.z), seed=seed, law="prior")
+    layout, S = program.net.layout, len(draws.z)
     groups = {
         "posterior": _gate_group(program, layout, draws),
-        "prior": _gate_group(program, layout, prior_draws),
+        "prior": _gate_group(program, layout, draw(program, S, seed=seed, law="prior")),
         "sample_stats": _densities(program, draws),
         "constant_data": _constants(program, layout),
     }
+    if clipped is not None:
+        groups["constant_data"]["clipped"] = _array(clipped)[None]
     coords = coordinates(layout)
+    if (found := rates(program, S, seed=seed)) is not None:
+        groups["posterior"]["rate"], groups["prior"]["rate"] = _chain(found.posterior), _chain(found.prior)
+        groups["sample_stats"]["log_ratio"] = _chain(found.log_ratio)
+        coords["law"] = list(found.names)
     if prediction is not None:
-        if len(prediction.outputs) != len(draws.z):
-            raise ValueError(f"prediction has {len(prediction.outputs)} draws, the gates {len(draws.z)}: use the same")
+        if len(prediction.outputs) != S:
+            raise ValueError(f"prediction has {len(prediction.outputs)} draws, the gates {S}: use the same")
         groups |= _example_groups(prediction, seed)
         coords["example"] = list(range(len(prediction.labels)))
         coords["class"] = list(labels) or list(range(prediction.outputs.shape[-1]))
-    return assemble(groups, coords, dict(GATE_DIMS))
+    datasets = {name: _dataset(name, arrays, coords) for name, arrays in groups.items()}
+    for dataset in datasets.values():
+        if "projection" in dataset.dims:
+            named = {"layer": [p.layer for p in layout.projections], "type": [p.type for p in layout.projections]}
+            dataset.update(dataset.assign_coords({k: ("projection", v) for k, v in named.items()}))
+    datasets["constant_data"].attrs["layout"] = json.dumps(layout.to_dict())
+    return container(datasets, {"created_by": "pyro_blora"})
 
 
-def assemble(groups: Mapping[str, Mapping[str, np.ndarray]], coords: dict, dims: dict):
-    """Arrays by group and name to ArviZ's container; (chain, draw) lead everywhere but in the data groups.
-
-    ArviZ 0.x takes groups as keywords, 1.x one nested dictionary, which 0.x would misread silently.
-    """
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return arviz.from_dict({name: dict(group) for name, group in groups.items()}, coords=coords, dims=dims)
-    return arviz.from_dict(**{name: dict(group) for name, group in groups.items()}, coords=coords, dims=dims)
-
-
-def held_out(log_scores: np.ndarray, draws: int):
-    """ArviZ's ELPDData of held-out examples, for `arviz.compare`: their log scores need no leaving out.
-
-    log_scores (E,): of the predictive density averaged over `draws`, nats. ArviZ knows such data as `loo` only.
-    """
-    E = len(log_scores)
-    pointwise = xarray.DataArray(np.asarray(log_scores, dtype=float), dims=["example"])
-    total, error = float(pointwise.sum()), float(np.sqrt(E * pointwise.var()))
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        from arviz_stats.utils import ELPDDataLOO
-
-        return ELPDDataLOO(total, error, 0.0, draws, E, "log", False, 0.7, elpd_i=pointwise)
-    from arviz.stats.stats_utils import ELPDData
-
-    return ELPDData(pd.Series({
-        "elpd_loo": total, "se": error, "p_loo": 0.0, "n_samples": draws, "n_data_points": E, "warning": False,
-        "loo_i": pointwise, "scale": "log",
-    }))  # fmt: skip
-
-
-def leave_one_out(log_likelihood: np.ndarray, log_joint: np.ndarray, log_q: np.ndarray):
-    """(ArviZ's PSIS-LOO of training examples under draws of a guide, whether it is corrected for the guide).
-
-    log_likelihood (S, E), log_joint and log_q (S,) of the same draws, nats. ArviZ 1.x weighs the draws by joint over
-    guide; 0.x takes them for draws of the posterior.
-    Source: Magnusson et al., Bayesian leave-one-out cross-validation for large data (2019).
-    """
-    data = assemble({"posterior": {"log_q": log_q[None]}, "log_likelihood": {"label": log_likelihood[None]}}, {}, {})
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        weights = [xarray.DataArray(x[None], dims=["chain", "draw"]) for x in (log_joint, log_q)]
-        return arviz.loo_approximate_posterior(data, *weights, pointwise=True), True
-    return arviz.loo(data, pointwise=True, reff=1.0), False
-
-
-def save(data, path: Path) -> None:
-    data.to_netcdf(str(path), engine="h5netcdf")
+def _dataset(group: str, arrays: dict[str, np.ndarray], coords: dict[str, list]) -> xarray.Dataset:
+    lead = ("chain", "draw") if group in SAMPLED else ()
+    found = {}
+    for name, array in arrays.items():
+        dims = lead + _DIMS.get(name, ())
+        known = {dim: range(array.shape[i]) if dim in _NUMBERED else coords[dim] for i, dim in enumerate(dims)}
+        attrs = dict(zip(("long_name", "units"), _SAID.get(name, ()), strict=False))
+        found[name] = xarray.DataArray(array, coords=known, dims=dims, attrs={k: v for k, v in attrs.items() if v})
+    return xarray.Dataset(found)
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -139,10 +141,10 @@ def _chain(x: Tensor) -> np.ndarray:
     return _array(x)[None]
 
 
-def _where(mask: Tensor, x: Tensor) -> Tensor:
-    """nan where a tensor or an adapter does not exist; mask is aligned to the left of the gates' own dimensions."""
-    shape = mask.shape + (1,) * (x.dim() - mask.dim())
-    return torch.where(mask.view(shape), x, torch.nan)
+def _where(mask: Tensor, x: Tensor, component: bool = False) -> Tensor:
+    """nan where a tensor or an adapter does not exist; mask is aligned to the left, after a component's dimension."""
+    mask = mask[None] if component else mask
+    return torch.where(mask.view(mask.shape + (1,) * (x.dim() - mask.dim())), x.float(), torch.nan)
 
 
 def _gate_group(program: BayesianLoRA, layout: AdapterLayout, draws: Gates) -> dict[str, np.ndarray]:
@@ -168,16 +170,19 @@ def _densities(program: BayesianLoRA, draws: Gates) -> dict[str, np.ndarray]:
     return {"log_q": _chain(log_q), "log_prior": _chain(log_prior)}
 
 
+@torch.no_grad()
 def _constants(program: BayesianLoRA, layout: AdapterLayout) -> dict[str, np.ndarray]:
-    z, g = marginals(program)
-    kl = divergences(program)
-    return {
-        "z_marginal": _array(_where(program.z_mask, z)),
-        "g_marginal": _array(_where(program.g_mask, g)),
-        "z_kl": _array(_where(program.z_mask, kl.z)),
-        "g_kl": _array(_where(program.g_mask, kl.g)),
-        "macs": _array(layout.macs),
-    }
+    marginal, kl, mode = marginals(program), divergences(program), deployed(program)
+    laws, prior = components(program.gate_guide), program.prior()
+    found = {
+        "log_q_width": laws.z.depth_log_probs, "log_q_rank": laws.g.depth_log_probs,
+        "log_prior_width": prior.z.depth_log_probs, "log_prior_rank": prior.g.depth_log_probs,
+        "z_marginal": marginal.z, "g_marginal": marginal.g, "z_kl": kl.z, "g_kl": kl.g,
+        "z_deployed": mode.z, "g_deployed": mode.g,
+    }  # fmt: skip
+    masks = {name: program.z_mask if "tensor" in _DIMS[name] else program.g_mask for name in found}
+    masked = {name: _where(masks[name], x, component="component" in _DIMS[name]) for name, x in found.items()}
+    return {name: _array(x)[None] for name, x in masked.items()} | {"macs": _array(layout.macs)}
 
 
 def _example_groups(prediction: Prediction, seed: int) -> dict[str, dict[str, np.ndarray]]:
@@ -186,7 +191,7 @@ def _example_groups(prediction: Prediction, seed: int) -> dict[str, dict[str, np
         predictive = {"mean": _chain(prediction.outputs.squeeze(-1))}
     else:
         flat = prediction.outputs.flatten(0, 1)
-        label = torch.multinomial(flat, 1, generator=generator).view(prediction.outputs.shape[:2])
+        label = torch.multinomial(flat, 1, generator=generator).view(prediction.outputs.shape[:2]).short()
         predictive = {"label": _chain(label), "probability": _chain(prediction.outputs)}
     return {
         "log_likelihood": {"label": _chain(prediction.log_likelihood)},

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.distributions import kl_divergence
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from .bops import BOPs, expected_bops
-from .gates import Gates
+from .gates import Gates, NestedBernoulli
 from .guides import components, draw_gates, log_prob
 from .program import BayesianLoRA
 
@@ -77,6 +78,48 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
         if hasattr(program.prior, "sample_prior"):
             return Gates(*(x.sample() for x in program.prior.sample_prior(draws)))
         return Gates(*(x.sample((draws,)) for x in program.prior()))
+
+
+class Rates(NamedTuple):
+    """Draws of a prior's own rates: names (n), posterior and prior (S, n), log_ratio (S,) as in `rates`."""
+
+    names: tuple[str, ...]
+    posterior: Tensor
+    prior: Tensor
+    log_ratio: Tensor
+
+
+@torch.no_grad()
+def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
+    """Draws of the prior's random rates, from their guide and from their law; None where no rate is random.
+
+    log_ratio: log of p(rates) exp(-KL(guide of the gates || prior at these rates)) over the rates' guide, nats: it
+    would be constant if the guide were the best law of the rates. The Pareto k of its tail says how far it is from that.
+    Source: Yao, Vehtari, Simpson and Gelman, Yes, but did it work? (2018).
+    """
+    prior, q = program.prior, components(program.gate_guide)
+    parts = {site: part for site, part in prior.named_children() if hasattr(part, "draw_rates")}
+    parts = {"zg": prior} if hasattr(prior, "draw_rates") else parts
+    if not parts:
+        return None
+    names, drawn, log_ratio = [], {"posterior": [], "prior": []}, torch.zeros(draws)
+    with _seeded(program, seed):
+        for site, part in parts.items():
+            names += part.rate_names
+            for law, columns in drawn.items():
+                columns.append(part.draw_rates(draws, law))
+            here = drawn["posterior"][-1]
+            log_ratio = log_ratio.to(here) + part.log_ratio(here)
+            for each, laws, own, mask in zip(
+                "zg", q, part.gates_at(here), (program.z_mask, program.g_mask), strict=True
+            ):
+                if each in site:
+                    q_each = NestedBernoulli(
+                        laws.log_probs[:, None], validate_args=False
+                    )  # (M, 1, ...) against (S, ...)
+                    kl = torch.where(mask, kl_divergence(q_each, own), 0.0)
+                    log_ratio = log_ratio - kl.flatten(2).sum(-1).mean(0)
+    return Rates(tuple(names), *(torch.cat(columns, -1) for columns in drawn.values()), log_ratio)
 
 
 @contextlib.contextmanager

@@ -86,3 +86,31 @@ def range_errors(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) 
                 ranges[key] = largest * candidates
                 errors[key] = squared_errors(torch.cat(sample.values[key]), ranges[key], weights)
     return RangeErrors(ranges, errors)
+
+
+class _Clipped(Observer):
+    """Counts the values of every tensor, and those beyond its range."""
+
+    def __init__(self, ranges: Tensor):
+        self.ranges, self.beyond, self.all = ranges, torch.zeros_like(ranges), torch.zeros_like(ranges)
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        self.beyond[projection, tensor] += (x.abs() > self.ranges[projection, tensor]).sum()
+        self.all[projection, tensor] += x.numel()
+        return x
+
+    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.activation(projection, tensor, weight), bias)
+
+
+@torch.no_grad()
+def clipped(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) -> Tensor:
+    """Share of each tensor's values that lie beyond its range, at 32 bit; nan where there is none.  (L, T)"""
+    net = program.net
+    if not net.layers():  # PEFT's own layers have no ranges
+        return torch.full(program.layout.z_shape[:2], torch.nan)
+    seen = _Clipped(net.log_range.double().exp())
+    for inputs, _ in batches:
+        with observed(net, seen):
+            net(**inputs)
+    return seen.beyond / seen.all

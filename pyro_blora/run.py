@@ -4,6 +4,7 @@ The folder is filled under a temporary name (`.<name>.partial`), from which an i
 everything is there. A finished run is never overwritten.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -16,23 +17,26 @@ from pathlib import Path
 import accelerate
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 
+from .arviz_data import concatenate, read, save
 from .bops import expected_bits, expected_bops, expected_rank
 from .build import check_names
 from .config import RunConfig
 from .data import by_length, on_device, take
 from .exporting import export
 from .gates import Gates
-from .inference_data import save, to_arviz
+from .inference_data import to_arviz
 from .posterior import ECE_BINS, Prediction, bops, deployed, draw, marginals, mean_kl, predict
+from .ranges import clipped
+from .report import write_report
+from .show import show_run
 from .training import Trained, fit
 
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
 _ELBO_EXAMPLES, _ELBO_DRAWS = 512, 4  # training rows and discrete draws behind elbo_per_example
+_RANGE_EXAMPLES = 128  # training rows on which clipped values are counted
 _AVERAGED = {"gates": "the gates", "dropout": "the gates and of dropout masks"}
 _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "arviz", "numpy")
 
@@ -50,31 +54,36 @@ def train_run(config: RunConfig) -> Path:
             "--output_dir to run again"
         )
     check_names(config)
-    partial = folder.with_name(f".{folder.name}.partial")
-    trained = fit(config, folder=partial)
+    _complete(config, folder)
     if accelerate.PartialState().is_main_process:
-        began = time.perf_counter()
-        summary = _finish(trained, partial)
-        summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
-        (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
-        (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder)
         show_run(folder)
     return folder
 
 
-def show_run(folder: str | Path) -> None:
-    """Print the result table of a finished run.  Errors: ValueError for a folder that is none."""
-    folder = Path(folder)
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        tables = result_tables(summary)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
-    console = Console()
-    for table in tables:
-        console.print(table)
-    console.print(f"Run folder: {folder}", soft_wrap=True)
+def _complete(config: RunConfig, folder: Path) -> None:
+    """Train or resume the run and its restarts under a temporary name, and rename it when everything is there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    restarts = [(one, partial / "restarts" / f"seed-{one.seed}") for one in each_restart(config)]
+    for one, place in restarts:
+        if not place.exists():
+            _complete(one, place)
+    trained = fit(config, folder=partial)
+    if accelerate.PartialState().is_main_process:
+        began = time.perf_counter()
+        summary = _finish(trained, partial, [place for _, place in restarts])
+        summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
+        (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
+        (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_report(partial, name=folder.name)
+        os.replace(partial, folder)
+    accelerate.PartialState().wait_for_everyone()
+
+
+def each_restart(config: RunConfig) -> list[RunConfig]:
+    """The further fits, each as a run of its own: from another seed, with the same training rows."""
+    rows = config.seed if config.data_seed is None else config.data_seed
+    seeds = range(config.seed + 1, config.seed + config.restarts)
+    return [dataclasses.replace(config, seed=seed, data_seed=rows, restarts=1) for seed in seeds]
 
 
 def versions() -> dict[str, str]:
@@ -87,25 +96,40 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _finish(trained: Trained, folder: Path) -> dict:
-    """Everything that follows training: predictions, posterior, adapter; returns the summary."""
+def _finish(trained: Trained, folder: Path, restarts: list[Path]) -> dict:
+    """Everything that follows training: predictions, posterior, adapter; returns the summary.
+
+    restarts: folders of finished runs, the further chains.
+    """
     parts, program, config = trained.parts, trained.program, trained.parts.config
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
     draws = draw(program, config.draws, seed=config.seed)
     pairs = {split: _averaged_and_deployed(trained, split, draws) for split in parts.tokens if split != "train"}
     prediction, at_mode = pairs["eval"]
-    save(to_arviz(program, draws, prediction, labels=parts.task.labels, seed=config.seed), folder / "posterior.nc")
+    beyond = clipped(program, _batches(trained, take(parts.tokens["train"], _RANGE_EXAMPLES, config.seed))[0])
+    data = to_arviz(program, draws, prediction, labels=parts.task.labels, clipped=beyond, seed=config.seed)
+    if restarts:
+        data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
+    save(data, folder / "posterior.nc")
     export(program, folder / "adapter")
     for split, pair in pairs.items():
         name = "predictions.parquet" if split == "eval" else f"predictions_{split.removeprefix('eval_')}.parquet"
         _table(trained, split, *pair).to_parquet(folder / name)
     summary = _summary(trained, prediction, at_mode)
+    if restarts:
+        summary["restarts"] = [_of_restart(place) for place in restarts]
     for split, (predicted, _) in pairs.items():
         if split != "eval":
             summary[split] = _scores(trained, predicted)
     if getattr(program.gate_guide, "serves_every_rank", False):
         summary["by_rank"] = _by_rank(trained)
     return summary
+
+
+def _of_restart(folder: Path) -> dict:
+    """What of a restart's summary stands in that of the run."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {key: summary[key] for key in ("seed", "metric", "nll", "ece", "elbo_per_example", "bops", "deployed")}
 
 
 def _averaged_and_deployed(trained: Trained, split: str, draws: Gates) -> tuple[Prediction, Prediction]:
@@ -134,11 +158,15 @@ def _by_rank(trained: Trained) -> list[dict]:
 
 
 def _predict(trained: Trained, split: str, draws: Gates, rows=None, dropout_seed: int | None = None) -> Prediction:
-    parts, device = trained.parts, trained.program.log_scale.device
-    tokens = parts.tokens[split] if rows is None else rows
-    batches, order = by_length(tokens, parts.tokenizer, 2 * parts.config.batch_size)
-    bar = tqdm(on_device(batches, device), desc=f"predict {split}", total=len(batches), leave=False, dynamic_ncols=True)
+    batches, order, count = _batches(trained, trained.parts.tokens[split] if rows is None else rows)
+    bar = tqdm(batches, desc=f"predict {split}", total=count, leave=False, dynamic_ncols=True)
     return predict(trained.program, bar, gates=draws, dropout_seed=dropout_seed).restored(order)
+
+
+def _batches(trained: Trained, rows):
+    """(inputs, labels) of some rows by length, on the device; the order; how many batches."""
+    batches, order = by_length(rows, trained.parts.tokenizer, 2 * trained.parts.config.batch_size)
+    return on_device(batches, trained.program.log_scale.device), order, len(batches)
 
 
 def _scores(trained: Trained, prediction: Prediction) -> dict:
@@ -231,44 +259,3 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def result_tables(summary: dict) -> list[Table]:
-    """What a user wants to know first: the score, its calibration, what the gates learned, what it costs."""
-    method = summary.get("method", "bayesian_lora")
-    name = f"prior {summary['prior']}" if method == "bayesian_lora" else method
-    head = Table(title=f"{summary['task']} · {summary['backbone']} · {name}", title_justify="left")
-    for column, justify in (("", "left"), (f"{summary['draws']} draws", "right"), ("deployed", "right")):
-        head.add_column(column, justify=justify)
-    at_mode, metric = summary["deployed"], summary["metric"]["name"]
-    head.add_row(metric, _number(summary["metric"]["value"]), _number(at_mode["metric"]["value"]))
-    head.add_row("NLL (nats an example)", _number(summary["nll"]), _number(at_mode["nll"]))
-    if summary["ece"]["value"] is not None:
-        bins = summary["ece"]["bins"]
-        head.add_row(f"ECE ({bins} bins)", _number(summary["ece"]["value"]), _number(at_mode["ece"]["value"]))
-    gates = Table(title="What the gates learned", title_justify="left")
-    for column in ("", "expected"):
-        gates.add_column(column, justify="left" if not column else "right")
-    for role, bits in summary["expected_bits"].items():
-        gates.add_row(f"bits of {role}", f"{bits:.1f}")
-    for kind, rank in summary["expected_rank"].items():
-        gates.add_row(f"rank of {kind}", f"{rank:.1f}")
-    low, high = summary["bops"]["interval"]
-    gates.add_row(
-        "BOPs / adapted projections at 32 x 32", f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]"
-    )
-    gates.add_row("BOPs / whole model at 32 x 32", f"{summary['bops']['model_ratio']:.2%}")
-    gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
-    if "by_rank" not in summary:
-        return [head, gates]
-    ranks = Table(title="At every rank", title_justify="left")
-    for column in ("rank", metric, "NLL", "BOPs / adapted"):
-        ranks.add_column(column, justify="right")
-    for row in summary["by_rank"]:
-        value, share = row["metric"]["value"], row["bops"]["adapted_ratio"]
-        ranks.add_row(str(row["rank"]), _number(value), _number(row["nll"]), f"{share:.2%}")
-    return [head, gates, ranks]
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}"

@@ -31,6 +31,7 @@ from .ranges import range_errors
 from .schedule import Schedule
 from .spectra import explained_variances, start_eva
 from .starting import evidence, sensitivity
+from .watching import track_gate_maps
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _EVA_BATCHES = 32  # passed over until the components have settled
@@ -131,7 +132,7 @@ class _Loop:
                     self._start_gates(optimizer)
                 bar.update()
                 if (step + 1) % config.logging_steps == 0 or step + 1 == last:
-                    self._log(step + 1, time.perf_counter() - began, bar)
+                    self._log(step + 1, time.perf_counter() - began, bar, optimizer.optimizer)
                 due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == last
                 if self.folder and accelerator.is_main_process and due:
                     self._require_finite(step)
@@ -172,7 +173,8 @@ class _Loop:
                 accelerator.backward(loss / len(micro_batches))
             parts.append(torch.stack([x.detach().float() for x in (loss, *elbo)]))
         net = self.program.net
-        accelerator.clip_grad_norm_([*net.adapter_parameters(), *net.head_parameters()], config.clip_norm)
+        learning = [*net.adapter_parameters(), *net.head_parameters()]
+        self.grad_norm = accelerator.clip_grad_norm_(learning, config.clip_norm)
         optimizer.step()
         if hasattr(net, "allocate"):
             guide = self.program.gate_guide
@@ -220,8 +222,8 @@ class _Loop:
         order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
         return on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device)
 
-    def _log(self, step: int, seconds: float, bar: tqdm) -> None:
-        line = {"step": step, **self._measure(), "seconds": round(seconds, 3)}
+    def _log(self, step: int, seconds: float, bar: tqdm, optimizer: torch.optim.Optimizer) -> None:
+        line = {"step": step, **self._measure(), **self._gradients(step, optimizer), "seconds": round(seconds, 3)}
         if not self.accelerator.is_main_process:
             return
         self.lines.append(line)
@@ -231,6 +233,7 @@ class _Loop:
         )
         if self.config.tracker:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+            track_gate_maps(self.accelerator, self.program, step)
         if self.folder:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -249,6 +252,28 @@ class _Loop:
         }
         told = program.prior.report() if hasattr(program.prior, "report") else {}
         return {key: float(value) for key, value in (numbers | told).items()}
+
+    def _gradients(self, step: int, optimizer: torch.optim.Optimizer) -> dict:
+        """Temperature, the norm of the adapter's and head's gradient before clipping, and how noisy the gates' one is.
+
+        From Adam's running means of the gradient and of its square: gate_gradient is the root of the mean square of a
+        gate's gradient (nats over N), gate_noise the share of that square that is variance; 1 where nothing but noise
+        is left, as the mean then stays at about 1/19 of it.
+        """
+        moments = [
+            (state["exp_avg"] / (1 - b1 ** state["step"]), state["exp_avg_sq"] / (1 - b2 ** state["step"]))
+            for group in optimizer.param_groups if group["name"] == "gates"
+            for b1, b2 in [group["betas"]]
+            for state in map(optimizer.state.get, group["params"]) if state
+        ]  # fmt: skip
+        found = {"temperature": self.schedule.temperature(step - 1), "grad_norm": float(self.grad_norm)}
+        if step > self.schedule.opening and moments:
+            means, squares = (torch.cat([x.flatten() for x in each]) for each in zip(*moments, strict=True))
+            alive = squares > 0  # pinned gates have no gradient
+            if bool(alive.any()):
+                found["gate_gradient"] = squares[alive].mean().sqrt().item()
+                found["gate_noise"] = 1 - (means[alive].square().sum() / squares[alive].sum()).clamp(max=1.0).item()
+        return found
 
     def _restore_lines(self, first: int) -> None:
         """Keep the logged lines up to the checkpoint; those after it are written again."""

@@ -20,7 +20,8 @@ from pyro_blora.config import RunConfig
 from pyro_blora.data import by_length, on_device
 from pyro_blora.methods import METHODS, left_open, require_consistent
 from pyro_blora.posterior import deployed, predict
-from pyro_blora.run import result_tables, train_run
+from pyro_blora.run import train_run
+from pyro_blora.show import result_tables
 from pyro_blora.spectra import start_eva
 
 ONLY_PEFT = ("adalora",)  # its layers have no quantizer

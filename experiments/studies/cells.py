@@ -121,7 +121,9 @@ def _settings(config: RunConfig) -> dict:
 def _read(config: RunConfig) -> dict:
     folder = folder_of(config)
     examples = pd.read_parquet(folder / "predictions.parquet", columns=["label", *PREDICTED])
-    ranks = 1 + arviz.from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"].sum("rank", skipna=False)
+    opened = arviz.from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"]
+    opened = opened.isel(chain=0, drop=True) if "chain" in opened.dims else opened  # runs before restarts had none
+    ranks = 1 + opened.sum("rank", skipna=False)
     return {
         "config": _settings(config),
         "versions": versions(),

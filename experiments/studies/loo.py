@@ -13,7 +13,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.data import by_length, on_device, take
 from pyro_blora.exporting import load
 from pyro_blora.guides import log_prob
-from pyro_blora.inference_data import leave_one_out
+from pyro_blora.arviz_data import leave_one_out
 from pyro_blora.posterior import draw, predict
 
 

@@ -1,0 +1,150 @@
+"""ArviZ's container, its file and its statistics. The only module that knows ArviZ's version; it needs no torch.
+
+ArviZ 0.x (Python 3.11) has InferenceData, 1.x (Python 3.12 and later) xarray's DataTree. Both are groups of
+`xarray.Dataset`, which is what the functions here take and return.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x whenever it is imported
+    import arviz
+import numpy as np
+import pandas as pd
+import xarray
+
+IS_TREE = int(arviz.__version__.split(".")[0]) >= 1
+_FILE = "posterior.nc"
+_TAIL_DRAWS = 25  # fewer leave less than the five that a Pareto tail is fitted to
+
+
+def container(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, str] | None = None):
+    """Datasets by group as ArviZ's container: an InferenceData (0.x) or a DataTree (1.x)."""
+    if IS_TREE:
+        tree = xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+        tree.attrs.update(attrs or {})
+        return tree
+    return arviz.InferenceData(attrs=dict(attrs or {}), **groups)
+
+
+def group_names(data) -> list[str]:
+    """The groups of a container, in its order."""
+    return list(data.children) if IS_TREE else data.groups()
+
+
+def group(data, name: str) -> xarray.Dataset:
+    """One group of a container.  Errors: ValueError naming the groups that are there."""
+    if name not in group_names(data):
+        raise ValueError(f"there is no group {name!r}, only {', '.join(group_names(data)) or 'nothing'}")
+    return data[name].to_dataset() if IS_TREE else data[name]
+
+
+def save(data, path: Path) -> None:
+    data.to_netcdf(str(path), engine="h5netcdf")
+
+
+def read(path: str | Path):
+    """The container of a posterior.nc (or of the run folder that has one), in memory, the file closed.
+
+    Errors: ValueError for a file that is missing, cut short, no netCDF, or not of this package.
+    """
+    path = Path(path)
+    path = path / _FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: a finished run has one")
+    try:
+        data = arviz.from_netcdf(str(path), engine="h5netcdf")
+        found = {name: group(data, name).load() for name in group_names(data)}
+        data.close()
+    except Exception as error:  # whatever h5py, xarray or ArviZ make of bytes that are none of theirs
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read, it is cut short or no netCDF file ({said}): restore a copy") from None
+    if "layout" not in found.get("constant_data", xarray.Dataset()).attrs:
+        raise ValueError(
+            f"{path} is not of this version of pyro_blora: its constant_data has no layout. Train the run again, or "
+            "open the file with ArviZ alone"
+        )
+    return container(found, dict(data.attrs))
+
+
+def concatenate(parts: Iterable, seeds: Iterable[int]):
+    """Containers of one chain each as one with a chain each, numbered from 0; coordinate `seed` says whose they are.
+
+    Errors: ValueError where they are not of the same gates or examples.
+    """
+    parts, seeds = list(parts), list(seeds)
+    joined = {}
+    for name in group_names(parts[0]):
+        datasets = [group(part, name) for part in parts]
+        chained = [v for v in datasets[0].data_vars if "chain" in datasets[0][v].dims]
+        if not chained:
+            joined[name] = datasets[0]
+            continue
+        try:
+            joined[name] = xarray.concat(
+                datasets, dim="chain", data_vars=chained, coords="minimal", compat="override", join="exact",
+                combine_attrs="override",
+            ).assign_coords(chain=range(len(parts)), seed=("chain", seeds))  # fmt: skip
+        except ValueError as error:
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"restarts do not fit together in group {name!r}: {said}") from None
+    return container(joined, dict(parts[0].attrs))
+
+
+def held_out(log_scores: np.ndarray, draws: int):
+    """ArviZ's ELPDData of held-out examples, for `arviz.compare`: their log scores need no leaving out.
+
+    log_scores (E,): of the predictive density averaged over `draws`, nats. ArviZ knows such data as `loo` only.
+    """
+    E = len(log_scores)
+    pointwise = xarray.DataArray(np.asarray(log_scores, dtype=float), dims=["example"])
+    total, error = float(pointwise.sum()), float(np.sqrt(E * pointwise.var()))
+    if IS_TREE:
+        from arviz_stats.utils import ELPDDataLOO
+
+        return ELPDDataLOO(total, error, 0.0, draws, E, "log", False, 0.7, elpd_i=pointwise)
+    from arviz.stats.stats_utils import ELPDData
+
+    return ELPDData(pd.Series({
+        "elpd_loo": total, "se": error, "p_loo": 0.0, "n_samples": draws, "n_data_points": E, "warning": False,
+        "loo_i": pointwise, "scale": "log",
+    }))  # fmt: skip
+
+
+def leave_one_out(log_likelihood: np.ndarray, log_joint: np.ndarray, log_q: np.ndarray):
+    """(ArviZ's PSIS-LOO of training examples under draws of a guide, whether it is corrected for the guide).
+
+    log_likelihood (S, E), log_joint and log_q (S,) of the same draws, nats. ArviZ 1.x weighs the draws by joint over
+    guide; 0.x takes them for draws of the posterior.
+    Source: Magnusson et al., Bayesian leave-one-out cross-validation for large data (2019).
+    """
+    data = container({
+        "posterior": xarray.Dataset({"log_q": (("chain", "draw"), log_q[None])}),
+        "log_likelihood": xarray.Dataset({"label": (("chain", "draw", "example"), log_likelihood[None])}),
+    })  # fmt: skip
+    if IS_TREE:
+        weights = [xarray.DataArray(x[None], dims=["chain", "draw"]) for x in (log_joint, log_q)]
+        return arviz.loo_approximate_posterior(data, *weights, pointwise=True), True
+    return arviz.loo(data, pointwise=True, reff=1.0), False
+
+
+def pareto_weights(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed importance weights (S,), which sum to 1, of log ratios (S,), and the shape k of their tail.
+
+    Above k = 0.7 the weights are not to be trusted; fewer than 25 draws have no tail to speak of, k is infinite.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling (2024).
+    """
+    log_ratios = np.asarray(log_ratios, dtype=float)
+    if np.ptp(log_ratios) < 1e-9:  # all draws alike: nothing to weigh
+        return np.full(len(log_ratios), 1 / len(log_ratios)), float("-inf")
+    log_weights, k = log_ratios, float("inf")
+    if len(log_ratios) >= _TAIL_DRAWS and IS_TREE:
+        from arviz_stats.base import array_stats
+
+        log_weights, k = array_stats.psislw(log_ratios, axis=-1)
+    elif len(log_ratios) >= _TAIL_DRAWS:
+        log_weights, k = arviz.psislw(log_ratios)
+    weights = np.exp(np.asarray(log_weights) - np.max(log_weights))
+    return weights / weights.sum(), float(k)

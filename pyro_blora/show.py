@@ -1,0 +1,62 @@
+"""The result of a finished run as tables in a terminal."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_run(folder: str | Path) -> None:
+    """Print the result table of a finished run.  Errors: ValueError for a folder that is none."""
+    folder = Path(folder)
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        tables = result_tables(summary)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
+    console = Console()
+    for table in tables:
+        console.print(table)
+    console.print(f"Run folder: {folder}", soft_wrap=True)
+
+
+def result_tables(summary: dict) -> list[Table]:
+    """What a user wants to know first: the score, its calibration, what the gates learned, what it costs."""
+    method = summary.get("method", "bayesian_lora")
+    name = f"prior {summary['prior']}" if method == "bayesian_lora" else method
+    head = Table(title=f"{summary['task']} · {summary['backbone']} · {name}", title_justify="left")
+    for column, justify in (("", "left"), (f"{summary['draws']} draws", "right"), ("deployed", "right")):
+        head.add_column(column, justify=justify)
+    at_mode, metric = summary["deployed"], summary["metric"]["name"]
+    head.add_row(metric, _number(summary["metric"]["value"]), _number(at_mode["metric"]["value"]))
+    head.add_row("NLL (nats an example)", _number(summary["nll"]), _number(at_mode["nll"]))
+    if summary["ece"]["value"] is not None:
+        bins = summary["ece"]["bins"]
+        head.add_row(f"ECE ({bins} bins)", _number(summary["ece"]["value"]), _number(at_mode["ece"]["value"]))
+    gates = Table(title="What the gates learned", title_justify="left")
+    for column in ("", "expected"):
+        gates.add_column(column, justify="left" if not column else "right")
+    for role, bits in summary["expected_bits"].items():
+        gates.add_row(f"bits of {role}", f"{bits:.1f}")
+    for kind, rank in summary["expected_rank"].items():
+        gates.add_row(f"rank of {kind}", f"{rank:.1f}")
+    low, high = summary["bops"]["interval"]
+    gates.add_row(
+        "BOPs / adapted projections at 32 x 32", f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]"
+    )
+    gates.add_row("BOPs / whole model at 32 x 32", f"{summary['bops']['model_ratio']:.2%}")
+    gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
+    if "by_rank" not in summary:
+        return [head, gates]
+    ranks = Table(title="At every rank", title_justify="left")
+    for column in ("rank", metric, "NLL", "BOPs / adapted"):
+        ranks.add_column(column, justify="right")
+    for row in summary["by_rank"]:
+        value, share = row["metric"]["value"], row["bops"]["adapted_ratio"]
+        ranks.add_row(str(row["rank"]), _number(value), _number(row["nll"]), f"{share:.2%}")
+    return [head, gates, ranks]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
