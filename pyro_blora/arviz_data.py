@@ -4,6 +4,7 @@ ArviZ 0.x (Python 3.11) has InferenceData, 1.x (Python 3.12 and later) xarray's 
 `xarray.Dataset`, which is what the functions here take and return.
 """
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,10 @@ _TAIL_DRAWS = 25  # fewer leave less than the five that a Pareto tail is fitted 
 
 def container(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, str] | None = None):
     """Datasets by group as ArviZ's container: an InferenceData (0.x) or a DataTree (1.x)."""
+    for dataset in groups.values():
+        for name in dataset.data_vars:
+            if dataset[name].dtype.kind in "fiu" and dataset[name].ndim:
+                dataset[name].variable.encoding.update(zlib=True, complevel=4)
     if IS_TREE:
         tree = xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
         tree.attrs.update(attrs or {})
@@ -55,9 +60,11 @@ def read(path: str | Path):
     if not path.is_file():
         raise ValueError(f"{path} does not exist: a finished run has one")
     try:
-        data = arviz.from_netcdf(str(path), engine="h5netcdf")
+        with contextlib.nullcontext() if IS_TREE else arviz.rc_context({"data.load": "eager"}):
+            data = arviz.from_netcdf(str(path), engine="h5netcdf")
         found = {name: group(data, name).load() for name in group_names(data)}
-        data.close()
+        if IS_TREE:
+            data.close()
     except Exception as error:  # whatever h5py, xarray or ArviZ make of bytes that are none of theirs
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read, it is cut short or no netCDF file ({said}): restore a copy") from None

@@ -88,11 +88,11 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
 def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates:
     """What each gate contributes to the expected saving, in BOPs: Shapley values, which sum to full minus expected.
 
-    BOPs are sums of products such as bits * bits * rank, so what one factor saves depends on the others; a Shapley value
-    is its mean over all orders in which the factors could have gone from full to expected. Within a factor, bits and
-    ranks are linear in the gates, and each closed gate saves its own share.
-    Shapes: z_probs (L, T, K), g_probs (L, R - 1) marginals under a mean-field law -> z (L, T, K), g (L, R - 1), float64;
-    the sum over the adapted projections is the saving of `adapted`, that over all is the saving of `model`.
+    BOPs are sums of products such as bits * bits * rank, so what one factor saves depends on the others; a Shapley
+    value is its mean over all orders in which the factors could have gone from full to expected. Within a factor, bits
+    and ranks are linear in the gates, and each closed gate saves its own share.
+    Shapes: z_probs (L, T, K), g_probs (L, R - 1) marginals under a mean-field law -> the same, float64; the sum over
+    the adapted projections is the saving of `adapted`, that over all is the saving of `model`.
     Source: Shapley, A value for n-person games (1953).
     """
     z_probs, g_probs = z_probs.double().cpu(), g_probs.double().cpu()

@@ -207,16 +207,16 @@ class Posterior:
         """
         found = []
         for mean, variance in self.moments():
-            within, between = variance.mean(0), mean.var(0) if len(mean) > 1 else torch.full_like(mean[0], torch.nan)
-            ratio = torch.where(between < 1e-12, 0.0, between / within)  # 0 / 0: sure, and of the same
-            found.append((1 + torch.where(between.isnan(), torch.nan, ratio)).sqrt())
+            between = mean.var(0) if len(mean) > 1 else torch.full_like(mean[0], torch.nan)
+            ratio = torch.where(between < 1e-12, 0.0, between / variance.mean(0))  # 0 / 0: sure, and of the same
+            found.append((1 + ratio).sqrt())
         return Gates(*found)
 
     def reweighted(self, factor: float, chain: int = 0) -> Reweighted:
-        """The posterior if every rate of the prior, -log p(open | the one before is open), were `factor` times as large.
+        """The posterior if every rate of the prior, -log p(open | the one before open), were `factor` times as large.
 
-        By importance weights of the draws, with Pareto-smoothed tails, and by the mean field's own form, q p' / p chain
-        by chain, which holds as long as what the data say about a chain does not depend on the others.
+        By importance weights of the draws, with Pareto-smoothed tails, and by the mean field's own form, q p' / p of
+        each chain, which holds as long as what the data say about a chain does not depend on the others.
         Errors: ValueError for a factor that is not positive.
         """
         if not 0 < factor < math.inf:

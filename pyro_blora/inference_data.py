@@ -3,8 +3,8 @@
 Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random),
 sample_stats (log_q, log_prior; log_ratio of the rates), log_likelihood and posterior_predictive (label, and probability
 or mean), observed_data, constant_data (exact: the laws of guide and prior over widths and ranks, marginals, KL, and
-what is deployed). Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection (with
-coordinates layer and type), tensor, rung, rank, width, open_rank, component, law, example, class. Tensors that a
+what is deployed; each projection's layer and type, to group by). Dimensions: chain (one fit is one chain; restarts are
+further ones), draw, projection, tensor, rung, rank, width, open_rank, component, law, example, class. Tensors that a
 projection does not have are nan.
 """
 
@@ -45,6 +45,8 @@ _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "g_deployed": ("chain", "projection", "rank"),
     "clipped": ("chain", "projection", "tensor"),
     "macs": ("projection",),
+    "layer": ("projection",),
+    "type": ("projection",),
 }
 _NUMBERED = ("chain", "draw", "component")
 _SAID = {  # (long_name, units)
@@ -89,7 +91,8 @@ def to_arviz(
     """ArviZ data of a trained program: an InferenceData (ArviZ 0.x) or a DataTree (1.x), of one chain.
 
     draws: from `posterior.draw`. prediction: from `predict` with the same draws, for the example groups. labels: class
-    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. seed: of the prior's draws, of the rates and of the predicted labels.
+    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. seed: of the prior's draws, of
+    the rates and of the predicted labels.
     Errors: ValueError where the prediction has another number of draws.
     """
     layout, S = program.net.layout, len(draws.z)
@@ -113,10 +116,6 @@ def to_arviz(
         coords["example"] = list(range(len(prediction.labels)))
         coords["class"] = list(labels) or list(range(prediction.outputs.shape[-1]))
     datasets = {name: _dataset(name, arrays, coords) for name, arrays in groups.items()}
-    for dataset in datasets.values():
-        if "projection" in dataset.dims:
-            named = {"layer": [p.layer for p in layout.projections], "type": [p.type for p in layout.projections]}
-            dataset.update(dataset.assign_coords({k: ("projection", v) for k, v in named.items()}))
     datasets["constant_data"].attrs["layout"] = json.dumps(layout.to_dict())
     return container(datasets, {"created_by": "pyro_blora"})
 
@@ -182,7 +181,8 @@ def _constants(program: BayesianLoRA, layout: AdapterLayout) -> dict[str, np.nda
     }  # fmt: skip
     masks = {name: program.z_mask if "tensor" in _DIMS[name] else program.g_mask for name in found}
     masked = {name: _where(masks[name], x, component="component" in _DIMS[name]) for name, x in found.items()}
-    return {name: _array(x)[None] for name, x in masked.items()} | {"macs": _array(layout.macs)}
+    named = {key: np.array([getattr(p, key) for p in layout.projections]) for key in ("layer", "type")}
+    return {name: _array(x)[None] for name, x in masked.items()} | {"macs": _array(layout.macs)} | named
 
 
 def _example_groups(prediction: Prediction, seed: int) -> dict[str, dict[str, np.ndarray]]:

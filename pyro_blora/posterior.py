@@ -94,7 +94,7 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
     """Draws of the prior's random rates, from their guide and from their law; None where no rate is random.
 
     log_ratio: log of p(rates) exp(-KL(guide of the gates || prior at these rates)) over the rates' guide, nats: it
-    would be constant if the guide were the best law of the rates. The Pareto k of its tail says how far it is from that.
+    would be constant if the guide were the best law of the rates. The Pareto k of its tail says how far it is off.
     Source: Yao, Vehtari, Simpson and Gelman, Yes, but did it work? (2018).
     """
     prior, q = program.prior, components(program.gate_guide)

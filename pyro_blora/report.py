@@ -1,2 +1,5 @@
 """stub"""
-def write_report(folder, name=None): pass
+
+
+def write_report(folder, name=None):
+    pass

@@ -11,8 +11,8 @@ from experiments.studies import loo
 from experiments.studies.grid_file import read_grid
 from experiments.studies.loo import loo_of_run
 from pyro_blora import draw, load
-from pyro_blora.bops import at_full_width
 from pyro_blora.arviz_data import held_out, leave_one_out
+from pyro_blora.bops import at_full_width
 from pyro_blora.run import train_run
 
 AXES = """  task: [acceptability]
