@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from experiments.studies.grid_file import Cell, read_grid
 from experiments.studies.launchers import Cluster, Processes
+from pyro_blora.report import write_report
 from pyro_blora.schedule import Schedule
 
 _LOOK = 0.5  # seconds between two looks at the runs
@@ -172,6 +173,8 @@ def main(arguments: list[str]) -> int:
         return 130
     finally:
         write_results(results(cells), folder)
+        if any(map(is_finished, cells)):
+            print(f"report: {write_report(folder)}")
     print(f"{len(cells) - len(failed)} of {len(cells)} runs are finished: {folder / 'results.parquet'}")
     for cell in failed:
         print(f"failed: {cell.name}: {last_line(log_file(cell))} ({log_file(cell)})")

@@ -18,7 +18,7 @@ from .flags import preset_names, run_fields, take_settings
 from .methods import METHODS
 from .registry import REQUIRED, Registry, registered
 
-COMMANDS = ("train", "methods", "priors", "guides", "show")
+COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides")
 _SITES = (
     "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a prior of their own, --prior.z.SETTING "
     "VALUE its settings; the name `off` opens them for good."
@@ -58,6 +58,17 @@ def _command(argv: list[str]) -> int:
         from .show import show_run
 
         show_run(Path(arguments.run))
+        return 0
+    if arguments.command == "report":
+        from .report import write_report
+
+        for folder in arguments.folders:
+            print(write_report(Path(folder)))
+        return 0
+    if arguments.command == "what-if":
+        from .show import show_what_if
+
+        show_what_if(Path(arguments.run), arguments.gate, arguments.state == "open")
         return 0
     if arguments.command == "methods":
         _print_methods()
@@ -124,6 +135,18 @@ def _parser() -> _Parser:
     commands.add_parser("guides", help="list the registered guides and their settings", allow_abbrev=False)
     show = commands.add_parser("show", help="print the result table of a finished run", allow_abbrev=False)
     show.add_argument("run", help="the run's folder")
+    report = commands.add_parser(
+        "report", help="write report.html into runs, or into a grid's folder", allow_abbrev=False
+    )
+    report.add_argument("folders", nargs="+", metavar="FOLDER", help="a finished run, or the folder of a grid's runs")
+    what_if = commands.add_parser(
+        "what-if", help="predict what forcing one gate would cost and save", allow_abbrev=False
+    )
+    what_if.add_argument("run", help="the run's folder")
+    what_if.add_argument(
+        "gate", help="PROJECTION.TENSOR.BITS or PROJECTION.rank.NUMBER: 3.value.base.8, 3.value.rank.5"
+    )
+    what_if.add_argument("state", choices=("open", "closed"))
     return parser
 
 

@@ -244,6 +244,11 @@ class Posterior:
         )
 
 
+def marginals_of(posterior: Posterior, chain: int = 0) -> Gates:
+    """Probabilities that each gate is open under every component.  z (M, L, T, K), g (M, L, R - 1)"""
+    return _marginals(Gates(*(x[chain] for x in posterior.log_q)))
+
+
 def _marginals(log_laws: Gates) -> Gates:
     """Probabilities that each gate is open, from log probabilities of the depths.  (..., D) -> (..., D - 1)"""
     return Gates(*(x.exp().flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(max=1.0) for x in log_laws))

@@ -7,8 +7,10 @@ without a checkout. A setting of the prior or guide has a dot in its name: `--pr
 
 import argparse
 import dataclasses
+import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,28 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     for key in line.keys() & preset.keys():
         line[key] = {**preset[key], **line[key]}
     return {**preset, **given, **line}
+
+
+def command_line(config: RunConfig) -> str:
+    """The `pyro-blora train` line of a configuration: what differs from the defaults of its method."""
+    usual, words = RunConfig(method=config.method), ["pyro-blora", "train"]
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(config, field.name)
+        if field.name.endswith("_settings"):
+            owner = field.name.removesuffix("_settings")
+            known = getattr(usual, field.name) if getattr(usual, owner) == getattr(config, owner) else {}
+            for key, setting in value.items():
+                if key not in known or known[key] != setting:
+                    words += [f"--{owner}.{key}", setting if isinstance(setting, str) else json.dumps(setting)]
+        elif value != getattr(usual, field.name) or field.name in ("task", "method", "seed"):
+            words += [f"--{field.name}", _word(value)]
+    return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -74,8 +74,8 @@ def _complete(config: RunConfig, folder: Path) -> None:
         summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
         (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        write_report(partial, name=folder.name)
         os.replace(partial, folder)
+        write_report(folder)  # last: a run does not wait for its page
     accelerate.PartialState().wait_for_everyone()
 
 

@@ -1,10 +1,13 @@
-"""The result of a finished run as tables in a terminal."""
+"""The result of a finished run, and what forcing a gate would do, as tables in a terminal."""
 
 import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from .arviz_data import read
+from .diagnostics import Posterior
 
 
 def show_run(folder: str | Path) -> None:
@@ -19,6 +22,21 @@ def show_run(folder: str | Path) -> None:
     for table in tables:
         console.print(table)
     console.print(f"Run folder: {folder}", soft_wrap=True)
+
+
+def show_what_if(folder: Path, gate: str, opened: bool) -> None:
+    """Print what is predicted if a gate were forced.  Errors: ValueError for a run or a gate that is none."""
+    found = Posterior(read(folder)).what_if(gate, opened)
+    state = "open" if opened else "closed"
+    table = Table(title=f"If gate {gate} were {state}", title_justify="left")
+    for column in ("", "now", "then"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("E[BOPs] / adapted projections", f"{found.before_adapted:.3%}", f"{found.bops_adapted:.3%}")
+    table.add_row("E[BOPs] / whole model", f"{found.before_model:.3%}", f"{found.bops_model:.3%}")
+    table.add_row(f"probability that it is {state}", f"{found.probability:.4f}", "1")
+    table.add_row("ELBO, nats of all training examples", "0", f"{-found.elbo_loss:+.3f}")
+    table.add_row("NLL, nats of all training examples", "0", f"{found.nll_rise:+.3f}")
+    Console().print(table)
 
 
 def result_tables(summary: dict) -> list[Table]:

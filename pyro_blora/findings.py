@@ -1,0 +1,149 @@
+"""What a run found, in plain words, and what speaks against believing it.
+
+Thresholds stand at the top, so that a reader of a warning can look up what triggered it.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .diagnostics import Posterior
+
+SURE = 0.95  # probability of one width or rank, above which a chain of gates is decided
+COLLAPSED = 0.9  # share of the free chains that are sure of their floor
+INFORMED = 0.05  # nats of KL to the prior, below which the data said nothing about a chain
+UNINFORMED = 0.5  # share of the free chains below that
+RHAT = 1.05  # of restarts, above which they disagree; ArviZ's usual limit for chains is 1.01 to 1.1
+DISAGREE = 0.1  # share of the chains above that
+FEW_DRAWS = 100  # below that, tails and intervals of draws are rough
+CLIPPED = 0.05  # share of a tensor's values beyond its range, where it is deployed at 8 bit or more
+GAP = 0.02  # of the metric or of ECE, between averaged and deployed predictions
+_EXACT_FROM = 8  # bits: coarser grids clip on purpose, as a range that covers everything would round the rest away
+
+
+def in_words(summary: dict) -> list[str]:
+    """Three paragraphs: how well it predicts, what that costs, what the gates kept."""
+    metric, deployed, bops = summary["metric"], summary["deployed"], summary["bops"]
+    calibrated = (
+        f" Its confidence is off by {summary['ece']['value']:.3f} on average (ECE)." if _has_ece(summary) else ""
+    )
+    said = [
+        f"On {summary['n_eval']:,} held-out examples of {summary['task']}, the {summary['averaging']} has "
+        f"{metric['name']} {metric['value']:.3f} and NLL {summary['nll']:.3f} nats an example; the one allocation "
+        f"that is deployed has "
+        f"{deployed['metric']['value']:.3f} and {deployed['nll']:.3f}.{calibrated}"
+    ]
+    low, high = bops["interval"]
+    said.append(
+        f"The adapted projections take {bops['adapted_ratio']:.1%} [{low:.1%}, {high:.1%}] of the bit operations that "
+        f"they would take at 32 x 32 bit with all ranks, and the whole model {bops['model_ratio']:.1%} of its own; "
+        f"what is deployed takes {bops['deployed']['adapted_ratio']:.1%} and {bops['deployed']['model_ratio']:.1%}."
+    )
+    bits = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_bits"].items())
+    ranks = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_rank"].items())
+    said.append(f"Expected bits: {bits}." + (f" Expected ranks: {ranks}." if ranks else ""))
+    return said
+
+
+def _has_ece(summary: dict) -> bool:
+    return summary["ece"]["value"] is not None
+
+
+def warnings(summary: dict, posterior: Posterior | None) -> list[str]:
+    """What a careful reader should know before believing the numbers; nothing where there is nothing to say."""
+    found = [*_of_predictions(summary)]
+    if posterior is not None:
+        free = posterior.free()
+        if not any(bool(x.any()) for x in free):
+            return [*found, "No gate is random in this run: there is a prediction, but no posterior of gates to read."]
+        found += [*_collapsed(posterior, free), *_uninformed(posterior, free), *_restarts(posterior, free)]
+        found += _clipped(posterior)
+    return found
+
+
+def _of_predictions(summary: dict) -> Iterator[str]:
+    if summary["draws"] < FEW_DRAWS:
+        yield (
+            f"Few draws: {summary['draws']}. Means and the laws of single gates are exact, but tails, Pareto k and "
+            f"R-hat of draws are rough below {FEW_DRAWS}: --draws {FEW_DRAWS} (one forward of the examples each)."
+        )
+    gap = summary["metric"]["value"] - summary["deployed"]["metric"]["value"]
+    if abs(gap) > GAP:
+        yield (
+            f"What is deployed is {'worse' if gap > 0 else 'better'} by {abs(gap):.3f} in {summary['metric']['name']} "
+            "than the average over draws: quote the one that you will use."
+        )
+    low, high = summary["bops"]["interval"]
+    at = summary["bops"]["deployed"]["adapted_ratio"]
+    if not low <= at <= high and high > low:
+        yield (
+            f"The deployed allocation takes {at:.1%} of the bit operations, outside the posterior's interval "
+            f"[{low:.1%}, {high:.1%}]: many gates are undecided, and rounding each to its likelier side moves all one "
+            "way. "
+            "--kl_weight 0.1 makes gates surer."
+        )
+
+
+def _collapsed(posterior: Posterior, free) -> Iterator[str]:
+    law = posterior.depth_probs()
+    for what, probs, chains, floor in (
+        ("bit width", law.z, free.z, f"{posterior.layout.ladder[0]} bit"), ("rank", law.g, free.g, "rank 1")
+    ):  # fmt: skip
+        if bool(chains.any()):
+            share = float((probs[..., 0] > SURE)[chains].double().mean())
+            if share >= COLLAPSED:
+                yield (
+                    f"Collapsed: {share:.0%} of the gates' chains are sure of their floor, {floor}. The prior has "
+                    f"closed everything, and no {what} was chosen: lower --prior.rate."
+                )
+
+
+def _uninformed(posterior: Posterior, free) -> Iterator[str]:
+    kl = posterior.kl()
+    chains = torch.cat([x[mask] for x, mask in zip(kl, free, strict=True)])
+    silent = int((chains < INFORMED).sum())
+    if silent > UNINFORMED * len(chains):
+        yield (
+            f"Prior-dominated: the posterior of {silent} of {len(chains)} chains of gates is within {INFORMED} nats of "
+            "its prior. For them the data did not decide, the prior did: another prior would say something else."
+        )
+
+
+def _restarts(posterior: Posterior, free) -> Iterator[str]:
+    if posterior.chains == 1:
+        yield "One fit: whether another seed would find the same gates is not known. --restarts 3 fits two more."
+        return
+    values = torch.cat([x[mask] for x, mask in zip(posterior.rhat(), free, strict=True)])
+    apart = int((values > RHAT).sum())
+    ratios = [float(posterior.expected_bops(chain).adapted_ratio) for chain in range(posterior.chains)]
+    told = ", ".join(f"{ratio:.1%}" for ratio in ratios)
+    if apart > DISAGREE * len(values):
+        yield (
+            f"Restarts disagree: {apart} of {len(values)} chains of gates have an R-hat above {RHAT} between "
+            f"{posterior.chains} fits. Their expected BOPs are {told}: believe what they share (the total, means over "
+            "layers) rather than single gates."
+        )
+
+
+def _clipped(posterior: Posterior) -> Iterator[str]:
+    if "clipped" not in posterior.constant:
+        return
+    shares = posterior.constant["clipped"].isel(chain=0)
+    bits = posterior.layout.ladder[0] + posterior.constant["z_deployed"].isel(chain=0).values @ _steps(posterior)
+    wide = (bits >= _EXACT_FROM) & (bits < posterior.layout.ladder[-1])  # 32 bit is not clipped
+    found = [
+        (float(shares.values[i, t]), f"{posterior.projections[i]}.{tensor}")
+        for i in range(len(bits)) for t, tensor in enumerate(posterior.layout.tensors)
+        if wide[i, t] and not math.isnan(shares.values[i, t]) and shares.values[i, t] > CLIPPED
+    ]  # fmt: skip
+    if found:
+        worst, name = max(found)
+        yield (
+            f"Clipped ranges: {len(found)} tensors at 8 bit or more have over {CLIPPED:.0%} of their values beyond the "
+            f"range of their grid, most of all {name} with {worst:.0%}. A longer training or --lr_ranges moves ranges."
+        )
+
+
+def _steps(posterior: Posterior):
+    return torch.tensor(posterior.layout.ladder).diff().double().numpy()

@@ -1,0 +1,140 @@
+"""What a report says of the gates: the gate map, the ranks, and where bit operations are spent and saved."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import charts
+from .bops import at_full_width, expected_bits, expected_rank
+from .diagnostics import INTERVAL, Posterior, marginals_of
+from .run_files import RunFiles, Section
+
+_ROWS = 10  # of tables that name the most
+
+
+def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
+    """A line a tensor that exists: its place in the gate map, its law, and what its reader asks for on hover."""
+    law, kl, rhat = posterior.depth_probs(chain).z, posterior.kl(chain).z, posterior.rhat().z
+    ladder = posterior.layout.ladder
+    bits = expected_bits(posterior.layout, law.flip(-1).cumsum(-1).flip(-1)[..., 1:])
+    opened = np.nan_to_num(posterior.constant["z_deployed"].isel(chain=chain).values).sum(-1).astype(int)
+    lines = []
+    for t, tensor in enumerate(posterior.layout.tensors):
+        for i, projection in enumerate(posterior.layout.projections):
+            if posterior.masks.z[i, t]:
+                width = ladder[opened[i, t]]
+                lines.append({
+                    "column": f"{projection.type} {tensor}", "layer": projection.layer, "width": width,
+                    "doubt": 1 - float(law[i, t, opened[i, t]]), "tensor": f"{posterior.projections[i]}.{tensor}",
+                    "deployed": f"{width} bit", "expected": f"{float(bits[i, t]):.1f} bit",
+                    "law": "  ".join(f"{b}: {float(p):.2f}" for b, p in zip(ladder, law[i, t], strict=True)),
+                    "KL to prior": f"{float(kl[i, t]):.2f} nat",
+                    "R-hat": "-" if math.isnan(rhat[i, t]) else f"{float(rhat[i, t]):.2f}",
+                })  # fmt: skip
+    types = list(dict.fromkeys(p.type for p in posterior.layout.projections))
+    table = pd.DataFrame(lines)
+    return table.sort_values(
+        "column", key=lambda c: c.map(lambda name: types.index(name.rsplit(" ", 1)[0])), kind="stable"
+    )
+
+
+def gate_map(run: RunFiles, title: str) -> Section:
+    cells = cells_of(run.posterior)
+    text = "A square is a tensor, its colour the bit width that is deployed; the white circle is as large as the doubt."
+    shown = cells[["tensor", "deployed", "expected", "law", "KL to prior", "R-hat"]]
+    return Section(title, [text], charts=[(charts.gate_map(cells), "Hover or touch a square for its exact law.")],
+                   tables=[("The gate map as a table: probabilities of every width", shown, False)])  # fmt: skip
+
+
+def ranks(run: RunFiles, title: str) -> Section:
+    posterior = run.posterior
+    if not bool(posterior.masks.g.any()) or posterior.layout.rank == 1:
+        raise ValueError("There are no rank gates in this run.")
+    law = posterior.depth_probs().g
+    means = expected_rank(law.flip(-1).cumsum(-1).flip(-1)[..., 1:])
+    rows, points = [], []
+    for i, projection in enumerate(posterior.layout.projections):
+        if not posterior.masks.g[i]:
+            continue
+        low, high = (int((law[i].cumsum(-1) < p - 1e-9).sum()) + 1 for p in INTERVAL)
+        told = {"projection": posterior.projections[i], "mean": float(means[i]), "interval": f"{low} to {high}"}
+        points.append({**told, "layer": projection.layer, "type": projection.type, "low": low, "high": high})
+        rows += [{**told, "rank": r + 1, "probability": float(p)} for r, p in enumerate(law[i])]
+    table, points = pd.DataFrame(rows), pd.DataFrame(points)
+    shown = points[["projection", "mean", "low", "high"]].round(2)
+    return Section(
+        title, ["Open ranks of every adapter, from the exact law. Intervals are central, 94 %."],
+        charts=[(charts.rank_means(points), "Mean and interval by layer."),
+                (charts.rank_map(table), "Probability of every rank.")],
+        tables=[("Ranks as a table", shown, False)],
+    )  # fmt: skip
+
+
+def bit_operations(run: RunFiles, title: str) -> Section:
+    posterior, summary = run.posterior, run.summary
+    gates, spent = posterior.gates(), spent_of(posterior)
+    low, high = summary["bops"]["interval"]
+    counted = [p.adapted for p in posterior.layout.projections]
+    counted = counted if any(counted) else [True] * len(counted)  # after full fine-tuning
+    names = [name for name, is_counted in zip(posterior.projections, counted, strict=True) if is_counted]
+    saved = gates[gates["projection"].isin(names)]
+    saved = saved.assign(gates=saved["rung"].astype(str).add(" bit").where(saved["site"] == "z", "ranks"))
+    text = (
+        f"E[BOPs] is {summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}] of the "
+        f"{float(at_full_width(posterior.layout).adapted):.3g} bit operations of the adapted projections. The saving, "
+        f"{saved['saving_adapted'].sum():.2%}, is divided among the gates by Shapley values: what each one adds, "
+        "averaged over the orders in which they could have closed. What a gate would cost if it were forced to its "
+        "other state is predicted with all others as they are: `pyro-blora what-if` answers for any gate."
+    )
+    most = gates.sort_values("saving_model", ascending=False).head(_ROWS)
+    cheap = gates[gates["deployed"] & (gates["bops_change"] < 0)].sort_values("elbo_loss").head(_ROWS)
+    dear = gates[~gates["deployed"] & gates["elbo_loss"].notna()].sort_values("nll_rise").head(_ROWS)
+    share = "of the adapted projections at 32 x 32"
+    return Section(
+        title,
+        [text],
+        charts=[
+            (charts.bars(spent, "part", "share", "product", f"spent, {share}"), "Where bit operations are spent."),
+            (charts.bars(saved, "tensor", "saving_adapted", "gates", f"saved, {share}"), "What the gates save."),
+        ],
+        tables=[
+            ("The gates that save most", _shown(most), True),
+            ("What if: open gates that could be closed at the least loss of ELBO", _shown(cheap), True),
+            ("What if: closed gates that would lower the NLL most if they were open", _shown(dear), False),
+            ("Bit operations by part", spent.round(6), False),
+        ],
+    )
+
+
+def _shown(gates: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `Posterior.gates` that a reader wants, formatted."""
+    return pd.DataFrame({
+        "gate": gates["gate"], "P(open)": gates["probability"].map("{:.3f}".format),
+        "saves": gates["saving_model"].map("{:.3%} of the model".format), "forced": gates["forced"],
+        "BOPs then": gates["bops_change"].map("{:+.3%}".format),
+        "ELBO loses (nat)": gates["elbo_loss"].map("{:.2f}".format),
+        "NLL rises (nat)": gates["nll_rise"].map("{:.2f}".format),
+    })  # fmt: skip
+
+
+def spent_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
+    """Expected bit operations by projection type and product, as shares of `adapted` and of `model`; exact."""
+    layout, full = posterior.layout, at_full_width(posterior.layout)
+    z, g = marginals_of(posterior, chain)  # (M, ...)
+    bits = dict(zip(layout.tensors, expected_bits(layout, z).unbind(-1), strict=True))
+    rank, (down, up) = expected_rank(g), layout.rank_macs.unbind(-1)
+    products = {
+        "W x": layout.macs * bits["input"] * bits["base"], "A x": rank * down * bits["input"] * bits["lora_A"],
+        "B h": rank * up * bits["hidden"] * bits["lora_B"],
+    }  # fmt: skip
+    lines = []
+    for part in dict.fromkeys(p.type for p in layout.projections):
+        mine = torch.tensor([p.type == part for p in layout.projections])
+        for product, each in products.items():
+            total = float(each.mean(0)[mine].sum())
+            if total > 0:
+                shares = {"share": total / float(full.adapted), "of model": total / float(full.model)}
+                lines.append({"part": part, "product": product, **shares})
+    return pd.DataFrame(lines)
