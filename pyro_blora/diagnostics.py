@@ -196,7 +196,7 @@ class Posterior:
     def free(self, chain: int = 0) -> Gates:
         """Whether a chain of gates exists and its prior leaves it a choice.  z (L, T), g (L), bool"""
         return Gates(*(
-            mask & (p[chain].exp() < 1 - 1e-9).all(-1) for mask, p in zip(self.masks, self.log_prior, strict=True)
+            mask & ((p[chain] > -torch.inf).sum(-1) > 1) for mask, p in zip(self.masks, self.log_prior, strict=True)
         ))  # fmt: skip
 
     def rhat(self) -> Gates:

@@ -22,10 +22,7 @@ def write_report(folder: str | Path) -> Path:
     Errors: ValueError for a folder that is neither.
     """
     folder = Path(folder)
-    if (folder / "summary.json").is_file():
-        page = _run_page(RunFiles(folder))
-    else:
-        page = _grid_page(folder)
+    page = _run_page(RunFiles(folder)) if (folder / "summary.json").is_file() else _grid_page(folder)
     partial = folder / f".{REPORT}.partial"
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, folder / REPORT)
@@ -45,10 +42,10 @@ def _grid_page(folder: Path) -> str:
     logs = sorted((folder / "logs").glob("*.json"))
     if not finished and not logs:
         raise ValueError(f"{folder} is neither a finished run nor a grid's folder: it has no summary.json and no runs")
-    rows, broken = [], []
+    rows, broken, labels = [], [], _labels(folder)
     for path in finished:
         try:
-            rows.append(_row(RunFiles(path)))
+            rows.append(_row(RunFiles(path), labels.get(path.name)))
         except (ValueError, KeyError) as error:
             broken.append({"run": path.name, "what is wrong": str(error)})
     done = {path.name for path in finished}
@@ -72,12 +69,26 @@ def _said(log: Path) -> str:
     return last or "it printed nothing"
 
 
-def _row(run: RunFiles) -> dict:
+def _labels(folder: Path) -> dict[str, str]:
+    """What the grid's axes but task and seed say of each of its run folders."""
+    path = folder / "results.parquet"
+    try:
+        table = pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+    except (OSError, ValueError):  # runs have names without it
+        return {}
+    if "metric" not in table:
+        return {}
+    axes = [name for name in table.columns[: list(table.columns).index("metric")] if name not in ("task", "seed")]
+    told = [", ".join(f"{name} {row[name]}" for name in axes) for _, row in table.iterrows()]
+    return dict(zip(table["folder"].map(lambda place: Path(place).name), told, strict=True)) if axes else {}
+
+
+def _row(run: RunFiles, label: str | None) -> dict:
     s = run.summary
     low, high = s["bops"]["interval"]
     law = s["prior"] if s.get("method", "bayesian_lora") == "bayesian_lora" else s["method"]
     return {
-        "folder": run.folder.name, "task": s["task"], "run": f"{law}, {s['guide']}", "seed": s["seed"],
+        "folder": run.folder.name, "task": s["task"], "run": label or f"{law}, {s['guide']}", "seed": s["seed"],
         "metric": run.metric, "score": s["metric"]["value"],
         "deployed": s["deployed"]["metric"]["value"], "nll": s["nll"],
         "ece": s["ece"]["value"], "bops": s["bops"]["adapted_ratio"], "low": low, "high": high,

@@ -26,7 +26,7 @@ _CURVES = (  # logged numbers, what their axis says, whether it is logarithmic
     (("expected_bits", "expected_rank"), "expected bits and ranks", False),
     (("bops_adapted", "bops_model"), "expected BOPs, ratio", False),
     (("grad_norm", "gate_gradient"), "norms of gradients", True),
-    (("gate_noise", "temperature"), "share of noise in the gates' gradient; temperature", False),
+    (("gate_noise", "temperature"), "noise of the gates' gradient; temperature", False),
 )
 
 
