@@ -50,7 +50,7 @@ def gate_map(cells: pd.DataFrame) -> dict:
         color=alt.Color("width:O", scale=colours, title="deployed bits")
     )
     size = alt.Scale(domain=[0, 0.8], range=[0, 130], clamp=True)
-    legend = alt.Legend(values=[0.1, 0.3, 0.6], format=".0%", symbolStrokeColor="#888", symbolFillColor="#88888855")
+    legend = alt.Legend(values=[0.1, 0.3, 0.6], format=".0%", symbolStrokeColor="#888", symbolStrokeWidth=1)
     doubts = base.mark_circle(fill="white", stroke="black", strokeWidth=0.7, opacity=0.9).encode(
         size=alt.Size("doubt:Q", scale=size, title="doubt: probability of another width", legend=legend)
     )

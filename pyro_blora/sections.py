@@ -147,7 +147,7 @@ def _restarts(run: RunFiles, title: str) -> Section:
     ]  # fmt: skip
     rhat = run.posterior.rhat()
     lines = [("bits", rhat.z[run.posterior.free().z]), ("ranks", rhat.g[run.posterior.free().g])]
-    told = [f"{name}: median {float(x.median()):.2f}, worst {float(x.max()):.2f}" for name, x in lines if len(x)]
+    told = [f"{name}: median {float(x.quantile(0.5)):.2f}, worst {float(x.max()):.2f}" for name, x in lines if len(x)]
     text = f"R-hat between {run.posterior.chains} fits, at infinitely many draws. {'; '.join(told)}."
     return Section(title, [text], tables=[("", pd.DataFrame(rows), True)])
 
