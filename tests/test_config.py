@@ -20,7 +20,8 @@ OTHER = {
     "scope": "encoder", "max_train": 64, "epochs": 1, "batch_size": 8, "accumulation": 2, "lr": 1e-4, "lr_head": 1e-3,
     "lr_gates": 1e-2, "lr_ranges": 1e-4, "weight_decay": 0.1, "warmup": 0.1, "kl_warmup": 0.5, "kl_weight": 0.5,
     "temperature_start": 0.4, "temperature_end": 0.2, "clip_norm": 0.5, "precision": "bf16",
-    "gradient_checkpointing": True, "max_length": 64, "seed": 1, "draws": 30, "output_dir": "other",
+    "gradient_checkpointing": True, "max_length": 64, "seed": 1, "data_seed": 3, "restarts": 2,
+    "draws": 30, "output_dir": "other",
     "logging_steps": 1, "checkpoint_steps": 7, "tracker": "tensorboard",
 }  # fmt: skip
 
@@ -62,6 +63,10 @@ def test_json_that_is_no_configuration_is_refused(text, message):
 def test_the_digest_depends_on_what_changes_results_and_on_nothing_else(name):
     changed = RunConfig(**{name: OTHER[name]}).digest != RunConfig().digest
     assert changed == (name not in NOT_IN_DIGEST)
+
+
+def test_fields_that_came_later_leave_the_folders_of_older_runs_their_names():
+    assert RunConfig().digest == "14745926" and RunConfig(task="sst2", method="lora", seed=3).digest == "4bbf442d"
 
 
 def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():

@@ -29,6 +29,7 @@ SUMMARY = {
 }  # fmt: skip
 METRICS = {
     "step", "loss", "nll", "kl_z", "kl_g", "expected_bits", "expected_rank", "bops_adapted", "bops_model", "seconds",
+    "temperature", "grad_norm",
 }  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def test_the_folder_has_what_the_house_promises(run):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "checkpoints", "posterior.nc", "adapter", "predictions.parquet", "summary.json",
+        "report.html",
     }  # fmt: skip
     assert {path.name for path in (folder / "adapter").iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "gates.safetensors",
@@ -72,7 +74,13 @@ def test_the_folder_has_what_the_house_promises(run):
     assert RunConfig.from_json(folder / "config.json") == config
     assert "torch" in json.loads((folder / "config.json").read_text())["versions"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(set(line) == METRICS for line in lines) and lines[-1]["step"] == 32
+    assert lines[-1]["step"] == 32
+    opening = int(config.kl_warmup * 32)
+    for line in lines:
+        gates = {"gate_gradient", "gate_noise"} if line["step"] > opening else set()
+        assert set(line) == METRICS | gates
+        assert 0 <= line.get("gate_noise", 0) <= 1 and line["grad_norm"] > 0
+    assert [line["temperature"] for line in lines] == sorted((line["temperature"] for line in lines), reverse=True)
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".bin", ".pt", ".pickle")]
 
 
@@ -137,7 +145,7 @@ def test_posterior_draws_are_those_of_the_summary(run):
     assert np.array_equal(stored[:, mask], z.numpy()[:, mask])
     expected = expected_bops(program.net.layout, z, g).adapted_ratio.numpy()
     assert np.allclose(data["posterior"]["bops_adapted"].values[0], expected)
-    assert np.allclose(data["constant_data"]["z_marginal"].values[mask], marginals(program).z.numpy()[mask])
+    assert np.allclose(data["constant_data"]["z_marginal"].values[0, mask], marginals(program).z.numpy()[mask])
 
 
 def test_load_predicts_what_was_saved(run):
@@ -248,3 +256,58 @@ def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, 
     for key in ("seconds", "peak_memory_bytes"):
         first.pop(key), second.pop(key)
     assert first == second
+
+
+def summary_of(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    return {key: value for key, value in summary.items() if key not in ("seconds", "peak_memory_bytes")}
+
+
+def test_restarts_are_runs_of_their_own_and_chains_of_one_posterior(backbone, tmp_path):
+    folder = train_run(tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "together")))
+    alone = train_run(tiny_config(backbone, output_dir=str(tmp_path / "alone")))
+    other = train_run(tiny_config(backbone, seed=1, data_seed=0, output_dir=str(tmp_path / "alone")))
+    together = arviz.from_netcdf(str(folder / "posterior.nc"))
+    assert list(together["posterior"]["seed"].values) == [0, 1]
+    for chain, one in enumerate((alone, other)):
+        data = arviz.from_netcdf(str(one / "posterior.nc"))
+        for group, name in (("posterior", "z"), ("log_likelihood", "label"), ("constant_data", "z_marginal")):
+            mine, theirs = together[group][name].values[chain], data[group][name].values[0]
+            assert np.array_equal(mine, theirs, equal_nan=True), (chain, name)
+    summary = summary_of(folder)
+    assert [one["seed"] for one in summary["restarts"]] == [1]
+    assert summary["restarts"][0]["nll"] == summary_of(other)["nll"] != summary["nll"]
+    restart = folder / "restarts" / "seed-1"
+    assert RunConfig.from_json(restart / "config.json").data_seed == 0 and load(restart).n_train == 64
+    assert "together" not in {path.name for path in (folder / "restarts").iterdir()}
+
+
+def test_an_interrupted_restart_is_resumed(backbone, tmp_path, monkeypatch):
+    from pyro_blora import run as run_module
+
+    config = tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "concatenate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config)
+    kept = Path(config.output_dir) / f".{config.folder_name}.partial" / "restarts" / "seed-1" / "summary.json"
+    before = kept.stat().st_mtime_ns
+    folder = train_run(config)
+    assert (folder / "restarts" / "seed-1" / "summary.json").stat().st_mtime_ns == before
+    whole = train_run(tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "whole")))
+    assert summary_of(folder) == summary_of(whole)
+
+
+def test_a_tracker_gets_numbers_and_pictures_of_the_gates(backbone, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train_run(tiny_config(backbone, tracker="tensorboard", output_dir=str(tmp_path)))
+    found = {"images": set(), "scalars": set()}
+    for path in folder.rglob("events.out.*"):
+        events = EventAccumulator(str(path))
+        tags = events.Reload().Tags()
+        for kind, seen in found.items():
+            seen.update(tags[kind])
+    assert {"loss", "expected_bits", "temperature"} <= found["scalars"]
+    assert any("expected_bits" in name for name in found["images"])
+    assert any("expected_rank" in name for name in found["images"])
