@@ -50,9 +50,8 @@ def gate_map(cells: pd.DataFrame) -> dict:
         color=alt.Color("width:O", scale=colours, title="deployed bits")
     )
     size = alt.Scale(domain=[0, 0.8], range=[0, 130], clamp=True)
-    legend = alt.Legend(values=[0.1, 0.3, 0.6], format=".0%", symbolStrokeColor="#888", symbolStrokeWidth=1)
-    doubts = base.mark_circle(fill="white", stroke="black", strokeWidth=0.7, opacity=0.9).encode(
-        size=alt.Size("doubt:Q", scale=size, title="doubt: probability of another width", legend=legend)
+    doubts = base.mark_point(fill="white", stroke="black", strokeWidth=0.7, opacity=0.9).encode(
+        size=alt.Size("doubt:Q", scale=size, legend=None)
     )
     chart = (squares + doubts).resolve_scale(color="independent", size="independent")
     layers = cells["layer"].nunique()
@@ -60,7 +59,7 @@ def gate_map(cells: pd.DataFrame) -> dict:
 
 
 def rank_map(ranks: pd.DataFrame) -> dict:
-    """Probability of every number of open ranks, a row a projection, a tick at the mean."""
+    """Probability of every number of open ranks, a row a projection; its mean and interval on hover."""
     order = list(dict.fromkeys(ranks["projection"]))
     y = alt.Y("projection:N", sort=order, title=None)
     squares = alt.Chart(_data(ranks)).mark_rect().encode(

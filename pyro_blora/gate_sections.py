@@ -42,7 +42,10 @@ def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
 
 def gate_map(run: RunFiles, title: str) -> Section:
     cells = cells_of(run.posterior)
-    text = "A square is a tensor, its colour the bit width that is deployed; the white circle is as large as the doubt."
+    text = (
+        "A square is a tensor, its colour the bit width that is deployed. The white circle is as large as the doubt, "
+        "the probability of another width: its smallest is none, its largest 80 % and more."
+    )
     shown = cells[["tensor", "deployed", "expected", "law", "KL to prior", "R-hat"]]
     return Section(title, [text], charts=[(charts.gate_map(cells), "Hover or touch a square for its exact law.")],
                    tables=[("The gate map as a table: probabilities of every width", shown, False)])  # fmt: skip
