@@ -127,8 +127,9 @@ class Hierarchical(nn.Module):
     def _law(self, name: str) -> torch.distributions.Distribution:
         """Of all rates (n,), used or not: their guide (`posterior`), or their Gamma law (`prior`)."""
         if name == "posterior":
-            return torch.distributions.LogNormal(self.loc, self.log_sd.exp())
-        return torch.distributions.Gamma(*(torch.full_like(self.loc, x) for x in (self.shape, self.rate)))
+            return torch.distributions.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
+        settings = (torch.full_like(self.loc, x) for x in (self.shape, self.rate))
+        return torch.distributions.Gamma(*settings, validate_args=False)
 
     def forward(self) -> Gates:
         """At the rates' posterior means."""

@@ -20,6 +20,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "compare.py": "RESULTS --axis prior --against nested --report OUT/page.md",
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
     "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
+    "reading.py": "RUN --figures OUT/figures",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs e g --simulations 20 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
@@ -51,6 +52,9 @@ def test_a_script_runs_and_leaves_results(script, tmp_path, request):
     if "GRID" in arguments:
         backbone = save_tiny_backbone(tmp_path / "tiny")
         arguments = arguments.replace("GRID", str(tiny_grid(tmp_path / "grid.yaml", backbone)))
+    if "RUN" in arguments:
+        config = tiny_config(save_tiny_backbone(tmp_path / "tiny"), output_dir=str(tmp_path / "out"))
+        arguments = arguments.replace("RUN", str(train_run(config)))
     if "RESULTS" in arguments:
         arguments = arguments.replace("RESULTS", str(tiny_results(tmp_path / "out")))
     if "TINY" in arguments:
