@@ -4,7 +4,7 @@ ArviZ 0.x (Python 3.11) has InferenceData, 1.x (Python 3.12 and later) xarray's 
 `xarray.Dataset`, which is what the functions here take and return.
 """
 
-import contextlib
+import io
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x whenever it is imported
     import arviz
+import h5netcdf
 import numpy as np
 import pandas as pd
 import xarray
@@ -60,11 +61,11 @@ def read(path: str | Path):
     if not path.is_file():
         raise ValueError(f"{path} does not exist: a finished run has one")
     try:
-        with contextlib.nullcontext() if IS_TREE else arviz.rc_context({"data.load": "eager"}):
-            data = arviz.from_netcdf(str(path), engine="h5netcdf")
-        found = {name: group(data, name).load() for name in group_names(data)}
-        if IS_TREE:
-            data.close()
+        raw = path.read_bytes()  # from memory: no handle stays open, whatever is found inside
+        with h5netcdf.File(io.BytesIO(raw), "r") as file:
+            names = list(file.groups)
+        root, *parts = (xarray.load_dataset(io.BytesIO(raw), group=name, engine="h5netcdf") for name in (None, *names))
+        found = dict(zip(names, parts, strict=True))
     except Exception as error:  # whatever h5py, xarray or ArviZ make of bytes that are none of theirs
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read, it is cut short or no netCDF file ({said}): restore a copy") from None
@@ -73,7 +74,7 @@ def read(path: str | Path):
             f"{path} is not of this version of pyro_blora: its constant_data has no layout. Train the run again, or "
             "open the file with ArviZ alone"
         )
-    return container(found, dict(data.attrs))
+    return container(found, dict(root.attrs))
 
 
 def concatenate(parts: Iterable, seeds: Iterable[int]):
@@ -85,6 +86,11 @@ def concatenate(parts: Iterable, seeds: Iterable[int]):
     joined = {}
     for name in group_names(parts[0]):
         datasets = [group(part, name) for part in parts]
+        alike = [v for v in datasets[0].data_vars if "chain" not in datasets[0][v].dims]
+        first = {v: datasets[0][v] for v in alike}
+        if any(d.attrs != datasets[0].attrs or any(v not in d or not x.equals(d[v]) for v, x in first.items())
+               for d in datasets[1:]):  # fmt: skip
+            raise ValueError(f"restarts do not fit together: group {name!r} is of another layout or of other examples")
         chained = [v for v in datasets[0].data_vars if "chain" in datasets[0][v].dims]
         if not chained:
             joined[name] = datasets[0]

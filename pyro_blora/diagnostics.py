@@ -103,7 +103,7 @@ class Posterior:
     def gates(self, chain: int = 0) -> pd.DataFrame:
         """A line a gate that exists: its names, whether it is deployed open, and the probability that it is open; what
         it contributes to the expected saving (of `adapted` where its projection is adapted, and of `model`); and the
-        WhatIf of forcing it to the other state than the deployed one.  nan where the prior pins it.
+        WhatIf of forcing it to the other state than the deployed one.  nan where that is ruled out.
         """
         full = at_full_width(self.layout)
         marginals = _marginals(Gates(*(x[chain] for x in self.log_q)))
@@ -121,8 +121,8 @@ class Posterior:
                     "forced": "closed" if is_open else "open", "elbo_loss": forced.elbo_loss,
                     "nll_rise": forced.nll_rise, "bops_change": forced.bops_adapted - forced.before_adapted,
                 }  # fmt: skip
-            except ValueError:  # pinned
-                after = {"forced": "pinned", "elbo_loss": math.nan, "nll_rise": math.nan, "bops_change": math.nan}
+            except ValueError:  # pinned, or a guide that is a single allocation
+                after = {"forced": "never", "elbo_loss": math.nan, "nll_rise": math.nan, "bops_change": math.nan}
             projection = self.layout.projections[index[0]]
             lines.append({
                 "gate": name, "site": site, "projection": self.projections[index[0]], "layer": projection.layer,
@@ -136,7 +136,7 @@ class Posterior:
     def what_if(self, gate: str, opened: bool, chain: int = 0) -> WhatIf:
         """Force one gate, named as `7.value.lora_A.8` (bits) or `7.value.rank.5`; a chain opens and closes in order.
 
-        Errors: ValueError for a name that is none, naming near ones, and for a state that the prior rules out.
+        Errors: ValueError for a name that is none, naming near ones, and for a state that prior or guide rule out.
         """
         site, index, depth = self._find(gate)
         log_q = getattr(self.log_q, site)[chain]  # (M, L, ..., D)
@@ -146,7 +146,9 @@ class Posterior:
         mass = torch.where(kept, law, -torch.inf).logsumexp(-1)  # (M,)
         log_probability = float(mass.logsumexp(0) - math.log(len(mass)))
         if log_probability == -math.inf:
-            raise ValueError(f"gate {gate} is pinned by its prior: it cannot be {'open' if opened else 'closed'}")
+            allowed = bool((getattr(self.log_prior, site)[(chain, *index)][kept] > -torch.inf).any())
+            why = "its guide is a single allocation" if allowed else "it is pinned by its prior"
+            raise ValueError(f"gate {gate} cannot be {'open' if opened else 'closed'}: {why}")
         weights = mass.softmax(0)
         alive = mass > -torch.inf
         forced = torch.where(kept & alive[:, None], law - mass.clamp(min=-1e300)[:, None], -torch.inf)

@@ -199,7 +199,9 @@ class RelaxedNestedBernoulli(TorchDistribution):
     @property
     def discrete(self) -> NestedBernoulli:
         """The law that is relaxed, and the only one that is ever reported."""
-        return NestedBernoulli(torch.nn.functional.logsigmoid(self.logits), validate_args=False)
+        law = NestedBernoulli(torch.nn.functional.logsigmoid(self.logits), validate_args=False)
+        law.log_probs_closed = torch.nn.functional.logsigmoid(-self.logits)  # beyond 100 nats, p is 1 and 1 - p is lost
+        return law
 
     @property
     def mean(self) -> Tensor:

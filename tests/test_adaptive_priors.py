@@ -414,3 +414,35 @@ def test_random_rates_pay_their_own_divergence(layout, guide):
     assert paid[0].g == paid[1].g
     torch.testing.assert_close(paid[0].z - paid[1].z, build_prior("hierarchical", layout).divergence())
     assert paid[0].z > paid[1].z
+
+
+@pytest.mark.parametrize("site", ["both", "z", "g"])
+def test_rates_are_drawn_from_either_law_and_set_the_gates(layout, site):
+    settings = {"shape": 2.0, "rate": 4.0} if site == "both" else {site: "hierarchical", f"{site}.shape": 2.0,
+                                                                   f"{site}.rate": 4.0}  # fmt: skip
+    prior = build_prior("hierarchical" if site == "both" else "depth", layout, settings)
+    part = prior if site == "both" else getattr(prior, site)
+    kinds = [f"rank_{kind}" for kind in dict.fromkeys(p.type for p in layout.projections)]
+    names = {"both": [*layout.tensors, *kinds], "z": [*layout.tensors], "g": kinds}[site]
+    assert part.rate_names == names
+    torch.manual_seed(0)
+    with torch.no_grad():
+        part.loc.fill_(1.0), part.log_sd.fill_(-1.0)
+    draws = {law: part.draw_rates(20_000, law) for law in ("prior", "posterior")}
+    sd = math.exp(-1.0)
+    moments = {"prior": (0.5, math.sqrt(2) / 4), "posterior": (math.exp(1 + sd**2 / 2), None)}
+    for law, (mean, spread) in moments.items():
+        assert draws[law].shape == (20_000, len(names)) and bool((draws[law] > 0).all())
+        error = draws[law].std(0) / 20_000**0.5
+        assert bool(((draws[law].mean(0) - mean).abs() < 5 * error).all())
+        assert spread is None or bool(((draws[law].std(0) - spread).abs() < 0.02).all())
+    rates = draws["posterior"][:3]
+    laws, column = part.gates_at(rates), dict(zip(names, rates.unbind(-1), strict=True))
+    for i, projection in enumerate(layout.projections):
+        for t, tensor in enumerate(layout.tensors):
+            if site != "g":
+                assert torch.equal(laws.z.log_probs[:, i, t], -column[tensor][:, None].expand(3, 4))
+        if site != "z":
+            assert torch.equal(laws.g.log_probs[:, i], -column[f"rank_{projection.type}"][:, None].expand(3, 3))
+    expected = Gamma(2.0, 4.0).log_prob(rates) - LogNormal(1.0, sd).log_prob(rates)
+    torch.testing.assert_close(part.log_ratio(rates).detach(), expected.sum(-1))

@@ -2,75 +2,155 @@
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import jupytext
+import matplotlib.pyplot as plt
 import nbclient
+import numpy as np
 import pytest
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+
+from pyro_blora.arviz_data import read
+from pyro_blora.diagnostics import Posterior
 
 ANALYSIS = Path(__file__).resolve().parents[1] / "analysis"
 NAMES = ["gates", "convergence", "ablation"]
 
 
-def executed(name, monkeypatch, run=None):
-    """All that the notebook's cells put out: text, and the number of pictures."""
-    for variable in ("PYRO_BLORA_RUN", "PYRO_BLORA_RUNS"):
+class ThisPython(KernelSpecManager):
+    """One kernel, of the running interpreter, whatever kernels are installed for its user."""
+
+    def get_kernel_spec(self, kernel_name):
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name=kernel_name, language="python")
+
+
+@pytest.fixture
+def executed(monkeypatch, tmp_path):
+    """A function of a notebook's name that runs it as a reader would: (text put out, number of pictures)."""
+    for variable in ("PYRO_BLORA_RUN", "PYRO_BLORA_RUNS", "PYTHONWARNINGS"):
         monkeypatch.delenv(variable, raising=False)
+    for variable in ("IPYTHONDIR", "XDG_CACHE_HOME"):  # ArviZ announces its next version once a day and cache
+        monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("PYTHONPATH", str(ANALYSIS.parent))
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    if run:
-        monkeypatch.setenv("PYRO_BLORA_RUN", run)
-    notebook = jupytext.read(ANALYSIS / f"{name}.py")
-    nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": ANALYSIS}}
-    ).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
-    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs), pictures
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+    def run(name, **variables):
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        notebook = jupytext.read(ANALYSIS / f"{name}.py")
+        kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
+        here = {"metadata": {"path": str(ANALYSIS)}}
+        nbclient.NotebookClient(notebook, km=kernel, timeout=120, resources=here).execute()
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        outputs = [output for cell in code for output in cell.outputs]
+        assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+        pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+        texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+        return "\n".join(texts), pictures
+
+    return run
 
 
 def summary_of(name):
-    return json.loads((ANALYSIS / "example" / name / "summary.json").read_text())
+    return json.loads((ANALYSIS / "example" / name / "summary.json").read_text(encoding="utf-8"))
+
+
+def line(text, start):
+    """The numbers of the only line that starts so."""
+    (found,) = re.findall(rf"^{re.escape(start)}[ :]+(.*)$", text, re.MULTILINE)
+    return [float(x) for x in re.findall(r"-?(?:inf|\d+\.?\d*)", found)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_reads_as_text_and_code_in_turn(name):
-    cells = jupytext.read(ANALYSIS / f"{name}.py").cells
-    kinds = [cell.cell_type for cell in cells]
+    notebook = jupytext.read(ANALYSIS / f"{name}.py")
+    assert notebook.metadata["jupytext"]["text_representation"]["format_name"] == "percent"
+    kinds = [cell.cell_type for cell in notebook.cells]
     assert kinds[::2] == ["markdown"] * len(kinds[::2]) and kinds[1::2] == ["code"] * len(kinds[1::2])
-    assert all(len(cell.source) > 80 for cell in cells if cell.cell_type == "markdown")
+    assert kinds[-1] == "markdown"
+    for before, code, after in zip(notebook.cells, notebook.cells[1:], notebook.cells[2:], strict=False):
+        if "plt.show()" in code.source:
+            assert "\n## " in f"\n{before.source}" and re.search("stored runs?", after.source.split("\n## ")[0])
 
 
-def test_gates(monkeypatch):
-    text, pictures = executed("gates", monkeypatch)
-    summary = summary_of("bops")
-    assert pictures == 4 and f"{summary['bops']['adapted_ratio']:.4%}" in text
+def test_gates(executed):
+    text, pictures = executed("gates")
+    summary, posterior = summary_of("bops"), Posterior(read(ANALYSIS / "example" / "bops"))
+    assert pictures == 5
+    assert line(text, "3 chains, E[BOPs]")[0] == pytest.approx(100 * summary["bops"]["adapted_ratio"], abs=1e-4)
     for kind, rank in summary["expected_rank"].items():
-        assert float(re.search(rf"^{kind}\s+([\d.]+)$", text, re.MULTILINE)[1]) == pytest.approx(rank, abs=0.0051)
-    assert "67 of 108 chains" in text
+        assert line(text, kind) == [pytest.approx(rank, abs=0.0051)]
+    widths = posterior.depth_probs().z.mean(0).numpy()
+    for t, tensor in enumerate(posterior.layout.tensors[:2]):
+        np.testing.assert_allclose(line(text, f"{tensor}  "), widths[t], atol=0.0051)
+        by_layer = line(text, f"{tensor}: E[bits] by layer")
+        assert np.mean(by_layer) == pytest.approx(summary["expected_bits"][tensor], abs=0.05)
+    silent = sum(int((kl[free] < 0.05).sum()) for kl, free in zip(posterior.kl(), posterior.free(), strict=True))
+    assert f"{silent} of 108 chains" in text and "input: 4.query, 5.query" in text and "hidden: all" in text
 
 
-def test_convergence(monkeypatch):
-    text, pictures = executed("convergence", monkeypatch)
-    summary = summary_of("bops")
-    assert pictures == 4 and "no continuous block" in text
-    for one in [summary, *summary["restarts"]]:
-        assert f"{one['bops']['adapted_ratio']:.3%}"[:-2] in text
-    assert "R-hat of ranks: exact median 1.03, worst 1.63" in text
+def test_convergence(executed):
+    text, pictures = executed("convergence")
+    summary, data = summary_of("bops"), read(ANALYSIS / "example" / "bops")
+    assert pictures == 4 and "The weights are point estimates" in text
+    for chain, one in enumerate([summary, *summary["restarts"]]):
+        assert line(text, "E[BOPs] of the chains")[chain] == pytest.approx(100 * one["bops"]["adapted_ratio"], abs=1e-4)
+        assert line(text, "averaged has")[chain] == pytest.approx(one["metric"]["value"], abs=0.0006)
+    assert f"KL 217.6 nats at first and {sum(summary['kl'].values()):.1f} at the end" in text
+    for name, rhat in zip(("bits", "ranks"), Posterior(data).rhat(), strict=True):
+        assert f"R-hat of {name}: exact median {np.median(rhat):.2f}, worst {rhat.max():.2f}" in text
+    assert float(re.search(r"at most (\S+)", text)[1]) < 1e-6  # the loss is the sum of its parts
 
 
-def test_convergence_of_one_chain(monkeypatch):
-    text, pictures = executed("convergence", monkeypatch, run="example/nested")
-    assert "One chain: --restarts 3 would tell." in text and pictures == 4
+@pytest.mark.parametrize("name, pictures", [("gates", 5), ("convergence", 3)])
+def test_one_chain(executed, name, pictures):
+    text, found = executed(name, PYRO_BLORA_RUN="example/nested")
+    assert found == pictures and f"{summary_of('nested')['bops']['adapted_ratio']:.4%}" in text
+    if name == "convergence":
+        assert "One chain: --restarts 3 would tell." in text and "The weights are point estimates" in text
 
 
-def test_ablation(monkeypatch):
-    text, pictures = executed("ablation", monkeypatch)
-    assert pictures == 2
-    for name in ("bops", "nested", "depth"):
-        assert f"{summary_of(name)['nll']:.4f}" in text and f"{name}: elpd_loo" in text
-    assert re.search(r"^1\.00? +0\.0\d+ +0\.0610 +-inf", text, re.MULTILINE)
+def test_ablation(executed):
+    text, pictures = executed("ablation")
+    summaries = [summary_of(name) for name in ("bops", "nested", "depth")]
+    assert pictures == 2 and "priors: bops, nested, depth" in text
+    for label, values in {
+        "accuracy ": [one["accuracy"] for one in summaries], "NLL": [one["nll"] for one in summaries],
+        "ECE": [one["ece"]["value"] for one in summaries],
+        "E[BOPs]": [one["bops"]["adapted_ratio"] for one in summaries],
+        "rank value": [one["expected_rank"]["value"] for one in summaries],
+    }.items():  # fmt: skip
+        np.testing.assert_allclose(line(text, label), values, atol=6e-5)
+    for one in summaries:
+        held_out, loo, p_loo, _ = next(
+            numbers for numbers in map(lambda x: [float(y) for y in x.split()[1:]], re.findall(
+                rf"^{one['prior']}(?: +-?\d+\.\d){{4}}$", text, re.MULTILINE))
+        )  # fmt: skip
+        assert held_out == pytest.approx(-one["nll"] * one["n_eval"], abs=0.1)
+        assert loo + p_loo == pytest.approx(held_out, abs=0.21)
+    posterior = Posterior(read(ANALYSIS / "example" / "bops"))
+    for factor in (0.5, 1.0, 2.0):
+        weighted, exact, k, effective, _ = line(text, f"{factor:.2f}")
+        again = posterior.reweighted(factor)
+        assert (weighted, exact, k) == pytest.approx((again.bops_adapted, again.bops_exact, again.pareto_k), abs=6e-5)
+        assert effective == pytest.approx(1 / np.square(again.weights).sum(), abs=1e-3)
+
+
+@pytest.mark.parametrize("run", ["example/depth", str(ANALYSIS / "example" / "depth")])
+def test_a_notebook_is_a_script_too(run, monkeypatch, tmp_path, capsys):
+    """From any folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYRO_BLORA_RUN", run)
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    runpy.run_path(str(ANALYSIS / "gates.py"))
+    spent = summary_of("depth")["bops"]["adapted_ratio"]
+    assert capsys.readouterr().out.startswith(f"1 chains, E[BOPs] {spent:.4%}")
 
 
 def test_the_page_about_reading_quotes_what_the_stored_run_says():

@@ -12,12 +12,13 @@ from pyro_blora.guides import build_guide
 from pyro_blora.posterior import Prediction, deployed, divergences, marginals, mean_kl
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
+from pyro_blora.ranges import clipped
 from pyro_blora.tasks import get_task
 
 
-def program(prior="nested", task="sst2", guide="mean_field", **settings):
+def program(prior="nested", task="sst2", guide="mean_field", scope="adapted", **settings):
     torch.manual_seed(0)
-    net = attach(tiny_bert(num_labels=get_task(task).num_labels), rank=4, sequence_length=16)
+    net = attach(tiny_bert(num_labels=get_task(task).num_labels), rank=4, scope=scope, sequence_length=16)
     law = build_prior(prior, net.layout, settings)
     guide = build_guide(guide, net.layout, law, {"open_logit": 0.5})
     return BayesianLoRA(net, law, guide, get_task(task).likelihood, n_train=100).eval()
@@ -127,3 +128,32 @@ def test_no_draws_and_no_examples_are_refused():
         draw(program(), 0)
     with pytest.raises(ValueError, match="no examples"):
         predict(program(), [])
+
+
+@pytest.mark.parametrize("scope", ["adapted", "encoder"])
+def test_clipped_values_are_those_beyond_the_range(scope):
+    """Of weights as they are stored, and of the inputs of two layers as a hook sees them, over two batches."""
+    built = program(scope=scope)
+    layout, net = built.layout, built.net
+    with torch.no_grad():
+        net.log_range.copy_(torch.linspace(-5.0, 0.5, net.log_range.numel()).view_as(net.log_range))
+    seen = {i: [] for i in (0, 3)}
+    modules = dict(net.named_modules())
+    layers = [next(m for n, m in modules.items() if n.endswith(p.name)) for p in layout.projections]
+    hooks = [layers[i].register_forward_pre_hook(lambda _, args, i=i: seen[i].append(args[0].detach())) for i in seen]
+    batches = [batch(4, seed=1), batch(3, seed=2)]
+    found = clipped(built, batches)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(found.isnan(), ~built.z_mask)
+    weights = {name: w for name, w in net.named_parameters() if name.endswith("weight")}
+    for i, (projection, row) in enumerate(zip(layout.projections, net.log_range.exp(), strict=True)):
+        of = {n: w for n, w in weights.items() if f"{projection.name}." in n and "lora" not in n}
+        assert len(of) == 1
+        expected = (next(iter(of.values())).abs() > row[1]).double().mean()
+        assert float(found[i, 1]) == pytest.approx(float(expected))
+    for i, inputs in seen.items():
+        values = torch.cat([x.flatten() for x in inputs])
+        share = float((values.abs() > net.log_range[i, 0].exp()).double().mean())
+        assert float(found[i, 0]) == pytest.approx(share)
+    assert 0 < float(found[0, 0]) <= 1 and float(found.nan_to_num().max()) > float(found.nan_to_num().min())

@@ -20,7 +20,7 @@ from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 from pyro_blora.data import by_length, on_device
 from pyro_blora.posterior import deployed, marginals
-from pyro_blora.run import train_run
+from pyro_blora.run import each_restart, train_run
 
 SUMMARY = {
     "task", "backbone", "prior", "guide", "seed", "n_train", "n_eval", "metric", "accuracy", "nll", "ece", "brier",
@@ -263,8 +263,14 @@ def summary_of(folder):
     return {key: value for key, value in summary.items() if key not in ("seconds", "peak_memory_bytes")}
 
 
-def test_restarts_are_runs_of_their_own_and_chains_of_one_posterior(backbone, tmp_path):
-    folder = train_run(tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "together")))
+@pytest.fixture(scope="module")
+def restarted(backbone, tmp_path_factory):
+    """A finished run of two fits."""
+    return train_run(tiny_config(backbone, restarts=2, output_dir=str(tmp_path_factory.mktemp("together"))))
+
+
+def test_restarts_are_runs_of_their_own_and_chains_of_one_posterior(backbone, restarted, tmp_path):
+    folder = restarted
     alone = train_run(tiny_config(backbone, output_dir=str(tmp_path / "alone")))
     other = train_run(tiny_config(backbone, seed=1, data_seed=0, output_dir=str(tmp_path / "alone")))
     together = arviz.from_netcdf(str(folder / "posterior.nc"))
@@ -279,10 +285,37 @@ def test_restarts_are_runs_of_their_own_and_chains_of_one_posterior(backbone, tm
     assert summary["restarts"][0]["nll"] == summary_of(other)["nll"] != summary["nll"]
     restart = folder / "restarts" / "seed-1"
     assert RunConfig.from_json(restart / "config.json").data_seed == 0 and load(restart).n_train == 64
-    assert "together" not in {path.name for path in (folder / "restarts").iterdir()}
+    assert [path.name for path in (folder / "restarts").iterdir()] == ["seed-1"]
 
 
-def test_an_interrupted_restart_is_resumed(backbone, tmp_path, monkeypatch):
+def test_restarts_have_the_same_training_rows_and_a_seed_of_their_own(backbone):
+    config = tiny_config(backbone, restarts=3, seed=4)
+    each = each_restart(config)
+    assert [(one.seed, one.data_seed, one.restarts) for one in each] == [(5, 4, 1), (6, 4, 1)]
+    rows = [build(one).rows["train"]["sentence"] for one in (config, *each, tiny_config(backbone, seed=5))]
+    assert rows[0] == rows[1] == rows[2] != rows[3]
+    assert [one.data_seed for one in each_restart(tiny_config(backbone, restarts=2, data_seed=9))] == [9]
+
+
+def test_a_run_that_is_cut_off_in_its_restart_goes_on(backbone, restarted, tmp_path, monkeypatch):
+    """After the restart has trained, and before its folder has its name."""
+    from pyro_blora import run as run_module
+
+    config = tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config)
+    left = Path(config.output_dir) / f".{config.folder_name}.partial"
+    assert [path.name for path in (left / "restarts").iterdir()] == [".seed-1.partial"]
+    folder = train_run(config)
+    assert [path.name for path in (folder / "restarts").iterdir()] == ["seed-1"]
+    names = {path.name for path in (folder / "restarts" / "seed-1").iterdir()}
+    assert names == {path.name for path in folder.iterdir()} - {"restarts"}
+    assert summary_of(folder) == summary_of(restarted)
+
+
+def test_an_interrupted_restart_is_resumed(backbone, restarted, tmp_path, monkeypatch):
     from pyro_blora import run as run_module
 
     config = tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "cut"))
@@ -294,8 +327,7 @@ def test_an_interrupted_restart_is_resumed(backbone, tmp_path, monkeypatch):
     before = kept.stat().st_mtime_ns
     folder = train_run(config)
     assert (folder / "restarts" / "seed-1" / "summary.json").stat().st_mtime_ns == before
-    whole = train_run(tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "whole")))
-    assert summary_of(folder) == summary_of(whole)
+    assert summary_of(folder) == summary_of(restarted)
 
 
 def test_a_tracker_gets_numbers_and_pictures_of_the_gates(backbone, tmp_path):

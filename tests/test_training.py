@@ -3,6 +3,8 @@
 import json
 import math
 
+import matplotlib
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -18,6 +20,7 @@ from pyro_blora.data import epoch_order
 from pyro_blora.priors import Budget
 from pyro_blora.schedule import Schedule
 from pyro_blora.training import fit, make_optimizer
+from pyro_blora.watching import gate_maps
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -303,6 +306,73 @@ def test_every_choice_trains(backbone, changes):
 def test_a_tracker_gets_the_logged_numbers(backbone, tmp_path):
     fit(tiny_config(backbone, tracker="tensorboard", epochs=1), folder=tmp_path, quiet=True)
     assert any(path.name.startswith("events.out") for path in tmp_path.rglob("*"))
+
+
+def test_without_a_tracker_nothing_is_sent(backbone, tmp_path):
+    fit(tiny_config(backbone, epochs=1), folder=tmp_path, quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
+def test_the_log_has_the_gradient_of_the_gates_once_they_have_started(backbone, tmp_path):
+    """Against Adam's moments in the checkpoint of the same step."""
+    config = tiny_config(backbone, prior="nested")
+    opening = Schedule.of(config, 64).opening
+    lines = fit(config, folder=tmp_path, quiet=True).metrics
+    logged = [{"gate_gradient", "gate_noise"} <= set(line) for line in lines]
+    assert logged == [False] * opening + [True] * (8 - opening)
+    assert all(0 <= line["gate_noise"] <= 1 and line["gate_gradient"] > 0 for line in lines[opening:])
+    saved = load_file(tmp_path / "checkpoints" / "state.safetensors")
+    names = ("gate_guide.z_evidence", "gate_guide.g_evidence")
+    first, second = (
+        torch.cat([saved[f"{key}/{name}"].flatten() for name in names]) for key in ("exp_avg", "exp_avg_sq")
+    )
+    steps = 8 - opening
+    mean, square = first / (1 - 0.9**steps), second / (1 - 0.999**steps)
+    alive = square > 0
+    assert lines[-1]["gate_gradient"] == pytest.approx(square[alive].mean().sqrt().item(), rel=1e-5)
+    noise = 1 - (mean[alive].square().sum() / square[alive].sum()).item()
+    assert lines[-1]["gate_noise"] == pytest.approx(max(0.0, noise), abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"prior": "fixed"}, {"kl_warmup": 1.0}], ids=str)
+def test_gates_that_do_not_learn_have_no_gradient_to_log(backbone, changes):
+    for line in fit(tiny_config(backbone, **changes), quiet=True).metrics:
+        assert not {"gate_gradient", "gate_noise"} & set(line)
+
+
+def test_the_log_has_the_temperature_of_its_step_and_the_gradient_before_it_is_clipped(backbone):
+    config = tiny_config(backbone)
+    schedule = Schedule.of(config, 64)
+    loose, tight = (fit(tiny_config(backbone, clip_norm=norm), quiet=True).metrics for norm in (1e9, 1e-9))
+    assert [line["temperature"] for line in loose] == [schedule.temperature(step) for step in range(8)]
+    assert loose[0]["grad_norm"] == tight[0]["grad_norm"] > 1e-3  # parameters are the same in the first step only
+
+
+def test_pictures_are_bright_where_gates_are_open_and_grey_where_there_are_none(backbone):
+    program = fit(tiny_config(backbone, scope="encoder", max_train=16, epochs=1), quiet=True).program
+    L, T, _ = program.layout.z_shape
+    with torch.no_grad():
+        program.gate_guide.z_evidence.fill_(50.0), program.gate_guide.g_evidence.fill_(50.0)
+        program.gate_guide.z_evidence[0, 1, 2] = -50.0
+        program.gate_guide.g_evidence[0, 1] = -50.0
+    maps = gate_maps(program)
+    bits, rank = maps["gates/expected_bits"], maps["gates/expected_rank"]
+    assert bits.shape == (1, 16 * L, 16 * T, 3) and rank.shape == (1, 16 * L, 16, 3)
+    assert bits.dtype == rank.dtype == np.uint8
+    viridis = matplotlib.colormaps["viridis"]
+    dark, bright = (np.round(255 * np.array(viridis(x)[:3])) for x in (0.0, 1.0))
+
+    def cell(picture, row, column):
+        block = picture[0, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].reshape(-1, 3)
+        assert (block == block[0]).all()
+        return block[0]
+
+    for i, projection in enumerate(program.layout.projections):
+        for t in range(T):
+            colour = np.full(3, 128) if not program.z_mask[i, t] else dark if (i, t) == (1, 2) else bright
+            assert np.abs(cell(bits, i, t) - colour.astype(float)).max() <= 1
+        colour = np.full(3, 128) if not projection.adapted else dark if i == 1 else bright
+        assert np.abs(cell(rank, i, 0) - colour.astype(float)).max() <= 1
 
 
 def test_deberta_v3_base_trains_a_step_saves_reloads_and_predicts_the_same(data_dir, tmp_path):
