@@ -6,9 +6,8 @@ One adapted projection computes, with Q the mixture of nested grids (quantizer.p
 
 Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears
 them when it ends: no draw survives a call, and a projection that is called twice in one forward (DeBERTa's content and
-positions) sees the same gates both times. Scope `encoder` also quantizes
-input and weight of every other linear map of the encoder, without an adapter. The task head stays at 32 bit, and a
-pooler inside the base model is frozen like the rest of it.
+positions) sees the same gates both times. Scope `encoder` also quantizes input and weight of every other linear map of
+the encoder, without an adapter. The task head stays at 32 bit, and a pooler inside the base model is frozen.
 
 Ranges are one (L, T) parameter, learned as log(range), which `calibrate` sets from data."""
 
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from .handover import Handover, Observer, handed_over
 from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout, head_modules
-from .quantizer import mixture_weights
+from .processes import whole
+from .quantizer import grids, mixture_weights
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 ADAPTERS = ("lora", "none")
@@ -48,10 +48,9 @@ class GatedLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         handover, index = self.handover, self.index
         base, down, up = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        xq = handover.activation(index, INPUT, x)  # (..., n)
-        y = handover.product(index, BASE, xq, base.weight, base.bias)  # (..., m)
-        hidden = handover.activation(index, HIDDEN, handover.product(index, LORA_A, xq, down))  # (..., R)
-        hidden = handover.ranks(index, hidden)
+        # (..., m) and (..., R)
+        y, hidden = handover.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
+        hidden = handover.ranks(index, handover.activation(index, HIDDEN, hidden))
         return y + self.scaling[ADAPTER] * handover.product(index, LORA_B, hidden, up)
 
 
@@ -64,8 +63,7 @@ class QuantizedLinear(nn.Module):
         self.handover, self.index = handover, index
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.handover.activation(self.index, INPUT, x)
-        return self.handover.product(self.index, BASE, x, self.weight, self.bias)
+        return self.handover.products(self.index, x, (BASE, self.weight, self.bias))[0]
 
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
@@ -147,13 +145,13 @@ def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
     z, g = z.to(net.log_range.device), g.to(net.log_range.device)
-    weights = mixture_weights(F.pad(z.float(), (1, 0), value=1.0)).flatten(0, 1).unbind(0)
+    by_tensor = grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))
     if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
         opened = (z == 1).all(-1).flatten().tolist()
-        weights = [None if exact else weight for weight, exact in zip(weights, opened, strict=True)]
-    ranges = net.log_range.exp().flatten().unbind(0)
+        by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, opened, strict=True)]
     ranks = F.pad(g.float(), (1, 0), value=1.0).unbind(0)
-    with handed_over(net.handover, (weights, ranges, ranks)):
+    kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
+    with handed_over(net.handover, (by_tensor, ranks, kept)):
         yield net
 
 
@@ -172,6 +170,7 @@ def attach(
     scope: str = "adapted",
     sequence_length: int = 128,
     init_lora_weights: str = "default",
+    share_inputs: bool = False,
 ) -> GatedModel:
     """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
 
@@ -180,16 +179,17 @@ def attach(
     scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
     sequence_length: tokens at which MACs are counted.
     adapter: `lora`, or `none`: the layout's projections have no adapter, and the whole backbone learns.
-    init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py.
-    Errors: ValueError, see `AdapterLayout.of`. Nothing is changed in the backbone when it is raised.
+    init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py. share_inputs: see `AdapterLayout`.
+    Errors: ValueError, see `AdapterLayout.of`; nothing is changed in the backbone then.
     """
     if adapter not in ADAPTERS:
         raise ValueError(f"unknown adapter {adapter!r}: known adapters are {', '.join(ADAPTERS)}")
     layout = AdapterLayout.of(
-        backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length
-    )
+        backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length,
+        share_inputs=share_inputs,
+    )  # fmt: skip
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    handover = Handover()
+    handover = Handover(layout.input_owner.tolist() if share_inputs else None)
     if adapter == "none":
         layout = layout.without_adapters()
         model = backbone.requires_grad_(True)
@@ -247,7 +247,7 @@ def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
     try:
         yield net
     finally:
-        net.handover.observer = None
+        net.handover.observer = net.handover.shared = None
         net.train(training)
 
 
@@ -286,11 +286,11 @@ def _start_ranges(net: GatedModel, observed: dict) -> None:
         for tensor in (INPUT, HIDDEN):
             ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
         if isinstance(layer, GatedLinear):
-            ranges[index, BASE] = layer.get_base_layer().weight.abs().max()
+            ranges[index, BASE] = whole(layer.get_base_layer().weight.abs().max())
             down, up = (side[ADAPTER].weight.abs().max() for side in (layer.lora_A, layer.lora_B))
             ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)
         else:
-            ranges[index, BASE] = layer.weight.abs().max()
+            ranges[index, BASE] = whole(layer.weight.abs().max())
     set_ranges(net, ranges)
 
 

@@ -1,33 +1,41 @@
-"""The nested grid: one tensor at a random bit width, as a mixture of plain uniform grids.
+"""The nested grid: one tensor at a random bit width, as a mixture of plain uniform grids. The hot path of a step.
 
     s_b = 2 range / (2^b - 1),   Q_b(x) = s_b * round(clamp(x, -range, range) / s_b),   Q_32(x) = x
     quantize(x) = sum_b w_b Q_b(x),   w_b = z_b - z_next(b)        for a chain z = [z_2, z_4, z_8, z_16, z_32]
 
 The scales have odd integer ratios (5, 17, 257), so the grids nest, and the published residual ladder
 x_2 + z_4 (e_4 + z_8 (e_8 + ...)) equals this mixture, which needs no residual, saves only x and reads no gate on the
-host. With binary gates one weight is 1 and the value is one rounding. Gradients are straight-through:
+host. With binary gates one weight is 1 and the value is one rounding. Gradients are straight-through, with
+c = clamp(x, -range, range), e_b = Q_b(x) - c and W = sum of w_b over b < 32:
 
-    dL/dx     = g * (w_32 + W * 1[|x| < range])                             W = sum of w_b over b < 32
-    dL/dw_b   = sum of g * Q_b(x)
-    dL/drange = sum of g * (sum_{b<32} w_b Q_b(x) - W clamp(x)) / range  +  W * sum over |x| >= range of g * sign(x)
+    dL/dx     = g * (w_32 + W * 1[|x| < range])
+    dL/dw_b   = sum of g * c  +  sum of g * e_b            dL/dw_32 = sum of g * x
+    dL/drange = sum_b w_b * (sum of g * e_b) / range  +  W * sum over |x| >= range of g * sign(x)
 
 32 bit is the unquantized float: it is not clipped, so an open ladder is exactly the pretrained network and exactly
-plain LoRA, whatever the range. Codes are clamped to +-(2^(b-1) - 1): at most 2^b - 1 distinct values, an int8 at 8 bit.
-The grid is computed in float32 at least (x / s_16 needs 16 bits of mantissa), also under bf16 autocast.
+plain LoRA, whatever the range. The clip is a few roundings inside the range, so that no code exceeds 2^(b-1) - 1: there
+are at most 2^b - 1 distinct values, an int8 at 8 bit. The grid is computed in float32 at least (x / s_16 needs 16 bits
+of mantissa), also under bf16 autocast.
 
-Bytes moved for n float32 values: forward reads 4n and writes 4n, backward reads 8n and writes 4n.
+A tensor of n float32 values moves 4n bytes in and 4n out in `_forward`; 8n in and 4n out in `_backward`; 8n in and
+24 out in `_backward_of_gates`, where x is a frozen weight. All that depends on no element of x, its `Grid`, is computed
+for all tensors of a network at once (`grids`), so that a call is one kernel.
 Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equals.
 """
 
 import functools
 import logging
 import os
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LADDER = (2, 4, 8, 16, 32)  # bit widths; the last is the unquantized float
 _GRIDS = LADDER[:-1]
+_PROBES = (1 << 15, 48)  # sizes to compile at: the first decides about threads; sums of over 4096 numbers differ
+_INSIDE = 4  # of the dtype's epsilons, so that x / s_b, with its roundings, stays below 2^(b-1) - 1/2
 log = logging.getLogger(__name__)
 
 
@@ -36,81 +44,200 @@ def mixture_weights(gates: Tensor) -> Tensor:
     return gates - torch.cat([gates[..., 1:], torch.zeros_like(gates[..., :1])], -1)
 
 
-def _scales(value_range: Tensor) -> tuple[Tensor, Tensor]:
-    """s_b of each grid, and 1 / s_b: (4,) each, computed once a tensor, so that its elements cost products only."""
-    scales = torch.stack([2 * value_range / (2**bits - 1) for bits in _GRIDS])
+class Grid(NamedTuple):
+    """What one tensor's quantizer reads.
+
+    learned (6,): range and weights of 2, 4, 8, 16, 32 bit; gradients arrive here.
+    constants (20,): the same without a gradient; s_b, 1 / s_b and w_b s_b of the four grids; W; where x is clipped.
+    """
+
+    learned: Tensor
+    constants: Tensor
+
+
+# where each part of `constants` starts
+_RANGE, _WEIGHT, _EXACT, _SCALE, _INVERSE, _WEIGHTED_SCALE, _BELOW_32, _EDGE = 0, 1, 5, 6, 10, 14, 18, 19
+
+
+def grids(ranges: Tensor, weights: Tensor) -> list[Grid]:
+    """The grids of many tensors, in one pass over all of them.  ranges (..., ) > 0, weights (..., 5)"""
+    learned = torch.cat([ranges[..., None].to(weights.dtype), weights], -1).view(-1, 1 + len(LADDER))
+    with torch.no_grad():
+        ranges, weights = learned[:, :1], learned[:, 1:]
+        negligible = weights.abs() < torch.finfo(weights.dtype).eps ** 2  # of a sum of 1; denormal numbers are slow
+        weights, (scales, inverse) = weights.masked_fill(negligible, 0.0), _scales(ranges[:, 0])
+        parts = [ranges, weights, scales, inverse, weights[:, :-1] * scales, weights[:, :-1].sum(-1, keepdim=True)]
+        constants = torch.cat([*parts, _edge(ranges)], -1)
+    # copies, as the compiler guards on where a view starts: it would compile again for every tensor
+    return [Grid(*pair) for pair in zip(learned.unbind(0), torch.unbind_copy(constants), strict=True)]
+
+
+def _scales(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """s_b of each grid, and 1 / s_b, (..., 4): computed once a tensor, so that its elements cost products only."""
+    scales = torch.stack([2 * ranges / (2**bits - 1) for bits in _GRIDS], -1)
     return scales, 1 / scales
 
 
-def _codes(x: Tensor, inverse_scale: Tensor, bits: int) -> Tensor:
-    largest = 2 ** (bits - 1) - 1
-    return (x * inverse_scale).round().clamp(-largest, largest)
+def _edge(ranges: Tensor) -> Tensor:
+    return ranges * (1 - _INSIDE * torch.finfo(ranges.dtype).eps)
 
 
-def _forward(x: Tensor, value_range: Tensor, weights: Tensor, scales: Tensor, inverse: Tensor) -> Tensor:
-    exact = x.to(weights.dtype)
-    out = weights[-1] * exact
-    for i, bits in enumerate(_GRIDS):
-        out = out + weights[i] * (_codes(exact, inverse[i], bits) * scales[i])
+# --- the kernels: each is compiled to one loop over the elements ------------------------------------------------------
+
+
+def _forward(x: Tensor, c: Tensor) -> Tensor:
+    """sum_b w_b Q_b(x).  x (n,), c the constants (20,)"""
+    exact = x.to(c.dtype)
+    clipped, out = exact.clamp(-c[_EDGE], c[_EDGE]), c[_EXACT] * exact
+    for i in range(len(_GRIDS)):
+        out = out + (clipped * c[_INVERSE + i]).round() * c[_WEIGHTED_SCALE + i]
     return out.to(x.dtype)
 
 
-def _backward(
-    grad: Tensor, x: Tensor, value_range: Tensor, weights: Tensor, scales: Tensor, inverse: Tensor
-) -> tuple[Tensor, ...]:
-    """dL/dx, dL/dw for each bit width, and the two sums of dL/drange, in one pass over grad and x."""
-    dtype, grad, exact = x.dtype, grad.to(weights.dtype), x.to(weights.dtype)
-    quantized_weight = weights[:-1].sum()
-    inside = exact.abs() < value_range
-    mixture_error = -quantized_weight * exact.clamp(-value_range, value_range)
-    sums = []
-    for i, bits in enumerate(_GRIDS):
-        grid_value = _codes(exact, inverse[i], bits) * scales[i]
-        mixture_error = mixture_error + weights[i] * grid_value
-        sums.append((grad * grid_value).sum())
-    sums.append((grad * exact).sum())
-    saturated = torch.where(inside, 0.0, grad * exact.sign()).sum()
-    grad_x = grad * (weights[-1] + torch.where(inside, quantized_weight, 0.0))
-    return grad_x.to(dtype), *sums, (grad * mixture_error).sum(), saturated
+def _backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:
+    """dL/d[range, w_2, ..., w_32], (6,), from seven sums over the elements; those of Q_b for e_b would cancel."""
+    grad, exact = grad.to(c.dtype), x.to(c.dtype)
+    clipped = exact.clamp(-c[_EDGE], c[_EDGE])
+    whole, beyond = (grad * clipped).sum(), (grad * (exact - clipped)).sum()
+    to_range = c[_BELOW_32] * torch.where(exact.abs() < c[_RANGE], 0.0, grad * exact.sign()).sum()
+    to_weights = []
+    for i in range(len(_GRIDS)):
+        error = (grad * ((clipped * c[_INVERSE + i]).round() * c[_SCALE + i] - clipped)).sum()
+        to_range = to_range + c[_WEIGHT + i] * error / c[_RANGE]
+        to_weights.append(whole + error)
+    return torch.stack([to_range, *to_weights, whole + beyond])
+
+
+def _backward(grad: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dx (n,), and the above, in the same pass over grad and x."""
+    inside = x.to(c.dtype).abs() < c[_RANGE]
+    slope = c[_EXACT] + torch.where(inside, c[_BELOW_32], 0.0)
+    return (grad.to(c.dtype) * slope).to(x.dtype), _backward_of_gates(grad, x, c)
+
+
+_EAGER = (_forward, _backward, _backward_of_gates)
 
 
 @functools.cache
 def _kernels(device: str = "cpu") -> tuple:
-    """The two functions, compiled once with dynamic shapes; eager where no compiler works, which is said once."""
+    """The three functions, compiled once with dynamic shapes; eager where no compiler works, which is said once."""
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
-        return _forward, _backward
+        return _EAGER
     # without fullgraph, a process that meets more dtypes and sizes than the compiler keeps goes on eagerly
-    compiled = tuple(torch.compile(f, dynamic=True) for f in (_forward, _backward))
-    probe, one, weights = (torch.ones(shape, device=device) for shape in (8, (), len(LADDER)))
+    forward, backward, of_gates = compiled = tuple(torch.compile(f, dynamic=True) for f in _EAGER)
     try:
-        compiled[0](probe, one, weights, *_scales(one))
-        compiled[1](probe.clone(), probe, one, weights, *_scales(one))
+        for size in _PROBES:
+            x, grad = torch.ones(size, device=device), torch.ones(size, device=device)
+            (grid,) = grids(torch.ones((), device=device), torch.ones(len(LADDER), device=device))
+            forward(x, grid.constants), backward(grad, x, grid.constants), of_gates(grad, x, grid.constants)
     except Exception as error:  # a missing or broken compiler shows itself in many types; eager is always right
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("no working compiler for the quantizer (%s): running it eagerly, several times slower", reason)
-        return _forward, _backward
+        return _EAGER
     return compiled
 
 
-def _bare(*tensors: Tensor) -> list[Tensor]:
-    """The same values without view history or offset, on which the compiler would guard: one recompile a layer."""
-    return [t.data if t.numel() > len(LADDER) else t.data.clone() for t in tensors]
+def _functions(x: Tensor) -> tuple:
+    """Those for x's device; as they stand where a whole network is being compiled."""
+    return _EAGER if torch.compiler.is_compiling() else _kernels(x.device.type)
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, value_range, weights):
-        scales, inverse = _scales(value_range)
-        ctx.save_for_backward(x, value_range, weights, scales, inverse)
-        return _kernels(x.device.type)[0](*_bare(x, value_range, weights, scales, inverse))
+    def forward(ctx, x, learned, constants):
+        ctx.save_for_backward(x, constants)
+        return _functions(x)[0](x.data, constants)  # .data: the compiler would guard on what x is a view of
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, value_range, weights, *scales = ctx.saved_tensors
-        backward = _kernels(x.device.type)[1]
-        grad_x, *sums, mixture, saturated = backward(*_bare(grad.contiguous(), x, value_range, weights, *scales))
-        return grad_x, mixture / value_range + weights[:-1].sum() * saturated, torch.stack(sums)
+        x, constants = ctx.saved_tensors
+        _, backward, of_gates = _functions(x)
+        of_x, of_learned, _ = ctx.needs_input_grad
+        if of_x:
+            return *backward(grad.contiguous().data, x.data, constants), None
+        return None, of_gates(grad.contiguous().data, x.data, constants) if of_learned else None, None
+
+
+def quantize_on(x: Tensor, grid: Grid) -> Tensor:
+    """sum_b w_b Q_b(x), differentiable in x and in the grid.  x any shape; grid one of `grids`."""
+    flat = x.contiguous().view(-1)  # one dynamic dimension: every tensor of a network runs the same kernels
+    return _Quantize.apply(flat, *grid).view(x.shape)
+
+
+class _Products(torch.autograd.Function):
+    """Linear maps of one quantized input. Saves input and weights as they are, and rounds them again in the backward
+    pass: rounding costs little beside a matrix product, and a rounded copy of every input would be kept until then."""
+
+    @staticmethod
+    def forward(ctx, dtype, x, _, constants, *maps):
+        weights, of_weights, biases = maps[0::4], maps[2::4], maps[3::4]
+        ctx.dtype = dtype
+        ctx.save_for_backward(x, constants, *weights, *of_weights)
+        rounded_x = _on(x, constants).to(dtype)
+        return tuple(
+            F.linear(rounded_x, _on(weight, c).to(dtype), None if bias is None else bias.to(dtype))
+            for weight, c, bias in zip(weights, of_weights, biases, strict=True)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        x, constants, *saved = ctx.saved_tensors
+        weights, of_weights = saved[: len(grads)], saved[len(grads) :]
+        rounded_x, of_rounded_x = _on(x, constants).to(ctx.dtype).flatten(0, -2), None
+        needs, found = ctx.needs_input_grad, []
+        for i, (grad, weight, c) in enumerate(zip(grads, weights, of_weights, strict=True)):
+            learns_weight, learns_grid, _, learns_bias = needs[4 + 4 * i : 8 + 4 * i]
+            grad = grad.flatten(0, -2)  # (tokens, m)
+            if needs[1] or needs[2]:
+                rounded_weight = _on(weight, c).to(ctx.dtype)
+                of_rounded_x = grad @ rounded_weight if i == 0 else of_rounded_x.addmm_(grad, rounded_weight)
+            slope = grad.T @ rounded_x if learns_weight or learns_grid else None
+            found += [*_slopes(slope, weight, c, learns_weight, learns_grid), None]
+            found.append(grad.sum(0) if learns_bias else None)
+        slopes = _slopes(of_rounded_x, x.flatten(0, -2), constants, *needs[1:3])
+        return None, slopes[0] if slopes[0] is None else slopes[0].view(x.shape), slopes[1], None, *found
+
+
+def _on(x: Tensor, constants: Tensor | None) -> Tensor:
+    """x on its grid; None: the unquantized x."""
+    if constants is None:
+        return x
+    return _functions(x)[0](x.contiguous().view(-1).data, constants).view(x.shape)
+
+
+def _slopes(grad: Tensor | None, x: Tensor, constants: Tensor | None, of_x: bool, of_grid: bool) -> tuple:
+    """What arrives at x and at its grid, of a gradient with regard to x on its grid."""
+    if grad is None or constants is None:
+        return None if grad is None or not of_x else grad.to(x.dtype), None
+    _, backward, of_gates = _functions(x)
+    flat = grad.contiguous().view(-1).data, x.contiguous().view(-1).data, constants
+    if not of_x:
+        return None, of_gates(*flat) if of_grid else None
+    to_x, to_grid = backward(*flat)
+    return to_x.view(x.shape), to_grid
+
+
+class Map(NamedTuple):
+    """One linear map: weight (m, n), its grid (None: unquantized), bias (m,) or None."""
+
+    weight: Tensor
+    grid: Grid | None
+    bias: Tensor | None = None
+
+
+def quantized_products(x: Tensor, grid: Grid | None, maps: list[Map]) -> tuple[Tensor, ...]:
+    """Q(W) Q(x) + b of each map, differentiable in everything; under autocast, products are in its dtype.
+
+    Shapes: x (..., n) -> (..., m) of each map.   grid: of x, None for the unquantized x.
+    """
+    device = x.device.type
+    if grid is None and all(each.grid is None for each in maps):
+        return tuple(F.linear(x, weight, bias) for weight, _, bias in maps)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else maps[0].weight.dtype
+    flat = [part for weight, g, bias in maps for part in (weight, *(g or (None, None)), bias)]
+    return _Products.apply(dtype, x, *(grid or (None, None)), *flat)
 
 
 def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:
@@ -118,8 +245,8 @@ def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:
 
     Shapes: x any; value_range () > 0; weights (5,), one for each bit width of LADDER, see `mixture_weights`.
     """
-    flat = x.contiguous().view(-1)  # one dynamic dimension: every tensor of a network runs the same two kernels
-    return _Quantize.apply(flat, value_range.to(weights.dtype), weights).view(x.shape)
+    (grid,) = grids(value_range, weights)
+    return quantize_on(x, grid)
 
 
 def quantize(x: Tensor, value_range: Tensor, gates: Tensor) -> Tensor:
@@ -144,8 +271,8 @@ def integer_codes(x: Tensor, value_range: Tensor, bits: int) -> tuple[Tensor, Te
     """
     if bits not in _GRIDS:
         raise ValueError(f"only {_GRIDS} bit have integer codes, got {bits}")
-    scales, inverse = _scales(value_range)
-    codes = _codes(x.to(value_range.dtype), inverse[_GRIDS.index(bits)], bits)
+    (scales, inverse), edge = _scales(value_range), _edge(value_range)
+    codes = (x.to(value_range.dtype).clamp(-edge, edge) * inverse[_GRIDS.index(bits)]).round()
     return codes.to(torch.int8 if bits <= 8 else torch.int16), scales[_GRIDS.index(bits)]
 
 
@@ -156,9 +283,10 @@ def squared_errors(x: Tensor, ranges: Tensor, weights: Tensor) -> Tensor:
     """
     x, weights, errors = x.flatten().to(ranges.dtype), weights.flatten().to(ranges.dtype), []
     for value_range in ranges:
-        scales, inverse = _scales(value_range)
-        grids = (_codes(x, inverse[i], bits) * scales[i] for i, bits in enumerate(_GRIDS))
-        errors.append(torch.stack([((grid - x).square() * weights).mean() for grid in grids] + [x.new_zeros(())]))
+        (scales, inverse), edge = _scales(value_range), _edge(value_range)
+        clipped = x.clamp(-edge, edge)
+        on_grids = ((clipped * inverse[i]).round() * scales[i] for i in range(len(_GRIDS)))
+        errors.append(torch.stack([((value - x).square() * weights).mean() for value in on_grids] + [x.new_zeros(())]))
     return torch.stack(errors)
 
 

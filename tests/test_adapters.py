@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from models import batch, random_chains, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 
-from pyro_blora import adapters
+from pyro_blora import adapters, handover, quantizer
 from pyro_blora.adapters import ADAPTER, GatedLinear, QuantizedLinear, attach, calibrate, open_gates
 from pyro_blora.layout import LADDER, SCOPES, head_modules
 
@@ -382,3 +382,81 @@ def test_bfloat16_autocast_keeps_the_network_close():
         rounded = logits(net, z, g)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_deberta])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_inputs_are_rounded_once_and_give_what_equal_inputs_give(build, checkpointing, monkeypatch):
+    shared, own = (gated(build, share_inputs=share) for share in (True, False))
+    own.load_state_dict(shared.state_dict())
+    owners = shared.layout.input_owner
+    with torch.no_grad():
+        shared.log_range.copy_(torch.rand_like(shared.log_range))
+        own.log_range.copy_(shared.log_range)
+        own.log_range[:, 0] = shared.log_range[owners, 0]
+    z, g = (x.clone().requires_grad_() for x in some_gates(shared.layout))
+    equal = z.detach().clone()
+    equal[:, 0] = z[owners, 0].detach()
+    equal.requires_grad_()
+    rounded, inner = [], handover.quantize_on
+    monkeypatch.setattr(handover, "quantize_on", lambda x, grid: rounded.append(x.shape[-1]) or inner(x, grid))
+    if checkpointing:
+        shared.gradient_checkpointing_enable()
+        shared.train(), own.train()
+        for module in (*shared.modules(), *own.modules()):
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    outs = []
+    for net, chains in ((shared, z), (own, equal)):
+        with adapters.gates(net, chains, g):
+            outs.append(net(**batch()[0]).logits)
+        if net is shared and not checkpointing:
+            inputs = rounded.count(net.layout.projections[0].in_features)
+            assert inputs == 2 if build is tiny_bert else inputs <= 6  # DeBERTa's layers read positions, too
+    torch.testing.assert_close(*outs)
+    mine, true = (torch.autograd.grad(out.sum(), (chains, net.log_range))
+                  for out, chains, net in zip(outs, (z, equal), (shared, own), strict=True))  # fmt: skip
+    for slope, separate in zip(mine, true, strict=True):
+        summed = separate.clone()
+        summed[:, 0] = torch.zeros_like(separate[:, 0]).index_add(0, owners, separate[:, 0])
+        torch.testing.assert_close(slope, summed, atol=1e-5, rtol=1e-4)
+
+
+def test_the_whole_network_can_be_compiled_without_a_break(monkeypatch):
+    """For torch.compile the layers are plain PyTorch: the quantizer's own compiled kernels stay out of the way."""
+    torch.compiler.reset()
+    monkeypatch.setattr(quantizer, "_kernels", None)  # nobody asks for them
+    net = gated(tiny_bert, scope="encoder")
+    z, g = some_gates(net.layout)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizer, "_kernels", lambda device: quantizer._EAGER)
+        plain = gradients(net, z, g)
+    torch._dynamo.utils.counters.clear()
+    net.peft_model.compile(backend="aot_eager")
+    compiled = gradients(net, z, g)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for slope, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(slope, expected, atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
+def test_a_shared_input_is_rounded_anew_in_every_block():
+    """Also where the very same tensor comes again under other gates, in a block within a block."""
+    net = gated(tiny_bert, share_inputs=True)
+    layer, x = net.layers()[0], torch.randn(2, 3, 32)
+    coarse, fine = (torch.full(net.layout.z_shape, value) for value in (0.0, 1.0))
+    g = torch.ones(net.layout.g_shape)
+
+    def alone(z):
+        with adapters.gates(net, z, g):
+            return layer(x)
+
+    expected = alone(coarse), alone(fine)
+    assert not torch.equal(*expected)
+    with adapters.gates(net, coarse, g):
+        before = layer(x)
+        with adapters.gates(net, fine, g):
+            within = layer(x)
+        after = layer(x)
+    assert torch.equal(before, expected[0]) and torch.equal(within, expected[1]) and torch.equal(after, expected[0])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import kl_divergence
 
-from pyro_blora.gates import NestedBernoulli, RelaxedNestedBernoulli, pinned_logits
+from pyro_blora.gates import NestedBernoulli, RelaxedNestedBernoulli, _Nested, log_at_least, pinned_logits
 
 PROBS = torch.tensor([[0.9, 0.5, 0.25], [0.3, 0.99, 0.6]], dtype=torch.float64)  # (2, K), conditional
 OTHER = torch.tensor([[0.2, 0.7, 0.4], [0.8, 0.1, 0.95]], dtype=torch.float64)
@@ -377,3 +377,29 @@ def test_without_data_svi_returns_the_prior(hard):
         elbo.differentiable_loss(model, guide).backward()
         optimizer.step()
     assert bool((logits.sigmoid() - 0.25).abs().max() < 0.01)
+
+
+@pytest.mark.parametrize("gates", [1, 4, 9])
+def test_the_slope_of_a_chain_is_that_of_the_product_with_closed_gates_too(gates):
+    torch.manual_seed(0)
+    x = torch.rand(5, gates, dtype=torch.float64)
+    x[0, gates // 2], x[1, 0], x[1, -1], x[2] = 0.0, 0.0, 0.0, 0.0
+    x.requires_grad_()
+    upstream = torch.randn_like(x)
+    ours, theirs = (torch.autograd.grad(chain, x, upstream)[0] for chain in (_Nested.apply(x), x.cumprod(-1)))
+    torch.testing.assert_close(ours, theirs, atol=1e-14, rtol=1e-12)
+
+
+@pytest.mark.parametrize("depths", [2, 5, 10])
+def test_the_slope_of_log_at_least_is_that_of_logsumexp(depths):
+    torch.manual_seed(0)
+    x = (20 * torch.randn(6, depths, dtype=torch.float64)).requires_grad_()
+    each = torch.stack([x[:, k:].logsumexp(-1) for k in range(depths)], -1)
+    torch.testing.assert_close(log_at_least(x), each)
+    upstream = torch.randn_like(x)
+    ours, theirs = (torch.autograd.grad(value, x, upstream)[0] for value in (log_at_least(x), each))
+    torch.testing.assert_close(ours, theirs)
+    impossible = x.detach().clone()
+    impossible[:, -1] = -torch.inf
+    (slope,) = torch.autograd.grad(log_at_least(impossible.requires_grad_())[:, :-1].sum(), impossible)
+    assert bool(slope.isfinite().all()) and not slope[:, -1].any()
