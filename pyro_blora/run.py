@@ -13,6 +13,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import accelerate
 import pandas as pd
@@ -21,13 +22,16 @@ from tqdm.auto import tqdm
 
 from .arviz_data import concatenate, read, save
 from .bops import expected_bits, expected_bops, expected_rank
-from .build import check_names
+from .build import build, check_names
+from .checkpoint import trainable
 from .config import RunConfig
-from .data import by_length, on_device, take
+from .data import batches_by_length, by_length, loader, on_device, take
 from .exporting import export
 from .gates import Gates
 from .inference_data import to_arviz
 from .posterior import ECE_BINS, Prediction, bops, deployed, draw, marginals, mean_kl, predict
+from .processes import gathered, own_share, sharding_wanted
+from .program import BayesianLoRA
 from .ranges import clipped
 from .report import write_report
 from .show import show_run
@@ -67,10 +71,10 @@ def _complete(config: RunConfig, folder: Path) -> None:
     for one, place in restarts:
         if not place.exists():
             _complete(one, place)
-    trained = fit(config, folder=partial)
+    trained, began = fit(config, folder=partial), time.perf_counter()
+    evaluated = _evaluate(trained)  # by all processes
     if accelerate.PartialState().is_main_process:
-        began = time.perf_counter()
-        summary = _finish(trained, partial, [place for _, place in restarts])
+        summary = _write(trained, evaluated, partial, [place for _, place in restarts])
         summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
         (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -96,33 +100,58 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _finish(trained: Trained, folder: Path, restarts: list[Path]) -> dict:
-    """Everything that follows training: predictions, posterior, adapter; returns the summary.
+class _Evaluated(NamedTuple):
+    """What takes forwards of the network, on every process.
+
+    draws: of the gates; pairs: averaged over them, and deployed, by split; fitted: of training rows; beyond (L, T);
+    by_rank: scores of every rank, where the guide serves them.
+    """
+
+    draws: Gates
+    pairs: dict[str, tuple[Prediction, Prediction]]
+    fitted: Prediction
+    beyond: torch.Tensor
+    by_rank: list[dict]
+
+
+def _evaluate(trained: Trained) -> _Evaluated:
+    parts, program, seed = trained.parts, trained.program, trained.parts.config.seed
+    draws = draw(program, parts.config.draws, seed=seed)
+    pairs = {split: _averaged_and_deployed(trained, split, draws) for split in parts.tokens if split != "train"}
+    train = take(parts.tokens["train"], _ELBO_EXAMPLES, seed)
+    fitted = _predict(trained, "train", draw(program, _ELBO_DRAWS, seed=seed), train)
+    rows = take(parts.tokens["train"], _RANGE_EXAMPLES, seed)
+    load, _ = by_length(rows, parts.tokenizer, 2 * parts.config.batch_size)
+    beyond = clipped(program, on_device(load, program.log_scale.device))
+    by_rank = _by_rank(trained) if getattr(program.gate_guide, "serves_every_rank", False) else []
+    return _Evaluated(draws, pairs, fitted, beyond, by_rank)
+
+
+def _write(trained: Trained, evaluated: _Evaluated, folder: Path, restarts: list[Path]) -> dict:
+    """Posterior, adapter and predictions into the folder; returns the summary.
 
     restarts: folders of finished runs, the further chains.
     """
     parts, program, config = trained.parts, trained.program, trained.parts.config
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
-    draws = draw(program, config.draws, seed=config.seed)
-    pairs = {split: _averaged_and_deployed(trained, split, draws) for split in parts.tokens if split != "train"}
+    draws, pairs, fitted, beyond, by_rank = evaluated
     prediction, at_mode = pairs["eval"]
-    beyond = clipped(program, _batches(trained, take(parts.tokens["train"], _RANGE_EXAMPLES, config.seed))[0])
     data = to_arviz(program, draws, prediction, labels=parts.task.labels, clipped=beyond, seed=config.seed)
     if restarts:
         data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
     save(data, folder / "posterior.nc")
-    export(program, folder / "adapter")
+    export(_unsharded(trained), folder / "adapter")
     for split, pair in pairs.items():
         name = "predictions.parquet" if split == "eval" else f"predictions_{split.removeprefix('eval_')}.parquet"
         _table(trained, split, *pair).to_parquet(folder / name)
-    summary = _summary(trained, prediction, at_mode)
+    summary = _summary(trained, prediction, at_mode, fitted)
     if restarts:
         summary["restarts"] = [_of_restart(place) for place in restarts]
     for split, (predicted, _) in pairs.items():
         if split != "eval":
             summary[split] = _scores(trained, predicted)
-    if getattr(program.gate_guide, "serves_every_rank", False):
-        summary["by_rank"] = _by_rank(trained)
+    if by_rank:
+        summary["by_rank"] = by_rank
     return summary
 
 
@@ -158,15 +187,27 @@ def _by_rank(trained: Trained) -> list[dict]:
 
 
 def _predict(trained: Trained, split: str, draws: Gates, rows=None, dropout_seed: int | None = None) -> Prediction:
-    batches, order, count = _batches(trained, trained.parts.tokens[split] if rows is None else rows)
-    bar = tqdm(batches, desc=f"predict {split}", total=count, leave=False, dynamic_ncols=True)
-    return predict(trained.program, bar, gates=draws, dropout_seed=dropout_seed).restored(order)
+    """Of all rows, on every process, which each predicts some of."""
+    rows = trained.parts.tokens[split] if rows is None else rows
+    mine = own_share(batches_by_length(rows, 2 * trained.parts.config.batch_size))
+    load = on_device(loader(rows, trained.parts.tokenizer, mine), trained.program.log_scale.device)
+    bar = tqdm(load, desc=f"predict {split}", total=len(mine), leave=False, dynamic_ncols=True,
+               disable=not accelerate.PartialState().is_main_process)  # fmt: skip
+    prediction = predict(trained.program, bar, gates=draws, dropout_seed=dropout_seed)
+    parts = gathered((prediction, [i for batch in mine for i in batch]))
+    order = torch.tensor([i for _, numbers in parts for i in numbers])
+    return Prediction.joined([part for part, _ in parts]).restored(order)
 
 
-def _batches(trained: Trained, rows):
-    """(inputs, labels) of some rows by length, on the device; the order; how many batches."""
-    batches, order = by_length(rows, trained.parts.tokenizer, 2 * trained.parts.config.batch_size)
-    return on_device(batches, trained.program.log_scale.device), order, len(batches)
+def _unsharded(trained: Trained) -> BayesianLoRA:
+    """The trained program; of a sharded one a copy in this process's memory."""
+    if not sharding_wanted():
+        return trained.program
+    copy = build(trained.parts.config).program
+    with torch.no_grad():
+        for mine, learned in zip(trainable(copy).values(), trainable(trained.program).values(), strict=True):
+            mine.copy_(learned)
+    return copy.eval()
 
 
 def _scores(trained: Trained, prediction: Prediction) -> dict:
@@ -205,13 +246,11 @@ def _table(trained: Trained, split: str, prediction: Prediction, at_mode: Predic
 
 
 @torch.no_grad()
-def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction) -> dict:
-    parts, program, config = trained.parts, trained.program, trained.parts.config
+def _summary(trained: Trained, prediction: Prediction, at_mode: Prediction, fitted: Prediction) -> dict:
+    program, config = trained.program, trained.parts.config
     net, layout, (z, g) = program.net, program.net.layout, marginals(program)
     learning = [*net.adapter_parameters(), *net.head_parameters()]
     kl_z, kl_g = mean_kl(program, seed=config.seed)
-    train = take(parts.tokens["train"], _ELBO_EXAMPLES, config.seed)
-    fitted = _predict(trained, "train", draw(program, _ELBO_DRAWS, seed=config.seed), train)
     expected, at = bops(program), expected_bops(layout, *deployed(program))
     ratios = expected_bops(layout, *draw(program, _BOPS_DRAWS, seed=config.seed)).adapted_ratio.cpu()
     bits, ranks = expected_bits(layout, z).cpu(), expected_rank(g).cpu()

@@ -6,7 +6,6 @@ The loss is -ELBO / N at any accumulation and on any number of processes. Every 
 seeded by (seed, step, micro-batch, process), so a run that is cut off resumes to the same bits.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -26,6 +25,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .data import epoch_order, loader, on_device, split_labels
 from .posterior import bops, component_marginals
+from .processes import average_gradients, shard, sharding_wanted
 from .program import BayesianLoRA
 from .ranges import range_errors
 from .schedule import Schedule
@@ -65,7 +65,7 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
         {"name": "gates", "params": gates, "weight_decay": 0},
         {"name": "ranges", "params": [net.log_range], "weight_decay": 0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
 
 
 def step_seed(*numbers: int) -> int:
@@ -86,8 +86,6 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
         cpu=not torch.cuda.is_available(),  # exact BOPs are float64, which Apple's GPUs do not have
         log_with=config.tracker,
         project_dir=folder,
-        # pinned gates and an unused log_scale get no gradient
-        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if config.tracker and not accelerator.log_with:
         raise ValueError(
@@ -111,6 +109,9 @@ class _Loop:
 
     def run(self, until: int | None = None) -> Trained:
         config, accelerator, began = self.config, self.accelerator, time.perf_counter()
+        if sharding_wanted():
+            shard(self.program.net.peft_model, accelerator)
+            self.program.net.handover.keeps_weights = False  # all layers' at once would be the whole backbone
         self.program.to(accelerator.device)
         self._calibrate()
         optimizer = make_optimizer(self.program, config)
@@ -119,7 +120,7 @@ class _Loop:
         first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer, total) if self.folder else 0
         self._restore_lines(first)
         began -= self.lines[-1]["seconds"] if self.lines else 0.0
-        self.wrapped, optimizer = accelerator.prepare(self.program, optimizer)
+        self.learning = [p for group in optimizer.param_groups for p in group["params"]]
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
         with tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step",
@@ -132,11 +133,11 @@ class _Loop:
                     self._start_gates(optimizer)
                 bar.update()
                 if (step + 1) % config.logging_steps == 0 or step + 1 == last:
-                    self._log(step + 1, time.perf_counter() - began, bar, optimizer.optimizer)
+                    self._log(step + 1, time.perf_counter() - began, bar, optimizer)
                 due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == last
                 if self.folder and accelerator.is_main_process and due:
                     self._require_finite(step)
-                    save_checkpoint(self.folder / "checkpoints", self.program, optimizer.optimizer, step + 1, total)
+                    save_checkpoint(self.folder / "checkpoints", self.program, optimizer, step + 1, total)
         if config.tracker:
             accelerator.end_training()
         self.program.eval()
@@ -159,22 +160,21 @@ class _Loop:
         for group in optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(group["name"], step)
         temperature, kl_weight = self.schedule.temperature(step), self.schedule.kl_weight(step)
-        self.wrapped.train()
+        self.program.train()
         parts = []
         for micro, batch in enumerate(micro_batches):
-            last = micro + 1 == len(micro_batches)
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
             inputs, labels = split_labels({k: v.to(accelerator.device) for k, v in batch.items()})
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                try:
-                    loss, elbo = self.wrapped(inputs, labels, temperature, kl_weight)
-                except ValueError as error:  # the likelihood refuses logits that are nan
-                    raise ValueError(f"{_DIVERGED.format(step)} ({str(error).splitlines()[0]})") from error
-                accelerator.backward(loss / len(micro_batches))
+            try:
+                loss, elbo = self.program(inputs, labels, temperature, kl_weight)
+            except ValueError as error:  # the likelihood refuses logits that are nan
+                raise ValueError(f"{_DIVERGED.format(step)} ({str(error).splitlines()[0]})") from error
+            (loss / len(micro_batches)).backward()
             parts.append(torch.stack([x.detach().float() for x in (loss, *elbo)]))
         net = self.program.net
-        learning = [*net.adapter_parameters(), *net.head_parameters()]
-        self.grad_norm = accelerator.clip_grad_norm_(learning, config.clip_norm)
+        average_gradients(self.learning, accelerator)
+        clipped = [*net.adapter_parameters(), *net.head_parameters()]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
         optimizer.step()
         if hasattr(net, "allocate"):
             guide = self.program.gate_guide
@@ -182,7 +182,7 @@ class _Loop:
         optimizer.zero_grad()
         if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
             self.program.prior.adapt(component_marginals(self.program))
-        self.last = torch.stack(parts).mean(0)  # loss, nll, kl_z, kl_g, read on the host when a line is logged
+        self.last = torch.stack(parts).mean(0)  # loss, nll, kl_z, kl_g of this process, read when a line is logged
 
     def _require_finite(self, step: int) -> None:
         if not bool(self.last.isfinite().all()):
@@ -241,6 +241,7 @@ class _Loop:
     @torch.no_grad()
     def _measure(self) -> dict:
         program, layout = self.program, self.program.net.layout
+        self.last = self.accelerator.reduce(self.last, "mean")
         z, g = (law.mean for law in program.gate_guide.posterior())
         expected = bops(program)
         numbers = {

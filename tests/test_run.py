@@ -242,13 +242,9 @@ def test_regression_runs_to_a_summary(backbone, glue_dir, tmp_path):
 
 @pytest.mark.parametrize("laws", [{}, {"guide": "mixture", "prior": "hierarchical"}], ids=["defaults", "sampled-kl"])
 def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, monkeypatch, laws):
-    from pyro_blora import run as run_module
 
     config = tiny_config(backbone, output_dir=str(tmp_path / "cut"), **laws)
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config)
+    cut_off(config, "export", monkeypatch)
     assert [path.name for path in Path(config.output_dir).iterdir()] == [f".{config.folder_name}.partial"]
     cut = train_run(config)
     whole = train_run(tiny_config(backbone, output_dir=str(tmp_path / "whole"), **laws))
@@ -297,15 +293,20 @@ def test_restarts_have_the_same_training_rows_and_a_seed_of_their_own(backbone):
     assert [one.data_seed for one in each_restart(tiny_config(backbone, restarts=2, data_seed=9))] == [9]
 
 
-def test_a_run_that_is_cut_off_in_its_restart_goes_on(backbone, restarted, tmp_path, monkeypatch):
-    """After the restart has trained, and before its folder has its name."""
+def cut_off(config, function, monkeypatch):
+    """Kill the run where it calls a function of run.py."""
     from pyro_blora import run as run_module
 
-    config = tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(run_module, function, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train_run(config)
+
+
+def test_a_run_that_is_cut_off_in_its_restart_goes_on(backbone, restarted, tmp_path, monkeypatch):
+    """After the restart has trained, and before its folder has its name."""
+    config = tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "cut"))
+    cut_off(config, "export", monkeypatch)
     left = Path(config.output_dir) / f".{config.folder_name}.partial"
     assert [path.name for path in (left / "restarts").iterdir()] == [".seed-1.partial"]
     folder = train_run(config)
@@ -316,13 +317,8 @@ def test_a_run_that_is_cut_off_in_its_restart_goes_on(backbone, restarted, tmp_p
 
 
 def test_an_interrupted_restart_is_resumed(backbone, restarted, tmp_path, monkeypatch):
-    from pyro_blora import run as run_module
-
     config = tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "concatenate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config)
+    cut_off(config, "concatenate", monkeypatch)
     kept = Path(config.output_dir) / f".{config.folder_name}.partial" / "restarts" / "seed-1" / "summary.json"
     before = kept.stat().st_mtime_ns
     folder = train_run(config)

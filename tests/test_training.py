@@ -292,6 +292,7 @@ def test_bf16_trains(backbone):
         {"estimator": "enumerate", "prior": "fixed", "prior_settings": {"bits": 4, "rank": 2}},
         {"rank": 1},
         {"gradient_checkpointing": True},
+        {"share_inputs": True, "gradient_checkpointing": True, "scope": "encoder"},
         {"prior": "fixed", "prior_settings": {"bits": 4, "rank": 2}},
     ],
     ids=str,

@@ -1,0 +1,69 @@
+"""Several processes, one a device, as torchrun or `accelerate launch` starts them: what they share and split.
+
+Data parallel: every process has its own part of each step's examples and its own draw of the gates, and gradients are
+averaged. A backbone that does not fit on one device is sharded by FSDP2; what learns is small and stays whole
+everywhere. Evaluation is split, too: the same draws on every process, each on its own batches.
+"""
+
+import os
+
+import accelerate
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model, gather_object
+from torch import Tensor, nn
+
+
+def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Accelerator) -> None:
+    """The mean of the processes' gradients, in one transfer: what learns is small, whatever the size of the backbone.
+
+    So nothing has to be wrapped, and gates without a gradient, or a sharded backbone, are no special case.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]  # the same ones on every process
+    if accelerator.num_processes > 1 and gradients:
+        mean = accelerator.reduce(torch.cat([x.flatten() for x in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([x.numel() for x in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def sharding_wanted() -> bool:
+    """Whether the launcher of several processes asked for a sharded backbone, by --use_fsdp or its variable."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and accelerate.PartialState().num_processes > 1
+
+
+def shard(model: nn.Module, accelerator: accelerate.Accelerator) -> None:
+    """Split the frozen weights of a Hugging Face model over the processes, layer by layer, with Accelerate's FSDP2.
+
+    Each layer's weights are gathered for as long as it runs. What learns is left whole. Settings are the launcher's.
+    Errors: ValueError for FSDP version 1, and for an encoder that learns as a whole.
+    """
+    plugin = FullyShardedDataParallelPlugin()  # reads what the launcher set
+    if plugin.fsdp_version != 2:
+        raise ValueError("a backbone is sharded by FSDP2: launch with --fsdp_version 2 (FSDP_VERSION=2)")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not frozen:
+        raise ValueError("nothing is frozen that could be sharded: drop --use_fsdp, or train an adapter")
+    plugin.ignored_modules = [
+        module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    plugin.cpu_ram_efficient_loading = False  # it would replace the parameters that our modules hold
+    accelerator.state.fsdp_plugin = plugin
+    fsdp2_prepare_model(accelerator, model)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that was computed from a sharded weight, on every process; others as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def own_share(batches: list) -> list:
+    """This process's batches: as many as every other has, the last ones twice where they do not go up evenly."""
+    state = accelerate.PartialState()
+    each = -(-len(batches) // state.num_processes)
+    padded = batches + batches[-1:] * (each * state.num_processes - len(batches))
+    return padded[state.process_index :: state.num_processes]
+
+
+def gathered(part: object) -> list:
+    """Every process's part, in their order."""
+    return gather_object([part]) if accelerate.PartialState().num_processes > 1 else [part]
