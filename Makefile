@@ -1,7 +1,6 @@
 # make run | test | lint | bench | clean. The environment in .venv is made once, and again when a pinned version changes.
 
 PYTHON ?= python3
-GLUE ?= ../shared/data/glue
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
@@ -18,7 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 bench: $(INSTALLED)
-	$(BIN)/python experiments/glue_small.py --glue_dir $(GLUE)
+	$(BIN)/python experiments/benchmark.py
 
 # The stamp's name holds a checksum of both files: a fresh checkout of the same versions reuses the environment.
 # torch goes first and alone, so that a build of your choice that is installed already (CUDA, ROCm) is kept if it fits.
