@@ -12,7 +12,7 @@ from pathlib import Path
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x whenever it is imported
     import arviz
-import h5netcdf
+import h5py
 import numpy as np
 import pandas as pd
 import xarray
@@ -62,8 +62,9 @@ def read(path: str | Path):
         raise ValueError(f"{path} does not exist: a finished run has one")
     try:
         raw = path.read_bytes()  # from memory: no handle stays open, whatever is found inside
-        with h5netcdf.File(io.BytesIO(raw), "r") as file:
-            names = list(file.groups)
+        with h5py.File(io.BytesIO(raw), "r") as file:
+            file.visititems(lambda name, item: None)  # every header: h5netcdf stumbles over a bad one, and again later
+            names = [name for name, item in file.items() if isinstance(item, h5py.Group)]
         root, *parts = (xarray.load_dataset(io.BytesIO(raw), group=name, engine="h5netcdf") for name in (None, *names))
         found = dict(zip(names, parts, strict=True))
     except Exception as error:  # whatever h5py, xarray or ArviZ make of bytes that are none of theirs

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .gates import Gates
-from .layout import AdapterLayout
+from .layout import INPUT, AdapterLayout
 
 
 class Full(NamedTuple):
@@ -40,9 +40,16 @@ class BOPs(NamedTuple):
 
 
 def expected_bits(layout: AdapterLayout, z_probs: Tensor) -> Tensor:
-    """Expected bit width of each tensor.  z_probs (..., L, T, K) marginals or draws -> (..., L, T), bits."""
+    """Expected bit width of each tensor, a shared input in every projection that reads it.
+
+    z_probs (..., L, T, K) marginals or draws -> (..., L, T), bits.
+    """
     ladder = torch.tensor(layout.ladder, dtype=z_probs.dtype, device=z_probs.device)
-    return ladder[0] + z_probs @ ladder.diff()
+    bits = ladder[0] + z_probs @ ladder.diff()
+    if not layout.share_inputs:
+        return bits
+    shared = bits[..., INPUT].index_select(-1, layout.input_owner.to(bits.device))
+    return torch.cat([shared[..., None], bits[..., INPUT + 1 :]], -1)
 
 
 def expected_rank(g_probs: Tensor) -> Tensor:
@@ -116,5 +123,8 @@ def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates:
     steps = torch.tensor(layout.ladder, dtype=torch.float64).diff()
     shares = (1 - z_probs) * steps  # (L, T, K): bits that each gate saves
     per_bit = torch.stack([saved[t] / (most - bits[:, i]).clamp(min=1e-12) for i, t in enumerate(layout.tensors)], -1)
+    read = per_bit[:, INPUT].clone()
+    per_bit[:, INPUT] = torch.zeros_like(read).index_add(0, layout.input_owner, read)  # what all that read it save
+    shares = torch.where(layout.z_mask[..., None], shares, 0.0)
     per_rank = saved["rank"] / (rank - expected_rank(g_probs)).clamp(min=1e-12)
     return Gates(shares * per_bit[..., None], (1 - g_probs) * per_rank[:, None])

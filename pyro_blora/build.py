@@ -67,7 +67,8 @@ def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
     if config.adapter == "adalora":
         net = attach_adalora(backbone, **settings)
     else:
-        net = attach(backbone, adapter=config.adapter, init_lora_weights=config.init_lora_weights, **settings)
+        settings |= {"init_lora_weights": config.init_lora_weights, "share_inputs": config.share_inputs}
+        net = attach(backbone, adapter=config.adapter, **settings)
     net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()

@@ -27,7 +27,8 @@ CHOICES = {
 }
 # Left out of the digest: they say where and how a run is watched and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
-_ADDED = (("data_seed", None), ("restarts", 1))  # later than runs whose folders are to keep their names
+# Later than runs whose folders are to keep their names.
+_ADDED = (("data_seed", None), ("restarts", 1), ("share_inputs", False))
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
 
@@ -61,6 +62,7 @@ class RunConfig:
         None, "modules to adapt: names separated by commas, or one regular expression; none: the architecture's preset"
     )
     scope: str = _field("adapted", "what is quantized: adapted (the adapted projections) or encoder (every projection)")
+    share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")
     batch_size: int = _field(16, "examples per device and forward")

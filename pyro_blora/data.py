@@ -50,10 +50,15 @@ def by_length(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[DataLoader, torch.Tensor]:
     """Every row once, long ones first so that little is padded, for evaluation; and the rows' numbers in that order."""
+    batches = batches_by_length(rows, batch_size)
+    return loader(rows, tokenizer, batches), torch.tensor([i for batch in batches for i in batch])
+
+
+def batches_by_length(rows: datasets.Dataset, batch_size: int) -> list[list[int]]:
+    """The numbers of all rows, long ones first, in batches."""
     lengths = [len(tokens) for tokens in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return loader(rows, tokenizer, batches), torch.tensor(order)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def split_labels(batch: dict) -> tuple[dict, torch.Tensor]:

@@ -12,6 +12,7 @@ Gates when it is called, with
     deployed() -> Gates                 optional, the allocation to export, where it is not where marginals exceed 1/2
     each_law(temperature, hard)         optional, with components: the law of every component; training draws from each,
                                         M forwards a step, as one alone would be M times noisier than a mean field
+    computed_once()                     optional, a context: one evaluation of the ELBO, in which parameters stay
     start(evidence)                     optional, called if `starts_from_data`: set the laws from an estimate of what
                                         the data say about each chain (starting.py)
 
@@ -22,14 +23,16 @@ Gates that the prior pins (probability 0 or 1) are held there: the posterior can
 `@register_guide`, or name it as `--guide file.py:function`.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from .gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, pinned_logits
+from .gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, log_at_least, pinned_logits
 from .layout import AdapterLayout
 from .registry import Registry
 
@@ -44,12 +47,13 @@ _INFORMATION_DRAWS = 64  # of the gates, for what the component tells about them
 
 def conditional_logits(depth_logits: Tensor) -> Tensor:
     """Log-odds of opening each gate given its parent, from unnormalised log P(depth).  (..., K + 1) -> (..., K)"""
-    at_least = depth_logits.flip(-1).logcumsumexp(-1).flip(-1)
-    return at_least[..., 1:] - depth_logits[..., :-1]
+    return log_at_least(depth_logits)[..., 1:] - depth_logits[..., :-1]
 
 
 class _Evidence(nn.Module):
     """Nats that the data add to each step of a chain's depth, for each component; the prior's pins laid over them."""
+
+    _shared: Gates | None = None
 
     def __init__(self, layout: AdapterLayout, prior: nn.Module, open_logit: float | None, components: int = 1):
         super().__init__()
@@ -72,8 +76,19 @@ class _Evidence(nn.Module):
             wanted = RelaxedNestedBernoulli(odds, 1.0, validate_args=False).discrete.depth_log_probs
             parameter.copy_((wanted - law.depth_log_probs).diff(dim=-1).nan_to_num(0.0, 0.0, 0.0))
 
+    @contextlib.contextmanager
+    def computed_once(self) -> Iterator[None]:
+        """A block in which the parameters, and the prior, stay as they are: sampling and KL share the log-odds."""
+        self._shared = _Evidence.logits(self)  # a family that changes them does so to each copy, once
+        try:
+            yield
+        finally:
+            self._shared = None
+
     def logits(self) -> Gates:
         """Conditional log-odds of every component.  z (M, L, T, K), g (M, L, R - 1)"""
+        if self._shared is not None:
+            return self._shared
         return Gates(*map(self._site_logits, self.prior(), (self.z_evidence, self.g_evidence), self.free,
                           (self.z_pins, self.g_pins)))  # fmt: skip
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import TENSORS
-from .quantizer import quantize_mixture
+from .layout import INPUT, TENSORS
+from .quantizer import Grid, Map, quantize_on, quantized_products
 
 
 class Observer:
@@ -32,37 +32,70 @@ class Observer:
 
 
 class Handover:
-    """What the layers of one model read during one call: mixture weights, ranges and ranks, or an observer."""
+    """What the layers of one model read during one call: grids and ranks, or an observer."""
 
-    def __init__(self):
-        # (weights by (projection, tensor), None for the identity; ranges likewise; ranks by projection)
+    def __init__(self, owners: list[int] | None = None):
+        """owners: for each projection the one whose grid its input is on, where some share one; none: each its own."""
+        self.owners = owners
+        self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
+        # (a Grid for each (projection, tensor), None for the identity; ranks by projection; rounded weights by
+        # (projection, tensor), which no gradient can change while they are handed over, or None to keep none)
         self.gates: tuple | None = None
+        self.keeps_weights = True
         self.observer: Observer | None = None
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.activation(projection, tensor, x)
-        return self._quantize(projection, tensor, x)
+        grid = self._grid(projection, tensor)
+        return x if grid is None else quantize_on(x, grid)
 
-    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def products(self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None]) -> list[Tensor]:
+        """Linear maps of the projection's quantized input: (tensor, weight, bias) of each."""
+        x, grid = self._input(projection, x)
         if self.observer is not None:
-            return self.observer.product(projection, tensor, x, weight, bias)
-        return F.linear(x, self._quantize(projection, tensor, weight), bias)
+            return [self.observer.product(projection, tensor, x, weight, bias) for tensor, weight, bias in maps]
+        on_grids = [Map(*self._weight(projection, tensor, weight), bias) for tensor, weight, bias in maps]
+        return quantized_products(x, grid, on_grids)
+
+    def _input(self, projection: int, x: Tensor) -> tuple[Tensor, Grid | None]:
+        """The input and the grid that it is still to be put on: none where an observer or several readers have it."""
+        if self.owners is not None:
+            owner = self.owners[projection]
+            if self.shared is None or self.shared[0] != owner or self.shared[1] is not x:
+                self.shared = owner, x, self.activation(owner, INPUT, x)
+            return self.shared[2], None
+        if self.observer is not None:
+            return self.observer.activation(projection, INPUT, x), None
+        return x, self._grid(projection, INPUT)
+
+    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor) -> Tensor:
+        if self.observer is not None:
+            return self.observer.product(projection, tensor, x, weight, None)
+        weight, grid = self._weight(projection, tensor, weight)
+        return F.linear(x, weight if grid is None else quantize_on(weight, grid))
 
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.ranks(projection, hidden)
-        return hidden * self.gates[2][projection].to(hidden.dtype)
+        return hidden * self.gates[1][projection].to(hidden.dtype)
 
-    def _quantize(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+    def _weight(self, projection: int, tensor: int, weight: Tensor) -> tuple[Tensor, Grid | None]:
+        """The weight and the grid that it is still to be put on: none where its rounded values are kept."""
+        grid, kept = self._grid(projection, tensor), self.gates[2]
+        if grid is None or kept is None:
+            return weight, grid
+        if (projection, tensor) not in kept:
+            kept[projection, tensor] = quantize_on(weight, grid)
+        return kept[projection, tensor], None
+
+    def _grid(self, projection: int, tensor: int) -> Grid | None:
         if self.gates is None:
             raise RuntimeError(
                 "a gated layer was called without gates: wrap the call, `with adapters.gates(net, z, g): net(**batch)`;"
                 " for the deployed allocation use z, g = the modes of the guide's posterior"
             )
-        weights, ranges, _ = self.gates
-        index = projection * len(TENSORS) + tensor
-        return x if weights[index] is None else quantize_mixture(x, ranges[index], weights[index])
+        return self.gates[0][projection * len(TENSORS) + tensor]
 
     def recomputation(self) -> tuple:
         """Contexts of a checkpoint's forward and of its recomputation. A method, so that a deep copy gets its own."""
@@ -71,8 +104,8 @@ class Handover:
 
 @contextlib.contextmanager
 def handed_over(handover: Handover, gates: tuple | None) -> Iterator[None]:
-    before, handover.gates = handover.gates, gates
+    before, handover.gates, handover.shared = handover.gates, gates, None
     try:
         yield
     finally:
-        handover.gates = before
+        handover.gates, handover.shared = before, None

@@ -23,6 +23,7 @@ TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
 INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
 LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
+_READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input
 
 # The attention inputs of each architecture, the ones the paper adapts.
 TARGETS = {
@@ -65,6 +66,7 @@ class AdapterLayout:
     """The gated projections of a model, in model order, and the MACs of everything.
 
     `model_macs` counts every matrix product of one forward of the plain model, attention products and head included.
+    `share_inputs`: query, key and value of a layer share one chain for their input, that of the first of them.
     """
 
     architecture: str
@@ -76,6 +78,7 @@ class AdapterLayout:
     model_macs: int
     tensors: tuple[str, ...] = TENSORS
     ladder: tuple[int, ...] = LADDER
+    share_inputs: bool = False
 
     @classmethod
     def of(
@@ -87,6 +90,7 @@ class AdapterLayout:
         target_modules: str | Iterable[str] | None = None,
         scope: str = "adapted",
         sequence_length: int = 128,
+        share_inputs: bool = False,
     ) -> "AdapterLayout":
         """The layout of a Hugging Face model.
 
@@ -128,6 +132,7 @@ class AdapterLayout:
         return cls(
             architecture=getattr(model.config, "model_type", type(model).__name__), projections=tuple(projections),
             rank=rank, alpha=float(alpha), scope=scope, sequence_length=sequence_length, model_macs=model_macs,
+            share_inputs=share_inputs,
         )  # fmt: skip
 
     def to_dict(self) -> dict:
@@ -165,10 +170,21 @@ class AdapterLayout:
         return torch.tensor([p.adapted for p in self.projections])
 
     @cached_property
+    def input_owner(self) -> Tensor:
+        """(L,) the projection that has the input's chain: itself, or with `share_inputs` the first of its layer."""
+        first, owners = {}, []
+        for i, p in enumerate(self.projections):
+            module = p.name.rpartition(".")[0], p.in_features
+            owners.append(first.setdefault(module, i) if self.share_inputs and p.type in _READ_ALIKE else i)
+        return torch.tensor(owners)
+
+    @cached_property
     def z_mask(self) -> Tensor:
-        """(L, T) bool: the tensors that exist. A projection without an adapter has an input and a base only."""
+        """(L, T) bool: the chains that exist. A projection without an adapter has those of input and base only."""
         always = torch.tensor([t in ("input", "base") for t in self.tensors])
-        return self.g_mask[:, None] | always
+        mask = self.g_mask[:, None] | always
+        mask[:, INPUT] = self.input_owner == torch.arange(len(self.projections))
+        return mask
 
     @cached_property
     def macs(self) -> Tensor:
@@ -184,9 +200,10 @@ class AdapterLayout:
 
     @cached_property
     def tensor_macs(self) -> Tensor:
-        """(L, T) MACs of the products that each tensor takes part in, at full rank."""
+        """(L, T) MACs of the products that each tensor takes part in, at full rank; a shared input in every one."""
         down, up = (self.rank * self.rank_macs).unbind(-1)
-        return torch.stack([self.macs + down, self.macs, down, up, up], -1)
+        read = torch.zeros_like(down).index_add(0, self.input_owner, self.macs + down)
+        return torch.stack([read, self.macs, down, up, up], -1)
 
 
 def _match(linears: dict[str, nn.Linear], targets, architecture: str) -> set[str]:

@@ -7,6 +7,7 @@ Shapes: S draws, E examples, C classes; z (S, L, T, K), g (S, L, R - 1).
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from .program import BayesianLoRA
 
 ECE_BINS = 15
 _KL_DRAWS = 100
+_TOGETHER = 16  # batches that are asked for at the same gates, one after the other
 
 
 @torch.no_grad()
@@ -155,11 +157,18 @@ class Prediction:
     is_regression: bool
 
     def restored(self, order: Tensor) -> "Prediction":
-        """The same with example i at place order[i]: undoes an evaluation order.  order (E,), a permutation."""
-        back = order.argsort()
+        """The same with example i at place order[i]: undoes an evaluation order, in which some may come twice."""
+        back = torch.empty(int(order.max()) + 1, dtype=torch.long)
+        back[order] = torch.arange(len(order))
         return dataclasses.replace(
             self, outputs=self.outputs[:, back], log_likelihood=self.log_likelihood[:, back], labels=self.labels[back]
         )
+
+    @classmethod
+    def joined(cls, parts: list["Prediction"]) -> "Prediction":
+        """Examples of several predictions under the same draws, one after the other."""
+        outputs, log_likelihood = (torch.cat([getattr(p, x) for p in parts], 1) for x in ("outputs", "log_likelihood"))
+        return cls(outputs, log_likelihood, torch.cat([p.labels for p in parts]), parts[0].is_regression)
 
     def of_draws(self, which: slice) -> "Prediction":
         """The same for some of the draws only."""
@@ -200,8 +209,10 @@ def predict(
     program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None,
     dropout_seed: int | None = None,
 ) -> Prediction:  # fmt: skip
-    """Outputs and pointwise log-likelihood of every example under each draw.
+    """Outputs and pointwise log-likelihood of every example under each draw: a forward for each distinct allocation.
 
+    Draws take turns with a few batches at a time, so that weights are rounded once for them, and memory does not grow
+    with the draws but for what is returned.
     batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation.
     dropout_seed: None for no dropout, when identical allocations are run once; else every draw has dropout masks of its
     own, from this seed.
@@ -215,23 +226,27 @@ def predict(
     firsts = [(which == i).nonzero()[0].item() for i in range(int(which.max()) + 1)]
     training = program.training
     program.train(dropout_seed is not None)
-    outputs, log_likelihood, labels = [], [], []
+    parts, batches = [], iter(batches)
     with _seeded(program, dropout_seed or 0):
-        for inputs, label in batches:
-            laws = [_law(program, inputs, gates.z[i], gates.g[i]) for i in firsts]
-            is_regression = not hasattr(laws[0], "probs")
-            out = torch.stack([law.mean[:, None] if is_regression else law.probs for law in laws])
-            outputs.append(out[which].cpu())
-            log_likelihood.append(torch.stack([law.log_prob(label) for law in laws])[which].cpu())
-            labels.append(label.cpu())
+        while chunk := list(itertools.islice(batches, _TOGETHER)):
+            each = [_at(program, chunk, Gates(gates.z[i], gates.g[i])) for i in firsts]
+            outputs, log_likelihood = (
+                torch.cat([getattr(p, x) for p in each])[which] for x in ("outputs", "log_likelihood")
+            )
+            parts.append(dataclasses.replace(each[0], outputs=outputs, log_likelihood=log_likelihood))
     program.train(training)
-    if not labels:
+    if not parts:
         raise ValueError("there are no examples to predict")
-    return Prediction(torch.cat(outputs, 1), torch.cat(log_likelihood, 1), torch.cat(labels), is_regression)
+    return Prediction.joined(parts)
 
 
-def _law(program: BayesianLoRA, inputs: dict, z: Tensor, g: Tensor):
-    return program.likelihood(program.logits(inputs, Gates(z, g)), scale=program.log_scale.exp())
+def _at(program: BayesianLoRA, batches: list[tuple[dict, Tensor]], gates: Gates) -> Prediction:
+    """Of some batches, at given gates: S = 1."""
+    logits, labels = program.each_logits([inputs for inputs, _ in batches], gates), [label for _, label in batches]
+    law, labels = program.likelihood(torch.cat(logits), scale=program.log_scale.exp()), torch.cat(labels)
+    is_regression = not hasattr(law, "probs")
+    outputs = law.mean[:, None] if is_regression else law.probs
+    return Prediction(outputs[None].cpu(), law.log_prob(labels)[None].cpu(), labels.cpu(), is_regression)
 
 
 @torch.no_grad()

@@ -164,9 +164,14 @@ class _Constant(nn.Module):
         self.register_buffer("z_log_probs", gates.z.log_probs, persistent=False)
         self.register_buffer("g_log_probs", gates.g.log_probs, persistent=False)
 
+        self._laws = None
+
     def forward(self) -> Gates:
-        z, g = self.z_log_probs, self.g_log_probs
-        return Gates(NestedBernoulli(z, validate_args=False), NestedBernoulli(g, validate_args=False))
+        """The same laws at every call, as they keep what they compute, until the buffers are others."""
+        log_probs = self.z_log_probs, self.g_log_probs
+        if self._laws is None or any(law.log_probs is not x for law, x in zip(self._laws, log_probs, strict=True)):
+            self._laws = Gates(*(NestedBernoulli(x, validate_args=False) for x in log_probs))
+        return self._laws
 
 
 def build_prior(name: str, layout: AdapterLayout, settings: dict | None = None) -> nn.Module:

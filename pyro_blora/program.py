@@ -10,6 +10,7 @@ Shapes: B batch, N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
 """
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,6 +63,10 @@ class GateProgram(nn.Module, abc.ABC):
     def logits(self, inputs: dict, gates: Gates) -> Tensor:
         """What the likelihood takes, (B, classes), at given gates."""
 
+    def each_logits(self, batches: list[dict], gates: Gates) -> list[Tensor]:
+        """The same for several batches at the same gates."""
+        return [self.logits(inputs, gates) for inputs in batches]
+
     # --- the program ------------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:
@@ -85,8 +90,9 @@ class GateProgram(nn.Module, abc.ABC):
 
     def elbo(self, inputs: dict, labels: Tensor) -> Elbo:
         """NLL by the estimator, KL in closed form: of a reparametrised mean field, Pyro's TraceMeanField_ELBO."""
-        nll = self.estimator(lambda gates: self.nll(inputs, labels, *gates), self.gate_guide, self.temperature)
-        return Elbo(nll, *self.kl())
+        with getattr(self.gate_guide, "computed_once", contextlib.nullcontext)():
+            nll = self.estimator(lambda gates: self.nll(inputs, labels, *gates), self.gate_guide, self.temperature)
+            return Elbo(nll, *self.kl())
 
     def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor) -> Tensor:
         """Mean NLL of a batch at given gates, nats an example: the model, conditioned on them."""
@@ -107,8 +113,12 @@ class BayesianLoRA(GateProgram):
         self.net = net
 
     def logits(self, inputs: dict, gates: Gates) -> Tensor:
+        return self.each_logits([inputs], gates)[0]
+
+    def each_logits(self, batches: list[dict], gates: Gates) -> list[Tensor]:
+        """Without gradients, weights are rounded once for all batches."""
         with adapters.gates(self.net, *gates):
-            return self.net(**inputs).logits.float()
+            return [self.net(**inputs).logits.float() for inputs in batches]
 
     def forward(self, inputs: dict, labels: Tensor, temperature: float, kl_weight: float = 1.0) -> tuple[Tensor, Elbo]:
         """The training loss and its parts, at a temperature of the relaxation.

@@ -20,7 +20,7 @@ OTHER = {
     "scope": "encoder", "max_train": 64, "epochs": 1, "batch_size": 8, "accumulation": 2, "lr": 1e-4, "lr_head": 1e-3,
     "lr_gates": 1e-2, "lr_ranges": 1e-4, "weight_decay": 0.1, "warmup": 0.1, "kl_warmup": 0.5, "kl_weight": 0.5,
     "temperature_start": 0.4, "temperature_end": 0.2, "clip_norm": 0.5, "precision": "bf16",
-    "gradient_checkpointing": True, "max_length": 64, "seed": 1, "data_seed": 3, "restarts": 2,
+    "gradient_checkpointing": True, "share_inputs": True, "max_length": 64, "seed": 1, "data_seed": 3, "restarts": 2,
     "draws": 30, "output_dir": "other",
     "logging_steps": 1, "checkpoint_steps": 7, "tracker": "tensorboard",
 }  # fmt: skip

@@ -39,6 +39,8 @@ FLOORS = {
     "testing": 4,
     "training": 6,
     "charts": 0,
+    "host": 0,
+    "processes": 0,
     "diagnostics": 2,
     "run_files": 3,
     "findings": 3,

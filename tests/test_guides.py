@@ -312,3 +312,32 @@ def test_the_components_of_a_mixture_start_apart(layout):
 def test_a_mixture_of_one_is_refused(layout):
     with pytest.raises(ValueError, match="at least 2 components, got 1: one is guide 'mean_field'"):
         build_guide("mixture", layout, build_prior("nested", layout), {"components": 1})
+
+
+def test_a_family_that_changes_the_log_odds_does_so_once_in_the_elbo(layout):
+    """Within one evaluation of the ELBO the evidence's own log-odds are shared, not what a family makes of them."""
+
+    class Sharper(guides.MeanField):
+        def logits(self):
+            return Gates(*(2 * x for x in super().logits()))
+
+    guide = Sharper(layout, build_prior("nested", layout, {}), open_logit=1.5)
+    alone = guide.laws(0.5, False)
+    with guide.computed_once():
+        shared = guide.laws(0.5, False)
+    again = guide.laws(0.5, False)
+    for law, within, after in zip(alone, shared, again, strict=True):
+        assert torch.equal(law.logits, within.logits) and torch.equal(law.logits, after.logits)
+
+
+def test_sampling_and_kl_compute_the_log_odds_once(layout, monkeypatch):
+    guide, calls = build_guide("mean_field", layout, build_prior("nested", layout, {}), {"open_logit": 1.0}), []
+    inner = guides.conditional_logits
+    monkeypatch.setattr(guides, "conditional_logits", lambda x: calls.append(x) or inner(x))
+    with guide.computed_once():
+        first = guide.laws(0.5, False)
+        guide.laws(0.5, True), guide.components()
+        assert len(calls) == sum(guide.free)  # once for each site that has anything free
+    with torch.no_grad():
+        guide.z_evidence.add_(1.0)
+    assert not torch.equal(first.z.logits, guide.laws(0.5, False).z.logits)  # nothing is kept afterwards

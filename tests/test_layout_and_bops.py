@@ -8,7 +8,7 @@ import torch
 from models import deberta_v3_base, random_chains, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 
 from pyro_blora.adapters import open_gates
-from pyro_blora.bops import expected_bits, expected_bops, expected_rank
+from pyro_blora.bops import expected_bits, expected_bops, expected_rank, savings
 from pyro_blora.gates import NestedBernoulli
 from pyro_blora.layout import LADDER, TENSORS, AdapterLayout, Projection, head_modules
 
@@ -280,3 +280,35 @@ def test_gates_of_another_layout_are_refused(layout):
     for bad in ((z[:-1], g), (z, g[..., :-1]), (z[:, :1], g), (z[..., 0], g)):
         with pytest.raises(ValueError, match="do not fit this layout"):
             expected_bops(layout, *bad)
+
+
+# --- inputs that query, key and value share ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_deberta, tiny_distilbert])
+@pytest.mark.parametrize("scope", ["adapted", "encoder"])
+def test_shared_inputs_cost_what_equal_inputs_cost(build, scope):
+    model = build()
+    shared, own = (layout_of(model, scope=scope, share_inputs=share) for share in (True, False))
+    kinds = [p.type for p in shared.projections]
+    for i, owner in enumerate(shared.input_owner.tolist()):
+        same_layer = shared.projections[i].layer == shared.projections[owner].layer
+        assert same_layer and kinds[owner] == ("query" if kinds[i] in ("query", "key", "value") else kinds[i])
+    assert int(own.z_mask.sum() - shared.z_mask.sum()) == 2 * 2  # key and value of two layers
+    z, g = random_chains(shared.z_shape), random_chains(shared.g_shape)
+    equal = z.clone()
+    equal[:, 0] = z[shared.input_owner, 0]
+    for mine, true in zip(expected_bops(shared, z, g), expected_bops(own, equal, g), strict=True):
+        assert mine == true
+    z[~shared.z_mask] = 1.0  # as guides have what does not exist
+    saved = savings(shared, z, g)
+    spent, most = (expected_bops(shared, *gates) for gates in ((z, g), (torch.ones_like(z), torch.ones_like(g))))
+    total = sum(x.sum() for x in saved)
+    assert total.item() == pytest.approx((most.model - spent.model).item(), rel=1e-9)
+    assert not saved.z[~shared.z_mask].any()
+    read = own.tensor_macs[:, 0]
+    expected = torch.zeros_like(read).index_add(0, shared.input_owner, read)  # in all that read it
+    assert torch.equal(shared.tensor_macs[:, 0], expected) and torch.equal(
+        shared.tensor_macs[:, 1:], own.tensor_macs[:, 1:]
+    )
+    assert AdapterLayout.from_dict(json.loads(json.dumps(shared.to_dict()))) == shared

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import batch, tiny_bert
 
-from pyro_blora import attach, draw, predict
+from pyro_blora import attach, draw, handover, predict
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.posterior import Prediction, deployed, divergences, marginals, mean_kl
@@ -157,3 +157,19 @@ def test_clipped_values_are_those_beyond_the_range(scope):
         share = float((values.abs() > net.log_range[i, 0].exp()).double().mean())
         assert float(found[i, 0]) == pytest.approx(share)
     assert 0 < float(found[0, 0]) <= 1 and float(found.nan_to_num().max()) > float(found.nan_to_num().min())
+
+
+def test_weights_are_rounded_once_for_several_batches_and_anew_for_every_draw(monkeypatch):
+    built, rounded = program(scope="encoder"), []
+    inner = handover.quantize_on
+    monkeypatch.setattr(handover, "quantize_on", lambda x, grid: rounded.append(x.data_ptr()) or inner(x, grid))
+    gates = draw(built, 3)
+    batches = [batch(4, seed=i) for i in range(5)]
+    together = predict(built, batches, gates=gates)
+    weights = {p.data_ptr() for p in built.net.parameters() if p.dim() == 2}
+    counts = [rounded.count(weight) for weight in weights]
+    assert max(counts) == 3 and sum(counts) > 0  # once a draw at most, not once a batch; 32 bit is left alone
+    for i in range(3):
+        one = Gates(gates.z[i : i + 1], gates.g[i : i + 1])
+        alone = torch.cat([predict(built, [each], gates=one).outputs for each in batches], 1)
+        torch.testing.assert_close(together.outputs[i : i + 1], alone)
