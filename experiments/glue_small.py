@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="names, or name:examples to use fewer of them")
+    parser.add_argument("--backbone", default="demo", help="what to adapt: a name or a folder")
     parser.add_argument("--max_train", type=int, default=4000, help="training examples where a task names none")
+    parser.add_argument("--max_length", type=int, default=128, help="longest input, in tokens")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--draws", type=int, default=15)
     parser.add_argument("--output_dir", default="runs/glue_small")
@@ -69,9 +71,9 @@ def main(arguments: list[str]) -> None:
         floor = majority(task, options.glue_dir)
         for label, (prior, settings) in PRIORS.items():
             config = RunConfig(
-                task=task, glue_dir=options.glue_dir, backbone="demo", max_train=int(examples or options.max_train),
-                prior=prior, prior_settings=settings, epochs=options.epochs, draws=options.draws,
-                output_dir=options.output_dir,
+                task=task, glue_dir=options.glue_dir, backbone=options.backbone,
+                max_train=int(examples or options.max_train), max_length=options.max_length, epochs=options.epochs,
+                draws=options.draws, prior=prior, prior_settings=settings, output_dir=options.output_dir,
             )  # fmt: skip
             result = finished(config)
             mark = "" if learned(result, floor) else " †"

@@ -18,7 +18,7 @@ from .flags import preset_names, run_fields, take_settings
 from .methods import METHODS
 from .registry import REQUIRED, Registry, registered
 
-COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides")
+COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights")
 _SITES = (
     "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a prior of their own, --prior.z.SETTING "
     "VALUE its settings; the name `off` opens them for good."
@@ -75,6 +75,8 @@ def _command(argv: list[str]) -> int:
         return 0
     if arguments.command == "priors":
         from .priors import PRIORS as registry
+    elif arguments.command == "weights":
+        from .weights import WEIGHTS as registry
     else:
         from .build import GUIDES as registry  # with those of all modules
     _print_registry(registry)
@@ -123,7 +125,7 @@ def _parser() -> _Parser:
         help="what to do when this very run is finished already: refuse, or show its result (default: error)",
     )
     for field in dataclasses.fields(RunConfig):
-        if field.default is not dataclasses.MISSING:  # prior_settings and guide_settings have flags of their own
+        if field.default is not dataclasses.MISSING:  # settings have flags of their own
             default = "none" if field.default is None else field.default
             train.add_argument(
                 f"--{field.name}",
@@ -135,6 +137,7 @@ def _parser() -> _Parser:
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     commands.add_parser("priors", help="list the registered priors and their settings", allow_abbrev=False)
     commands.add_parser("guides", help="list the registered guides and their settings", allow_abbrev=False)
+    commands.add_parser("weights", help="list the laws of the adapter's weights and their settings", allow_abbrev=False)
     show = commands.add_parser("show", help="print the result table of a finished run", allow_abbrev=False)
     show.add_argument("run", help="the run's folder")
     report = commands.add_parser(
@@ -155,8 +158,9 @@ def _parser() -> _Parser:
 def _epilog() -> str:
     """What can be chosen by name, read from the modules' text: importing them would take seconds."""
     lines = ["methods:", *(f"  {name:14s} {method.line}" for name, method in METHODS.items())]
-    for kind, modules in (("prior", ["priors"]), ("guide", ["guides", "given"])):
-        lines += ["", f"{kind}s, with their settings (--{kind}.NAME VALUE; `pyro-blora {kind}s` lists them):"]
+    for kind, modules in (("prior", ["priors"]), ("guide", ["guides", "given"]), ("weights", ["weights"])):
+        kinds = kind.removesuffix("s") + "s"
+        lines += ["", f"{kinds}, with their settings (--{kind}.NAME VALUE; `pyro-blora {kinds}` lists them):"]
         found = [pair for module in modules for pair in registered(Path(__file__).with_name(f"{module}.py"), kind)]
         lines += [f"  {name:14s} {line}" for name, line in found]
     return "\n".join([*lines, "", *textwrap.wrap(_SITES, 100)])

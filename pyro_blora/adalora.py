@@ -15,8 +15,9 @@ import torch
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor, nn
 
-from .adapters import ADAPTER, GatedModel, freeze_pooler, lora_config
+from .adapters import GatedModel, freeze_pooler, lora_config
 from .handover import Handover
+from .layers import ADAPTER
 from .layout import AdapterLayout
 
 _BEFORE, _AFTER, _INTERVAL = 0.1, 0.3, 0.01  # fractions of the steps: before, after, and between allocations

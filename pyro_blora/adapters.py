@@ -1,9 +1,5 @@
 """Gated, quantized LoRA inside a Hugging Face backbone, built by PEFT; the only file with its custom-module hook.
 
-One adapted projection computes, with Q the mixture of nested grids (quantizer.py), g the rank gates, xq = Q(x):
-
-    y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
-
 Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears
 them when it ends: no draw survives a call, and a projection that is called twice in one forward (DeBERTa's content and
 positions) sees the same gates both times. Scope `encoder` also quantizes input and weight of every other linear map of
@@ -18,57 +14,20 @@ from collections.abc import Iterable, Iterator
 import peft
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from .handover import Handover, Observer, handed_over
+from .layers import GatedLinear, QuantizedLinear, XSLinear
 from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout, head_modules
 from .processes import whole
 from .quantizer import grids, mixture_weights
+from .xs import xs_settings
 
-ADAPTER = "default"  # PEFT's name of the one adapter
-ADAPTERS = ("lora", "none")
+ADAPTERS = ("lora", "xs", "none")
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
 _SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
 _PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
 _SAMPLE = 1 << 20  # torch.quantile takes at most 2^24 numbers; an even stride through them is enough
-
-
-class GatedLinear(LoraLinear):
-    """PEFT's LoRA layer with quantized tensors and rank gates; `save_pretrained` writes it as plain LoRA.
-
-    Shapes: x (..., n) -> (..., m); weight (m, n), lora_A (R, n), lora_B (m, R).
-    """
-
-    handover: Handover
-    index: int
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        handover, index = self.handover, self.index
-        base, down, up = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        # (..., m) and (..., R)
-        y, hidden = handover.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
-        hidden = handover.ranks(index, handover.activation(index, HIDDEN, hidden))
-        return y + self.scaling[ADAPTER] * handover.product(index, LORA_B, hidden, up)
-
-
-class QuantizedLinear(nn.Module):
-    """A linear map without an adapter whose input and weight are quantized; its parameters keep their names."""
-
-    def __init__(self, linear: nn.Linear, handover: Handover, index: int):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.handover, self.index = handover, index
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.handover.products(self.index, x, (BASE, self.weight, self.bias))[0]
-
-    def plain(self) -> nn.Linear:
-        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear
 
 
 class GatedModel(nn.Module):
@@ -119,8 +78,12 @@ class GatedModel(nn.Module):
 
     def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
         """(lora_A (R, n), lora_B (m, R)) of an adapted projection, by its name in the layout."""
-        layer = self.backbone.get_submodule(projection)
-        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        return self.backbone.get_submodule(projection).low_rank()
+
+    def random_weights(self) -> dict[tuple[int, str], nn.Parameter]:
+        """What a law of the weights may draw, by (projection, name); nothing without gated adapters."""
+        layers = [layer for layer in self.layers() if isinstance(layer, GatedLinear)]
+        return {(layer.index, name): p for layer in layers for name, p in layer.random_weights().items()}
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; the gates of the forward are handed over again there."""
@@ -133,10 +96,12 @@ class GatedModel(nn.Module):
 
 
 @contextlib.contextmanager
-def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
+def gates(net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None) -> Iterator[GatedModel]:
     """Hand the gates z and g to every layer of `net` for the duration of the block, then clear them.
 
     Shapes: z (L, T, K) bit chains above the always-open 2-bit rung; g (L, R - 1) rank chains after the first rank.
+    weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B each
+    example has its own.
     Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
     """
     layout = net.layout
@@ -151,7 +116,7 @@ def gates(net: GatedModel, z: Tensor, g: Tensor) -> Iterator[GatedModel]:
         by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, opened, strict=True)]
     ranks = F.pad(g.float(), (1, 0), value=1.0).unbind(0)
     kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
-    with handed_over(net.handover, (by_tensor, ranks, kept)):
+    with handed_over(net.handover, (by_tensor, ranks, kept, weights or {})):
         yield net
 
 
@@ -171,6 +136,7 @@ def attach(
     sequence_length: int = 128,
     init_lora_weights: str = "default",
     share_inputs: bool = False,
+    adapter_settings: dict | None = None,
 ) -> GatedModel:
     """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
 
@@ -178,7 +144,8 @@ def attach(
     target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
     scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
     sequence_length: tokens at which MACs are counted.
-    adapter: `lora`, or `none`: the layout's projections have no adapter, and the whole backbone learns.
+    adapter: `lora`; `xs` (B-LoRA-XS, with adapter_settings of xs.py); or `none`: no projection has an adapter, and the
+    whole backbone learns.
     init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py. share_inputs: see `AdapterLayout`.
     Errors: ValueError, see `AdapterLayout.of`; nothing is changed in the backbone then.
     """
@@ -194,7 +161,7 @@ def attach(
         layout = layout.without_adapters()
         model = backbone.requires_grad_(True)
     else:
-        model = _with_lora(backbone, layout, init_lora_weights)
+        model = _with_lora(backbone, layout, init_lora_weights, XSLinear if adapter == "xs" else GatedLinear)
     modules = dict(backbone.named_modules())
     for index, projection in enumerate(layout.projections):
         module = modules[projection.name]
@@ -202,6 +169,8 @@ def attach(
             if not isinstance(module, GatedLinear):
                 raise RuntimeError(f"PEFT put a {type(module).__name__} at {projection.name} instead of a gated layer")
             module.handover, module.index = handover, index
+            if adapter == "xs":
+                module.start(xs_settings(**(adapter_settings or {})))
         else:
             parent, _, child = projection.name.rpartition(".")
             setattr(modules[parent], child, QuantizedLinear(module, handover, index))
@@ -212,10 +181,10 @@ def attach(
     return net
 
 
-def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: str) -> peft.PeftModel:
+def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: str, layer: type) -> peft.PeftModel:
     eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if init_lora_weights == "eva" else {}
     config = lora_config(backbone, layout, **eva)
-    config._register_custom_module({nn.Linear: GatedLinear})
+    config._register_custom_module({nn.Linear: layer})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         warnings.filterwarnings("ignore", "lora with eva initialization")  # memory that a batch has no use for
@@ -287,7 +256,7 @@ def _start_ranges(net: GatedModel, observed: dict) -> None:
             ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
         if isinstance(layer, GatedLinear):
             ranges[index, BASE] = whole(layer.get_base_layer().weight.abs().max())
-            down, up = (side[ADAPTER].weight.abs().max() for side in (layer.lora_A, layer.lora_B))
+            down, up = (side.abs().max() for side in layer.low_rank())
             ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)
         else:
             ranges[index, BASE] = whole(layer.weight.abs().max())

@@ -13,16 +13,22 @@ from .adalora import attach_adalora
 from .adapters import attach
 from .backbone import load_backbone, load_tokenizer
 from .config import RunConfig
-from .data import tokenize
+from .data import held_out, tokenize, unlabelled
 from .guides import GUIDES, build_guide
 from .priors import build_prior, parts
 from .program import BayesianLoRA
+from .registry import Registry
 from .tasks import Task, get_task
+from .weights import WEIGHTS, build_weights
+from .xs import xs_settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """rows: the splits as text, "train", "eval" and others to evaluate; tokens: the same, tokenized."""
+    """rows: the splits as text, "train", "eval" and others to evaluate; tokens: the same, tokenized.
+
+    Of them "validation" is held out of "train"; "ood" has another task's sentences, labelled 0.
+    """
 
     config: RunConfig
     task: Task
@@ -37,6 +43,15 @@ def check_names(config: RunConfig) -> Task:
     task = get_task(config.task)
     parts(config.prior, config.prior_settings)
     GUIDES.settings(GUIDES.resolve(config.guide), config.guide_settings)
+    WEIGHTS.settings(WEIGHTS.resolve(config.weights), config.weights_settings)
+    if config.adapter != "xs" and config.adapter_settings:
+        raise ValueError(f"adapter {config.adapter!r} has no settings: drop --adapter.{min(config.adapter_settings)}")
+    Registry("adapter").settings(xs_settings, config.adapter_settings)
+    if config.ood_task is not None and (task.is_regression or get_task(config.ood_task) == task):
+        raise ValueError(
+            f"ood_task {config.ood_task!r} must be another task, beside one of classes: drop it, or name one of other "
+            "sentences"
+        )
     return task
 
 
@@ -51,10 +66,17 @@ def build(config: RunConfig) -> Parts:
     rows = task.load(glue_dir=glue_dir, seed=seed, n_train=config.max_train)
     rows = task.validate(rows, source=config.glue_dir or "the data")
     rows = {split: table for split, table in rows.items() if split != "test"}
+    if config.validation:
+        rows["train"], rows["validation"] = held_out(rows["train"], config.validation, seed)
     tokenizer = load_tokenizer(config.backbone)
     torch.manual_seed(config.seed)  # the head and lora_A are drawn now
     program = build_program(config, task, len(rows["train"]))
     tokens = {split: tokenize(table, tokenizer, task.text_columns, config.max_length) for split, table in rows.items()}
+    if config.ood_task is not None:
+        other = get_task(config.ood_task)
+        foreign = other.load(glue_dir=glue_dir, seed=seed, n_train=1)["eval"]
+        rows["ood"] = unlabelled(foreign, other.text_columns)
+        tokens["ood"] = tokenize(rows["ood"], tokenizer, other.text_columns, config.max_length)
     return Parts(config, task, rows, tokens, tokenizer, program)
 
 
@@ -67,7 +89,10 @@ def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
     if config.adapter == "adalora":
         net = attach_adalora(backbone, **settings)
     else:
-        settings |= {"init_lora_weights": config.init_lora_weights, "share_inputs": config.share_inputs}
+        settings |= {
+            "init_lora_weights": config.init_lora_weights, "share_inputs": config.share_inputs,
+            "adapter_settings": config.adapter_settings,
+        }  # fmt: skip
         net = attach(backbone, adapter=config.adapter, **settings)
     net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
@@ -77,4 +102,8 @@ def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
         raise ValueError(f"backbone {config.backbone!r} has no dropout to draw masks of: drop --average_over dropout")
     prior = build_prior(config.prior, net.layout, config.prior_settings)
     guide = build_guide(config.guide, net.layout, prior, config.guide_settings)
-    return BayesianLoRA(net, prior, guide, task.likelihood, n_train=n_train, estimator=config.estimator)
+    head = dict(enumerate(net.head_parameters()))
+    weights = build_weights(config.weights, net.random_weights(), head, config.weights_settings)
+    return BayesianLoRA(
+        net, prior, guide, task.likelihood, n_train=n_train, estimator=config.estimator, weights=weights
+    )

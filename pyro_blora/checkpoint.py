@@ -1,8 +1,8 @@
-"""Checkpoints of what is trained, as safetensors: parameters, buffers of prior and guide, Adam's moments, the step.
+"""Checkpoints of what is trained, as safetensors: parameters, buffers of laws, Adam's moments, the step.
 
-No frozen weights, no pickle. Nothing else has state: learning rates, temperature and KL weight are functions of the
-step, the data order of (seed, epoch), and the draws of (seed, step, rank). So a run that is resumed goes through the
-same bits.
+No frozen weights of the backbone, no pickle. Nothing else has state: learning rates, temperature and KL weight are
+functions of the step, the data order of (seed, epoch), and the draws of (seed, step, rank). So a run that is resumed
+goes through the same bits.
 """
 
 import os
@@ -17,10 +17,10 @@ _NAME = "state.safetensors"
 
 
 def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained, and the state of prior, guide and allocator, by name, in a fixed order."""
-    found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """What is trained, frozen parts of adapters, and the state of prior, guide, weights' law and allocator, by name."""
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad or ".lora_" in name}
     parts = dict(module.named_modules())
-    for name in ("prior", "gate_guide", "net.allocation"):
+    for name in ("prior", "gate_guide", "weights", "net.allocation"):
         state = parts[name].state_dict(keep_vars=True) if name in parts else {}
         known = set(map(id, found.values()))  # a guide holds its prior too
         found |= {f"{name}.{key}": x for key, x in state.items() if id(x) not in known}

@@ -4,22 +4,21 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from .fields import RANGES, fit
 from .methods import METHODS, resolved
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES = {
     "estimator": ("relaxed", "straight_through", "score_function", "enumerate"),
     "method": tuple(METHODS),
-    "adapter": ("lora", "adalora", "none"),
+    "adapter": ("lora", "xs", "adalora", "none"),
     "init_lora_weights": ("default", "eva"),
     "average_over": ("gates", "dropout"),
     "scope": ("adapted", "encoder"),
@@ -28,9 +27,12 @@ CHOICES = {
 # Left out of the digest: they say where and how a run is watched and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
 # Later than runs whose folders are to keep their names.
-_ADDED = (("data_seed", None), ("restarts", 1), ("share_inputs", False))
+_ADDED = (
+    ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
+    ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
+)  # fmt: skip
+OWNERS = ("prior", "guide", "adapter", "weights")  # fields that have settings of their own, in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
 
 
 def _field(default: Any, description: str) -> Any:
@@ -54,7 +56,10 @@ class RunConfig:
     guide: str = _field("mean_field", "variational family: a name that `pyro-blora guides` lists, or file.py:function")
     guide_settings: dict = _field(dict, "settings of the guide, on the command line as --guide.NAME VALUE")
     estimator: str = _field("relaxed", "gradient of the gates: relaxed, straight_through, score_function, enumerate")
-    adapter: str = _field("lora", "what learns beside the head: lora; adalora and none belong to methods")
+    adapter: str = _field("lora", "what learns beside the head: lora, xs (B-LoRA-XS); adalora and none are methods'")
+    adapter_settings: dict = _field(dict, "settings of the adapter xs, on the command line as --adapter.NAME VALUE")
+    weights: str = _field("point", "law of the adapter's weights: a name that `pyro-blora weights` lists")
+    weights_settings: dict = _field(dict, "settings of the weights' law, on the command line as --weights.NAME VALUE")
     init_lora_weights: str = _field("default", "how lora_A starts: default (as in PEFT) or eva (principal components)")
     rank: int = _field(8, "largest rank R of every adapter")
     alpha: float = _field(16.0, "scale of the adapter: its output is multiplied by alpha / rank")
@@ -65,6 +70,8 @@ class RunConfig:
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")
+    validation: float = _field(0.0, "fraction of the training rows held out, for temperature and epoch; 0: none")
+    choose_epoch: bool = _field(False, "end with the epoch of least NLL on the validation rows, not with the last")
     batch_size: int = _field(16, "examples per device and forward")
     accumulation: int = _field(1, "forwards per optimizer step")
     lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, or the method's own")
@@ -90,6 +97,7 @@ class RunConfig:
     average_over: str = _field(
         "gates", "what draws of predictions differ in: gates, or (dropout) gates and dropout masks"
     )
+    ood_task: str | None = _field(None, "a task whose sentences uncertainty is to tell from this one's; none: none")
     output_dir: str = _field("runs", "folder that receives the run's folder")
     logging_steps: int = _field(10, "optimizer steps between lines of metrics.jsonl")
     checkpoint_steps: int = _field(100, "optimizer steps between checkpoints")
@@ -97,9 +105,11 @@ class RunConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _fit(field.name, field.type, getattr(self, field.name)))
+            object.__setattr__(self, field.name, fit(field.name, field.type, getattr(self, field.name)))
         if self.method in METHODS:  # an unknown one is refused below
             self._follow_method()
+        if self.weights == "dropout":
+            object.__setattr__(self, "average_over", "dropout")
         object.__setattr__(self, "target_modules", _targets(self.target_modules))
         if self.precision in ("fp16", "float16", "half"):
             raise ValueError(
@@ -109,10 +119,11 @@ class RunConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: {suggest(getattr(self, name), choices)}")
-        for name, (holds, expected, remedy) in _RANGES.items():
+        for name, (holds, expected, remedy) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {expected}, got {value!r}: {remedy}")
+        self._require_consistent()
         start, end = self.temperature_start, self.temperature_end
         if end > start:
             raise ValueError(f"temperature_end must be at most temperature_start, got {end} > {start}: it is cooled")
@@ -121,7 +132,7 @@ class RunConfig:
         """Set what the method fixes or proposes."""
         fields = dataclasses.fields(self)
         given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-        for owner in ("prior", "guide"):
+        for owner in OWNERS:
             given |= {f"{owner}.{key}": value for key, value in given.pop(f"{owner}_settings").items()}
         usual = {flag: value for flag, value in _USUAL.items() if flag not in given}
         for flag, value in {**usual, **resolved(self.method, given)}.items():
@@ -130,6 +141,21 @@ class RunConfig:
                 getattr(self, f"{owner}_settings")[setting] = value
             else:
                 object.__setattr__(self, flag, value)
+
+    def _require_consistent(self) -> None:
+        if self.choose_epoch and not self.validation:
+            raise ValueError("choose_epoch needs rows to choose by: give --validation 0.1, or drop --choose_epoch")
+        if self.choose_epoch and self.weights == "swag":
+            raise ValueError("--weights swag averages over the epochs among which --choose_epoch chooses: drop one")
+        if self.adapter == "xs" and self.init_lora_weights != "default":
+            raise ValueError(f"--init_lora_weights {self.init_lora_weights} is for LoRA, --adapter xs starts from W0")
+        if self.weights == "ensemble" and self.restarts > 1:
+            raise ValueError("the members of --weights ensemble are restarts already: drop --restarts")
+
+    @property
+    def fits(self) -> int:
+        """Fits of the run from seeds of their own: its restarts, or the members of an ensemble."""
+        return int(self.weights_settings.get("members", 3)) if self.weights == "ensemble" else self.restarts
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -165,9 +191,10 @@ class RunConfig:
         """Eight hexadecimal digits that two configurations share only if they compute the same."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_IN_DIGEST}
         values = {key: value for key, value in values.items() if (key, value) not in _ADDED}
-        for owner in ("prior_settings", "guide_settings"):  # 3 and 3.0 are the same setting
-            values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
-        values |= {owner: _with_content(values[owner]) for owner in ("prior", "guide", "backbone")}
+        for owner in (f"{owner}_settings" for owner in OWNERS):  # 3 and 3.0 are the same setting
+            if owner in values:
+                values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
+        values |= {x: _with_content(values[x]) for x in ("prior", "guide", "weights", "backbone") if x in values}
         own = values["prior_settings"]
         own |= {site: _with_content(own[site]) for site in ("z", "g") if isinstance(own.get(site), str)}
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -189,83 +216,6 @@ class RunConfig:
 def field_names() -> list[str]:
     """The names of all fields, in the order of the dataclass."""
     return [field.name for field in dataclasses.fields(RunConfig)]
-
-
-def _at_least(low: float) -> tuple:
-    return (lambda value: value >= low), f"at least {low}"
-
-
-def _positive() -> tuple:
-    return (lambda value: 0 < value < math.inf), "a positive number"
-
-
-def _not_negative() -> tuple:
-    return (lambda value: 0 <= value < math.inf), "0 or a positive number"
-
-
-def _fraction() -> tuple:
-    return (lambda value: 0 <= value <= 1), "between 0 and 1"
-
-
-_RANGES = {  # field: (check, what is expected, remedy)
-    "rank": (*_at_least(1), "8 is usual; the gates close ranks that are not needed"),
-    "alpha": (*_positive(), "twice the rank is usual"),
-    "max_train": (*_at_least(1), "leave it out to use everything"),
-    "epochs": (*_at_least(1), "one pass is the shortest run; max_train makes it shorter"),
-    "batch_size": (*_at_least(1), "accumulation keeps the effective batch when memory is short"),
-    "accumulation": (*_at_least(1), "1 means a step after every batch"),
-    "restarts": (*_at_least(1), "1 is a single fit; 3 or 4 show whether they agree"),
-    "lr": (*_positive(), "1e-3 is usual for adapters"),
-    "lr_head": (*_positive(), "leave it out to use lr"),
-    "lr_gates": (*_not_negative(), "0 freezes the gates"),
-    "lr_ranges": (*_not_negative(), "0 freezes the ranges"),
-    "weight_decay": (*_not_negative(), "0 switches it off"),
-    "warmup": (*_fraction(), "it is a fraction of the steps, not a number of steps"),
-    "kl_weight": (*_positive(), "1 is the ELBO"),
-    "kl_warmup": (*_fraction(), "it is a fraction of the steps; 1 starts the gates when training has ended"),
-    "temperature_start": (*_positive(), "0.5 is usual"),
-    "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),
-    "clip_norm": (*_positive(), "a large number, such as 1e9, switches clipping off"),
-    "max_length": (*_at_least(4), "a pair of texts needs three special tokens and a word"),
-    "data_seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "leave it out to use seed"),
-    "seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "NumPy's generators take 32 bits"),
-    "draws": (*_at_least(1), "15 is usual"),
-    "logging_steps": (*_at_least(1), "1 logs every step"),
-    "checkpoint_steps": (*_at_least(1), "a number beyond the last step writes none in between"),
-    "task": (bool, "a name", "acceptability needs no download"),
-    "backbone": (bool, "a name or a folder", "demo needs no download"),
-    "prior": (bool, "a name or file.py:function", "`pyro-blora priors` lists the names"),
-    "guide": (bool, "a name or file.py:function", "`pyro-blora guides` lists the names"),
-    "output_dir": (bool, "a folder", "runs is the default"),
-}
-
-
-def _fit(name: str, annotation: Any, value: Any) -> Any:
-    """The value as the field's type: whole numbers become floats where floats are meant, so that digests are stable."""
-    allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    optional = types.NoneType in allowed
-    if value is None and optional:
-        return None
-    (kind, *more) = (a for a in allowed if a is not types.NoneType)
-    if isinstance(value, list | tuple) and tuple in more:
-        return tuple(value)
-    if kind is dict and isinstance(value, Mapping):
-        try:
-            return json.loads(json.dumps(dict(value), allow_nan=False))  # a copy, and proof that it can be stored
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must hold plain numbers, words and lists, got {value!r}: {error}") from error
-    if kind is str and isinstance(value, str | Path):
-        return str(value)
-    if kind is bool and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
-        return str(value).lower() == "true"
-    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not math.isnan(number) and (kind is float or number.is_integer()):
-            return kind(number)
-    raise ValueError(f"{name} must be {_NOUNS[kind]}{' or none' if optional else ''}, got {value!r}")
 
 
 def _targets(value: str | tuple | None) -> str | tuple[str, ...] | None:

@@ -33,6 +33,26 @@ def take(rows: datasets.Dataset, count: int | None, seed: int) -> datasets.Datas
     return rows.select(sorted(order.tolist()))
 
 
+def held_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(the rest, a fraction of the rows), drawn without replacement; the same for a seed.
+
+    Errors: ValueError where one of them would be empty.
+    """
+    count = round(fraction * len(rows))
+    if not 0 < count < len(rows):
+        raise ValueError(
+            f"validation {fraction:g} of {len(rows)} training rows leaves {len(rows) - count} to train on and {count} "
+            "to validate on: change --validation, or raise --max_train"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+
+
+def unlabelled(rows: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
+    """The texts alone, labelled 0: what is asked about them is not their label."""
+    return rows.select_columns(list(columns)).add_column("label", [0] * len(rows))
+
+
 def epoch_order(rows: int, batch_size: int, accumulation: int, seed: int, epoch: int) -> list[list[int]]:
     """Shuffled batches of one epoch, all of the same size, as many as fill whole optimizer steps."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

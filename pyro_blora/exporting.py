@@ -24,6 +24,7 @@ from .backbone import quiet
 from .build import build_program, check_names
 from .checkpoint import trainable
 from .config import RunConfig
+from .layers import ADAPTER, QuantizedLinear
 from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
 from .posterior import deployed
 from .program import BayesianLoRA
@@ -70,7 +71,7 @@ def plain_backbone(net: adapters.GatedModel) -> nn.Module:
     model = copy.deepcopy(net.peft_model)
     model = model.unload() if net.layout.adapted else model
     for name, module in list(model.named_modules()):
-        if isinstance(module, adapters.QuantizedLinear):
+        if isinstance(module, QuantizedLinear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.plain())
     for config in ("peft_config", "_hf_peft_config_loaded"):
@@ -107,10 +108,10 @@ def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: di
     modules = dict(model.base_model.model.named_modules())
     for name, (down, up) in weights.items():
         layer = modules[name]
-        if layer.r[adapters.ADAPTER] != ranks[name]:  # a pattern that matches nothing is ignored by PEFT
-            raise RuntimeError(f"PEFT gave {name} rank {layer.r[adapters.ADAPTER]} instead of {ranks[name]}")
-        layer.lora_A[adapters.ADAPTER].weight.copy_(down)
-        layer.lora_B[adapters.ADAPTER].weight.copy_(up)
+        if layer.r[ADAPTER] != ranks[name]:  # a pattern that matches nothing is ignored by PEFT
+            raise RuntimeError(f"PEFT gave {name} rank {layer.r[ADAPTER]} instead of {ranks[name]}")
+        layer.lora_A[ADAPTER].weight.copy_(down)
+        layer.lora_B[ADAPTER].weight.copy_(up)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base model on the hub to see whether its vocabulary grew
         model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -122,7 +123,7 @@ def _reloaded(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Modul
         warnings.simplefilter("ignore", FutureWarning)  # as above
         reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder))
     modules = dict(reloaded.base_model.model.named_modules())
-    wrong = [name for name, rank in ranks.items() if modules[name].r[adapters.ADAPTER] != rank]
+    wrong = [name for name, rank in ranks.items() if modules[name].r[ADAPTER] != rank]
     if wrong:
         raise RuntimeError(f"the exported adapter lost the rank of {wrong[0]}")
     return reloaded

@@ -1,7 +1,7 @@
 """From presets and command-line words to the fields of a RunConfig.
 
 The presets are package data, in `pyro_blora/presets/`, so that an installed `pyro-blora train --preset demo` finds them
-without a checkout. A setting of the prior or guide has a dot in its name: `--prior.rate 3` on the line,
+without a checkout. A setting of prior, guide, adapter or weights has a dot in its name: `--prior.rate 3` on the line,
 `prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own, `--prior.g.NAME` its settings.
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from .config import PRESETS, RunConfig, field_names, suggest
+from .config import OWNERS, PRESETS, RunConfig, field_names, suggest
 from .methods import left_open, require_consistent
 
-_PATTERN = r"(?:prior|guide)\.\w+|prior\.[zg]\.\w+"
+_PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number, whatever YAML says
 _SETTING = re.compile(rf"--({_PATTERN})(?:=(.*))?", re.DOTALL)
@@ -66,7 +66,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values with every `prior.NAME` and `guide.NAME` moved into `prior_settings` and `guide_settings`."""
+    """The same values with every `prior.NAME`, `guide.NAME`, ... moved into `prior_settings`, `guide_settings`, ..."""
     gathered = {key: value for key, value in values.items() if "." not in key}
     for key, value in values.items():
         if "." in key:
@@ -89,7 +89,7 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     if given.get("method", preset.get("method")) != preset.get("method"):
         preset = left_open(given["method"], preset)
     preset = gather_settings(preset)
-    for owner in ("prior", "guide"):
+    for owner in OWNERS:
         chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
         if given.get(owner, chosen) != chosen:
             preset.pop(f"{owner}_settings", None)  # they belong to the law that the line has replaced

@@ -39,10 +39,15 @@ class Handover:
         self.owners = owners
         self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
         # (a Grid for each (projection, tensor), None for the identity; ranks by projection; rounded weights by
-        # (projection, tensor), which no gradient can change while they are handed over, or None to keep none)
+        # (projection, tensor), which no gradient can change while they are handed over, or None to keep none; drawn
+        # weights by (projection, name))
         self.gates: tuple | None = None
         self.keeps_weights = True
         self.observer: Observer | None = None
+
+    def drawn(self, projection: int, name: str, parameter: Tensor) -> Tensor:
+        """A random weight of this call, (m, n) or one an example, (B, m, n); the parameter where none was drawn."""
+        return parameter if self.gates is None else self.gates[3].get((projection, name), parameter)
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -55,6 +60,9 @@ class Handover:
         x, grid = self._input(projection, x)
         if self.observer is not None:
             return [self.observer.product(projection, tensor, x, weight, bias) for tensor, weight, bias in maps]
+        if any(weight.dim() == 3 for _, weight, _ in maps):  # one an example: operation by operation
+            x = x if grid is None else quantize_on(x, grid)
+            return [self._linear(x, *self._weight(projection, tensor, w), bias) for tensor, w, bias in maps]
         on_grids = [Map(*self._weight(projection, tensor, weight), bias) for tensor, weight, bias in maps]
         return quantized_products(x, grid, on_grids)
 
@@ -72,8 +80,14 @@ class Handover:
     def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.product(projection, tensor, x, weight, None)
-        weight, grid = self._weight(projection, tensor, weight)
-        return F.linear(x, weight if grid is None else quantize_on(weight, grid))
+        return self._linear(x, *self._weight(projection, tensor, weight))
+
+    def _linear(self, x: Tensor, weight: Tensor, grid: Grid | None, bias: Tensor | None = None) -> Tensor:
+        weight = weight if grid is None else quantize_on(weight, grid)
+        if weight.dim() == 2:
+            return F.linear(x, weight, bias)
+        y = x @ weight.mT  # (B, ..., n) with (B, m, n)
+        return y if bias is None else y + bias
 
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         if self.observer is not None:

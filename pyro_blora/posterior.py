@@ -20,10 +20,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from .bops import BOPs, expected_bops
 from .gates import Gates, NestedBernoulli
 from .guides import components, draw_gates, log_prob
-from .program import BayesianLoRA
+from .program import BayesianLoRA, GateProgram, jacobians
 
 ECE_BINS = 15
 _KL_DRAWS = 100
+_OTHER_STREAM = 0x5EED_0F_7E7A  # of the weights' draws, whose seed differs from the gates' in these bits
 _TOGETHER = 16  # batches that are asked for at the same gates, one after the other
 
 
@@ -80,6 +81,15 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
         if hasattr(program.prior, "sample_prior"):
             return Gates(*(x.sample() for x in program.prior.sample_prior(draws)))
         return Gates(*(x.sample((draws,)) for x in program.prior()))
+
+
+@torch.no_grad()
+def draw_weights(program: GateProgram, draws: int, *, seed: int = 0) -> Tensor | None:
+    """(S, D) draws of the adapter's weights, independent of those of the gates; None where they are not random."""
+    if not program.weights.random:
+        return None
+    with _seeded(program, seed ^ _OTHER_STREAM):
+        return program.weights.draw(draws)
 
 
 class Rates(NamedTuple):
@@ -206,47 +216,67 @@ class Prediction:
 
 @torch.no_grad()
 def predict(
-    program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None,
-    dropout_seed: int | None = None,
+    program: GateProgram, batches: Iterable[tuple[dict, Tensor]], *, gates: Gates | None = None,
+    weights: Tensor | None = None, dropout_seed: int | None = None,
 ) -> Prediction:  # fmt: skip
-    """Outputs and pointwise log-likelihood of every example under each draw: a forward for each distinct allocation.
+    """Outputs and pointwise log-likelihood of every example under each draw: a forward for each distinct one.
 
     Draws take turns with a few batches at a time, so that weights are rounded once for them, and memory does not grow
-    with the draws but for what is returned.
-    batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation.
-    dropout_seed: None for no dropout, when identical allocations are run once; else every draw has dropout masks of its
-    own, from this seed.
+    with the draws but for what is returned. Where the weights' law is `linearized`, a backward pass a class in place of
+    a forward a draw.
+    batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation. weights:
+    (S, D), from `draw_weights`; None for their mean. dropout_seed: None for no dropout, when identical draws are run
+    once; else every draw has dropout masks of its own, from this seed.
     """
     if gates is None:
         gates = Gates(*(x[None] for x in deployed(program)))
-    flat = torch.cat([gates.z.flatten(1), gates.g.flatten(1)], -1)
-    _, which = torch.unique(flat, dim=0, return_inverse=True)
+    which = _distinct(gates.z, gates.g, *(() if weights is None else (weights,)))
     if dropout_seed is not None:
-        which = torch.arange(len(flat))
+        which = torch.arange(len(gates.z))
     firsts = [(which == i).nonzero()[0].item() for i in range(int(which.max()) + 1)]
-    training = program.training
+    first = Gates(gates.z[firsts], gates.g[firsts]), None if weights is None else weights[firsts]
+    training, batches = program.training, iter(batches)
+    parts, logits_of = [], _linearized if weights is not None and program.weights.linearized else _logits
     program.train(dropout_seed is not None)
-    parts, batches = [], iter(batches)
     with _seeded(program, dropout_seed or 0):
         while chunk := list(itertools.islice(batches, _TOGETHER)):
-            each = [_at(program, chunk, Gates(gates.z[i], gates.g[i])) for i in firsts]
-            outputs, log_likelihood = (
-                torch.cat([getattr(p, x) for p in each])[which] for x in ("outputs", "log_likelihood")
-            )
-            parts.append(dataclasses.replace(each[0], outputs=outputs, log_likelihood=log_likelihood))
+            inputs, labels = [x for x, _ in chunk], torch.cat([y for _, y in chunk])
+            law = program.likelihood(logits_of(program, inputs, *first), scale=program.log_scale.exp())
+            is_regression = not hasattr(law, "probs")
+            outputs = law.mean[..., None] if is_regression else law.probs  # (distinct, E, C)
+            outputs, log_likelihood = outputs[which].cpu(), law.log_prob(labels)[which].cpu()
+            parts.append(Prediction(outputs, log_likelihood, labels.cpu(), is_regression))
     program.train(training)
     if not parts:
         raise ValueError("there are no examples to predict")
     return Prediction.joined(parts)
 
 
-def _at(program: BayesianLoRA, batches: list[tuple[dict, Tensor]], gates: Gates) -> Prediction:
-    """Of some batches, at given gates: S = 1."""
-    logits, labels = program.each_logits([inputs for inputs, _ in batches], gates), [label for _, label in batches]
-    law, labels = program.likelihood(torch.cat(logits), scale=program.log_scale.exp()), torch.cat(labels)
-    is_regression = not hasattr(law, "probs")
-    outputs = law.mean[:, None] if is_regression else law.probs
-    return Prediction(outputs[None].cpu(), law.log_prob(labels)[None].cpu(), labels.cpu(), is_regression)
+def _distinct(*draws: Tensor) -> Tensor:
+    """(S,) equal numbers for equal draws."""
+    return torch.unique(torch.cat([x.flatten(1).float() for x in draws], -1), dim=0, return_inverse=True)[1]
+
+
+def _logits(program: GateProgram, batches: list[dict], gates: Gates, weights: Tensor | None) -> Tensor:
+    """(S, E, C) at each draw."""
+    each = zip(*gates, [None] * len(gates.z) if weights is None else weights, strict=True)
+    return torch.stack([torch.cat(program.each_logits(batches, Gates(z, g), *_given(w))) for z, g, w in each])
+
+
+def _given(theta: Tensor | None) -> tuple:
+    return () if theta is None else (theta,)
+
+
+def _linearized(program: GateProgram, batches: list[dict], gates: Gates, weights: Tensor) -> Tensor:
+    """(S, E, C) of the network linearized in its weights at their mean, at each draw's gates."""
+    shift, which, found = weights - program.weights.mean, _distinct(*gates), []
+    for i in range(int(which.max()) + 1):
+        mine = (which == i).nonzero().squeeze(-1)
+        at = Gates(gates.z[mine[0]], gates.g[mine[0]])
+        pairs = (jacobians(program, inputs, at) for inputs in batches)
+        found.append((mine, torch.cat([f + torch.einsum("bcd,sd->sbc", J, shift[mine]) for J, f in pairs], 1)))
+    order = torch.cat([mine for mine, _ in found]).argsort()
+    return torch.cat([logits for _, logits in found])[order]
 
 
 @torch.no_grad()

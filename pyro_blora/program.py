@@ -1,12 +1,15 @@
 """Bayesian-LoRA as a probabilistic program: the model, the guide, and the ELBO between them.
 
-    model:  z ~ prior_z,  g ~ prior_g,  logits = backbone(batch; z, g),  label ~ likelihood(logits), scaled N / B
-    guide:  z ~ q_z,      g ~ q_g
-    loss  = -ELBO / N  =  E_q[-log p(label | z, g)] an example  +  (KL_z + KL_g) / N
+    model:  z ~ prior_z,  g ~ prior_g,  theta ~ prior_theta,
+            logits = backbone(batch; z, g, theta),  label ~ likelihood(logits), scaled N / B
+    guide:  z ~ q_z,      g ~ q_g,      theta ~ q_theta
+    loss  = -ELBO / N  =  E_q[-log p(label | z, g, theta)] an example  +  (KL_z + KL_g + KL_theta) / N
+
+theta are the adapter's weights, where their law (weights.py) is learned with the gates; else there is no such site.
 
 All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is that of the discrete
 laws, in closed form (of a mixture: `Mixture.divergence`); a relaxation lives in the guide's sample only.
-Shapes: B batch, N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
+Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1), theta (D,).   Units: nats.
 """
 
 import abc
@@ -24,18 +27,23 @@ from . import adapters
 from .estimators import build_estimator
 from .gates import Gates
 from .layout import AdapterLayout
+from .weight_laws import Point
+
+_ONE_BY_ONE = ("deberta",)  # architectures whose projections see more than one row an example
 
 
 class Elbo(NamedTuple):
-    """One-sample estimate of the negative ELBO's parts: nll a batch mean (nats an example), kl_z and kl_g in nats."""
+    """One-sample estimate of the negative ELBO's parts: nll a batch mean (nats an example), KLs in nats."""
 
     nll: Tensor
     kl_z: Tensor
     kl_g: Tensor
+    kl_theta: Tensor | float = 0.0
 
-    def loss(self, n_train: int, kl_weight: float = 1.0) -> Tensor:
-        """-ELBO / N, in nats an example; below a kl_weight of 1, that of a cold posterior."""
-        return self.nll + kl_weight * (self.kl_z + self.kl_g) / n_train
+    def loss(self, n_train: int, kl_weight: float = 1.0, theta_weight: float | None = None) -> Tensor:
+        """-ELBO / N, in nats an example; below weights of 1, that of a cold posterior. None: the gates' weight."""
+        of_theta = (kl_weight if theta_weight is None else theta_weight) * self.kl_theta
+        return self.nll + (kl_weight * (self.kl_z + self.kl_g) + of_theta) / n_train
 
 
 class GateProgram(nn.Module, abc.ABC):
@@ -43,14 +51,15 @@ class GateProgram(nn.Module, abc.ABC):
 
     prior: a module whose call returns Gates; what else it may have: see adaptive.py. guide: see guides.py. likelihood:
     (logits, scale) -> law of the labels; scale is a learned standard deviation, used by regression. n_train: N.
-    estimator: a name of estimators.py.
+    estimator: a name of estimators.py. weights: see weights.py; None for weights that are not random.
     """
 
     def __init__(
         self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, likelihood: Callable, *, n_train: int,
-        estimator: str = "relaxed",
+        estimator: str = "relaxed", weights: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.weights = Point({}) if weights is None else weights
         self.layout, self.prior, self.gate_guide, self.likelihood = layout, prior, guide, likelihood
         self.n_train, self.estimator, self.temperature = n_train, build_estimator(estimator, guide), 1.0
         self.hard = estimator != "relaxed"
@@ -60,22 +69,30 @@ class GateProgram(nn.Module, abc.ABC):
         require_kl(guide.laws(self.temperature, self.hard), prior())
 
     @abc.abstractmethod
-    def logits(self, inputs: dict, gates: Gates) -> Tensor:
-        """What the likelihood takes, (B, classes), at given gates."""
+    def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
+        """What the likelihood takes, (B, classes), at given gates and weights.
 
-    def each_logits(self, batches: list[dict], gates: Gates) -> list[Tensor]:
-        """The same for several batches at the same gates."""
-        return [self.logits(inputs, gates) for inputs in batches]
+        theta: (D,), or (B, D) for each example its own; None, which is all that a program without random weights gets,
+        for their mean.
+        """
+
+    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> list[Tensor]:
+        """The same for several batches at the same gates and weights."""
+        return [self.logits(inputs, gates, *_if_any(theta)) for inputs in batches]
 
     # --- the program ------------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:
-        logits = self.logits(inputs, self._gate_sites(self.prior()))  # (B, classes)
+        gates = self._gate_sites(self.prior())
+        theta = pyro.sample("theta", self.weights.prior()) if self.weights.in_training else None  # (D,)
+        logits = self.logits(inputs, gates, *_if_any(theta))  # (B, classes)
         with pyro.plate("example", self.n_train, subsample=torch.arange(len(logits), device=logits.device)):
             pyro.sample("label", self.likelihood(logits, scale=self.log_scale.exp()), obs=labels)
         return logits
 
     def guide(self, inputs: dict, labels: Tensor | None = None) -> Gates:
+        if self.weights.in_training:
+            pyro.sample("theta", self.weights.law())
         return self._gate_sites(self.gate_guide.laws(self.temperature, self.hard))
 
     def _gate_sites(self, laws: Gates) -> Gates:
@@ -90,13 +107,21 @@ class GateProgram(nn.Module, abc.ABC):
 
     def elbo(self, inputs: dict, labels: Tensor) -> Elbo:
         """NLL by the estimator, KL in closed form: of a reparametrised mean field, Pyro's TraceMeanField_ELBO."""
+        theta = self.draw_theta()
         with getattr(self.gate_guide, "computed_once", contextlib.nullcontext)():
-            nll = self.estimator(lambda gates: self.nll(inputs, labels, *gates), self.gate_guide, self.temperature)
-            return Elbo(nll, *self.kl())
+            nll = self.estimator(
+                lambda gates: self.nll(inputs, labels, *gates, *_if_any(theta)), self.gate_guide, self.temperature
+            )
+            return Elbo(nll, *self.kl(), self.weights.divergence())
 
-    def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor) -> Tensor:
-        """Mean NLL of a batch at given gates, nats an example: the model, conditioned on them."""
-        conditioned = poutine.condition(self.model, data={"z": z, "g": g})
+    def draw_theta(self) -> Tensor | None:
+        """A reparametrised draw of the weights, (D,), where their law is learned."""
+        return self.weights.law().rsample() if self.weights.in_training else None
+
+    def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor, theta: Tensor | None = None) -> Tensor:
+        """Mean NLL of a batch at given gates (and weights), nats an example: the model, conditioned on them."""
+        data = {"z": z, "g": g} if theta is None else {"z": z, "g": g, "theta": theta}
+        conditioned = poutine.condition(self.model, data=data)
         label = poutine.trace(conditioned).get_trace(inputs, labels).nodes["label"]
         return -label["fn"].log_prob(label["value"]).mean()
 
@@ -112,26 +137,38 @@ class BayesianLoRA(GateProgram):
         super().__init__(net.layout, prior, guide, likelihood, **settings)
         self.net = net
 
-    def logits(self, inputs: dict, gates: Gates) -> Tensor:
-        return self.each_logits([inputs], gates)[0]
+    def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
+        return self.each_logits([inputs], gates, theta)[0]
 
-    def each_logits(self, batches: list[dict], gates: Gates) -> list[Tensor]:
+    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> list[Tensor]:
         """Without gradients, weights are rounded once for all batches."""
-        with adapters.gates(self.net, *gates):
+        with adapters.gates(self.net, *gates, None if theta is None else self.weights.split(theta)):
             return [self.net(**inputs).logits.float() for inputs in batches]
 
-    def forward(self, inputs: dict, labels: Tensor, temperature: float, kl_weight: float = 1.0) -> tuple[Tensor, Elbo]:
+    def forward(
+        self,
+        inputs: dict,
+        labels: Tensor,
+        temperature: float,
+        kl_weight: float = 1.0,
+        theta_weight: float | None = None,
+    ) -> tuple[Tensor, Elbo]:
         """The training loss and its parts, at a temperature of the relaxation.
 
-        At kl_weight 0, before the gates start, they are held open: the loss is the NLL of plain LoRA.
+        At kl_weight 0, before the gates start, they are held open: the loss is that of LoRA, with its weights' law.
         """
         self.temperature = temperature
         if kl_weight == 0:
             opened = adapters.open_gates(self.layout, labels.device)
-            elbo = Elbo(self.nll(inputs, labels, *opened), *self.kl())
+            nll = self.nll(inputs, labels, *opened, *_if_any(self.draw_theta()))
+            elbo = Elbo(nll, *self.kl(), self.weights.divergence())
         else:
             elbo = self.elbo(inputs, labels)
-        return elbo.loss(self.n_train, kl_weight) + self.net.penalty(), elbo
+        return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
+
+
+def _if_any(theta: Tensor | None) -> tuple:
+    return () if theta is None else (theta,)
 
 
 def kl_of(guide: nn.Module, prior: nn.Module, z_mask: Tensor, g_mask: Tensor, temperature: float, hard: bool) -> Gates:
@@ -161,3 +198,19 @@ def require_kl(q: Gates, p: Gates) -> None:
                 f"prior law {type(prior_law).__name__}. Use a guide whose laws are RelaxedNestedBernoulli, or register "
                 "the closed form over the discrete laws with torch.distributions.register_kl"
             ) from None
+
+
+def jacobians(program: GateProgram, inputs: dict, gates: Gates) -> tuple[Tensor, Tensor]:
+    """(Jacobians of the logits in theta at its mean (B, C, D), logits (B, C)), at given gates.
+
+    theta is handed over once for each example, so that one backward pass a class gives all of them.
+    """
+    B = len(next(iter(inputs.values())))
+    if B > 1 and program.layout.architecture.startswith(_ONE_BY_ONE):
+        rows = [jacobians(program, {k: x[i : i + 1] for k, x in inputs.items()}, gates) for i in range(B)]
+        return torch.cat([J for J, _ in rows]), torch.cat([logits for _, logits in rows])
+    with torch.enable_grad():
+        theta = program.weights.mean.detach().expand(B, -1).clone().requires_grad_()
+        logits = program.logits(inputs, gates, theta)
+        each = [torch.autograd.grad(column.sum(), theta, retain_graph=True)[0] for column in logits.unbind(-1)]
+    return torch.stack(each, 1), logits.detach()

@@ -16,16 +16,19 @@ class Schedule:
     config: RunConfig
     steps: int  # in the whole run
     steps_per_epoch: int
+    constant_from: float = 1.0  # the fraction of the steps from which the learning rate stays, where it does
+    plateau: float = 1.0  # what it then is, as a fraction of its peak
 
     @classmethod
-    def of(cls, config: RunConfig, n_train: int, processes: int = 1) -> "Schedule":
+    def of(cls, config: RunConfig, n_train: int, processes: int = 1, weights: object = None) -> "Schedule":
         per_step = config.batch_size * config.accumulation * processes
         if n_train < per_step:
             raise ValueError(
                 f"{n_train} training examples do not fill one step of {per_step} (batch size x accumulation x "
                 "processes): lower --batch_size or raise --max_train"
             )
-        return cls(config, config.epochs * (n_train // per_step), n_train // per_step)
+        law = {name: getattr(weights, name, 1.0) for name in ("constant_from", "plateau")}
+        return cls(config, config.epochs * (n_train // per_step), n_train // per_step, **law)
 
     @property
     def opening(self) -> int:
@@ -40,7 +43,8 @@ class Schedule:
         return start * (end / start) ** min(1.0, step / max(1.0, _COOLED_BY * self.steps))
 
     def learning_rate(self, group: str, step: int) -> float:
-        """Adapter and head: linear warm-up and decay. From the opening on, ranges are constant, gates fall to 1 %.
+        """Adapter and head: linear warm-up and decay, to 0 or (SWAG) to a plateau. From the opening on, ranges are
+        constant, gates fall to 1 %.
 
         At a constant rate, Adam leaves the gates in a cloud of its own noise around their law: benchmarks/posterior.md.
         """
@@ -49,6 +53,10 @@ class Schedule:
                 return 0.0
             gone = (step - self.opening) / max(1, self.steps - self.opening)
             return self.config.lr_gates * _LAST_RATE**gone if group == "gates" else self.config.lr_ranges
-        peak = self.config.lr if group == "adapter" or self.config.lr_head is None else self.config.lr_head
+        peak = self.config.lr_head if group == "head" and self.config.lr_head is not None else self.config.lr
         warm = max(1, math.ceil(self.config.warmup * self.steps))
+        if self.constant_from < 1:
+            first = max(warm + 1, int(self.constant_from * self.steps))
+            gone = min(1.0, max(0, step - warm) / (first - warm))
+            return peak * min((step + 1) / warm, 1 - (1 - self.plateau) * gone)
         return peak * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))

@@ -9,7 +9,6 @@ seeded by (seed, step, micro-batch, process), so a run that is cut off resumes t
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -19,19 +18,20 @@ import torch
 from tqdm.auto import tqdm
 
 from . import adapters
-from .bops import expected_bits, expected_rank
 from .build import Parts, build
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .data import epoch_order, loader, on_device, split_labels
-from .posterior import bops, component_marginals
+from .curvature import fit_laplace
+from .data import by_length, epoch_order, loader, on_device, split_labels
+from .logbook import Logbook
+from .posterior import component_marginals, deployed
 from .processes import average_gradients, shard, sharding_wanted
 from .program import BayesianLoRA
 from .ranges import range_errors
 from .schedule import Schedule
 from .spectra import explained_variances, start_eva
 from .starting import evidence, sensitivity
-from .watching import track_gate_maps
+from .validation import Validation
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _EVA_BATCHES = 32  # passed over until the components have settled
@@ -55,12 +55,14 @@ class Trained:
 
 
 def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW over four groups: adapter, head, gates (guide, and prior if it learns) and ranges."""
-    net = program.net
-    decay = config.weight_decay
+    """AdamW over five groups: adapter, weights (those whose law is learned), head, gates (guide, prior) and ranges."""
+    net, decay = program.net, config.weight_decay
+    random = program.weights.parameters_of_net
+    fixed = [p for p in net.adapter_parameters() if all(p is not other for other in random)]
     gates = list(dict.fromkeys([*program.gate_guide.parameters(), *program.prior.parameters()]))
     groups = [
-        {"name": "adapter", "params": net.adapter_parameters(), "weight_decay": decay},
+        {"name": "adapter", "params": fixed, "weight_decay": decay},
+        {"name": "weights", "params": [*random, *program.weights.parameters()], "weight_decay": 0},  # a prior does it
         {"name": "head", "params": [*net.head_parameters(), program.log_scale], "weight_decay": decay},
         {"name": "gates", "params": gates, "weight_decay": 0},
         {"name": "ranges", "params": [net.log_range], "weight_decay": 0},
@@ -92,7 +94,7 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
             f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or drop --tracker"
         )
     parts = build(config)
-    schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes)
+    schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
     if folder is not None and accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     return _Loop(accelerator, parts, schedule, folder, quiet).run(until)
@@ -105,7 +107,8 @@ class _Loop:
         self.accelerator, self.parts, self.schedule, self.folder = accelerator, parts, schedule, folder
         self.config, self.program = parts.config, parts.program
         self.quiet = quiet or not accelerator.is_main_process
-        self.lines: list[dict] = []
+        self.book = Logbook(accelerator, parts.program, schedule, folder)
+        self.validation = Validation(parts, folder)
 
     def run(self, until: int | None = None) -> Trained:
         config, accelerator, began = self.config, self.accelerator, time.perf_counter()
@@ -118,8 +121,9 @@ class _Loop:
         total = self.schedule.steps
         last = total if until is None else min(until, total)
         first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer, total) if self.folder else 0
-        self._restore_lines(first)
-        began -= self.lines[-1]["seconds"] if self.lines else 0.0
+        self.book.restore(first)
+        self.validation.restore(first)
+        began -= self.book.lines[-1]["seconds"] if self.book.lines else 0.0
         self.learning = [p for group in optimizer.param_groups for p in group["params"]]
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
@@ -132,16 +136,31 @@ class _Loop:
                 if step + 1 == total == self.schedule.opening:
                     self._start_gates(optimizer)
                 bar.update()
-                if (step + 1) % config.logging_steps == 0 or step + 1 == last:
-                    self._log(step + 1, time.perf_counter() - began, bar, optimizer)
+                more = self.validation.after_epoch(step + 1) if (step + 1) % self.schedule.steps_per_epoch == 0 else {}
+                if more or (step + 1) % config.logging_steps == 0 or step + 1 == last:
+                    seconds = time.perf_counter() - began
+                    said = self.book.log(step + 1, seconds, self.last, self.grad_norm, optimizer, more)
+                    bar.set_postfix_str(said)
                 due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == last
                 if self.folder and accelerator.is_main_process and due:
                     self._require_finite(step)
                     save_checkpoint(self.folder / "checkpoints", self.program, optimizer, step + 1, total)
+        if last == total:
+            self._finish()
         if config.tracker:
             accelerator.end_training()
         self.program.eval()
-        return Trained(self.parts, self.lines, time.perf_counter() - began)
+        return Trained(self.parts, self.book.lines, time.perf_counter() - began)
+
+    def _finish(self) -> None:
+        """What follows the last step; the same again whenever a finished training is taken up."""
+        program, weights = self.program, self.program.weights
+        self.validation.finish()
+        if hasattr(weights, "finish"):
+            weights.finish()
+        if weights.curvature:
+            load, _ = by_length(self.parts.tokens["train"], self.parts.tokenizer, self.config.batch_size)
+            fit_laplace(program, on_device(load, self.accelerator.device), deployed(program))
 
     def _steps(self, first: int):
         """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""
@@ -166,11 +185,11 @@ class _Loop:
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
             inputs, labels = split_labels({k: v.to(accelerator.device) for k, v in batch.items()})
             try:
-                loss, elbo = self.program(inputs, labels, temperature, kl_weight)
+                loss, elbo = self.program(inputs, labels, temperature, kl_weight, config.kl_weight)
             except ValueError as error:  # the likelihood refuses logits that are nan
                 raise ValueError(f"{_DIVERGED.format(step)} ({str(error).splitlines()[0]})") from error
             (loss / len(micro_batches)).backward()
-            parts.append(torch.stack([x.detach().float() for x in (loss, *elbo)]))
+            parts.append(torch.stack([torch.as_tensor(x, device=loss.device).detach().float() for x in (loss, *elbo)]))
         net = self.program.net
         average_gradients(self.learning, accelerator)
         clipped = [*net.adapter_parameters(), *net.head_parameters()]
@@ -180,9 +199,11 @@ class _Loop:
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
         optimizer.zero_grad()
+        if hasattr(self.program.weights, "collect"):
+            self.program.weights.collect(step + 1, self.schedule.steps)
         if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
             self.program.prior.adapt(component_marginals(self.program))
-        self.last = torch.stack(parts).mean(0)  # loss, nll, kl_z, kl_g of this process, read when a line is logged
+        self.last = torch.stack(parts).mean(0)  # loss and the ELBO's parts of this process, read when a line is logged
 
     def _require_finite(self, step: int) -> None:
         if not bool(self.last.isfinite().all()):
@@ -190,7 +211,11 @@ class _Loop:
 
     def _calibrate(self) -> None:
         if self.config.init_lora_weights == "eva":
-            start_eva(self.program.net, (inputs for inputs, _ in self._training_batches(_EVA_BATCHES, epoch=-3)))
+            net = self.program.net
+            start_eva(net, (inputs for inputs, _ in self._training_batches(_EVA_BATCHES, epoch=-3)))
+            self.program.weights.follow(
+                net.random_weights(), dict(enumerate(net.head_parameters()))
+            )  # PEFT made new ones
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
 
@@ -221,74 +246,3 @@ class _Loop:
         rows, config = self.parts.tokens["train"], self.config
         order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
         return on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device)
-
-    def _log(self, step: int, seconds: float, bar: tqdm, optimizer: torch.optim.Optimizer) -> None:
-        line = {"step": step, **self._measure(), **self._gradients(step, optimizer), "seconds": round(seconds, 3)}
-        if not self.accelerator.is_main_process:
-            return
-        self.lines.append(line)
-        bar.set_postfix_str(
-            f"loss {line['loss']:.3f} nll {line['nll']:.3f} kl {line['kl_z'] + line['kl_g']:.0f} "
-            f"bits {line['expected_bits']:.1f} rank {line['expected_rank']:.1f} BOPs {line['bops_adapted']:.1%}"
-        )
-        if self.config.tracker:
-            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
-            track_gate_maps(self.accelerator, self.program, step)
-        if self.folder:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    @torch.no_grad()
-    def _measure(self) -> dict:
-        program, layout = self.program, self.program.net.layout
-        self.last = self.accelerator.reduce(self.last, "mean")
-        z, g = (law.mean for law in program.gate_guide.posterior())
-        expected = bops(program)
-        numbers = {
-            **dict(zip(("loss", "nll", "kl_z", "kl_g"), self.last, strict=True)),
-            "expected_bits": expected_bits(layout, z)[program.z_mask].mean(),
-            "expected_rank": expected_rank(g)[program.g_mask].sum() / max(1, len(layout.adapted)),
-            "bops_adapted": expected.adapted_ratio,
-            "bops_model": expected.model_ratio,
-        }
-        told = program.prior.report() if hasattr(program.prior, "report") else {}
-        return {key: float(value) for key, value in (numbers | told).items()}
-
-    def _gradients(self, step: int, optimizer: torch.optim.Optimizer) -> dict:
-        """Temperature, the norm of the adapter's and head's gradient before clipping, and how noisy the gates' one is.
-
-        From Adam's running means of the gradient and of its square: gate_gradient is the root of the mean square of a
-        gate's gradient (nats over N), gate_noise the share of that square that is variance; 1 where nothing but noise
-        is left, as the mean then stays at about 1/19 of it.
-        """
-        moments = [
-            (state["exp_avg"] / (1 - b1 ** state["step"]), state["exp_avg_sq"] / (1 - b2 ** state["step"]))
-            for group in optimizer.param_groups if group["name"] == "gates"
-            for b1, b2 in [group["betas"]]
-            for state in map(optimizer.state.get, group["params"]) if state
-        ]  # fmt: skip
-        found = {"temperature": self.schedule.temperature(step - 1), "grad_norm": float(self.grad_norm)}
-        if step > self.schedule.opening and moments:
-            means, squares = (torch.cat([x.flatten() for x in each]) for each in zip(*moments, strict=True))
-            alive = squares > 0  # pinned gates have no gradient
-            if bool(alive.any()):
-                found["gate_gradient"] = squares[alive].mean().sqrt().item()
-                found["gate_noise"] = 1 - (means[alive].square().sum() / squares[alive].sum()).clamp(max=1.0).item()
-        return found
-
-    def _restore_lines(self, first: int) -> None:
-        """Keep the logged lines up to the checkpoint; those after it are written again."""
-        path = self.folder / "metrics.jsonl" if self.folder else None
-        if path is None or not self.accelerator.is_main_process:
-            return
-        if path.exists():
-            lines = map(_line, path.read_text("utf-8").splitlines())
-            self.lines = [line for line in lines if line.get("step", first + 1) <= first]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-
-
-def _line(text: str) -> dict:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:  # cut off while it was written
-        return {}

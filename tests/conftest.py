@@ -48,10 +48,9 @@ def eager():
     from pyro_blora import quantizer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYRO_BLORA_COMPILE", "0")
-        quantizer._kernels.cache_clear()
+        patch.setenv("PYRO_BLORA_COMPILE", "0")  # of other processes
+        patch.setattr(quantizer, "_kernels", lambda device="cpu": quantizer._EAGER)  # what is compiled stays so
         yield
-    quantizer._kernels.cache_clear()
 
 
 @pytest.fixture(scope="module", params=["bert", "deberta-encoder", "rank-1"])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from models import batch, random_chains, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 
 from pyro_blora import adapters, handover, quantizer
-from pyro_blora.adapters import ADAPTER, GatedLinear, QuantizedLinear, attach, calibrate, open_gates
+from pyro_blora.adapters import attach, calibrate, open_gates
+from pyro_blora.layers import ADAPTER, GatedLinear, QuantizedLinear
 from pyro_blora.layout import LADDER, SCOPES, head_modules
 
 SETTINGS = {"rank": 4, "alpha": 6.0, "sequence_length": 10}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from models import batch, tiny_bert
 
-from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate, observed
 from pyro_blora.guides import build_guide
 from pyro_blora.handover import Observer
+from pyro_blora.layers import ADAPTER
 from pyro_blora.layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
@@ -91,7 +91,7 @@ def test_ranges_are_positive_and_one_candidate_covers_the_largest_value(found, p
     assert found.ranges.shape == (*program.layout.z_shape[:2], len(_CANDIDATES)) and bool((found.ranges > 0).all())
     for layer in program.net.layers():
         if hasattr(layer, "lora_A"):
-            largest = layer.lora_A[adapters.ADAPTER].weight.abs().max()
+            largest = layer.lora_A[ADAPTER].weight.abs().max()
             torch.testing.assert_close(found.ranges[layer.index, LORA_A].max(), largest.detach())
 
 

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 
 def net_of(model, *, scope="encoder", target_modules=None):
-    net = attach(model, rank=3, sequence_length=10, scope=scope, target_modules=target_modules)
     torch.manual_seed(7)
+    net = attach(model, rank=3, sequence_length=10, scope=scope, target_modules=target_modules)
     for name, parameter in net.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

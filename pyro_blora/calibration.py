@@ -1,0 +1,102 @@
+"""Is the confidence right? Scores of predicted probabilities, and temperature scaling, which any claim has to beat.
+
+Shapes: S draws, E examples, C classes; outputs (S, E, C) probabilities of each draw, mean (E, C), labels (E,).
+Units: nats. Sources: Naeini et al. (2015) for ECE; Nixon et al. (2019) for equal counts; Guo et al. (2017) for the
+temperature; Depeweg et al. (2018) for the two parts of the entropy; Geifman and El-Yaniv (2017) for selection.
+"""
+
+import numpy as np
+import scipy.optimize
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+BINS = (15, 20)  # equal ones of confidence: the peers', and B-LoRA-XS's; the first is a summary's `ece`
+ADAPTIVE_BINS = 15  # of equally many examples
+COVERAGES = (0.5, 0.8, 0.9, 0.95)  # shares of the examples that are answered, the surest first
+_TINY = 1e-12  # in place of a probability of 0
+_TEMPERATURES = (-3.0, 5.0)  # natural logarithms of the coldest and the hottest that are tried
+
+
+def scores(outputs: Tensor, labels: Tensor) -> dict:
+    """Everything about one set of predictions, by name."""
+    mean = outputs.mean(0)
+    entropy, information = uncertainty(outputs)
+    return {
+        "nll": nll(mean, labels),
+        "brier": brier(mean, labels),
+        **{f"ece_{bins}": ece(mean, labels, bins) for bins in BINS},
+        "ece_adaptive": adaptive_ece(mean, labels),
+        "entropy": entropy.mean().item(),
+        "mutual_information": information.mean().item(),
+        "selective_accuracy": selective_accuracy(mean, labels),
+        "auroc_of_errors": auroc(entropy[mean.argmax(-1) != labels], entropy[mean.argmax(-1) == labels]),
+    }
+
+
+def nll(mean: Tensor, labels: Tensor) -> float:
+    """Mean negative log probability of the labels."""
+    return -mean.double().clamp(min=_TINY).log().gather(-1, labels[:, None]).mean().item()
+
+
+def brier(mean: Tensor, labels: Tensor) -> float:
+    """Mean squared distance from the label's unit vector, the sum over classes (Brier, 1950)."""
+    return (mean - torch.nn.functional.one_hot(labels, mean.shape[-1])).square().sum(-1).mean().item()
+
+
+def ece(mean: Tensor, labels: Tensor, bins: int) -> float:
+    """Expected calibration error in equal bins of the confidence, by torchmetrics."""
+    return multiclass_calibration_error(mean, labels, num_classes=mean.shape[-1], n_bins=bins).item()
+
+
+def adaptive_ece(mean: Tensor, labels: Tensor, bins: int = ADAPTIVE_BINS) -> float:
+    """The same in bins of equally many examples, sorted by confidence."""
+    confidence, decision = mean.double().max(-1)
+    order = confidence.argsort(stable=True)
+    right = (decision == labels).double()
+    parts = zip(confidence[order].tensor_split(bins), right[order].tensor_split(bins), strict=True)
+    return sum(abs(float(c.sum() - r.sum())) for c, r in parts) / len(labels)
+
+
+def uncertainty(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(entropy of the mean, mutual information of label and draw), (E,): all uncertainty, and what the draws add."""
+    p = outputs.double()
+    mean = p.mean(0)
+    entropy = torch.special.entr(mean).sum(-1)
+    return entropy, (entropy - torch.special.entr(p).sum(-1).mean(0)).clamp(min=0.0)
+
+
+def selective_accuracy(mean: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy on the share of the examples that it is surest of, by share."""
+    confidence, decision = mean.max(-1)
+    right = (decision == labels)[confidence.argsort(descending=True, stable=True)].double()
+    return {f"{share:g}": right[: max(1, round(share * len(right)))].mean().item() for share in COVERAGES}
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float | None:
+    """Probability that a positive has the larger value than a negative, ties counted half; None without one of them."""
+    if not len(positive) or not len(negative):
+        return None
+    values = torch.cat([positive, negative]).cpu().numpy()
+    return float(roc_auc_score(np.r_[np.ones(len(positive)), np.zeros(len(negative))], values))
+
+
+def out_of_distribution(inside: Tensor, outside: Tensor) -> dict[str, float | None]:
+    """AUROC of telling foreign examples by their uncertainty.  outputs (S, E, C) of the task's and of the others."""
+    names, pairs = ("entropy", "mutual_information"), zip(uncertainty(outside), uncertainty(inside), strict=True)
+    return {name: auroc(there, here) for name, (there, here) in zip(names, pairs, strict=True)}
+
+
+def fit_temperature(mean: Tensor, labels: Tensor) -> float:
+    """The temperature of least NLL: probabilities to the power of 1 / T, normalised."""
+    low, high = _TEMPERATURES
+    found = scipy.optimize.minimize_scalar(
+        lambda log_t: nll(at_temperature(mean, float(np.exp(log_t))), labels), bounds=(low, high), method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
+def at_temperature(mean: Tensor, temperature: float) -> Tensor:
+    """Probabilities (..., C) at a temperature; 1 leaves them."""
+    return (mean.double().clamp(min=_TINY).log() / temperature).softmax(-1)

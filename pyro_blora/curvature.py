@@ -1,0 +1,74 @@
+"""Laplace's approximation of the weights' posterior, by laplace-torch, from Jacobians of our own.
+
+The Gauss-Newton curvature needs the Jacobian of each example's logits (program.py). laplace-torch makes curvature,
+posterior and marginal likelihood of these. Gates are at their deployed allocation.
+Shapes: B batch, C outputs, D random weights; Jacobians (B, C, D).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .gates import Gates
+from .program import GateProgram, jacobians
+
+
+class _Loader(list):
+    """Batches as laplace-torch asks for them."""
+
+    @property
+    def dataset(self) -> range:
+        return range(sum(len(batch["labels"]) for batch in self))
+
+
+class _Network(nn.Module):
+    """What laplace-torch sees: one vector of parameters, and the logits of a batch (inputs, and which gates)."""
+
+    def __init__(self, program: GateProgram, gates: Gates):
+        super().__init__()
+        self.__dict__["program"] = program
+        self.gates, self.theta = gates, nn.Parameter(program.weights.mean.detach().clone())
+
+    def forward(self, batch: dict) -> Tensor:
+        return self.program.logits(_inputs(batch), self.gates, self.theta)
+
+
+def _inputs(batch: dict) -> dict:
+    return {key: x for key, x in batch.items() if key != "labels"}
+
+
+def fit_laplace(program: GateProgram, batches: Iterable[tuple[dict, Tensor]], gates: Gates) -> None:
+    """Set the scale of the program's Laplace law from training examples, all of them.
+
+    Errors: ValueError where laplace-torch is not installed.
+    """
+    try:
+        from laplace import DiagLaplace, FullLaplace
+        from laplace.curvature import GGNInterface
+    except ImportError as error:
+        raise ValueError(
+            f"weights 'laplace' needs laplace-torch ({error}): pip install 'pyro-blora[laplace]', or choose others"
+        ) from None
+
+    class Backend(GGNInterface):
+        def jacobians(self, x, enable_backprop: bool = False):
+            return jacobians(self.model.program, _inputs(x), self.model.gates)
+
+    law, batches = program.weights, list(batches)
+    with torch.no_grad():
+        example = program.likelihood(program.logits(batches[0][0], gates), scale=program.log_scale.exp())
+    regression = not hasattr(example, "probs")
+    kind = FullLaplace if law.curvature == "full" else DiagLaplace
+    settings = {"sigma_noise": program.log_scale.exp().item()} if regression else {}
+    network = _Network(program, gates)
+    approximation = kind(network, "regression" if regression else "classification", backend=Backend, **settings)
+    program.eval()
+    approximation.fit(_Loader([{**inputs, "labels": labels} for inputs, labels in batches]))
+    if law.given_precision is None:
+        approximation.optimize_prior_precision(method="marglik")
+    else:
+        approximation.prior_precision = law.given_precision
+    with torch.no_grad():
+        law.scale.copy_(approximation.posterior_scale)
+        law.prior_precision.copy_(approximation.prior_precision.squeeze())

@@ -1,0 +1,111 @@
+"""What takes forwards of a trained network, on every process: predictions averaged over draws, and of what is deployed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import accelerate
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .bops import expected_bops
+from .build import Parts
+from .data import batches_by_length, by_length, loader, on_device, take
+from .gates import Gates
+from .posterior import Prediction, deployed, draw, draw_weights, predict
+from .processes import gathered, own_share
+from .ranges import clipped
+from .scores import scores_of
+
+_ELBO_EXAMPLES, _ELBO_DRAWS = 512, 4  # training rows and discrete draws behind elbo_per_example
+_RANGE_EXAMPLES = 128  # training rows on which clipped values are counted
+
+
+class Evaluated(NamedTuple):
+    """draws: of the gates; pairs: averaged over draws, and deployed, by split; fitted: of training rows; beyond (L, T);
+    by_rank: scores of every rank, where the guide serves them.
+    """
+
+    draws: Gates
+    pairs: dict[str, tuple[Prediction, Prediction]]
+    fitted: Prediction
+    beyond: Tensor
+    by_rank: list[dict]
+
+
+def evaluate(parts: Parts) -> Evaluated:
+    program, config = parts.program, parts.config
+    draws, theta = (make(program, config.draws, seed=config.seed) for make in (draw, draw_weights))
+    splits = [split for split in parts.tokens if split != "train"]
+    pairs = {split: _averaged_and_deployed(parts, split, draws, theta) for split in splits}
+    train = take(parts.tokens["train"], _ELBO_EXAMPLES, config.seed)
+    few = draw(program, _ELBO_DRAWS, seed=config.seed)
+    random = draw_weights(program, _ELBO_DRAWS, seed=config.seed) if program.weights.in_training else None
+    fitted = _predict(parts, "train", few, random, rows=train)
+    rows = take(parts.tokens["train"], _RANGE_EXAMPLES, config.seed)
+    load, _ = by_length(rows, parts.tokenizer, 2 * config.batch_size)
+    beyond = clipped(program, on_device(load, program.log_scale.device))
+    by_rank = _by_rank(parts) if getattr(program.gate_guide, "serves_every_rank", False) else []
+    return Evaluated(draws, pairs, fitted, beyond, by_rank)
+
+
+def with_members(prediction: Prediction, split: str, members: list[Path]) -> Prediction:
+    """The predictions of an ensemble: each fit's own mean is a draw. members: folders of the further fits."""
+    tables = [pd.read_parquet(folder / predictions_file(split)) for folder in members]
+    columns = ["decision"] if prediction.is_regression else [name for name in tables[0] if name.startswith("p_")]
+    outputs = [prediction.mean, *(torch.tensor(table[columns].to_numpy()) for table in tables)]
+    scores = [prediction.log_score, *(torch.tensor(table["log_likelihood"].to_numpy()) for table in tables)]
+    together = (torch.stack([x.to(parts[0].dtype) for x in parts]) for parts in (outputs, scores))
+    return Prediction(*together, prediction.labels, prediction.is_regression)
+
+
+def predictions_file(split: str) -> str:
+    return "predictions.parquet" if split == "eval" else f"predictions_{split.removeprefix('eval_')}.parquet"
+
+
+def _averaged_and_deployed(
+    parts: Parts, split: str, draws: Gates, theta: Tensor | None
+) -> tuple[Prediction, Prediction]:
+    config, program = parts.config, parts.program
+    mode = Gates(*(x[None] for x in deployed(program)))
+    if config.average_over == "dropout":
+        masked = _predict(parts, split, draws, theta, dropout_seed=config.seed)
+        return masked, _predict(parts, split, mode)
+    # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
+    gates = Gates(*(torch.cat(pair) for pair in zip(draws, mode, strict=True)))
+    if theta is not None:
+        theta = torch.cat([theta, program.weights.mean.detach()[None]])
+    both = _predict(parts, split, gates, theta)
+    return both.of_draws(slice(config.draws)), both.of_draws(slice(config.draws, None))
+
+
+def _by_rank(parts: Parts) -> list[dict]:
+    """Scores of the deployed bit widths with the same rank everywhere, from 1 to R."""
+    layout, z = parts.program.layout, deployed(parts.program).z
+    ranks = torch.arange(layout.rank, device=z.device)
+    g = (ranks[:-1] < ranks[:, None, None]).float().expand(-1, *layout.g_shape)  # (R, L, R - 1)
+    gates = Gates(z.expand(layout.rank, *z.shape), g)
+    prediction, bops = _predict(parts, "eval", gates), expected_bops(layout, *gates)
+    return [
+        {
+            "rank": i + 1, **scores_of(parts.task, prediction.of_draws(slice(i, i + 1))),
+            "bops": {"adapted_ratio": float(bops.adapted_ratio[i]), "model_ratio": float(bops.model_ratio[i])},
+        }
+        for i in range(layout.rank)
+    ]  # fmt: skip
+
+
+def _predict(
+    parts: Parts, split: str, draws: Gates, theta: Tensor | None = None, rows=None, dropout_seed: int | None = None
+) -> Prediction:
+    """Of all rows, on every process, which each predicts some of."""
+    rows = parts.tokens[split] if rows is None else rows
+    mine = own_share(batches_by_length(rows, 2 * parts.config.batch_size))
+    load = on_device(loader(rows, parts.tokenizer, mine), parts.program.log_scale.device)
+    bar = tqdm(load, desc=f"predict {split}", total=len(mine), leave=False, dynamic_ncols=True,
+               disable=not accelerate.PartialState().is_main_process)  # fmt: skip
+    prediction = predict(parts.program, bar, gates=draws, weights=theta, dropout_seed=dropout_seed)
+    found = gathered((prediction, [i for batch in mine for i in batch]))
+    order = torch.tensor([i for _, numbers in found for i in numbers])
+    return Prediction.joined([part for part, _ in found]).restored(order)

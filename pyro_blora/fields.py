@@ -1,0 +1,90 @@
+"""What the value of one field of a run's configuration may be: types, ranges, and the remedy where it is neither."""
+
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
+
+
+def _at_least(low: float) -> tuple:
+    return (lambda value: value >= low), f"at least {low}"
+
+
+def _positive() -> tuple:
+    return (lambda value: 0 < value < math.inf), "a positive number"
+
+
+def _not_negative() -> tuple:
+    return (lambda value: 0 <= value < math.inf), "0 or a positive number"
+
+
+def _fraction() -> tuple:
+    return (lambda value: 0 <= value <= 1), "between 0 and 1"
+
+
+RANGES = {  # field: (check, what is expected, remedy)
+    "rank": (*_at_least(1), "8 is usual; the gates close ranks that are not needed"),
+    "alpha": (*_positive(), "twice the rank is usual"),
+    "max_train": (*_at_least(1), "leave it out to use everything"),
+    "epochs": (*_at_least(1), "one pass is the shortest run; max_train makes it shorter"),
+    "batch_size": (*_at_least(1), "accumulation keeps the effective batch when memory is short"),
+    "accumulation": (*_at_least(1), "1 means a step after every batch"),
+    "restarts": (*_at_least(1), "1 is a single fit; 3 or 4 show whether they agree"),
+    "lr": (*_positive(), "1e-3 is usual for adapters"),
+    "lr_head": (*_positive(), "leave it out to use lr"),
+    "lr_gates": (*_not_negative(), "0 freezes the gates"),
+    "lr_ranges": (*_not_negative(), "0 freezes the ranges"),
+    "weight_decay": (*_not_negative(), "0 switches it off"),
+    "warmup": (*_fraction(), "it is a fraction of the steps, not a number of steps"),
+    "kl_weight": (*_positive(), "1 is the ELBO"),
+    "kl_warmup": (*_fraction(), "it is a fraction of the steps; 1 starts the gates when training has ended"),
+    "temperature_start": (*_positive(), "0.5 is usual"),
+    "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),
+    "clip_norm": (*_positive(), "a large number, such as 1e9, switches clipping off"),
+    "max_length": (*_at_least(4), "a pair of texts needs three special tokens and a word"),
+    "data_seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "leave it out to use seed"),
+    "validation": ((lambda value: 0 <= value < 1), "a fraction from 0 to below 1", "0.1 is usual"),
+    "seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "NumPy's generators take 32 bits"),
+    "draws": (*_at_least(1), "15 is usual"),
+    "logging_steps": (*_at_least(1), "1 logs every step"),
+    "checkpoint_steps": (*_at_least(1), "a number beyond the last step writes none in between"),
+    "task": (bool, "a name", "acceptability needs no download"),
+    "backbone": (bool, "a name or a folder", "demo needs no download"),
+    "prior": (bool, "a name or file.py:function", "`pyro-blora priors` lists the names"),
+    "guide": (bool, "a name or file.py:function", "`pyro-blora guides` lists the names"),
+    "weights": (bool, "a name", "`pyro-blora weights` lists them"),
+    "output_dir": (bool, "a folder", "runs is the default"),
+}
+
+
+def fit(name: str, annotation: Any, value: Any) -> Any:
+    """The value as the field's type: whole numbers become floats where floats are meant, so that digests are stable."""
+    allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    optional = types.NoneType in allowed
+    if value is None and optional:
+        return None
+    (kind, *more) = (a for a in allowed if a is not types.NoneType)
+    if isinstance(value, list | tuple) and tuple in more:
+        return tuple(value)
+    if kind is dict and isinstance(value, Mapping):
+        try:
+            return json.loads(json.dumps(dict(value), allow_nan=False))  # a copy, and proof that it can be stored
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must hold plain numbers, words and lists, got {value!r}: {error}") from error
+    if kind is str and isinstance(value, str | Path):
+        return str(value)
+    if kind is bool and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
+        return str(value).lower() == "true"
+    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isnan(number) and (kind is float or number.is_integer()):
+            return kind(number)
+    raise ValueError(f"{name} must be {_NOUNS[kind]}{' or none' if optional else ''}, got {value!r}")

@@ -1,0 +1,134 @@
+"""summary.json: what a run computed, in numbers; and the table of its predictions."""
+
+import json
+import os
+import platform
+import resource
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from .bops import expected_bits, expected_bops, expected_rank
+from .build import Parts
+from .evaluation import Evaluated
+from .posterior import Prediction, bops, deployed, draw, marginals, mean_kl
+from .scores import calibration_of, scores_of
+
+_INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
+_BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
+
+
+@torch.no_grad()
+def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
+    """All numbers of a run but those of its restarts."""
+    program, config = parts.program, parts.config
+    net, layout, (z, g) = program.net, program.net.layout, marginals(program)
+    learning = [*net.adapter_parameters(), *net.head_parameters()]
+    prediction, at_mode = evaluated.pairs["eval"]
+    (kl_z, kl_g), kl_theta = mean_kl(program, seed=config.seed), float(program.weights.divergence())
+    expected, at = bops(program), expected_bops(layout, *deployed(program))
+    ratios = expected_bops(layout, *draw(program, _BOPS_DRAWS, seed=config.seed)).adapted_ratio.cpu()
+    bits, ranks = expected_bits(layout, z).cpu(), expected_rank(g).cpu()
+    kinds = {p.type: [i for i, q in enumerate(layout.projections) if q.type == p.type] for p in layout.adapted}
+    found = {
+        "task": config.task,
+        "backbone": config.backbone,
+        "method": config.method,
+        "prior": "+".join(config.prior_names),
+        "guide": config.guide,
+        "adapter": config.adapter,
+        "weights": {"law": config.weights, **_of_weights(parts)},
+        "seed": config.seed,
+        "n_train": program.n_train,
+        "n_eval": len(prediction.labels),
+        **scores_of(parts.task, prediction),
+        "draws": config.draws,
+        "averaging": _averaging(parts),
+        "deployed": scores_of(parts.task, at_mode),
+        "prior_state": program.prior.report() if hasattr(program.prior, "report") else {},
+        "elbo_per_example": (
+            float(evaluated.fitted.log_likelihood.mean()) - (kl_z + kl_g + kl_theta) / program.n_train
+        ),
+        "kl": {"z": kl_z, "g": kl_g, "theta": kl_theta},
+        "bops": {
+            "adapted_ratio": float(expected.adapted_ratio),
+            "model_ratio": float(expected.model_ratio),
+            "interval": [float(ratios.quantile(p)) for p in _INTERVAL],
+            "deployed": {"adapted_ratio": float(at.adapted_ratio), "model_ratio": float(at.model_ratio)},
+        },
+        "expected_bits": {
+            tensor: float(bits[program.z_mask.cpu()[:, t], t].mean()) for t, tensor in enumerate(layout.tensors)
+            if program.z_mask[:, t].any()
+        },
+        "expected_rank": {kind: float(ranks[rows].mean()) for kind, rows in kinds.items()},
+        "adapter_parameters": sum(
+            _parameters(p, layout.rank, 1 + int((g[i] > 0.5).sum()), config.adapter == "xs")
+            for i, p in enumerate(layout.projections) if p.adapted
+        ),
+        "trained_parameters": sum(p.numel() for p in learning),
+        "seconds": {"training": round(seconds, 2)},
+        "peak_memory_bytes": _peak_memory(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
+    }  # fmt: skip
+    found["calibration"] = calibration_of(evaluated.pairs)
+    for split, (predicted, _) in evaluated.pairs.items():
+        if split not in ("eval", "ood"):
+            found[split] = scores_of(parts.task, predicted)
+    if evaluated.by_rank:
+        found["by_rank"] = evaluated.by_rank
+    return found
+
+
+def _parameters(projection, rank: int, opened: int, core: bool) -> int:
+    """Learned parameters of an adapter that its open ranks use: of LoRA (m + n) r, of a core R r."""
+    return opened * (rank if core else projection.in_features + projection.out_features)
+
+
+def _of_weights(parts: Parts) -> dict:
+    """random: D; stored: numbers that are kept to draw from the law; std: of a weight, the root mean square over all."""
+    law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
+    found = {"random": law.size if law.random else 0, "stored": fits * law.stored}
+    if law.random:
+        drawn = law.draw(100)
+        found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
+    return found
+
+
+def _averaging(parts: Parts) -> str:
+    config, random = parts.config, parts.program.weights.random
+    if config.weights == "ensemble":
+        return f"mean of predicted probabilities over {config.fits} fits from seeds of their own"
+    of = "the gates" + (" and the weights" if random else "")
+    masks = " and of dropout masks" if config.average_over == "dropout" else ""
+    return f"mean of predicted probabilities over {config.draws} draws of {of}{masks}"
+
+
+def of_restart(folder: Path) -> dict:
+    """What of a restart's summary stands in that of the run."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {key: summary[key] for key in ("seed", "metric", "nll", "ece", "elbo_per_example", "bops", "deployed")}
+
+
+def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode: Prediction) -> pd.DataFrame:
+    """One line an example: its text, label, decision, and mean probability of each class (or mean and spread).
+
+    `log_likelihood` is the log of the density averaged over draws, as in `nll`; `deployed_*`: of the one allocation.
+    """
+    table = parts.rows[split].to_pandas()
+    table["decision"] = prediction.decision.numpy()
+    if parts.task.is_regression:
+        table["std_over_draws"] = prediction.outputs.squeeze(-1).std(0, correction=0).numpy()
+    else:
+        for index, label in enumerate(parts.task.labels):
+            table[f"p_{label}"] = prediction.mean[:, index].numpy()
+    table["log_likelihood"] = prediction.log_score.numpy()
+    table["deployed_decision"], table["deployed_log_likelihood"] = at_mode.decision.numpy(), at_mode.log_score.numpy()
+    return table
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
