@@ -5,6 +5,7 @@ posterior and marginal likelihood of these. Gates are at their deployed allocati
 Shapes: B batch, C outputs, D random weights; Jacobians (B, C, D).
 """
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -66,7 +67,9 @@ def fit_laplace(program: GateProgram, batches: Iterable[tuple[dict, Tensor]], ga
     program.eval()
     approximation.fit(_Loader([{**inputs, "labels": labels} for inputs, labels in batches]))
     if law.given_precision is None:
-        approximation.optimize_prior_precision(method="marglik")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about how it would predict, which it does not
+            approximation.optimize_prior_precision(pred_type="glm", method="marglik", prior_structure="scalar")
     else:
         approximation.prior_precision = law.given_precision
     with torch.no_grad():

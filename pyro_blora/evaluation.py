@@ -1,4 +1,4 @@
-"""What takes forwards of a trained network, on every process: predictions averaged over draws, and of what is deployed."""
+"""What takes forwards of a trained network, on every process: predictions, averaged over draws and as deployed."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -91,9 +91,10 @@ class GateProgram(nn.Module, abc.ABC):
         return logits
 
     def guide(self, inputs: dict, labels: Tensor | None = None) -> Gates:
+        gates = self._gate_sites(self.gate_guide.laws(self.temperature, self.hard))
         if self.weights.in_training:
             pyro.sample("theta", self.weights.law())
-        return self._gate_sites(self.gate_guide.laws(self.temperature, self.hard))
+        return gates
 
     def _gate_sites(self, laws: Gates) -> Gates:
         L, T, _ = self.layout.z_shape

@@ -24,7 +24,8 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
 def calibration_of(pairs: dict[str, tuple[Prediction, Prediction]]) -> dict:
     """Scores of the averaged predictions and of the deployed ones, by name; {} for regression.
 
-    With split `validation` also at the temperature of least NLL there, `scaled`; with split `ood`, `out_of_distribution`.
+    With split `validation` also `scaled`, at the temperature of least NLL there; with split `ood` also
+    `out_of_distribution`.
     """
     if pairs["eval"][0].is_regression:
         return {}

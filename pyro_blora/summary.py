@@ -86,7 +86,7 @@ def _parameters(projection, rank: int, opened: int, core: bool) -> int:
 
 
 def _of_weights(parts: Parts) -> dict:
-    """random: D; stored: numbers that are kept to draw from the law; std: of a weight, the root mean square over all."""
+    """random: D; stored: numbers that are kept to draw from the law; std: root mean square over all weights."""
     law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
     found = {"random": law.size if law.random else 0, "stored": fits * law.stored}
     if law.random:

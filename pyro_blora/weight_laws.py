@@ -77,6 +77,13 @@ class Point(nn.Module):
 
 
 class _Random(Point):
+    def __init__(self, weights: Parameters, head: Parameters | None = None):
+        if not weights:
+            raise ValueError(
+                "this law of the weights needs an adapter whose weights can be random: --adapter lora or xs"
+            )
+        super().__init__(weights, head)
+
     @property
     def random(self) -> tuple:
         return tuple(self._parts)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import batch, tiny_bert
 
+from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate, observed
 from pyro_blora.guides import build_guide
 from pyro_blora.handover import Observer

@@ -1,0 +1,259 @@
+"""B-LoRA-XS: its factors, their cache, its parameter counts, and runs with every law of the weights."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from models import batch, tiny_bert
+from safetensors.torch import load_file
+from tiny import save_tiny_backbone, tiny_config
+from transformers import AutoModelForSequenceClassification
+
+from pyro_blora import adapters, attach, fit, load
+from pyro_blora.adapters import open_gates
+from pyro_blora.layout import AdapterLayout
+from pyro_blora.posterior import deployed
+from pyro_blora.run import train_run
+from pyro_blora.xs import factors
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+LAWS = {
+    "gaussian": {"weights": "gaussian"},
+    "low rank": {"weights": "low_rank", "weights_settings": {"rank": 3}},
+    "swag": {"weights": "swag", "weights_settings": {"rank": 2, "snapshots": 4}},
+    "laplace": {"weights": "laplace"},
+    "best epoch": {"validation": 0.25, "choose_epoch": True, "lr": 0.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "svd"
+    monkeypatch.setenv("PYRO_BLORA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("tiny"))
+
+
+def weight(m=7, n=5, seed=0):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("singular_values", ["input", "split"])
+def test_the_factors_are_the_best_approximation_of_their_rank(singular_values):
+    W = weight()
+    right, left = factors(W, 3, singular_values=singular_values)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(left @ right, (U[:, :3] * S[:3]) @ Vh[:3], atol=1e-5, rtol=1e-5)
+    sizes = (left.norm(dim=0), right.norm(dim=1))
+    expected = (torch.ones(3), S[:3]) if singular_values == "input" else (S[:3].sqrt(), S[:3].sqrt())
+    for size, mine in zip(sizes, expected, strict=True):
+        torch.testing.assert_close(size, mine, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("singular_values", ["input", "split"])
+def test_a_prior_of_one_scale_says_what_the_module_says_about_the_update(singular_values):
+    """Var[(P^T Delta W Q)_ij] ~ S_j^2 with all singular values on the input side, S_i S_j split."""
+    W = weight()
+    right, left = factors(W, 3, singular_values=singular_values)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    M = torch.randn(40_000, 3, 3, generator=torch.Generator().manual_seed(0))
+    seen = (U[:, :3].mT @ left @ M @ right @ Vh[:3].mT).var(0)
+    expected = S[:3].square().expand(3, 3) if singular_values == "input" else torch.outer(S[:3], S[:3])
+    torch.testing.assert_close(seen, expected, rtol=0.05, atol=0)
+
+
+def test_a_randomized_decomposition_finds_what_has_low_rank():
+    W = weight(60, 3) @ weight(3, 40, seed=1)
+    state = torch.random.get_rng_state()
+    right, left = factors(W, 3, svd="randomized")
+    torch.testing.assert_close(left @ right, W, atol=1e-4, rtol=1e-4)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_decomposition_is_made_once_and_a_damaged_one_again(cache, monkeypatch):
+    W = weight(seed=11)
+    first = factors(W, 2)
+    (path,) = [p for p in (cache / "svd").iterdir() if load_file(p)["U"].shape == (7, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("decomposed again"))
+        assert all(torch.equal(a, b) for a, b in zip(first, factors(W, 2), strict=True))
+    path.write_bytes(path.read_bytes()[:20])
+    assert all(torch.equal(a, b) for a, b in zip(first, factors(W, 2), strict=True))
+    assert load_file(path)["U"].shape == (7, 2)
+    other = factors(weight(seed=12), 2)
+    assert not torch.equal(first.left, other.left)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path / "file"))
+    assert factors(weight(seed=13), 2).right.shape == (2, 5)
+
+
+# --- the adapter ------------------------------------------------------------------------------------------------------
+
+
+def test_step_zero_is_the_pretrained_model_and_the_core_gets_a_gradient():
+    plain, (inputs, _) = tiny_bert().eval(), batch()
+    expected = plain(**inputs).logits
+    net = attach(plain, rank=4, sequence_length=10, adapter="xs").eval()
+    with adapters.gates(net, *open_gates(net.layout)):
+        found = net(**inputs).logits
+    torch.testing.assert_close(found, expected)
+    found[:, 0].sum().backward()
+    assert all(p.shape == (4, 4) and p.grad.abs().max() > 0 for p in net.adapter_parameters())
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16, 25])
+def test_parameters_are_counted_as_in_the_paper(rank):
+    """96 R^2 for four projections of each of RoBERTa-large's 24 layers, against 98,304 R of LoRA on query and value."""
+    small = transformers.RobertaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=24, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    four = ("query", "value", "attention.output.dense", "output.dense")
+    settings = {"rank": rank, "sequence_length": 8, "target_modules": four}
+    net = attach(transformers.RobertaForSequenceClassification(small), adapter="xs", **settings)
+    assert sum(p.numel() for p in net.adapter_parameters()) == 96 * rank**2
+    large = transformers.RobertaConfig(
+        vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        max_position_embeddings=514, type_vocab_size=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.RobertaForSequenceClassification(large)
+    layout = AdapterLayout.of(model, rank=rank, target_modules=("query", "value"), sequence_length=8)
+    assert sum((p.in_features + p.out_features) * rank for p in layout.adapted) == 98_304 * rank
+
+
+def test_rank_gates_and_bit_gates_apply_unchanged():
+    """y = Q(W0) x + alpha / R Q(P M) diag(g) Q(Q(S Q^T) x), by the one rule of any adapter."""
+    net = attach(tiny_bert(), rank=4, sequence_length=10, adapter="xs").eval()
+    for p in net.adapter_parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    layer, (inputs, _) = net.layers()[0], batch()
+    down, up = layer.low_rank()
+    plain = attach(tiny_bert(), rank=4, sequence_length=10).eval()
+    twin = plain.layers()[0]
+    with torch.no_grad():
+        for mine, theirs in zip(net.layers(), plain.layers(), strict=True):
+            for side, value in zip((theirs.lora_A, theirs.lora_B), mine.low_rank(), strict=True):
+                side["default"].weight.copy_(value)
+        plain.log_range.copy_(net.log_range)
+        z, g = open_gates(net.layout)
+        z[:, :, 2:], g[:, 1:] = 0, 0
+        found = []
+        for one in (net, plain):
+            with adapters.gates(one, z, g):
+                found.append(one(**inputs).logits)
+    assert down.shape == twin.lora_A["default"].weight.shape and up.shape == twin.lora_B["default"].weight.shape
+    torch.testing.assert_close(*found)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_run_that_is_cut_off_resumes_to_the_same_bits(backbone, tmp_path, law):
+    if law == "laplace":
+        pytest.importorskip("laplace")
+    config = tiny_config(backbone, adapter="xs", epochs=3, **{"lr": 2e-2, **LAWS[law]})
+    whole = fit(config, folder=tmp_path / "whole", quiet=True)
+    fit(config, folder=tmp_path / "cut", quiet=True, until=5)
+    again = fit(config, folder=tmp_path / "cut", quiet=True)
+    for (name, a), (_, b) in zip(*(sorted(x.program.state_dict().items()) for x in (whole, again)), strict=True):
+        assert torch.equal(a, b), name
+    assert [line["loss"] for line in whole.metrics] == [line["loss"] for line in again.metrics]
+
+
+def test_the_best_epoch_is_kept(backbone, tmp_path):
+    config = tiny_config(backbone, adapter="xs", epochs=4, lr=0.5, method="lora", validation=0.25, choose_epoch=True)
+    trained = fit(config, folder=tmp_path / "run", quiet=True)
+    seen = {line["step"]: line["validation_nll"] for line in trained.metrics if "validation_nll" in line}
+    assert list(seen) == [3, 6, 9, 12]  # 48 of 64 rows are left, in batches of 16
+    best = min(seen, key=seen.get)
+    assert best < 12, "the last epoch would be kept without a choice"
+    left = fit(config, folder=tmp_path / "left", quiet=True, until=best)
+    for mine, theirs in zip(
+        trained.program.net.adapter_parameters(), left.program.net.adapter_parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "swag", "laplace"])
+def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(backbone, tmp_path, law):
+    if law == "laplace":
+        pytest.importorskip("laplace")
+    settings = {"lr": 2e-2, "output_dir": str(tmp_path), "validation": 0.25}
+    folder = train_run(tiny_config(backbone, adapter="xs", **settings, **LAWS[law]))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["weights"]["random"] == 6 * 16 and summary["trained_parameters"] > 6 * 16
+    program = load(folder)
+    saved = load_file(folder / "adapter" / "gates.safetensors")
+    assert {"net.peft_model.base_model.model.bert.encoder.layer.0.attention.self.query.lora_core.weight"} <= set(saved)
+    torch.manual_seed(0)
+    drawn = program.weights.draw(50)
+    assert drawn.std(0).square().mean().sqrt().item() == pytest.approx(summary["weights"]["std"], rel=0.3)
+    plain = AutoModelForSequenceClassification.from_pretrained(backbone)
+    reloaded = peft.PeftModel.from_pretrained(plain, folder / "adapter").eval()
+    z, g = deployed(program)
+    z = z.clone()
+    z[:, [0, 1, 4]] = 1.0  # activations and base weights at 32 bit, as PEFT has them
+    inputs = {"input_ids": torch.arange(20).view(2, 10)}
+    with torch.no_grad(), adapters.gates(program.net, z, g):
+        expected = program.net(**inputs).logits
+        torch.testing.assert_close(reloaded(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    for key in ("averaged", "deployed"):
+        found = summary["calibration"][key]
+        assert {"nll", "ece_15", "ece_20", "ece_adaptive", "temperature", "scaled"} <= set(found)
+        assert found["scaled"]["nll"] > 0 and found["temperature"] > 0
+
+
+def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_path):
+    import pandas as pd
+
+    config = tiny_config(backbone, method="lora", weights="ensemble", weights_settings={"members": 2}, lr=2e-2,
+                         output_dir=str(tmp_path))  # fmt: skip
+    folder = train_run(config)
+    alone = train_run(tiny_config(backbone, method="lora", lr=2e-2, output_dir=str(tmp_path / "alone")))
+    (member,) = (folder / "restarts").iterdir()
+    tables = [pd.read_parquet(place / "predictions.parquet") for place in (folder, alone, member)]
+    columns = [name for name in tables[0] if name.startswith("p_")]
+    together, first, second = (table[columns].to_numpy() for table in tables)
+    assert abs(first - second).max() > 1e-3
+    assert together == pytest.approx((first + second) / 2, abs=1e-6)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "2 fits" in summary["averaging"] and summary["calibration"]["averaged"]["mutual_information"] > 0
+    assert summary["calibration"]["deployed"]["nll"] == pytest.approx(
+        json.loads((alone / "summary.json").read_text())["nll"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": "xs", "init_lora_weights": "eva"}, "is for LoRA, --adapter xs starts from W0"),
+        ({"adapter": "xs", "adapter_settings": {"svd": "fast"}}, "svd must be one of exact, randomized"),
+        ({"adapter_settings": {"svd": "exact"}}, "adapter 'lora' has no settings: drop --adapter.svd"),
+        ({"choose_epoch": True}, "choose_epoch needs rows to choose by"),
+        ({"weights": "swag", "validation": 0.1, "choose_epoch": True}, "averages over the epochs"),
+        ({"weights": "ensemble", "restarts": 2}, "members of --weights ensemble are restarts already"),
+        ({"validation": 1.0}, "validation must be a fraction from 0 to below 1"),
+        ({"validation": 0.001}, "leaves 64 to train on and 0 to validate on"),
+        ({"ood_task": "acceptability"}, "must be another task"),
+        ({"method": "full", "weights": "swag"}, "needs an adapter whose weights can be random"),
+    ],
+)
+def test_what_cannot_work_together_is_refused(backbone, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_run(tiny_config(backbone, output_dir=str(tmp_path / "runs"), **changes))
+    assert not (tmp_path / "runs").exists()
