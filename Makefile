@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# laplace-torch and what it imports; torchvision, which it asks for and does not import, fits one build of torch only
+LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops linear_operator unfoldNd
 INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 .PHONY: run test lint bench clean
@@ -25,6 +27,7 @@ $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev,cluster]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps $(LAPLACE)
 	rm -f .venv/.installed-*
 	touch $@
 

@@ -95,7 +95,39 @@ def _calibration(run: RunFiles, title: str) -> Section:
         f"examples; Brier score {run.summary['brier']:.4f}."
     )
     made = [(charts.reliability(bins), "A point a bin, as large as its share of the examples.")]
-    return Section(title, [text], charts=made, tables=[("The bins as a table", bins.round(4), False)])
+    tables = [("The bins as a table", bins.round(4), False)]
+    if found := run.summary.get("calibration"):  # older runs have none
+        said = run.summary["averaging"]
+        tables.insert(0, (f"Averaged: {said}. Scaled: at the temperature of least NLL on rows held out of training.",
+                          calibration_table(found), True))  # fmt: skip
+    return Section(title, [text], charts=made, tables=tables)
+
+
+def calibration_table(found: dict) -> pd.DataFrame:
+    """Averaged and deployed predictions, and both at their temperatures, as columns."""
+    columns = {}
+    for name, scores in found.items():
+        columns[name] = scores
+        if "scaled" in scores:
+            columns[f"{name}, scaled"] = scores["scaled"] | {"temperature": scores["temperature"]}
+    rows = {
+        "NLL": "nll", "Brier score": "brier", "ECE, 15 bins": "ece_15", "ECE, 20 bins": "ece_20",
+        "ECE, bins of equal counts": "ece_adaptive", "predictive entropy": "entropy",
+        "mutual information": "mutual_information", "AUROC of its errors by entropy": "auroc_of_errors",
+        "temperature": "temperature",
+    }  # fmt: skip
+    table = {line: {column: scores.get(key) for column, scores in columns.items()} for line, key in rows.items()}
+    table["temperature"] = {column: scores.get("temperature", 1.0) for column, scores in columns.items()}
+    for column in (name for name in found if "scaled" in found[name]):
+        table["temperature"][column] = 1.0
+    for share in found["averaged"]["selective_accuracy"]:
+        line = f"accuracy on the surest {float(share):.0%}"
+        table[line] = {column: scores["selective_accuracy"][share] for column, scores in columns.items()}
+    for name in found["averaged"].get("out_of_distribution", ()):
+        line = f"AUROC of other sentences by {name.replace('_', ' ')}"
+        table[line] = {c: scores.get("out_of_distribution", {}).get(name) for c, scores in columns.items()}
+    frame = pd.DataFrame(table).T.astype(float).round(4)
+    return frame.rename_axis("").reset_index()
 
 
 def _training(run: RunFiles, title: str) -> Section:

@@ -23,6 +23,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "benchmark.py": "--only quantizer gates --seconds 0.01 --output_dir OUT",
     "compare.py": "RESULTS --axis prior --against nested --report OUT/page.md",
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
+    "mrpc_as_pairs.py": "--glue_dir GLUE --max_train 20 --output_dir OUT",
     "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
     "reading.py": "RUN --figures OUT/figures",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
@@ -66,7 +67,7 @@ def test_a_script_runs_and_leaves_results(script, tmp_path, request, monkeypatch
     if "GLUE" in arguments:
         arguments = arguments.replace("GLUE", str(request.getfixturevalue("glue_dir")))
     (_in_a_process_of_its_own if script == "train.py" else _here)(script, arguments.split(), monkeypatch)
-    found = "benchmark.json" if script == "benchmark.py" else "summary.json"
+    found = {"benchmark.py": "benchmark.json", "mrpc_as_pairs.py": "dev.csv"}.get(script, "summary.json")
     assert any((tmp_path / "out").rglob(found))
 
 

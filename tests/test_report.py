@@ -228,6 +228,24 @@ def test_warnings_name_what_is_wrong(backbone, tmp_path):
     assert "Prior-dominated" in said(prior="depth", seed=1) and "Collapsed" not in said(prior="depth", seed=2)
 
 
+def test_the_calibration_section_has_the_scores_of_the_summary(backbone, tmp_path):
+    config = tiny_config(backbone, method="lora", weights="dropout", validation=0.25, output_dir=str(tmp_path))
+    folder = train_run(config)
+    found = json.loads((folder / "summary.json").read_text())["calibration"]
+    (section,) = (x for x in sections_of(RunFiles(folder)) if x.title == "Calibration")
+    caption, table, shown = section.tables[0]
+    assert shown and "dropout masks" in caption
+    table = table.set_index("")
+    assert list(table) == ["averaged", "averaged, scaled", "deployed", "deployed, scaled"]
+    for column, scores in (("averaged", found["averaged"]), ("deployed, scaled", found["deployed"]["scaled"])):
+        assert table[column]["NLL"] == round(scores["nll"], 4) and table[column]["ECE, 20 bins"] == round(
+            scores["ece_20"], 4
+        )
+        assert table[column]["accuracy on the surest 80%"] == round(scores["selective_accuracy"]["0.8"], 4)
+    assert table["averaged"]["temperature"] == 1 != table["averaged, scaled"]["temperature"]
+    assert "averaged, scaled" in text_of(folder)
+
+
 def test_what_if_is_answered_on_the_line(run, capsys):
     assert main(["what-if", str(run), "1.value.base.8", "closed"]) == 0
     text = capsys.readouterr().out

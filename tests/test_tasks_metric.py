@@ -26,6 +26,13 @@ BY_HAND = {
         name: {"accuracy": 4 / 6}
         for name in ("sst2", "mnli", "mnli_mismatched", "qnli", "rte", "wnli", "acceptability")
     },
+    "pairs": {
+        "matthews_correlation": 1 / 3,
+        "sensitivity": 2 / 3,
+        "specificity": 2 / 3,
+        "accuracy": 4 / 6,
+        "f1": 4 / 6,
+    },
     "stsb": {"pearson": 1 / 3, "spearmanr": 1 / 3},  # of two binary vectors both are Matthews'
 }
 

@@ -218,6 +218,16 @@ def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(bac
         assert found["scaled"]["nll"] > 0 and found["temperature"] > 0
 
 
+def test_other_sentences_are_scored_by_uncertainty(tmp_path, backbone, glue_dir):
+    config = tiny_config(backbone, adapter="xs", glue_dir=str(glue_dir), ood_task="wnli", output_dir=str(tmp_path))
+    folder = train_run(config)
+    found = json.loads((folder / "summary.json").read_text())["calibration"]["averaged"]["out_of_distribution"]
+    assert all(0 <= found[name] <= 1 for name in ("entropy", "mutual_information"))
+    assert (folder / "predictions_ood.parquet").exists() and "AUROC of other sentences" in (
+        folder / "report.html"
+    ).read_text()
+
+
 def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_path):
     import pandas as pd
 

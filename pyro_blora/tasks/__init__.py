@@ -1,4 +1,4 @@
-"""Tasks by name: the nine of GLUE, the embedded demo `acceptability`, and those a user registers.
+"""Tasks by name: the nine of GLUE, the embedded demo `acceptability`, `pairs` from CSV, and those a user registers.
 
 `get_task("sst2").load(glue_dir=...)` gives the data, `.likelihood(logits)` the law of the labels, `.metric()` the
 score.
@@ -10,11 +10,12 @@ import difflib
 
 from pyro_blora.tasks.acceptability import ACCEPTABILITY
 from pyro_blora.tasks.glue import GLUE
+from pyro_blora.tasks.pairs import PAIRS
 from pyro_blora.tasks.task import Task
 
 __all__ = ["Task", "get_task", "register_task", "task_names"]
 
-_TASKS: dict[str, Task] = {task.name: task for task in (ACCEPTABILITY, *GLUE)}
+_TASKS: dict[str, Task] = {task.name: task for task in (ACCEPTABILITY, *GLUE, PAIRS)}
 
 
 def task_names() -> tuple[str, ...]:

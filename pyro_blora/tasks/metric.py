@@ -15,7 +15,7 @@ import datasets
 import evaluate
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
 
 def matthews(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -41,6 +41,15 @@ def accuracy_and_f1(predictions: np.ndarray, references: np.ndarray) -> dict[str
     return accuracy(predictions, references) | {"f1": float(f1_score(references, predictions, zero_division=0.0))}
 
 
+def of_pairs(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Sensitivity and specificity: the share that is found of the positives, and of the negatives; 0 without any."""
+    found = {
+        name: float(recall_score(references, predictions, pos_label=positive, zero_division=0.0))
+        for name, positive in (("sensitivity", 1), ("specificity", 0))
+    }
+    return matthews(predictions, references) | found | accuracy_and_f1(predictions, references)
+
+
 SCORES = {
     "cola": matthews,
     "sst2": accuracy,
@@ -53,6 +62,7 @@ SCORES = {
     "rte": accuracy,
     "wnli": accuracy,
     "acceptability": accuracy,
+    "pairs": of_pairs,
 }
 
 

@@ -1,0 +1,75 @@
+"""Yes/no questions about pairs of texts from CSV files of one's own, few as they may be: do these proteins interact?
+
+    folder/train.csv   folder/dev.csv   (--task pairs --glue_dir folder)
+
+    first,second,label
+    "TP53, cellular tumor antigen p53","MDM2, E3 ubiquitin-protein ligase",yes
+
+A header line with these three columns, in any order and beside others, which are left out; UTF-8; texts with commas or
+line breaks in double quotes; labels `yes` and `no`, in either case. What counts where most pairs are `no`: Matthews'
+correlation, and specificity (how many of the `no` are found) beside sensitivity (of the `yes`).
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import datasets
+
+from pyro_blora.tasks.task import Task
+
+COLUMNS = ("first", "second")
+LABELS = ("no", "yes")
+_FILES = {"train": "train.csv", "eval": "dev.csv"}
+
+
+def load_pairs(
+    *, glue_dir: str | Path | None = None, seed: int = 0, n_train: int | None = None
+) -> dict[str, datasets.Dataset]:
+    """Both splits from a folder; `n_train` keeps that many training rows, drawn with `seed`.
+
+    Errors: ValueError with the path, the line and the remedy.
+    """
+    if glue_dir is None:
+        raise ValueError("task 'pairs' reads files of yours: pass --glue_dir FOLDER with train.csv and dev.csv")
+    if n_train is not None and n_train < 1:
+        raise ValueError(f"n_train is {n_train}: ask for at least one training row, or None for all")
+    splits = {split: read_pairs(Path(glue_dir) / file) for split, file in _FILES.items()}
+    if n_train is not None and n_train < len(splits["train"]):
+        splits["train"] = splits["train"].shuffle(seed=seed).select(range(n_train)).flatten_indices()
+    return splits
+
+
+def read_pairs(path: Path) -> datasets.Dataset:
+    """One file.  Errors: ValueError for a file that is missing, or has no such columns, labels or rows."""
+    if not path.is_file():
+        raise ValueError(f"task 'pairs': there is no file {path}: it has the columns first, second and label")
+    rows: dict[str, list] = {name: [] for name in (*COLUMNS, "label")}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            missing = [name for name in rows if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"the header line lacks {missing}, it has {reader.fieldnames}: name the columns so")
+            for row in reader:
+                label = (row["label"] or "").strip().lower()
+                if label not in LABELS or not row["first"] or not row["second"]:
+                    raise ValueError(f"{row['label']!r} with {row['first']!r} is no pair: two texts and yes or no")
+                for name in COLUMNS:
+                    rows[name].append(row[name])
+                rows["label"].append(LABELS.index(label))
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    if not rows["label"]:
+        raise ValueError(f"{path} has no rows under its header: add pairs")
+    features = {
+        **{name: datasets.Value("string") for name in COLUMNS},
+        "label": datasets.ClassLabel(names=list(LABELS)),
+    }
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+PAIRS = Task(
+    name="pairs", text_columns=COLUMNS, labels=LABELS, metric_name="matthews_correlation", load=load_pairs
+)  # fmt: skip

@@ -1,0 +1,83 @@
+"""Pairs of one's own from CSV: what is read, what is refused and how, and scores that see both answers."""
+
+import csv
+
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix
+
+from pyro_blora.tasks import get_task
+from pyro_blora.tasks.pairs import read_pairs
+
+GOOD = 'first,second,label\n"P53, human",MDM2,yes\nA,"B ""x""",NO\n'
+
+
+def written(folder, train=GOOD, dev=GOOD):
+    for name, text in (("train.csv", train), ("dev.csv", dev)):
+        if text is not None:
+            (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_texts_and_labels_are_read_as_written(tmp_path):
+    task = get_task("pairs")
+    splits = task.validate(task.load(glue_dir=written(tmp_path)))
+    assert splits["train"][:] == {"first": ["P53, human", "A"], "second": ["MDM2", 'B "x"'], "label": [1, 0]}
+    assert len(task.load(glue_dir=tmp_path, n_train=1)["train"]) == 1
+
+
+def test_columns_may_be_in_any_order_beside_others_with_a_byte_order_mark(tmp_path):
+    text = "\ufefflabel,source,second,first\nyes,STRING,b,a\n"
+    assert get_task("pairs").load(glue_dir=written(tmp_path, text))["train"][0] == {
+        "first": "a", "second": "b", "label": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no file .*train.csv: it has the columns first, second and label"),
+        ("", "the header line lacks .'first', 'second', 'label'."),
+        ("first,label\na,yes\n", "the header line lacks .'second'., it has"),
+        ("first,second,label\na,b,yes\na,b,maybe\n", "line 3: 'maybe' with 'a' is no pair: two texts and yes or no"),
+        ("first,second,label\na,,yes\n", "line 2: 'yes' with 'a' is no pair"),
+        ("first,second,label\na,b\n", "line 2: None with 'a' is no pair"),
+        ("first,second,label\n", "has no rows under its header"),
+        ('first,second,label\na,"b,yes\n', r"line \d: unexpected end of data"),
+    ],
+)
+def test_what_is_no_pair_is_refused_with_its_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        get_task("pairs").load(glue_dir=written(tmp_path, text))
+
+
+def test_it_needs_a_folder():
+    with pytest.raises(ValueError, match="pass --glue_dir FOLDER with train"):
+        get_task("pairs").load()
+
+
+def test_scores_are_those_of_the_confusion_matrix():
+    generator = np.random.default_rng(0)
+    truth, said = (generator.random(200) < 0.3).astype(int), (generator.random(200) < 0.4).astype(int)
+    (tn, fp), (fn, tp) = confusion_matrix(truth, said)
+    found = get_task("pairs").metric().compute(predictions=said, references=truth)
+    assert found["specificity"] == pytest.approx(tn / (tn + fp))
+    assert found["sensitivity"] == pytest.approx(tp / (tp + fn))
+    denominator = np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
+    assert found["matthews_correlation"] == pytest.approx((tp * tn - fp * fn) / denominator)
+    always_no = get_task("pairs").metric().compute(predictions=[0, 0], references=[0, 1])
+    assert always_no["specificity"] == 1.0 and always_no["sensitivity"] == always_no["matthews_correlation"] == 0.0
+
+
+def test_mrpc_goes_into_the_format_and_back(tmp_path, glue_dir):
+    from experiments.mrpc_as_pairs import main
+    from pyro_blora.tasks.glue import load_glue
+
+    main(["--glue_dir", str(glue_dir), "--output_dir", str(tmp_path / "out"), "--max_train", "50"])
+    rows = read_pairs(tmp_path / "out" / "dev.csv")
+    original = load_glue("mrpc", glue_dir=glue_dir)["eval"]
+    assert rows["first"][:] == original["sentence1"][:] and rows["label"][:] == original["label"][:]
+    with open(tmp_path / "out" / "train.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 50
+    with pytest.raises(SystemExit, match="exists"):
+        main(["--glue_dir", str(glue_dir), "--output_dir", str(tmp_path / "out")])
