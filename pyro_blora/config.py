@@ -147,6 +147,8 @@ class RunConfig:
             raise ValueError("choose_epoch needs rows to choose by: give --validation 0.1, or drop --choose_epoch")
         if self.choose_epoch and self.weights == "swag":
             raise ValueError("--weights swag averages over the epochs among which --choose_epoch chooses: drop one")
+        if self.average_over == "dropout" and self.weights == "laplace":
+            raise ValueError("--weights laplace predicts by a network without dropout: drop --average_over dropout")
         if self.adapter == "xs" and self.init_lora_weights != "default":
             raise ValueError(f"--init_lora_weights {self.init_lora_weights} is for LoRA, --adapter xs starts from W0")
         if self.weights == "ensemble" and self.restarts > 1:

@@ -23,11 +23,12 @@ _RANGE_EXAMPLES = 128  # training rows on which clipped values are counted
 
 
 class Evaluated(NamedTuple):
-    """draws: of the gates; pairs: averaged over draws, and deployed, by split; fitted: of training rows; beyond (L, T);
+    """draws: of the gates; theta: of the weights, where they are random; pairs: averaged over draws, and deployed, by split; fitted: of training rows; beyond (L, T);
     by_rank: scores of every rank, where the guide serves them.
     """
 
     draws: Gates
+    theta: Tensor | None
     pairs: dict[str, tuple[Prediction, Prediction]]
     fitted: Prediction
     beyond: Tensor
@@ -47,7 +48,7 @@ def evaluate(parts: Parts) -> Evaluated:
     load, _ = by_length(rows, parts.tokenizer, 2 * config.batch_size)
     beyond = clipped(program, on_device(load, program.log_scale.device))
     by_rank = _by_rank(parts) if getattr(program.gate_guide, "serves_every_rank", False) else []
-    return Evaluated(draws, pairs, fitted, beyond, by_rank)
+    return Evaluated(draws, theta, pairs, fitted, beyond, by_rank)
 
 
 def with_members(prediction: Prediction, split: str, members: list[Path]) -> Prediction:

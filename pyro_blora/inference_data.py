@@ -1,6 +1,7 @@
 """To ArviZ: a trained program's draws and exact laws as named groups and dimensions, `posterior.nc`.
 
-Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random),
+Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random; theta
+where the weights are),
 sample_stats (log_q, log_prior; log_ratio of the rates), log_likelihood and posterior_predictive (label, and probability
 or mean), observed_data, constant_data (exact: the laws of guide and prior over widths and ranks, marginals, KL, and
 what is deployed; each projection's layer and type, to group by). Dimensions: chain (one fit is one chain; restarts are
@@ -30,6 +31,7 @@ _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "bits": ("projection", "tensor"),
     "ranks": ("projection",),
     "rate": ("law",),
+    "theta": ("weight",),
     "probability": ("example", "class"),
     "mean": ("example",),
     "label": ("example",),
@@ -48,6 +50,7 @@ _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "layer": ("projection",),
     "type": ("projection",),
 }
+_MOST_WEIGHTS = 10_000  # in a posterior.nc
 _NUMBERED = ("chain", "draw", "component")
 _SAID = {  # (long_name, units)
     "z": ("bit gate: 1 where the rung is open", ""),
@@ -55,6 +58,7 @@ _SAID = {  # (long_name, units)
     "bits": ("bit width", "bit"),
     "ranks": ("open ranks", ""),
     "rate": ("rate of the prior", "nat a gate"),
+    "theta": ("random weight of the adapters", ""),
     "bops_adapted": ("bit operations of the adapted projections, of those at 32 x 32 bit with all ranks", ""),
     "bops_model": ("bit operations of the model, of those at 32 x 32 bit with all ranks", ""),
     "log_q": ("log probability of the draw under the guide", "nat"),
@@ -86,12 +90,13 @@ def coordinates(layout: AdapterLayout) -> dict[str, list]:
 
 def to_arviz(
     program: BayesianLoRA, draws: Gates, prediction: Prediction | None = None, *, labels: tuple[str, ...] = (),
-    clipped: Tensor | None = None, seed: int = 0,
+    clipped: Tensor | None = None, theta: Tensor | None = None, seed: int = 0,
 ):  # fmt: skip
     """ArviZ data of a trained program: an InferenceData (ArviZ 0.x) or a DataTree (1.x), of one chain.
 
     draws: from `posterior.draw`. prediction: from `predict` with the same draws, for the example groups. labels: class
-    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. seed: of the prior's draws, of
+    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. theta (S, D): draws of the weights, from
+    `draw_weights`; more than 10,000 weights are left out. seed: of the prior's draws, of
     the rates and of the predicted labels.
     Errors: ValueError where the prediction has another number of draws.
     """
@@ -109,6 +114,12 @@ def to_arviz(
         groups["posterior"]["rate"], groups["prior"]["rate"] = _chain(found.posterior), _chain(found.prior)
         groups["sample_stats"]["log_ratio"] = _chain(found.log_ratio)
         coords["law"] = list(found.names)
+    if theta is not None and theta.shape[1] <= _MOST_WEIGHTS:
+        groups["posterior"]["theta"] = _chain(theta)
+        coords["weight"] = [
+            f"{coords['projection'][i]}.{name}[{', '.join(map(str, place))}]" for (i, name), part in
+            program.weights.split(program.weights.mean).items() for place in np.ndindex(*part.shape)
+        ]  # fmt: skip
     if prediction is not None:
         if len(prediction.outputs) != S:
             raise ValueError(f"prediction has {len(prediction.outputs)} draws, the gates {S}: use the same")

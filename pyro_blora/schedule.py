@@ -5,6 +5,7 @@ import math
 
 from .config import RunConfig
 
+_SPREAD_RATE = 0.02  # first learning rate of log standard deviations, whatever that of their means
 _LAST_RATE = 0.01  # of the gates' learning rate, at the last step, of the first
 _COOLED_BY = 0.75  # the temperature reaches its end at this fraction of the steps, the rest trains at it
 
@@ -43,7 +44,7 @@ class Schedule:
         return start * (end / start) ** min(1.0, step / max(1.0, _COOLED_BY * self.steps))
 
     def learning_rate(self, group: str, step: int) -> float:
-        """Adapter and head: linear warm-up and decay, to 0 or (SWAG) to a plateau. From the opening on, ranges are
+        """Adapter, weights and head: linear warm-up and decay, to 0 or (SWAG) to a plateau. From the opening on, ranges are
         constant, gates fall to 1 %.
 
         At a constant rate, Adam leaves the gates in a cloud of its own noise around their law: benchmarks/posterior.md.
@@ -53,7 +54,8 @@ class Schedule:
                 return 0.0
             gone = (step - self.opening) / max(1, self.steps - self.opening)
             return self.config.lr_gates * _LAST_RATE**gone if group == "gates" else self.config.lr_ranges
-        peak = self.config.lr_head if group == "head" and self.config.lr_head is not None else self.config.lr
+        peaks = {"head": self.config.lr if self.config.lr_head is None else self.config.lr_head, "spread": _SPREAD_RATE}
+        peak = peaks.get(group, self.config.lr)
         warm = max(1, math.ceil(self.config.warmup * self.steps))
         if self.constant_from < 1:
             first = max(warm + 1, int(self.constant_from * self.steps))

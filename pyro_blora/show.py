@@ -52,6 +52,10 @@ def result_tables(summary: dict) -> list[Table]:
     if summary["ece"]["value"] is not None:
         bins = summary["ece"]["bins"]
         head.add_row(f"ECE ({bins} bins)", _number(summary["ece"]["value"]), _number(at_mode["ece"]["value"]))
+    held_out = summary.get("calibration", {})
+    if "scaled" in held_out.get("averaged", {}):
+        both = (held_out[name]["scaled"]["nll"] for name in ("averaged", "deployed"))
+        head.add_row("NLL at the temperature of held-out rows", *map(_number, both))
     gates = Table(title="What the gates learned", title_justify="left")
     for column in ("", "expected"):
         gates.add_column(column, justify="left" if not column else "right")

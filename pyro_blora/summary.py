@@ -12,10 +12,11 @@ import torch
 from .bops import expected_bits, expected_bops, expected_rank
 from .build import Parts
 from .evaluation import Evaluated
-from .posterior import Prediction, bops, deployed, draw, marginals, mean_kl
+from .posterior import Prediction, bops, deployed, draw, draw_weights, marginals, mean_kl
 from .scores import calibration_of, scores_of
 
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
+_WEIGHT_DRAWS = 100  # for their mean standard deviation
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
 
 
@@ -90,7 +91,7 @@ def _of_weights(parts: Parts) -> dict:
     law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
     found = {"random": law.size if law.random else 0, "stored": fits * law.stored}
     if law.random:
-        drawn = law.draw(100)
+        drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
         found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
     return found
 

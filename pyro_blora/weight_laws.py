@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 Parameters = Mapping[tuple[int, str], nn.Parameter]  # by (projection, "lora_A", "lora_B" or "core")
-_FASTER = 10.0  # log standard deviations learn that much faster than the mean: they have further to go
+_COLUMN = 10.0  # starting standard deviations in a unit of a factor's column: it has further to go than the diagonal
 _LARGEST_FULL = 2048  # weights whose full Laplace covariance is computed by default
 _TINY = 1e-12  # least variance of a scale that is learned in closed form
 
@@ -105,7 +105,7 @@ class Gaussian(_Random):
     @property
     def std(self) -> Tensor:
         """(D,); the diagonal part only, where there is more."""
-        return self.start_std * torch.exp(_FASTER * self.spread)
+        return self.start_std * torch.exp(self.spread)
 
     @property
     def stored(self) -> int:
@@ -142,12 +142,12 @@ class LowRank(Gaussian):
         super().__init__(weights, head, prior_std, start_std)
         if rank < 1:
             raise ValueError(f"weights 'low_rank' needs a rank of at least 1, got {rank}: rank 0 is weights 'gaussian'")
-        self.columns = nn.Parameter(torch.randn(self.size, rank) * 0.1 / (_FASTER * math.sqrt(rank)))
+        self.columns = nn.Parameter(torch.randn(self.size, rank) * 0.1 / (_COLUMN * math.sqrt(rank)))
 
     @property
     def factor(self) -> Tensor:
         """F, (D, rank)."""
-        return _FASTER * self.start_std * self.columns
+        return _COLUMN * self.start_std * self.columns
 
     @property
     def stored(self) -> int:

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pyro_blora import adapters, attach, fit, load
 from pyro_blora.adapters import open_gates
+from pyro_blora.arviz_data import group, read
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed
 from pyro_blora.run import train_run
@@ -203,6 +204,12 @@ def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(bac
     torch.manual_seed(0)
     drawn = program.weights.draw(50)
     assert drawn.std(0).square().mean().sqrt().item() == pytest.approx(summary["weights"]["std"], rel=0.3)
+    theta = group(read(folder), "posterior")["theta"]
+    assert theta.dims == ("chain", "draw", "weight") and theta.sizes["weight"] == 6 * 16
+    (core,) = (p for key, p in program.net.random_weights().items() if key == (1, "core"))
+    name = f"{theta.weight.values[16]}".split(".core")[0]
+    mean = theta.sel(weight=f"{name}.core[1, 2]").mean().item()
+    assert mean == pytest.approx(core[1, 2].item(), abs=6 * summary["weights"]["std"])
     plain = AutoModelForSequenceClassification.from_pretrained(backbone)
     reloaded = peft.PeftModel.from_pretrained(plain, folder / "adapter").eval()
     z, g = deployed(program)
@@ -259,6 +266,7 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
         ({"weights": "ensemble", "restarts": 2}, "members of --weights ensemble are restarts already"),
         ({"validation": 1.0}, "validation must be a fraction from 0 to below 1"),
         ({"validation": 0.001}, "leaves 64 to train on and 0 to validate on"),
+        ({"weights": "laplace", "average_over": "dropout"}, "predicts by a network without dropout"),
         ({"ood_task": "acceptability"}, "must be another task"),
         ({"method": "full", "weights": "swag"}, "needs an adapter whose weights can be random"),
     ],

@@ -102,7 +102,7 @@ def _code_digest() -> str:
     return digest.hexdigest()[:8]
 
 
-_CODE = _code_digest()  # as imported, whatever is edited while a study runs
+CODE = _code_digest()  # as imported, whatever is edited while a study runs
 
 
 def provenance(cells: list[dict]) -> str:
@@ -127,7 +127,7 @@ def _read(config: RunConfig) -> dict:
     return {
         "config": _settings(config),
         "versions": versions(),
-        "code": _CODE,
+        "code": CODE,
         "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         "log": [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()],
         "ranks": ranks.to_series().dropna().round(4).to_dict(),  # by projection
