@@ -23,8 +23,8 @@ _RANGE_EXAMPLES = 128  # training rows on which clipped values are counted
 
 
 class Evaluated(NamedTuple):
-    """draws: of the gates; theta: of the weights, where they are random; pairs: averaged over draws, and deployed, by split; fitted: of training rows; beyond (L, T);
-    by_rank: scores of every rank, where the guide serves them.
+    """draws: of the gates; theta: of the weights, where they are random; pairs: averaged over draws, and deployed, by
+    split; fitted: of training rows; beyond (L, T); by_rank: scores of every rank, where the guide serves them.
     """
 
     draws: Gates

@@ -1,12 +1,11 @@
 """To ArviZ: a trained program's draws and exact laws as named groups and dimensions, `posterior.nc`.
 
-Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random; theta
-where the weights are),
-sample_stats (log_q, log_prior; log_ratio of the rates), log_likelihood and posterior_predictive (label, and probability
-or mean), observed_data, constant_data (exact: the laws of guide and prior over widths and ranks, marginals, KL, and
-what is deployed; each projection's layer and type, to group by). Dimensions: chain (one fit is one chain; restarts are
-further ones), draw, projection, tensor, rung, rank, width, open_rank, component, law, example, class. Tensors that a
-projection does not have are nan.
+Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random, and
+theta in the posterior where the weights are), sample_stats (log_q, log_prior; log_ratio of the rates), log_likelihood
+and posterior_predictive (label, and probability or mean), observed_data, constant_data (exact: the laws of guide and
+prior over widths and ranks, marginals, KL, and what is deployed; each projection's layer and type, to group by).
+Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection, tensor, rung, rank, width,
+open_rank, component, law, weight, example, class. Tensors that a projection does not have are nan.
 """
 
 import json
@@ -95,9 +94,9 @@ def to_arviz(
     """ArviZ data of a trained program: an InferenceData (ArviZ 0.x) or a DataTree (1.x), of one chain.
 
     draws: from `posterior.draw`. prediction: from `predict` with the same draws, for the example groups. labels: class
-    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. theta (S, D): draws of the weights, from
-    `draw_weights`; more than 10,000 weights are left out. seed: of the prior's draws, of
-    the rates and of the predicted labels.
+    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. theta (S, D): draws of the
+    weights, from `draw_weights`; more than 10,000 weights are left out. seed: of the prior's draws, of the rates and of
+    the predicted labels.
     Errors: ValueError where the prediction has another number of draws.
     """
     layout, S = program.net.layout, len(draws.z)

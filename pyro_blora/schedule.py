@@ -44,9 +44,9 @@ class Schedule:
         return start * (end / start) ** min(1.0, step / max(1.0, _COOLED_BY * self.steps))
 
     def learning_rate(self, group: str, step: int) -> float:
-        """Adapter, weights and head: linear warm-up and decay, to 0 or (SWAG) to a plateau. From the opening on, ranges are
-        constant, gates fall to 1 %.
+        """Adapter, weights and head: linear warm-up and decay, to 0 or (SWAG) to a plateau.
 
+        From the opening on, ranges are constant, gates fall to 1 %.
         At a constant rate, Adam leaves the gates in a cloud of its own noise around their law: benchmarks/posterior.md.
         """
         if group in ("gates", "ranges"):

@@ -11,13 +11,16 @@ from torch import nn
 
 from pyro_blora import adapters, attach
 from pyro_blora.adapters import calibrate, open_gates
+from pyro_blora.config import RunConfig
 from pyro_blora.curvature import fit_laplace
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.posterior import deployed, draw, draw_weights, predict
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA, GateProgram, jacobians
+from pyro_blora.schedule import Schedule
 from pyro_blora.tasks import get_task
+from pyro_blora.training import make_optimizer
 from pyro_blora.weights import WEIGHTS, build_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -349,6 +352,33 @@ def test_pyros_own_elbo_is_ours_with_random_weights():
     torch.manual_seed(1)
     theirs = sum(TraceMeanField_ELBO().loss(program.model, program.guide, inputs, labels) for _ in range(200)) / 200
     assert ours.item() == pytest.approx(theirs / 100, rel=0.02)
+
+
+def test_random_weights_learn_without_decay_beside_what_is_a_point():
+    net = net_of("lora")
+    groups = {
+        name: {group["name"]: group for group in make_optimizer(program_of(net, name), RunConfig()).param_groups}
+        for name in ("point", "gaussian", "swag")
+    }
+    assert set(groups["point"]) == set(groups["swag"]) == {"adapter", "head", "gates", "ranges"}
+    assert set(groups["gaussian"]) == {"adapter", "weights", "spread", "head", "gates", "ranges"}
+    sides = {name: [p.shape[0] == 4 for p in groups["gaussian"][name]["params"]] for name in ("adapter", "weights")}
+    assert not any(sides["adapter"]) and all(sides["weights"]) and len(sides["weights"]) == 6  # lora_B, lora_A
+    decays = {name: group["weight_decay"] for name, group in groups["gaussian"].items()}
+    assert decays["weights"] == decays["spread"] == 0 < decays["adapter"]
+
+
+def test_swag_averages_at_a_constant_rate():
+    config = RunConfig(epochs=10, batch_size=10, warmup=0.1, lr=1.0, lr_head=0.5)
+    law = build_weights("swag", {(0, "core"): nn.Parameter(torch.zeros(1))}, {}, {"burn_in": 0.5, "plateau": 0.4})
+    schedule = Schedule.of(config, 100, weights=law)
+    rates = [schedule.learning_rate("adapter", step) for step in range(100)]
+    assert rates[9] == 1.0 and all(a > b for a, b in zip(rates[10:50], rates[11:51], strict=True))
+    assert rates[50:] == pytest.approx([0.4] * 50)
+    assert schedule.learning_rate("head", 99) == pytest.approx(0.2)
+    usual = Schedule.of(config, 100)
+    assert usual.learning_rate("weights", 30) == usual.learning_rate("adapter", 30)
+    assert usual.learning_rate("spread", 30) == pytest.approx(0.02 * usual.learning_rate("adapter", 30))
 
 
 # --- names and settings -----------------------------------------------------------------------------------------------
