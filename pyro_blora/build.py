@@ -22,6 +22,9 @@ from .tasks import Task, get_task
 from .weights import WEIGHTS, build_weights
 from .xs import xs_settings
 
+_ADAPTERS = Registry("adapter")  # those that have settings
+_ADAPTERS.register("xs")(xs_settings)
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -46,7 +49,7 @@ def check_names(config: RunConfig) -> Task:
     WEIGHTS.settings(WEIGHTS.resolve(config.weights), config.weights_settings)
     if config.adapter != "xs" and config.adapter_settings:
         raise ValueError(f"adapter {config.adapter!r} has no settings: drop --adapter.{min(config.adapter_settings)}")
-    Registry("adapter").settings(xs_settings, config.adapter_settings)
+    _ADAPTERS.settings(xs_settings, config.adapter_settings)
     if config.ood_task is not None and (task.is_regression or get_task(config.ood_task) == task):
         raise ValueError(
             f"ood_task {config.ood_task!r} must be another task, beside one of classes: drop it, or name one of other "
