@@ -68,7 +68,7 @@ def trained(options, task: str, path: str, seed: int) -> dict | None:
     run = fit(config, folder=folder)
     cell = {
         "config": dataclasses.asdict(config), "versions": versions(), "code": CODE, "seconds": run.seconds,
-        "summary": {"device": f"cpu ({torch.get_num_threads()} threads)"}, "laws": laws_of(run.parts),
+        "summary": {"task": task, "device": f"cpu ({torch.get_num_threads()} threads)"}, "laws": laws_of(run.parts),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".tmp").write_text(json.dumps(cell) + "\n", encoding="utf-8")

@@ -97,9 +97,9 @@ from pyro_blora.program import BayesianLoRA
 seen, losses, inner, forward = [], [], adapters.gates, BayesianLoRA.forward
 
 
-def watched(net, z, g):
+def watched(net, z, g, *theta):
     seen.append(z.detach().clone())
-    return inner(net, z, g)
+    return inner(net, z, g, *theta)
 
 
 def weighed(program, *arguments):
