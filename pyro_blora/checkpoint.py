@@ -27,17 +27,32 @@ def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and notes of a safetensors file.  Errors: SafetensorError or ValueError for one that is damaged."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        notes = file.metadata()
+    if notes is None:
+        raise ValueError("it has no notes")
+    return tensors, notes
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
+    """Replace a file in one rename: a kill leaves the old one or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=notes)
+    os.replace(partial, path)
+
+
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
-    """Replace the checkpoint in `folder` in one rename: a kill leaves the old one or the new one, never half of one."""
+    """Replace the checkpoint in `folder`."""
     tensors = {}
     for name, parameter in trainable(module).items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (_NAME + ".partial")
-    save_file(tensors, partial, metadata={"step": str(step), "total": str(total)})
-    os.replace(partial, folder / _NAME)
+    write_tensors(folder / _NAME, tensors, {"step": str(step), "total": str(total)})
 
 
 def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> int:
@@ -49,9 +64,8 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
     if not path.exists():
         return 0
     try:
-        with safe_open(path, framework="pt") as file:
-            step, expected = int(file.metadata()["step"]), int(file.metadata()["total"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, notes = read_tensors(path)
+        step, expected = int(notes["step"]), int(notes["total"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}): delete its folder to start this run again") from None
     if expected != total:  # the configuration is the same, or the folder would be another one

@@ -1,7 +1,7 @@
 """Laplace's approximation of the weights' posterior, by laplace-torch, from Jacobians of our own.
 
-The Gauss-Newton curvature needs the Jacobian of each example's logits (program.py). laplace-torch makes curvature,
-posterior and marginal likelihood of these. Gates are at their deployed allocation.
+The Gauss-Newton curvature needs the Jacobian of each example's logits, of a regression that of its predicted mean.
+laplace-torch makes curvature, posterior and marginal likelihood of these. Gates are at their deployed allocation.
 Shapes: B batch, C outputs, D random weights; Jacobians (B, C, D).
 """
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .gates import Gates
-from .program import GateProgram, jacobians
+from .jacobians import jacobians
+from .program import GateProgram
 
 
 class _Loader(list):
@@ -24,15 +25,30 @@ class _Loader(list):
 
 
 class _Network(nn.Module):
-    """What laplace-torch sees: one vector of parameters, and the logits of a batch (inputs, and which gates)."""
+    """What laplace-torch sees: one vector of parameters, and the outputs of a batch: logits, or predicted means."""
 
-    def __init__(self, program: GateProgram, gates: Gates):
+    def __init__(self, program: GateProgram, gates: Gates, regression: bool):
         super().__init__()
         self.__dict__["program"] = program
-        self.gates, self.theta = gates, nn.Parameter(program.weights.mean.detach().clone())
+        self.gates, self.regression = gates, regression
+        self.theta = nn.Parameter(program.weights.mean.detach().clone())
+
+    def outputs(self, logits: Tensor) -> Tensor:
+        scale = self.program.log_scale.exp().detach()
+        return self.program.likelihood(logits, scale=scale).mean[:, None] if self.regression else logits
 
     def forward(self, batch: dict) -> Tensor:
-        return self.program.logits(_inputs(batch), self.gates, self.theta)
+        return self.outputs(self.program.logits(_inputs(batch), self.gates, self.theta))
+
+    def jacobians(self, batch: dict) -> tuple[Tensor, Tensor]:
+        J, logits = jacobians(self.program, _inputs(batch), self.gates)
+        if not self.regression:
+            return J, logits
+        with torch.enable_grad():  # by the chain rule: an example's mean is a function of its own logit
+            logits = logits.clone().requires_grad_()
+            means = self.outputs(logits)
+            (slopes,) = torch.autograd.grad(means.sum(), logits)
+        return J * slopes[..., None], means.detach()
 
 
 def _inputs(batch: dict) -> dict:
@@ -54,7 +70,7 @@ def fit_laplace(program: GateProgram, batches: Iterable[tuple[dict, Tensor]], ga
 
     class Backend(GGNInterface):
         def jacobians(self, x, enable_backprop: bool = False):
-            return jacobians(self.model.program, _inputs(x), self.model.gates)
+            return self.model.jacobians(x)
 
     law, batches = program.weights, list(batches)
     with torch.no_grad():
@@ -62,10 +78,11 @@ def fit_laplace(program: GateProgram, batches: Iterable[tuple[dict, Tensor]], ga
     regression = not hasattr(example, "probs")
     kind = FullLaplace if law.curvature == "full" else DiagLaplace
     settings = {"sigma_noise": program.log_scale.exp().item()} if regression else {}
-    network = _Network(program, gates)
+    network = _Network(program, gates, regression)
     approximation = kind(network, "regression" if regression else "classification", backend=Backend, **settings)
     program.eval()
-    approximation.fit(_Loader([{**inputs, "labels": labels} for inputs, labels in batches]))
+    shape = (-1, 1) if regression else (-1,)
+    approximation.fit(_Loader([{**inputs, "labels": labels.view(shape)} for inputs, labels in batches]))
     if law.given_precision is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about how it would predict, which it does not

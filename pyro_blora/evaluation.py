@@ -43,7 +43,7 @@ def evaluate(parts: Parts) -> Evaluated:
     train = take(parts.tokens["train"], _ELBO_EXAMPLES, config.seed)
     few = draw(program, _ELBO_DRAWS, seed=config.seed)
     random = draw_weights(program, _ELBO_DRAWS, seed=config.seed) if program.weights.in_training else None
-    fitted = _predict(parts, "train", few, random, rows=train)
+    fitted = predicted(parts, "train", few, random, rows=train)
     rows = take(parts.tokens["train"], _RANGE_EXAMPLES, config.seed)
     load, _ = by_length(rows, parts.tokenizer, 2 * config.batch_size)
     beyond = clipped(program, on_device(load, program.log_scale.device))
@@ -71,13 +71,13 @@ def _averaged_and_deployed(
     config, program = parts.config, parts.program
     mode = Gates(*(x[None] for x in deployed(program)))
     if config.average_over == "dropout":
-        masked = _predict(parts, split, draws, theta, dropout_seed=config.seed)
-        return masked, _predict(parts, split, mode)
+        masked = predicted(parts, split, draws, theta, dropout_seed=config.seed)
+        return masked, predicted(parts, split, mode)
     # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
     gates = Gates(*(torch.cat(pair) for pair in zip(draws, mode, strict=True)))
     if theta is not None:
         theta = torch.cat([theta, program.weights.mean.detach()[None]])
-    both = _predict(parts, split, gates, theta)
+    both = predicted(parts, split, gates, theta)
     return both.of_draws(slice(config.draws)), both.of_draws(slice(config.draws, None))
 
 
@@ -87,7 +87,7 @@ def _by_rank(parts: Parts) -> list[dict]:
     ranks = torch.arange(layout.rank, device=z.device)
     g = (ranks[:-1] < ranks[:, None, None]).float().expand(-1, *layout.g_shape)  # (R, L, R - 1)
     gates = Gates(z.expand(layout.rank, *z.shape), g)
-    prediction, bops = _predict(parts, "eval", gates), expected_bops(layout, *gates)
+    prediction, bops = predicted(parts, "eval", gates), expected_bops(layout, *gates)
     return [
         {
             "rank": i + 1, **scores_of(parts.task, prediction.of_draws(slice(i, i + 1))),
@@ -97,15 +97,16 @@ def _by_rank(parts: Parts) -> list[dict]:
     ]  # fmt: skip
 
 
-def _predict(
-    parts: Parts, split: str, draws: Gates, theta: Tensor | None = None, rows=None, dropout_seed: int | None = None
-) -> Prediction:
-    """Of all rows, on every process, which each predicts some of."""
+def predicted(
+    parts: Parts, split: str, draws: Gates, theta: Tensor | None = None, *, rows=None, dropout_seed: int | None = None,
+    quiet: bool = False,
+) -> Prediction:  # fmt: skip
+    """Of all rows of a split (or of `rows`), on every process, which each predicts some of; see `posterior.predict`."""
     rows = parts.tokens[split] if rows is None else rows
     mine = own_share(batches_by_length(rows, 2 * parts.config.batch_size))
     load = on_device(loader(rows, parts.tokenizer, mine), parts.program.log_scale.device)
     bar = tqdm(load, desc=f"predict {split}", total=len(mine), leave=False, dynamic_ncols=True,
-               disable=not accelerate.PartialState().is_main_process)  # fmt: skip
+               disable=quiet or not accelerate.PartialState().is_main_process)  # fmt: skip
     prediction = predict(parts.program, bar, gates=draws, weights=theta, dropout_seed=dropout_seed)
     found = gathered((prediction, [i for batch in mine for i in batch]))
     order = torch.tensor([i for _, numbers in found for i in numbers])

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import adapters
 from .backbone import quiet
 from .build import build_program, check_names
-from .checkpoint import trainable
+from .checkpoint import read_tensors, trainable
 from .config import RunConfig
 from .layers import ADAPTER, QuantizedLinear
 from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
@@ -160,9 +160,7 @@ def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
         raise ValueError(f"{run} is not a finished run: it has no config.json with adapter/{GATES_FILE}")
     config = RunConfig.from_json(run / "config.json")
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, notes = read_tensors(path)
         layout, rows = AdapterLayout.from_dict(json.loads(notes["layout"])), int(notes["n_train"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None

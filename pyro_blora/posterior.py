@@ -20,7 +20,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from .bops import BOPs, expected_bops
 from .gates import Gates, NestedBernoulli
 from .guides import components, draw_gates, log_prob
-from .program import BayesianLoRA, GateProgram, jacobians
+from .jacobians import jacobians
+from .program import BayesianLoRA, GateProgram
 
 ECE_BINS = 15
 _KL_DRAWS = 100
@@ -260,11 +261,7 @@ def _distinct(*draws: Tensor) -> Tensor:
 def _logits(program: GateProgram, batches: list[dict], gates: Gates, weights: Tensor | None) -> Tensor:
     """(S, E, C) at each draw."""
     each = zip(*gates, [None] * len(gates.z) if weights is None else weights, strict=True)
-    return torch.stack([torch.cat(program.each_logits(batches, Gates(z, g), *_given(w))) for z, g, w in each])
-
-
-def _given(theta: Tensor | None) -> tuple:
-    return () if theta is None else (theta,)
+    return torch.stack([torch.cat(program.each_logits(batches, Gates(z, g), w)) for z, g, w in each])
 
 
 def _linearized(program: GateProgram, batches: list[dict], gates: Gates, weights: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ from .gates import Gates
 from .layout import AdapterLayout
 from .weight_laws import Point
 
-_ONE_BY_ONE = ("deberta",)  # architectures whose projections see more than one row an example
-
 
 class Elbo(NamedTuple):
     """One-sample estimate of the negative ELBO's parts: nll a batch mean (nats an example), KLs in nats."""
@@ -72,20 +70,20 @@ class GateProgram(nn.Module, abc.ABC):
     def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
         """What the likelihood takes, (B, classes), at given gates and weights.
 
-        theta: (D,), or (B, D) for each example its own; None, which is all that a program without random weights gets,
-        for their mean.
+        theta: (D,), or (B, D) for each example its own; None for their mean, which is all that a program without random
+        weights gets.
         """
 
     def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> list[Tensor]:
         """The same for several batches at the same gates and weights."""
-        return [self.logits(inputs, gates, *_if_any(theta)) for inputs in batches]
+        return [self.logits(inputs, gates, theta) for inputs in batches]
 
     # --- the program ------------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:
         gates = self._gate_sites(self.prior())
         theta = pyro.sample("theta", self.weights.prior()) if self.weights.in_training else None  # (D,)
-        logits = self.logits(inputs, gates, *_if_any(theta))  # (B, classes)
+        logits = self.logits(inputs, gates, theta)  # (B, classes)
         with pyro.plate("example", self.n_train, subsample=torch.arange(len(logits), device=logits.device)):
             pyro.sample("label", self.likelihood(logits, scale=self.log_scale.exp()), obs=labels)
         return logits
@@ -111,7 +109,7 @@ class GateProgram(nn.Module, abc.ABC):
         theta = self.draw_theta()
         with getattr(self.gate_guide, "computed_once", contextlib.nullcontext)():
             nll = self.estimator(
-                lambda gates: self.nll(inputs, labels, *gates, *_if_any(theta)), self.gate_guide, self.temperature
+                lambda gates: self.nll(inputs, labels, *gates, theta), self.gate_guide, self.temperature
             )
             return Elbo(nll, *self.kl(), self.weights.divergence())
 
@@ -161,15 +159,11 @@ class BayesianLoRA(GateProgram):
         self.temperature = temperature
         if kl_weight == 0:
             opened = adapters.open_gates(self.layout, labels.device)
-            nll = self.nll(inputs, labels, *opened, *_if_any(self.draw_theta()))
+            nll = self.nll(inputs, labels, *opened, self.draw_theta())
             elbo = Elbo(nll, *self.kl(), self.weights.divergence())
         else:
             elbo = self.elbo(inputs, labels)
         return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
-
-
-def _if_any(theta: Tensor | None) -> tuple:
-    return () if theta is None else (theta,)
 
 
 def kl_of(guide: nn.Module, prior: nn.Module, z_mask: Tensor, g_mask: Tensor, temperature: float, hard: bool) -> Gates:
@@ -199,19 +193,3 @@ def require_kl(q: Gates, p: Gates) -> None:
                 f"prior law {type(prior_law).__name__}. Use a guide whose laws are RelaxedNestedBernoulli, or register "
                 "the closed form over the discrete laws with torch.distributions.register_kl"
             ) from None
-
-
-def jacobians(program: GateProgram, inputs: dict, gates: Gates) -> tuple[Tensor, Tensor]:
-    """(Jacobians of the logits in theta at its mean (B, C, D), logits (B, C)), at given gates.
-
-    theta is handed over once for each example, so that one backward pass a class gives all of them.
-    """
-    B = len(next(iter(inputs.values())))
-    if B > 1 and program.layout.architecture.startswith(_ONE_BY_ONE):
-        rows = [jacobians(program, {k: x[i : i + 1] for k, x in inputs.items()}, gates) for i in range(B)]
-        return torch.cat([J for J, _ in rows]), torch.cat([logits for _, logits in rows])
-    with torch.enable_grad():
-        theta = program.weights.mean.detach().expand(B, -1).clone().requires_grad_()
-        logits = program.logits(inputs, gates, theta)
-        each = [torch.autograd.grad(column.sum(), theta, retain_graph=True)[0] for column in logits.unbind(-1)]
-    return torch.stack(each, 1), logits.detach()

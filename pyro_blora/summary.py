@@ -123,6 +123,8 @@ def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode:
     else:
         for index, label in enumerate(parts.task.labels):
             table[f"p_{label}"] = prediction.mean[:, index].numpy()
+    if split == "ood":  # another task's sentences: no answer is right
+        return table.drop(columns="label")
     table["log_likelihood"] = prediction.log_score.numpy()
     table["deployed_decision"], table["deployed_log_likelihood"] = at_mode.decision.numpy(), at_mode.log_score.numpy()
     return table

@@ -109,7 +109,7 @@ class _Loop:
         self.config, self.program = parts.config, parts.program
         self.quiet = quiet or not accelerator.is_main_process
         self.book = Logbook(accelerator, parts.program, schedule, folder)
-        self.validation = Validation(parts, folder)
+        self.validation = Validation(parts, schedule, folder, self.quiet)
 
     def run(self, until: int | None = None) -> Trained:
         config, accelerator, began = self.config, self.accelerator, time.perf_counter()

@@ -65,3 +65,12 @@ def layout(request):
     if request.param == "rank-1":
         return AdapterLayout.of(tiny_bert(), rank=1, scope="encoder", sequence_length=10)
     return AdapterLayout.of(tiny_deberta(), rank=3, scope="encoder", sequence_length=10)
+
+
+# Long files first, so that neither of two processes waits for the other's last one.
+LONG = ("test_examples", "test_grid", "test_ladder", "test_processes", "test_xs", "test_run", "test_compare")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))  # stable: the others keep their order

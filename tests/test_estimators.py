@@ -58,7 +58,7 @@ class Regression(GateProgram):
     def flat(self, z, g):
         return torch.cat([z[self.z_mask].flatten(), g[self.g_mask].flatten()])
 
-    def logits(self, inputs, gates):
+    def logits(self, inputs, gates, theta=None):
         return (inputs["x"] @ (self.weight * self.flat(*gates)))[:, None]
 
 

@@ -7,12 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pyro_blora"
 FLOORS = {
-    "summary": 8,
-    "evaluation": 7,
-    "logbook": 7,
-    "validation": 6,
-    "scores": 6,
-    "curvature": 5,
+    "jacobians": 5,
+    "summary": 9,
+    "evaluation": 8,
+    "logbook": 8,
+    "validation": 9,
+    "scores": 7,
+    "curvature": 6,
     "layers": 2,
     "weights": 1,
     "weight_laws": 0,
@@ -45,11 +46,11 @@ FLOORS = {
     "build": 5,
     "ranges": 5,
     "starting": 5,
-    "posterior": 5,
+    "posterior": 6,
     "arviz_data": 0,
-    "watching": 6,
+    "watching": 7,
     "testing": 5,
-    "training": 8,
+    "training": 10,
     "charts": 0,
     "host": 0,
     "processes": 0,
@@ -60,11 +61,11 @@ FLOORS = {
     "sections": 5,
     "report": 6,
     "show": 3,
-    "inference_data": 6,
-    "exporting": 6,
-    "run": 9,
-    "__main__": 10,
-    "__init__": 11,  # the public table
+    "inference_data": 7,
+    "exporting": 7,
+    "run": 11,
+    "__main__": 12,
+    "__init__": 13,  # the public table
 }
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 LONGEST = 300  # lines

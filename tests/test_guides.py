@@ -257,7 +257,7 @@ def test_a_mixture_gains_what_the_gates_tell_about_the_component_at_most_log_m()
 class Sums(GateProgram):
     """Logits that are the sums of an example's gates; what is tested needs none."""
 
-    def logits(self, inputs, gates):
+    def logits(self, inputs, gates, theta=None):
         return (gates.z.sum() + gates.g.sum()).expand(len(inputs["x"]), 2)
 
 

@@ -16,9 +16,10 @@ from pyro_blora.config import RunConfig
 from pyro_blora.curvature import fit_laplace
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
+from pyro_blora.jacobians import jacobians
 from pyro_blora.posterior import deployed, draw, draw_weights, predict
 from pyro_blora.priors import build_prior
-from pyro_blora.program import BayesianLoRA, GateProgram, jacobians
+from pyro_blora.program import BayesianLoRA, GateProgram
 from pyro_blora.schedule import Schedule
 from pyro_blora.tasks import get_task
 from pyro_blora.training import make_optimizer
@@ -26,7 +27,7 @@ from pyro_blora.weights import WEIGHTS, build_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-N, D, NOISE, PRIOR = 60, 4, 0.7, 1.3
+N, D, NOISE, PRIOR, SLOPE = 60, 4, 0.7, 1.3, 2.5  # a label is SLOPE times its logit, as of STS-B
 
 
 class LinearRegression(GateProgram):
@@ -45,11 +46,11 @@ class LinearRegression(GateProgram):
 
     @staticmethod
     def _likelihood(logits, scale):
-        return dist.Normal(logits.squeeze(-1), scale)
+        return dist.Normal(SLOPE * logits.squeeze(-1), scale)
 
     def logits(self, inputs, gates, theta=None):
         theta = self.core.flatten() if theta is None else theta
-        return (inputs["features"] * theta).sum(-1, keepdim=True)
+        return (inputs["features"] * theta).sum(-1, keepdim=True) / SLOPE
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_laplace_is_exact_on_a_gaussian_posterior(data):
     for structure in ("full", "diag"):
         program = LinearRegression("laplace", prior_precision=1 / PRIOR**2, structure=structure)
         program.core.data.copy_(mean.view(2, 2))
-        fit_laplace(program, [(inputs, labels[:, None])], deployed(program))
+        fit_laplace(program, [(inputs, labels)], deployed(program))
         scale = program.weights.scale
         if structure == "full":
             torch.testing.assert_close(scale @ scale.mT, covariance, rtol=1e-4, atol=1e-6)
@@ -141,7 +142,7 @@ def test_a_prior_precision_that_is_not_given_is_that_of_the_largest_marginal_lik
     inputs, labels, mean, _ = data
     program = LinearRegression("laplace")
     program.core.data.copy_(mean.view(2, 2))
-    fit_laplace(program, [(inputs, labels[:, None])], deployed(program))
+    fit_laplace(program, [(inputs, labels)], deployed(program))
     gram = inputs["features"].T @ inputs["features"] / NOISE**2
 
     def marginal(log_precision):  # laplace's own objective, up to a constant

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from pyro_blora import adapters, attach, fit, load
 from pyro_blora.adapters import open_gates
 from pyro_blora.arviz_data import group, read
+from pyro_blora.build import build
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed
 from pyro_blora.run import train_run
@@ -188,6 +189,33 @@ def test_the_best_epoch_is_kept(backbone, tmp_path):
         trained.program.net.adapter_parameters(), left.program.net.adapter_parameters(), strict=True
     ):
         assert torch.equal(mine, theirs)
+
+
+def test_epochs_before_the_gates_start_do_not_stand_for_election(backbone):
+    config = tiny_config(backbone, epochs=4, lr=0.5, validation=0.25, choose_epoch=True, kl_warmup=0.9)
+    trained = fit(config, quiet=True)
+    seen = {line["step"]: line["validation_nll"] for line in trained.metrics if "validation_nll" in line}
+    assert min(seen, key=seen.get) < 12  # an earlier one was better, but everything was open there
+    assert float(trained.program.gate_guide.posterior().z.mean.min()) < 0.99
+
+
+def test_a_damaged_best_epoch_is_refused(backbone, tmp_path):
+    config = tiny_config(backbone, adapter="xs", method="lora", validation=0.25, choose_epoch=True)
+    fit(config, folder=tmp_path, quiet=True, until=4)
+    (tmp_path / "checkpoints" / "best.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(ValueError, match=r"best\.safetensors is damaged .*delete its folder"):
+        fit(config, folder=tmp_path, quiet=True)
+
+
+def test_rows_that_are_held_out_are_not_trained_on(backbone):
+    config = tiny_config(backbone, validation=0.25)
+    parts, whole = build(config), build(tiny_config(backbone))
+    train, held_out, all_rows = (rows["sentence"] for rows in (
+        parts.rows["train"], parts.rows["validation"], whole.rows["train"]))  # fmt: skip
+    assert sorted([*train, *held_out]) == sorted(all_rows) and len(held_out) == 16
+    assert len(parts.tokens["train"]) == parts.program.n_train == 48
+    again, other = build(config), build(tiny_config(backbone, validation=0.25, seed=1, data_seed=0))
+    assert again.rows["validation"][:] == parts.rows["validation"][:] == other.rows["validation"][:]
 
 
 @pytest.mark.parametrize("law", ["gaussian", "swag", "laplace"])

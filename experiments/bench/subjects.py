@@ -147,7 +147,7 @@ class _Gates(GateProgram):
         super().__init__(layout, prior, guide, get_task("sst2").likelihood, n_train=N_TRAIN)
         self.bias = nn.Parameter(torch.zeros(batch, CLASSES))
 
-    def logits(self, inputs: dict, gates) -> torch.Tensor:
+    def logits(self, inputs: dict, gates, theta: torch.Tensor | None = None) -> torch.Tensor:
         return self.bias + gates.z.mean() + gates.g.mean()
 
 

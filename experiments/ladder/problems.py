@@ -57,7 +57,7 @@ class LinearGaussian(GateProgram):
         super().__init__(layout, prior, guide, lambda mean, scale: dist.Normal(mean, noise), **settings)
         self.register_buffer("weight", weight)
 
-    def logits(self, inputs: dict, gates: Gates) -> Tensor:
+    def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
         return inputs["x"] @ (self.weight * gates.z.flatten())
 
 

@@ -17,12 +17,10 @@ from pathlib import Path
 
 import arviz
 import pandas as pd
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import pyro_blora
 from pyro_blora.build import build
-from pyro_blora.checkpoint import trainable
+from pyro_blora.checkpoint import read_tensors, trainable, write_tensors
 from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run, versions
 from pyro_blora.schedule import Schedule
@@ -84,14 +82,10 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     """Put a state of LoRA where the run of `config` resumes: until then both are the same."""
     program = build(config).program
     shared = {name for name in trainable(program) if name.startswith("net.") or name == "log_scale"}
-    with safe_open(source, framework="pt") as file:
-        notes, keys = file.metadata(), [key for key in file.keys() if key.partition("/")[2] in shared]  # noqa: SIM118 (not a dict)
-        tensors = {key: file.get_tensor(key) for key in keys}
+    found, notes = read_tensors(source)
+    tensors = {key: x for key, x in found.items() if key.partition("/")[2] in shared}
     own = {f"parameter/{name}": x.detach().clone() for name, x in trainable(program).items() if name not in shared}
-    (partial / CHECKPOINT).parent.mkdir(parents=True)
-    waiting = partial / CHECKPOINT.with_suffix(".tmp")
-    save_file(tensors | own, waiting, metadata=notes)
-    waiting.rename(partial / CHECKPOINT)
+    write_tensors(partial / CHECKPOINT, tensors | own, notes)
 
 
 def _code_digest() -> str:

@@ -7,8 +7,9 @@ from pyro_blora import calibration
 from pyro_blora.build import Parts
 from pyro_blora.curvature import fit_laplace
 from pyro_blora.data import by_length, on_device
+from pyro_blora.evaluation import predicted
 from pyro_blora.gates import Gates
-from pyro_blora.posterior import Prediction, deployed, draw, draw_weights, predict
+from pyro_blora.posterior import Prediction, deployed, draw, draw_weights
 from pyro_blora.weights import build_weights
 
 DEVIATIONS = (0, 2, 5, 10, 20)
@@ -56,15 +57,12 @@ def _laplace(parts: Parts) -> dict:
 def _predictions(
     parts: Parts, gates: Gates | None = None, theta: Tensor | None = None, dropout_seed: int | None = None
 ) -> dict[str, Prediction]:
-    program, config, found = parts.program, parts.config, {}
+    config, found = parts.config, {}
     if gates is None:
         count = len(theta) if theta is not None else config.draws if dropout_seed is not None else 1
-        gates = Gates(*(x.expand(count, *x.shape) for x in deployed(program)))
+        gates = Gates(*(x.expand(count, *x.shape) for x in deployed(parts.program)))
     for split in ("eval", "validation"):
-        load, order = by_length(parts.tokens[split], parts.tokenizer, 2 * config.batch_size)
-        batches = on_device(load, program.log_scale.device)
-        drawn = predict(program, batches, gates=gates, weights=theta, dropout_seed=dropout_seed)
-        found[split] = drawn.restored(order)
+        found[split] = predicted(parts, split, gates, theta, dropout_seed=dropout_seed, quiet=True)
     return found
 
 
