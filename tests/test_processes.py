@@ -94,7 +94,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.processes import gathered
 from pyro_blora.program import BayesianLoRA
 
-seen, losses, inner, forward = [], [], adapters.gates, BayesianLoRA.forward
+seen, losses, examples, inner, forward = [], [], [], adapters.gates, BayesianLoRA.forward
 
 
 def watched(net, z, g, *theta):
@@ -102,8 +102,9 @@ def watched(net, z, g, *theta):
     return inner(net, z, g, *theta)
 
 
-def weighed(program, *arguments):
-    loss, elbo = forward(program, *arguments)
+def weighed(program, inputs, *arguments):
+    loss, elbo = forward(program, inputs, *arguments)
+    examples.extend(tuple(row[row != 0].tolist()) for row in inputs["input_ids"])
     losses.append(loss.item())
     return loss, elbo
 
@@ -111,11 +112,12 @@ def weighed(program, *arguments):
 adapters.gates, BayesianLoRA.forward = watched, weighed
 trained = fit(RunConfig.from_json(sys.argv[1]), quiet=True)
 z = gathered(torch.stack([x for x in seen if 0 < x.mean() < 1]))
-each = gathered(losses)
+each, shares = gathered(losses), gathered(examples)
 parameters = gathered([p.detach() for p in trained.program.parameters() if p.requires_grad])
 if accelerate.PartialState().is_main_process:
     logged = [line["loss"] for line in trained.metrics]
     print("draws", [not torch.equal(a, b) for a, b in zip(*z)].count(True), len(z[0]))
+    print("examples", *map(len, shares), len(set(shares[0]) & set(shares[1])))
     print("logged", logged == pytest.approx([sum(pair) / 2 for pair in zip(*each)], rel=1e-5))
     print("same", all(torch.equal(a, b) for a, b in zip(*parameters)))
 """
@@ -182,7 +184,12 @@ def test_every_process_draws_gates_of_its_own_and_learns_the_same(folder, backbo
     (folder / "draws.py").write_text(DRAWS)
     config = RunConfig(**settings(backbone, folder / "unused"))
     said = torchrun(str(folder / "draws.py"), config.to_json()).splitlines()
-    assert said == ["draws 3 3", "logged True", "same True"]  # of three steps with gates; the mean over processes
+    assert said == [
+        "draws 3 3",
+        "examples 32 32 0",
+        "logged True",
+        "same True",
+    ]  # of three steps with gates; the mean over processes
 
 
 def test_there_is_one_log_one_checkpoint_and_one_run(run):

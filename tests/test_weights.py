@@ -235,8 +235,21 @@ def test_swag_finds_the_mean_of_a_path_that_circles_the_posteriors(data):
         optimizer.step()
         program.weights.collect(step, 2000)
     assert int(program.weights.count) == 400
+    assert not torch.allclose(program.core.detach().flatten(), program.weights.centre.float())
     program.weights.finish()
+    torch.testing.assert_close(program.core.detach().flatten(), program.weights.centre.float(), rtol=0, atol=0)
     torch.testing.assert_close(program.core.detach().flatten(), mean, atol=0.05, rtol=0)
+
+
+def test_the_head_ends_with_its_own_mean():
+    head = {0: nn.Parameter(torch.zeros(2)), 1: nn.Parameter(torch.zeros(1, 3))}
+    law = build_weights("swag", {(0, "core"): nn.Parameter(torch.zeros(1))}, head, {"rank": 2, "snapshots": 2})
+    for value in (1.0, 3.0):
+        for p in head.values():
+            p.data.fill_(value)
+        law.note(torch.tensor([value]), torch.full((5,), value))
+    law.finish()
+    assert all(bool((p == 2.0).all()) for p in head.values())
 
 
 def test_snapshots_come_evenly_after_the_burn_in():

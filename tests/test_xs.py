@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 from tiny import save_tiny_backbone, tiny_config
 from transformers import AutoModelForSequenceClassification
 
-from pyro_blora import adapters, attach, fit, load
+from pyro_blora import adapters, attach, fit, layers, load
 from pyro_blora.adapters import open_gates
 from pyro_blora.arviz_data import group, read
 from pyro_blora.build import build
+from pyro_blora.calibration import fit_temperature
+from pyro_blora.gates import Gates
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed
 from pyro_blora.run import train_run
-from pyro_blora.xs import factors
+from pyro_blora.xs import Factors, factors
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -185,10 +187,11 @@ def test_the_best_epoch_is_kept(backbone, tmp_path):
     best = min(seen, key=seen.get)
     assert best < 12, "the last epoch would be kept without a choice"
     left = fit(config, folder=tmp_path / "left", quiet=True, until=best)
-    for mine, theirs in zip(
-        trained.program.net.adapter_parameters(), left.program.net.adapter_parameters(), strict=True
-    ):
-        assert torch.equal(mine, theirs)
+    fit(config, folder=tmp_path / "cut", quiet=True, until=11)  # after the best epoch, which only its file knows then
+    again = fit(config, folder=tmp_path / "cut", quiet=True)
+    each = (one.program.net.adapter_parameters() for one in (trained, left, again))
+    for mine, at_best, resumed in zip(*each, strict=True):
+        assert torch.equal(mine, at_best) and torch.equal(mine, resumed)
 
 
 def test_epochs_before_the_gates_start_do_not_stand_for_election(backbone):
@@ -251,6 +254,34 @@ def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(bac
         found = summary["calibration"][key]
         assert {"nll", "ece_15", "ece_20", "ece_adaptive", "temperature", "scaled"} <= set(found)
         assert found["scaled"]["nll"] > 0 and found["temperature"] > 0
+
+
+def test_factors_are_those_of_the_run_not_of_the_machine(backbone, tmp_path, monkeypatch):
+    """Another machine may find singular vectors with other signs."""
+    folder = train_run(tiny_config(backbone, adapter="xs", method="lora", lr=2e-2, output_dir=str(tmp_path)))
+    inputs, expected = {"input_ids": torch.arange(20).view(2, 10)}, load(folder)
+
+    def turned(*arguments, **settings):
+        right, left = factors(*arguments, **settings)
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+        return Factors(right * signs[:, None], left)
+
+    monkeypatch.setattr(layers, "factors", turned)
+    found = load(folder)
+    gates = Gates(*open_gates(found.layout))
+    with torch.no_grad():
+        assert torch.equal(found.logits(inputs, gates), expected.logits(inputs, gates))
+
+
+def test_the_temperature_is_that_of_the_rows_held_out(backbone, tmp_path):
+    import pandas as pd
+
+    folder = train_run(tiny_config(backbone, method="lora", lr=2e-2, validation=0.25, output_dir=str(tmp_path)))
+    table = pd.read_parquet(folder / "predictions_validation.parquet")
+    mean = torch.tensor(table[[name for name in table if name.startswith("p_")]].to_numpy())
+    expected = fit_temperature(mean, torch.tensor(table["label"].to_numpy()))
+    found = json.loads((folder / "summary.json").read_text())["calibration"]["averaged"]["temperature"]
+    assert found == pytest.approx(expected, rel=1e-3) and abs(found - 1) > 0.01
 
 
 def test_other_sentences_are_scored_by_uncertainty(tmp_path, backbone, glue_dir):
