@@ -27,6 +27,7 @@ def test_three_examples_by_hand():
     assert ece(mean, labels, 15) == pytest.approx((0.6 + 0.2 + 0.1) / 3, abs=1e-6)
     assert ece(mean, labels, 1) == pytest.approx(abs((0.9 + 0.6 + 0.8) / 3 - 2 / 3), abs=1e-6)
     assert adaptive_ece(mean, labels, bins=3) == pytest.approx((0.6 + 0.2 + 0.1) / 3)
+    assert adaptive_ece(mean, labels, bins=2) == pytest.approx((abs(0.6 + 0.8 - 1) + abs(0.9 - 1)) / 3)
     assert adaptive_ece(mean, labels, bins=1) == pytest.approx(abs((0.9 + 0.6 + 0.8) / 3 - 2 / 3))
     assert calibration.selective_accuracy(mean, labels) == {"0.5": 1.0, "0.8": 1.0, "0.9": 2 / 3, "0.95": 2 / 3}
 
