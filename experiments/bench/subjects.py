@@ -154,7 +154,7 @@ class _Gates(GateProgram):
 class _ByHand(_Gates):
     """The same without Pyro: the likelihood at the drawn gates."""
 
-    def nll(self, inputs: dict, labels: torch.Tensor, z: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    def nll(self, inputs: dict, labels: torch.Tensor, z, g, theta: torch.Tensor | None = None) -> torch.Tensor:
         law = self.likelihood(self.logits(inputs, Gates(z, g)), scale=self.log_scale.exp())
         return -law.log_prob(labels).mean()
 
