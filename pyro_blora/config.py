@@ -74,6 +74,7 @@ class RunConfig:
     choose_epoch: bool = _field(False, "end with the epoch of least NLL on the validation rows, not with the last")
     batch_size: int = _field(16, "examples per device and forward")
     accumulation: int = _field(1, "forwards per optimizer step")
+    group_by_length: bool = _field(False, "batches of rows of similar length: less padding, so less time")
     lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, or the method's own")
     lr_head: float | None = _field(None, "learning rate of the classification head; none: lr")
     lr_gates: float = _field(0.1, "first learning rate of the gates, nats a step; falls to 1 %; 0 freezes them")

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 _PAD_TO = 8  # lengths in steps of eight: few shapes, and what tensor cores like
+_POOL = 50  # batches that are sorted by length together, or a quarter of the epoch's, as in transformers' Trainer
 
 
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int):
@@ -53,12 +54,22 @@ def unlabelled(rows: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dat
     return rows.select_columns(list(columns)).add_column("label", [0] * len(rows))
 
 
-def epoch_order(rows: int, batch_size: int, accumulation: int, seed: int, epoch: int) -> list[list[int]]:
-    """Shuffled batches of one epoch, all of the same size, as many as fill whole optimizer steps."""
+def epoch_order(
+    rows: int, batch_size: int, accumulation: int, seed: int, epoch: int, lengths: list[int] | None = None
+) -> list[list[int]]:
+    """Shuffled batches of one epoch, all of the same size, as many as fill whole optimizer steps.
+
+    lengths: of the rows; where given, a batch has rows of similar length.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(rows, generator=generator).tolist()
-    steps = rows // (batch_size * accumulation)
-    return [order[i * batch_size : (i + 1) * batch_size] for i in range(steps * accumulation)]
+    count = rows // (batch_size * accumulation) * accumulation
+    order = torch.randperm(rows, generator=generator).tolist()[: count * batch_size]
+    if lengths is not None:
+        pool = batch_size * max(1, min(_POOL, count // 4))
+        pools = (order[i : i + pool] for i in range(0, len(order), pool))
+        order = [i for pool in pools for i in sorted(pool, key=lengths.__getitem__)]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches if lengths is None else [batches[i] for i in torch.randperm(count, generator=generator).tolist()]
 
 
 def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: list[list[int]]) -> DataLoader:
@@ -74,9 +85,14 @@ def by_length(
     return loader(rows, tokenizer, batches), torch.tensor([i for batch in batches for i in batch])
 
 
+def lengths_of(rows: datasets.Dataset) -> list[int]:
+    """Tokens of each row."""
+    return [len(tokens) for tokens in rows["input_ids"]]
+
+
 def batches_by_length(rows: datasets.Dataset, batch_size: int) -> list[list[int]]:
     """The numbers of all rows, long ones first, in batches."""
-    lengths = [len(tokens) for tokens in rows["input_ids"]]
+    lengths = lengths_of(rows)
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

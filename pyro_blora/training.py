@@ -22,7 +22,7 @@ from .build import Parts, build
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .curvature import fit_laplace
-from .data import by_length, epoch_order, loader, on_device, split_labels
+from .data import by_length, epoch_order, lengths_of, loader, on_device, split_labels
 from .logbook import Logbook
 from .posterior import component_marginals, deployed
 from .processes import average_gradients, shard, sharding_wanted
@@ -167,8 +167,9 @@ class _Loop:
         """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""
         config, per_epoch = self.config, self.schedule.steps_per_epoch
         rows, share = self.parts.tokens["train"], config.accumulation * self.accelerator.num_processes
+        lengths = lengths_of(rows) if config.group_by_length else None
         for epoch in range(first // per_epoch, config.epochs):
-            order = epoch_order(len(rows), config.batch_size, share, config.seed, epoch)
+            order = epoch_order(len(rows), config.batch_size, share, config.seed, epoch, lengths)
             done = max(0, first - epoch * per_epoch)
             mine = order[done * share :][self.accelerator.process_index :: self.accelerator.num_processes]
             batches = iter(loader(rows, self.parts.tokenizer, mine))

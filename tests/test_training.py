@@ -267,6 +267,24 @@ def test_an_epoch_visits_rows_once_in_whole_steps():
     assert batches != epoch_order(100, 8, 3, seed=0, epoch=1) != epoch_order(100, 8, 3, seed=1, epoch=1)
 
 
+def test_rows_of_similar_length_share_a_batch():
+    lengths = torch.randint(5, 60, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def padded(batches: list) -> int:
+        return sum(len(batch) * max(lengths[i] for i in batch) - sum(lengths[i] for i in batch) for batch in batches)
+
+    mixed, grouped = (epoch_order(1000, 8, 2, seed=0, epoch=0, lengths=x) for x in (None, lengths))
+    assert sorted(i for batch in grouped for i in batch) == sorted(i for batch in mixed for i in batch)
+    assert {len(batch) for batch in grouped} == {8} and padded(grouped) < 0.1 * padded(mixed)
+    longest = [max(lengths[i] for i in batch) for batch in grouped]
+    assert longest != sorted(longest) and grouped != epoch_order(1000, 8, 2, seed=0, epoch=1, lengths=lengths)
+
+
+def test_a_run_can_group_its_rows_by_length(backbone):
+    mixed, grouped = (fit(tiny_config(backbone, group_by_length=x), quiet=True) for x in (False, True))
+    assert mixed.metrics[0]["nll"] != grouped.metrics[0]["nll"] and len(mixed.metrics) == len(grouped.metrics)
+
+
 def test_too_few_examples_for_a_step_are_refused(backbone):
     with pytest.raises(ValueError, match="8 training examples do not fill one step of 16"):
         fit(tiny_config(backbone, max_train=8), quiet=True)
