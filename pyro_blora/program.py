@@ -163,6 +163,7 @@ class BayesianLoRA(GateProgram):
             elbo = Elbo(nll, *self.kl(), self.weights.divergence())
         else:
             elbo = self.elbo(inputs, labels)
+        theta_weight = (kl_weight if theta_weight is None else theta_weight) * self.weights.kl_weight
         return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
 
 

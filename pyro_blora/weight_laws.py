@@ -6,6 +6,7 @@ task head is a point.
     random                      the keys of theta's parts, in order; none: theta is a point
     law() and prior()           if `in_training`: the guide's law of theta and its prior, of one event dimension
     divergence()                KL(law || prior), nats; 0 where training has a point
+    kl_weight                   its weight in the loss; below 1: a cold posterior of the weights
     draw(S)                     (S, D) draws of what was learned
     stored                      numbers that are kept to draw from it, the mean included
     constant_from, plateau      SWAG: from which fraction of the steps the learning rate stays, and at which of its peak
@@ -35,7 +36,7 @@ class Point(nn.Module):
     """Nothing is random."""
 
     in_training = linearized = False
-    constant_from, curvature = 1.0, None
+    constant_from, curvature, kl_weight = 1.0, None, 1.0
 
     def __init__(self, weights: Parameters, head: Parameters | None = None):
         super().__init__()
@@ -94,12 +95,14 @@ class Gaussian(_Random):
 
     in_training = True
 
-    def __init__(self, weights: Parameters, head: Parameters, prior_std: float | None, start_std: float):
+    def __init__(
+        self, weights: Parameters, head: Parameters, prior_std: float | None, start_std: float, kl_weight: float
+    ):
         super().__init__(weights, head)
-        for name, value in (("prior_std", prior_std), ("start_std", start_std)):
+        for name, value in (("prior_std", prior_std), ("start_std", start_std), ("kl_weight", kl_weight)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"weights: {name} must be a positive number, got {value}: leave it out")
-        self.prior_std, self.start_std = prior_std, start_std
+        self.prior_std, self.start_std, self.kl_weight = prior_std, start_std, kl_weight
         self.spread = nn.Parameter(torch.zeros(self.size))
 
     @property
@@ -138,8 +141,8 @@ class Gaussian(_Random):
 class LowRank(Gaussian):
     """theta ~ Normal(mean, diag(std^2) + F F^T) with F of `rank` columns."""
 
-    def __init__(self, weights, head, prior_std, start_std, rank: int):
-        super().__init__(weights, head, prior_std, start_std)
+    def __init__(self, weights, head, prior_std, start_std, kl_weight, rank: int):
+        super().__init__(weights, head, prior_std, start_std, kl_weight)
         if rank < 1:
             raise ValueError(f"weights 'low_rank' needs a rank of at least 1, got {rank}: rank 0 is weights 'gaussian'")
         self.columns = nn.Parameter(torch.randn(self.size, rank) * 0.1 / (_COLUMN * math.sqrt(rank)))

@@ -31,28 +31,29 @@ def point(weights: Parameters, head: Parameters) -> Point:
 @register_weights("gaussian")
 def gaussian(
     weights: Parameters, head: Parameters, *, prior_std: float | None = None, start_std: float = 0.01,
-    sides: Sides = "lora_A",
+    kl_weight: float = 1.0, sides: Sides = "lora_A",
 ) -> Gaussian:  # fmt: skip
     """Independent Gaussians, learned with the gates by SVI: mean field, the BLoB family.
 
-    Settings: prior_std (default: for each matrix the best, which has a closed form); start_std; sides, of LoRA: lora_A
-    as in BLoB, or both. An XS adapter has its core.
+    Settings: prior_std (default: for each matrix the best, which has a closed form); start_std; kl_weight, of theta's
+    KL beside that of the run: where rows are few it outweighs what they say, and nothing is learned, until it is below
+    1; sides, of LoRA: lora_A as in BLoB, or both. An XS adapter has its core.
     Source: Wang et al., BLoB (2024).
     """
-    return Gaussian(_random_sides(weights, sides), head, prior_std, start_std)
+    return Gaussian(_random_sides(weights, sides), head, prior_std, start_std, kl_weight)
 
 
 @register_weights("low_rank")
 def low_rank(
     weights: Parameters, head: Parameters, *, rank: int = 10, prior_std: float | None = None, start_std: float = 0.01,
-    sides: Sides = "lora_A",
+    kl_weight: float = 1.0, sides: Sides = "lora_A",
 ) -> LowRank:  # fmt: skip
     """A Gaussian whose covariance is a diagonal plus `rank` directions across all matrices, learned by SVI.
 
     Settings: as of gaussian, and rank.
     Source: Ong, Nott and Smith, Gaussian variational approximation with a factor covariance structure (2018).
     """
-    return LowRank(_random_sides(weights, sides), head, prior_std, start_std, rank)
+    return LowRank(_random_sides(weights, sides), head, prior_std, start_std, kl_weight, rank)
 
 
 @register_weights("swag")

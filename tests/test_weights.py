@@ -369,6 +369,15 @@ def test_pyros_own_elbo_is_ours_with_random_weights():
     assert ours.item() == pytest.approx(theirs / 100, rel=0.02)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])  # before and after the gates start
+def test_the_posterior_of_the_weights_alone_can_be_a_cold_one(kl_weight):
+    program, (inputs, labels) = program_of(net_of("xs"), kl_weight=0.25), batch()
+    loss, elbo = program(inputs, labels, 0.5, kl_weight, 0.8)
+    expected = elbo.nll + (kl_weight * (elbo.kl_z + elbo.kl_g) + 0.8 * 0.25 * elbo.kl_theta) / program.n_train
+    assert elbo.kl_theta > 1
+    torch.testing.assert_close(loss, expected)
+
+
 def test_random_weights_learn_without_decay_beside_what_is_a_point():
     net = net_of("lora")
     groups = {
@@ -405,6 +414,7 @@ def test_swag_averages_at_a_constant_rate():
         ("gausian", {}, "unknown weights 'gausian': did you mean 'gaussian'"),
         ("gaussian", {"prior_std": 0.0}, "prior_std must be a positive number"),
         ("gaussian", {"std": 1.0}, "unknown setting 'std'"),
+        ("low_rank", {"kl_weight": 0.0}, "kl_weight must be a positive number"),
         ("low_rank", {"rank": 0}, "rank of at least 1"),
         ("swag", {"rank": 1}, "rank must be 0 .diagonal. or at least 2"),
         ("swag", {"burn_in": 1.0}, "burn_in must be from 0 to below 1"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def study_parser(doc: str, name: str, *, max_train: int, output_dir: str) -> argparse.ArgumentParser:
+def study_parser(doc: str, name: str, *, max_train: int | None, output_dir: str) -> argparse.ArgumentParser:
     """A parser of the shared options; the script's own are added to it."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")

@@ -1,7 +1,8 @@
-"""The laws that can be read off one trained path: scores on dev, and a temperature from held-out rows."""
+"""The laws that can be read off one trained path, and ensembles: scores on dev, a temperature from held-out rows."""
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from pyro_blora import calibration
 from pyro_blora.build import Parts
@@ -9,36 +10,35 @@ from pyro_blora.curvature import fit_laplace
 from pyro_blora.data import by_length, on_device
 from pyro_blora.evaluation import predicted
 from pyro_blora.gates import Gates
-from pyro_blora.posterior import Prediction, deployed, draw, draw_weights
+from pyro_blora.posterior import Prediction, bops, deployed, draw, draw_weights
+from pyro_blora.tasks import Task, get_task
 from pyro_blora.weights import build_weights
 
-DEVIATIONS = (0, 2, 5, 10, 20)
+Law = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many of its last deviations
 
 
-def laws_of(parts: Parts) -> dict[str, dict]:
-    """By name: metric, scores, scaled, temperature, numbers learned and stored; of the point also what it predicts."""
-    program, config = parts.program, parts.config
+def laws_of(parts: Parts, laws: tuple[Law, ...]) -> dict[str, dict]:
+    """The point and these laws, by name: metric, scores, scaled, temperature, numbers learned and stored, log odds."""
     found = {"point": _scored(parts, _predictions(parts))}
-    found["point"] |= {split: _answers(parts, split) for split in ("eval", "validation")}
-    if config.method == "bayesian_lora":
-        gates = draw(program, config.draws, seed=config.seed)
-        theta = draw_weights(program, config.draws, seed=config.seed)
-        found["draws"] = _scored(parts, _predictions(parts, gates, theta))
-    elif config.weights == "swag":
-        for rank in DEVIATIONS:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(config.seed)
-                theta = program.weights.draw(config.draws, rank)
-            found[f"K = {rank}"] = _scored(parts, _predictions(parts, theta=theta)) | {
-                "stored": (2 + rank) * program.weights.size
-            }
-    elif config.weights != "point":
-        theta = draw_weights(program, config.draws, seed=config.seed)
-        found["draws"] = _scored(parts, _predictions(parts, theta=theta))
-    else:
-        found["dropout"] = _scored(parts, _predictions(parts, dropout_seed=config.seed))
-        found["laplace"] = _laplace(parts)
+    for law in laws:
+        found[f"K = {law}" if isinstance(law, int) else law] = _read(parts, law)
     return found
+
+
+def _read(parts: Parts, law: Law) -> dict:
+    program, draws, seed = parts.program, parts.config.draws, parts.config.seed
+    if law == "laplace":
+        return _laplace(parts)
+    if law == "dropout":
+        return _scored(parts, _predictions(parts, dropout_seed=seed))
+    if law == "draws":
+        gates = draw(program, draws, seed=seed) if parts.config.method == "bayesian_lora" else None
+        found = _scored(parts, _predictions(parts, gates, draw_weights(program, draws, seed=seed)))
+        return found | {"bops": float(bops(program).adapted_ratio)}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        theta = program.weights.draw(draws, law)
+    return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * program.weights.size}
 
 
 def _laplace(parts: Parts) -> dict:
@@ -67,25 +67,49 @@ def _predictions(
 
 
 def _scored(parts: Parts, predictions: dict[str, Prediction]) -> dict:
+    law, learned = parts.program.weights, parts.program.net.adapter_parameters()
+    parameters = sum(p.numel() for p in learned)
+    return _scores(parts.task, predictions) | {
+        "parameters": parameters,
+        "stored": law.stored if law.random else parameters,
+    }
+
+
+def _scores(task: Task, predictions: dict[str, Prediction]) -> dict:
     dev, held_out = predictions["eval"], predictions["validation"]
     temperature = calibration.fit_temperature(held_out.mean, held_out.labels)
     scaled = calibration.at_temperature(dev.mean, temperature)[None]
-    metric = parts.task.metric().compute(predictions=dev.decision.tolist(), references=dev.labels.tolist())
-    law, learned = parts.program.weights, parts.program.net.adapter_parameters()
+    metric = task.metric().compute(predictions=dev.decision.tolist(), references=dev.labels.tolist())
     return {
-        "metric": metric[parts.task.metric_name],
+        "metric": metric[task.metric_name],
         "scores": calibration.scores(dev.outputs, dev.labels),
         "scaled": calibration.scores(scaled, dev.labels),
         "temperature": temperature,
-        "parameters": sum(p.numel() for p in learned),
-        "stored": law.stored if law.random else sum(p.numel() for p in learned),
+        "log_odds": {split: _log_odds(each.mean) for split, each in predictions.items()},
     }
 
 
-def _answers(parts: Parts, split: str) -> dict:
-    """What a point predicts, for ensembles."""
-    prediction = _predictions(parts)[split]
-    return {
-        "probabilities": [[round(p, 5) for p in row] for row in prediction.mean.tolist()],
-        "labels": prediction.labels.tolist(),
-    }
+def ensembles(rows: list[dict]) -> list[dict]:
+    """Of three or more seeds of LoRA: their probabilities averaged, with a temperature of its own."""
+    made = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        members = [row for row in rows if (row["task"], row["path"], row["law"]) == (task, "lora", "point")]
+        if len(members) < 3:
+            continue
+        labels = {split: torch.tensor(x) for split, x in members[0]["cell"]["labels"].items()}  # the same for all seeds
+        predictions = {split: _of_log_odds([m["log_odds"][split] for m in members], labels[split]) for split in labels}
+        found = _scores(get_task(task), predictions)
+        stored = sum(m["stored"] for m in members)
+        made.append({**members[0], "law": f"ensemble of {len(members)}", **found, "stored": stored})
+    return made
+
+
+def _of_log_odds(log_odds: list[list[float]], labels: Tensor) -> Prediction:
+    odds = torch.tensor(log_odds)  # (members, E)
+    law = Categorical(logits=torch.stack([-odds / 2, odds / 2], -1))
+    return Prediction(law.probs, law.log_prob(labels), labels, is_regression=False)
+
+
+def _log_odds(mean: Tensor) -> list[float]:
+    """Of the second of two classes: all that a prediction says, whatever the temperature."""
+    return [round(x, 4) for x in mean.log().diff(dim=-1).squeeze(-1).tolist()]

@@ -1,0 +1,209 @@
+"""The page of experiments/weights.py: tables by task, each law against its point, the paper's claims, a figure."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.studies.cells import provenance
+from experiments.studies.compare import paired
+from pyro_blora.tasks import get_task
+
+Rows = list[dict]  # of `weights.study`
+
+
+def of(rows: Rows, task: str, path: str, law: str) -> Rows:
+    """By seed."""
+    return [row for row in rows if (row["task"], row["path"], row["law"]) == (task, path, law)]
+
+
+def by_law(rows: Rows, task: str) -> dict[tuple[str, str], Rows]:
+    """The rows of a task by (path, law), a row a seed; trainings on a fraction of the rows apart."""
+    found: dict[tuple[str, str], Rows] = {}
+    for row in rows:
+        if row["task"] == task and "-of-" not in row["path"]:
+            found.setdefault((row["path"], row["law"]), []).append(row)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.median(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def table(rows: Rows, task: str) -> str:
+    lines = [
+        "| path | law | seeds | parameters | stored | metric | NLL | NLL, scaled | T | ECE, 20 bins | ECE, scaled "
+        "| ECE, adaptive | Brier | entropy | mutual information |",
+        "|---" * 15 + "|",
+    ]
+    for (path, law), mine in by_law(rows, task).items():
+        columns = [
+            [row["metric"] for row in mine],
+            *([row[kind]["nll"] for row in mine] for kind in ("scores", "scaled")),
+            [row["temperature"] for row in mine],
+            *([row[kind]["ece_20"] for row in mine] for kind in ("scores", "scaled")),
+            *([row["scores"][key] for row in mine] for key in ("ece_adaptive", "brier", "entropy")),
+            [row["scores"]["mutual_information"] for row in mine],
+        ]
+        named = f"| {path} | {law} | {len(mine)} | {mine[0]['parameters']:,} | {mine[0]['stored']:,} | "
+        lines.append(named + " | ".join(map(spread, columns)) + " |")
+    return "\n".join(lines)
+
+
+def _examples(row: dict, scaled: bool = False) -> dict:
+    """What `paired` compares: dev as this row predicts it."""
+    odds, label = np.array(row["log_odds"]["eval"]), np.array(row["cell"]["labels"]["eval"])
+    odds = odds / row["temperature"] if scaled else odds
+    log_likelihood = -np.logaddexp(0, np.where(label == 1, -odds, odds))
+    return {"examples": {"label": label, "decision": (odds > 0).astype(int), "log_likelihood": log_likelihood}}
+
+
+def difference(ours: Rows, theirs: Rows, *, scaled: bool = False, of: str = "nll") -> tuple[float, float, float] | None:
+    """Ours minus theirs over the seeds that both have: mean and 95 % interval. scaled: theirs at their temperature."""
+    known = {row["seed"]: row for row in theirs}
+    pairs = [(row, known[row["seed"]]) for row in ours if row["seed"] in known]
+    if not pairs:
+        return None
+    left, right = [_examples(a) for a, _ in pairs], [_examples(b, scaled) for _, b in pairs]
+    return paired(left, right, get_task(ours[0]["task"]).metric_name, prefix="")[of]
+
+
+def _interval(found: tuple[float, float, float] | None) -> str:
+    return "" if found is None else f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]"
+
+
+def verdicts(rows: Rows, tasks: list[str]) -> str:
+    """For each law: its NLL less that of its own point, and less that of the point at its temperature."""
+    lines = ["| task | path | law | less the point's | less the scaled point's | below both |", "|---" * 6 + "|"]
+    for task in tasks:
+        found = by_law(rows, task)
+        for (path, law), mine in found.items():
+            if law == "point":
+                continue
+            points = found[path, "point"]
+            if law.startswith("ensemble"):  # one, of all seeds, against its first member
+                points = points[:1]
+            pair = [difference(mine, points, scaled=scaled) for scaled in (False, True)]
+            sure = "yes" if all(high < 0 for _, _, high in pair) else "within noise"
+            said = sure if all(mean < 0 for mean, _, _ in pair) else "no"
+            lines.append(f"| {task} | {path} | {law} | {_interval(pair[0])} | {_interval(pair[1])} | {said} |")
+    return "\n".join(lines)
+
+
+def half_the_ece(rows: Rows, tasks: list[str]) -> str:
+    lines = [
+        "| task | LoRA: parameters | ECE | at its temperature | XS, SWAG K = 10: rank | parameters | ECE "
+        "| of LoRA's ECE | of LoRA's parameters |",
+        "|---" * 9 + "|",
+    ]
+    for task in tasks:
+        lora = of(rows, task, "lora", "point")
+        for rank in (2, 8, 16, 25):
+            xs = of(rows, task, f"xs{rank}-swag", "K = 10")
+            if not (lora and xs):
+                continue
+            kinds = ((xs, "scores"), (lora, "scores"), (lora, "scaled"))
+            ours, theirs, scaled = (np.median([row[kind]["ece_20"] for row in which]) for which, kind in kinds)
+            share = xs[0]["parameters"] / lora[0]["parameters"]
+            lines.append(
+                f"| {task} | {lora[0]['parameters']:,} | {theirs:.3f} | {scaled:.3f} | {rank} "
+                f"| {xs[0]['parameters']:,} | {ours:.3f} | {ours / theirs:.2f} | {share:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def few_deviations(rows: Rows, tasks: list[str]) -> str:
+    lines = ["| task | K | NLL less that of K = 2 | ECE, 20 bins | numbers stored |", "|---" * 5 + "|"]
+    for task in tasks:
+        two = of(rows, task, "xs8-swag", "K = 2")
+        for rank in (0, 2, 5, 10, 20):
+            mine = of(rows, task, "xs8-swag", f"K = {rank}")
+            if two and mine:
+                less = "" if rank == 2 else _interval(difference(mine, two))
+                ece = spread([row["scores"]["ece_20"] for row in mine])
+                lines.append(f"| {task} | {rank} | {less} | {ece} | {mine[0]['stored']:,} |")
+    return "\n".join(lines)
+
+
+def fractions(rows: Rows, tasks: list[str]) -> str:
+    lines = [
+        "| task | training rows | LoRA | XS, mean of SWAG | XS, SWAG K = 10 | less LoRA | less the mean |",
+        "|---" * 7 + "|",
+    ]
+    for task in tasks:
+        for percent in (10, 25, 50, 100):
+            of_all = f"-of-{percent}" if percent < 100 else ""
+            lora = of(rows, task, f"lora{of_all}", "point")
+            mean, law = (of(rows, task, f"xs8-swag{of_all}", name) for name in ("point", "K = 10"))
+            if lora and law:
+                metrics = " | ".join(spread([row["metric"] for row in which]) for which in (lora, mean, law))
+                less = " | ".join(_interval(difference(law, other, of="score")) for other in (lora, mean))
+                lines.append(f"| {task} | {law[0]['cell']['config']['max_train']:,} | {metrics} | {less} |")
+    return "\n".join(lines)
+
+
+def with_gates(rows: Rows, tasks: list[str]) -> str:
+    lines = ["| task | bit operations of the adapted projections | NLL less that without gates |", "|---" * 3 + "|"]
+    for task in tasks:
+        gated, plain = (of(rows, task, path, "draws") for path in ("xs8-gates-gaussian", "xs8-gaussian"))
+        if gated:
+            share = f"{100 * np.median([row['bops'] for row in gated]):.1f} %"
+            lines.append(f"| {task} | {share} | {_interval(difference(gated, plain))} |")
+    return "\n".join(lines)
+
+
+def figure(rows: Rows, path: Path) -> None:
+    """ECE and NLL against stored numbers, a panel a task, medians over seeds."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    fig, axes = plt.subplots(2, len(tasks), figsize=(3.2 * len(tasks), 6), squeeze=False, constrained_layout=True)
+    for column, task in enumerate(tasks):
+        for (name, law), mine in by_law(rows, task).items():
+            colour = "#0072B2" if name.startswith("xs") else "#D55E00"
+            marker = "o" if law == "point" else "s" if law.startswith("K") else "^"
+            for axis, key in zip(axes[:, column], ("ece_20", "nll"), strict=True):
+                axis.scatter(mine[0]["stored"], np.median([row["scores"][key] for row in mine]), c=colour,
+                             marker=marker, s=24, alpha=0.7)  # fmt: skip
+        axes[0, column].set_title(task)
+        for axis, label in zip(axes[:, column], ("ECE, 20 bins", "NLL, nats an example"), strict=True):
+            axis.set_xscale("log")
+            axis.set_xlabel("numbers stored")
+            axis.set_ylabel(label)
+    marks = [
+        ("o", "#0072B2", "XS, point"), ("s", "#0072B2", "XS, SWAG"), ("^", "#0072B2", "XS, other laws"),
+        ("o", "#D55E00", "LoRA, point"), ("s", "#D55E00", "LoRA, SWAG"), ("^", "#D55E00", "LoRA, other laws"),
+    ]  # fmt: skip
+    handles = [plt.Line2D([], [], marker=m, color=c, linestyle="", label=text) for m, c, text in marks]
+    axes[0, 0].legend(handles=handles, fontsize=7)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+_INTRODUCTION = """{rows} training rows, a fifth of them held out for epochs and temperatures; {draws} draws; medians ±
+standard deviations over seeds, which share their rows. `point` is the mean of the law that was trained; SWAG's is the
+average of its snapshots. LoRA is on query and value, XS on four projections a layer (4 R² a layer, as in the paper).
+Scaled: at the temperature of least NLL on the held-out rows. ECE by equal bins of confidence, or of equal count
+(adaptive). Differences: mean and 95 % interval, paired by example and seed."""
+
+
+def report(options, rows: Rows) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = [row["cell"] for row in rows]
+    used = {task: max(row["cell"]["config"]["max_train"] for row in rows if row["task"] == task) for task in tasks}
+    parts = [
+        "# Laws of the adapter's weights, and a temperature",
+        f"`python experiments/weights.py --glue_dir GLUE --epochs {options.epochs}`, {provenance(cells)}.",
+        _INTRODUCTION.format(
+            rows=", ".join(f"{count:,} ({task})" for task, count in used.items()), draws=options.draws
+        ),
+        *(f"## {task}\n\n{table(rows, task)}" for task in tasks),
+        f"## Is a law better than its own point, and than the point at its temperature? NLL\n\n{verdicts(rows, tasks)}",
+        f"## Half the ECE at a tenth of the parameters?\n\n{half_the_ece(rows, tasks)}",
+        f"## Are two deviations enough? B-LoRA-XS of rank 8\n\n{few_deviations(rows, tasks)}",
+        f"## Does the law help where rows are few? The task's metric, in as many steps\n\n{fractions(rows, tasks)}",
+        f"## Gates and weights together: B-LoRA-XS of rank 8, Gaussian\n\n{with_gates(rows, tasks)}",
+        "![ECE and NLL against stored numbers](figures/weights.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
