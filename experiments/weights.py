@@ -4,8 +4,8 @@
 
 A path is one training: LoRA or B-LoRA-XS, with weights that are points, Gaussian, or averaged by SWAG, alone or with
 gates, on all rows or a fraction of them. Several laws are read off the same path: the point, dropout, Laplace, SWAG
-with fewer deviations. An ensemble is made of LoRA's paths from all seeds. A fifth of the training rows chooses epochs
-and temperatures, dev is predicted once. A finished path is one JSON file in --keep, so the study may be spread out over
+with fewer deviations. An ensemble is made of LoRA's paths from all seeds. Held-out training rows choose epochs and
+temperatures, dev is predicted once. A finished path is one JSON file in --keep, so the study may be spread out over
 days.
 """
 
@@ -26,24 +26,26 @@ from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
 from pyro_blora.training import fit
 
-TASKS = {"rte": 1000, "mrpc": 2000, "cola": 1000, "sst2": 1000}  # rows to train on
+TASKS = {"rte": (1000, 6), "mrpc": (2000, 4), "cola": (1000, 6), "sst2": (1000, 6)}  # training rows, epochs
+_HELD_OUT = 200  # of these rows, or a fifth
 RANKS = (2, 8, 16, 25)
 FRACTIONS = (0.1, 0.25, 0.5)  # of the training rows, in as many steps
 DEVIATIONS = (0, 2, 5, 10, 20)
 _FOUR = ("query", "value", "attention.output.dense", "output.dense")  # B-LoRA-XS's, so that a layer has 4 R^2
 _XS = {"adapter": "xs", "lr": 5e-3, "target_modules": _FOUR}
+_COLD = {"weights": "gaussian", "weights_settings": {"kl_weight": 0.01, "prior_std": 0.1}}
 _SWAG = {"weights": "swag", "weights_settings": {"rank": 10, "snapshots": 20}}
 _SWEEP = {"weights": "swag", "weights_settings": {"rank": 20, "snapshots": 20}}  # fewer deviations are its last ones
 PATHS: dict[str, tuple[dict, tuple[Law, ...]]] = {  # name: what differs from LoRA of rank 8, and what is read off it
     "lora": ({}, ("dropout", "laplace")),
-    "lora-gaussian": ({"weights": "gaussian"}, ("draws",)),
+    "lora-gaussian": (_COLD, ("draws",)),
     "lora-swag": (_SWAG, (10,)),
     "xs8": (_XS, ("laplace",)),
-    "xs8-gaussian": ({**_XS, "weights": "gaussian"}, ("draws",)),
-    "xs8-low_rank": ({**_XS, "weights": "low_rank"}, ("draws",)),
-    "xs8-swag": ({**_XS, **_SWEEP}, DEVIATIONS),
-    "xs8-gates-gaussian": ({**_XS, "weights": "gaussian", "method": "bayesian_lora"}, ("draws",)),
-    **{f"xs{r}-swag": ({**_XS, **_SWAG, "rank": r, "alpha": 2.0 * r}, (10,)) for r in RANKS if r != 8},
+    "xs8-gaussian": ({**_XS, **_COLD}, ("draws",)),
+    "xs8-low_rank": ({**_XS, **_COLD, "weights": "low_rank"}, ("draws",)),
+    **{f"xs{r}-swag": ({**_XS, **_SWAG, "rank": r, "alpha": 2.0 * r}, (10,)) for r in RANKS},
+    "xs8-swag-deviations": ({**_XS, **_SWEEP}, DEVIATIONS),
+    "xs8-gates-gaussian": ({**_XS, **_COLD, "method": "bayesian_lora"}, ("draws",)),
     **{f"lora-of-{100 * f:.0f}": ({"fraction": f}, ()) for f in FRACTIONS},
     **{f"xs8-swag-of-{100 * f:.0f}": ({**_XS, **_SWAG, "fraction": f}, (10,)) for f in FRACTIONS},
 }
@@ -53,12 +55,13 @@ def configuration(options, task: str, path: str, seed: int) -> RunConfig:
     changes = {"target_modules": ("query", "value"), "method": "lora", "lr": 1e-3, "rank": 8, "alpha": 16.0}
     changes |= PATHS[path][0]
     fraction = changes.pop("fraction", 1.0)
+    usual = TASKS.get(task, (1000, 6))
+    rows = round(fraction * (options.max_train or usual[0]))
     chosen = changes.get("weights") != "swag" and "gates" not in path  # SWAG averages epochs, gates start late
     return RunConfig(
         task=task, glue_dir=options.glue_dir, backbone=options.backbone, max_length=64, group_by_length=True,
-        max_train=round(fraction * (options.max_train or TASKS.get(task, 1000))),
-        epochs=round(options.epochs / fraction), lr_head=5e-3, validation=0.2,
-        choose_epoch=chosen and not options.last_epoch, draws=options.draws, seed=seed, data_seed=0,
+        max_train=rows, validation=min(0.2, _HELD_OUT / rows), epochs=round((options.epochs or usual[1]) / fraction),
+        lr_head=5e-3, choose_epoch=chosen and not options.last_epoch, draws=options.draws, seed=seed, data_seed=0,
         output_dir=options.output_dir, **changes,
     )  # fmt: skip
 
@@ -98,7 +101,7 @@ def study(options) -> list[dict]:
 
 def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "weights", max_train=None, output_dir="runs/weights")
-    parser.set_defaults(epochs=6)
+    parser.set_defaults(epochs=None)
     parser.add_argument("--tasks", nargs="+", default=tuple(TASKS), help="of two classes")
     parser.add_argument("--paths", nargs="+", default=tuple(PATHS), choices=tuple(PATHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
