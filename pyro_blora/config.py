@@ -29,10 +29,11 @@ NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
 # Later than runs whose folders are to keep their names.
 _ADDED = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
-    ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
+    ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None), ("group_by_length", False),
 )  # fmt: skip
 OWNERS = ("prior", "guide", "adapter", "weights")  # fields that have settings of their own, in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
+_XS_RATE = 5e-3  # a core's: chosen by held-out rows of SST-2, see experiments/weights.py
 
 
 def _field(default: Any, description: str) -> Any:
@@ -75,7 +76,7 @@ class RunConfig:
     batch_size: int = _field(16, "examples per device and forward")
     accumulation: int = _field(1, "forwards per optimizer step")
     group_by_length: bool = _field(False, "batches of rows of similar length: less padding, so less time")
-    lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, or the method's own")
+    lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, of xs 5e-3, or the method's own")
     lr_head: float | None = _field(None, "learning rate of the classification head; none: lr")
     lr_gates: float = _field(0.1, "first learning rate of the gates, nats a step; falls to 1 %; 0 freezes them")
     lr_ranges: float = _field(1e-3, "learning rate of the quantization ranges; 0 freezes them")
@@ -135,7 +136,8 @@ class RunConfig:
         given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
         for owner in OWNERS:
             given |= {f"{owner}.{key}": value for key, value in given.pop(f"{owner}_settings").items()}
-        usual = {flag: value for flag, value in _USUAL.items() if flag not in given}
+        usual = _USUAL | ({"lr": _XS_RATE} if self.adapter == "xs" else {})
+        usual = {flag: value for flag, value in usual.items() if flag not in given}
         for flag, value in {**usual, **resolved(self.method, given)}.items():
             owner, dot, setting = flag.partition(".")
             if dot:

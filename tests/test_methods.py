@@ -143,6 +143,7 @@ def test_a_preset_gives_way_to_the_method():
 
 def test_what_a_method_proposes_can_be_changed():
     assert RunConfig(method="full").lr == 5e-5 and RunConfig(method="full", lr=1e-4).lr == 1e-4
+    assert (RunConfig().lr, RunConfig(adapter="xs").lr, RunConfig(adapter="xs", lr=1e-2).lr) == (1e-3, 5e-3, 1e-2)
     assert RunConfig(method="qat_lora").prior_settings == {"bits": 8}
     assert RunConfig(method="qat_lora", prior_settings={"bits": 4}).prior_settings == {"bits": 4}
     assert RunConfig(method="dylora").kl_warmup == 0 and RunConfig(method="dylora", kl_warmup=0.3).kl_warmup == 0.3
