@@ -29,7 +29,8 @@ NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
 # Later than runs whose folders are to keep their names.
 _ADDED = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
-    ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None), ("group_by_length", False),
+    ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
+    ("group_by_length", False),
 )  # fmt: skip
 OWNERS = ("prior", "guide", "adapter", "weights")  # fields that have settings of their own, in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
