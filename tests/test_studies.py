@@ -11,6 +11,8 @@ from scipy import stats
 from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.weight_laws import ensembles
+from experiments.studies.weights_page import difference, few_deviations, fractions, half_the_ece, verdicts, with_gates
 from pyro_blora.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,3 +98,70 @@ def test_the_cells_that_are_kept_are_still_those_of_their_configurations():
         assert kept(path, config)["summary"]["task"] == config.task
     with pytest.raises(ValueError, match=r"another configuration \(seed differ\)"):
         kept(path, dataclasses.replace(config, seed=config.seed + 1))
+
+
+# --- laws of the weights ----------------------------------------------------------------------------------------------
+
+
+def law_row(path, law, log_odds, *, task="sst2", seed=0, temperature=1.0, held_out=(2.0, -2.0, 1.0), **more):
+    """A row of experiments/weights.py: what a law predicts of four examples, labelled 0, 1, 1, 1."""
+    return {"task": task, "path": path, "law": law, "seed": seed, "temperature": temperature,
+            "log_odds": {"eval": list(log_odds), "validation": list(held_out)},
+            "cell": {"labels": {"eval": [0, 1, 1, 1], "validation": [1, 0, 0]}, "config": {"max_train": 100}},
+            "parameters": 10, "stored": 10, **more}  # fmt: skip
+
+
+def nll_of(log_odds, temperature=1.0):
+    signed = np.array([-1, 1, 1, 1]) * np.array(log_odds) / temperature
+    return float(np.log1p(np.exp(-signed)).mean())
+
+
+def test_a_law_is_compared_with_its_point_and_with_what_temperatures_make_of_it_and_of_the_plain_training():
+    ours, own, plain = [-2.0, 1.0, 2.0, 0.5], [-6.0, 4.0, 6.0, -5.0], [-3.0, 1.0, 1.0, -1.0]
+    rows = [law_row("xs8", "point", plain, temperature=2.0), law_row("xs8-swag", "point", own, temperature=4.0),
+            law_row("xs8-swag", "K = 10", ours)]  # fmt: skip
+    found = verdicts(rows, ["sst2"]).splitlines()[-1].split("|")
+    expected = [nll_of(ours) - nll_of(own), nll_of(ours) - nll_of(own, 4.0), nll_of(ours) - nll_of(plain, 2.0)]
+    assert [float(text.split()[0]) for text in found[4:7]] == pytest.approx(expected, abs=6e-4)
+    assert max(expected) < 0 and "no" not in found[7].split(", ")
+    turned = difference([law_row("xs8", "point", own)], [law_row("xs8-swag", "K = 10", ours)])
+    assert turned[0] == pytest.approx(-expected[0]) and turned[1] < turned[0] < turned[2]
+    assert difference(rows[:1], [law_row("xs8", "draws", ours, seed=1)]) is None  # no seed that both have
+
+
+def test_claims_are_ratios_of_medians_and_paired_differences():
+    def scored(ece):
+        return {"scores": {"ece_20": ece}, "scaled": {"ece_20": ece / 4}}
+
+    odds = [1.0, 1.0, 1.0, 1.0]
+    rows = [
+        *(law_row("lora", "point", odds, seed=i, metric=0.7, **scored(e)) for i, e in enumerate((0.1, 0.2, 0.9))),
+        law_row("xs8-swag", "K = 10", odds, metric=0.8, **scored(0.05)) | {"parameters": 1},
+        law_row("xs8-swag", "point", odds, metric=0.8, **scored(0.05)),
+        *(law_row("xs8-swag-deviations", f"K = {k}", [k / 10, 1.0, 1.0, 1.0], **scored(0.05)) for k in (2, 10)),
+        law_row("lora-of-10", "point", odds, metric=0.5), law_row("xs8-swag-of-10", "point", odds, metric=0.6),
+        law_row("xs8-swag-of-10", "K = 10", [-1.0, 1.0, 1.0, 1.0], metric=1.0),
+        law_row("xs8-gaussian", "draws", odds), law_row("xs8-gates-gaussian", "draws", odds, bops=0.123),
+    ]  # fmt: skip
+    assert (
+        half_the_ece(rows, ["sst2"]).splitlines()[-1] == "| sst2 | 10 | 0.200 | 0.050 | 8 | 1 | 0.050 | 0.25 | 0.100 |"
+    )
+    two, ten = few_deviations(rows, ["sst2"]).splitlines()[-2:]
+    assert float(ten.split("|")[3].split()[0]) == pytest.approx(nll_of([1, 1, 1, 1]) - nll_of([0.2, 1, 1, 1]), abs=6e-4)
+    assert two.split("|")[3].strip() == ""
+    few, whole = fractions(rows, ["sst2"]).splitlines()[-2:]
+    assert "| 0.500 | 0.600 | 1.000 | +0.250 [" in few and whole.startswith("| sst2 | 100 |")
+    assert "| sst2 | 12.3 % | +0.000 [" in with_gates(rows, ["sst2"])
+
+
+def test_an_ensemble_averages_probabilities_and_has_a_temperature_of_its_own():
+    odds = [[-3.0, 3.0, 0.0, 1.0], [-1.0, 3.0, 2.0, 1.0], [-2.0, 3.0, -1.0, 1.0]]
+    members = [law_row("lora", "point", x, seed=i, temperature=9.0) for i, x in enumerate(odds)]
+    assert ensembles(members[:2]) == []
+    (found,) = ensembles(members)
+    mean = (1 / (1 + np.exp(-np.array(odds)))).mean(0)
+    expected = -np.log(np.where([0, 1, 1, 1], mean, 1 - mean)).mean()
+    assert found["law"] == "ensemble of 3" and found["stored"] == 30
+    assert found["scores"]["nll"] == pytest.approx(expected, abs=1e-4)
+    assert found["metric"] == 1.0 and found["temperature"] != 9.0
+    assert found["log_odds"]["eval"] == pytest.approx(np.log(mean / (1 - mean)), abs=1e-4)
