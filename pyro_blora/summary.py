@@ -13,6 +13,7 @@ from .bops import expected_bits, expected_bops, expected_rank
 from .build import Parts
 from .evaluation import Evaluated
 from .posterior import Prediction, bops, deployed, draw, draw_weights, marginals, mean_kl
+from .program import BayesianLoRA
 from .scores import calibration_of, scores_of
 
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
@@ -86,10 +87,16 @@ def _parameters(projection, rank: int, opened: int, core: bool) -> int:
     return opened * (rank if core else projection.in_features + projection.out_features)
 
 
+def stored(program: BayesianLoRA) -> int:
+    """Numbers that are kept to draw an adapter: those of its weights' law, and its weights that are points."""
+    law = program.weights
+    return law.stored + sum(p.numel() for p in program.net.adapter_parameters()) - law.size
+
+
 def _of_weights(parts: Parts) -> dict:
-    """random: D; stored: numbers that are kept to draw from the law; std: root mean square over all weights."""
+    """random: D; stored: numbers that are kept to draw the adapter; std: root mean square over all weights."""
     law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
-    found = {"random": law.size if law.random else 0, "stored": fits * law.stored}
+    found = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
     if law.random:
         drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
         found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())

@@ -21,6 +21,7 @@ from pyro_blora.posterior import deployed, draw, draw_weights, predict
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA, GateProgram
 from pyro_blora.schedule import Schedule
+from pyro_blora.summary import stored
 from pyro_blora.tasks import get_task
 from pyro_blora.training import make_optimizer
 from pyro_blora.weights import WEIGHTS, build_weights
@@ -440,3 +441,7 @@ def test_numbers_that_are_stored_are_counted():
     counts = {"point": 9, "gaussian": 18, "low_rank": 9 * 12, "swag": 9 * 12, "laplace": 9 + 45}
     assert {name: build_weights(name, weights, {}).stored for name in counts} == counts
     assert set(WEIGHTS.names()) == {*counts, "ensemble", "dropout"}
+    net = net_of("lora")
+    one = 6 * 4 * 32  # lora_A of six projections of width 32, and as many of lora_B
+    found = {law: stored(program_of(net, law)) for law in ("point", "gaussian", "swag")}
+    assert found == {"point": 2 * one, "gaussian": 3 * one, "swag": 12 * 2 * one}

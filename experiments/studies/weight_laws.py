@@ -11,6 +11,7 @@ from pyro_blora.data import by_length, on_device
 from pyro_blora.evaluation import predicted
 from pyro_blora.gates import Gates
 from pyro_blora.posterior import Prediction, bops, deployed, draw, draw_weights
+from pyro_blora.summary import stored
 from pyro_blora.tasks import Task, get_task
 from pyro_blora.weights import build_weights
 
@@ -20,6 +21,7 @@ Law = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many 
 def laws_of(parts: Parts, laws: tuple[Law, ...]) -> dict[str, dict]:
     """The point and these laws, by name: metric, scores, scaled, temperature, numbers learned and stored, log odds."""
     found = {"point": _scored(parts, _predictions(parts))}
+    found["point"]["stored"] = found["point"]["parameters"]  # the law's mean alone
     for law in laws:
         found[f"K = {law}" if isinstance(law, int) else law] = _read(parts, law)
     return found
@@ -67,12 +69,8 @@ def _predictions(
 
 
 def _scored(parts: Parts, predictions: dict[str, Prediction]) -> dict:
-    law, learned = parts.program.weights, parts.program.net.adapter_parameters()
-    parameters = sum(p.numel() for p in learned)
-    return _scores(parts.task, predictions) | {
-        "parameters": parameters,
-        "stored": law.stored if law.random else parameters,
-    }
+    parameters = sum(p.numel() for p in parts.program.net.adapter_parameters())
+    return _scores(parts.task, predictions) | {"parameters": parameters, "stored": stored(parts.program)}
 
 
 def _scores(task: Task, predictions: dict[str, Prediction]) -> dict:
@@ -99,8 +97,8 @@ def ensembles(rows: list[dict]) -> list[dict]:
         labels = {split: torch.tensor(x) for split, x in members[0]["cell"]["labels"].items()}  # the same for all seeds
         predictions = {split: _of_log_odds([m["log_odds"][split] for m in members], labels[split]) for split in labels}
         found = _scores(get_task(task), predictions)
-        stored = sum(m["stored"] for m in members)
-        made.append({**members[0], "law": f"ensemble of {len(members)}", **found, "stored": stored})
+        kept = sum(m["stored"] for m in members)
+        made.append({**members[0], "law": f"ensemble of {len(members)}", **found, "stored": kept})
     return made
 
 
