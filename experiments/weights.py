@@ -44,7 +44,7 @@ PATHS: dict[str, tuple[dict, tuple[Law, ...]]] = {  # name: what differs from Lo
     "xs8-gaussian": ({**_XS, **_COLD}, ("draws",)),
     "xs8-low_rank": ({**_XS, **_COLD, "weights": "low_rank"}, ("draws",)),
     **{f"xs{r}-swag": ({**_XS, **_SWAG, "rank": r, "alpha": 2.0 * r}, (10,)) for r in RANKS},
-    "xs8-swag-deviations": ({**_XS, **_SWEEP}, DEVIATIONS),
+    **{f"xs{r}-swag-deviations": ({**_XS, **_SWEEP, "rank": r, "alpha": 2.0 * r}, DEVIATIONS) for r in RANKS},
     "xs8-gates-gaussian": ({**_XS, **_COLD, "method": "bayesian_lora"}, ("draws",)),
     **{f"lora-of-{100 * f:.0f}": ({"fraction": f}, ()) for f in FRACTIONS},
     **{f"xs8-swag-of-{100 * f:.0f}": ({**_XS, **_SWAG, "fraction": f}, (10,)) for f in FRACTIONS},

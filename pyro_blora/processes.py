@@ -67,3 +67,11 @@ def own_share(batches: list) -> list:
 def gathered(part: object) -> list:
     """Every process's part, in their order."""
     return gather_object([part]) if accelerate.PartialState().num_processes > 1 else [part]
+
+
+def part() -> None:
+    """End the processes' group, the last thing that a script under torchrun does: exiting within it may abort.
+
+    Gloo's threads then meet an interpreter that is gone, and a finished run would look like a failed one.
+    """
+    accelerate.PartialState().destroy_process_group()

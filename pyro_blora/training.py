@@ -148,8 +148,8 @@ class _Loop:
                     save_checkpoint(self.folder / "checkpoints", self.program, optimizer, step + 1, total)
         if last == total:
             self._finish()
-        if config.tracker:
-            accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # not end_training, which parts the processes: they evaluate together
         self.program.eval()
         return Trained(self.parts, self.book.lines, time.perf_counter() - began)
 

@@ -147,8 +147,8 @@ def test_claims_are_ratios_of_medians_and_paired_differences():
         half_the_ece(rows, ["sst2"]).splitlines()[-1] == "| sst2 | 10 | 0.200 | 0.050 | 8 | 1 | 0.050 | 0.25 | 0.100 |"
     )
     two, ten = few_deviations(rows, ["sst2"]).splitlines()[-2:]
-    assert float(ten.split("|")[3].split()[0]) == pytest.approx(nll_of([1, 1, 1, 1]) - nll_of([0.2, 1, 1, 1]), abs=6e-4)
-    assert two.split("|")[3].strip() == ""
+    assert float(ten.split("|")[4].split()[0]) == pytest.approx(nll_of([1, 1, 1, 1]) - nll_of([0.2, 1, 1, 1]), abs=6e-4)
+    assert two.split("|")[4].strip() == ""
     few, whole = fractions(rows, ["sst2"]).splitlines()[-2:]
     assert "| 0.500 | 0.600 | 1.000 | +0.250 [" in few and whole.startswith("| sst2 | 100 |")
     assert "| sst2 | 12.3 % | +0.000 [" in with_gates(rows, ["sst2"])
