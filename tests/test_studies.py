@@ -12,7 +12,16 @@ from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.weight_laws import ensembles
-from experiments.studies.weights_page import difference, few_deviations, fractions, half_the_ece, verdicts, with_gates
+from experiments.studies.weights_page import (
+    comparisons,
+    difference,
+    few_deviations,
+    fractions,
+    half_the_ece,
+    verdicts,
+    winners,
+    with_gates,
+)
 from pyro_blora.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,10 +129,12 @@ def test_a_law_is_compared_with_its_point_and_with_what_temperatures_make_of_it_
     ours, own, plain = [-2.0, 1.0, 2.0, 0.5], [-6.0, 4.0, 6.0, -5.0], [-3.0, 1.0, 1.0, -1.0]
     rows = [law_row("xs8", "point", plain, temperature=2.0), law_row("xs8-swag", "point", own, temperature=4.0),
             law_row("xs8-swag", "K = 10", ours)]  # fmt: skip
-    found = verdicts(rows, ["sst2"]).splitlines()[-1].split("|")
+    found = verdicts(comparisons(rows, ["sst2"])).splitlines()[-1].split("|")
     expected = [nll_of(ours) - nll_of(own), nll_of(ours) - nll_of(own, 4.0), nll_of(ours) - nll_of(plain, 2.0)]
     assert [float(text.split()[0]) for text in found[4:7]] == pytest.approx(expected, abs=6e-4)
     assert max(expected) < 0 and "no" not in found[7].split(", ")
+    won = winners(comparisons([*rows, law_row("xs8", "draws", plain)], ["sst2"]))  # the draws are their point
+    assert won.splitlines()[-1] == "| sst2 | xs8-swag K = 10 | none |"  # of four examples
     turned = difference([law_row("xs8", "point", own)], [law_row("xs8-swag", "K = 10", ours)])
     assert turned[0] == pytest.approx(-expected[0]) and turned[1] < turned[0] < turned[2]
     assert difference(rows[:1], [law_row("xs8", "draws", ours, seed=1)]) is None  # no seed that both have
@@ -165,3 +176,5 @@ def test_an_ensemble_averages_probabilities_and_has_a_temperature_of_its_own():
     assert found["scores"]["nll"] == pytest.approx(expected, abs=1e-4)
     assert found["metric"] == 1.0 and found["temperature"] != 9.0
     assert found["log_odds"]["eval"] == pytest.approx(np.log(mean / (1 - mean)), abs=1e-4)
+    compared = verdicts(comparisons([*members, found], ["sst2"])).splitlines()[-1].split("|")
+    assert float(compared[4].split()[0]) == pytest.approx(expected - np.mean([nll_of(x) for x in odds]), abs=6e-4)

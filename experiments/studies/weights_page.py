@@ -76,24 +76,45 @@ def _interval(found: tuple[float, float, float] | None) -> str:
     return "" if found is None else f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]"
 
 
-def verdicts(rows: Rows, tasks: list[str]) -> str:
-    """Each law's NLL less that of its own point, of that at its temperature, and of the plain training at its own."""
-    lines = [
-        "| task | path | law | less its point's | less its point's, scaled | less the plain training's, scaled "
-        "| below: its point, scaled, plain scaled |",
-        "|---" * 7 + "|",
-    ]
+def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list[tuple[float, float, float] | None]]:
+    """By (task, path, law): NLL less its own point's, that point's at its temperature, the plain training's at its."""
+    found = {}
     for task in tasks:
         for (path, law), mine in by_law(rows, task).items():
             if law == "point":
                 continue
             own, plain = of(rows, task, path, "point"), of(rows, task, path.partition("-")[0], "point")
-            if law.startswith("ensemble"):  # one, of all seeds, against its first member
-                own, plain = own[:1], plain[:1]
-            found = [difference(mine, own), difference(mine, own, scaled=True), difference(mine, plain, scaled=True)]
-            said = " | ".join(_interval(each) for each in found)
-            below = ", ".join("" if each is None else _below(each) for each in found)
-            lines.append(f"| {task} | {path} | {law} | {said} | {below} |")
+            if law.startswith("ensemble"):  # one of all seeds, against each of its members
+                mine = [{**mine[0], "seed": row["seed"]} for row in own]
+            found[task, path, law] = [
+                difference(mine, own),
+                difference(mine, own, scaled=True),
+                difference(mine, plain, scaled=True),
+            ]
+    return found
+
+
+def verdicts(compared: dict) -> str:
+    lines = [
+        "| task | path | law | less its point's | less its point's, scaled | less the plain training's, scaled "
+        "| below: its point, scaled, plain scaled |",
+        "|---" * 7 + "|",
+    ]
+    for names, found in compared.items():
+        below = ", ".join("" if each is None else _below(each) for each in found)
+        lines.append(f"| {' | '.join(names)} | {' | '.join(map(_interval, found))} | {below} |")
+    return "\n".join(lines)
+
+
+def winners(compared: dict) -> str:
+    """By task: the laws below all that they are compared with, in the mean, and with whole intervals."""
+    lines = ["| task | below all three in the mean | beyond noise |", "|---" * 3 + "|"]
+    for task in dict.fromkeys(task for task, _, _ in compared):
+        mine = {f"{path} {law}": found for (of_task, path, law), found in compared.items() if of_task == task}
+        mine = {name: found for name, found in mine.items() if None not in found}
+        mean = [name for name, found in mine.items() if max(each[0] for each in found) < 0]
+        whole = [name for name, found in mine.items() if max(each[2] for each in found) < 0]
+        lines.append(f"| {task} | {', '.join(mean) or 'none'} | {', '.join(whole) or 'none'} |")
     return "\n".join(lines)
 
 
@@ -201,6 +222,7 @@ Scaled: at the temperature of least NLL on the held-out rows. ECE by equal bins 
 def report(options, rows: Rows) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells = [row["cell"] for row in rows]
+    compared = comparisons(rows, tasks)
     used = {task: max(row["cell"]["config"]["max_train"] for row in rows if row["task"] == task) for task in tasks}
     parts = [
         "# Laws of the adapter's weights, and a temperature",
@@ -209,7 +231,8 @@ def report(options, rows: Rows) -> str:
             rows=", ".join(f"{count:,} ({task})" for task, count in used.items()), draws=options.draws
         ),
         *(f"## {task}\n\n{table(rows, task)}" for task in tasks),
-        f"## Is a law better than its own point, and than the point at its temperature? NLL\n\n{verdicts(rows, tasks)}",
+        f"## Is a law better than its own point, and than the point at its temperature? NLL\n\n{winners(compared)}",
+        verdicts(compared),
         f"## Half the ECE at a tenth of the parameters?\n\n{half_the_ece(rows, tasks)}",
         f"## Are two deviations enough? B-LoRA-XS\n\n{few_deviations(rows, tasks)}",
         f"## Does the law help where rows are few? The task's metric, in as many steps\n\n{fractions(rows, tasks)}",
