@@ -218,20 +218,26 @@ average of its snapshots. LoRA is on query and value, XS on four projections a l
 Scaled: at the temperature of least NLL on the held-out rows. ECE by equal bins of confidence, or of equal count
 (adaptive). Differences: mean and 95 % interval, paired by example and seed."""
 
+_NOISE = """Each law is compared with its own point, with that point at its temperature, and with the plain training at
+its temperature. Beyond noise: all three intervals are below zero. Where it says none, no law is shown to beat a
+temperature, a single number."""
+
 
 def report(options, rows: Rows) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells = [row["cell"] for row in rows]
     compared = comparisons(rows, tasks)
+    seeds, finished = " ".join(map(str, options.seeds)), " --only_finished" if options.only_finished else ""
     used = {task: max(row["cell"]["config"]["max_train"] for row in rows if row["task"] == task) for task in tasks}
     parts = [
         "# Laws of the adapter's weights, and a temperature",
-        f"`python experiments/weights.py --glue_dir GLUE`, {provenance(cells)}.",
+        f"`python experiments/weights.py --glue_dir GLUE --seeds {seeds}{finished}`, {provenance(cells)}.",
         _INTRODUCTION.format(
             rows=", ".join(f"{count:,} ({task})" for task, count in used.items()), draws=options.draws
         ),
         *(f"## {task}\n\n{table(rows, task)}" for task in tasks),
-        f"## Is a law better than its own point, and than the point at its temperature? NLL\n\n{winners(compared)}",
+        "## Is a law better than its own point, and than the point at its temperature? NLL",
+        f"{_NOISE}\n\n{winners(compared)}",
         verdicts(compared),
         f"## Half the ECE at a tenth of the parameters?\n\n{half_the_ece(rows, tasks)}",
         f"## Are two deviations enough? B-LoRA-XS\n\n{few_deviations(rows, tasks)}",
