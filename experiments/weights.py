@@ -21,16 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.studies.cells import CODE, kept
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.weight_laws import Law, ensembles, laws_of
-from experiments.studies.weights_page import figure, report
+from experiments.studies.weights_page import DEVIATIONS, FRACTIONS, RANKS, figure, report
 from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
 from pyro_blora.training import fit
 
 TASKS = {"rte": (1000, 6), "mrpc": (2000, 4), "cola": (1000, 6), "sst2": (1000, 6)}  # training rows, epochs
 _HELD_OUT = 200  # of these rows, or a fifth
-RANKS = (2, 8, 16, 25)
-FRACTIONS = (0.1, 0.25, 0.5)  # of the training rows, in as many steps
-DEVIATIONS = (0, 2, 5, 10, 20)
 _FOUR = ("query", "value", "attention.output.dense", "output.dense")  # B-LoRA-XS's, so that a layer has 4 R^2
 _XS = {"adapter": "xs", "lr": 5e-3, "target_modules": _FOUR}
 _COLD = {"weights": "gaussian", "weights_settings": {"kl_weight": 0.01, "prior_std": 0.1}}

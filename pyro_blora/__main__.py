@@ -95,14 +95,14 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         show_run(folder)
         return 0
     from .host import keep_freed_memory
-    from .processes import part
+    from .processes import leave_group
     from .run import train_run
 
     keep_freed_memory()
     folder = train_run(config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts one process a device: one of them speaks
         print(folder)
-    part()
+    leave_group()
     return 0
 
 

@@ -69,7 +69,7 @@ def gathered(part: object) -> list:
     return gather_object([part]) if accelerate.PartialState().num_processes > 1 else [part]
 
 
-def part() -> None:
+def leave_group() -> None:
     """End the processes' group, the last thing that a script under torchrun does: exiting within it may abort.
 
     Gloo's threads then meet an interpreter that is gone, and a finished run would look like a failed one.

@@ -149,7 +149,7 @@ class _Loop:
         if last == total:
             self._finish()
         for tracker in accelerator.trackers:
-            tracker.finish()  # not end_training, which parts the processes: they evaluate together
+            tracker.finish()  # not end_training, which ends the group: its processes have yet to evaluate
         self.program.eval()
         return Trained(self.parts, self.book.lines, time.perf_counter() - began)
 
