@@ -284,14 +284,19 @@ def test_the_temperature_is_that_of_the_rows_held_out(backbone, tmp_path):
     assert found == pytest.approx(expected, rel=1e-3) and abs(found - 1) > 0.01
 
 
-def test_other_sentences_are_scored_by_uncertainty(tmp_path, backbone, glue_dir):
-    config = tiny_config(backbone, adapter="xs", glue_dir=str(glue_dir), ood_task="wnli", output_dir=str(tmp_path))
+@pytest.mark.parametrize("law", [{}, {"weights": "ensemble", "weights_settings": {"members": 2}}], ids=str)
+def test_other_sentences_are_scored_by_uncertainty(tmp_path, backbone, glue_dir, law):
+    config = tiny_config(backbone, adapter="xs", glue_dir=str(glue_dir), ood_task="wnli", validation=0.2, lr=2e-2,
+                         output_dir=str(tmp_path), **law)  # fmt: skip
     folder = train_run(config)
-    found = json.loads((folder / "summary.json").read_text())["calibration"]["averaged"]["out_of_distribution"]
+    calibration = json.loads((folder / "summary.json").read_text())["calibration"]
+    assert calibration["averaged"]["temperature"] > 0
+    found = calibration["averaged"]["out_of_distribution"]
     assert all(0 <= found[name] <= 1 for name in ("entropy", "mutual_information"))
     assert (folder / "predictions_ood.parquet").exists() and "AUROC of other sentences" in (
         folder / "report.html"
     ).read_text()
+    assert "NaN" not in (folder / "summary.json").read_text()
 
 
 def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_path):
