@@ -26,8 +26,8 @@ from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
 from pyro_blora.training import fit
 
-TASKS = {"rte": (1000, 6), "mrpc": (2000, 4), "cola": (1000, 6), "sst2": (1000, 6)}  # training rows, epochs
-_HELD_OUT = 200  # of these rows, or a fifth
+TASKS = {"rte": (1000, 6), "mrpc": (2000, 4), "cola": (8551, 4), "sst2": (1000, 6)}  # training rows, epochs
+_HELD_OUT = 200  # of these rows: at least a tenth, at most a fifth
 _FOUR = ("query", "value", "attention.output.dense", "output.dense")  # B-LoRA-XS's, so that a layer has 4 R^2
 _XS = {"adapter": "xs", "lr": 5e-3, "target_modules": _FOUR}
 _COLD = {"weights": "gaussian", "weights_settings": {"kl_weight": 0.01, "prior_std": 0.1}}
@@ -54,10 +54,11 @@ def configuration(options, task: str, path: str, seed: int) -> RunConfig:
     fraction = changes.pop("fraction", 1.0)
     usual = TASKS.get(task, (1000, 6))
     rows = round(fraction * (options.max_train or usual[0]))
+    held_out = min(0.2, max(0.1, _HELD_OUT / rows))
     chosen = changes.get("weights") != "swag" and "gates" not in path  # SWAG averages epochs, gates start late
     return RunConfig(
         task=task, glue_dir=options.glue_dir, backbone=options.backbone, max_length=64, group_by_length=True,
-        max_train=rows, validation=min(0.2, _HELD_OUT / rows), epochs=round((options.epochs or usual[1]) / fraction),
+        max_train=rows, validation=held_out, epochs=round((options.epochs or usual[1]) / fraction),
         lr_head=5e-3, choose_epoch=chosen and not options.last_epoch, draws=options.draws, seed=seed, data_seed=0,
         output_dir=options.output_dir, **changes,
     )  # fmt: skip

@@ -1,27 +1,41 @@
 """Laplace's approximation of the weights' posterior, by laplace-torch, from Jacobians of our own.
 
 The Gauss-Newton curvature needs the Jacobian of each example's logits, of a regression that of its predicted mean.
-laplace-torch makes curvature, posterior and marginal likelihood of these. Gates are at their deployed allocation.
-Shapes: B batch, C outputs, D random weights; Jacobians (B, C, D).
+laplace-torch makes curvature, posterior and marginal likelihood of these; of low rank from the eigenvectors that
+`eigenvectors_of` finds. Gates are at their deployed allocation.
+Shapes: B batch, C outputs, D random weights, K eigenvalues; Jacobians (B, C, D).
 """
 
+import math
 import warnings
 from collections.abc import Iterable
 
+import numpy as np
+import scipy.optimize
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
+from .build import Parts
+from .calibration import nll
+from .data import by_length, on_device, take
 from .gates import Gates
 from .jacobians import jacobians
+from .posterior import deployed
 from .program import GateProgram
+
+_HELD_OUT = 256  # rows that choose the prior precision, whose Jacobians are kept together
+_NOISES = 64  # draws of the logits behind a probability on held-out rows
+_LOG_PRECISIONS = (-5.0, 13.0, 19)  # natural logarithms of the prior precisions that are tried: from, to, how many
+_TINY, _RELATIVE = 1e-12, 1e-10  # eigenvalues that are 0, by themselves and beside the largest
 
 
 class _Loader(list):
-    """Batches as laplace-torch asks for them."""
+    """Batches (inputs, labels) as laplace-torch asks for them."""
 
     @property
     def dataset(self) -> range:
-        return range(sum(len(batch["labels"]) for batch in self))
+        return range(sum(len(labels) for _, labels in self))
 
 
 class _Network(nn.Module):
@@ -38,10 +52,10 @@ class _Network(nn.Module):
         return self.program.likelihood(logits, scale=scale).mean[:, None] if self.regression else logits
 
     def forward(self, batch: dict) -> Tensor:
-        return self.outputs(self.program.logits(_inputs(batch), self.gates, self.theta))
+        return self.outputs(self.program.logits(dict(batch), self.gates, self.theta))
 
     def jacobians(self, batch: dict) -> tuple[Tensor, Tensor]:
-        J, logits = jacobians(self.program, _inputs(batch), self.gates)
+        J, logits = jacobians(self.program, dict(batch), self.gates)
         if not self.regression:
             return J, logits
         with torch.enable_grad():  # by the chain rule: an example's mean is a function of its own logit
@@ -51,17 +65,81 @@ class _Network(nn.Module):
         return J * slopes[..., None], means.detach()
 
 
-def _inputs(batch: dict) -> dict:
-    return {key: x for key, x in batch.items() if key != "labels"}
+def gauss_newton_rows(J: Tensor, logits: Tensor, *, regression: bool) -> Tensor:
+    """(B C, D) rows U with U^T U = sum over examples of J^T H J: H of softmax probabilities p is diag(p) - p p^T, of a
+    squared error 1.
+    """
+    if regression:
+        return J.flatten(0, 1)
+    p = logits.softmax(-1)[..., None]
+    return (p.sqrt() * (J - (p * J).sum(1, keepdim=True))).flatten(0, 1)
 
 
-def fit_laplace(program: GateProgram, batches: Iterable[tuple[dict, Tensor]], gates: Gates) -> None:
+def eigenvectors_of(blocks: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """(D, K) eigenvectors and (K,) eigenvalues of the sum of U^T U over blocks U, the largest, K <= rank.
+
+    Blocks are merged one after the other into the directions kept so far: exact where the rank of the sum is at most
+    `rank`, and otherwise without what fell below it on the way. Memory: (rank + rows of a block) D numbers.
+    """
+    kept = None  # rows: eigenvectors times the roots of their eigenvalues
+    for block in blocks:
+        rows = block if kept is None else torch.cat([kept, block])
+        values, mixing = torch.linalg.eigh((rows @ rows.mT).double())
+        largest = values > values[-1].clamp(min=_TINY) * _RELATIVE
+        kept = mixing[:, largest][:, -rank:].to(rows.dtype).mT @ rows
+    roots = kept.norm(dim=1)
+    return (kept / roots[:, None]).mT, roots.square()
+
+
+def precision_of_least_nll(approximation, J: Tensor, outputs: Tensor, labels: Tensor) -> float:
+    """The prior precision whose linearized predictions of these held-out examples have the least NLL.
+
+    J, outputs: of the examples, at the mean; labels: classes (E,), or values (E, 1) of a regression. Predicted
+    probabilities are averaged over draws of the logits, the same for every precision.
+    """
+    regression = labels.dim() == 2
+    noise = torch.randn(_NOISES, *outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+
+    def nll_at(log_precision: float) -> float:
+        approximation.prior_precision = math.exp(log_precision)
+        covariance = approximation.functional_variance(J)  # (E, C, C)
+        if regression:
+            std = (covariance[..., 0] + approximation.sigma_noise.square()).sqrt()
+            return -torch.distributions.Normal(outputs, std).log_prob(labels).mean().item()
+        values, vectors = torch.linalg.eigh(covariance)
+        shift = torch.einsum("eck,ek,sek->sec", vectors, values.clamp(min=0).sqrt(), noise)
+        return nll((outputs + shift).softmax(-1).mean(0), labels)
+
+    grid = np.linspace(*_LOG_PRECISIONS)
+    best = int(np.argmin([nll_at(x) for x in grid]))
+    bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+    return math.exp(scipy.optimize.minimize_scalar(nll_at, bounds=bounds, method="bounded").x)
+
+
+def fit_run(parts: Parts) -> None:
+    """Fit the Laplace law of a run to its training rows, and the prior precision to rows held out, if there are any."""
+    program = parts.program
+
+    def batches(rows):
+        load, _ = by_length(rows, parts.tokenizer, parts.config.batch_size)
+        return on_device(load, program.log_scale.device)
+
+    held_out = parts.tokens.get("validation")
+    chosen = [] if held_out is None else batches(take(held_out, _HELD_OUT, parts.config.seed))
+    fit_laplace(program, batches(parts.tokens["train"]), deployed(program), chosen)
+
+
+def fit_laplace(
+    program: GateProgram, batches: Iterable[tuple[dict, Tensor]], gates: Gates,
+    held_out: Iterable[tuple[dict, Tensor]] = (),
+) -> None:  # fmt: skip
     """Set the scale of the program's Laplace law from training examples, all of them.
 
-    Errors: ValueError where laplace-torch is not installed.
+    held_out: examples that choose the prior precision, where it is not given; without them the marginal likelihood
+    does. Errors: ValueError where laplace-torch is not installed.
     """
     try:
-        from laplace import DiagLaplace, FullLaplace
+        from laplace import DiagLaplace, FullLaplace, LowRankLaplace, ParametricLaplace
         from laplace.curvature import GGNInterface
     except ImportError as error:
         raise ValueError(
@@ -72,23 +150,50 @@ def fit_laplace(program: GateProgram, batches: Iterable[tuple[dict, Tensor]], ga
         def jacobians(self, x, enable_backprop: bool = False):
             return self.model.jacobians(x)
 
+        def eig_lowrank(self, data_loader):
+            losses = []
+
+            def blocks():
+                for x, y in data_loader:
+                    J, outputs = self.model.jacobians(x)
+                    losses.append(self.factor * self.lossfunc(outputs, y))
+                    yield gauss_newton_rows(J, outputs, regression=regression)
+
+            return *eigenvectors_of(blocks(), law.rank), sum(losses)
+
+    class LowRank(LowRankLaplace):
+        def __init__(self, *arguments, **settings):  # its own asks for asdfghjkl, whose eigenvectors these are not
+            ParametricLaplace.__init__(self, *arguments, **settings)
+
     law, batches = program.weights, list(batches)
     with torch.no_grad():
         example = program.likelihood(program.logits(batches[0][0], gates), scale=program.log_scale.exp())
     regression = not hasattr(example, "probs")
-    kind = FullLaplace if law.curvature == "full" else DiagLaplace
+    kind = {"full": FullLaplace, "low_rank": LowRank, "diag": DiagLaplace}[law.curvature]
     settings = {"sigma_noise": program.log_scale.exp().item()} if regression else {}
     network = _Network(program, gates, regression)
     approximation = kind(network, "regression" if regression else "classification", backend=Backend, **settings)
     program.eval()
     shape = (-1, 1) if regression else (-1,)
-    approximation.fit(_Loader([{**inputs, "labels": labels.view(shape)} for inputs, labels in batches]))
-    if law.given_precision is None:
+    approximation.fit(_Loader((BatchEncoding(inputs), labels.view(shape)) for inputs, labels in batches))
+    held_out = list(held_out)
+    if law.given_precision is not None:
+        approximation.prior_precision = law.given_precision
+    elif held_out:
+        pairs = [network.jacobians(inputs) for inputs, _ in held_out]
+        J, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        labels = torch.cat([labels for _, labels in held_out]).view(shape)
+        with torch.no_grad():
+            approximation.prior_precision = precision_of_least_nll(approximation, J, outputs, labels)
+    else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about how it would predict, which it does not
             approximation.optimize_prior_precision(pred_type="glm", method="marglik", prior_structure="scalar")
-    else:
-        approximation.prior_precision = law.given_precision
     with torch.no_grad():
-        law.scale.copy_(approximation.posterior_scale)
         law.prior_precision.copy_(approximation.prior_precision.squeeze())
+        if law.curvature == "low_rank":
+            found, _ = approximation.posterior_precision
+            for kept, each in zip((law.directions, law.eigenvalues), found, strict=True):
+                kept.zero_()[..., : each.shape[-1]] = each  # fewer, where the rows are fewer
+        else:
+            law.scale.copy_(approximation.posterior_scale)

@@ -21,10 +21,10 @@ from . import adapters
 from .build import Parts, build
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .curvature import fit_laplace
-from .data import by_length, epoch_order, lengths_of, loader, on_device, split_labels
+from .curvature import fit_run
+from .data import epoch_order, lengths_of, loader, on_device, split_labels
 from .logbook import Logbook
-from .posterior import component_marginals, deployed
+from .posterior import component_marginals
 from .processes import average_gradients, shard, sharding_wanted
 from .program import BayesianLoRA
 from .ranges import range_errors
@@ -155,13 +155,12 @@ class _Loop:
 
     def _finish(self) -> None:
         """What follows the last step; the same again whenever a finished training is taken up."""
-        program, weights = self.program, self.program.weights
+        weights = self.program.weights
         self.validation.finish()
         if hasattr(weights, "finish"):
             weights.finish()
         if weights.curvature:
-            load, _ = by_length(self.parts.tokens["train"], self.parts.tokenizer, self.config.batch_size)
-            fit_laplace(program, on_device(load, self.accelerator.device), deployed(program))
+            fit_run(self.parts)
 
     def _steps(self, first: int):
         """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""

@@ -253,22 +253,42 @@ class Swag(_Random):
 
 
 class Laplace(_Random):
-    """theta ~ Normal(mean, inverse of the Gauss-Newton curvature at the trained weights); see curvature.py."""
+    """theta ~ Normal(mean, inverse of prior precision and Gauss-Newton curvature at the trained weights).
 
-    def __init__(self, weights, head, structure: str | None, prior_precision: float | None, linearized: bool):
+    curvature.py fits it. full: the Cholesky factor of the covariance is kept; low_rank: the curvature's largest
+    eigenvalues, with their eigenvectors; diag: of every weight by itself.
+    """
+
+    def __init__(
+        self, weights, head, structure: str | None, rank: int, prior_precision: float | None, linearized: bool
+    ):
         super().__init__(weights, head)
         if prior_precision is not None and not 0 < prior_precision < math.inf:
             raise ValueError(f"weights 'laplace': prior_precision must be a positive number, got {prior_precision}")
-        self.curvature = structure or ("full" if self.size <= _LARGEST_FULL else "diag")
-        self.linearized, self.given_precision = linearized, prior_precision
-        shape = (self.size, self.size) if self.curvature == "full" else (self.size,)
-        self.register_buffer("scale", torch.zeros(shape))  # theta = mean + scale noise
+        if rank < 1:
+            raise ValueError(f"weights 'laplace': rank must be at least 1, got {rank}")
+        self.curvature = structure or ("full" if self.size <= _LARGEST_FULL else "low_rank")
+        self.rank, self.linearized, self.given_precision = min(rank, self.size), linearized, prior_precision
         self.register_buffer("prior_precision", torch.zeros(()))
+        if self.curvature == "low_rank":
+            self.register_buffer("directions", torch.zeros(self.size, self.rank))  # orthonormal, or 0
+            self.register_buffer("eigenvalues", torch.zeros(self.rank))
+        else:  # theta = mean + scale noise
+            self.register_buffer("scale", torch.zeros((self.size,) * (2 if self.curvature == "full" else 1)))
 
     @property
     def stored(self) -> int:
-        return self.size + (self.size * (self.size + 1) // 2 if self.curvature == "full" else self.size)
+        more = {
+            "full": self.size * (self.size + 1) // 2, "low_rank": self.rank * (self.size + 1) + 1, "diag": self.size
+        }  # fmt: skip
+        return self.size + more[self.curvature]
 
     def draw(self, draws: int) -> Tensor:
-        noise = torch.randn(draws, self.size, device=self.scale.device)
-        return self.mean + (noise @ self.scale.mT if self.curvature == "full" else noise * self.scale)
+        noise = torch.randn(draws, self.size, device=self.prior_precision.device)
+        if self.curvature == "full":
+            return self.mean + noise @ self.scale.mT
+        if self.curvature == "diag":
+            return self.mean + noise * self.scale
+        shrunk = 1 - (1 + self.eigenvalues / self.prior_precision).rsqrt()  # of the prior's width, by direction
+        noise = noise - noise @ self.directions * shrunk @ self.directions.mT
+        return self.mean + noise * self.prior_precision.rsqrt()

@@ -72,16 +72,17 @@ def swag(
 
 @register_weights("laplace")
 def laplace(
-    weights: Parameters, head: Parameters, *, structure: Literal["full", "diag"] | None = None,
-    prior_precision: float | None = None, linearized: bool = True,
+    weights: Parameters, head: Parameters, *, structure: Literal["full", "low_rank", "diag"] | None = None,
+    rank: int = 100, prior_precision: float | None = None, linearized: bool = True,
 ) -> Laplace:  # fmt: skip
     """A Gaussian from the curvature at the trained weights, by laplace-torch.
 
-    Settings: structure of the covariance (default: full up to 2,048 weights); prior_precision (default: that of the
-    largest marginal likelihood); linearized, whether predictions are those of the network linearized at its weights.
+    Settings: structure of the curvature (default: full up to 2,048 weights, low_rank above); rank, how many of its
+    largest eigenvalues low_rank keeps; prior_precision (default: that of the largest marginal likelihood); linearized,
+    whether predictions are those of the network linearized at its weights.
     Source: Daxberger et al., Laplace redux (2021); Yang et al., Laplace-LoRA (2024).
     """
-    return Laplace(weights, head, structure, prior_precision, linearized)
+    return Laplace(weights, head, structure, rank, prior_precision, linearized)
 
 
 @register_weights("ensemble")

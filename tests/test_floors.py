@@ -13,7 +13,7 @@ FLOORS = {
     "logbook": 8,
     "validation": 9,
     "scores": 7,
-    "curvature": 6,
+    "curvature": 7,
     "layers": 2,
     "weights": 1,
     "weight_laws": 0,

@@ -6,8 +6,7 @@ from torch.distributions import Categorical
 
 from pyro_blora import calibration
 from pyro_blora.build import Parts
-from pyro_blora.curvature import fit_laplace
-from pyro_blora.data import by_length, on_device
+from pyro_blora.curvature import fit_run
 from pyro_blora.evaluation import predicted
 from pyro_blora.gates import Gates
 from pyro_blora.posterior import Prediction, bops, deployed, draw, draw_weights
@@ -47,8 +46,7 @@ def _laplace(parts: Parts) -> dict:
     program, config = parts.program, parts.config
     point, head = program.weights, dict(enumerate(program.net.head_parameters()))
     program.weights = build_weights("laplace", program.net.random_weights(), head, {})
-    load, _ = by_length(parts.tokens["train"], parts.tokenizer, config.batch_size)
-    fit_laplace(program, on_device(load, program.log_scale.device), deployed(program))
+    fit_run(parts)
     theta = draw_weights(program, config.draws, seed=config.seed)
     found = _scored(parts, _predictions(parts, theta=theta))
     found |= {"prior_precision": float(program.weights.prior_precision)}
