@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x whenever it is imported
-    import arviz
+    warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x once a day
+    try:
+        import arviz
+    except FileNotFoundError:  # and notes the day in a file: of processes that do so at once, all but one fail
+        import arviz
 import h5py
 import numpy as np
 import pandas as pd

@@ -84,7 +84,7 @@ def eigenvectors_of(blocks: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor
     kept = None  # rows: eigenvectors times the roots of their eigenvalues
     for block in blocks:
         rows = block if kept is None else torch.cat([kept, block])
-        values, mixing = torch.linalg.eigh((rows @ rows.mT).double())
+        values, mixing = torch.linalg.eigh(rows.double() @ rows.double().mT)  # the roots' squares lose half the digits
         largest = values > values[-1].clamp(min=_TINY) * _RELATIVE
         kept = mixing[:, largest][:, -rank:].to(rows.dtype).mT @ rows
     roots = kept.norm(dim=1)

@@ -94,12 +94,17 @@ def stored(program: BayesianLoRA) -> int:
 
 
 def _of_weights(parts: Parts) -> dict:
-    """random: D; stored: numbers that are kept to draw the adapter; std: root mean square over all weights."""
+    """random: D; stored: numbers that are kept to draw the adapter; std: root mean square over all weights.
+
+    Of Laplace also its prior_precision.
+    """
     law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
     found = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
     if law.random:
         drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
         found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
+    if law.curvature:
+        found["prior_precision"] = float(law.prior_precision)
     return found
 
 

@@ -5,9 +5,17 @@ Random weights of ten times the usual size, so that a changed layer shows in the
 
 import torch
 import transformers
+from torch import nn
 
+from pyro_blora import attach
+from pyro_blora.adapters import calibrate
 from pyro_blora.gates import Gates
+from pyro_blora.guides import build_guide
 from pyro_blora.layout import AdapterLayout, Projection
+from pyro_blora.priors import build_prior
+from pyro_blora.program import BayesianLoRA
+from pyro_blora.tasks import get_task
+from pyro_blora.weights import build_weights
 
 torch.set_num_threads(1)  # tensors this small are up to ten times slower with a pool of threads on a busy machine
 
@@ -114,3 +122,21 @@ def every_state(layout):
         depth[:, mask] = chosen
         gates.append((torch.arange(length) < depth[..., None]).float())
     return Gates(*gates)
+
+
+def weighted_program(net, weights="gaussian", prior="nested", **settings):
+    """Gates and a law of the weights with these settings, around a net."""
+    prior = build_prior(prior, net.layout)
+    guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
+    law = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), settings)
+    return BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100, weights=law).eval()
+
+
+def weighted_net(adapter, build=tiny_bert, **settings):
+    """A net whose adapter is not at its start, with ranges."""
+    torch.manual_seed(0)
+    net = attach(build(dropout=0.0), rank=4, sequence_length=10, adapter=adapter, **settings)
+    for p in net.adapter_parameters():
+        nn.init.normal_(p, std=0.2)
+    calibrate(net, [batch()[0]])
+    return net.eval()

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import warnings
 
 import arviz
@@ -261,3 +263,20 @@ def test_arviz_leaves_out_and_compares(opened):
     elpd = float(loo.elpd if arviz_data.IS_TREE else loo["elpd_loo"])
     assert elpd <= in_sample + 1e-6 and elpd == pytest.approx(in_sample, abs=0.5)
     assert set(table.index) == {"one", "other"}
+
+
+@pytest.mark.skipif(arviz_data.IS_TREE, reason="ArviZ 1.x writes nothing when it is imported")
+def test_processes_that_import_it_at_once_do_not_fail(tmp_path):
+    """ArviZ 0.23 notes the day of its announcement; here another process has moved its file away first."""
+    code = """
+import pathlib
+real = pathlib.Path.replace
+def beaten(self, target):
+    pathlib.Path.replace = real
+    real(self, target)
+    raise FileNotFoundError(self)
+pathlib.Path.replace = beaten
+import pyro_blora.arviz_data as found
+assert pathlib.Path.replace is real and found.arviz.InferenceData
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, check=True)

@@ -7,78 +7,27 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from models import batch, random_chains, tiny_bert, tiny_deberta, toy_layout
+from models import batch, random_chains, tiny_bert, tiny_deberta, weighted_net, weighted_program
+from regression import NOISE, PRIOR, D, LinearRegression, N, fitted, regression_data
 from torch import nn
 
-from pyro_blora import adapters, attach
-from pyro_blora.adapters import calibrate, open_gates
+from pyro_blora import adapters
+from pyro_blora.adapters import open_gates
 from pyro_blora.config import RunConfig
-from pyro_blora.curvature import fit_laplace
 from pyro_blora.gates import Gates
-from pyro_blora.guides import build_guide
 from pyro_blora.jacobians import jacobians
 from pyro_blora.posterior import deployed, draw, draw_weights, predict
-from pyro_blora.priors import build_prior
-from pyro_blora.program import BayesianLoRA, GateProgram
 from pyro_blora.schedule import Schedule
 from pyro_blora.summary import stored
-from pyro_blora.tasks import get_task
 from pyro_blora.training import make_optimizer
 from pyro_blora.weights import WEIGHTS, build_weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-N, D, NOISE, PRIOR, SLOPE = 60, 4, 0.7, 1.3, 2.5  # a label is SLOPE times its logit, as of STS-B
-
-
-class LinearRegression(GateProgram):
-    """label ~ Normal(features theta, NOISE): the posterior of theta is Gaussian, and known."""
-
-    def __init__(self, name, **settings):
-        layout = toy_layout()
-        prior = build_prior("fixed", layout, {"bits": 32})
-        self_weights = {(0, "core"): nn.Parameter(torch.zeros(2, 2))}
-        law = build_weights(name, self_weights, {}, settings)
-        super().__init__(
-            layout, prior, build_guide("mean_field", layout, prior), self._likelihood, n_train=N, weights=law
-        )
-        self.core = self_weights[0, "core"]
-        self.log_scale.data.fill_(math.log(NOISE)).requires_grad_(False)
-
-    @staticmethod
-    def _likelihood(logits, scale):
-        return dist.Normal(SLOPE * logits.squeeze(-1), scale)
-
-    def logits(self, inputs, gates, theta=None):
-        theta = self.core.flatten() if theta is None else theta
-        return (inputs["features"] * theta).sum(-1, keepdim=True) / SLOPE
-
 
 @pytest.fixture(scope="module")
 def data():
-    """Correlated features, labels, and the posterior's mean and covariance under Normal(0, PRIOR^2)."""
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.eye(D) + 0.8 * torch.randn(D, D, generator=generator).triu(1)
-    features = torch.randn(N, D, generator=generator) @ mixing
-    labels = features @ torch.tensor([0.5, -1.0, 0.3, 0.8]) + NOISE * torch.randn(N, generator=generator)
-    precision = features.T @ features / NOISE**2 + torch.eye(D) / PRIOR**2
-    covariance = torch.linalg.inv(precision)
-    return {"features": features}, labels, covariance @ features.T @ labels / NOISE**2, covariance
-
-
-def fitted(name, data, *, steps, **settings):
-    torch.manual_seed(0)
-    program = LinearRegression(name, **settings)
-    inputs, labels, *_ = data
-    rates = [(program.core, 0.02), *((p, 0.02) for p in program.weights.parameters())]
-    optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in rates])
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.002, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        program.elbo(inputs, labels).loss(N).backward()
-        optimizer.step()
-        falling.step()
-    return program
+    return regression_data()
 
 
 @pytest.fixture(scope="module")
@@ -120,42 +69,6 @@ def test_its_elbo_is_the_evidence_and_a_mean_fields_is_below(data, fits):
     assert mean_field < low_rank < evidence and evidence - low_rank < 0.05 < 0.3 < evidence - mean_field
 
 
-def test_laplace_is_exact_on_a_gaussian_posterior(data):
-    pytest.importorskip("laplace")
-    inputs, labels, mean, covariance = data
-    for structure in ("full", "diag"):
-        program = LinearRegression("laplace", prior_precision=1 / PRIOR**2, structure=structure)
-        program.core.data.copy_(mean.view(2, 2))
-        fit_laplace(program, [(inputs, labels)], deployed(program))
-        scale = program.weights.scale
-        if structure == "full":
-            torch.testing.assert_close(scale @ scale.mT, covariance, rtol=1e-4, atol=1e-6)
-        else:
-            torch.testing.assert_close(scale, torch.linalg.inv(covariance).diagonal().rsqrt(), rtol=1e-4, atol=0)
-        draws = draw_weights(program, 20_000, seed=1)
-        torch.testing.assert_close(draws.mean(0), mean, atol=0.01, rtol=0.02)
-        expected = scale @ scale.mT if structure == "full" else scale.square().diag()
-        torch.testing.assert_close(draws.T.cov(), expected, atol=0.05 * expected.max().item(), rtol=0)
-
-
-def test_a_prior_precision_that_is_not_given_is_that_of_the_largest_marginal_likelihood(data):
-    pytest.importorskip("laplace")
-    inputs, labels, mean, _ = data
-    program = LinearRegression("laplace")
-    program.core.data.copy_(mean.view(2, 2))
-    fit_laplace(program, [(inputs, labels)], deployed(program))
-    gram = inputs["features"].T @ inputs["features"] / NOISE**2
-
-    def marginal(log_precision):  # laplace's own objective, up to a constant
-        p = math.exp(log_precision)
-        ratio = torch.logdet(gram + p * torch.eye(D)) - D * log_precision
-        return -0.5 * (ratio + p * mean.square().sum()).item()
-
-    grid = torch.linspace(-3, 3, 601)
-    best = grid[torch.tensor([marginal(x.item()) for x in grid]).argmax()].exp().item()
-    assert program.weights.prior_precision.item() == pytest.approx(best, rel=0.1)
-
-
 def test_a_learned_prior_scale_is_the_best_one(data):
     law = build_weights("gaussian", {(0, "core"): nn.Parameter(torch.randn(3, 3))}, {}, {"start_std": 0.3})
     best = law.divergence().item()
@@ -177,6 +90,46 @@ def test_the_kl_of_the_weights_is_the_average_log_ratio(name):
     theta = law.law().sample((100_000,))
     ratio = law.law().log_prob(theta) - law.prior().log_prob(theta)
     assert law.divergence().item() == pytest.approx(ratio.mean().item(), abs=5 * ratio.std().item() / 100_000**0.5)
+
+
+# --- dropout and ensembles -------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_a_ridge_regression_whose_predictions_spread_as_its_masks(data):
+    """Wager, Wang and Liang (2013): the penalty is p / (1 - p) sum (x_ij theta_j)^2, a row's part its spread."""
+    inputs, labels, *_ = data
+    X, ratio = inputs["features"], 0.2 / 0.8
+    program = fitted("dropout", data, steps=4000, dropout=0.2)
+    expected = torch.linalg.solve(X.T @ X + ratio * (X.T @ X).diagonal().diag(), X.T @ labels)
+    torch.testing.assert_close(program.weights.mean.detach(), expected, atol=0.03, rtol=0)
+    assert (torch.linalg.lstsq(X, labels).solution - expected).abs().max() > 0.1
+    gates = Gates(*(x.expand(4000, *x.shape) for x in deployed(program)))
+    means = predict(program, [(inputs, labels)], gates=gates, dropout_seed=1).outputs.squeeze(-1)  # (S, N)
+    theta = program.weights.mean.detach()
+    variance = ratio * (X * theta).square().sum(-1)
+    torch.testing.assert_close(means.mean(0), X @ theta, atol=5 * (variance.max() / 4000).sqrt().item(), rtol=0)
+    torch.testing.assert_close(means.var(0), variance, rtol=0.15, atol=0)
+
+
+def test_members_of_an_ensemble_agree_where_the_data_speak_and_keep_their_start_elsewhere(data):
+    """Two rows, four weights: each member is the least-norm solution plus its own start's part that no row sees."""
+    inputs, labels, *_ = data
+    X, y = inputs["features"][:2], labels[:2]
+    unseen = torch.eye(D) - torch.linalg.pinv(X) @ X
+    starts = torch.randn(6, D, generator=torch.Generator().manual_seed(3))
+    members = []
+    for start in starts:
+        program = LinearRegression("ensemble", members=6)
+        program.core.data.copy_(start.view(2, 2))
+        optimizer = torch.optim.SGD([program.core], lr=0.02)
+        for _ in range(800):
+            optimizer.zero_grad()
+            program.elbo({"features": X}, y).loss(2).backward()
+            optimizer.step()
+        members.append(program.weights.mean.detach())
+    members = torch.stack(members)
+    torch.testing.assert_close(members.mean(0), torch.linalg.pinv(X) @ y + unseen @ starts.mean(0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(members.T.cov(), unseen @ starts.T.cov() @ unseen, atol=1e-3, rtol=0)
 
 
 # --- SWAG ------------------------------------------------------------------------------------------------------------
@@ -263,26 +216,10 @@ def test_snapshots_come_evenly_after_the_burn_in():
 # --- in a network -----------------------------------------------------------------------------------------------------
 
 
-def program_of(net, weights="gaussian", prior="nested", **settings):
-    prior = build_prior(prior, net.layout)
-    guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
-    law = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), settings)
-    return BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100, weights=law).eval()
-
-
-def net_of(adapter, build=tiny_bert, **settings):
-    torch.manual_seed(0)
-    net = attach(build(dropout=0.0), rank=4, sequence_length=10, adapter=adapter, **settings)
-    for p in net.adapter_parameters():
-        nn.init.normal_(p, std=0.2)
-    calibrate(net, [batch()[0]])
-    return net.eval()
-
-
 @pytest.mark.parametrize("adapter", ["lora", "xs"])
 def test_drawn_weights_are_what_the_network_computes_with(adapter):
-    net = net_of(adapter)
-    program, (inputs, _) = program_of(net, sides="both"), batch()
+    net = weighted_net(adapter)
+    program, (inputs, _) = weighted_program(net, sides="both"), batch()
     gates = Gates(*open_gates(net.layout))
     theta = draw_weights(program, 1, seed=3)[0]
     with torch.no_grad():
@@ -299,8 +236,8 @@ def test_drawn_weights_are_what_the_network_computes_with(adapter):
 
 @pytest.mark.parametrize("adapter", ["lora", "xs"])
 def test_one_draw_an_example_is_each_examples_own(adapter):
-    net = net_of(adapter, scope="encoder")
-    program, (inputs, _) = program_of(net, sides="both"), batch(3)
+    net = weighted_net(adapter, scope="encoder")
+    program, (inputs, _) = weighted_program(net, sides="both"), batch(3)
     gates = Gates(random_chains(net.layout.z_shape), random_chains(net.layout.g_shape, seed=1))
     theta = draw_weights(program, 3, seed=0)
     with torch.no_grad():
@@ -311,8 +248,8 @@ def test_one_draw_an_example_is_each_examples_own(adapter):
 
 @pytest.mark.parametrize("build", [tiny_bert, tiny_deberta])
 def test_jacobians_are_finite_differences(build):
-    net = net_of("xs", build)
-    program, (inputs, _) = program_of(net).double(), batch(2)
+    net = weighted_net("xs", build)
+    program, (inputs, _) = weighted_program(net).double(), batch(2)
     gates = Gates(*open_gates(net.layout))
     J, logits = jacobians(program, inputs, gates)
     direction = torch.randn(program.weights.size, generator=torch.Generator().manual_seed(0), dtype=torch.double)
@@ -329,24 +266,9 @@ def net_logits(program, inputs, gates, theta):
         return program.net(**inputs).logits
 
 
-def test_linearized_predictions_are_the_mean_plus_jacobian_times_shift():
-    pytest.importorskip("laplace")
-    net = net_of("xs")
-    program, (inputs, labels) = program_of(net, "laplace", prior_precision=20.0), batch()
-    fit_laplace(program, [(inputs, labels)], deployed(program))
-    theta, gates = draw_weights(program, 3, seed=0), Gates(*(x.expand(3, *x.shape) for x in open_gates(net.layout)))
-    J, logits = jacobians(program, inputs, Gates(*open_gates(net.layout)))
-    expected = (logits + torch.einsum("bcd,sd->sbc", J, theta - program.weights.mean)).softmax(-1)
-    found = predict(program, [(inputs, labels)], gates=gates, weights=theta).outputs
-    torch.testing.assert_close(found, expected.detach())
-    program.weights.linearized = False
-    sampled = predict(program, [(inputs, labels)], gates=gates, weights=theta).outputs
-    assert not torch.allclose(sampled, found, atol=1e-5)
-
-
 def test_draws_of_gates_and_weights_are_both_in_a_prediction():
-    net = net_of("xs")
-    program, (inputs, labels) = program_of(net, start_std=0.3), batch()
+    net = weighted_net("xs")
+    program, (inputs, labels) = weighted_program(net, start_std=0.3), batch()
     gates, theta = draw(program, 4, seed=0), draw_weights(program, 4, seed=0)
     found = predict(program, [(inputs, labels)], gates=gates, weights=theta).outputs
     with torch.no_grad():
@@ -355,14 +277,14 @@ def test_draws_of_gates_and_weights_are_both_in_a_prediction():
     assert torch.equal(draw_weights(program, 4, seed=0), theta) and not torch.equal(
         draw_weights(program, 4, seed=1), theta
     )
-    assert draw_weights(program_of(net, "point"), 4) is None
+    assert draw_weights(weighted_program(net, "point"), 4) is None
 
 
 def test_pyros_own_elbo_is_ours_with_random_weights():
     from pyro.infer import TraceMeanField_ELBO
 
-    net = net_of("xs")
-    program, (inputs, labels) = program_of(net, prior_std=0.5, prior="fixed"), batch()
+    net = weighted_net("xs")
+    program, (inputs, labels) = weighted_program(net, prior_std=0.5, prior="fixed"), batch()
     torch.manual_seed(0)
     ours = torch.stack([program.elbo(inputs, labels).loss(100) for _ in range(200)]).mean()
     torch.manual_seed(1)
@@ -372,7 +294,7 @@ def test_pyros_own_elbo_is_ours_with_random_weights():
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0])  # before and after the gates start
 def test_the_posterior_of_the_weights_alone_can_be_a_cold_one(kl_weight):
-    program, (inputs, labels) = program_of(net_of("xs"), kl_weight=0.25), batch()
+    program, (inputs, labels) = weighted_program(weighted_net("xs"), kl_weight=0.25), batch()
     loss, elbo = program(inputs, labels, 0.5, kl_weight, 0.8)
     expected = elbo.nll + (kl_weight * (elbo.kl_z + elbo.kl_g) + 0.8 * 0.25 * elbo.kl_theta) / program.n_train
     assert elbo.kl_theta > 1
@@ -380,9 +302,9 @@ def test_the_posterior_of_the_weights_alone_can_be_a_cold_one(kl_weight):
 
 
 def test_random_weights_learn_without_decay_beside_what_is_a_point():
-    net = net_of("lora")
+    net = weighted_net("lora")
     groups = {
-        name: {group["name"]: group for group in make_optimizer(program_of(net, name), RunConfig()).param_groups}
+        name: {group["name"]: group for group in make_optimizer(weighted_program(net, name), RunConfig()).param_groups}
         for name in ("point", "gaussian", "swag")
     }
     assert set(groups["point"]) == set(groups["swag"]) == {"adapter", "head", "gates", "ranges"}
@@ -420,8 +342,9 @@ def test_swag_averages_at_a_constant_rate():
         ("swag", {"rank": 1}, "rank must be 0 .diagonal. or at least 2"),
         ("swag", {"burn_in": 1.0}, "burn_in must be from 0 to below 1"),
         ("swag", {"rank": 10, "snapshots": 5}, "as many snapshots as rank"),
-        ("laplace", {"structure": "kron"}, "structure must be one of full, diag|structure must be"),
+        ("laplace", {"structure": "kron"}, "structure must be one of full, low_rank, diag"),
         ("laplace", {"prior_precision": -1.0}, "prior_precision must be a positive number"),
+        ("laplace", {"rank": 0}, "rank must be at least 1"),
         ("ensemble", {"members": 1}, "at least 2 members"),
     ],
 )
@@ -440,8 +363,11 @@ def test_numbers_that_are_stored_are_counted():
     weights = {(0, "core"): nn.Parameter(torch.zeros(3, 3))}
     counts = {"point": 9, "gaussian": 18, "low_rank": 9 * 12, "swag": 9 * 12, "laplace": 9 + 45}
     assert {name: build_weights(name, weights, {}).stored for name in counts} == counts
+    structures = {"full": 9 + 45, "low_rank": 9 + 3 * 9 + 3 + 1, "diag": 18}
+    for structure, count in structures.items():
+        assert build_weights("laplace", weights, {}, {"structure": structure, "rank": 3}).stored == count
     assert set(WEIGHTS.names()) == {*counts, "ensemble", "dropout"}
-    net = net_of("lora")
+    net = weighted_net("lora")
     one = 6 * 4 * 32  # lora_A of six projections of width 32, and as many of lora_B
-    found = {law: stored(program_of(net, law)) for law in ("point", "gaussian", "swag")}
+    found = {law: stored(weighted_program(net, law)) for law in ("point", "gaussian", "swag")}
     assert found == {"point": 2 * one, "gaussian": 3 * one, "swag": 12 * 2 * one}

@@ -15,10 +15,10 @@ import json
 import shutil
 from pathlib import Path
 
-import arviz
 import pandas as pd
 
 import pyro_blora
+from pyro_blora.arviz_data import arviz
 from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors, trainable, write_tensors
 from pyro_blora.config import RunConfig
