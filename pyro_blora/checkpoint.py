@@ -16,10 +16,15 @@ from torch import nn
 _NAME = "state.safetensors"
 
 
-def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained, frozen parts of adapters, and the state of prior, guide, weights' law and allocator, by name."""
+def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torch.Tensor]:
+    """What is trained, frozen parts of adapters, and the state of prior, guide, weights' law and allocator, by name.
+
+    in_training: without what is fitted when training has ended, a Laplace law's curvature.
+    """
     found = {name: p for name, p in module.named_parameters() if p.requires_grad or ".lora_" in name}
     parts = dict(module.named_modules())
+    if in_training and getattr(parts.get("weights"), "curvature", None):
+        del parts["weights"]
     for name in ("prior", "gate_guide", "weights", "net.allocation"):
         state = parts[name].state_dict(keep_vars=True) if name in parts else {}
         known = set(map(id, found.values()))  # a guide holds its prior too
@@ -48,7 +53,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str,
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
     """Replace the checkpoint in `folder`."""
     tensors = {}
-    for name, parameter in trainable(module).items():
+    for name, parameter in trainable(module, in_training=True).items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
@@ -73,7 +78,7 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
             f"checkpoint {path} is of a run of {expected} steps, this one has {total}: resume on as many processes as "
             "it was started on, or delete its folder to start again"
         )
-    parameters = trainable(module)
+    parameters = trainable(module, in_training=True)
     if {f"parameter/{name}" for name in parameters} != {key for key in tensors if key.startswith("parameter/")}:
         raise ValueError(f"checkpoint {path} is of another model: delete its folder to start this run again")
     with torch.no_grad():

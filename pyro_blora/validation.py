@@ -55,7 +55,8 @@ class Validation:
         return {"validation_nll": nll}
 
     def _keep(self, nll: float, step: int) -> None:
-        state = {name: p.detach().cpu().clone().contiguous() for name, p in trainable(self.parts.program).items()}
+        learned = trainable(self.parts.program, in_training=True)
+        state = {name: p.detach().cpu().clone().contiguous() for name, p in learned.items()}
         self.best = nll, step, state
         if self.path and accelerate.PartialState().is_main_process:
             write_tensors(self.path, state, {"nll": repr(nll), "step": str(step)})
@@ -65,7 +66,7 @@ class Validation:
         """Go back to the best epoch; returns its step."""
         if self.best is None:
             return None
-        for name, parameter in trainable(self.parts.program).items():
+        for name, parameter in trainable(self.parts.program, in_training=True).items():
             parameter.copy_(self.best[2][name])
         return self.best[1]
 

@@ -1,5 +1,6 @@
 """B-LoRA-XS: its factors, their cache, its parameter counts, and runs with every law of the weights."""
 
+import dataclasses
 import json
 
 import peft
@@ -16,6 +17,8 @@ from pyro_blora.adapters import open_gates
 from pyro_blora.arviz_data import group, read
 from pyro_blora.build import build
 from pyro_blora.calibration import fit_temperature
+from pyro_blora.curvature import fit_laplace
+from pyro_blora.data import by_length, on_device
 from pyro_blora.gates import Gates
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed
@@ -29,6 +32,11 @@ LAWS = {
     "low rank": {"weights": "low_rank", "weights_settings": {"rank": 3}},
     "swag": {"weights": "swag", "weights_settings": {"rank": 2, "snapshots": 4}},
     "laplace": {"weights": "laplace"},
+    "laplace of low rank": {
+        "weights": "laplace",
+        "weights_settings": {"structure": "low_rank", "rank": 4},
+        "validation": 0.25,
+    },
     "best epoch": {"validation": 0.25, "choose_epoch": True, "lr": 0.1},
 }
 
@@ -168,11 +176,13 @@ def test_rank_gates_and_bit_gates_apply_unchanged():
 
 @pytest.mark.parametrize("law", LAWS)
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(backbone, tmp_path, law):
-    if law == "laplace":
+    if law.startswith("laplace"):
         pytest.importorskip("laplace")
     config = tiny_config(backbone, adapter="xs", epochs=3, **{"lr": 2e-2, **LAWS[law]})
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
     fit(config, folder=tmp_path / "cut", quiet=True, until=5)
+    if law.startswith("laplace"):  # its curvature is found when training has ended
+        assert not any("/weights." in name for name in load_file(tmp_path / "cut/checkpoints/state.safetensors"))
     again = fit(config, folder=tmp_path / "cut", quiet=True)
     for (name, a), (_, b) in zip(*(sorted(x.program.state_dict().items()) for x in (whole, again)), strict=True):
         assert torch.equal(a, b), name
@@ -221,13 +231,14 @@ def test_rows_that_are_held_out_are_not_trained_on(backbone):
     assert again.rows["validation"][:] == parts.rows["validation"][:] == other.rows["validation"][:]
 
 
-@pytest.mark.parametrize("law", ["gaussian", "swag", "laplace"])
+@pytest.mark.parametrize("law", ["gaussian", "swag", "laplace", "laplace of low rank"])
 def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(backbone, tmp_path, law):
-    if law == "laplace":
+    if law.startswith("laplace"):
         pytest.importorskip("laplace")
-    settings = {"lr": 2e-2, "output_dir": str(tmp_path), "validation": 0.25}
-    folder = train_run(tiny_config(backbone, adapter="xs", **settings, **LAWS[law]))
+    settings = {"lr": 2e-2, "output_dir": str(tmp_path), "validation": 0.25, **LAWS[law]}
+    folder = train_run(tiny_config(backbone, adapter="xs", **settings))
     summary = json.loads((folder / "summary.json").read_text())
+    assert ("prior_precision" in summary["weights"]) == law.startswith("laplace")
     assert summary["weights"]["random"] == 6 * 16 and summary["trained_parameters"] > 6 * 16
     program = load(folder)
     saved = load_file(folder / "adapter" / "gates.safetensors")
@@ -254,6 +265,20 @@ def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(bac
         found = summary["calibration"][key]
         assert {"nll", "ece_15", "ece_20", "ece_adaptive", "temperature", "scaled"} <= set(found)
         assert found["scaled"]["nll"] > 0 and found["temperature"] > 0
+
+
+def test_rows_held_out_choose_laplaces_prior_precision(backbone, tmp_path):
+    pytest.importorskip("laplace")
+    config = tiny_config(backbone, adapter="xs", lr=2e-2, weights="laplace", validation=0.25)
+    parts = fit(config, quiet=True).parts
+    law, train, held_out = parts.program.weights, *(
+        on_device(by_length(parts.tokens[split], parts.tokenizer, 16)[0], "cpu") for split in ("train", "validation")
+    )  # fmt: skip
+    found = law.prior_precision.item()
+    fit_laplace(parts.program, list(train), deployed(parts.program), held_out)
+    assert law.prior_precision.item() == pytest.approx(found, rel=1e-4)
+    without = fit(dataclasses.replace(config, validation=0.0), quiet=True).program.weights
+    assert without.prior_precision.item() != pytest.approx(found, rel=0.1)
 
 
 def test_factors_are_those_of_the_run_not_of_the_machine(backbone, tmp_path, monkeypatch):
