@@ -91,21 +91,25 @@ def eigenvectors_of(blocks: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor
     return (kept / roots[:, None]).mT, roots.square()
 
 
-def precision_of_least_nll(approximation, J: Tensor, outputs: Tensor, labels: Tensor) -> float:
+def precision_of_least_nll(
+    directions: Tensor | None, eigenvalues: Tensor, J: Tensor, outputs: Tensor, labels: Tensor, noise_std: float | None
+) -> float:
     """The prior precision whose linearized predictions of these held-out examples have the least NLL.
 
-    J, outputs: of the examples, at the mean; labels: classes (E,), or values (E, 1) of a regression. Predicted
-    probabilities are averaged over draws of the logits, the same for every precision.
+    directions (D, K), eigenvalues (K,): of the curvature, 0 elsewhere; None: the unit vectors. J, outputs: of the
+    examples, at the mean. labels (E,): classes, or with a noise_std values. Probabilities are averaged over draws of
+    the logits, the same for every precision.
     """
-    regression = labels.dim() == 2
+    along = J if directions is None else J @ directions  # (E, C, K)
+    beside = J @ J.mT - along @ along.mT  # (E, C, C), of what the curvature does not see
     noise = torch.randn(_NOISES, *outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
 
     def nll_at(log_precision: float) -> float:
-        approximation.prior_precision = math.exp(log_precision)
-        covariance = approximation.functional_variance(J)  # (E, C, C)
-        if regression:
-            std = (covariance[..., 0] + approximation.sigma_noise.square()).sqrt()
-            return -torch.distributions.Normal(outputs, std).log_prob(labels).mean().item()
+        precision = math.exp(log_precision)
+        covariance = along / (eigenvalues + precision) @ along.mT + beside / precision
+        if noise_std is not None:
+            law = torch.distributions.Normal(outputs, (covariance[..., 0] + noise_std**2).sqrt())
+            return -law.log_prob(labels[:, None]).mean().item()
         values, vectors = torch.linalg.eigh(covariance)
         shift = torch.einsum("eck,ek,sek->sec", vectors, values.clamp(min=0).sqrt(), noise)
         return nll((outputs + shift).softmax(-1).mean(0), labels)
@@ -114,6 +118,18 @@ def precision_of_least_nll(approximation, J: Tensor, outputs: Tensor, labels: Te
     best = int(np.argmin([nll_at(x) for x in grid]))
     bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
     return math.exp(scipy.optimize.minimize_scalar(nll_at, bounds=bounds, method="bounded").x)
+
+
+def _spectrum(approximation, structure: str) -> tuple[Tensor | None, Tensor]:
+    """Directions and eigenvalues of a fitted curvature, see `precision_of_least_nll`."""
+    approximation.prior_precision = 0.0  # then the posterior's precision is the curvature
+    curvature = approximation.posterior_precision
+    if structure == "low_rank":
+        return curvature[0]
+    if structure == "diag":
+        return None, curvature
+    values, vectors = torch.linalg.eigh(curvature)
+    return vectors, values.clamp(min=0)
 
 
 def fit_run(parts: Parts) -> None:
@@ -182,9 +198,11 @@ def fit_laplace(
     elif held_out:
         pairs = [network.jacobians(inputs) for inputs, _ in held_out]
         J, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        labels = torch.cat([labels for _, labels in held_out]).view(shape)
+        labels = torch.cat([labels for _, labels in held_out])
         with torch.no_grad():
-            approximation.prior_precision = precision_of_least_nll(approximation, J, outputs, labels)
+            spectrum = _spectrum(approximation, law.curvature)
+            chosen = precision_of_least_nll(*spectrum, J, outputs, labels, settings.get("sigma_noise"))
+        approximation.prior_precision = chosen
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about how it would predict, which it does not
