@@ -23,7 +23,7 @@ _EXACT_FROM = 8  # bits: coarser grids clip on purpose, as a range that covers e
 
 
 def in_words(summary: dict) -> list[str]:
-    """Three paragraphs: how well it predicts, what that costs, what the gates kept."""
+    """Paragraphs: how well it predicts, beside a temperature where one was fitted, what that costs, what gates kept."""
     metric, deployed, bops = summary["metric"], summary["deployed"], summary["bops"]
     calibrated = (
         f" Its confidence is off by {summary['ece']['value']:.3f} on average (ECE)." if _has_ece(summary) else ""
@@ -34,6 +34,13 @@ def in_words(summary: dict) -> list[str]:
         f"that is deployed has "
         f"{deployed['metric']['value']:.3f} and {deployed['nll']:.3f}.{calibrated}"
     ]
+    if found := _against_a_temperature(summary):
+        temperature, scaled, gain = found
+        verdict = f"is better by {gain:.3f}" if gain > 0 else f"does not beat that one number ({gain:+.3f})"
+        said.append(
+            f"At {temperature:.2f}, the temperature of least NLL on rows held out of training, what is deployed has an "
+            f"NLL of {scaled:.3f}: averaging {verdict}."
+        )
     low, high = bops["interval"]
     said.append(
         f"The adapted projections take {bops['adapted_ratio']:.1%} [{low:.1%}, {high:.1%}] of the bit operations that "
@@ -42,8 +49,23 @@ def in_words(summary: dict) -> list[str]:
     )
     bits = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_bits"].items())
     ranks = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_rank"].items())
+    weights = summary.get("weights", {})  # older runs have none
+    if weights.get("random"):
+        said.append(
+            f"{weights['random']:,} weights of the adapter are random, by law {weights['law']}, with a standard "
+            f"deviation of {weights['std']:.2g}; {weights['stored']:,} numbers are kept to draw them."
+        )
     said.append(f"Expected bits: {bits}." + (f" Expected ranks: {ranks}." if ranks else ""))
     return said
+
+
+def _against_a_temperature(summary: dict) -> tuple[float, float, float] | None:
+    """(temperature and NLL of the deployed predictions at it, what averaging gains beside that), nats an example."""
+    deployed = summary.get("calibration", {}).get("deployed", {})
+    if "scaled" not in deployed:
+        return None
+    scaled = deployed["scaled"]["nll"]
+    return deployed["temperature"], scaled, scaled - summary["nll"]
 
 
 def _has_ece(summary: dict) -> bool:
@@ -67,6 +89,12 @@ def _of_predictions(summary: dict) -> Iterator[str]:
         yield (
             f"Few draws: {summary['draws']}. Means and the laws of single gates are exact, but tails, Pareto k and "
             f"R-hat of draws are rough below {FEW_DRAWS}: --draws {FEW_DRAWS} (one forward of the examples each)."
+        )
+    law = summary.get("weights", {}).get("law", "point")
+    if law != "point" and _has_ece(summary) and not _against_a_temperature(summary):
+        yield (
+            f"Random weights, by law {law}, were not compared with temperature scaling, which any claim of calibration "
+            "has to beat: --validation 0.1 holds out the rows that a temperature is fitted to."
         )
     gap = summary["metric"]["value"] - summary["deployed"]["metric"]["value"]
     if abs(gap) > GAP:

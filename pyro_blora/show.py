@@ -69,6 +69,9 @@ def result_tables(summary: dict) -> list[Table]:
     )
     gates.add_row("BOPs / whole model at 32 x 32", f"{summary['bops']['model_ratio']:.2%}")
     gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
+    weights = summary.get("weights", {})  # older runs have none
+    if weights.get("random"):
+        gates.add_row(f"random weights, by law {weights['law']}", f"{weights['random']:,}, std {weights['std']:.2g}")
     if "by_rank" not in summary:
         return [head, gates]
     ranks = Table(title="At every rank", title_justify="left")

@@ -17,7 +17,7 @@ from pyro_blora.arviz_data import group, read
 from pyro_blora.bops import expected_bops
 from pyro_blora.config import RunConfig
 from pyro_blora.diagnostics import Posterior
-from pyro_blora.findings import warnings
+from pyro_blora.findings import in_words, warnings
 from pyro_blora.flags import command_line, run_fields, take_settings
 from pyro_blora.methods import METHODS
 from pyro_blora.report import write_report
@@ -214,6 +214,19 @@ def test_a_grid_with_a_failed_cell_has_its_page(run, tmp_path, capsys):
     page = (grid / "report.html").read_text()
     assert "2 runs of this grid have no result" in page and "the training diverged at step 3" in page
     assert 'href="one/report.html"' in page and len(specs_of(page)) == 1
+
+
+@pytest.mark.parametrize(("scaled", "verdict"), [(0.55, "averaging is better by 0.050"), (0.45, "does not beat")])
+def test_words_set_random_weights_beside_a_temperature(run, scaled, verdict):
+    summary = json.loads((run / "summary.json").read_text())
+    assert "temperature" not in " ".join(in_words(summary))
+    summary |= {"nll": 0.5, "weights": {"law": "swag", "random": 96, "stored": 1152, "std": 0.012}}
+    assert "--validation 0.1 holds out" in " ".join(warnings(summary, None))
+    summary["calibration"] = {"deployed": {"temperature": 1.25, "scaled": {"nll": scaled}}}
+    said = " ".join(in_words(summary))
+    assert verdict in said and "At 1.25, the temperature" in said and f"has an NLL of {scaled:.3f}" in said
+    assert "96 weights of the adapter are random, by law swag, with a standard deviation of 0.012" in said
+    assert "--validation" not in " ".join(warnings(summary, None))
 
 
 def test_warnings_name_what_is_wrong(backbone, tmp_path):
