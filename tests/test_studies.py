@@ -128,11 +128,12 @@ def nll_of(log_odds, temperature=1.0):
 def test_a_law_is_compared_with_its_point_and_with_what_temperatures_make_of_it_and_of_the_plain_training():
     ours, own, plain = [-2.0, 1.0, 2.0, 0.5], [-6.0, 4.0, 6.0, -5.0], [-3.0, 1.0, 1.0, -1.0]
     rows = [law_row("xs8", "point", plain, temperature=2.0), law_row("xs8-swag", "point", own, temperature=4.0),
-            law_row("xs8-swag", "K = 10", ours)]  # fmt: skip
+            law_row("xs8-swag", "K = 10", ours, temperature=0.5)]  # fmt: skip
     found = verdicts(comparisons(rows, ["sst2"])).splitlines()[-1].split("|")
     expected = [nll_of(ours) - nll_of(own), nll_of(ours) - nll_of(own, 4.0), nll_of(ours) - nll_of(plain, 2.0)]
     assert [float(text.split()[0]) for text in found[4:7]] == pytest.approx(expected, abs=6e-4)
     assert max(expected) < 0 and "no" not in found[7].split(", ")
+    assert float(found[8].split()[0]) == pytest.approx(nll_of(ours, 0.5) - nll_of(plain, 2.0), abs=6e-4)
     won = winners(comparisons([*rows, law_row("xs8", "draws", plain)], ["sst2"]))  # the draws are their point
     assert won.splitlines()[-1] == "| sst2 | xs8-swag K = 10 | none |"  # of four examples
     turned = difference([law_row("xs8", "point", own)], [law_row("xs8-swag", "K = 10", ours)])

@@ -66,13 +66,19 @@ def _examples(row: dict, scaled: bool = False) -> dict:
     return {"examples": {"label": label, "decision": (odds > 0).astype(int), "log_likelihood": log_likelihood}}
 
 
-def difference(ours: Rows, theirs: Rows, *, scaled: bool = False, of: str = "nll") -> tuple[float, float, float] | None:
-    """Ours minus theirs over the seeds that both have: mean and 95 % interval. scaled: theirs at their temperature."""
+def difference(
+    ours: Rows, theirs: Rows, *, scaled: bool = False, both_scaled: bool = False, of: str = "nll"
+) -> tuple[float, float, float] | None:
+    """Ours minus theirs over the seeds that both have: mean and 95 % interval.
+
+    scaled: theirs at their temperature; both_scaled: ours as well.
+    """
     known = {row["seed"]: row for row in theirs}
     pairs = [(row, known[row["seed"]]) for row in ours if row["seed"] in known]
     if not pairs:
         return None
-    left, right = [_examples(a) for a, _ in pairs], [_examples(b, scaled) for _, b in pairs]
+    left = [_examples(a, both_scaled) for a, _ in pairs]
+    right = [_examples(b, scaled or both_scaled) for _, b in pairs]
     return paired(left, right, get_task(ours[0]["task"]).metric_name, prefix="")[of]
 
 
@@ -81,7 +87,9 @@ def _interval(found: tuple[float, float, float] | None) -> str:
 
 
 def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list[tuple[float, float, float] | None]]:
-    """By (task, path, law): NLL less its own point's, that point's at its temperature, the plain training's at its."""
+    """By (task, path, law): NLL less its own point's, that point's at its temperature, the plain training's at its; and
+    at its own temperature less the plain training's at its.
+    """
     found = {}
     for task in tasks:
         for (path, law), mine in by_law(rows, task).items():
@@ -94,6 +102,7 @@ def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list
                 difference(mine, own),
                 difference(mine, own, scaled=True),
                 difference(mine, plain, scaled=True),
+                difference(mine, plain, both_scaled=True),
             ]
     return found
 
@@ -101,12 +110,15 @@ def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list
 def verdicts(compared: dict) -> str:
     lines = [
         "| task | path | law | less its point's | less its point's, scaled | less the plain training's, scaled "
-        "| below: its point, scaled, plain scaled |",
-        "|---" * 7 + "|",
+        "| below: its point, scaled, plain scaled | scaled, less the plain training's, scaled |",
+        "|---" * 8 + "|",
     ]
     for names, found in compared.items():
-        below = ", ".join("" if each is None else _below(each) for each in found)
-        lines.append(f"| {' | '.join(names)} | {' | '.join(map(_interval, found))} | {below} |")
+        *three, both_scaled = found
+        below = ", ".join("" if each is None else _below(each) for each in three)
+        lines.append(
+            f"| {' | '.join(names)} | {' | '.join(map(_interval, three))} | {below} | {_interval(both_scaled)} |"
+        )
     return "\n".join(lines)
 
 
@@ -114,7 +126,7 @@ def winners(compared: dict) -> str:
     """By task: the laws below all three that they are compared with, in the mean, and with whole intervals."""
     lines = ["| task | below all three in the mean | beyond noise |", "|---" * 3 + "|"]
     for task in dict.fromkeys(task for task, _, _ in compared):
-        mine = {f"{path} {law}": found for (of_task, path, law), found in compared.items() if of_task == task}
+        mine = {f"{path} {law}": found[:3] for (of_task, path, law), found in compared.items() if of_task == task}
         mine = {name: found for name, found in mine.items() if None not in found}
         mean = [name for name, found in mine.items() if max(each[0] for each in found) < 0]
         whole = [name for name, found in mine.items() if max(each[2] for each in found) < 0]
@@ -216,15 +228,17 @@ def figure(rows: Rows, path: Path) -> None:
     plt.close(fig)
 
 
-_INTRODUCTION = """{rows} training rows, 200 of them held out for epochs and temperatures; {draws} draws; medians ±
-standard deviations over seeds, which share their rows. `point` is the mean of the law that was trained; SWAG's is the
-average of its snapshots. LoRA is on query and value, XS on four projections a layer (4 R² a layer, as in the paper).
-Scaled: at the temperature of least NLL on the held-out rows. ECE by equal bins of confidence, or of equal count
-(adaptive). Differences: mean and 95 % interval, paired by example and seed."""
+_INTRODUCTION = """{rows} training rows, of which 200, or a tenth, are held out for epochs,
+temperatures and Laplace's prior precision; {draws} draws; medians ± standard deviations over seeds, which share their
+rows. `point` is the mean of the law that was trained; SWAG's is the average of its snapshots. LoRA is on query and
+value, XS on four projections a layer (4 R² a layer, as in the paper). Scaled: at the temperature of least NLL on the
+held-out rows. ECE by equal bins of confidence, or of equal count (adaptive). Differences: mean and 95 % interval,
+paired by example and seed."""
 
 _NOISE = """Each law is compared with its own point, with that point at its temperature, and with the plain training at
 its temperature. Beyond noise: all three intervals are below zero. Where it says none, no law is shown to beat a
-temperature, a single number. XS of ranks 2, 16 and 25 has no plain training and is left out."""
+temperature, a single number. XS of ranks 2, 16 and 25 has no plain training and is left out. A law may be scaled, too:
+in the last column of the second table both are."""
 
 
 def report(options, rows: Rows) -> str:
