@@ -78,6 +78,12 @@ class GateProgram(nn.Module, abc.ABC):
         """The same for several batches at the same gates and weights."""
         return [self.logits(inputs, gates, theta) for inputs in batches]
 
+    @property
+    def gates_are_random(self) -> bool:
+        """Whether the prior leaves any gate open to chance."""
+        pairs = zip(self.prior(), (self.z_mask, self.g_mask), strict=True)
+        return any(bool(((law.log_probs < 0) & law.log_probs.isfinite())[mask].any()) for law, mask in pairs)
+
     # --- the program ------------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:

@@ -109,12 +109,16 @@ def _of_weights(parts: Parts) -> dict:
 
 
 def _averaging(parts: Parts) -> str:
-    config, random = parts.config, parts.program.weights.random
+    config, program = parts.config, parts.program
     if config.weights == "ensemble":
         return f"mean of predicted probabilities over {config.fits} fits from seeds of their own"
-    of = "the gates" + (" and the weights" if random else "")
-    masks = " and of dropout masks" if config.average_over == "dropout" else ""
-    return f"mean of predicted probabilities over {config.draws} draws of {of}{masks}"
+    drawn = {
+        "the gates": program.gates_are_random, "the weights": program.weights.random,
+        "dropout masks": config.average_over == "dropout",
+    }  # fmt: skip
+    names = " and of ".join(name for name, is_drawn in drawn.items() if is_drawn)
+    what = f"over {config.draws} draws of {names}" if names else "of one network, as nothing is random"
+    return f"mean of predicted probabilities {what}"
 
 
 def of_restart(folder: Path) -> dict:

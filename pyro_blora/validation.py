@@ -26,7 +26,7 @@ class Validation:
 
     def __init__(self, parts: Parts, schedule: Schedule, folder: Path | None, quiet: bool):
         self.parts, self.path, self.quiet = parts, folder / "checkpoints" / _FILE if folder else None, quiet
-        self.first = schedule.opening if _random_gates(parts) else 0
+        self.first = schedule.opening if parts.program.gates_are_random else 0
         self.best: tuple[float, int, dict] | None = None  # NLL, step, what was trained
 
     def restore(self, first: int) -> None:
@@ -69,9 +69,3 @@ class Validation:
         for name, parameter in trainable(self.parts.program, in_training=True).items():
             parameter.copy_(self.best[2][name])
         return self.best[1]
-
-
-def _random_gates(parts: Parts) -> bool:
-    program = parts.program
-    pairs = zip(program.prior(), (program.z_mask, program.g_mask), strict=True)
-    return any(bool(((law.log_probs < 0) & law.log_probs.isfinite())[mask].any()) for law, mask in pairs)
