@@ -149,9 +149,9 @@ class RunConfig:
     def _require_consistent(self) -> None:
         if self.choose_epoch and not self.validation:
             raise ValueError("choose_epoch needs rows to choose by: give --validation 0.1, or drop --choose_epoch")
-        if self.choose_epoch and self.weights == "swag":
+        if self.choose_epoch and self.law_of_fits == "swag":
             raise ValueError("--weights swag averages over the epochs among which --choose_epoch chooses: drop one")
-        if self.average_over == "dropout" and self.weights == "laplace":
+        if self.average_over == "dropout" and self.law_of_fits == "laplace":
             raise ValueError("--weights laplace predicts by a network without dropout: drop --average_over dropout")
         if self.adapter == "xs" and self.init_lora_weights != "default":
             raise ValueError(f"--init_lora_weights {self.init_lora_weights} is for LoRA, --adapter xs starts from W0")
@@ -162,6 +162,11 @@ class RunConfig:
     def fits(self) -> int:
         """Fits of the run from seeds of their own: its restarts, or the members of an ensemble."""
         return int(self.weights_settings.get("members", 3)) if self.weights == "ensemble" else self.restarts
+
+    @property
+    def law_of_fits(self) -> str:
+        """The law of the weights of every fit: an ensemble's members have one of their own."""
+        return self.weights_settings.get("of", "point") if self.weights == "ensemble" else self.weights
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

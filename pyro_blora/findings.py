@@ -51,12 +51,20 @@ def in_words(summary: dict) -> list[str]:
     ranks = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_rank"].items())
     weights = summary.get("weights", {})  # older runs have none
     if weights.get("random"):
+        law = law_of_weights(summary)
         said.append(
-            f"{weights['random']:,} weights of the adapter are random, by law {weights['law']}, with a standard "
-            f"deviation of {weights['std']:.2g}; {weights['stored']:,} numbers are kept to draw them."
+            f"{weights['random']:,} weights of the adapter are random, by law {law}, with a standard deviation of "
+            f"{weights['std']:.2g}; {weights['stored']:,} numbers are kept to draw them."
         )
     said.append(f"Expected bits: {bits}." + (f" Expected ranks: {ranks}." if ranks else ""))
     return said
+
+
+def law_of_weights(summary: dict) -> str:
+    """Its name; of an ensemble's members, too, where they have one."""
+    weights = summary.get("weights", {})  # older runs have none
+    of = weights.get("of", "point")
+    return weights.get("law", "point") + ("" if of == "point" else f" of {of}")
 
 
 def _against_a_temperature(summary: dict) -> tuple[float, float, float] | None:
@@ -90,7 +98,7 @@ def _of_predictions(summary: dict) -> Iterator[str]:
             f"Few draws: {summary['draws']}. Means and the laws of single gates are exact, but tails, Pareto k and "
             f"R-hat of draws are rough below {FEW_DRAWS}: --draws {FEW_DRAWS} (one forward of the examples each)."
         )
-    law = summary.get("weights", {}).get("law", "point")
+    law = law_of_weights(summary)
     if law != "point" and _has_ece(summary) and not _against_a_temperature(summary):
         yield (
             f"Random weights, by law {law}, were not compared with temperature scaling, which any claim of calibration "

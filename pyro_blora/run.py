@@ -78,7 +78,7 @@ def each_restart(config: RunConfig) -> list[RunConfig]:
     """
     rows = config.seed if config.data_seed is None else config.data_seed
     seeds = range(config.seed + 1, config.seed + config.fits)
-    alone = {"weights": "point", "weights_settings": {}} if config.weights == "ensemble" else {}
+    alone = {"weights": config.law_of_fits, "weights_settings": {}} if config.weights == "ensemble" else {}
     return [dataclasses.replace(config, seed=seed, data_seed=rows, restarts=1, **alone) for seed in seeds]
 
 

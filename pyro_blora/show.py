@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .arviz_data import read
 from .diagnostics import Posterior
+from .findings import law_of_weights
 
 
 def show_run(folder: str | Path) -> None:
@@ -71,7 +72,9 @@ def result_tables(summary: dict) -> list[Table]:
     gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
     weights = summary.get("weights", {})  # older runs have none
     if weights.get("random"):
-        gates.add_row(f"random weights, by law {weights['law']}", f"{weights['random']:,}, std {weights['std']:.2g}")
+        gates.add_row(
+            f"random weights, by law {law_of_weights(summary)}", f"{weights['random']:,}, std {weights['std']:.2g}"
+        )
     if "by_rank" not in summary:
         return [head, gates]
     ranks = Table(title="At every rank", title_justify="left")

@@ -96,10 +96,12 @@ def stored(program: BayesianLoRA) -> int:
 def _of_weights(parts: Parts) -> dict:
     """random: D; stored: numbers that are kept to draw the adapter; std: root mean square over all weights.
 
-    Of Laplace also its prior_precision.
+    Of Laplace also its prior_precision; of an ensemble the law of its members, whose first this is.
     """
     law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
     found = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
+    if parts.config.law_of_fits != parts.config.weights:
+        found["of"] = parts.config.law_of_fits
     if law.random:
         drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
         found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
@@ -110,15 +112,16 @@ def _of_weights(parts: Parts) -> dict:
 
 def _averaging(parts: Parts) -> str:
     config, program = parts.config, parts.program
-    if config.weights == "ensemble":
-        return f"mean of predicted probabilities over {config.fits} fits from seeds of their own"
     drawn = {
         "the gates": program.gates_are_random, "the weights": program.weights.random,
         "dropout masks": config.average_over == "dropout",
     }  # fmt: skip
     names = " and of ".join(name for name, is_drawn in drawn.items() if is_drawn)
-    what = f"over {config.draws} draws of {names}" if names else "of one network, as nothing is random"
-    return f"mean of predicted probabilities {what}"
+    each = f"{config.draws} draws of {names}" if names else ""
+    if config.weights == "ensemble":
+        fits = f"{config.fits} fits from seeds of their own"
+        return f"mean of predicted probabilities over {fits}" + (f", of each over {each}" if each else "")
+    return f"mean of predicted probabilities {f'over {each}' if each else 'of one network, as nothing is random'}"
 
 
 def of_restart(folder: Path) -> dict:

@@ -15,6 +15,7 @@ from .weight_laws import Gaussian, Laplace, LowRank, Parameters, Point, Swag
 WEIGHTS = Registry("weights")
 register_weights = WEIGHTS.register
 Sides = Literal["lora_A", "both"]
+Members = Literal["point", "gaussian", "low_rank", "swag", "laplace"]
 
 
 def _random_sides(weights: Parameters, sides: Sides) -> Parameters:
@@ -86,15 +87,17 @@ def laplace(
 
 
 @register_weights("ensemble")
-def ensemble(weights: Parameters, head: Parameters, *, members: int = 3) -> Point:
+def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: Members = "point") -> Point:
     """Fits from several seeds, whose predicted probabilities are averaged; the first is exported.
 
-    Settings: members.
-    Source: Lakshminarayanan et al., Deep ensembles (2017).
+    Settings: members; of, the law of each of them, with its own default settings: of laplace a mixture of Laplace
+    approximations, of swag MultiSWAG.
+    Source: Lakshminarayanan et al., Deep ensembles (2017); Eschenhagen et al., Mixtures of Laplace approximations
+    (2021); Wilson and Izmailov (2020).
     """
     if members < 2:
         raise ValueError(f"weights 'ensemble' needs at least 2 members, got {members}: one is weights 'point'")
-    return Point(weights)
+    return build_weights(of, weights, head)
 
 
 @register_weights("dropout")

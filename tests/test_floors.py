@@ -60,7 +60,7 @@ FLOORS = {
     "gate_sections": 4,
     "sections": 5,
     "report": 6,
-    "show": 3,
+    "show": 4,
     "inference_data": 7,
     "exporting": 7,
     "run": 11,

@@ -325,13 +325,16 @@ def test_other_sentences_are_scored_by_uncertainty(tmp_path, backbone, glue_dir,
     assert "NaN" not in (folder / "summary.json").read_text()
 
 
-def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_path):
+@pytest.mark.parametrize("of", ["point", "laplace"])
+def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_path, of):
     import pandas as pd
 
-    config = tiny_config(backbone, method="lora", weights="ensemble", weights_settings={"members": 2}, lr=2e-2,
-                         output_dir=str(tmp_path))  # fmt: skip
+    if of == "laplace":
+        pytest.importorskip("laplace")
+    settings = {"method": "lora", "lr": 2e-2, "weights": "ensemble", "weights_settings": {"members": 2, "of": of}}
+    config = tiny_config(backbone, output_dir=str(tmp_path), **settings)
     folder = train_run(config)
-    alone = train_run(tiny_config(backbone, method="lora", lr=2e-2, output_dir=str(tmp_path / "alone")))
+    alone = train_run(tiny_config(backbone, method="lora", lr=2e-2, weights=of, output_dir=str(tmp_path / "alone")))
     (member,) = (folder / "restarts").iterdir()
     tables = [pd.read_parquet(place / "predictions.parquet") for place in (folder, alone, member)]
     columns = [name for name in tables[0] if name.startswith("p_")]
@@ -340,8 +343,11 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
     assert together == pytest.approx((first + second) / 2, abs=1e-6)
     summary = json.loads((folder / "summary.json").read_text())
     assert "2 fits" in summary["averaging"] and summary["calibration"]["averaged"]["mutual_information"] > 0
-    assert summary["calibration"]["deployed"]["nll"] == pytest.approx(
-        json.loads((alone / "summary.json").read_text())["nll"], rel=1e-6
+    alone, weights = json.loads((alone / "summary.json").read_text()), summary["weights"]
+    assert summary["calibration"]["deployed"]["nll"] == pytest.approx(alone["deployed"]["nll"], rel=1e-6)
+    assert weights["random"] == alone["weights"]["random"] and weights["stored"] == 2 * alone["weights"]["stored"]
+    assert (weights.get("of"), "draws of the weights" in summary["averaging"]) == (
+        ("laplace", True) if of == "laplace" else ("point", False)
     )
 
 
@@ -353,6 +359,11 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
         ({"adapter_settings": {"svd": "exact"}}, "adapter 'lora' has no settings: drop --adapter.svd"),
         ({"choose_epoch": True}, "choose_epoch needs rows to choose by"),
         ({"weights": "swag", "validation": 0.1, "choose_epoch": True}, "averages over the epochs"),
+        (
+            {"weights": "ensemble", "weights_settings": {"of": "swag"}, "validation": 0.1, "choose_epoch": True},
+            "averages over the epochs",
+        ),
+        ({"weights": "ensemble", "weights_settings": {"of": "ensemble"}}, "of must be one of point, gaussian"),
         ({"weights": "ensemble", "restarts": 2}, "members of --weights ensemble are restarts already"),
         ({"validation": 1.0}, "validation must be a fraction from 0 to below 1"),
         ({"validation": 0.001}, "leaves 64 to train on and 0 to validate on"),

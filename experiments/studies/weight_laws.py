@@ -14,6 +14,7 @@ from pyro_blora.summary import stored
 from pyro_blora.tasks import Task, get_task
 from pyro_blora.weights import build_weights
 
+_ENSEMBLES = ("lora", "lora-gaussian", "lora-swag", "xs8-swag")  # paths whose seeds are members
 Law = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many of its last deviations
 
 
@@ -86,17 +87,23 @@ def _scores(task: Task, predictions: dict[str, Prediction]) -> dict:
 
 
 def ensembles(rows: list[dict]) -> list[dict]:
-    """Of three or more seeds of LoRA: their probabilities averaged, with a temperature of its own."""
+    """Of three or more seeds of LoRA under a law: their probabilities averaged, with a temperature of its own.
+
+    The members' own draws are averaged first: of Laplace a mixture of Laplace approximations, of SWAG MultiSWAG.
+    """
+    by_law: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows:
+        if row["path"] in _ENSEMBLES:
+            by_law.setdefault((row["task"], row["path"], row["law"]), []).append(row)
     made = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        members = [row for row in rows if (row["task"], row["path"], row["law"]) == (task, "lora", "point")]
-        if len(members) < 3:
+    for (task, path, law), members in by_law.items():
+        if len(members) < 3 or (law == "point" and path != "lora"):
             continue
         labels = {split: torch.tensor(x) for split, x in members[0]["cell"]["labels"].items()}  # the same for all seeds
         predictions = {split: _of_log_odds([m["log_odds"][split] for m in members], labels[split]) for split in labels}
         found = _scores(get_task(task), predictions)
-        kept = sum(m["stored"] for m in members)
-        made.append({**members[0], "law": f"ensemble of {len(members)}", **found, "stored": kept})
+        name = f"ensemble of {len(members)}" + ("" if law == "point" else f" x {law}")
+        made.append({**members[0], "law": name, **found, "stored": sum(m["stored"] for m in members)})
     return made
 
 
