@@ -43,7 +43,7 @@ PATHS: dict[str, tuple[dict, tuple[Law, ...]]] = {  # name: what differs from Lo
     **{f"xs{r}-swag": ({**_XS, **_SWAG, "rank": r, "alpha": 2.0 * r}, (10,)) for r in RANKS},
     **{f"xs{r}-swag-deviations": ({**_XS, **_SWEEP, "rank": r, "alpha": 2.0 * r}, DEVIATIONS) for r in RANKS},
     "xs8-gates-gaussian": ({**_XS, **_COLD, "method": "bayesian_lora"}, ("draws",)),
-    **{f"lora-of-{100 * f:.0f}": ({"fraction": f}, ()) for f in FRACTIONS},
+    **{f"lora-of-{100 * f:.0f}": ({"fraction": f}, ()) for f in (*FRACTIONS, 1)},
     **{f"xs8-swag-of-{100 * f:.0f}": ({**_XS, **_SWAG, "fraction": f}, (10,)) for f in FRACTIONS},
 }
 
@@ -55,7 +55,7 @@ def configuration(options, task: str, path: str, seed: int) -> RunConfig:
     usual = TASKS.get(task, (1000, 6))
     rows = round(fraction * (options.max_train or usual[0]))
     held_out = min(0.2, max(0.1, _HELD_OUT / rows))
-    chosen = changes.get("weights") != "swag" and "gates" not in path  # SWAG averages epochs, gates start late
+    chosen = changes.get("weights") != "swag" and "-of-" not in path  # SWAG averages epochs; few rows choose by chance
     return RunConfig(
         task=task, glue_dir=options.glue_dir, backbone=options.backbone, max_length=64, group_by_length=True,
         max_train=rows, validation=held_out, epochs=round((options.epochs or usual[1]) / fraction),

@@ -79,12 +79,13 @@ def eigenvectors_of(blocks: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor
     """(D, K) eigenvectors and (K,) eigenvalues of the sum of U^T U over blocks U, the largest, K <= rank.
 
     Blocks are merged one after the other into the directions kept so far: exact where the rank of the sum is at most
-    `rank`, and otherwise without what fell below it on the way. Memory: (rank + rows of a block) D numbers.
+    `rank`, and otherwise without what fell below it on the way. Memory: some (rank + rows of a block) D numbers.
     """
     kept = None  # rows: eigenvectors times the roots of their eigenvalues
     for block in blocks:
         rows = block if kept is None else torch.cat([kept, block])
-        values, mixing = torch.linalg.eigh(rows.double() @ rows.double().mT)  # the roots' squares lose half the digits
+        wide = rows.double()  # squares of single precision would lose half the digits
+        values, mixing = torch.linalg.eigh(wide @ wide.mT)
         largest = values > values[-1].clamp(min=_TINY) * _RELATIVE
         kept = mixing[:, largest][:, -rank:].to(rows.dtype).mT @ rows
     roots = kept.norm(dim=1)
@@ -101,7 +102,9 @@ def precision_of_least_nll(
     the logits, the same for every precision.
     """
     along = J if directions is None else J @ directions  # (E, C, K)
-    beside = J @ J.mT - along @ along.mT  # (E, C, C), of what the curvature does not see
+    complete = directions is None or directions.shape[0] == directions.shape[1]
+    rest = torch.zeros_like(J[..., :1]) if complete else J - along @ directions.mT  # of what the curvature does not see
+    beside = rest @ rest.mT  # (E, C, C)
     noise = torch.randn(_NOISES, *outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
 
     def nll_at(log_precision: float) -> float:
@@ -196,8 +199,7 @@ def fit_laplace(
     if law.given_precision is not None:
         approximation.prior_precision = law.given_precision
     elif held_out:
-        pairs = [network.jacobians(inputs) for inputs, _ in held_out]
-        J, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        J, outputs = map(torch.cat, zip(*(network.jacobians(inputs) for inputs, _ in held_out), strict=True))
         labels = torch.cat([labels for _, labels in held_out])
         with torch.no_grad():
             spectrum = _spectrum(approximation, law.curvature)

@@ -76,7 +76,7 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    with _seeded(program, seed):
+    with seeded(program, seed):
         if law == "posterior":
             return draw_gates(program.gate_guide, draws)
         if hasattr(program.prior, "sample_prior"):
@@ -89,7 +89,7 @@ def draw_weights(program: GateProgram, draws: int, *, seed: int = 0) -> Tensor |
     """(S, D) draws of the adapter's weights, independent of those of the gates; None where they are not random."""
     if not program.weights.random:
         return None
-    with _seeded(program, seed ^ _OTHER_STREAM):
+    with seeded(program, seed ^ _OTHER_STREAM):
         return program.weights.draw(draws)
 
 
@@ -116,7 +116,7 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
     if not parts:
         return None
     names, drawn, log_ratio = [], {"posterior": [], "prior": []}, torch.zeros(draws)
-    with _seeded(program, seed):
+    with seeded(program, seed):
         for site, part in parts.items():
             names += part.rate_names
             for law, columns in drawn.items():
@@ -136,7 +136,8 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
 
 
 @contextlib.contextmanager
-def _seeded(program: BayesianLoRA, seed: int):
+def seeded(program: GateProgram, seed: int):
+    """Random numbers on the program's device from this seed, and then as if nothing had been drawn."""
     device = program.log_scale.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -149,7 +150,7 @@ def mean_kl(program: BayesianLoRA, *, seed: int = 0) -> tuple[float, float]:
 
     They are all the same but for a guide or a prior whose KL is sampled. Seeded as `draw` is.
     """
-    with _seeded(program, seed):
+    with seeded(program, seed):
         estimates = torch.stack([torch.stack(program.kl()) for _ in range(_KL_DRAWS)])  # (draws, 2)
     kl_z, kl_g = estimates.double().mean(0).tolist()
     return kl_z, kl_g
@@ -239,7 +240,7 @@ def predict(
     training, batches = program.training, iter(batches)
     parts, logits_of = [], _linearized if weights is not None and program.weights.linearized else _logits
     program.train(dropout_seed is not None)
-    with _seeded(program, dropout_seed or 0):
+    with seeded(program, dropout_seed or 0):
         while chunk := list(itertools.islice(batches, _TOGETHER)):
             inputs, labels = [x for x, _ in chunk], torch.cat([y for _, y in chunk])
             law = program.likelihood(logits_of(program, inputs, *first), scale=program.log_scale.exp())

@@ -9,7 +9,7 @@ from pyro_blora.build import Parts
 from pyro_blora.curvature import fit_run
 from pyro_blora.evaluation import predicted
 from pyro_blora.gates import Gates
-from pyro_blora.posterior import Prediction, bops, deployed, draw, draw_weights
+from pyro_blora.posterior import Prediction, bops, deployed, draw, draw_weights, seeded
 from pyro_blora.summary import stored
 from pyro_blora.tasks import Task, get_task
 from pyro_blora.weights import build_weights
@@ -37,8 +37,7 @@ def _read(parts: Parts, law: Law) -> dict:
         gates = draw(program, draws, seed=seed) if parts.config.method == "bayesian_lora" else None
         found = _scored(parts, _predictions(parts, gates, draw_weights(program, draws, seed=seed)))
         return found | {"bops": float(bops(program).adapted_ratio)}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(program, seed), torch.no_grad():
         theta = program.weights.draw(draws, law)
     return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * program.weights.size}
 
@@ -46,7 +45,8 @@ def _read(parts: Parts, law: Law) -> dict:
 def _laplace(parts: Parts) -> dict:
     program, config = parts.program, parts.config
     point, head = program.weights, dict(enumerate(program.net.head_parameters()))
-    program.weights = build_weights("laplace", program.net.random_weights(), head, {})
+    law = build_weights("laplace", program.net.random_weights(), head, {})
+    program.weights = law.to(program.log_scale.device)
     fit_run(parts)
     theta = draw_weights(program, config.draws, seed=config.seed)
     found = _scored(parts, _predictions(parts, theta=theta))

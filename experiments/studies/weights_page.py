@@ -182,8 +182,8 @@ def fractions(rows: Rows, tasks: list[str]) -> str:
     ]
     for task in tasks:
         for fraction in (*FRACTIONS, 1):
-            of_all = f"-of-{100 * fraction:.0f}" if fraction < 1 else ""
-            lora = of(rows, task, f"lora{of_all}", "point")
+            share = f"-of-{100 * fraction:.0f}"
+            lora, of_all = of(rows, task, f"lora{share}", "point"), share if fraction < 1 else ""
             mean, law = (of(rows, task, f"xs8-swag{of_all}", name) for name in ("point", "K = 10"))
             if lora and law:
                 metrics = " | ".join(spread([row["metric"] for row in which]) for which in (lora, mean, law))
