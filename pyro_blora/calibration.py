@@ -46,7 +46,8 @@ def brier(mean: Tensor, labels: Tensor) -> float:
 
 
 def ece(mean: Tensor, labels: Tensor, bins: int) -> float:
-    """Expected calibration error in equal bins of the confidence, by torchmetrics."""
+    """Expected calibration error in equal bins [a, b) of the confidence, the last with 1, by torchmetrics."""
+    mean = mean.clamp(max=1 - 1e-6)  # torchmetrics gives a confidence of exactly 1 a bin of its own
     return multiclass_calibration_error(mean, labels, num_classes=mean.shape[-1], n_bins=bins).item()
 
 

@@ -36,10 +36,12 @@ def in_words(summary: dict) -> list[str]:
     ]
     if found := _against_a_temperature(summary):
         temperature, scaled, gain = found
-        verdict = f"is better by {gain:.3f}" if gain > 0 else f"does not beat that one number ({gain:+.3f})"
+        verdict = f"averaging is better by {gain:.3f}" if gain > 0 else "averaging does not beat that one number"
+        if summary["nll"] == deployed["nll"]:
+            verdict = "nothing was averaged"
         said.append(
             f"At {temperature:.2f}, the temperature of least NLL on rows held out of training, what is deployed has an "
-            f"NLL of {scaled:.3f}: averaging {verdict}."
+            f"NLL of {scaled:.3f}: {verdict}."
         )
     low, high = bops["interval"]
     said.append(
@@ -103,6 +105,7 @@ def _of_predictions(summary: dict) -> Iterator[str]:
         yield (
             f"Random weights, by law {law}, were not compared with temperature scaling, which any claim of calibration "
             "has to beat: --validation 0.1 holds out the rows that a temperature is fitted to."
+            + (" They would choose Laplace's prior precision, too." if "prior_precision" in summary["weights"] else "")
         )
     gap = summary["metric"]["value"] - summary["deployed"]["metric"]["value"]
     if abs(gap) > GAP:

@@ -61,7 +61,8 @@ class XSLinear(GatedLinear):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         core = self.handover.drawn(self.index, "core", self.lora_core.weight)
-        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight @ core
+        with torch.autocast(core.device.type, enabled=False):  # a weight, which is quantized from float32 as LoRA's is
+            return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight @ core
 
     def random_weights(self) -> dict[str, nn.Parameter]:
         return {"core": self.lora_core.weight}

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from .bops import BOPs, expected_bops
+from .calibration import BINS, brier, ece
 from .gates import Gates, NestedBernoulli
 from .guides import components, draw_gates, log_prob
 from .jacobians import jacobians
 from .program import BayesianLoRA, GateProgram
 
-ECE_BINS = 15
+ECE_BINS = BINS[0]
 _KL_DRAWS = 100
 _OTHER_STREAM = 0x5EED_0F_7E7A  # of the weights' draws, whose seed differs from the gates' in these bits
 _TOGETHER = 16  # batches that are asked for at the same gates, one after the other
@@ -211,9 +211,7 @@ class Prediction:
         if self.is_regression:
             return {"ece": None, "brier": None}
         mean = self.mean
-        ece = multiclass_calibration_error(mean, self.labels, num_classes=mean.shape[-1], n_bins=ECE_BINS)
-        hot = torch.nn.functional.one_hot(self.labels, mean.shape[-1])
-        return {"ece": ece.item(), "brier": (mean - hot).square().sum(-1).mean().item()}
+        return {"ece": ece(mean, self.labels, ECE_BINS), "brier": brier(mean, self.labels)}
 
 
 @torch.no_grad()

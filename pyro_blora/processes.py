@@ -43,9 +43,10 @@ def shard(model: nn.Module, accelerator: accelerate.Accelerator) -> None:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if not frozen:
         raise ValueError("nothing is frozen that could be sharded: drop --use_fsdp, or train an adapter")
-    plugin.ignored_modules = [
-        module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False))
-    ]
+    plugin.ignored_modules = [  # the frozen factors of an XS adapter are small, and multiplied with what learns
+        module for name, module in model.named_modules()
+        if ".lora_" in name or any(p.requires_grad for p in module.parameters(recurse=False))
+    ]  # fmt: skip
     plugin.cpu_ram_efficient_loading = False  # it would replace the parameters that our modules hold
     accelerator.state.fsdp_plugin = plugin
     fsdp2_prepare_model(accelerator, model)

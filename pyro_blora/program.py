@@ -80,9 +80,16 @@ class GateProgram(nn.Module, abc.ABC):
 
     @property
     def gates_are_random(self) -> bool:
-        """Whether the prior leaves any gate open to chance."""
-        pairs = zip(self.prior(), (self.z_mask, self.g_mask), strict=True)
-        return any(bool(((law.log_probs < 0) & law.log_probs.isfinite())[mask].any()) for law, mask in pairs)
+        """Whether the prior leaves any gate to chance."""
+        return any(bool((x.isfinite() & (x < 0)).any()) for x in self._log_probs())
+
+    @property
+    def gates_close(self) -> bool:
+        """Whether any gate can be closed, by chance or for sure: then the network changes when gates start."""
+        return any(bool((x < 0).any()) for x in self._log_probs())
+
+    def _log_probs(self) -> list[Tensor]:
+        return [law.log_probs[mask] for law, mask in zip(self.prior(), (self.z_mask, self.g_mask), strict=True)]
 
     # --- the program ------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def reliability_bins(run: RunFiles) -> pd.DataFrame:
     probabilities = run.probabilities.to_numpy()
     bins = run.summary["ece"]["bins"]
     confidence, right = probabilities.max(1), (run.predictions["decision"] == run.predictions["label"]).to_numpy()
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
     lines = []
     for i in np.unique(index):
         mine = index == i

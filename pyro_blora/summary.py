@@ -117,11 +117,11 @@ def _averaging(parts: Parts) -> str:
         "dropout masks": config.average_over == "dropout",
     }  # fmt: skip
     names = " and of ".join(name for name, is_drawn in drawn.items() if is_drawn)
-    each = f"{config.draws} draws of {names}" if names else ""
+    each = f"over {config.draws} draws of {names}" if names else ""
     if config.weights == "ensemble":
         fits = f"{config.fits} fits from seeds of their own"
-        return f"mean of predicted probabilities over {fits}" + (f", of each over {each}" if each else "")
-    return f"mean of predicted probabilities {f'over {each}' if each else 'of one network, as nothing is random'}"
+        return f"mean of predicted probabilities over {fits}{f', of each {each}' if each else ''}"
+    return f"mean of predicted probabilities {each}" if each else "one network, in which nothing is random,"
 
 
 def of_restart(folder: Path) -> dict:

@@ -96,6 +96,8 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
         )
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
+    if hasattr(parts.program.weights, "require"):
+        parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
     if folder is not None and accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     return _Loop(accelerator, parts, schedule, folder, quiet).run(until)

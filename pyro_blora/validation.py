@@ -20,13 +20,13 @@ _DRAWS = 4  # of gates and weights behind an epoch's NLL, where both are learned
 class Validation:
     """NLL after every epoch on the rows of split `validation`; with `choose_epoch`, training ends with the best one.
 
-    Where gates are random, epochs before they start do not stand for election: everything is open there.
+    Where gates can close, epochs before they start do not stand for election: everything is open there.
     folder: where the best epoch is kept, so that a run that is cut off finds it again; None keeps it in memory only.
     """
 
     def __init__(self, parts: Parts, schedule: Schedule, folder: Path | None, quiet: bool):
         self.parts, self.path, self.quiet = parts, folder / "checkpoints" / _FILE if folder else None, quiet
-        self.first = schedule.opening if parts.program.gates_are_random else 0
+        self.first = schedule.opening if parts.program.gates_close else 0
         self.best: tuple[float, int, dict] | None = None  # NLL, step, what was trained
 
     def restore(self, first: int) -> None:

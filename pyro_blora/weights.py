@@ -9,8 +9,9 @@ from typing import Literal
 
 from torch import nn
 
+from .fitted_laws import Laplace, Swag
 from .registry import Registry
-from .weight_laws import Gaussian, Laplace, LowRank, Parameters, Point, Swag
+from .weight_laws import Gaussian, LowRank, Parameters, Point
 
 WEIGHTS = Registry("weights")
 register_weights = WEIGHTS.register
@@ -79,8 +80,10 @@ def laplace(
     """A Gaussian from the curvature at the trained weights, by laplace-torch.
 
     Settings: structure of the curvature (default: full up to 2,048 weights, low_rank above); rank, how many of its
-    largest eigenvalues low_rank keeps; prior_precision (default: that of the largest marginal likelihood); linearized,
-    whether predictions are those of the network linearized at its weights.
+    largest eigenvalues low_rank keeps; prior_precision (default: of the least NLL on rows held out by --validation;
+    without them of the largest marginal likelihood, which is often far too low); linearized, whether predictions are
+    those of the network linearized at its weights, with derivatives that pass rounding straight through: where bit
+    gates leave few bits, false is truer.
     Source: Daxberger et al., Laplace redux (2021); Yang et al., Laplace-LoRA (2024).
     """
     return Laplace(weights, head, structure, rank, prior_precision, linearized)

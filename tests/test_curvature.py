@@ -8,7 +8,7 @@ from models import batch, weighted_net, weighted_program
 from regression import NOISE, PRIOR, D, LinearRegression, N, regression_data
 
 from pyro_blora.adapters import open_gates
-from pyro_blora.curvature import eigenvectors_of, fit_laplace, gauss_newton_rows
+from pyro_blora.curvature import eigenvectors_of, fit_laplace, gauss_newton_rows, precision_of_least_nll
 from pyro_blora.gates import Gates
 from pyro_blora.jacobians import jacobians
 from pyro_blora.posterior import deployed, draw_weights, predict
@@ -105,6 +105,15 @@ def test_held_out_rows_choose_what_predicts_their_classes_best():
     chosen = program.weights.prior_precision.item()
     others = [nll_at(math.exp(x)) for x in range(-4, 12)]
     assert nll_at(chosen) < min(others) + 0.02 and max(others) > min(others) + 0.1
+
+
+def test_a_complete_basis_leaves_nothing_beside_it():
+    """In single precision |J|^2 less its part along the basis is not quite 0, and a small precision divides it."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(300, 300)).Q
+    J, values = 5 * torch.randn(64, 1, 300), torch.full((300,), 1e6)
+    outputs, labels = torch.randn(64, 1), torch.randn(64)
+    assert precision_of_least_nll(basis, values, J, outputs, labels, 0.01) > 0  # and no variance below 0 on the way
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -218,15 +218,16 @@ def test_evaluation_in_parts_is_that_of_one_process(run):
     assert bits.unique().numel() > 1 and torch.equal(bits.float(), expected_bits(program.layout, gates.z))
 
 
-def test_a_sharded_decoder_trains_as_a_whole_one(folder, decoder):
+@pytest.mark.parametrize("adapter", ["lora", "xs"])
+def test_a_sharded_decoder_trains_as_a_whole_one(folder, decoder, adapter):
     """The frozen weights are split over the processes by FSDP2; what is learned, saved and said is the same."""
-    changes = {"target_modules": "q_proj,k_proj,v_proj", "scope": "encoder"}
-    plain = train(settings(decoder, folder / "plain", **changes))
+    changes = {"target_modules": "q_proj,k_proj,v_proj", "scope": "encoder", "adapter": adapter}
+    plain = train(settings(decoder, folder / f"plain-{adapter}", **changes))
     fsdp = {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     }  # fmt: skip
-    sharded = train(settings(decoder, folder / "sharded", **changes), **fsdp)
+    sharded = train(settings(decoder, folder / f"sharded-{adapter}", **changes), **fsdp)
     for mine, true in zip(*((run / "metrics.jsonl").read_text().splitlines() for run in (sharded, plain)), strict=True):
         mine, true = json.loads(mine), json.loads(true)
         assert mine.keys() == true.keys()

@@ -216,10 +216,14 @@ def test_a_grid_with_a_failed_cell_has_its_page(run, tmp_path, capsys):
     assert 'href="one/report.html"' in page and len(specs_of(page)) == 1
 
 
-@pytest.mark.parametrize(("scaled", "verdict"), [(0.55, "averaging is better by 0.050"), (0.45, "does not beat")])
-def test_words_set_random_weights_beside_a_temperature(run, scaled, verdict):
+@pytest.mark.parametrize(
+    ("scaled", "plain", "verdict"),
+    [(0.55, 0.6, "averaging is better by 0.050"), (0.45, 0.6, "does not beat"), (0.45, 0.5, "nothing was averaged")],
+)
+def test_words_set_random_weights_beside_a_temperature(run, scaled, plain, verdict):
     summary = json.loads((run / "summary.json").read_text())
     assert "temperature" not in " ".join(in_words(summary))
+    summary["deployed"]["nll"] = plain
     summary |= {"nll": 0.5, "weights": {"law": "swag", "random": 96, "stored": 1152, "std": 0.012}}
     assert "--validation 0.1 holds out" in " ".join(warnings(summary, None))
     summary["calibration"] = {"deployed": {"temperature": 1.25, "scaled": {"nll": scaled}}}

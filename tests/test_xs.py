@@ -171,6 +171,16 @@ def test_rank_gates_and_bit_gates_apply_unchanged():
     torch.testing.assert_close(*found)
 
 
+def test_under_autocast_the_product_of_factors_stays_in_single_precision():
+    """It is a weight, rounded to its grid from float32, as what is exported is."""
+    net = attach(tiny_bert(), rank=4, sequence_length=10, adapter="xs").eval()
+    torch.nn.init.normal_(net.adapter_parameters()[0])
+    layer = net.layers()[0]
+    expected = layer.low_rank()[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.low_rank()[1], expected) and expected.dtype == torch.float32
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +190,7 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(backbone, tmp_path, law)
         pytest.importorskip("laplace")
     config = tiny_config(backbone, adapter="xs", epochs=3, **{"lr": 2e-2, **LAWS[law]})
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
-    fit(config, folder=tmp_path / "cut", quiet=True, until=5)
+    fit(config, folder=tmp_path / "cut", quiet=True, until=10)  # within SWAG's snapshots
     if law.startswith("laplace"):  # its curvature is found when training has ended
         assert not any("/weights." in name for name in load_file(tmp_path / "cut/checkpoints/state.safetensors"))
     again = fit(config, folder=tmp_path / "cut", quiet=True)
@@ -358,6 +368,9 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
         ({"adapter": "xs", "adapter_settings": {"svd": "fast"}}, "svd must be one of exact, randomized"),
         ({"adapter_settings": {"svd": "exact"}}, "adapter 'lora' has no settings: drop --adapter.svd"),
         ({"choose_epoch": True}, "choose_epoch needs rows to choose by"),
+        ({"method": "ptq", "validation": 0.1, "choose_epoch": True}, "leave no epoch for --choose_epoch"),
+        ({"weights": "swag", "weights_settings": {"rank": 10}}, "fewer than the 10 snapshots that it needs"),
+        ({"weights": "swag", "weights_settings": {"rank": 2, "burn_in": 0.2}}, "the gates start at step 2: raise"),
         ({"weights": "swag", "validation": 0.1, "choose_epoch": True}, "averages over the epochs"),
         (
             {"weights": "ensemble", "weights_settings": {"of": "swag"}, "validation": 0.1, "choose_epoch": True},
