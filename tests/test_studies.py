@@ -15,6 +15,7 @@ from experiments.studies.weight_laws import ensembles
 from experiments.studies.weights_page import (
     comparisons,
     difference,
+    ece_difference,
     few_deviations,
     fractions,
     half_the_ece,
@@ -151,13 +152,18 @@ def test_claims_are_ratios_of_medians_and_paired_differences():
         law_row("xs8-swag", "K = 10", odds, metric=0.8, **scored(0.05)) | {"parameters": 1},
         law_row("xs8-swag", "point", odds, metric=0.8, **scored(0.05)),
         *(law_row("xs8-swag-deviations", f"K = {k}", [k / 10, 1.0, 1.0, 1.0], **scored(0.05)) for k in (2, 10)),
-        law_row("lora-of-10", "point", odds, metric=0.5), law_row("xs8-swag-of-10", "point", odds, metric=0.6),
+        law_row("lora-of-100", "point", odds, metric=0.5), law_row("lora-of-10", "point", odds, metric=0.5), law_row("xs8-swag-of-10", "point", odds, metric=0.6),
         law_row("xs8-swag-of-10", "K = 10", [-1.0, 1.0, 1.0, 1.0], metric=1.0),
         law_row("xs8-gaussian", "draws", odds), law_row("xs8-gates-gaussian", "draws", odds, bops=0.123),
     ]  # fmt: skip
-    assert (
-        half_the_ece(rows, ["sst2"]).splitlines()[-1] == "| sst2 | 10 | 0.200 | 0.050 | 8 | 1 | 0.050 | 0.25 | 0.100 |"
+    half = half_the_ece(rows, ["sst2"]).splitlines()[-1]
+    assert half.startswith("| sst2 | 10 | 0.200 | 0.050 | 8 | 1 | 0.050 | 0.25 | +0.000 [") and half.endswith(
+        "| 0.100 |"
     )
+    surer = law_row("xs8-swag", "K = 10", [-3.0, 0.2, -3.0, 3.0])  # 3 of 4 right, at 0.953 three times, once at 0.550
+    sure, unsure = 1 / (1 + np.exp(-3.0)), 1 / (1 + np.exp(-0.2))
+    expected = (abs(3 * sure - 2) + abs(unsure - 1)) / 4 - abs(4 / (1 + np.exp(-1.0)) - 3) / 4
+    assert ece_difference([surer], rows[:1])[0] == pytest.approx(expected)
     two, ten = few_deviations(rows, ["sst2"]).splitlines()[-2:]
     assert float(ten.split("|")[4].split()[0]) == pytest.approx(nll_of([1, 1, 1, 1]) - nll_of([0.2, 1, 1, 1]), abs=6e-4)
     assert two.split("|")[4].strip() == ""

@@ -4,6 +4,8 @@ What is compared is the one allocation that is deployed, one forward an example 
 with an empty prefix, what is averaged over draws.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import stats
 
@@ -39,19 +41,27 @@ def paired(
 ) -> dict[str, tuple[float, ...]]:
     """Ours minus theirs, of the score and of the NLL, averaged over seeds: mean and 95 % interval.
 
-    ours, theirs: cells by seed, in the same order. The examples are the same for all: their part is bootstrapped, all
-    seeds together; the seeds' part is Student's, as there are few. Both are added in squares; one seed has no part.
+    ours, theirs: cells by seed, in the same order.
     """
     pairs = [(_arrays(a), _arrays(b)) for a, b in zip(ours, theirs, strict=True)]
+    found = intervals(pairs, lambda pair, rows: _differences(pair, rows, metric, prefix), seed=seed)
+    return dict(zip(("score", "nll"), found, strict=True))
+
+
+def intervals(pairs: list[tuple[dict, dict]], differences: Callable, *, seed: int = 0) -> list[tuple[float, ...]]:
+    """Means and 95 % intervals of `differences(pair, rows)`, averaged over the pairs, one of each seed.
+
+    pairs: arrays by name, ours and theirs, with the same examples for all: the examples' part is bootstrapped, all
+    seeds together; the seeds' part is Student's, as there are few. Both are added in squares; one seed has no part.
+    """
     size, generator = len(pairs[0][0]["label"]), np.random.default_rng(seed)
-    by_seed = np.array([_differences(pair, slice(None), metric, prefix) for pair in pairs])  # (seeds, 2)
+    by_seed = np.array([differences(pair, slice(None)) for pair in pairs])  # (seeds, differences)
     drawn = (generator.integers(size, size=size) for _ in range(BOOTSTRAP))
-    samples = [np.mean([_differences(pair, rows, metric, prefix) for pair in pairs], 0) for rows in drawn]
+    samples = [np.mean([differences(pair, rows) for pair in pairs], 0) for rows in drawn]
     squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 0)) ** 2
     if len(pairs) > 1:
         squares = squares + _half_width(by_seed) ** 2
-    means, half = by_seed.mean(0), np.sqrt(squares)
-    return {key: (means[i], means[i] - half[i], means[i] + half[i]) for i, key in enumerate(("score", "nll"))}
+    return [(mean, mean - half, mean + half) for mean, half in zip(by_seed.mean(0), np.sqrt(squares), strict=True)]
 
 
 def spread(values, digits: int = 3) -> str:
