@@ -152,7 +152,8 @@ def test_claims_are_ratios_of_medians_and_paired_differences():
         law_row("xs8-swag", "K = 10", odds, metric=0.8, **scored(0.05)) | {"parameters": 1},
         law_row("xs8-swag", "point", odds, metric=0.8, **scored(0.05)),
         *(law_row("xs8-swag-deviations", f"K = {k}", [k / 10, 1.0, 1.0, 1.0], **scored(0.05)) for k in (2, 10)),
-        law_row("lora-of-100", "point", odds, metric=0.5), law_row("lora-of-10", "point", odds, metric=0.5), law_row("xs8-swag-of-10", "point", odds, metric=0.6),
+        *(law_row(f"lora-of-{share}", "point", odds, metric=0.5) for share in (10, 100)),
+        law_row("xs8-swag-of-10", "point", odds, metric=0.6),
         law_row("xs8-swag-of-10", "K = 10", [-1.0, 1.0, 1.0, 1.0], metric=1.0),
         law_row("xs8-gaussian", "draws", odds), law_row("xs8-gates-gaussian", "draws", odds, bops=0.123),
     ]  # fmt: skip
