@@ -14,6 +14,7 @@ import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
 from .build import Parts
@@ -31,7 +32,16 @@ _TINY, _RELATIVE = 1e-12, 1e-10  # eigenvalues that are 0, by themselves and bes
 
 
 class _Loader(list):
-    """Batches (inputs, labels) as laplace-torch asks for them."""
+    """Batches (inputs, labels) as laplace-torch asks for them, with a progress bar."""
+
+    quiet = True
+
+    def __iter__(self):
+        bar = tqdm(total=len(self), desc="curvature", unit="batch", leave=False, dynamic_ncols=True, disable=self.quiet)
+        with bar:
+            for batch in super().__iter__():
+                yield batch
+                bar.update()
 
     @property
     def dataset(self) -> range:
@@ -135,7 +145,7 @@ def _spectrum(approximation, structure: str) -> tuple[Tensor | None, Tensor]:
     return vectors, values.clamp(min=0)
 
 
-def fit_run(parts: Parts) -> None:
+def fit_run(parts: Parts, *, quiet: bool = True) -> None:
     """Fit the Laplace law of a run to its training rows, and the prior precision to rows held out, if there are any."""
     program = parts.program
 
@@ -145,12 +155,12 @@ def fit_run(parts: Parts) -> None:
 
     held_out = parts.tokens.get("validation")
     chosen = [] if held_out is None else batches(take(held_out, _HELD_OUT, parts.config.seed))
-    fit_laplace(program, batches(parts.tokens["train"]), deployed(program), chosen)
+    fit_laplace(program, batches(parts.tokens["train"]), deployed(program), chosen, quiet=quiet)
 
 
 def fit_laplace(
     program: GateProgram, batches: Iterable[tuple[dict, Tensor]], gates: Gates,
-    held_out: Iterable[tuple[dict, Tensor]] = (),
+    held_out: Iterable[tuple[dict, Tensor]] = (), *, quiet: bool = True,
 ) -> None:  # fmt: skip
     """Set the scale of the program's Laplace law from training examples, all of them.
 
@@ -194,7 +204,9 @@ def fit_laplace(
     approximation = kind(network, "regression" if regression else "classification", backend=Backend, **settings)
     program.eval()
     shape = (-1, 1) if regression else (-1,)
-    approximation.fit(_Loader((BatchEncoding(inputs), labels.view(shape)) for inputs, labels in batches))
+    loader = _Loader((BatchEncoding(inputs), labels.view(shape)) for inputs, labels in batches)
+    loader.quiet = quiet
+    approximation.fit(loader)
     held_out = list(held_out)
     if law.given_precision is not None:
         approximation.prior_precision = law.given_precision

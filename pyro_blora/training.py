@@ -162,7 +162,7 @@ class _Loop:
         if hasattr(weights, "finish"):
             weights.finish()
         if weights.curvature:
-            fit_run(self.parts)
+            fit_run(self.parts, quiet=self.quiet)
 
     def _steps(self, first: int):
         """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""
