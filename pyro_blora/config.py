@@ -72,7 +72,9 @@ class RunConfig:
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")
-    validation: float = _field(0.0, "fraction of the training rows held out, for temperature and epoch; 0: none")
+    validation: float = _field(
+        0.0, "fraction of training rows held out, for temperature, epoch, prior precision; 0: none"
+    )
     choose_epoch: bool = _field(False, "end with the epoch of least NLL on the validation rows, not with the last")
     batch_size: int = _field(16, "examples per device and forward")
     accumulation: int = _field(1, "forwards per optimizer step")

@@ -4,6 +4,7 @@ The folder is filled under a temporary name (`.<name>.partial`), from which an i
 everything is there. A finished run is never overwritten.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import accelerate
+import filelock
 import torch
 
 from .arviz_data import concatenate, read, save
@@ -36,20 +38,52 @@ _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "acceler
 def train_run(config: RunConfig) -> Path:
     """Train, evaluate and save one run; returns its folder, which the main process writes when training has ended.
 
-    Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work. Neither leaves
-    anything behind.
+    Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work, and for a run
+    that another process is training. Neither leaves anything behind.
     """
     folder = Path(config.output_dir) / config.folder_name
-    if folder.exists():
-        raise FileExistsError(
-            f"{folder} is a finished run already: look at it with `pyro-blora show {folder}`, or change --seed or "
-            "--output_dir to run again"
-        )
     check_names(config)
-    _complete(config, folder)
+    with _alone(folder):
+        if folder.exists():
+            raise FileExistsError(
+                f"{folder} is a finished run already: look at it with `pyro-blora show {folder}`, or change --seed or "
+                "--output_dir to run again"
+            )
+        _complete(config, folder)
     if accelerate.PartialState().is_main_process:
         show_run(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path):
+    """Hold the run's lock, which the system lets go of however this process ends.
+
+    Errors: ValueError where another process holds it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    if not accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process:  # as fit's Accelerator is
+        yield
+        return
+    missing = [place for place in path.parents if not place.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0)
+    with contextlib.suppress(NotImplementedError):  # file systems without locks
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise ValueError(
+                f"{folder} is being trained by another process: wait for it, or change --seed or --output_dir"
+            ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # what a refused run would leave; others are not empty
+            for place in missing:
+                place.rmdir()
 
 
 def _complete(config: RunConfig, folder: Path) -> None:

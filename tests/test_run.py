@@ -240,6 +240,21 @@ def test_regression_runs_to_a_summary(backbone, glue_dir, tmp_path):
     assert "mean" in arviz.from_netcdf(str(folder / "posterior.nc"))["posterior_predictive"]
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(backbone, tmp_path):
+    import filelock
+
+    config = tiny_config(backbone, output_dir=str(tmp_path / "runs"))
+    place = tmp_path / "runs"
+    place.mkdir()
+    with (
+        filelock.FileLock(place / f".{config.folder_name}.lock"),  # as the other process holds it
+        pytest.raises(ValueError, match="is being trained by another process: wait for it"),
+    ):
+        train_run(config)
+    assert not list(place.glob("*.partial"))
+    assert train_run(config).is_dir() and not list(place.glob("*.lock"))
+
+
 @pytest.mark.parametrize("laws", [{}, {"guide": "mixture", "prior": "hierarchical"}], ids=["defaults", "sampled-kl"])
 def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, monkeypatch, laws):
 
