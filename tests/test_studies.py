@@ -136,7 +136,10 @@ def test_a_law_is_compared_with_its_point_and_with_what_temperatures_make_of_it_
     assert max(expected) < 0 and "no" not in found[7].split(", ")
     assert float(found[8].split()[0]) == pytest.approx(nll_of(ours, 0.5) - nll_of(plain, 2.0), abs=6e-4)
     won = winners(comparisons([*rows, law_row("xs8", "draws", plain)], ["sst2"]))  # the draws are their point
-    assert won.splitlines()[-1] == "| sst2 | xs8-swag K = 10 | none |"  # of four examples
+    assert won.splitlines()[-1] == "| sst2 | xs8-swag K = 10 | none | xs8-swag K = 10 | none |"  # of four examples
+    plain = [law_row("xs8", "point", [-4.0, 4.0, 4.0, 4.0])]  # a better one
+    won = winners(comparisons([*plain, *rows[1:]], ["sst2"]))
+    assert won.splitlines()[-1] == "| sst2 | xs8-swag K = 10 | none | none | none |"
     turned = difference([law_row("xs8", "point", own)], [law_row("xs8-swag", "K = 10", ours)])
     assert turned[0] == pytest.approx(-expected[0]) and turned[1] < turned[0] < turned[2]
     assert difference(rows[:1], [law_row("xs8", "draws", ours, seed=1)]) is None  # no seed that both have
