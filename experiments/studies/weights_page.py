@@ -240,7 +240,7 @@ def figure(rows: Rows, path: Path) -> None:
     for column, task in enumerate(tasks):
         for (name, law), mine in by_law(rows, task).items():
             colour = "#0072B2" if name.startswith("xs") else "#D55E00"
-            marker = "o" if law == "point" else "s" if law.startswith("K") else "^"
+            marker = "o" if law == "point" else "D" if "ensemble" in law else "s" if law.startswith("K") else "^"
             for axis, key in zip(axes[:, column], ("ece_20", "nll"), strict=True):
                 axis.scatter(mine[0]["stored"], np.median([row["scores"][key] for row in mine]), c=colour,
                              marker=marker, s=24, alpha=0.7)  # fmt: skip
@@ -250,8 +250,8 @@ def figure(rows: Rows, path: Path) -> None:
             axis.set_xlabel("numbers stored")
             axis.set_ylabel(label)
     marks = [
-        ("o", "#0072B2", "XS, point"), ("s", "#0072B2", "XS, SWAG"), ("^", "#0072B2", "XS, other laws"),
-        ("o", "#D55E00", "LoRA, point"), ("s", "#D55E00", "LoRA, SWAG"), ("^", "#D55E00", "LoRA, other laws"),
+        (marker, colour, f"{adapter}, {law}") for colour, adapter in (("#0072B2", "XS"), ("#D55E00", "LoRA"))
+        for marker, law in (("o", "point"), ("s", "SWAG"), ("^", "other laws"), ("D", "ensembles"))
     ]  # fmt: skip
     handles = [plt.Line2D([], [], marker=m, color=c, linestyle="", label=text) for m, c, text in marks]
     axes[0, 0].legend(handles=handles, fontsize=7)
