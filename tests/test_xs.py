@@ -341,10 +341,10 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
 
     if of == "laplace":
         pytest.importorskip("laplace")
-    settings = {"method": "lora", "lr": 2e-2, "weights": "ensemble", "weights_settings": {"members": 2, "of": of}}
-    config = tiny_config(backbone, output_dir=str(tmp_path), **settings)
-    folder = train_run(config)
-    alone = train_run(tiny_config(backbone, method="lora", lr=2e-2, weights=of, output_dir=str(tmp_path / "alone")))
+    settings = {"method": "lora", "adapter": "xs", "lr": 2e-2}
+    ensemble = {"weights": "ensemble", "weights_settings": {"members": 2, "of": of}}
+    folder = train_run(tiny_config(backbone, output_dir=str(tmp_path), **settings, **ensemble))
+    alone = train_run(tiny_config(backbone, output_dir=str(tmp_path / "alone"), **settings, weights=of))
     (member,) = (folder / "restarts").iterdir()
     tables = [pd.read_parquet(place / "predictions.parquet") for place in (folder, alone, member)]
     columns = [name for name in tables[0] if name.startswith("p_")]
