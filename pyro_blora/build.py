@@ -52,8 +52,8 @@ def check_names(config: RunConfig) -> Task:
     _ADAPTERS.settings(xs_settings, config.adapter_settings)
     if config.ood_task is not None and (task.is_regression or get_task(config.ood_task) == task):
         raise ValueError(
-            f"ood_task {config.ood_task!r} must be another task, beside one of classes: drop it, or name one of other "
-            "sentences"
+            f"ood_task {config.ood_task!r} must be another task than {config.task!r}, which must be a classification: "
+            "drop it, or name a task of other sentences"
         )
     return task
 

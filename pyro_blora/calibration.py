@@ -16,7 +16,7 @@ BINS = (15, 20)  # equal ones of confidence: the peers', and B-LoRA-XS's; the fi
 ADAPTIVE_BINS = 15  # of equally many examples
 COVERAGES = (0.5, 0.8, 0.9, 0.95)  # shares of the examples that are answered, the surest first
 _TINY = 1e-12  # in place of a probability of 0
-_TEMPERATURES = (-3.0, 5.0)  # natural logarithms of the coldest and the hottest that are tried
+TEMPERATURES = (-3.0, 5.0)  # natural logarithms of the coldest and the hottest that are tried
 
 
 def scores(outputs: Tensor, labels: Tensor) -> dict:
@@ -91,7 +91,7 @@ def out_of_distribution(inside: Tensor, outside: Tensor) -> dict[str, float | No
 
 def fit_temperature(mean: Tensor, labels: Tensor) -> float:
     """The temperature of least NLL: probabilities to the power of 1 / T, normalised."""
-    low, high = _TEMPERATURES
+    low, high = TEMPERATURES
     found = scipy.optimize.minimize_scalar(
         lambda log_t: nll(at_temperature(mean, float(np.exp(log_t))), labels), bounds=(low, high), method="bounded"
     )

@@ -20,6 +20,7 @@ from transformers import BatchEncoding
 from .build import Parts
 from .calibration import nll
 from .data import by_length, on_device, take
+from .fitted_laws import PRECISIONS
 from .gates import Gates
 from .jacobians import jacobians
 from .posterior import deployed
@@ -27,7 +28,7 @@ from .program import GateProgram
 
 _HELD_OUT = 256  # rows that choose the prior precision, whose Jacobians are kept together
 _NOISES = 64  # draws of the logits behind a probability on held-out rows
-_LOG_PRECISIONS = (-5.0, 13.0, 19)  # natural logarithms of the prior precisions that are tried: from, to, how many
+_TRIED = 19  # prior precisions, evenly in their logarithm, before the best one's neighbourhood is searched
 _TINY, _RELATIVE = 1e-12, 1e-10  # eigenvalues that are 0, by themselves and beside the largest
 
 
@@ -127,7 +128,7 @@ def precision_of_least_nll(
         shift = torch.einsum("eck,ek,sek->sec", vectors, values.clamp(min=0).sqrt(), noise)
         return nll((outputs + shift).softmax(-1).mean(0), labels)
 
-    grid = np.linspace(*_LOG_PRECISIONS)
+    grid = np.linspace(*PRECISIONS, _TRIED)
     best = int(np.argmin([nll_at(x) for x in grid]))
     bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
     return math.exp(scipy.optimize.minimize_scalar(nll_at, bounds=bounds, method="bounded").x)

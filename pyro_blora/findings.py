@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
+from .calibration import TEMPERATURES
 from .diagnostics import Posterior
+from .fitted_laws import PRECISIONS
 
 SURE = 0.95  # probability of one width or rank, above which a chain of gates is decided
 COLLAPSED = 0.9  # share of the free chains that are sure of their floor
@@ -18,6 +20,7 @@ RHAT = 1.05  # of restarts, above which they disagree; ArviZ's usual limit for c
 DISAGREE = 0.1  # share of the chains above that
 FEW_DRAWS = 100  # below that, tails and intervals of draws are rough
 CLIPPED = 0.05  # share of a tensor's values beyond its range, where it is deployed at 8 bit or more
+EDGE = 0.05  # of the logarithm: a fitted number that close to the end of what was tried was not found, but cut off
 GAP = 0.02  # of the metric or of ECE, between averaged and deployed predictions
 _EXACT_FROM = 8  # bits: coarser grids clip on purpose, as a range that covers everything would round the rest away
 
@@ -39,6 +42,8 @@ def in_words(summary: dict) -> list[str]:
         verdict = f"averaging is better by {gain:.3f}" if gain > 0 else "averaging does not beat that one number"
         if summary["nll"] == deployed["nll"]:
             verdict = "nothing was averaged"
+        elif scaled > deployed["nll"]:
+            verdict = f"that temperature is of no use here, and averaging gains {deployed['nll'] - summary['nll']:+.3f}"
         said.append(
             f"At {temperature:.2f}, the temperature of least NLL on rows held out of training, what is deployed has an "
             f"NLL of {scaled:.3f}: {verdict}."
@@ -107,6 +112,16 @@ def _of_predictions(summary: dict) -> Iterator[str]:
             "has to beat: --validation 0.1 holds out the rows that a temperature is fitted to."
             + (" They would choose Laplace's prior precision, too." if "prior_precision" in summary["weights"] else "")
         )
+    temperature = summary.get("calibration", {}).get("deployed", {}).get("temperature", 1.0)
+    precision = summary.get("weights", {}).get("prior_precision", 1.0)
+    for name, value, bounds in (
+        ("temperature", temperature, TEMPERATURES), ("Laplace's prior precision", precision, PRECISIONS)
+    ):  # fmt: skip
+        if not bounds[0] + EDGE < math.log(value) < bounds[1] - EDGE:
+            yield (
+                f"The {name}, {value:.3g}, is at the end of what was tried: the rows held out do not determine it. "
+                "More of them, or a longer training, might."
+            )
     gap = summary["metric"]["value"] - summary["deployed"]["metric"]["value"]
     if abs(gap) > GAP:
         yield (

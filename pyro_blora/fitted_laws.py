@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .weight_laws import RandomWeights
 
+PRECISIONS = (-5.0, 13.0)  # natural logarithms of the prior precisions that are tried on held-out rows: from, to
 _LARGEST_FULL = 2048  # weights whose full Laplace covariance is computed by default
 
 
@@ -53,7 +54,7 @@ class Swag(RandomWeights):
         if steps - first < least:
             raise ValueError(
                 f"weights 'swag': {steps - first} steps after the burn-in are fewer than the {least} snapshots that it "
-                "needs: raise --epochs, or lower --weights.burn_in or --weights.rank"
+                "needs, at least its rank: raise --epochs, or lower --weights.burn_in or --weights.rank"
             )
         if first < opening:
             raise ValueError(

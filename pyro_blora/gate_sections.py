@@ -95,6 +95,14 @@ def bit_operations(run: RunFiles, title: str) -> Section:
     cheap = gates[gates["deployed"] & (gates["bops_change"] < 0)].sort_values("elbo_loss").head(_ROWS)
     dear = gates[~gates["deployed"] & gates["elbo_loss"].notna()].sort_values("nll_rise").head(_ROWS)
     share = "of the adapted projections at 32 x 32"
+    tables = [
+        ("The gates that save most", _shown(most), True),
+        ("What if: open gates that could be closed at the least loss of ELBO", _shown(cheap), True),
+        ("What if: closed gates that would lower the NLL most if they were open", _shown(dear), False),
+        ("Bit operations by part", spent.round(6), False),
+    ]
+    if not any(bool(mask.any()) for mask in posterior.free()):  # nothing can be forced
+        tables = tables[-1:]
     return Section(
         title,
         [text],
@@ -102,12 +110,7 @@ def bit_operations(run: RunFiles, title: str) -> Section:
             (charts.bars(spent, "part", "share", "product", f"spent, {share}"), "Where bit operations are spent."),
             (charts.bars(saved, "tensor", "saving_adapted", "gates", f"saved, {share}"), "What the gates save."),
         ],
-        tables=[
-            ("The gates that save most", _shown(most), True),
-            ("What if: open gates that could be closed at the least loss of ELBO", _shown(cheap), True),
-            ("What if: closed gates that would lower the NLL most if they were open", _shown(dear), False),
-            ("Bit operations by part", spent.round(6), False),
-        ],
+        tables=tables,
     )
 
 

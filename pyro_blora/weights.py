@@ -94,7 +94,7 @@ def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: Mem
     """Fits from several seeds, whose predicted probabilities are averaged; the first is exported.
 
     Settings: members; of, the law of each of them, with its own default settings: of laplace a mixture of Laplace
-    approximations, of swag MultiSWAG.
+    approximations, of swag MultiSWAG; of dropout masks with --average_over dropout.
     Source: Lakshminarayanan et al., Deep ensembles (2017); Eschenhagen et al., Mixtures of Laplace approximations
     (2021); Wilson and Izmailov (2020).
     """

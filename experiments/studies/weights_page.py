@@ -264,7 +264,8 @@ temperatures and Laplace's prior precision (a fifth of fewer than 1,000 rows; on
 draws; medians ± standard deviations over seeds, which share their rows. `point` is the mean of the law that was
 trained; SWAG's is the average of its snapshots. LoRA is on query and value, XS on four projections a layer (4 R² a
 layer, as in the paper). Scaled: at the temperature of least NLL on the held-out rows. ECE by equal bins of confidence,
-or of equal count (adaptive). Differences: mean and 95 % interval, paired by example and seed. XS's learning rate was
+or of equal count (adaptive). Tables have medians, differences are means, with 95 % intervals, paired by example and
+seed, over the seeds that both have. Mutual information of an ensemble is between its members. XS's learning rate was
 chosen on SST-2, LoRA's is a usual one."""
 
 _NOISE = """Each law is compared with its own point, with that point at its temperature, and with the plain training at
