@@ -1,6 +1,7 @@
 """The page of a run and of a grid: its numbers, what it says of damage, and how a real browser shows it."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -218,7 +219,12 @@ def test_a_grid_with_a_failed_cell_has_its_page(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("scaled", "plain", "verdict"),
-    [(0.55, 0.6, "averaging is better by 0.050"), (0.45, 0.6, "does not beat"), (0.45, 0.5, "nothing was averaged")],
+    [
+        (0.55, 0.6, "averaging is better by 0.050"),
+        (0.45, 0.6, "does not beat"),
+        (0.45, 0.5, "nothing was averaged"),
+        (0.7, 0.6, "that temperature is of no use here, and averaging gains +0.100"),
+    ],
 )
 def test_words_set_random_weights_beside_a_temperature(run, scaled, plain, verdict):
     summary = json.loads((run / "summary.json").read_text())
@@ -231,6 +237,11 @@ def test_words_set_random_weights_beside_a_temperature(run, scaled, plain, verdi
     assert verdict in said and "At 1.25, the temperature" in said and f"has an NLL of {scaled:.3f}" in said
     assert "96 weights of the adapter are random, by law swag, with a standard deviation of 0.012" in said
     assert "--validation" not in " ".join(warnings(summary, None))
+    assert "at the end of what was tried" not in " ".join(warnings(summary, None))
+    summary["calibration"]["deployed"]["temperature"] = math.exp(4.9999)
+    summary["weights"]["prior_precision"] = math.exp(-4.99)
+    said = [line for line in warnings(summary, None) if "at the end of what was tried" in line]
+    assert len(said) == 2 and "temperature, 148" in said[0] and "prior precision, 0.0068" in said[1]
 
 
 def test_warnings_name_what_is_wrong(backbone, tmp_path):
