@@ -9,7 +9,6 @@ temperatures, dev is predicted once. A finished path is one JSON file in --keep,
 days.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.studies.cells import CODE, kept
+from experiments.studies.cells import CODE, kept, settings_of
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.weight_laws import Law, ensembles, laws_of
 from experiments.studies.weights_page import DEVIATIONS, FRACTIONS, RANKS, figure, report
@@ -75,7 +74,7 @@ def trained(options, task: str, path: str, seed: int) -> dict | None:
     run = fit(config, folder=folder)
     labels = {split: run.parts.rows[split]["label"] for split in ("eval", "validation")}
     cell = {
-        "config": dataclasses.asdict(config), "versions": versions(), "code": CODE, "seconds": run.seconds,
+        "config": settings_of(config), "versions": versions(), "code": CODE, "seconds": run.seconds,
         "summary": {"task": task, "device": f"cpu ({torch.get_num_threads()} threads)"},
         "labels": {split: list(x) for split, x in labels.items()}, "laws": laws_of(run.parts, PATHS[path][1]),
     }  # fmt: skip

@@ -40,9 +40,9 @@ def kept(path: Path, config: RunConfig) -> dict | None:
     if not path.exists():
         return None
     cell = json.loads(path.read_text(encoding="utf-8"))
-    known = _settings(RunConfig.from_dict(cell["config"]))  # fields that are newer than the cell had their defaults
-    if known != _settings(config):
-        wrong = sorted(key for key, value in _settings(config).items() if known[key] != value)
+    known = settings_of(RunConfig.from_dict(cell["config"]))  # fields that are newer than the cell had their defaults
+    if known != settings_of(config):
+        wrong = sorted(key for key, value in settings_of(config).items() if known[key] != value)
         raise ValueError(f"{path} is of another configuration ({', '.join(wrong)} differ): give another --keep")
     return cell
 
@@ -107,7 +107,8 @@ def provenance(cells: list[dict]) -> str:
     return f"on {', '.join(devices)}; {', '.join(packages)}; digests of the package's code: {', '.join(code)}"
 
 
-def _settings(config: RunConfig) -> dict:
+def settings_of(config: RunConfig) -> dict:
+    """What a cell keeps of a configuration: what was run, not where."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     return {key: value for key, value in values.items() if key not in _ELSEWHERE}
 
@@ -119,7 +120,7 @@ def _read(config: RunConfig) -> dict:
     opened = opened.isel(chain=0, drop=True) if "chain" in opened.dims else opened  # runs before restarts had none
     ranks = 1 + opened.sum("rank", skipna=False)
     return {
-        "config": _settings(config),
+        "config": settings_of(config),
         "versions": versions(),
         "code": CODE,
         "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
