@@ -23,6 +23,8 @@ from pyro_blora.gates import Gates
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed
 from pyro_blora.run import train_run
+from pyro_blora.schedule import Schedule
+from pyro_blora.validation import Validation
 from pyro_blora.xs import Factors, factors
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -220,6 +222,15 @@ def test_epochs_before_the_gates_start_do_not_stand_for_election(backbone):
     seen = {line["step"]: line["validation_nll"] for line in trained.metrics if "validation_nll" in line}
     assert min(seen, key=seen.get) < 12  # an earlier one was better, but everything was open there
     assert float(trained.program.gate_guide.posterior().z.mean.min()) < 0.99
+
+
+@pytest.mark.parametrize(("method", "waits"), [("lora", False), ("qat_lora", True), ("bayesian_lora", True)])
+def test_what_closes_gates_waits_for_their_start(backbone, method, waits):
+    """Pinned gates, too, change the network when they start: 8 bit from the start on, everything open before."""
+    parts = build(tiny_config(backbone, method=method, epochs=4, validation=0.25, choose_epoch=True, kl_warmup=0.5))
+    schedule = Schedule.of(parts.config, len(parts.rows["train"]))
+    assert Validation(parts, schedule, None, quiet=True).first == (schedule.opening if waits else 0)
+    assert schedule.opening > 0
 
 
 def test_a_damaged_best_epoch_is_refused(backbone, tmp_path):
