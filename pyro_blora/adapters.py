@@ -35,9 +35,11 @@ class GatedModel(nn.Module):
 
     Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
     `autocast`: dtype of the backbone's arithmetic, None for the caller's.
+    `leads_with_examples`: a fact about the network, once somebody has asked (example_axis.py).
     """
 
     autocast: torch.dtype | None = None
+    leads_with_examples: bool | None = None
 
     def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: Handover):
         super().__init__()
@@ -210,9 +212,15 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.
 
 @contextlib.contextmanager
 def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
-    """Let `observer` see every forward in the block, in evaluation mode, without gates."""
+    """Let `observer` see every forward in the block, in evaluation mode, without gates.
+
+    Gradient checkpointing goes on: it asks a block's own flag, not those of the layers inside. Gradients are to be
+    taken within the block, as the observer sees the recomputation too.
+    """
     training, net.handover.observer = net.training, observer
     net.eval()
+    for module in net.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
     try:
         yield net
     finally:

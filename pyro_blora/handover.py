@@ -6,8 +6,9 @@ to measure ranges (ranges.py) or how the loss answers to a coarser grid (startin
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +17,11 @@ from .quantizer import Grid, Map, quantize_on, quantized_products
 
 
 class Observer:
-    """What sees the tensors of a network in one forward at 32 bit, all ranks open; the base class only looks on."""
+    """What sees the tensors of a network in one forward at 32 bit, all ranks open; the base class only looks on.
+
+    A method returns a tensor of the shape and dtype that the network would have had: under autocast a linear map is in
+    bfloat16, and a network that mixes two results of one layer (DeBERTa's content and positions) refuses two dtypes.
+    """
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         """x, or what to go on with instead. (B, ..., n)"""
@@ -29,6 +34,31 @@ class Observer:
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         """hidden (B, ..., R), or what to go on with instead."""
         return hidden
+
+
+class _Watched(torch.autograd.Function):
+    """Zeros in the shape of a tensor, which take no memory; their gradient, that tensor's, becomes the anchor's."""
+
+    @staticmethod
+    def forward(ctx, like, anchor, of_anchor, *saved):
+        ctx.of_anchor = of_anchor
+        ctx.save_for_backward(*saved)
+        return like.new_zeros(()).expand(like.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors  # read once: a checkpointed block gives them once
+        return None, ctx.of_anchor(grad, *saved), None, *(None for _ in saved)
+
+
+def watched(y: Tensor, anchor: Tensor, of_anchor: Callable[..., Tensor], *saved: Tensor) -> Tensor:
+    """y, whose gradient also reaches `anchor`, as of_anchor(gradient of y, *saved).
+
+    What is computed from the gradient is computed in the backward pass and keeps no more than `saved`, so that an
+    observer takes the memory of a training step.
+    """
+    return y + _Watched.apply(y.detach(), anchor, of_anchor, *(x.detach() for x in saved))
 
 
 class Handover:
@@ -87,7 +117,7 @@ class Handover:
         if weight.dim() == 2:
             return F.linear(x, weight, bias)
         y = x @ weight.mT  # (B, ..., n) with (B, m, n)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         if self.observer is not None:

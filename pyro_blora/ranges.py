@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters import observed
-from .handover import Observer
+from .handover import Observer, watched
 from .program import BayesianLoRA
 from .quantizer import LADDER, squared_errors
 
@@ -52,19 +52,33 @@ class _Sample(Observer):
         self.largest: dict[tuple[int, int], Tensor] = {}
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
-        key, x = (projection, tensor), x + self.anchor.to(x.dtype)  # so that it has a gradient
-        index = torch.randint(x.numel(), (self.size,), generator=torch.Generator().manual_seed(0)).to(x.device)
-        values = x.detach().flatten().float()
-        self.largest[key] = torch.maximum(self.largest.get(key, values.new_zeros(())), values.abs().max())
-        x.register_hook(lambda slope: self._keep(key, values[index], slope.flatten()[index].float()))
-        return x
+        index = self._drawn((projection, tensor), x)
+        values = x.detach().flatten()[index].float()
 
-    def _keep(self, key: tuple[int, int], values: Tensor, slopes: Tensor) -> None:
-        self.values.setdefault(key, []).append(values)
-        self.slopes.setdefault(key, []).append(slopes)
+        def keep(grad: Tensor) -> Tensor:
+            return self._keep((projection, tensor), values, grad.flatten()[index])
+
+        return watched(x, self.anchor, keep)
 
     def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.activation(projection, tensor, weight), bias)
+        index = self._drawn((projection, tensor), weight)
+
+        def keep(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+            slope = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)  # (m, n): the weight is not copied
+            return self._keep((projection, tensor), weight.flatten()[index].float(), slope.flatten()[index])
+
+        return watched(F.linear(x, weight, bias), self.anchor, keep, x, weight)
+
+    def _drawn(self, key: tuple[int, int], x: Tensor) -> Tensor:
+        """Which values are kept, and a note of the largest."""
+        largest = x.detach().abs().max().float()
+        self.largest[key] = torch.maximum(self.largest.get(key, largest), largest)
+        return torch.randint(x.numel(), (self.size,), generator=torch.Generator().manual_seed(0)).to(x.device)
+
+    def _keep(self, key: tuple[int, int], values: Tensor, slopes: Tensor) -> Tensor:
+        self.values.setdefault(key, []).append(values)
+        self.slopes.setdefault(key, []).append(slopes.float())
+        return torch.zeros_like(self.anchor)
 
 
 def range_errors(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) -> RangeErrors:
@@ -74,8 +88,8 @@ def range_errors(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) 
     for inputs, labels in batches:
         with observed(net, sample):
             logits = net(**inputs).logits.float()
-        nll = -program.likelihood(logits, scale=program.log_scale.exp()).log_prob(labels).sum()
-        torch.autograd.grad(nll, sample.anchor)
+            nll = -program.likelihood(logits, scale=program.log_scale.exp()).log_prob(labels).sum()
+            torch.autograd.grad(nll, sample.anchor)
     candidates = _CANDIDATES.to(net.log_range.device)
     with torch.no_grad():
         ranges = net.log_range.exp()[..., None].repeat(1, 1, len(candidates))  # (L, T, C)

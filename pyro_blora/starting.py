@@ -17,22 +17,25 @@ is left out: over M examples its standard error is N sd(D) / sqrt(M), which exce
 would close gates on noise.
 
 Slopes are taken per example, so that M is the number of examples, not of batches: for an activation the sums run over
-its example, for a weight W the change of the output is x (Q_b(W) - W)', which has an example dimension. Where a layer
-is called without one (DeBERTa's positions) that call is not counted. Ranks are closed in the same way.
+its example, for a weight W the change of the output is x (Q_b(W) - W)', which has an example dimension. A further call
+without one (DeBERTa's positions) is not counted; where a layer has no call that leads with the example (a network that
+flattens tokens), examples are passed one by one. Ranks are closed in the same way.
 Source: Optimal Brain Damage (1990) with the Fisher for the Hessian; the constant correlation of Ledoit and Wolf (2004).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .adapters import observed
+from .adapters import GatedModel, observed
+from .example_axis import without_examples
 from .gates import Gates
-from .handover import Observer
+from .handover import Observer, watched
 from .layout import AdapterLayout
 from .program import BayesianLoRA
 from .quantizer import rounded
@@ -40,10 +43,14 @@ from .quantizer import rounded
 _FINE = 8  # bits above which rounding is taken to cost nothing: at 8 bits it was measured as about 0 nats everywhere
 _UPDATES = 200  # of all laws together, each a tenth of the way: what is left to go is 1e-9 of it
 _STEP = 0.1
+log = logging.getLogger(__name__)
 
 
 class _Slopes(Observer):
-    """Moves every tensor by s (Q_b(x) - x), s = 0, one s for each example, tensor and width; likewise each rank."""
+    """Slopes of moving every tensor by s (Q_b(x) - x) at s = 0, one s for each example, tensor and width; of each rank.
+
+    z (B, L, T, widths), g (B, L, R - 1): zeros, whose gradients the slopes are.
+    """
 
     def __init__(self, layout: AdapterLayout, ranges: Tensor, batch: int):
         self.ranges, self.batch = ranges, batch
@@ -52,31 +59,49 @@ class _Slopes(Observer):
         self.z = torch.zeros(batch, *layout.z_shape[:2], len(self.widths), device=device, requires_grad=True)
         self.g = torch.zeros(batch, *layout.g_shape, device=device, requires_grad=True)
 
-    def _changes(self, projection: int, tensor: int, x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        for column, i in enumerate(self.widths):
-            change = rounded(x, self.ranges[projection, tensor, i], self.bits[i]) - x.detach()
-            yield self.z[:, projection, tensor, column], change
-
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
-        if len(x) != self.batch:
+        if not self._has_examples(x):
             return x
-        for s, change in self._changes(projection, tensor, x):
-            x = x + s.view(-1, *[1] * (x.dim() - 1)).to(x.dtype) * change
-        return x
+
+        def slopes(grad: Tensor, x: Tensor) -> Tensor:
+            changes = self._changes(projection, tensor, x)
+            return torch.stack([self._by_example(grad, change) for change in changes], -1)
+
+        return watched(x, self.z[:, projection, tensor], slopes, x)
 
     def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x, weight, bias)
-        if len(x) != self.batch:
+        if not self._has_examples(x):
             return y
-        for s, change in self._changes(projection, tensor, weight):
-            y = y + s.view(-1, *[1] * (x.dim() - 1)).to(x.dtype) * F.linear(x, change)
-        return y
+
+        def slopes(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+            x, changes = x.to(self.z.dtype), self._changes(projection, tensor, weight)
+            return torch.stack([self._by_example(grad, F.linear(x, change)) for change in changes], -1)
+
+        return watched(y, self.z[:, projection, tensor], slopes, x, weight)
 
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
-        if len(hidden) != self.batch:
+        if not self._has_examples(hidden):
             return hidden
-        s = F.pad(self.g[:, projection], (1, 0))  # (B, R)
-        return hidden * (1 + s.view(len(s), *[1] * (hidden.dim() - 2), -1).to(hidden.dtype))
+
+        def slopes(grad: Tensor, hidden: Tensor) -> Tensor:
+            each = grad.to(self.g.dtype) * hidden  # (B, ..., R)
+            return each.reshape(self.batch, -1, each.shape[-1]).sum(1)[:, 1:]
+
+        return watched(hidden, self.g[:, projection], slopes, hidden)
+
+    def _has_examples(self, x: Tensor) -> bool:
+        """Of a batch of one, everything is that example's."""
+        return self.batch == 1 or len(x) == self.batch
+
+    def _changes(self, projection: int, tensor: int, x: Tensor) -> Iterable[Tensor]:
+        x = x.to(self.z.dtype)
+        for i in self.widths:
+            yield rounded(x, self.ranges[projection, tensor, i], self.bits[i]) - x
+
+    def _by_example(self, grad: Tensor, change: Tensor) -> Tensor:
+        """<grad, change> of each example, (B,)."""
+        return (grad.to(change.dtype) * change).reshape(self.batch, -1).sum(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +180,12 @@ def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], r
     ranges (L, T, 5): of each tensor at each bit width.   Errors: ValueError without any batch.
     """
     z, g = [], []
-    for inputs, labels in batches:
+    for inputs, labels in _with_examples(program.net, batches):
         observer = _Slopes(program.layout, ranges, len(labels))
         with observed(program.net, observer):
             logits = program.net(**inputs).logits.float()
-        slopes = (logits * _fisher_directions(program, logits.detach())).sum()
-        slope_z, slope_g = torch.autograd.grad(slopes, (observer.z, observer.g), materialize_grads=True)
+            slopes = (logits * _fisher_directions(program, logits.detach())).sum()
+            slope_z, slope_g = torch.autograd.grad(slopes, (observer.z, observer.g), materialize_grads=True)
         z.append(F.pad(slope_z, (0, len(program.layout.ladder) - slope_z.shape[-1])))
         g.append(F.pad(-slope_g.flip(-1).cumsum(-1).flip(-1), (0, 1)))
     if not z:
@@ -168,6 +193,17 @@ def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], r
     types = [p.type for p in program.layout.projections]
     kinds = torch.tensor([types.index(kind) for kind in types], device=ranges.device)
     return Sensitivity.of(torch.cat(z), torch.cat(g), kinds)
+
+
+def _with_examples(net: GatedModel, batches: Iterable[tuple[dict, Tensor]]) -> Iterator[tuple[dict, Tensor]]:
+    """The batches, or their examples one by one where a layer sees tensors that do not lead with the example."""
+    for number, (inputs, labels) in enumerate(batches):
+        if number == 0:
+            together = not (apart := without_examples(net, inputs))
+            if not together:
+                log.info("slopes are taken example by example: %s mix the examples of a batch", ", ".join(apart))
+        for at in [slice(None)] if together else (slice(i, i + 1) for i in range(len(labels))):
+            yield {key: x[at] for key, x in inputs.items()}, labels[at]
 
 
 def _fisher_directions(program: BayesianLoRA, logits: Tensor) -> Tensor:

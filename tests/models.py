@@ -53,21 +53,32 @@ def tiny_distilbert():
 
 def _deberta_config(**sizes):
     return transformers.DebertaV2Config(
-        type_vocab_size=0, relative_attention=True, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, pooler_hidden_act="gelu", layer_norm_eps=1e-7,
-        num_labels=2, **sizes,
+        **{
+            "type_vocab_size": 0, "relative_attention": True, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "pooler_hidden_act": "gelu",
+            "layer_norm_eps": 1e-7, "num_labels": 2, **sizes,
+        }
     )  # fmt: skip
 
 
-def tiny_deberta(*, dropout=0.1):
+def tiny_deberta(*, dropout=0.1, num_labels=2, **settings):
     """DeBERTaV3 in small: disentangled attention with shared keys, which calls query and key twice a forward."""
+    sizes = {"pooler_hidden_size": 32, "position_buckets": 8, "num_labels": num_labels, **_SMALL, **settings}
     return _built(
         transformers.DebertaV2ForSequenceClassification,
-        _deberta_config(
-            **_SMALL, pooler_hidden_size=32, position_buckets=8, hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        ),
-    )  # fmt: skip
+        _deberta_config(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
+    )
+
+
+def tiny_deberta_v2(**settings):
+    """DeBERTaV2 in small: a convolution beside the first layer, and projections of positions of their own."""
+    return tiny_deberta(share_att_key=False, conv_kernel_size=3, conv_act="gelu", **settings)
+
+
+def tiny_llama(*, num_labels=2, **settings):
+    """Llama in small, with grouped queries."""
+    sizes = {"num_key_value_heads": 2, "pad_token_id": 0, "num_labels": num_labels, **_SMALL, **settings}
+    return _built(transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**sizes))
 
 
 def deberta_v3_base():

@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pyro_blora"
 FLOORS = {
+    "example_axis": 4,
     "jacobians": 5,
     "summary": 9,
     "evaluation": 8,
