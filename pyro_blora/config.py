@@ -50,7 +50,9 @@ class RunConfig:
     """
 
     task: str = _field("acceptability", "task to learn: acceptability needs no download; the GLUE tasks by name")
-    backbone: str = _field("demo", "demo (a packaged MiniLM), a folder, a name on the hub, or file.py:function")
+    backbone: str = _field(
+        "demo", "demo (a packaged MiniLM), demo-deberta, a folder, a name on the hub, or file.py:function"
+    )
     glue_dir: str | None = _field(None, "folder of GLUE files to read instead of downloading; none: download")
     method: str = _field("bayesian_lora", "bayesian_lora, or what it is compared with; `pyro-blora methods` lists them")
     prior: str = _field("bops", "law of the gates: a name that `pyro-blora priors` lists, or file.py:function")

@@ -20,6 +20,7 @@ FLOORS = {
     "fitted_laws": 1,
     "weight_laws": 0,
     "xs": 0,
+    "deberta_from_bert": 1,
     "calibration": 0,
     "fields": 0,
     "gates": 0,
@@ -34,7 +35,7 @@ FLOORS = {
     "flags": 2,
     "schedule": 2,
     "tasks": 1,  # the whole folder: its files may import each other
-    "backbone": 1,
+    "backbone": 2,
     "data": 1,
     "adapters": 3,
     "adaptive": 2,
