@@ -87,6 +87,6 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
             parameter = parameters[name]
             if kind == "parameter":
                 parameter.copy_(value)
-            else:  # Adam keeps its step count on the host
-                optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+            else:  # the fused step of AdamW takes all of its state, the step count too, from the parameter's device
+                optimizer.state[parameter][kind] = value.to(parameter.device)
     return step
