@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from .exporting import export
 from .inference_data import to_arviz
 from .processes import sharding_wanted
 from .program import BayesianLoRA
-from .report import write_report
 from .show import show_run
 from .summary import of_restart, predictions_table, summarize
 from .training import Trained, fit
@@ -101,8 +101,18 @@ def _complete(config: RunConfig, folder: Path) -> None:
         (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder)
-        write_report(folder)  # last: a run does not wait for its page
+        _write_page(folder)
     accelerate.PartialState().wait_for_everyone()
+
+
+def _write_page(folder: Path) -> None:
+    """The report of a finished run, which is not lost where what draws it is not installed."""
+    try:
+        from .report import write_report  # here, as charts need packages that a training does not
+
+        write_report(folder)
+    except ImportError as error:
+        print(f"no report.html: {error}. Install it, then: pyro-blora report {folder}", file=sys.stderr)
 
 
 def each_restart(config: RunConfig) -> list[RunConfig]:

@@ -14,12 +14,12 @@ from pyro_blora.quantizer import LADDER, grids, mixture_weights, quantize_on
 
 from .timing import Row, compared, in_turn
 
-SHAPE = (4096, 768)
+SHAPES = {"cpu": (4096, 768), "cuda": (65536, 1024)}  # larger than any cache
 
 
 def _inputs(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    x, upstream = (torch.randn(SHAPE, generator=generator).to(device, dtype) for _ in range(2))
+    x, upstream = (torch.randn(SHAPES[device], generator=generator).to(device, dtype) for _ in range(2))
     gates = torch.tensor([1.0, 0.9, 0.7, 0.2, 0.1], device=device)  # soft, so that every width takes part
     return x.requires_grad_(), torch.tensor(2.5, device=device, requires_grad=True), gates.requires_grad_(), upstream
 
@@ -44,7 +44,7 @@ def subjects(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Calla
     bits = 8
     scale = float(2 * value_range.detach() / (2**bits - 1))
     largest = 2 ** (bits - 1) - 1
-    source, half = x.detach(), x.detach()[: SHAPE[0] // 2]
+    source, half = x.detach(), x.detach()[: len(x) // 2]
     target, half_target = torch.empty_like(source), torch.empty_like(half)
 
     def ours():
@@ -76,7 +76,7 @@ def subjects(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Calla
 
 def measure(device: str, seconds: float) -> list[Row]:
     """On a GPU the goals are shares of the copy's bandwidth, 70 % forward and 60 % both ways."""
-    section = f"Quantizer, forward and backward of {SHAPE} float32"
+    section = f"Quantizer, forward and backward of {SHAPES[device]} float32"
     taken = in_turn(subjects(device), seconds=seconds, device=device)
     return [
         compared(section, taken, "quantizer", "ladder", goal=20, faster=True),

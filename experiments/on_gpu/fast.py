@@ -1,0 +1,75 @@
+"""How fast it is there: the parts of the benchmark (experiments/bench) that a GPU is for, in order of value."""
+
+import dataclasses
+import functools
+
+from experiments.bench import quantizers, subjects
+from experiments.bench.networks import Setting, gated_step, lora_step
+from experiments.bench.timing import Row, compared, in_turn
+
+from . import works
+from .session import Check, Session
+
+_GOALS = {"gated": 1.15, "gated, every projection": 1.30}
+
+
+def _steps(setting: Setting, seconds: float) -> list[Row]:
+    names = ("gated", "gated, shared inputs", "gated, every projection", "PEFT AdaLoRA", "PEFT LoRA")
+    functions = {name: subjects.STEPS[name](setting) for name in names}
+    taken = in_turn(functions, seconds=seconds, device=setting.device)
+    section = f"Training step, {setting.batch} x {setting.length}"
+    return [compared(section, taken, name, "PEFT LoRA", goal=_GOALS.get(name)) for name in names[:-1]]
+
+
+def _compiled(setting: Setting, seconds: float) -> list[Row]:
+    functions = {
+        "gated, network compiled": gated_step(setting, compiled=True), "gated": gated_step(setting),
+        "PEFT LoRA, compiled": lora_step(setting, compiled=True), "PEFT LoRA": lora_step(setting),
+    }  # fmt: skip
+    taken = in_turn(functions, seconds=seconds, device=setting.device)
+    pairs = (("gated, network compiled", "PEFT LoRA, compiled"), ("gated, network compiled", "gated"),
+             ("PEFT LoRA, compiled", "PEFT LoRA"))  # fmt: skip
+    return [compared("Whole network compiled", taken, *pair) for pair in pairs]
+
+
+MEASURES = {
+    "steps": _steps,
+    "compiled": _compiled,
+    "quantizer": lambda setting, seconds: quantizers.measure(setting.device, seconds),
+    "profile": lambda setting, seconds: subjects.where_time_goes(setting),
+    "program": subjects.program_overhead,
+    "predictions": subjects.predictive,
+    "memory": lambda setting, seconds: subjects.memory(setting),
+    "first step": lambda setting, seconds: subjects.first_step(setting),
+}
+
+
+def setting(session: Session) -> Setting:
+    if session.tiny:
+        return Setting(layers=1, batch=2, length=16)
+    return Setting(backbone="deberta", length=128, device="cuda", precision="bf16")
+
+
+def checks(session: Session) -> list[Check]:
+    here, found = setting(session), []
+
+    def add(name: str, measure: str, seconds: float, **changes) -> None:
+        values = dataclasses.asdict(dataclasses.replace(here, **({} if session.tiny else changes)))
+        arguments = {"name": measure, "setting": values, "seconds": 0.5 if session.tiny else seconds}
+        run = functools.partial(Session.child, function="bench", arguments=arguments, seconds=120)
+        found.append(Check(name, run))
+
+    add("step", "steps", 12.0)
+    config = works.config(session, "deberta_v3_base", "syncs", prior="budget", prior_settings={"bops": 0.1})
+    config |= {"logging_steps": 1000, "checkpoint_steps": 1000, "kl_warmup": 0.0}
+    found.append(Check("host synchronizations", lambda s: s.child("syncs", {"config": config}, seconds=120)))
+    add("memory", "memory", 0.0)
+    add("quantizer", "quantizer", 4.0)
+    add("where time goes", "profile", 0.0)
+    add("step, 8 x 256", "steps", 6.0, batch=8, length=256)
+    add("step, 128 x 128", "steps", 8.0, batch=128)
+    add("gates alone", "program", 4.0)
+    add("predictions", "predictions", 6.0)
+    add("time to the first step", "first step", 0.0)
+    add("whole network compiled", "compiled", 6.0)
+    return found

@@ -1,0 +1,98 @@
+"""Does it work there: DeBERTaV3-base in bf16, killed and resumed, with every kind of adapter and in both scopes.
+
+Every line is a whole run of the generated task, ended by its posterior, predictions, export and a reload.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from .session import Check, Session
+
+_BACKBONES = Path(__file__).with_name("backbones.py")
+_DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "ON_GPU_DETERMINISTIC": "1"}
+
+
+def backbone(session: Session, name: str) -> str:
+    """`file.py:function`; of DeBERTaV3-base a tiny one where everything is."""
+    return f"{_BACKBONES}:{'tiny_deberta' if session.tiny and name == 'deberta_v3_base' else name}"
+
+
+def config(session: Session, name: str, folder: str, **changes) -> dict:
+    rows, steps = (32, 4) if session.tiny else (512, 32)
+    return {
+        "task": "acceptability", "backbone": backbone(session, name), "max_train": rows, "epochs": 2,
+        "batch_size": 2 * rows // steps, "precision": "bf16", "draws": 4, "logging_steps": 1,
+        "max_length": 32 if session.tiny else 64, "checkpoint_steps": max(1, steps // 8),
+        "output_dir": str(session.work / folder), **changes,
+    }  # fmt: skip
+
+
+def checks(session: Session) -> list[Check]:
+    budget = {"prior": "budget", "prior_settings": {"bops": 0.1, "denominator": "model"}}
+    variants = {
+        "scope encoder, budget 0.10 of the model": {"scope": "encoder", **budget},
+        "scope encoder, checkpointed": {"scope": "encoder", "gradient_checkpointing": True},
+        "XS, Gaussian weights, shared inputs": {
+            "adapter": "xs", "weights": "gaussian", "share_inputs": True, "adapter_settings": {"svd": "randomized"},
+        },
+        "plain LoRA": {"method": "lora"},
+    }  # fmt: skip
+    resumed = [
+        Check("DeBERTaV3-base: killed and resumed", functools.partial(killed, name="deberta_v3_base")),
+        Check("DeBERTaV3-base: killed and resumed, deterministic kernels",
+              functools.partial(killed, name="deberta_v3_base", environment=_DETERMINISTIC)),
+        Check("MiniLM as DeBERTaV3: killed and resumed", functools.partial(killed, name="minilm_as_deberta")),
+    ]  # fmt: skip
+    return resumed + [
+        Check(f"DeBERTaV3-base: {what}", functools.partial(whole, changes=changes))
+        for what, changes in variants.items()
+    ]
+
+
+def whole(session: Session, changes: dict) -> dict:
+    """A run from beginning to end."""
+    return session.child("train", {"config": config(session, "deberta_v3_base", "runs", **changes)}, seconds=170)
+
+
+def killed(session: Session, name: str, environment: dict | None = None) -> dict:
+    """A run, beside the same run killed by SIGKILL in the middle and taken up again."""
+    folder = f"{name}{'_deterministic' if environment else ''}"
+    first, second = (config(session, name, f"{folder}_{which}") for which in ("whole", "killed"))
+    told = session.child("train", {"config": first}, seconds=170, environment=environment)
+    log = Path(second["output_dir"])
+    half = 2 * second["max_train"] // second["batch_size"] // 2
+
+    def enough() -> bool:
+        logs = list(log.glob(".*.partial/metrics.jsonl"))
+        return bool(logs) and logs[0].read_text().count("\n") > half
+
+    at = session.child("train", {"config": second}, seconds=170, environment=environment, kill_when=enough)
+    again = session.child("train", {"config": second}, seconds=170, environment=environment)
+    return told | {
+        "killed": "no: it had ended" if at is not None else f"after step {half}", "bitwise": same(told, again)
+    }  # fmt: skip
+
+
+def same(one: dict, other: dict) -> dict:
+    """Which files of two finished runs agree to the bit; of metrics.jsonl everything but the seconds."""
+    one, other = Path(one["folder"]), Path(other["folder"])
+    found = {
+        file: (one / file).read_bytes() == (other / file).read_bytes()
+        for file in ("adapter/gates.safetensors", "adapter/adapter_model.safetensors")
+    }
+    frames = [pd.read_parquet(folder / "predictions.parquet") for folder in (one, other)]
+    found["predictions.parquet"] = frames[0].equals(frames[1])
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+         for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, other)
+    ]  # fmt: skip
+    found["metrics.jsonl"] = lines[0] == lines[1]
+    if not found["metrics.jsonl"]:
+        found["first line that differs"] = next(
+            (a["step"] for a, b in zip(*lines, strict=False) if a != b), min(map(len, lines))
+        )
+    return found
