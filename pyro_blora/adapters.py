@@ -98,12 +98,14 @@ class GatedModel(nn.Module):
 
 
 @contextlib.contextmanager
-def gates(net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None) -> Iterator[GatedModel]:
+def gates(
+    net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None, *, opened: bool = False
+) -> Iterator[GatedModel]:
     """Hand the gates z and g to every layer of `net` for the duration of the block, then clear them.
 
     Shapes: z (L, T, K) bit chains above the always-open 2-bit rung; g (L, R - 1) rank chains after the first rank.
     weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B each
-    example has its own.
+    example has its own. opened: the caller knows that everything is open; then z and g are not read.
     Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
     """
     layout = net.layout
@@ -111,15 +113,21 @@ def gates(net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None) ->
         raise ValueError(
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
+    kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
+    with handed_over(net.handover, (*_handed(net, z, g, opened), kept, weights or {})):
+        yield net
+
+
+def _handed(net: GatedModel, z: Tensor, g: Tensor, opened: bool) -> tuple[list, list | None]:
+    """A grid or None for each (projection, tensor), and the ranks of each projection, or None for all open."""
+    if opened:
+        return [None] * z[..., 0].numel(), None
     z, g = z.to(net.log_range.device), g.to(net.log_range.device)
     by_tensor = grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))
     if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
-        opened = (z == 1).all(-1).flatten().tolist()
-        by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, opened, strict=True)]
-    ranks = F.pad(g.float(), (1, 0), value=1.0).unbind(0)
-    kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
-    with handed_over(net.handover, (by_tensor, ranks, kept, weights or {})):
-        yield net
+        at_32 = (z == 1).all(-1).flatten().tolist()
+        by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, at_32, strict=True)]
+    return by_tensor, F.pad(g.float(), (1, 0), value=1.0).unbind(0)
 
 
 def open_gates(layout: AdapterLayout, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -44,11 +44,10 @@ def expected_bits(layout: AdapterLayout, z_probs: Tensor) -> Tensor:
 
     z_probs (..., L, T, K) marginals or draws -> (..., L, T), bits.
     """
-    ladder = torch.tensor(layout.ladder, dtype=z_probs.dtype, device=z_probs.device)
-    bits = ladder[0] + z_probs @ ladder.diff()
+    bits = layout.ladder[0] + z_probs @ layout.on(z_probs.device, "ladder_steps").to(z_probs.dtype)
     if not layout.share_inputs:
         return bits
-    shared = bits[..., INPUT].index_select(-1, layout.input_owner.to(bits.device))
+    shared = bits[..., INPUT].index_select(-1, layout.on(bits.device, "input_owner"))
     return torch.cat([shared[..., None], bits[..., INPUT + 1 :]], -1)
 
 
@@ -64,9 +63,10 @@ def at_full_width(layout: AdapterLayout) -> Full:
     return Full(full * adapted, full * (layout.model_macs + adapter_macs))
 
 
-def _adapted(layout: AdapterLayout) -> Tensor:
+def _adapted(layout: AdapterLayout, device: torch.device | str = "cpu") -> Tensor:
     """(L,) bool: the adapted projections; all of them after full fine-tuning, which has no adapter."""
-    return layout.g_mask | ~layout.g_mask.any()
+    mask = layout.on(device, "g_mask")
+    return mask | ~mask.any()
 
 
 def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BOPs:
@@ -82,12 +82,12 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
         )
     z_probs, g_probs = z_probs.double(), g_probs.double()
     bits = dict(zip(layout.tensors, expected_bits(layout, z_probs).unbind(-1), strict=True))
-    macs, rank_macs = layout.macs.to(z_probs.device), layout.rank_macs.to(z_probs.device)
+    macs, rank_macs = (layout.on(z_probs.device, name) for name in ("macs", "rank_macs"))
     base = macs * bits["input"] * bits["base"]
     per_rank = rank_macs[:, 0] * bits["input"] * bits["lora_A"] + rank_macs[:, 1] * bits["hidden"] * bits["lora_B"]
     gated = base + expected_rank(g_probs) * per_rank  # (..., L)
     full = at_full_width(layout)
-    adapted = (gated * _adapted(layout).to(z_probs.device)).sum(-1)
+    adapted = gated.masked_fill(~_adapted(layout, z_probs.device), 0.0).sum(-1)
     model = gated.sum(-1) + layout.ladder[-1] ** 2 * (layout.model_macs - macs.sum())
     return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())
 

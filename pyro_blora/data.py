@@ -74,7 +74,8 @@ def epoch_order(
 
 def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: list[list[int]]) -> DataLoader:
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=_PAD_TO)
-    return DataLoader(rows, batch_sampler=batches, collate_fn=collate)
+    # pinned memory is copied to a GPU while the host goes on
+    return DataLoader(rows, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
 
 
 def by_length(
@@ -97,12 +98,12 @@ def batches_by_length(rows: datasets.Dataset, batch_size: int) -> list[list[int]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def split_labels(batch: dict) -> tuple[dict, torch.Tensor]:
-    """(what the backbone takes, labels (B,))."""
-    inputs = dict(batch)
+def split_labels(batch: dict, device: torch.device) -> tuple[dict, torch.Tensor]:
+    """(what the backbone takes, labels (B,)), on a device."""
+    inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return inputs, inputs.pop("labels")
 
 
 def on_device(batches: DataLoader, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
     for batch in batches:
-        yield split_labels({key: value.to(device) for key, value in batch.items()})
+        yield split_labels(batch, device)

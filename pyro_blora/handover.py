@@ -68,9 +68,9 @@ class Handover:
         """owners: for each projection the one whose grid its input is on, where some share one; none: each its own."""
         self.owners = owners
         self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
-        # (a Grid for each (projection, tensor), None for the identity; ranks by projection; rounded weights by
-        # (projection, tensor), which no gradient can change while they are handed over, or None to keep none; drawn
-        # weights by (projection, name))
+        # (a Grid for each (projection, tensor), None for the identity; ranks by projection, None where all are open;
+        # rounded weights by (projection, tensor), which no gradient can change while they are handed over, or None to
+        # keep none; drawn weights by (projection, name))
         self.gates: tuple | None = None
         self.keeps_weights = True
         self.observer: Observer | None = None
@@ -122,7 +122,8 @@ class Handover:
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.ranks(projection, hidden)
-        return hidden * self.gates[1][projection].to(hidden.dtype)
+        ranks = self.gates[1]
+        return hidden if ranks is None else hidden * ranks[projection].to(hidden.dtype)
 
     def _weight(self, projection: int, tensor: int, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """The weight and the grid that it is still to be put on: none where its rounded values are kept."""

@@ -199,6 +199,18 @@ class AdapterLayout:
         return tokens[:, None] * torch.tensor(sizes, dtype=torch.float64)
 
     @cached_property
+    def ladder_steps(self) -> Tensor:
+        """(K,) bits that each open gate adds to the first rung's."""
+        return torch.tensor(self.ladder, dtype=torch.float64).diff()
+
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """One of this layout's tensors by name on a device, copied there once: every copy makes the host wait."""
+        copies = self.__dict__.setdefault("_copies", {})
+        if (device, name) not in copies:
+            copies[device, name] = getattr(self, name).to(device)
+        return copies[device, name]
+
+    @cached_property
     def tensor_macs(self) -> Tensor:
         """(L, T) MACs of the products that each tensor takes part in, at full rank; a shared input in every one."""
         down, up = (self.rank * self.rank_macs).unbind(-1)

@@ -145,16 +145,27 @@ class GateProgram(nn.Module, abc.ABC):
 class BayesianLoRA(GateProgram):
     """The program of a gated network: `net` is what `attach` returned."""
 
+    _opened: Gates | None = None
+
     def __init__(self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Callable, **settings):
         super().__init__(net.layout, prior, guide, likelihood, **settings)
-        self.net = net
+        self.net, self.validated = net, False
+
+    @property
+    def opened(self) -> Gates:
+        """Everything open, on the program's device: the same tensors at every call."""
+        device = self.log_scale.device
+        if self._opened is None or self._opened.z.device != device:
+            self._opened = Gates(*adapters.open_gates(self.layout, device))
+        return self._opened
 
     def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
         return self.each_logits([inputs], gates, theta)[0]
 
     def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> list[Tensor]:
         """Without gradients, weights are rounded once for all batches."""
-        with adapters.gates(self.net, *gates, None if theta is None else self.weights.split(theta)):
+        weights = None if theta is None else self.weights.split(theta)
+        with adapters.gates(self.net, *gates, weights, opened=gates.z is self.opened.z):
             return [self.net(**inputs).logits.float() for inputs in batches]
 
     def forward(
@@ -170,12 +181,14 @@ class BayesianLoRA(GateProgram):
         At kl_weight 0, before the gates start, they are held open: the loss is that of LoRA, with its weights' law.
         """
         self.temperature = temperature
-        if kl_weight == 0:
-            opened = adapters.open_gates(self.layout, labels.device)
-            nll = self.nll(inputs, labels, *opened, self.draw_theta())
-            elbo = Elbo(nll, *self.kl(), self.weights.divergence())
-        else:
-            elbo = self.elbo(inputs, labels)
+        # on a GPU every check of a distribution's arguments makes the host wait: the first step's are enough
+        with pyro.validation_enabled(not (labels.is_cuda and self.validated)):
+            if kl_weight == 0:
+                nll = self.nll(inputs, labels, *self.opened, self.draw_theta())
+                elbo = Elbo(nll, *self.kl(), self.weights.divergence())
+            else:
+                elbo = self.elbo(inputs, labels)
+        self.validated = True
         theta_weight = (kl_weight if theta_weight is None else theta_weight) * self.weights.kl_weight
         return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
 

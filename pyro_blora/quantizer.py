@@ -17,12 +17,12 @@ plain LoRA, whatever the range. The clip is a few roundings inside the range, so
 are at most 2^b - 1 distinct values, an int8 at 8 bit. The grid is computed in float32 at least (x / s_16 needs 16 bits
 of mantissa), also under bf16 autocast.
 
-A tensor of n float32 values moves 4n bytes in and 4n out in `_forward`; 8n in and 4n out in `_backward`; 8n in and
-24 out in `_backward_of_gates`, where x is a frozen weight. All that depends on no element of x, its `Grid`, is computed
-for all tensors of a network at once (`grids`), so that a call is one kernel.
+All that depends on no element of x, its `Grid`, is computed for all tensors of a network at once (`grids`), so that a
+call is one kernel, which moves as many bytes as copies of its tensors.
 Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equals.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -45,9 +45,8 @@ def mixture_weights(gates: Tensor) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """What one tensor's quantizer reads.
+    """What one tensor's quantizer reads.  learned (6,): range and weights of 2, 4, 8, 16, 32 bit, for gradients.
 
-    learned (6,): range and weights of 2, 4, 8, 16, 32 bit; gradients arrive here.
     constants (20,): the same without a gradient; s_b, 1 / s_b and w_b s_b of the four grids; W; where x is clipped.
     """
 
@@ -82,7 +81,7 @@ def _edge(ranges: Tensor) -> Tensor:
     return ranges * (1 - _INSIDE * torch.finfo(ranges.dtype).eps)
 
 
-# --- the kernels: each is compiled to one loop over the elements ------------------------------------------------------
+# --- the kernels: each is compiled to one loop over the elements
 
 
 def _forward(x: Tensor, c: Tensor) -> Tensor:
@@ -120,9 +119,14 @@ _EAGER = (_forward, _backward, _backward_of_gates)
 
 @functools.cache
 def _kernels(device: str = "cpu") -> tuple:
-    """The three functions, compiled once with dynamic shapes; eager where no compiler works, which is said once."""
+    """The three functions: Triton's on CUDA, else compiled once with dynamic shapes; eager where no compiler works."""
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _EAGER
+    if device == "cuda":
+        with contextlib.suppress(ImportError):  # it comes with PyTorch for CUDA
+            from . import quantizer_triton as kernels
+
+            return kernels.forward, kernels.backward, kernels.backward_of_gates
     # without fullgraph, a process that meets more dtypes and sizes than the compiler keeps goes on eagerly
     forward, backward, of_gates = compiled = tuple(torch.compile(f, dynamic=True) for f in _EAGER)
     try:
@@ -137,22 +141,24 @@ def _kernels(device: str = "cpu") -> tuple:
     return compiled
 
 
-def _functions(x: Tensor) -> tuple:
-    """Those for x's device; as they stand where a whole network is being compiled."""
-    return _EAGER if torch.compiler.is_compiling() else _kernels(x.device.type)
+def _functions(x: Tensor, constants: Tensor) -> tuple:
+    """Those for x's device; as they stand where a whole network is being compiled, or in float64 on CUDA."""
+    if torch.compiler.is_compiling() or (x.is_cuda and constants.dtype != torch.float32):
+        return _EAGER
+    return _kernels(x.device.type)
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, learned, constants):
         ctx.save_for_backward(x, constants)
-        return _functions(x)[0](x.data, constants)  # .data: the compiler would guard on what x is a view of
+        return _functions(x, constants)[0](x.data, constants)  # .data: the compiler would guard on what x is a view of
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, constants = ctx.saved_tensors
-        _, backward, of_gates = _functions(x)
+        _, backward, of_gates = _functions(x, constants)
         of_x, of_learned, _ = ctx.needs_input_grad
         if of_x:
             return *backward(grad.contiguous().data, x.data, constants), None
@@ -161,13 +167,12 @@ class _Quantize(torch.autograd.Function):
 
 def quantize_on(x: Tensor, grid: Grid) -> Tensor:
     """sum_b w_b Q_b(x), differentiable in x and in the grid.  x any shape; grid one of `grids`."""
-    flat = x.contiguous().view(-1)  # one dynamic dimension: every tensor of a network runs the same kernels
-    return _Quantize.apply(flat, *grid).view(x.shape)
+    return _Quantize.apply(x.contiguous().view(-1), *grid).view(x.shape)  # one dynamic dimension: the same kernels
 
 
 class _Products(torch.autograd.Function):
-    """Linear maps of one quantized input. Saves input and weights as they are, and rounds them again in the backward
-    pass: rounding costs little beside a matrix product, and a rounded copy of every input would be kept until then."""
+    """Linear maps of one quantized input, which saves input and weights as they are and rounds them again in backward:
+    that costs little beside a product, and a rounded copy of every input would be kept until then."""
 
     @staticmethod
     def forward(ctx, dtype, x, _, constants, *maps):
@@ -204,14 +209,14 @@ def _on(x: Tensor, constants: Tensor | None) -> Tensor:
     """x on its grid; None: the unquantized x."""
     if constants is None:
         return x
-    return _functions(x)[0](x.contiguous().view(-1).data, constants).view(x.shape)
+    return _functions(x, constants)[0](x.contiguous().view(-1).data, constants).view(x.shape)
 
 
 def _slopes(grad: Tensor | None, x: Tensor, constants: Tensor | None, of_x: bool, of_grid: bool) -> tuple:
     """What arrives at x and at its grid, of a gradient with regard to x on its grid."""
     if grad is None or constants is None:
-        return None if grad is None or not of_x else grad.to(x.dtype), None
-    _, backward, of_gates = _functions(x)
+        return (grad.to(x.dtype) if grad is not None and of_x else None), None
+    _, backward, of_gates = _functions(x, constants)
     flat = grad.contiguous().view(-1).data, x.contiguous().view(-1).data, constants
     if not of_x:
         return None, of_gates(*flat) if of_grid else None
@@ -241,10 +246,7 @@ def quantized_products(x: Tensor, grid: Grid | None, maps: list[Map]) -> tuple[T
 
 
 def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:
-    """sum_b w_b Q_b(x), differentiable in all three.
-
-    Shapes: x any; value_range () > 0; weights (5,), one for each bit width of LADDER, see `mixture_weights`.
-    """
+    """sum_b w_b Q_b(x), differentiable in all three.  x any; value_range () > 0; weights (5,) of `mixture_weights`"""
     (grid,) = grids(value_range, weights)
     return quantize_on(x, grid)
 
@@ -254,7 +256,7 @@ def quantize(x: Tensor, value_range: Tensor, gates: Tensor) -> Tensor:
 
     Shapes: x any; value_range a scalar > 0; gates (5,), the chain [z_2, z_4, z_8, z_16, z_32], each at most the one
     before it; relaxed chains in [0, 1] mix the grids.
-    Errors: ValueError for a range that is not a positive scalar or a chain of another length.
+    Errors: ValueError for a range that is not a positive scalar, or another length of the chain.
     """
     value_range = torch.as_tensor(value_range, dtype=gates.dtype, device=x.device)
     if value_range.numel() != 1 or not bool(value_range > 0):
@@ -267,7 +269,7 @@ def quantize(x: Tensor, value_range: Tensor, gates: Tensor) -> Tensor:
 def integer_codes(x: Tensor, value_range: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Integer codes and the scale with codes * scale == Q_bits(x), for export.
 
-    Shapes: codes as x, int8 up to 8 bit and int16 at 16; scale ().   Errors: ValueError for 32 bit, which has no codes.
+    Shapes: codes as x, int8 up to 8 bit and int16 at 16; scale ().   Errors: ValueError for 32 bit.
     """
     if bits not in _GRIDS:
         raise ValueError(f"only {_GRIDS} bit have integer codes, got {bits}")
@@ -279,7 +281,7 @@ def integer_codes(x: Tensor, value_range: Tensor, bits: int) -> tuple[Tensor, Te
 def squared_errors(x: Tensor, ranges: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean squared error of x on the grid of every bit width, at each of several ranges; 0 at 32 bit.
 
-    Shapes: x any, weights (>= 0) as x; ranges (C,) > 0 -> (C, 5).   Units: those of x squared times weights.
+    Shapes: x any, weights (>= 0) as x; ranges (C,) > 0 -> (C, 5).
     """
     x, weights, errors = x.flatten().to(ranges.dtype), weights.flatten().to(ranges.dtype), []
     for value_range in ranges:

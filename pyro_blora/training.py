@@ -186,13 +186,13 @@ class _Loop:
         parts = []
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
-            inputs, labels = split_labels({k: v.to(accelerator.device) for k, v in batch.items()})
+            inputs, labels = split_labels(batch, accelerator.device)
             try:
                 loss, elbo = self.program(inputs, labels, temperature, kl_weight, config.kl_weight)
             except ValueError as error:  # the likelihood refuses logits that are nan
                 raise ValueError(f"{_DIVERGED.format(step)} ({str(error).splitlines()[0]})") from error
             (loss / len(micro_batches)).backward()
-            parts.append(torch.stack([torch.as_tensor(x, device=loss.device).detach().float() for x in (loss, *elbo)]))
+            parts.append(torch.stack([(x + loss.new_zeros(())).detach().float() for x in (loss, *elbo)]))
         net = self.program.net
         average_gradients(self.learning, accelerator)
         clipped = [*net.adapter_parameters(), *net.head_parameters()]

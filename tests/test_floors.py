@@ -24,6 +24,7 @@ FLOORS = {
     "calibration": 0,
     "fields": 0,
     "gates": 0,
+    "quantizer_triton": -1,
     "quantizer": 0,
     "layout": 0,
     "methods": 0,

@@ -19,7 +19,7 @@ def run(subject: str, setting: dict, cache: Path | None = None) -> dict:
 
     cache: folder of the compiler's cache, empty for a first time; none: the usual one.
     """
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if cache is not None:
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     command = [sys.executable, "-m", "experiments.bench.child", subject, json.dumps(setting)]

@@ -7,7 +7,7 @@ from experiments.bench import quantizers, subjects
 from experiments.bench.networks import Setting, gated_step, lora_step
 from experiments.bench.timing import Row, compared, in_turn
 
-from . import works
+from . import probes, works
 from .session import Check, Session
 
 _GOALS = {"gated": 1.15, "gated, every projection": 1.30}
@@ -33,6 +33,8 @@ def _compiled(setting: Setting, seconds: float) -> list[Row]:
 
 
 MEASURES = {
+    "graphed": probes.graphed,
+    "kernels": probes.kernels,
     "steps": _steps,
     "compiled": _compiled,
     "quantizer": lambda setting, seconds: quantizers.measure(setting.device, seconds),
@@ -59,7 +61,13 @@ def checks(session: Session) -> list[Check]:
         run = functools.partial(Session.child, function="bench", arguments=arguments, seconds=120)
         found.append(Check(name, run))
 
-    add("step", "steps", 12.0)
+    if not session.tiny:
+        add(
+            "Triton's kernels: relative errors of their sums, and of eager ones",
+            "kernels",
+            0.0,
+        )
+    add("step", "steps", 8.0)
     config = works.config(session, "deberta_v3_base", "syncs", prior="budget", prior_settings={"bops": 0.1})
     config |= {"logging_steps": 1000, "checkpoint_steps": 1000, "kl_warmup": 0.0}
     found.append(Check("host synchronizations", lambda s: s.child("syncs", {"config": config}, seconds=120)))
@@ -71,5 +79,7 @@ def checks(session: Session) -> list[Check]:
     add("gates alone", "program", 4.0)
     add("predictions", "predictions", 6.0)
     add("time to the first step", "first step", 0.0)
+    if not session.tiny:
+        add("CUDA graph", "graphed", 4.0)
     add("whole network compiled", "compiled", 6.0)
     return found
