@@ -23,6 +23,8 @@ FLOORS = {
     "fields": 0,
     "gates": 0,
     "quantizer": 0,
+    "architectures": -2,
+    "macs": -1,
     "layout": 0,
     "methods": 0,
     "config": 1,
