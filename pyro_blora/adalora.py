@@ -8,14 +8,12 @@ is exported is plain LoRA: diag(E) A and B at the open ranks.
 Source: Zhang et al., AdaLoRA (2023); its schedule is in fractions of the steps here.
 """
 
-import warnings
-
 import peft
 import torch
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor, nn
 
-from .adapters import GatedModel, freeze_pooler, lora_config
+from .adapters import GatedModel, freeze_pooler, lora_config, wrapped
 from .handover import Handover
 from .layers import ADAPTER
 from .layout import AdapterLayout
@@ -45,7 +43,8 @@ class AdaLoRAModel(GatedModel):
 
     def _parameters_of_adapters(self) -> list[tuple[str, nn.Parameter]]:
         """Those that AdaLoRA rates, by their names in PEFT's inner model."""
-        return [(name, p) for name, p in self.backbone.named_parameters() if "lora_" in name]
+        layers = tuple(f"{p.name}.lora_" for p in self.layout.projections)
+        return [(name, p) for name, p in self.backbone.named_parameters() if name.startswith(layers)]
 
     def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
         """(diag(E) A (r, n), B (m, r)) at the open ranks, which may be none."""
@@ -85,8 +84,9 @@ class AdaLoRAModel(GatedModel):
         allocator.ipt = {name: torch.zeros_like(p) for name, p in self._parameters_of_adapters()}
         self.tuner.update_and_allocate(step)
         for kind, buffers in state.items():
-            for name, x in getattr(allocator, kind).items():
-                buffers[name.replace(".", "/")].copy_(x)
+            found = getattr(allocator, kind)  # of a head whose name has "lora_" in it, too
+            for name in buffers.keys() & {key.replace(".", "/") for key in found}:
+                buffers[name].copy_(found[name.replace("/", ".")])
         opened.copy_(torch.stack([scale.squeeze(-1) != 0 for scale in self._scales().values()]))
         return opened.sum(-1)
 
@@ -109,8 +109,4 @@ def attach_adalora(
         task_type=plain.task_type, target_modules=plain.target_modules, modules_to_save=plain.modules_to_save,
         init_r=rank, target_r=rank, lora_alpha=alpha, total_step=1,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-        model = peft.get_peft_model(backbone, config)
-    freeze_pooler(model)
-    return AdaLoRAModel(model, layout)
+    return AdaLoRAModel(freeze_pooler(wrapped(backbone, config)), layout)

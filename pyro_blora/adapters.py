@@ -24,6 +24,8 @@ from .quantizer import grids, mixture_weights
 from .xs import xs_settings
 
 ADAPTERS = ("lora", "xs", "none")
+_PEFT_HEADS = ("classifier", "score")  # names that PEFT takes for a head in a sequence classification
+_PEFT_NAMES = ("lora_dropout", "lora_A", "lora_B", "lora_E", "base_layer", "default")  # of what PEFT puts into a layer
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
 _SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
 _PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
@@ -69,8 +71,10 @@ class GatedModel(nn.Module):
         return [p for p, of_adapter in self._trained() if not of_adapter]
 
     def _trained(self) -> list[tuple[nn.Parameter, bool]]:
-        part = ".lora_" if self.layout.adapted else f"{self.backbone.base_model_prefix}."
-        return [(p, part in name) for name, p in self.peft_model.named_parameters() if p.requires_grad]
+        """What learns, and whether it stands in an adapted projection (without adapters: in the base model)."""
+        adapted = [self.backbone.get_submodule(p.name) for p in self.layout.adapted] or [self.backbone.base_model]
+        inside = {id(p) for module in adapted for p in module.parameters()}
+        return [(p, id(p) in inside) for p in self.peft_model.parameters() if p.requires_grad]
 
     def penalty(self) -> Tensor | float:
         """What the adapter method adds to the loss, nats an example."""
@@ -185,26 +189,48 @@ def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: st
     eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if init_lora_weights == "eva" else {}
     config = lora_config(backbone, layout, **eva)
     config._register_custom_module({nn.Linear: layer})
+    return freeze_pooler(wrapped(backbone, config))
+
+
+def wrapped(backbone: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
+    """PEFT's model of a configuration, without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         warnings.filterwarnings("ignore", "lora with eva initialization")  # memory that a batch has no use for
-        model = peft.get_peft_model(backbone, config)
-    freeze_pooler(model)
-    return model
+        return peft.get_peft_model(backbone, config)
 
 
-def freeze_pooler(model: peft.PeftModel) -> None:
+def freeze_pooler(model: peft.PeftModel) -> peft.PeftModel:
     """It is pretrained, like the encoder it belongs to, and in PEFT's files in case it was not."""
     if pooler := getattr(model.base_model.model.base_model, "pooler", None):
         pooler.requires_grad_(False)
+    return model
 
 
 def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.LoraConfig:
-    """The plain PEFT configuration of a layout: exact names as targets, head and pooler saved with the adapter."""
+    """The plain PEFT configuration of a layout: exact names as targets, head and pooler saved with the adapter.
+
+    PEFT finds what is saved by the end of its path. Where other modules end so too, as `dropout` does for a head called
+    `out`, the head goes by its path in a sequence classifier of PEFT, which looks a second time, from further above.
+    Errors: ValueError where the names that such a classifier adds are in the way.
+    """
+    head, paths = head_modules(backbone), [name for name, _ in backbone.named_modules()]
+
+    def ends(name: str, *found: str) -> bool:
+        return any(path.endswith(name) for path in (*_PEFT_NAMES, *(path for path in paths if path not in found)))
+
+    last = {name: name.rsplit(".", 1)[-1] for name in head}
+    saved = [f"model.{name}" if ends(last[name], name) else last[name] for name in head]
+    above, added = saved != [*last.values()], any(ends(name, *head) for name in _PEFT_HEADS)
+    if above and added:
+        raise ValueError(
+            f"PEFT cannot tell the head of {type(backbone).__name__} ({', '.join(head)}) from other modules: rename it "
+            "to `classifier`, and modules of the encoder that end in `classifier` or `score`"
+        )
     return peft.LoraConfig(
-        task_type="SEQ_CLS" if "SequenceClassification" in type(backbone).__name__ else None,
+        task_type="SEQ_CLS" if above or ("SequenceClassification" in type(backbone).__name__ and not added) else None,
         r=layout.rank, lora_alpha=layout.alpha, target_modules=[p.name for p in layout.adapted],
-        modules_to_save=[name.rsplit(".", 1)[-1] for name in head_modules(backbone)], **patterns,
+        modules_to_save=saved, **patterns,
     )  # fmt: skip
 
 

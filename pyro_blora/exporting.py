@@ -102,9 +102,8 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
 def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: dict, folder: Path) -> None:
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
     config = adapters.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-        model = peft.get_peft_model(copy.deepcopy(plain), config)
+    with torch.random.fork_rng(devices=[]):
+        model = adapters.wrapped(copy.deepcopy(plain), config)
     modules = dict(model.base_model.model.named_modules())
     for name, (down, up) in weights.items():
         layer = modules[name]

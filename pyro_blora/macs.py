@@ -136,11 +136,14 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     if getattr(model.config, "pad_token_id", None) is None or model.device.type == "meta":
         # a decoder wants one to find the last token by; on meta a warning would read the tokens to look for it
         model.config.pad_token_id = None if model.device.type == "meta" else -1
-    model.eval()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
         for config, values in fields:
             vars(config).update(values)
         for module, values, children in before:
