@@ -22,6 +22,7 @@ from .arviz_data import concatenate, read, save
 from .build import build, check_names
 from .checkpoint import trainable
 from .config import RunConfig
+from .data import first_inputs
 from .evaluation import Evaluated, evaluate, predictions_file, with_members
 from .exporting import export
 from .inference_data import to_arviz
@@ -140,7 +141,7 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     if restarts:
         data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
     save(data, folder / "posterior.nc")
-    export(_unsharded(trained), folder / "adapter")
+    export(_unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer))
     if config.weights == "ensemble":
         pairs = {
             split: (with_members(averaged, split, restarts), at_mode)
