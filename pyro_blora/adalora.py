@@ -13,10 +13,11 @@ import torch
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor, nn
 
-from .adapters import GatedModel, freeze_pooler, lora_config, wrapped
+from .adapters import GatedModel
 from .handover import Handover
 from .layers import ADAPTER
-from .layout import AdapterLayout
+from .layout import BATCH_SIZE, AdapterLayout
+from .peft_config import freeze_pooler, lora_config, settle, wrapped
 
 _BEFORE, _AFTER, _INTERVAL = 0.1, 0.3, 0.01  # fractions of the steps: before, after, and between allocations
 _ORTHOGONALITY = 0.1  # weight of the penalty, as AdaLoRA has it on most of GLUE
@@ -93,7 +94,7 @@ class AdaLoRAModel(GatedModel):
 
 def attach_adalora(
     backbone: nn.Module, *, rank: int, alpha: float, target_modules=None, scope: str = "adapted",
-    sequence_length: int = 128,
+    sequence_length: int = 128, batch_size: int = BATCH_SIZE,
 ) -> AdaLoRAModel:  # fmt: skip
     """Put PEFT's AdaLoRA layers of `rank` ranks into a Hugging Face backbone; arguments as of `attach`.
 
@@ -102,8 +103,10 @@ def attach_adalora(
     if scope != "adapted":
         raise ValueError(f"adalora quantizes nothing, so it has no scope {scope!r}: drop --scope")
     layout = AdapterLayout.of(
-        backbone, rank=rank, alpha=alpha, target_modules=target_modules, sequence_length=sequence_length
-    )
+        backbone, rank=rank, alpha=alpha, target_modules=target_modules, sequence_length=sequence_length,
+        batch_size=batch_size,
+    )  # fmt: skip
+    settle(backbone)
     plain = lora_config(backbone, layout)
     config = peft.AdaLoraConfig(
         task_type=plain.task_type, target_modules=plain.target_modules, modules_to_save=plain.modules_to_save,

@@ -8,7 +8,6 @@ the encoder, without an adapter. The task head stays at 32 bit, and a pooler ins
 Ranges are one (L, T) parameter, learned as log(range), which `calibrate` sets from data."""
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator
 
 import peft
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 
 from .handover import Handover, Observer, handed_over
 from .layers import GatedLinear, QuantizedLinear, XSLinear
-from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout, head_modules
+from .layout import BASE, BATCH_SIZE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
+from .peft_config import freeze_pooler, lora_config, settle, wrapped
 from .processes import whole
 from .quantizer import grids, mixture_weights
 from .xs import xs_settings
 
 ADAPTERS = ("lora", "xs", "none")
-_PEFT_HEADS = ("classifier", "score")  # names that PEFT takes for a head in a sequence classification
-_PEFT_NAMES = ("lora_dropout", "lora_A", "lora_B", "lora_E", "base_layer", "default")  # of what PEFT puts into a layer
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
 _SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
 _PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
@@ -141,13 +139,14 @@ def attach(
     init_lora_weights: str = "default",
     share_inputs: bool = False,
     adapter_settings: dict | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> GatedModel:
     """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
 
     rank: maximal rank R. alpha: LoRA's scale, the update is multiplied by alpha / R whatever the number of open ranks.
     target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
     scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
-    sequence_length: tokens at which MACs are counted.
+    sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
     adapter: `lora`; `xs` (B-LoRA-XS, with adapter_settings of xs.py); or `none`: no projection has an adapter, and the
     whole backbone learns.
     init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py. share_inputs: see `AdapterLayout`.
@@ -157,8 +156,9 @@ def attach(
         raise ValueError(f"unknown adapter {adapter!r}: known adapters are {', '.join(ADAPTERS)}")
     layout = AdapterLayout.of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length,
-        share_inputs=share_inputs,
+        share_inputs=share_inputs, batch_size=batch_size,
     )  # fmt: skip
+    settle(backbone)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     handover = Handover(layout.input_owner.tolist() if share_inputs else None)
     if adapter == "none":
@@ -190,48 +190,6 @@ def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: st
     config = lora_config(backbone, layout, **eva)
     config._register_custom_module({nn.Linear: layer})
     return freeze_pooler(wrapped(backbone, config))
-
-
-def wrapped(backbone: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
-    """PEFT's model of a configuration, without its warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-        warnings.filterwarnings("ignore", "lora with eva initialization")  # memory that a batch has no use for
-        return peft.get_peft_model(backbone, config)
-
-
-def freeze_pooler(model: peft.PeftModel) -> peft.PeftModel:
-    """It is pretrained, like the encoder it belongs to, and in PEFT's files in case it was not."""
-    if pooler := getattr(model.base_model.model.base_model, "pooler", None):
-        pooler.requires_grad_(False)
-    return model
-
-
-def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.LoraConfig:
-    """The plain PEFT configuration of a layout: exact names as targets, head and pooler saved with the adapter.
-
-    PEFT finds what is saved by the end of its path. Where other modules end so too, as `dropout` does for a head called
-    `out`, the head goes by its path in a sequence classifier of PEFT, which looks a second time, from further above.
-    Errors: ValueError where the names that such a classifier adds are in the way.
-    """
-    head, paths = head_modules(backbone), [name for name, _ in backbone.named_modules()]
-
-    def ends(name: str, *found: str) -> bool:
-        return any(path.endswith(name) for path in (*_PEFT_NAMES, *(path for path in paths if path not in found)))
-
-    last = {name: name.rsplit(".", 1)[-1] for name in head}
-    saved = [f"model.{name}" if ends(last[name], name) else last[name] for name in head]
-    above, added = saved != [*last.values()], any(ends(name, *head) for name in _PEFT_HEADS)
-    if above and added:
-        raise ValueError(
-            f"PEFT cannot tell the head of {type(backbone).__name__} ({', '.join(head)}) from other modules: rename it "
-            "to `classifier`, and modules of the encoder that end in `classifier` or `score`"
-        )
-    return peft.LoraConfig(
-        task_type="SEQ_CLS" if above or ("SequenceClassification" in type(backbone).__name__ and not added) else None,
-        r=layout.rank, lora_alpha=layout.alpha, target_modules=[p.name for p in layout.adapted],
-        modules_to_save=saved, **patterns,
-    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -117,3 +117,17 @@ def example_rows(model: nn.Module, size: int, length: int, *, varied: bool = Fal
     if device.type != "meta" and "attention_mask" in inspect.signature(model.forward).parameters:
         rows["attention_mask"] = torch.ones_like(tokens)
     return rows
+
+
+def settle_attention(model: nn.Module) -> bool:
+    """Full attention in place of a sparse one that transformers leaves for good at the first short input (BigBird).
+
+    Returns whether it was sparse. Else a network would change within a training, at a step that its batches decide.
+    """
+    base = model.base_model
+    if not hasattr(base, "set_attention_type") or getattr(base, "attention_type", None) != "block_sparse":
+        return False
+    with torch.random.fork_rng(devices=[]):  # its modules are made anew, with weights that are then replaced
+        base.set_attention_type("original_full")
+    model.config.attention_type = "original_full"
+    return True

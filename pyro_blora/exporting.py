@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import adapters
+from . import adapters, peft_config
 from .architectures import example_rows
 from .backbone import quiet
 from .build import build_program, check_names
@@ -104,9 +104,9 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
 
 def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: dict, folder: Path) -> None:
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
-    config = adapters.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
+    config = peft_config.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
     with torch.random.fork_rng(devices=[]):
-        model = adapters.wrapped(copy.deepcopy(plain), config)
+        model = peft_config.wrapped(copy.deepcopy(plain), config)
     modules = dict(model.base_model.model.named_modules())
     for name, (down, up) in weights.items():
         layer = modules[name]
@@ -194,7 +194,7 @@ def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
         raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
-        program = build_program(config, check_names(config), n_train or rows)
+        program = build_program(config, check_names(config), n_train or rows, layout.batch_size)
     parameters = trainable(program)
     if program.net.layout != layout or set(parameters) != set(tensors):
         raise ValueError(

@@ -8,6 +8,7 @@ What a layer does once a batch (DeBERTa's positions) is shared by the examples o
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .architectures import encoder_linears, example_rows
+from .architectures import encoder_linears, example_rows, settle_attention
 
 _LONGEST = 2048  # tokens of a forward that is counted; costs of longer ones follow from a half, a quarter and 3/4 of it
 _COUNTED = ("eager", "sdpa")  # implementations of attention whose products the counter sees
@@ -121,8 +122,7 @@ def _leaves(tensor: Tensor) -> set[int]:
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with attention that can be counted; afterwards whatever it was before.
 
-    A forward may change a model for good (BigBird leaves its sparse attention at the first short input), so modules and
-    plain attributes are put back as well.
+    Modules and plain attributes are put back as well: attention may be another one here (`settle_attention`).
     """
     plain = bool | int | float | str | None
     before = [
@@ -138,6 +138,7 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
         model.config.pad_token_id = None if model.device.type == "meta" else -1
     learning = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
+    settle_attention(model)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -161,7 +162,9 @@ def _refusal(model: nn.Module, length: int) -> Exception | None:
     """Why a forward of `length` tokens fails, None if it does not; of long ones up to the first layer only."""
     hooks = []
     if length > _LONGEST:
-        hooks = [linear.register_forward_hook(_arrive) for linear in encoder_linears(model).values()]
+        linears = encoder_linears(model)
+        in_layers = [linears[name] for name in linears if re.search(r"\.\d+\.", name)] or linears.values()
+        hooks = [linear.register_forward_hook(_arrive) for linear in in_layers]
     try:
         model(**example_rows(model, 1, length))
     except _Arrived:

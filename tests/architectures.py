@@ -1,7 +1,6 @@
-"""One row for each architecture of transformers that a small random model of is taken through the package.
+"""One row for each architecture of transformers of which a small random model is taken through the package.
 
-Random weights of ten times the usual size, as in models.py. `limit` is the longest input that a real forward accepts, in
-tokens, None where positions are relative only; `targets` the linear maps to adapt, None for the preset.
+Random weights of ten times the usual size, as in models.py.
 """
 
 import dataclasses
@@ -15,6 +14,9 @@ EOS = 4  # ends every row, as a tokenizer of an encoder-decoder has it
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """limit: the longest input that a forward accepts, tokens; None where positions are relative only. targets: the
+    linear maps to adapt, None for the preset."""
+
     name: str
     settings: dict
     targets: tuple[str, ...] | None
@@ -23,11 +25,9 @@ class Row:
 
     def build(self, *, num_labels: int = 2, **changes):
         prefix = self.prefix or self.name
-        config = getattr(transformers, f"{prefix}Config")(
-            **{"vocab_size": VOCABULARY, "pad_token_id": 1, "num_labels": num_labels, "initializer_range": 0.2}
-            | self.settings
-            | changes
-        )
+        usual = {"vocab_size": VOCABULARY, "pad_token_id": 1, "num_labels": num_labels, "initializer_range": 0.2}
+        settings = {key: value for key, value in {**usual, **self.settings, **changes}.items() if value is not None}
+        config = getattr(transformers, f"{prefix}Config")(**settings)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return getattr(transformers, f"{prefix}ForSequenceClassification")(config)
@@ -64,7 +64,7 @@ ROWS = (
                           "max_position_embeddings": 96}, QKV, 96, "BigBird"),
     Row("Camembert", _BERT, QKV, 62),
     Row("Canine", {**_BERT, "downsampling_rate": 4, "upsampling_kernel_size": 4, "num_hash_buckets": 64,
-                   "num_hash_functions": 2, "local_transformer_stride": 16, "max_position_embeddings": 64}, QKV, 64),
+                   "num_hash_functions": 2, "local_transformer_stride": 16, "vocab_size": None}, QKV, 64),
     Row("ConvBert", {**_BERT, "embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 3}, QKV, 64),
     Row("Data2VecText", _BERT, QKV, 62),
     Row("Electra", {**_BERT, "embedding_size": 16}, QKV, 64),
@@ -84,9 +84,8 @@ ROWS = (
     Row("ModernBert", {**_BERT, "global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 0,
                        "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}, ("Wqkv",), None),
     Row("MPNet", _BERT, ("q", "k", "v"), 62),
-    Row("Mra", {**_BERT, "block_per_row": 1}, QKV, 64),
     Row("NomicBert", _BERT, ("q_proj", "k_proj", "v_proj"), None),
-    Row("Nystromformer", {**_BERT, "segment_means_seq_len": 8, "num_landmarks": 8}, QKV, 62),
+    Row("Nystromformer", {**_BERT, "segment_means_seq_len": 8, "num_landmarks": 8}, QKV, 64),
     Row("RemBert", {**_BERT, "input_embedding_size": 16}, QKV, 64),
     Row("RobertaPreLayerNorm", _BERT, QKV, 62),
     Row("XLMRobertaXL", _BERT, QKV, 62),
@@ -94,7 +93,7 @@ ROWS = (
     Row("XLM", _XLM, ("q_lin", "k_lin", "v_lin"), 64),
     Row("XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, ("layer_1",), None),
     Row("Xmod", {**_BERT, "languages": ["en_XX"], "default_language": "en_XX"}, QKV, 62),
-    Row("Yoso", {**_BERT, "use_expectation": True}, QKV, 62),
+    Row("Yoso", {**_BERT, "use_expectation": True}, QKV, 64),
     Row("Bart", _BART, ("q_proj", "k_proj", "v_proj"), 64),
     Row("MBart", _BART, ("q_proj", "k_proj", "v_proj"), 64),
     Row("T5", _T5, ("q", "k", "v"), None),

@@ -26,6 +26,7 @@ FLOORS = {
     "architectures": -2,
     "macs": -1,
     "layout": 0,
+    "peft_config": 1,
     "methods": 0,
     "config": 1,
     "registry": 0,
