@@ -7,6 +7,7 @@ transformers' `from_pretrained`. Beside it `gates.safetensors` holds everything 
 full rank and unquantized, for `load`. Both are read back and compared before the call returns.
 """
 
+import contextlib
 import copy
 import json
 import shutil
@@ -154,7 +155,8 @@ def _verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] 
 def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tensor]) -> None:
     """Export an untrained program once, with adapters away from zero, so that nobody trains what cannot be kept.
 
-    folder: where that is written, compared and removed again. rows: see `export`. The program is left as it was.
+    folder: where that is written, compared and removed again, with the one above it if nothing else is there. rows: see
+    `export`. The program is left as it was.
     Errors: ValueError saying what went wrong.
     """
     parameters = program.net.adapter_parameters() if program.net.layout.adapted else []
@@ -175,6 +177,8 @@ def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tens
         for p, value in zip(parameters, before, strict=True):
             p.copy_(value)
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
 
 
 def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:

@@ -99,7 +99,8 @@ def _complete(config: RunConfig, folder: Path) -> None:
     if accelerate.PartialState().is_main_process:
         summary = _write(trained, evaluated, partial, [place for _, place in restarts])
         summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
-        (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
+        written = config.to_json(versions=versions(), threads=torch.get_num_threads())
+        (partial / "config.json").write_text(written, encoding="utf-8")
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder)
         write_report(folder)  # last: a run does not wait for its page

@@ -100,11 +100,10 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
     if hasattr(parts.program.weights, "require"):
         parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
     if folder is not None and accelerator.is_main_process:
-        fresh = not (folder / "checkpoints").exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
+        if not (folder / "checkpoints").exists():
             rows = first_inputs(parts.tokens["train"], parts.tokenizer)
             require_exportable(parts.program, folder / ".exportable", rows)
+        folder.mkdir(parents=True, exist_ok=True)
     return _Loop(accelerator, parts, schedule, folder, quiet).run(until)
 
 

@@ -62,7 +62,7 @@ def test_it_starts_as_pretrained_learns_and_is_exported(row, tmp_path):
         torch.testing.assert_close(net(**rows).logits, expected, atol=2e-5, rtol=1e-4)
     program = program_of(net)
     before = {name: x.clone() for name, x in program.state_dict().items()}
-    require_exportable(program, tmp_path / "tried", rows)
+    require_exportable(program, tmp_path / "run" / "tried", rows)
     assert not any(tmp_path.iterdir())
     for name, x in program.state_dict().items():
         assert torch.equal(x, before[name]), name
