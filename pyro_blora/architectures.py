@@ -57,6 +57,11 @@ def _other_maps(model: nn.Module) -> str:
 def matched(model: nn.Module, targets: str | Iterable[str] | None, architecture: str) -> set[str]:
     """Paths of the linear layers that the targets name.  Errors: ValueError listing what there is."""
     linears = encoder_linears(model)
+    if not linears:
+        raise ValueError(
+            f"the encoder of {type(model).__name__} has no torch.nn.Linear, and layers of other kinds cannot be adapted: "
+            f"{_other_maps(model)}. Choose another backbone"
+        )
     if targets is None:
         if architecture not in TARGETS:
             raise ValueError(
@@ -86,7 +91,7 @@ def matched(model: nn.Module, targets: str | Iterable[str] | None, architecture:
 def _listed(model: nn.Module) -> str:
     """The layers of an encoder by the ends of their names, for a user to choose from."""
     ends, others = sorted({name.rsplit(".", 1)[-1] for name in encoder_linears(model)}), _other_maps(model)
-    linear = f"Its linear layers end in: {', '.join(ends)}" if ends else "It has no torch.nn.Linear"
+    linear = f"Its linear layers end in: {', '.join(ends)}"
     return f"{linear}. Layers of other kinds, which cannot be adapted: {others}" if others else linear
 
 

@@ -253,7 +253,9 @@ def test_layers_that_are_no_linear_maps_of_torch_are_listed():
     config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=4, n_positions=64)
     model = transformers.GPT2ForSequenceClassification(config)
     for targets in (None, ["c_attn"]):
-        with pytest.raises(ValueError, match=r"no torch\.nn\.Linear.*cannot be adapted: Conv1D \(c_attn, c_fc, c_proj"):
+        with pytest.raises(
+            ValueError, match=r"no torch\.nn\.Linear.*cannot be adapted: Conv1D \(c_attn, c_fc, c_proj\)\. Choose"
+        ):
             AdapterLayout.of(model, sequence_length=LENGTH, target_modules=targets)
 
 
