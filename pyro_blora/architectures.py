@@ -59,8 +59,8 @@ def matched(model: nn.Module, targets: str | Iterable[str] | None, architecture:
     linears = encoder_linears(model)
     if not linears:
         raise ValueError(
-            f"the encoder of {type(model).__name__} has no torch.nn.Linear, and layers of other kinds cannot be adapted: "
-            f"{_other_maps(model)}. Choose another backbone"
+            f"the encoder of {type(model).__name__} has no torch.nn.Linear, and layers of other kinds cannot be "
+            f"adapted: {_other_maps(model)}. Choose another backbone"
         )
     if targets is None:
         if architecture not in TARGETS:
