@@ -8,17 +8,16 @@ is exported is plain LoRA: diag(E) A and B at the open ranks.
 Source: Zhang et al., AdaLoRA (2023); its schedule is in fractions of the steps here.
 """
 
-import warnings
-
 import peft
 import torch
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor, nn
 
-from .adapters import GatedModel, freeze_pooler, lora_config
+from .adapters import GatedModel
 from .handover import Handover
 from .layers import ADAPTER
-from .layout import AdapterLayout
+from .layout import BATCH_SIZE, AdapterLayout
+from .peft_config import freeze_pooler, lora_config, settle, wrapped
 
 _BEFORE, _AFTER, _INTERVAL = 0.1, 0.3, 0.01  # fractions of the steps: before, after, and between allocations
 _ORTHOGONALITY = 0.1  # weight of the penalty, as AdaLoRA has it on most of GLUE
@@ -45,7 +44,8 @@ class AdaLoRAModel(GatedModel):
 
     def _parameters_of_adapters(self) -> list[tuple[str, nn.Parameter]]:
         """Those that AdaLoRA rates, by their names in PEFT's inner model."""
-        return [(name, p) for name, p in self.backbone.named_parameters() if "lora_" in name]
+        layers = tuple(f"{p.name}.lora_" for p in self.layout.projections)
+        return [(name, p) for name, p in self.backbone.named_parameters() if name.startswith(layers)]
 
     def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
         """(diag(E) A (r, n), B (m, r)) at the open ranks, which may be none."""
@@ -85,15 +85,16 @@ class AdaLoRAModel(GatedModel):
         allocator.ipt = {name: torch.zeros_like(p) for name, p in self._parameters_of_adapters()}
         self.tuner.update_and_allocate(step)
         for kind, buffers in state.items():
-            for name, x in getattr(allocator, kind).items():
-                buffers[name.replace(".", "/")].copy_(x)
+            found = getattr(allocator, kind)  # of a head whose name has "lora_" in it, too
+            for name in buffers.keys() & {key.replace(".", "/") for key in found}:
+                buffers[name].copy_(found[name.replace("/", ".")])
         opened.copy_(torch.stack([scale.squeeze(-1) != 0 for scale in self._scales().values()]))
         return opened.sum(-1)
 
 
 def attach_adalora(
     backbone: nn.Module, *, rank: int, alpha: float, target_modules=None, scope: str = "adapted",
-    sequence_length: int = 128,
+    sequence_length: int = 128, batch_size: int = BATCH_SIZE,
 ) -> AdaLoRAModel:  # fmt: skip
     """Put PEFT's AdaLoRA layers of `rank` ranks into a Hugging Face backbone; arguments as of `attach`.
 
@@ -102,15 +103,13 @@ def attach_adalora(
     if scope != "adapted":
         raise ValueError(f"adalora quantizes nothing, so it has no scope {scope!r}: drop --scope")
     layout = AdapterLayout.of(
-        backbone, rank=rank, alpha=alpha, target_modules=target_modules, sequence_length=sequence_length
-    )
+        backbone, rank=rank, alpha=alpha, target_modules=target_modules, sequence_length=sequence_length,
+        batch_size=batch_size,
+    )  # fmt: skip
+    settle(backbone)
     plain = lora_config(backbone, layout)
     config = peft.AdaLoraConfig(
         task_type=plain.task_type, target_modules=plain.target_modules, modules_to_save=plain.modules_to_save,
         init_r=rank, target_r=rank, lora_alpha=alpha, total_step=1,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-        model = peft.get_peft_model(backbone, config)
-    freeze_pooler(model)
-    return AdaLoRAModel(model, layout)
+    return AdaLoRAModel(freeze_pooler(wrapped(backbone, config)), layout)

@@ -8,7 +8,6 @@ the encoder, without an adapter. The task head stays at 32 bit, and a pooler ins
 Ranges are one (L, T) parameter, learned as log(range), which `calibrate` sets from data."""
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator
 
 import peft
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from .handover import Handover, Observer, handed_over
 from .layers import GatedLinear, QuantizedLinear, XSLinear
-from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout, head_modules
+from .layout import BASE, BATCH_SIZE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
+from .peft_config import freeze_pooler, lora_config, settle, wrapped
 from .processes import whole
 from .quantizer import grids, mixture_weights
 from .xs import xs_settings
@@ -71,8 +71,10 @@ class GatedModel(nn.Module):
         return [p for p, of_adapter in self._trained() if not of_adapter]
 
     def _trained(self) -> list[tuple[nn.Parameter, bool]]:
-        part = ".lora_" if self.layout.adapted else f"{self.backbone.base_model_prefix}."
-        return [(p, part in name) for name, p in self.peft_model.named_parameters() if p.requires_grad]
+        """What learns, and whether it stands in an adapted projection (without adapters: in the base model)."""
+        adapted = [self.backbone.get_submodule(p.name) for p in self.layout.adapted] or [self.backbone.base_model]
+        inside = {id(p) for module in adapted for p in module.parameters()}
+        return [(p, id(p) in inside) for p in self.peft_model.parameters() if p.requires_grad]
 
     def penalty(self) -> Tensor | float:
         """What the adapter method adds to the loss, nats an example."""
@@ -147,13 +149,14 @@ def attach(
     init_lora_weights: str = "default",
     share_inputs: bool = False,
     adapter_settings: dict | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> GatedModel:
     """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
 
     rank: maximal rank R. alpha: LoRA's scale, the update is multiplied by alpha / R whatever the number of open ranks.
     target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
     scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
-    sequence_length: tokens at which MACs are counted.
+    sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
     adapter: `lora`; `xs` (B-LoRA-XS, with adapter_settings of xs.py); or `none`: no projection has an adapter, and the
     whole backbone learns.
     init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py. share_inputs: see `AdapterLayout`.
@@ -163,8 +166,9 @@ def attach(
         raise ValueError(f"unknown adapter {adapter!r}: known adapters are {', '.join(ADAPTERS)}")
     layout = AdapterLayout.of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length,
-        share_inputs=share_inputs,
+        share_inputs=share_inputs, batch_size=batch_size,
     )  # fmt: skip
+    settle(backbone)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     handover = Handover(layout.input_owner.tolist() if share_inputs else None)
     if adapter == "none":
@@ -195,27 +199,7 @@ def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: st
     eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if init_lora_weights == "eva" else {}
     config = lora_config(backbone, layout, **eva)
     config._register_custom_module({nn.Linear: layer})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-        warnings.filterwarnings("ignore", "lora with eva initialization")  # memory that a batch has no use for
-        model = peft.get_peft_model(backbone, config)
-    freeze_pooler(model)
-    return model
-
-
-def freeze_pooler(model: peft.PeftModel) -> None:
-    """It is pretrained, like the encoder it belongs to, and in PEFT's files in case it was not."""
-    if pooler := getattr(model.base_model.model.base_model, "pooler", None):
-        pooler.requires_grad_(False)
-
-
-def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.LoraConfig:
-    """The plain PEFT configuration of a layout: exact names as targets, head and pooler saved with the adapter."""
-    return peft.LoraConfig(
-        task_type="SEQ_CLS" if "SequenceClassification" in type(backbone).__name__ else None,
-        r=layout.rank, lora_alpha=layout.alpha, target_modules=[p.name for p in layout.adapted],
-        modules_to_save=[name.rsplit(".", 1)[-1] for name in head_modules(backbone)], **patterns,
-    )  # fmt: skip
+    return freeze_pooler(wrapped(backbone, config))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ class Full(NamedTuple):
 
 
 class BOPs(NamedTuple):
-    """Bit operations of one forward (batch 1, layout.sequence_length tokens), and their ratios to 32 x 32 bit.
+    """Bit operations per example (layout.sequence_length tokens, layout.batch_size), and their ratios to 32 x 32 bit.
 
     Shapes: float64, the leading dimensions of the gates.   Units: BOPs = MACs * bit * bit.
     """

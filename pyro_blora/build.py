@@ -15,6 +15,7 @@ from .backbone import load_backbone, load_tokenizer
 from .config import RunConfig
 from .data import held_out, tokenize, unlabelled
 from .guides import GUIDES, build_guide
+from .layout import BATCH_SIZE
 from .priors import build_prior, parts
 from .program import BayesianLoRA
 from .registry import Registry
@@ -83,11 +84,12 @@ def build(config: RunConfig) -> Parts:
     return Parts(config, task, rows, tokens, tokenizer, program)
 
 
-def build_program(config: RunConfig, task: Task, n_train: int) -> BayesianLoRA:
+def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int = BATCH_SIZE) -> BayesianLoRA:
+    """counted_at: batch size at which MACs are counted per example: of older runs, 1."""
     backbone = load_backbone(config.backbone, task.num_labels)
     settings = {
         "rank": config.rank, "alpha": config.alpha, "target_modules": config.target_modules, "scope": config.scope,
-        "sequence_length": config.max_length,
+        "sequence_length": config.max_length, "batch_size": counted_at,
     }  # fmt: skip
     if config.adapter == "adalora":
         net = attach_adalora(backbone, **settings)

@@ -188,7 +188,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, source: str | Path) -> Self:
-        """A configuration from JSON text, or from a `config.json` given as a Path; its `versions` are not read."""
+        """A configuration from JSON text, or from a `config.json` given as a Path; not what it says of the machine."""
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         try:
             values = json.loads(text)
@@ -196,14 +196,17 @@ class RunConfig:
             raise ValueError(f"the configuration is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"a configuration must be a JSON object, got {type(values).__name__}")
-        values.pop("versions", None)
+        for of_machine in ("versions", "threads"):
+            values.pop(of_machine, None)
         return cls.from_dict(values)
 
-    def to_json(self, *, versions: Mapping[str, str] | None = None) -> str:
-        """JSON with sorted keys; `versions` (package to version) travels along for the reader."""
+    def to_json(self, *, versions: Mapping[str, str] | None = None, threads: int | None = None) -> str:
+        """JSON with sorted keys; `versions` (package to version) and torch's `threads` travel along for the reader."""
         values = dataclasses.asdict(self)
         if versions is not None:
             values["versions"] = dict(versions)
+        if threads is not None:  # sums in another order differ in their last bits, and trainings grow apart
+            values["threads"] = threads
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @property

@@ -78,6 +78,11 @@ def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: 
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
 
 
+def first_inputs(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 4) -> dict[str, torch.Tensor]:
+    """What the backbone takes of the first rows, as one batch."""
+    return split_labels(next(iter(loader(rows, tokenizer, [[*range(min(count, len(rows)))]]))))[0]
+
+
 def by_length(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[DataLoader, torch.Tensor]:

@@ -7,6 +7,7 @@ transformers' `from_pretrained`. Beside it `gates.safetensors` holds everything 
 full rank and unquantized, for `load`. Both are read back and compared before the call returns.
 """
 
+import contextlib
 import copy
 import json
 import shutil
@@ -19,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import adapters
+from . import adapters, peft_config
+from .architectures import example_rows
 from .backbone import quiet
 from .build import build_program, check_names
 from .checkpoint import read_tensors, trainable
@@ -31,13 +33,15 @@ from .program import BayesianLoRA
 from .quantizer import quantize_mixture
 
 GATES_FILE = "gates.safetensors"
+_AWAY = 0.02  # of an adapter that is exported before it is trained: as large as a fresh encoder's weights
 _GAP = 1e-4  # largest relative difference of logits between the exported adapter and its network, in float32
 
 
 @torch.no_grad()
-def export(program: BayesianLoRA, folder: str | Path) -> Path:
+def export(program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None) -> Path:
     """Write the deployed adapter to `folder`, which must not exist.
 
+    rows: inputs on which what was written is compared with the program; None: ordinary tokens of the vocabulary.
     Errors: FileExistsError; RuntimeError if what was written does not predict what the program predicts (nothing is
     left behind then).
     """
@@ -56,7 +60,7 @@ def export(program: BayesianLoRA, folder: str | Path) -> Path:
             with quiet():
                 plain.save_pretrained(str(partial))
                 reloaded = type(plain).from_pretrained(str(partial))
-        _verify(program, reloaded)
+        _verify(program, reloaded, rows)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
         notes = {"layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train)}
         save_file(tensors, partial / GATES_FILE, metadata=notes)
@@ -101,10 +105,9 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
 
 def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: dict, folder: Path) -> None:
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
-    config = adapters.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-        model = peft.get_peft_model(copy.deepcopy(plain), config)
+    config = peft_config.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
+    with torch.random.fork_rng(devices=[]):
+        model = peft_config.wrapped(copy.deepcopy(plain), config)
     modules = dict(model.base_model.model.named_modules())
     for name, (down, up) in weights.items():
         layer = modules[name]
@@ -129,24 +132,53 @@ def _reloaded(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Modul
     return reloaded
 
 
-def _verify(program: BayesianLoRA, reloaded: nn.Module) -> None:
+def _verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] | None) -> None:
     """What was written, against the gated network with activations and base weights at 32 bit."""
-    device = program.log_scale.device
+    device, net = program.log_scale.device, program.net
     reloaded.eval().to(device)
     z, g = deployed(program)
     z = z.clone()
     z[:, [INPUT, BASE, HIDDEN]] = 1.0
-    vocabulary = program.net.peft_model.config.vocab_size
-    tokens = torch.arange(64, device=device).view(2, 32) * 7919 % vocabulary
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    rows = rows or example_rows(net.backbone, 2, min(32, net.layout.sequence_length), varied=True)
+    batch = {key: value.to(device) for key, value in rows.items()}
     training = program.training
     program.eval()
-    with adapters.gates(program.net, z, g):
-        expected = program.net.peft_model(**batch).logits.float()  # not under autocast, as PEFT will run it
+    with adapters.gates(net, z, g):
+        expected = net.peft_model(**batch).logits.float()  # not under autocast, as PEFT will run it
     program.train(training)
     gap = (reloaded(**batch).logits.float() - expected).abs().max().item() / max(1.0, expected.abs().max().item())
     if not gap <= _GAP:
         raise RuntimeError(f"the exported adapter's logits differ by {gap:.2g} from the program's: please report this")
+
+
+@torch.no_grad()
+def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tensor]) -> None:
+    """Export an untrained program once, with adapters away from zero, so that nobody trains what cannot be kept.
+
+    folder: where that is written, compared and removed again, with the one above it if nothing else is there. rows: see
+    `export`. The program is left as it was.
+    Errors: ValueError saying what went wrong.
+    """
+    parameters = program.net.adapter_parameters() if program.net.layout.adapted else []
+    before = [p.clone() for p in parameters]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for p in parameters:
+                nn.init.normal_(p, std=_AWAY)
+            export(program, folder, rows=rows)
+    except Exception as error:  # whatever transformers or PEFT make of this model
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"what is trained could not be exported and read back ({reason[0]}), so it is not trained: choose other "
+            f"--target_modules or another --method for {type(program.net.backbone).__name__}"
+        ) from error
+    finally:
+        for p, value in zip(parameters, before, strict=True):
+            p.copy_(value)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
 
 
 def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
@@ -166,7 +198,7 @@ def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
         raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
-        program = build_program(config, check_names(config), n_train or rows)
+        program = build_program(config, check_names(config), n_train or rows, layout.batch_size)
     parameters = trainable(program)
     if program.net.layout != layout or set(parameters) != set(tensors):
         raise ValueError(

@@ -70,7 +70,7 @@ _SAID = {  # (long_name, units)
     "log_prior_width": ("log probability of a bit width under the prior", "nat"),
     "log_prior_rank": ("log probability of a number of open ranks under the prior", "nat"),
     "clipped": ("share of values beyond the range of their grid", ""),
-    "macs": ("multiplications of one forward, batch 1", ""),
+    "macs": ("multiplications of a forward, per example", ""),
 }
 
 

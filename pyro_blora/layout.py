@@ -4,48 +4,40 @@ It is the pivot of the package: priors see costs through it, guides take their s
 and export read the same fields. `AdapterLayout.of(model, ...)` reads it off a Hugging Face model.
 
 Shape letters: L gated projections, T = 5 tensors each, K = 4 random bit gates (the 2-bit rung is always open), R ranks
-(the first is always open). Units: MACs are for one forward of batch 1 at `sequence_length` tokens, measured by
-PyTorch's flop counter on the meta device. DeBERTa's positional stream passes through `query` and `key` a second time
-(512 positions, whatever the sentence length); it is counted, so `tokens` exceeds the sequence length there.
+(the first is always open). Units: MACs are per example, of a forward of `batch_size` examples of `sequence_length`
+tokens (macs.py counts them). DeBERTa's positional stream passes through `query` and `key` a second time, 512
+positions once a batch, whatever the examples: each of 32 examples has 16 of them, so `tokens` exceeds the sequence
+length there. The batch size is a constant, not the run's own, so that figures of all runs compare.
 """
 
-import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from .architectures import TARGETS, encoder_linears, head_modules, matched, type_of
+from .macs import cost
+
+__all__ = ["TARGETS", "AdapterLayout", "Projection", "head_modules"]
 
 TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
 INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
 LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
+BATCH_SIZE = 32  # examples of the forward whose MACs are counted: the batch size of the presets
 _READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input
-
-# The attention inputs of each architecture, the ones the paper adapts.
-TARGETS = {
-    "bert": ("query", "key", "value"),
-    "deberta": ("query_proj", "key_proj", "value_proj"),
-    "deberta-v2": ("query_proj", "key_proj", "value_proj"),
-    "distilbert": ("q_lin", "k_lin", "v_lin"),
-    "roberta": ("query", "key", "value"),
-    "xlm-roberta": ("query", "key", "value"),
-}
-_TYPES = {
-    "query_proj": "query", "key_proj": "key", "value_proj": "value",
-    "q_lin": "query", "k_lin": "key", "v_lin": "value",
-    "q_proj": "query", "k_proj": "key", "v_proj": "value", "out_lin": "attention.output",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
     """One linear map y = W x + b with W of shape (out_features, in_features).
 
-    `tokens` is how many vectors pass through it in one forward, `adapted` whether it has a low-rank adapter.
+    `tokens` is how many vectors pass through it per example (what passes once a batch is shared by its examples),
+    `adapted` whether it has a low-rank adapter.
     """
 
     name: str
@@ -53,11 +45,11 @@ class Projection:
     layer: int
     in_features: int
     out_features: int
-    tokens: int
+    tokens: float
     adapted: bool
 
     @property
-    def macs(self) -> int:
+    def macs(self) -> float:
         return self.tokens * self.in_features * self.out_features
 
 
@@ -65,8 +57,9 @@ class Projection:
 class AdapterLayout:
     """The gated projections of a model, in model order, and the MACs of everything.
 
-    `model_macs` counts every matrix product of one forward of the plain model, attention products and head included.
+    `model_macs` counts every matrix product of the plain model per example, attention products and head included.
     `share_inputs`: query, key and value of a layer share one chain for their input, that of the first of them.
+    `batch_size`: examples of the forward that was counted.
     """
 
     architecture: str
@@ -75,10 +68,11 @@ class AdapterLayout:
     alpha: float
     scope: str
     sequence_length: int
-    model_macs: int
+    model_macs: float
     tensors: tuple[str, ...] = TENSORS
     ladder: tuple[int, ...] = LADDER
     share_inputs: bool = False
+    batch_size: int = BATCH_SIZE
 
     @classmethod
     def of(
@@ -91,6 +85,7 @@ class AdapterLayout:
         scope: str = "adapted",
         sequence_length: int = 128,
         share_inputs: bool = False,
+        batch_size: int = BATCH_SIZE,
     ) -> "AdapterLayout":
         """The layout of a Hugging Face model.
 
@@ -107,33 +102,35 @@ class AdapterLayout:
                 f"{type(model).__name__} has no task head: load the backbone with a class such as "
                 "AutoModelForSequenceClassification"
             )
-        if sequence_length > _positions(model.config):
-            raise ValueError(
-                f"the model takes at most {_positions(model.config)} tokens, got a sequence length of "
-                f"{sequence_length}: lower it (sequence_length, or --max_length on the command line)"
-            )
-        linears = _encoder_linears(model)
-        targets = _match(linears, target_modules, getattr(model.config, "model_type", "unknown"))
-        macs, model_macs = count_macs(model, sequence_length)
-        projections = []
-        for name, linear in linears.items():
-            if name not in targets and scope != "encoder":
-                continue
-            n, m = linear.in_features, linear.out_features
+        architecture = getattr(model.config, "model_type", type(model).__name__)
+        linears, targets = encoder_linears(model), matched(model, target_modules, architecture)
+        for name in linears:
+            n, m = linears[name].in_features, linears[name].out_features
             if name in targets and rank > min(n, m):
                 raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
+        tokens, model_macs, reaching = cost(model, sequence_length, batch_size)
+        _require_reached(targets, reaching)
+        projections = []
+        for name, linear in linears.items():
+            if name not in reaching or (name not in targets and scope != "encoder"):
+                continue
             layer = re.search(r"\.(\d+)\.", name)
             projections.append(
                 Projection(
-                    name=name, type=_type_of(name), layer=int(layer[1]) if layer else 0, in_features=n,
-                    out_features=m, tokens=macs.get(name, 0) // (n * m), adapted=name in targets,
+                    name=name, type=type_of(name), layer=int(layer[1]) if layer else 0, in_features=linear.in_features,
+                    out_features=linear.out_features, tokens=tokens[name], adapted=name in targets,
                 )
             )  # fmt: skip
-        return cls(
-            architecture=getattr(model.config, "model_type", type(model).__name__), projections=tuple(projections),
-            rank=rank, alpha=float(alpha), scope=scope, sequence_length=sequence_length, model_macs=model_macs,
-            share_inputs=share_inputs,
+        layout = cls(
+            architecture=architecture, projections=tuple(projections), rank=rank, alpha=float(alpha), scope=scope,
+            sequence_length=sequence_length, model_macs=model_macs, share_inputs=share_inputs, batch_size=batch_size,
         )  # fmt: skip
+        if share_inputs and len(layout.input_owner.unique()) == len(projections):
+            raise ValueError(
+                f"share_inputs shares nothing here: no layer has more than one of {', '.join(_READ_ALIKE)} among its "
+                f"quantized projections ({', '.join(sorted({p.type for p in projections}))}): drop --share_inputs"
+            )
+        return layout
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -142,7 +139,7 @@ class AdapterLayout:
     def from_dict(cls, data: dict) -> "AdapterLayout":
         projections = tuple(Projection(**p) for p in data["projections"])
         tuples = {"tensors": tuple(data["tensors"]), "ladder": tuple(data["ladder"]), "projections": projections}
-        return cls(**{**data, **tuples})
+        return cls(**{"batch_size": 1, **data, **tuples})  # older layouts were counted at batch 1
 
     def without_adapters(self) -> "AdapterLayout":
         """The same projections for full fine-tuning."""
@@ -218,71 +215,12 @@ class AdapterLayout:
         return torch.stack([read, self.macs, down, up, up], -1)
 
 
-def _match(linears: dict[str, nn.Linear], targets, architecture: str) -> set[str]:
-    if targets is None:
-        if architecture not in TARGETS:
-            raise ValueError(
-                f"no preset of target modules for the architecture {architecture!r}: pass target_modules "
-                f"(names or a regular expression). Presets: {', '.join(TARGETS)}"
-            )
-        targets = TARGETS[architecture]
-    if isinstance(targets, str):
-        try:
-            found = {name for name in linears if re.fullmatch(targets, name)}
-        except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}") from None
-        missing = [] if found else [targets]
-    else:
-        hits = {t: {name for name in linears if name == t or name.endswith("." + t)} for t in targets}
-        missing = [t for t, names in hits.items() if not names]
-        found = set().union(*hits.values())
-    if missing or not found:
-        ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        kind = " (one string is a regular expression for the whole path)" if isinstance(targets, str) else ""
-        raise ValueError(
-            f"target_modules {', '.join(map(repr, missing)) or '()'}{kind} match no linear layer of the "
-            f"encoder. Its linear layers end in: {', '.join(ends)}"
-        )
-    return found
-
-
-def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the task head, which stays at 32 bit: what stands beside the base model, and a pooler inside it."""
-    prefix = model.base_model_prefix
-    beside = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
-    pooler = getattr(getattr(model, prefix, model), "pooler", None)
-    return (*beside, f"{prefix}.pooler") if pooler is not None else tuple(beside)
-
-
-def _positions(config) -> float:
-    """The longest input; RoBERTa's table has two rows more than that, for padding."""
-    table = getattr(config, "max_position_embeddings", None) or float("inf")
-    return table - 2 if "roberta" in getattr(config, "model_type", "") else table
-
-
-def _encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer but the task head's, by path: the head is trained whole, a target may not be in it."""
-    head = head_modules(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: m for name, m in linears.items() if not any(name == h or name.startswith(h + ".") for h in head)}
-
-
-def _type_of(name: str) -> str:
-    path = re.split(r"\.\d+\.", name)[-1].removesuffix(".dense")
-    last = path.rsplit(".", 1)[-1]
-    return _TYPES.get(last, path if last == "output" else last)
-
-
-def count_macs(model: nn.Module, sequence_length: int) -> tuple[dict[str, int], int]:
-    """MACs of each linear layer and of the whole model, for one forward of batch 1, from a weightless copy."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"  # fused attention kernels hide their products from the counter
-    with torch.device("meta"):
-        shadow = type(model)(config).eval()
-        tokens = torch.zeros(1, sequence_length, dtype=torch.long)
-    shadow.config.pad_token_id = None  # once built, it serves a warning only, which would read the tokens
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(input_ids=tokens)  # no attention mask: reading one needs data
-    root = type(shadow).__name__ + "."
-    per_module = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
-    return per_module, counter.get_total_flops() // 2
+def _require_reached(targets: set[str], reaching: frozenset[str]) -> None:
+    """Leave out targets that no logit depends on, with a warning.  Errors: ValueError where none is left."""
+    idle = sorted(targets - reaching)
+    if not idle:
+        return
+    names = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
+    if len(idle) == len(targets):
+        raise ValueError(f"the logits do not depend on {names}: nothing would be learned there, choose other targets")
+    warnings.warn(f"the logits do not depend on {names}: left out, as nothing would be learned there", stacklevel=4)

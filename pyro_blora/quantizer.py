@@ -179,11 +179,13 @@ class _Products(torch.autograd.Function):
         weights, of_weights, biases = maps[0::4], maps[2::4], maps[3::4]
         ctx.dtype = dtype
         ctx.save_for_backward(x, constants, *weights, *of_weights)
-        rounded_x = _on(x, constants).to(dtype)
-        return tuple(
+        rounded_x = _on(x, constants).to(dtype).flatten(0, -2)
+        found = (
             F.linear(rounded_x, _on(weight, c).to(dtype), None if bias is None else bias.to(dtype))
             for weight, c, bias in zip(weights, of_weights, biases, strict=True)
         )
+        # no views: what follows may change them in place, as DeBERTa and Longformer do
+        return tuple(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]) for y in found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

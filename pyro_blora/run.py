@@ -23,6 +23,7 @@ from .arviz_data import concatenate, read, save
 from .build import build, check_names
 from .checkpoint import trainable
 from .config import RunConfig
+from .data import first_inputs
 from .evaluation import Evaluated, evaluate, predictions_file, with_members
 from .exporting import export
 from .inference_data import to_arviz
@@ -98,7 +99,8 @@ def _complete(config: RunConfig, folder: Path) -> None:
     if accelerate.PartialState().is_main_process:
         summary = _write(trained, evaluated, partial, [place for _, place in restarts])
         summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
-        (partial / "config.json").write_text(config.to_json(versions=versions()), encoding="utf-8")
+        written = config.to_json(versions=versions(), threads=torch.get_num_threads())
+        (partial / "config.json").write_text(written, encoding="utf-8")
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder)
         _write_page(folder)
@@ -150,7 +152,7 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     if restarts:
         data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
     save(data, folder / "posterior.nc")
-    export(_unsharded(trained), folder / "adapter")
+    export(_unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer))
     if config.weights == "ensemble":
         pairs = {
             split: (with_members(averaged, split, restarts), at_mode)

@@ -187,9 +187,9 @@ def _restarts(run: RunFiles, title: str) -> Section:
 def _repeat(run: RunFiles, title: str) -> Section:
     values = json.loads((run.folder / "config.json").read_text(encoding="utf-8")) if run.config else {}
     versions = ", ".join(f"{name} {version}" for name, version in values.get("versions", {}).items())
-    return Section(
-        title, [f"The same numbers again, with {versions} on {run.summary['device']}:"], code=command_line(run.config)
-    )
+    threads = f", {values['threads']} threads" if "threads" in values else ""
+    text = f"The same numbers again, with {versions} on {run.summary['device']}{threads}:"
+    return Section(title, [text], code=command_line(run.config))
 
 
 _SECTIONS: dict[str, Callable[[RunFiles, str], Section]] = {

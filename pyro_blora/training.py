@@ -22,7 +22,8 @@ from .build import Parts, build
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .curvature import fit_run
-from .data import epoch_order, lengths_of, loader, on_device, split_labels
+from .data import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
+from .exporting import require_exportable
 from .logbook import Logbook
 from .posterior import component_marginals
 from .processes import average_gradients, shard, sharding_wanted
@@ -99,6 +100,9 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
     if hasattr(parts.program.weights, "require"):
         parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
     if folder is not None and accelerator.is_main_process:
+        if not (folder / "checkpoints").exists():
+            rows = first_inputs(parts.tokens["train"], parts.tokenizer)
+            require_exportable(parts.program, folder / ".exportable", rows)
         folder.mkdir(parents=True, exist_ok=True)
     return _Loop(accelerator, parts, schedule, folder, quiet).run(until)
 

@@ -151,3 +151,20 @@ def weighted_net(adapter, build=tiny_bert, **settings):
         nn.init.normal_(p, std=0.2)
     calibrate(net, [batch()[0]])
     return net.eval()
+
+
+def headed(name):
+    """A BERT of one's own whose head has this name."""
+
+    class Own(transformers.BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = transformers.BertModel(config)
+            setattr(self, name, nn.Linear(config.hidden_size, 2))
+            self.post_init()
+
+        def forward(self, input_ids, attention_mask=None, **_):
+            pooled = self.bert(input_ids, attention_mask).pooler_output
+            return transformers.modeling_outputs.SequenceClassifierOutput(logits=getattr(self, name)(pooled))
+
+    return _built(Own, tiny_bert(dropout=0.0).config)

@@ -6,12 +6,17 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch, random_chains, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
+from models import batch, headed, random_chains, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 
 from pyro_blora import adapters, handover, quantizer
 from pyro_blora.adapters import attach, calibrate, open_gates
+from pyro_blora.exporting import export
+from pyro_blora.guides import build_guide
 from pyro_blora.layers import ADAPTER, GatedLinear, QuantizedLinear
 from pyro_blora.layout import LADDER, SCOPES, head_modules
+from pyro_blora.priors import build_prior
+from pyro_blora.program import BayesianLoRA
+from pyro_blora.tasks import get_task
 
 SETTINGS = {"rank": 4, "alpha": 6.0, "sequence_length": 10}
 BACKBONES = [tiny_bert, tiny_roberta, tiny_distilbert, tiny_deberta]
@@ -287,6 +292,36 @@ def test_only_adapters_head_and_ranges_are_trained(build, scope):
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert trained == adapted + head + net.log_range.numel()
     assert net.log_range.shape == net.layout.z_shape[:2]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "xs", "none"])
+@pytest.mark.parametrize("head", ["out", "lora_head", "lora_A", "dense", "classifier"])
+def test_a_head_is_found_whatever_it_is_called(head, adapter, tmp_path):
+    """By its module: `dropout` ends in `out` too, PEFT's own parts begin with `lora_`, layers of BERT are `dense`."""
+    backbone = headed(head)
+    start = copy.deepcopy(getattr(backbone, head))
+    net = attach(backbone, **SETTINGS, adapter=adapter)
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert [p.shape for p in net.head_parameters()] == [(2, 32), (2,)]
+    assert all(f".{head}." in names[id(p)] for p in net.head_parameters())
+    assert not any(f".{head}." in names[id(p)] and "bert" not in names[id(p)] for p in net.adapter_parameters())
+    learning = {id(p) for p in net.parameters() if p.requires_grad}
+    assert learning == {id(p) for p in (*net.adapter_parameters(), *net.head_parameters(), net.log_range)}
+    program = program_of(net)
+    with torch.no_grad():
+        for p in net.head_parameters() + net.adapter_parameters() * (adapter != "none"):
+            p.add_(torch.full_like(p, 0.1))
+    export(program, tmp_path / "adapter")  # compares what is read back
+    if adapter != "none":
+        plain = peft.PeftModel.from_pretrained(headed(head), tmp_path / "adapter")
+        found = dict(plain.get_base_model().named_modules())[head].modules_to_save["default"].weight
+        torch.testing.assert_close(found, start.weight + 0.1)
+
+
+def program_of(net):
+    prior = build_prior("nested", net.layout)
+    guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
+    return BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,10 @@ def test_json_there_and_back_is_the_same_configuration(values):
 
 def test_json_is_read_from_a_run_folder_and_its_versions_are_left_alone(tmp_path):
     config = RunConfig(seed=3)
-    (tmp_path / "config.json").write_text(config.to_json(versions={"torch": "2.13.0"}), encoding="utf-8")
-    assert json.loads((tmp_path / "config.json").read_text())["versions"] == {"torch": "2.13.0"}
+    written = config.to_json(versions={"torch": "2.13.0"}, threads=2)
+    (tmp_path / "config.json").write_text(written, encoding="utf-8")
+    assert json.loads(written)["versions"] == {"torch": "2.13.0"} and json.loads(written)["threads"] == 2
+    assert RunConfig.from_json(tmp_path / "config.json").digest == config.digest  # the machine is not the configuration
     assert RunConfig.from_json(tmp_path / "config.json") == config
 
 

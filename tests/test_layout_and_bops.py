@@ -108,11 +108,11 @@ def test_tensor_macs_are_those_of_the_products_it_takes_part_in(layout):
 
 
 def test_deberta_counts_its_positional_stream():
-    layout, positions = layout_of(tiny_deberta()), 2 * 8
+    layout, positions = layout_of(tiny_deberta()), 2 * 8 / 32  # of each example in a batch of 32
     tokens = {p.type: p.tokens for p in layout.projections}
     assert tokens == {"query": LENGTH + positions, "key": LENGTH + positions, "value": LENGTH}
     linear = 32 * 32 * (2 * (LENGTH + positions) + 2 * LENGTH) + LENGTH * 2 * 32 * 64
-    products = 2 * LENGTH * LENGTH * 32 + 2 * LENGTH * positions * 32  # content; content by position, both ways
+    products = 2 * LENGTH * LENGTH * 32 + 2 * LENGTH * 2 * 8 * 32  # content; content by position, both ways
     assert layout.model_macs == 2 * (linear + products) + 32 * 32 + 32 * 2
 
 
@@ -120,11 +120,11 @@ def test_deberta_v3_base_has_36_adapted_projections_and_the_macs_of_the_formula(
     layout = AdapterLayout.of(full_size, rank=8)
     assert len(layout.projections) == len(layout.adapted) == 36 and layout.sequence_length == 128
     assert {(p.type, p.tokens, p.macs) for p in layout.projections} == {
-        ("query", 128 + 512, 640 * 768 * 768),
-        ("key", 128 + 512, 640 * 768 * 768),
+        ("query", 128 + 512 / 32, 144 * 768 * 768),
+        ("key", 128 + 512 / 32, 144 * 768 * 768),
         ("value", 128, 128 * 768 * 768),
     }
-    linear = 768 * 768 * (2 * 640 + 2 * 128) + 128 * 2 * 768 * 3072
+    linear = 768 * 768 * (2 * 144 + 2 * 128) + 128 * 2 * 768 * 3072
     products = 2 * 128 * 128 * 768 + 2 * 128 * 512 * 768
     assert layout.model_macs == 12 * (linear + products) + 768 * 768 + 768 * 2
     assert sum(8 * (p.in_features + p.out_features) for p in layout.adapted) == 442_368

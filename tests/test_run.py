@@ -10,6 +10,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
+from architectures import ROWS
 from tiny import save_tiny_backbone, tiny_config
 from transformers import AutoModelForSequenceClassification
 
@@ -17,10 +18,13 @@ from pyro_blora import adapters, draw, load, predict
 from pyro_blora.__main__ import main
 from pyro_blora.bops import expected_bits, expected_bops
 from pyro_blora.build import build
+from pyro_blora.checkpoint import read_tensors, write_tensors
 from pyro_blora.config import RunConfig
 from pyro_blora.data import by_length, on_device
+from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed, marginals
 from pyro_blora.run import each_restart, train_run
+from pyro_blora.training import _Loop
 
 SUMMARY = {
     "task", "backbone", "prior", "guide", "seed", "n_train", "n_eval", "metric", "accuracy", "nll", "ece", "brier",
@@ -72,7 +76,8 @@ def test_the_folder_has_what_the_house_promises(run):
         "adapter_config.json", "adapter_model.safetensors", "gates.safetensors",
     }  # fmt: skip
     assert RunConfig.from_json(folder / "config.json") == config
-    assert "torch" in json.loads((folder / "config.json").read_text())["versions"]
+    written = json.loads((folder / "config.json").read_text())
+    assert "torch" in written["versions"] and written["threads"] == torch.get_num_threads()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 32
     opening = int(config.kl_warmup * 32)
@@ -313,7 +318,7 @@ def cut_off(config, function, monkeypatch):
     from pyro_blora import run as run_module
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, function, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(run_module, function, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train_run(config)
 
@@ -354,3 +359,54 @@ def test_a_tracker_gets_numbers_and_pictures_of_the_gates(backbone, tmp_path):
     assert {"loss", "expected_bits", "temperature"} <= found["scalars"]
     assert any("expected_bits" in name for name in found["images"])
     assert any("expected_rank" in name for name in found["images"])
+
+
+FORGETFUL = """
+import torch, transformers
+
+
+class Forgetful(transformers.BertForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("secret", torch.randn(()), persistent=False)
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        out = super().forward(input_ids, attention_mask)
+        out.logits = out.logits + self.secret
+        return out
+
+
+def forgetful(num_labels):
+    tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")
+    return Forgetful.from_pretrained("{folder}", num_labels=num_labels), tokenizer
+"""
+
+
+def test_what_could_not_be_exported_is_not_trained(backbone, tmp_path, monkeypatch):
+    """A model that draws what it does not save: read back, it is another one."""
+    (tmp_path / "own.py").write_text(FORGETFUL.format(folder=backbone), encoding="utf-8")
+    monkeypatch.setattr(_Loop, "run", lambda *_: pytest.fail("it was trained"))
+    config = tiny_config(f"{tmp_path}/own.py:forgetful", method="full", output_dir=str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match=r"could not be exported and read back \(the exported .* differ"):
+        train_run(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_costs_were_counted_at_batch_one_loads_with_them(tmp_path):
+    """DeBERTa's positions were not shared by a batch then; its layout did not say a batch size."""
+    folder = save_tiny_backbone(tmp_path / "backbone")
+    with torch.random.fork_rng():
+        v3 = next(row for row in ROWS if row.name == "DebertaV3")
+        words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        v3.build(vocab_size=len(words)).save_pretrained(folder)
+    config = tiny_config(folder, output_dir=str(tmp_path / "runs"))
+    run, path = train_run(config), "adapter/gates.safetensors"
+    assert load(run).net.layout.batch_size == 32
+    tensors, notes = read_tensors(run / path)
+    older = AdapterLayout.of(v3.build(), rank=config.rank, sequence_length=config.max_length, batch_size=1).to_dict()
+    del older["batch_size"]
+    write_tensors(run / path, tensors, {**notes, "layout": json.dumps(older)})
+    again = load(run)
+    assert again.net.layout.batch_size == 1 and again.net.layout.macs.tolist() == [
+        p["tokens"] * p["in_features"] * p["out_features"] for p in older["projections"]
+    ]

@@ -1,0 +1,204 @@
+"""What a model costs and the longest input that it takes, by forwards of the model itself.
+
+In evaluation mode, without gradients, on rows of one token with an attention mask: so both are right wherever a forward
+is. A model on the meta device is counted there, without a mask, since reading one needs data.
+
+Units: MACs are multiplications of matrix products and convolutions, as PyTorch's flop counter has them, per example.
+What a layer does once a batch (DeBERTa's positions) is shared by the examples of a batch of stated size.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .architectures import encoder_linears, example_rows, settle_attention
+
+_LONGEST = 2048  # tokens of a forward that is counted; costs of longer ones follow from a half, a quarter and 3/4 of it
+_COUNTED = ("eager", "sdpa")  # implementations of attention whose products the counter sees
+_FUSED = {  # the counter has those of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+
+
+class Cost(NamedTuple):
+    """tokens: vectors through each linear map, per example. model_macs: of all products of a forward, per example.
+
+    reaching: the maps whose output takes part in the logits, with a gradient.
+    """
+
+    tokens: dict[str, float]
+    model_macs: float
+    reaching: frozenset[str]
+
+
+def cost(model: nn.Module, sequence_length: int, batch_size: int) -> Cost:
+    """What a forward of `batch_size` rows of `sequence_length` tokens costs an example.
+
+    Every count is a part of the batch plus a part of each example, so forwards of one and of two rows give it at any
+    size; of sequences longer than is cheap, it is the parabola through three shorter lengths.
+    Errors: ValueError for a sequence longer than the model takes, naming the longest.
+    """
+    with _evaluated(model):
+        _require_length(model, sequence_length)
+        lengths = (sequence_length,)
+        if sequence_length > _LONGEST:
+            lengths = _LONGEST // 4, _LONGEST // 2, 3 * _LONGEST // 4
+        total: dict[str, float] = {}
+        for length, share in zip(lengths, _lagrange(lengths, sequence_length), strict=True):
+            one, reaching = _count(model, length, 1, reach=True)
+            two, _ = _count(model, length, 2)
+            for name, first in one.items():
+                each = two[name] - first
+                total[name] = total.get(name, 0.0) + share * (each + (first - each) / batch_size)
+    total = {name: int(x) if x == int(x) else x for name, x in total.items()}
+    return Cost(total, total.pop(""), reaching)
+
+
+def _lagrange(nodes: tuple[int, ...], at: int) -> list[float]:
+    """Weights of the values at `nodes` in that of their polynomial at `at`; 1 for one node."""
+    weights = []
+    for node in nodes:
+        weight = 1.0
+        for other in nodes:
+            weight *= (at - other) / (node - other) if other != node else 1.0
+        weights.append(weight)
+    return weights
+
+
+def _count(model: nn.Module, length: int, size: int, *, reach: bool = False) -> tuple[dict[str, int], frozenset[str]]:
+    """Vectors through each linear map of the encoder, and under "" MACs of the whole; the maps that reach the logits.
+
+    A map reaches them if a zero that is added to its output does: the graph is followed, nothing is kept for a backward
+    pass and none is run.
+    """
+    tokens, zeros, hooks = {"": 0}, {}, []
+
+    def after(name, linear):
+        def hook(_, args, output):
+            tokens[name] += output.numel() // linear.out_features
+            if not reach:
+                return None
+            if name not in zeros:
+                zeros[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + zeros[name]
+
+        return hook
+
+    for name, linear in encoder_linears(model).items():
+        tokens[name] = 0
+        hooks.append(linear.register_forward_hook(after(name, linear)))
+    keeping_nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None)
+    counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
+    try:
+        with counter, torch.set_grad_enabled(reach), keeping_nothing:
+            logits = model(**example_rows(model, size, length)).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens[""] = counter.get_total_flops() // 2
+    leaves = _leaves(logits) if reach else set()
+    return tokens, frozenset(name for name, zero in zeros.items() if id(zero) in leaves)
+
+
+def _leaves(tensor: Tensor) -> set[int]:
+    """Identities of the leaves that a tensor's graph ends in."""
+    found, seen, left = set(), set(), [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))
+        left.extend(following for following, _ in node.next_functions)
+    return found
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, with attention that can be counted; afterwards whatever it was before.
+
+    Modules and plain attributes are put back as well: attention may be another one here (`settle_attention`).
+    """
+    plain = bool | int | float | str | None
+    before = [
+        (m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}, dict(m._modules)) for m in model.modules()
+    ]
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    fields = [(config, dict(vars(config))) for config in configs]
+    for config in configs:
+        if getattr(config, "_attn_implementation", None) not in (None, *_COUNTED):
+            config._attn_implementation = "eager"
+    if getattr(model.config, "pad_token_id", None) is None or model.device.type == "meta":
+        # a decoder wants one to find the last token by; on meta a warning would read the tokens to look for it
+        model.config.pad_token_id = None if model.device.type == "meta" else -1
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    settle_attention(model)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for config, values in fields:
+            vars(config).update(values)
+        for module, values, children in before:
+            vars(module).update(values)
+            module._modules.clear()
+            module._modules.update(children)
+
+
+class _Arrived(Exception):
+    """A forward has passed its embeddings."""
+
+
+@torch.no_grad()
+def _refusal(model: nn.Module, length: int) -> Exception | None:
+    """Why a forward of `length` tokens fails, None if it does not; of long ones up to the first layer only."""
+    hooks = []
+    if length > _LONGEST:
+        linears = encoder_linears(model)
+        in_layers = [linears[name] for name in linears if re.search(r"\.\d+\.", name)] or linears.values()
+        hooks = [linear.register_forward_hook(_arrive) for linear in in_layers]
+    try:
+        model(**example_rows(model, 1, length))
+    except _Arrived:
+        return None
+    except (IndexError, RuntimeError, ValueError, AssertionError) as error:
+        return error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+def _arrive(*_) -> None:
+    raise _Arrived
+
+
+def _require_length(model: nn.Module, length: int) -> None:
+    """Refuse a sequence that a forward refuses, with the longest that it takes."""
+    error = _refusal(model, length)
+    if error is None:
+        return
+    works, fails = min(8, length // 2), length
+    if works < 1 or _refusal(model, works) is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on {length} tokens ({str(error).splitlines()[0]}): check its "
+            "configuration, and that it takes input_ids"
+        ) from error
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        if _refusal(model, middle) is None:
+            works = middle
+        else:
+            fails = middle
+    raise ValueError(
+        f"the model takes at most {works} tokens, got a sequence length of {length}: lower it (sequence_length, or "
+        "--max_length on the command line)"
+    ) from error
