@@ -11,6 +11,7 @@ import copy
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import peft
@@ -29,6 +30,7 @@ from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
 from .posterior import deployed
 from .program import BayesianLoRA
 from .quantizer import quantize_mixture
+from .registry import only_code
 
 GATES_FILE = "gates.safetensors"
 _GAP = 1e-4  # largest relative difference of logits between the exported adapter and its network, in float32
@@ -149,10 +151,12 @@ def _verify(program: BayesianLoRA, reloaded: nn.Module) -> None:
         raise RuntimeError(f"the exported adapter's logits differ by {gap:.2g} from the program's: please report this")
 
 
-def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
+def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = ()) -> BayesianLoRA:
     """The trained program of a run folder, ready to draw, predict or go on.
 
-    Errors: ValueError for a folder that is no finished run, or whose files are damaged or belong to another model.
+    allow_code: functions in files (`mine.py:late`) that config.json names and that may run: prior, guide, backbone.
+    Errors: ValueError for a folder that is no finished run, whose files are damaged or belong to another model, or
+    that names code which is not allowed.
     """
     run = Path(run)
     path = run / "adapter" / GATES_FILE
@@ -164,7 +168,7 @@ def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
         layout, rows = AdapterLayout.from_dict(json.loads(notes["layout"])), int(notes["n_train"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), only_code(allow_code, run / "config.json"):
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
         program = build_program(config, check_names(config), n_train or rows)
     parameters = trainable(program)
