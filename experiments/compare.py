@@ -142,8 +142,8 @@ def leave_one_out(table: pd.DataFrame, axis: str, options: argparse.Namespace) -
     return f"""
 ## Leave-one-out over the training examples
 
-PSIS-LOO of {options.loo} training examples under {options.loo_draws} draws of the gates, at the trained weights (which have seen the
-examples: this is about the gates alone). {label}
+PSIS-LOO of {options.loo} training examples under {options.loo_draws} draws of the gates, at the trained weights (which
+have seen the examples: this is about the gates alone). {label}
 
 {chr(10).join(head + rows)}
 """

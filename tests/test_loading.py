@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import load
@@ -21,7 +20,6 @@ def late(*arguments, **settings):
 """
 OWN_PRIOR = """
 from pyro_blora.gates import Gates, NestedBernoulli
-import torch
 
 def late(layout):
     return Gates(*(NestedBernoulli.from_rate(torch.full(shape, 0.5)) for shape in (layout.z_shape, layout.g_shape)))
