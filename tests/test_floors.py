@@ -36,6 +36,7 @@ FLOORS = {
     "schedule": 2,
     "tasks": 1,  # the whole folder: its files may import each other
     "backbone": 2,
+    "tokenization": 0,
     "data": 1,
     "adapters": 3,
     "adaptive": 2,

@@ -11,6 +11,7 @@ from pyro_blora.__main__ import main
 from pyro_blora.registry import Registry, only_code
 from pyro_blora.run import train_run
 
+pytestmark = pytest.mark.usefixtures("eager")
 MARKING = """
 from pathlib import Path
 Path(__file__).with_name("ran").touch()
@@ -19,6 +20,7 @@ def late(*arguments, **settings):
     raise RuntimeError("code of a folder ran")
 """
 OWN_PRIOR = """
+import torch
 from pyro_blora.gates import Gates, NestedBernoulli
 
 def late(layout):

@@ -1,6 +1,7 @@
 """A tiny pretrained-looking backbone on disk: a two-layer BERT with a word-level tokenizer of the demo's words."""
 
 import dataclasses
+import string
 from pathlib import Path
 
 import torch
@@ -12,12 +13,19 @@ from pyro_blora.config import RunConfig
 from pyro_blora.tasks import get_task
 
 
-def save_tiny_backbone(folder: Path, **settings) -> Path:
+def save_tiny_backbone(folder: Path, *, letters: bool = False, **settings) -> Path:
+    """letters: a tokenizer that also spells words it does not know, for the texts of other tasks."""
     words = sorted(
         {word for row in get_task("acceptability").load(n_train=400)["train"]["sentence"] for word in row.split()}
     )
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    model = models.WordLevel(vocabulary, unk_token="[UNK]")
+    if letters:
+        seen = set(vocabulary)
+        spelt = [piece for letter in string.printable.split()[0] for piece in (letter, f"##{letter}")]
+        vocabulary |= {piece: len(vocabulary) + i for i, piece in enumerate(p for p in spelt if p not in seen)}
+        model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = [("[CLS]", 2), ("[SEP]", 3)]
     tokenizer.post_processor = processors.TemplateProcessing(
