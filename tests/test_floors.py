@@ -66,6 +66,8 @@ FLOORS = {
     "report": 6,
     "show": 4,
     "inference_data": 7,
+    "model_card": 3,
+    "provenance": 3,
     "exporting": 7,
     "run": 11,
     "__main__": 12,

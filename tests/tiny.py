@@ -1,9 +1,11 @@
 """A tiny pretrained-looking backbone on disk: a two-layer BERT with a word-level tokenizer of the demo's words."""
 
 import dataclasses
+import shutil
 import string
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from models import tiny_bert
@@ -56,3 +58,14 @@ def tiny_grid(path: Path, backbone: Path, axes: str = "  seed: [0]\n") -> Path:
     lines = "".join(f"  {key}: {value}\n" for key, value in base.items())
     path.write_text(f"base:\n{lines}axes:\n{axes}", encoding="utf-8")
     return path
+
+
+def hub(tmp_path, monkeypatch, commits):
+    """A cache as huggingface_hub leaves it; commits: (branch or None, commit, folder), the branch points to it."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    for branch, commit, folder in commits:
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        if branch:
+            (repository / "refs").mkdir(exist_ok=True)
+            (repository / "refs" / branch).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
