@@ -151,6 +151,11 @@ def _load(auto_class, name: str, revision: str | None, **settings):
         ) from None
     except Exception as error:  # whatever a malformed file makes transformers raise
         first = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        if "weights only" in str(error).lower().replace("_", " "):  # torch's refusal of a pickle
+            raise ValueError(
+                f"the weights of backbone {name!r} are a pickle that is damaged or holds code: name a revision with "
+                "safetensors, --backbone_revision"
+            ) from None
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"backbone {name!r} needs code of its own, which is not run: look at it, and load the model in a "

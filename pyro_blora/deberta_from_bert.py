@@ -88,7 +88,7 @@ def converted_folder(bert_folder: Path) -> Path:
             f"the converted model cannot be kept in {folder.parent} ({error}): name another folder in PYRO_BLORA_CACHE"
         ) from None
     try:
-        bert = transformers.BertModel.from_pretrained(str(bert_folder), dtype=torch.float32)
+        bert = transformers.BertModel.from_pretrained(str(bert_folder), dtype=torch.float32, trust_remote_code=False)
         deberta_from_bert(bert).save_pretrained(str(partial))
         for name in _TOKENIZER_FILES:
             if (bert_folder / name).is_file():

@@ -191,6 +191,25 @@ def test_the_commit_of_a_hub_name_is_recorded_and_can_be_pinned(whole, tmp_path,
         load_tokenizer(str(whole), revision="v1")
 
 
+class Touch:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_of_the_hubs_is_read_for_its_tensors_only(folder, tmp_path, monkeypatch):
+    pickled(folder)
+    hub(tmp_path, monkeypatch, [("main", "c" * 40, folder)])
+    assert load_backbone("someone/tiny", 2).classifier.out_features == 2
+    (weights,) = (tmp_path / "hub").rglob("pytorch_model.bin")
+    torch.save({"classifier.bias": Touch(tmp_path / "ran")}, weights)
+    with pytest.raises(ValueError, match="a pickle that is damaged or holds code"):
+        load_backbone("someone/tiny", 2)
+    assert not (tmp_path / "ran").exists()
+
+
 def with_token_types(folder, model):
     """The model beside a tokenizer that tells the texts of a pair apart."""
     save_tiny_backbone(folder, letters=True)

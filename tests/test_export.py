@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from models import tiny_bert
 from safetensors import safe_open
 from tiny import save_tiny_backbone, tiny_config
 
@@ -56,8 +57,17 @@ def test_a_head_with_the_tasks_labels_in_another_order_is_put_into_theirs(backbo
         "no": 0,
         "yes": 1,
     }
-    as_mnli = load_backbone(str(backbone), 3, labels=get_task("mnli").labels)
-    assert as_mnli.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+
+
+def test_an_order_of_three_labels_is_not_taken_for_its_inverse(tmp_path):
+    before = tiny_bert(num_labels=3).eval()
+    before.config.id2label = {0: "CONTRADICTION", 1: "ENTAILMENT", 2: "NEUTRAL"}
+    before.save_pretrained(tmp_path)
+    after = load_backbone(str(tmp_path), 3, labels=get_task("mnli").labels).eval()
+    assert after.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    inputs = {"input_ids": torch.arange(4, 24).view(2, 10)}
+    with torch.no_grad():
+        assert torch.equal(after(**inputs).logits, before(**inputs).logits[:, [1, 2, 0]])
 
 
 def decisions(table):
