@@ -117,12 +117,12 @@ def at_every_rank(table: pd.DataFrame, axis: str) -> str:
     return "\n".join(["", "## At every rank", "", *head, *lines, ""])
 
 
-def leave_one_out(table: pd.DataFrame, axis: str, examples: int, draws: int) -> str:
+def leave_one_out(table: pd.DataFrame, axis: str, options: argparse.Namespace) -> str:
     """PSIS-LOO of the training examples of every run whose gates are random, labelled by what ArviZ could correct."""
     rows, corrected = [], False
     for (task, entry), runs in groups(table, axis).items():
         for seed, folder in zip(runs["seed"], runs["folder"], strict=True):
-            found = loo_of_run(Path(folder), examples, draws)
+            found = loo_of_run(Path(folder), options.loo, options.loo_draws, options.allow_code)
             if found is not None:
                 result, corrected = found
                 total = float(result["elpd_loo"] if hasattr(result, "index") else result.elpd)
@@ -142,8 +142,8 @@ def leave_one_out(table: pd.DataFrame, axis: str, examples: int, draws: int) -> 
     return f"""
 ## Leave-one-out over the training examples
 
-PSIS-LOO of {examples} training examples under {draws} draws of the gates, at the trained weights (which have seen the
-examples: this is about the gates alone). {label}
+PSIS-LOO of {options.loo} training examples under {options.loo_draws} draws of the gates, at the trained weights (which
+have seen the examples: this is about the gates alone). {label}
 
 {chr(10).join(head + rows)}
 """
@@ -173,7 +173,7 @@ def figure(table: pd.DataFrame, axis: str, path: Path) -> None:
 
 def report(table: pd.DataFrame, options: argparse.Namespace) -> str:
     axis, summary = options.axis, table["summary"].iloc[0]
-    loo = leave_one_out(table, axis, options.loo, options.loo_draws) if options.loo else ""
+    loo = leave_one_out(table, axis, options) if options.loo else ""
     draws = " or ".join(map(str, sorted({summary["draws"] for summary in table["summary"]})))
     picture = os.path.relpath(options.figures / f"{options.report.stem}.png", options.report.parent)
     return f"""# {options.report.stem}: `{axis}` compared
@@ -222,6 +222,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--figures", type=Path, help="folder of the figure (default: that of the page)")
     parser.add_argument("--loo", type=int, metavar="EXAMPLES", help="add PSIS-LOO of that many training examples a run")
     parser.add_argument("--loo_draws", type=int, default=100, help="draws of the gates for it (default: 100)")
+    code = "function that runs may name and --loo may call, once each: late.py:late"
+    parser.add_argument("--allow_code", action="append", default=[], metavar="FILE.py:NAME", help=code)
     options = parser.parse_args(arguments)
     options.report = options.report or options.table.with_name("compare.md")
     options.figures = options.figures or options.report.parent
@@ -231,13 +233,14 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 f"no run has {options.axis} {options.against!r}: {', '.join(dict.fromkeys(table[options.axis]))}"
             )
+        page = report(table, options)
     except ValueError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
     for folder in (options.report.parent, options.figures):
         folder.mkdir(parents=True, exist_ok=True)
     figure(table, options.axis, options.figures / f"{options.report.stem}.png")
-    options.report.write_text(report(table, options), encoding="utf-8")
+    options.report.write_text(page, encoding="utf-8")
     print(options.report)
     return 0
 

@@ -20,6 +20,7 @@ from .priors import build_prior, parts
 from .program import BayesianLoRA
 from .registry import Registry
 from .tasks import Task, get_task
+from .tokenization import require_readable, suit
 from .weights import WEIGHTS, build_weights
 from .xs import xs_settings
 
@@ -72,10 +73,12 @@ def build(config: RunConfig) -> Parts:
     rows = {split: table for split, table in rows.items() if split != "test"}
     if config.validation:
         rows["train"], rows["validation"] = held_out(rows["train"], config.validation, seed)
-    tokenizer = load_tokenizer(config.backbone)
+    tokenizer = load_tokenizer(config.backbone, revision=config.backbone_revision)
     torch.manual_seed(config.seed)  # the head and lora_A are drawn now
     program = build_program(config, task, len(rows["train"]))
+    suit(tokenizer, program.net.backbone, config.backbone)
     tokens = {split: tokenize(table, tokenizer, task.text_columns, config.max_length) for split, table in rows.items()}
+    require_readable(tokens["train"], tokenizer, program.net.backbone, config.backbone)
     if config.ood_task is not None:
         other = get_task(config.ood_task)
         foreign = other.load(glue_dir=glue_dir, seed=seed, n_train=1)["eval"]
@@ -86,7 +89,9 @@ def build(config: RunConfig) -> Parts:
 
 def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int = BATCH_SIZE) -> BayesianLoRA:
     """counted_at: batch size at which MACs are counted per example: of older runs, 1."""
-    backbone = load_backbone(config.backbone, task.num_labels)
+    backbone = load_backbone(
+        config.backbone, task.num_labels, labels=task.labels, revision=config.backbone_revision
+    )  # fmt: skip
     settings = {
         "rank": config.rank, "alpha": config.alpha, "target_modules": config.target_modules, "scope": config.scope,
         "sequence_length": config.max_length, "batch_size": counted_at,

@@ -30,7 +30,7 @@ NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
 _ADDED = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
     ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
-    ("group_by_length", False),
+    ("group_by_length", False), ("backbone_revision", None),
 )  # fmt: skip
 OWNERS = ("prior", "guide", "adapter", "weights")  # fields that have settings of their own, in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
@@ -53,6 +53,7 @@ class RunConfig:
     backbone: str = _field(
         "demo", "demo (a packaged MiniLM), demo-deberta, a folder, a name on the hub, or file.py:function"
     )
+    backbone_revision: str | None = _field(None, "branch, tag or commit of a backbone on the hub; none: its newest")
     glue_dir: str | None = _field(None, "folder of GLUE files to read instead of downloading; none: download")
     method: str = _field("bayesian_lora", "bayesian_lora, or what it is compared with; `pyro-blora methods` lists them")
     prior: str = _field("bops", "law of the gates: a name that `pyro-blora priors` lists, or file.py:function")

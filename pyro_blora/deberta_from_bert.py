@@ -23,7 +23,9 @@ from torch import Tensor
 
 from .xs import cache_folder
 
+CACHED = "deberta_from_bert"  # the folder of converted models in the cache
 _VERSION = 1  # of the conversion: a cached one of another version is not used
+_SUM = "model.sha256"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
@@ -73,9 +75,11 @@ def converted_folder(bert_folder: Path) -> Path:
     digest = hashlib.sha256(f"{_VERSION} {transformers.__version__}".encode())
     for path in sorted([*bert_folder.glob("*.safetensors"), bert_folder / "config.json"]):
         digest.update(path.read_bytes())
-    folder = cache_folder() / "deberta_from_bert" / digest.hexdigest()[:16]
+    folder = cache_folder() / CACHED / digest.hexdigest()[:16]
     if folder.is_dir():
-        return folder
+        if _is_whole(folder):
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)  # damaged: it is made anew
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -84,14 +88,26 @@ def converted_folder(bert_folder: Path) -> Path:
             f"the converted model cannot be kept in {folder.parent} ({error}): name another folder in PYRO_BLORA_CACHE"
         ) from None
     try:
-        bert = transformers.BertModel.from_pretrained(str(bert_folder), dtype=torch.float32)
+        bert = transformers.BertModel.from_pretrained(str(bert_folder), dtype=torch.float32, trust_remote_code=False)
         deberta_from_bert(bert).save_pretrained(str(partial))
         for name in _TOKENIZER_FILES:
             if (bert_folder / name).is_file():
                 shutil.copy(bert_folder / name, partial)
+        (partial / _SUM).write_text(_sum_of(partial))
         partial.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was faster: its folder is the same
             os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (folder / _SUM).read_text() == _sum_of(folder)
+    return False
+
+
+def _sum_of(folder: Path) -> str:
+    with (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

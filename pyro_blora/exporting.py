@@ -9,9 +9,11 @@ full rank and unquantized, for `load`. Both are read back and compared before th
 
 import contextlib
 import copy
+import dataclasses
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import peft
@@ -22,15 +24,19 @@ from torch import Tensor, nn
 
 from . import adapters, peft_config
 from .architectures import example_rows
-from .backbone import quiet
+from .backbone import commit_of, public_name, quiet
 from .build import build_program, check_names
 from .checkpoint import read_tensors, trainable
 from .config import RunConfig
 from .layers import ADAPTER, QuantizedLinear
 from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
+from .model_card import write_card
 from .posterior import deployed
 from .program import BayesianLoRA
+from .provenance import notes_of, require_backbone, require_belonging, require_whole, sealed
 from .quantizer import quantize_mixture
+from .registry import only_code
+from .tasks import get_task
 
 GATES_FILE = "gates.safetensors"
 _AWAY = 0.02  # of an adapter that is exported before it is trained: as large as a fresh encoder's weights
@@ -38,10 +44,14 @@ _GAP = 1e-4  # largest relative difference of logits between the exported adapte
 
 
 @torch.no_grad()
-def export(program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None) -> Path:
+def export(
+    program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None, tokenizer=None,
+    config: RunConfig | None = None,
+) -> Path:  # fmt: skip
     """Write the deployed adapter to `folder`, which must not exist.
 
     rows: inputs on which what was written is compared with the program; None: ordinary tokens of the vocabulary.
+    tokenizer, config: of the run; the tokenizer is saved too, and hashes tie the folder to the configuration.
     Errors: FileExistsError; RuntimeError if what was written does not predict what the program predicts (nothing is
     left behind then).
     """
@@ -51,7 +61,7 @@ def export(program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor]
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        plain = plain_backbone(program.net)
+        plain, ranks = plain_backbone(program.net), {}
         if program.net.layout.adapted:
             ranks, weights = _deployed_weights(program)
             _save_peft(plain, program.net.layout, ranks, weights, partial)
@@ -59,15 +69,32 @@ def export(program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor]
         else:
             with quiet():
                 plain.save_pretrained(str(partial))
-                reloaded = type(plain).from_pretrained(str(partial))
+                reloaded = type(plain).from_pretrained(str(partial), trust_remote_code=False)
         _verify(program, reloaded, rows)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
-        notes = {"layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train)}
-        save_file(tensors, partial / GATES_FILE, metadata=notes)
+        notes = {
+            "layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train),
+            "labels": json.dumps(plain.config.id2label), **notes_of(program, partial, config),
+        }  # fmt: skip
+        save_file(tensors, partial / GATES_FILE, metadata=sealed(tensors, notes))
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, partial, config)
+        write_card(partial, plain, ranks, get_task(config.task) if config else None)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
+    """As it was loaded, not as it was last called, with the longest input of the training."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if getattr(tokenizer, "is_fast", False):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    if config is not None:
+        tokenizer.model_max_length = config.max_length
+    tokenizer.save_pretrained(str(folder))
 
 
 def plain_backbone(net: adapters.GatedModel) -> nn.Module:
@@ -115,6 +142,8 @@ def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: di
             raise RuntimeError(f"PEFT gave {name} rank {layer.r[ADAPTER]} instead of {ranks[name]}")
         layer.lora_A[ADAPTER].weight.copy_(down)
         layer.lora_B[ADAPTER].weight.copy_(up)
+    saved = model.peft_config[ADAPTER]
+    saved.base_model_name_or_path, saved.revision = public_name(plain), commit_of(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the base model on the hub to see whether its vocabulary grew
         model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -181,10 +210,12 @@ def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tens
             folder.parent.rmdir()
 
 
-def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
+def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = ()) -> BayesianLoRA:
     """The trained program of a run folder, ready to draw, predict or go on.
 
-    Errors: ValueError for a folder that is no finished run, or whose files are damaged or belong to another model.
+    allow_code: functions in files (`mine.py:late`) that config.json names and that may run: prior, guide, backbone.
+    Errors: ValueError for a folder that is no finished run, whose files are damaged or belong to another model, or
+    that names code which is not allowed.
     """
     run = Path(run)
     path = run / "adapter" / GATES_FILE
@@ -196,15 +227,26 @@ def load(run: str | Path, *, n_train: int | None = None) -> BayesianLoRA:
         layout, rows = AdapterLayout.from_dict(json.loads(notes["layout"])), int(notes["n_train"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None
-    with torch.random.fork_rng(devices=[]):
+    require_whole(path, tensors, notes)
+    with torch.random.fork_rng(devices=[]), only_code(allow_code, run / "config.json"):
+        task = check_names(config)
+        require_belonging(path, notes, config)
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
-        program = build_program(config, check_names(config), n_train or rows, layout.batch_size)
+        read_from = dataclasses.replace(config, backbone_revision=_commit(run) or config.backbone_revision)
+        program = build_program(read_from, task, n_train or rows, layout.batch_size)
     parameters = trainable(program)
     if program.net.layout != layout or set(parameters) != set(tensors):
         raise ValueError(
             f"{path} does not fit the model that config.json describes: restore the run folder from a copy"
         )
+    require_backbone(program, notes, config)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return program.eval()
+
+
+def _commit(run: Path) -> str | None:
+    """The commit of the hub's that the run's backbone was read from."""
+    found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("versions")
+    return found.get("backbone") if isinstance(found, dict) else None

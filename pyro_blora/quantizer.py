@@ -171,8 +171,7 @@ def quantize_on(x: Tensor, grid: Grid) -> Tensor:
 
 
 class _Products(torch.autograd.Function):
-    """Linear maps of one quantized input, which saves input and weights as they are and rounds them again in backward:
-    that costs little beside a product, and a rounded copy of every input would be kept until then."""
+    """Linear maps of one quantized input. Saves tensors unrounded and rounds them again in backward: less memory."""
 
     @staticmethod
     def forward(ctx, dtype, x, _, constants, *maps):

@@ -6,6 +6,8 @@ that is ignored silently makes a wrong experiment look finished.
 """
 
 import ast
+import contextlib
+import contextvars
 import difflib
 import hashlib
 import importlib.util
@@ -15,13 +17,28 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 REQUIRED = inspect.Parameter.empty  # the "default" that `describe` reports for a setting without one
 _USER_MODULE = "pyro_blora_user_file_"
+_ALLOWED = contextvars.ContextVar("functions of files that may run", default=None)  # None: all, the user typed them
 _NOUNS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "none"}
+
+
+@contextlib.contextmanager
+def only_code(allowed: Iterable[str], source: Path) -> Iterator[None]:
+    """Within the block no function of a file runs but those named: the names come from `source`, not from the user.
+
+    Errors (in the block): ValueError for another one, before its file is imported.
+    """
+    allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
+    before = _ALLOWED.set((frozenset(map(_origin, allowed)), source))
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(before)
 
 
 class Registry:
@@ -104,6 +121,12 @@ class Registry:
         path, colon, attribute = name.rpartition(":")
         if not colon or not attribute:
             raise ValueError(f"{self.kind} {name!r} names a file but no function: write path/to/file.py:function")
+        allowed, source = _ALLOWED.get() or (None, None)
+        if allowed is not None and _origin(name) not in allowed:
+            raise ValueError(
+                f"{source} names code, {self.kind} {name!r}, and code never runs because a file names it: look at it, "
+                f"and if you trust it name it again, load(folder, allow_code=[{name!r}])"
+            )
         module = _load(path, self.kind)
         function = getattr(module, attribute, None)
         if function is None:
@@ -112,6 +135,12 @@ class Registry:
         if not callable(function):
             raise ValueError(f"{self.kind} {name!r} must be a function, got {type(function).__name__}")
         return function
+
+
+def _origin(name: str) -> tuple[Path, str]:
+    """The file and the function that `path/to/file.py:function` names, however the path is written."""
+    path, _, attribute = str(name).rpartition(":")
+    return Path(os.path.expanduser(path)).resolve(), attribute
 
 
 def _suggest(name: str, known: list[str]) -> str:

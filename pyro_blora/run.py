@@ -18,8 +18,10 @@ from pathlib import Path
 import accelerate
 import filelock
 import torch
+from torch import nn
 
 from .arviz_data import concatenate, read, save
+from .backbone import commit_of
 from .build import build, check_names
 from .checkpoint import trainable
 from .config import RunConfig
@@ -99,7 +101,7 @@ def _complete(config: RunConfig, folder: Path) -> None:
     if accelerate.PartialState().is_main_process:
         summary = _write(trained, evaluated, partial, [place for _, place in restarts])
         summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
-        written = config.to_json(versions=versions(), threads=torch.get_num_threads())
+        written = config.to_json(versions=versions(trained.program.net.backbone), threads=torch.get_num_threads())
         (partial / "config.json").write_text(written, encoding="utf-8")
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder)
@@ -128,8 +130,11 @@ def each_restart(config: RunConfig) -> list[RunConfig]:
     return [dataclasses.replace(config, seed=seed, data_seed=rows, restarts=1, **alone) for seed in seeds]
 
 
-def versions() -> dict[str, str]:
+def versions(backbone: nn.Module | None = None) -> dict[str, str]:
+    """Of Python and packages, and the commit of a backbone that came from the hub."""
     found = {"python": platform.python_version()}
+    if backbone is not None and (commit := commit_of(backbone)) is not None:
+        found["backbone"] = commit
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -152,7 +157,10 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     if restarts:
         data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
     save(data, folder / "posterior.nc")
-    export(_unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer))
+    export(
+        _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer),
+        tokenizer=parts.tokenizer, config=config,
+    )  # fmt: skip
     if config.weights == "ensemble":
         pairs = {
             split: (with_members(averaged, split, restarts), at_mode)

@@ -1,5 +1,7 @@
 """Factors of frozen weights for B-LoRA-XS: truncated singular value decompositions, cached on disk by weight hash.
 
+A file of the cache carries a hash of its content: one that is damaged, or of before there were hashes, is made anew.
+
     W0 ~ U S V^T at rank R,    Delta W = (alpha / R) P M S Q^T,    P = U_R, Q = V_R frozen, M (R x R) learned
 
 As plain LoRA that is lora_A = S Q^T and lora_B = P M. The singular values stand on the input side, as in the paper: a
@@ -16,8 +18,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 _OVERSAMPLED, _ITERATIONS = 10, 4  # of the randomized decomposition: more columns than are kept, and power iterations
@@ -58,18 +60,29 @@ def _decomposed(weight: Tensor, rank: int, svd: str) -> tuple[Tensor, Tensor, Te
     digest = hashlib.sha256(f"{svd} {rank} {tuple(weight.shape)} ".encode())
     digest.update(weight.contiguous().numpy().tobytes())
     path = cache_folder() / "svd" / f"{digest.hexdigest()}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError):  # none yet, or damaged: it is made anew
-        found = load_file(path)
-        return found["U"], found["S"], found["V"]
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):  # none yet, or damaged
+        with safe_open(path, framework="pt") as file:
+            found, notes = {name: file.get_tensor(name) for name in "USV"}, file.metadata()
+        if notes["content"] == _content(found):
+            return found["U"], found["S"], found["V"]
     U, S, V = _svd(weight, rank, svd)
     signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     U, V = U * signs, V * signs
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        save_file({"U": U.contiguous(), "S": S.contiguous(), "V": V.contiguous()}, partial)
+        made = {"U": U.contiguous(), "S": S.contiguous(), "V": V.contiguous()}
+        save_file(made, partial, metadata={"content": _content(made)})
         os.replace(partial, path)
     return U, S, V
+
+
+def _content(factors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in "USV":
+        digest.update(f"{name} {tuple(factors[name].shape)} {factors[name].dtype} ".encode())
+        digest.update(factors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _svd(weight: Tensor, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:

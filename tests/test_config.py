@@ -13,7 +13,7 @@ from pyro_blora.flags import load_preset, preset_names
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 # One other value for every field, so that a law can be asked of each.
 OTHER = {
-    "task": "sst2", "backbone": "bert-base-uncased", "glue_dir": "/glue", "prior": "nested",
+    "task": "sst2", "backbone": "bert-base-uncased", "backbone_revision": "v1", "glue_dir": "/glue", "prior": "nested",
     "prior_settings": {"rate": 2}, "guide": "other", "guide_settings": {"scale": 0.1},
     "method": "rank_gates", "init_lora_weights": "eva", "average_over": "dropout",
     "estimator": "straight_through", "adapter": "lora", "rank": 4, "alpha": 8.0, "target_modules": ("query",),

@@ -66,6 +66,9 @@ def test_it_is_made_once_and_loads_by_name(monkeypatch, tmp_path):
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert backbone_path("demo-deberta") == str(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    kept = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(kept[:-8] + b"12345678")  # damaged: it is made anew
+    assert backbone_path("demo-deberta") == str(folder) and (folder / "model.safetensors").read_bytes() == kept
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):

@@ -40,6 +40,7 @@ FLOORS = {
     "schedule": 2,
     "tasks": 1,  # the whole folder: its files may import each other
     "backbone": 2,
+    "tokenization": 0,
     "data": 1,
     "adapters": 3,
     "adaptive": 2,
@@ -69,6 +70,8 @@ FLOORS = {
     "report": 6,
     "show": 4,
     "inference_data": 7,
+    "model_card": 3,
+    "provenance": 3,
     "exporting": 7,
     "run": 11,
     "__main__": 12,

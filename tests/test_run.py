@@ -236,7 +236,8 @@ def test_a_label_outside_the_task_and_a_truncated_file_are_refused(backbone, tmp
     assert not (tmp_path / "runs").exists()
 
 
-def test_regression_runs_to_a_summary(backbone, glue_dir, tmp_path):
+def test_regression_runs_to_a_summary(glue_dir, tmp_path):
+    backbone = save_tiny_backbone(tmp_path / "backbone", letters=True)
     config = tiny_config(backbone, task="stsb", glue_dir=str(glue_dir), output_dir=str(tmp_path), draws=2)
     folder = train_run(config)
     summary = json.loads((folder / "summary.json").read_text())

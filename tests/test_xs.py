@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from models import batch, tiny_bert
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tiny import save_tiny_backbone, tiny_config
 from transformers import AutoModelForSequenceClassification
 
@@ -103,9 +103,18 @@ def test_a_decomposition_is_made_once_and_a_damaged_one_again(cache, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("decomposed again"))
         assert all(torch.equal(a, b) for a, b in zip(first, factors(W, 2), strict=True))
-    path.write_bytes(path.read_bytes()[:20])
-    assert all(torch.equal(a, b) for a, b in zip(first, factors(W, 2), strict=True))
-    assert load_file(path)["U"].shape == (7, 2)
+    kept = path.read_bytes()
+    flipped = bytearray(kept)
+    flipped[-3] ^= 64
+    swapped = {
+        "U": (first.left + 1).contiguous(),
+        "S": torch.ones(2),
+        "V": torch.ones(5, 2),
+    }  # another file's, unhashed
+    for damaged in (kept[:20], bytes(flipped), save(swapped), b""):
+        path.write_bytes(damaged)
+        assert all(torch.equal(a, b) for a, b in zip(first, factors(W, 2), strict=True))
+        assert path.read_bytes() == kept
     other = factors(weight(seed=12), 2)
     assert not torch.equal(first.left, other.left)
 

@@ -1,8 +1,11 @@
 """A tiny pretrained-looking backbone on disk: a two-layer BERT with a word-level tokenizer of the demo's words."""
 
 import dataclasses
+import shutil
+import string
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from models import tiny_bert
@@ -12,12 +15,19 @@ from pyro_blora.config import RunConfig
 from pyro_blora.tasks import get_task
 
 
-def save_tiny_backbone(folder: Path, **settings) -> Path:
+def save_tiny_backbone(folder: Path, *, letters: bool = False, **settings) -> Path:
+    """letters: a tokenizer that also spells words it does not know, for the texts of other tasks."""
     words = sorted(
         {word for row in get_task("acceptability").load(n_train=400)["train"]["sentence"] for word in row.split()}
     )
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    model = models.WordLevel(vocabulary, unk_token="[UNK]")
+    if letters:
+        seen = set(vocabulary)
+        spelt = [piece for letter in string.printable.split()[0] for piece in (letter, f"##{letter}")]
+        vocabulary |= {piece: len(vocabulary) + i for i, piece in enumerate(p for p in spelt if p not in seen)}
+        model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = [("[CLS]", 2), ("[SEP]", 3)]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -48,3 +58,14 @@ def tiny_grid(path: Path, backbone: Path, axes: str = "  seed: [0]\n") -> Path:
     lines = "".join(f"  {key}: {value}\n" for key, value in base.items())
     path.write_text(f"base:\n{lines}axes:\n{axes}", encoding="utf-8")
     return path
+
+
+def hub(tmp_path, monkeypatch, commits):
+    """A cache as huggingface_hub leaves it; commits: (branch or None, commit, folder), the branch points to it."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    for branch, commit, folder in commits:
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        if branch:
+            (repository / "refs").mkdir(exist_ok=True)
+            (repository / "refs" / branch).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -3,6 +3,7 @@
 The weights are those that were trained on the example too, so this is about the gates alone.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,15 @@ from pyro_blora.posterior import draw, predict
 
 
 @torch.no_grad()
-def loo_of_run(folder: Path, examples: int, draws: int) -> tuple[object, bool] | None:
+def loo_of_run(folder: Path, examples: int, draws: int, allow_code: Iterable[str] = ()) -> tuple[object, bool] | None:
     """ArviZ's result for `examples` of the training set under `draws` draws; whether it is corrected for the guide.
 
-    None where all draws are the same allocation.
+    None where all draws are the same allocation. allow_code: as in `load`.
 
     The joint density of gates and data, which the correction needs, is that of the examples times N / `examples`.
     """
-    parts, program = build(RunConfig.from_json(folder / "config.json")), load(folder)
+    program = load(folder, allow_code=allow_code)  # first: it refuses code that is not allowed
+    parts = build(RunConfig.from_json(folder / "config.json"))
     rows = take(parts.tokens["train"], examples, parts.config.seed)
     gates = draw(program, draws, seed=parts.config.seed)
     if len(torch.unique(torch.cat([x.flatten(1) for x in gates], -1), dim=0)) == 1:

@@ -1,0 +1,98 @@
+"""Which files of a run belong together: hashes of gates, adapter, configuration and frozen weights.
+
+`export` puts them into the notes of gates.safetensors; `load` compares them, and says which file is of another run.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import trainable
+from .config import RunConfig
+
+_CONTENT = "content"  # of the file itself: its tensors and its other notes
+_CONFIGS = ("adapter_config.json", "config.json")
+_FREE = ("base_model_name_or_path", "revision", "_name_or_path")  # where a user keeps the backbone: theirs to change
+_RESTORE = "restore the run folder from a copy"
+
+
+def notes_of(program: torch.nn.Module, folder: Path, config: RunConfig | None) -> dict[str, str]:
+    """Hashes of an export's other files, of what is frozen, and of the configuration where there is one."""
+    notes = {"files": _of_files(folder), "backbone": _of_frozen(program)}
+    return notes | ({} if config is None else {"config": config.digest})
+
+
+def sealed(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[str, str]:
+    """The notes and a hash of them and of the tensors."""
+    return {**notes, _CONTENT: _of_content(tensors, notes)}
+
+
+def require_whole(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Errors: ValueError for a file whose content is not what was written; one without a hash is warned of."""
+    if _CONTENT not in notes:
+        warnings.warn(
+            f"{path} is older than the hashes by which a run's files are checked: they may be of different runs; "
+            "export(load(RUN), FOLDER) writes a checked one",
+            stacklevel=3,
+        )
+    elif notes[_CONTENT] != _of_content(tensors, {key: x for key, x in notes.items() if key != _CONTENT}):
+        raise ValueError(f"{path} is damaged (its content is not what was written): {_RESTORE}")
+
+
+def require_belonging(path: Path, notes: Mapping[str, str], config: RunConfig) -> None:
+    """Errors: ValueError where the configuration or the adapter is not that of the gates at `path`."""
+    if notes.get("config", config.digest) != config.digest:
+        raise ValueError(
+            f"config.json is not that of {path}: it is of another run, was edited, or names code that was edited or "
+            f"moved: {_RESTORE}"
+        )
+    if "files" in notes and notes["files"] != _of_files(path.parent):
+        raise ValueError(
+            f"the adapter in {path.parent} is not that of {path.name}: it is damaged or of another run: {_RESTORE}"
+        )
+
+
+def require_backbone(program: torch.nn.Module, notes: Mapping[str, str], config: RunConfig) -> None:
+    """Errors: ValueError where the frozen weights are not those of the training."""
+    if notes.get("backbone", found := _of_frozen(program)) != found:
+        raise ValueError(
+            f"backbone {config.backbone!r} is not the one that the run was trained on, its weights differ: restore it"
+        )
+
+
+def _of_files(folder: Path) -> str:
+    """Of weights, and of what their configuration says about them."""
+    lines = []
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name != "gates.safetensors":
+            with path.open("rb") as file:
+                lines.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    for path in (folder / name for name in _CONFIGS):
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                lines.append(json.dumps({k: x for k, x in values.items() if k not in _FREE}, sort_keys=True))
+            except (ValueError, AttributeError):
+                lines.append("damaged")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _of_frozen(program: torch.nn.Module) -> str:
+    """Of the network's parameters that are in no file of the run."""
+    learned = {id(p) for p in trainable(program).values()}
+    frozen = {name: p for name, p in program.net.named_parameters() if id(p) not in learned}
+    return _of_content(frozen, {})
+
+
+def _of_content(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(notes), sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

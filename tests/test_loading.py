@@ -1,0 +1,187 @@
+"""What is loaded is what was meant: no code of a folder's, no file of another run, no cache that was damaged."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import hub, save_tiny_backbone, tiny_config
+
+from pyro_blora import load
+from pyro_blora.__main__ import main
+from pyro_blora.checkpoint import read_tensors
+from pyro_blora.config import RunConfig
+from pyro_blora.provenance import sealed
+from pyro_blora.registry import Registry, only_code
+from pyro_blora.run import train_run
+
+pytestmark = pytest.mark.usefixtures("eager")
+MARKING = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+
+def late(*arguments, **settings):
+    raise RuntimeError("code of a folder ran")
+"""
+OWN_PRIOR = """
+import torch
+from pyro_blora.gates import Gates, NestedBernoulli
+
+def late(layout):
+    return Gates(*(NestedBernoulli.from_rate(torch.full(shape, 0.5)) for shape in (layout.z_shape, layout.g_shape)))
+"""
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def finished(backbone, tmp_path_factory):
+    """A finished run; tests change copies of it."""
+    return train_run(tiny_config(backbone, output_dir=str(tmp_path_factory.mktemp("runs"))))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def edit(path, **changes):
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("field", ["prior", "guide", "weights", "backbone", "prior.z", "prior.g"])
+def test_no_code_runs_because_a_folder_names_it(run, tmp_path, capsys, field):
+    (tmp_path / "mine.py").write_text(MARKING)
+    name = f"{tmp_path}/mine.py:late"
+    kind, _, site = field.partition(".")
+    edit(run / "config.json", **({f"{kind}_settings": {site: name}} if site else {field: name}))
+    gates = run / "adapter" / "gates.safetensors"  # whoever writes a configuration can write its hash, too
+    tensors, notes = read_tensors(gates)
+    notes |= {"config": RunConfig.from_json(run / "config.json").digest}
+    save_file(tensors, gates, metadata=sealed(tensors, {key: x for key, x in notes.items() if key != "content"}))
+    with pytest.raises(ValueError, match=rf"config.json names code, {kind} .*mine.py:late.*allow_code=\["):
+        load(run)
+    with pytest.raises(ValueError, match="names code"):
+        load(run, allow_code=[f"{tmp_path}/other.py:late", f"{tmp_path}/mine.py:early"])
+    for command in (["show", run], ["report", run], ["what-if", run, "0.value.base.8", "closed"]):
+        assert main([str(word) for word in command]) == 0, capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_is_named_again_runs(backbone, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN_PRIOR)
+    folder = train_run(tiny_config(backbone, prior=f"{tmp_path}/mine.py:late", output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="names code"):
+        load(folder)
+    with pytest.raises(ValueError, match="was edited or moved"):
+        (tmp_path / "mine.py").write_text(f"{OWN_PRIOR}\n")
+        load(folder, allow_code=[f"{tmp_path}/mine.py:late"])
+    (tmp_path / "mine.py").write_text(OWN_PRIOR)
+    monkeypatch.chdir(tmp_path)
+    for allowed in (["mine.py:late"], f"{tmp_path}/mine.py:late"):  # however its path is written
+        assert load(folder, allow_code=allowed).prior().z.log_probs.exp().mean() == pytest.approx(0.6065, abs=1e-3)
+
+
+def test_the_refusal_ends_with_its_block(tmp_path):
+    (tmp_path / "mine.py").write_text("def late(): ...")
+    registry, name = Registry("prior"), f"{tmp_path}/mine.py:late"
+    with only_code([], tmp_path), pytest.raises(ValueError, match="names code"):
+        registry.resolve(name)
+    with only_code([name], tmp_path):
+        assert registry.resolve(name) is registry.resolve(name)
+    with only_code([], tmp_path), pytest.raises(ValueError, match="names code"):  # imported or not
+        registry.resolve(name)
+    assert callable(registry.resolve(name))
+
+
+def flipped(path, place=-3):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def of_other(name):
+    """Put a file of a run that differs in nothing but its seed in the place of this run's."""
+    return lambda run, other, backbone: shutil.copy(other / name, run / name)
+
+
+def other_backbone(run, other, backbone):
+    weights = load_file(backbone / "model.safetensors")
+    weights["bert.encoder.layer.1.output.dense.weight"][3, 4] += 1e-3
+    save_file(weights, backbone / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_notes(run, other, backbone):
+    path = run / "adapter" / "gates.safetensors"
+    tensors, notes = read_tensors(path)
+    save_file(tensors, path, metadata={**notes, "n_train": "640"})
+
+
+MIXED = {
+    "gates": (of_other("adapter/gates.safetensors"), "config.json is not that of .*gates.safetensors"),
+    "config": (of_other("config.json"), "config.json is not that of .*gates.safetensors"),
+    "adapter": (of_other("adapter/adapter_model.safetensors"), "the adapter in .* is not that of gates.safetensors"),
+    "flipped gates": (
+        lambda run, *_: flipped(run / "adapter/gates.safetensors"),
+        "is damaged .*restore the run folder",
+    ),
+    "flipped adapter": (lambda run, *_: flipped(run / "adapter/adapter_model.safetensors"), "the adapter in .* is not"),
+    "edited ranks": (
+        lambda run, *_: edit(run / "adapter/adapter_config.json", rank_pattern={}),
+        "the adapter in .* is not",
+    ),
+    "edited config": (lambda run, *_: edit(run / "config.json", alpha=4.0), "config.json is not that of"),
+    "edited notes": (other_notes, "is damaged"),
+    "backbone": (other_backbone, "is not the one that the run was trained on, its weights differ: restore it"),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two runs of two seeds, and their backbone; tests change copies of them."""
+    folder = tmp_path_factory.mktemp("pair")
+    config = tiny_config(save_tiny_backbone(folder / "backbone"), output_dir=str(folder), max_train=32, epochs=1)
+    return *(train_run(dataclasses.replace(config, seed=seed)) for seed in (0, 1)), folder / "backbone"
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_files_that_do_not_belong_together_are_refused(pair, tmp_path, case):
+    mine, other, backbone = pair
+    mine, kept = shutil.copytree(mine, tmp_path / "run"), (backbone / "model.safetensors").read_bytes()
+    change, message = MIXED[case]
+    assert load(mine).n_train == 32
+    try:
+        change(mine, other, backbone)
+        with pytest.raises(ValueError, match=message):
+            load(mine)
+    finally:
+        (backbone / "model.safetensors").write_bytes(kept)
+
+
+def test_where_the_backbone_is_kept_is_the_users_to_change(run):
+    edit(run / "adapter" / "adapter_config.json", base_model_name_or_path="elsewhere", revision="v1")
+    (run / "adapter" / "README.md").write_text("mine")
+    assert load(run).n_train == 64
+
+
+def test_an_older_export_is_loaded_with_a_warning(run):
+    path = run / "adapter" / "gates.safetensors"
+    tensors, notes = read_tensors(path)
+    save_file(tensors, path, metadata={key: notes[key] for key in ("layout", "n_train")})
+    with pytest.warns(UserWarning, match="older than the hashes"):
+        assert load(run).n_train == 64
+
+
+def test_a_run_is_loaded_from_the_commit_that_it_was_trained_on(backbone, tmp_path, monkeypatch):
+    hub(tmp_path, monkeypatch, [("main", "a" * 40, backbone)])
+    folder = train_run(tiny_config("someone/tiny", output_dir=str(tmp_path)))
+    hub(tmp_path, monkeypatch, [("main", "b" * 40, save_tiny_backbone(tmp_path / "other", seed=1))])
+    assert load(folder).net.backbone.config._commit_hash == "a" * 40
+    edit(folder / "config.json", versions={"backbone": "b" * 40})
+    with pytest.raises(ValueError, match="its weights differ"):
+        load(folder)
