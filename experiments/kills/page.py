@@ -15,10 +15,10 @@ def write(path: Path, kills: list[dict], command: str, machine: str) -> None:
     lines = [
         "# Kills", "", "```sh", command, "```", "",
         f"Tiny networks of two layers, twelve steps, a checkpoint every three; {machine}. Real trainings of the",
-        "command line, killed at a moment drawn evenly from the whole life of a run that nothing disturbs, evaluation",
-        "and report included; then the same command until the run is finished. *Equal*: every tensor, draw,",
-        "prediction, logged line and number of the finished folder is that of the undisturbed run, to the bit, seconds",
-        "and memory left out. Some runs are killed twice.",
+        "command line, killed as often at a moment drawn evenly from the whole life of a run that nothing disturbs,",
+        "evaluation and report included, as at a step of its training; then the same command until the run is finished.",
+        "*Equal*: every tensor, draw, prediction, logged line and number of the finished folder is that of the",
+        "undisturbed run, to the bit, seconds and memory left out. Some runs are killed twice.",
         "", f"{len(table)} kills: {int(table['resumed'].sum())} resumed by the next command, "
         f"{int(table['equal'].sum())} equal to the bit, {int((~table['report']).sum())} reports missing, "
         f"{int((~table['resumed']).sum())} runs lost.", "",
@@ -31,7 +31,8 @@ def write(path: Path, kills: list[dict], command: str, machine: str) -> None:
     if len(failed):
         lines += ["", "What went wrong:", "", *(
             f"- {row['subject']}, SIG{row['signal']} in {row['moment']}: exit codes {row['code']}, then "
-            f"{row['codes']}; different: {row['different'] or 'nothing'}; left over: {row['left over'] or 'nothing'}. {row['said']}"
+            f"{row['codes']}; different: {row['different'] or 'nothing'}; left over: {row['left over'] or 'nothing'}. "
+            f"{row['said']}"
             for _, row in failed.iterrows()
         )]  # fmt: skip
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

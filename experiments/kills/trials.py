@@ -22,6 +22,8 @@ from .contents import contents
 from .subjects import words
 
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
+STEPS = 12  # of the subjects' trainings
+_SOON = 0.1  # seconds: a kill that is aimed at a step comes at most that much later
 _PATIENCE = 300  # seconds until a process that does not end is an error
 _AGAIN = 4  # runs of the same command after the kills, of which one has to finish
 
@@ -125,6 +127,19 @@ def last_line(output: Path) -> str:
     return next((line.split("\r")[-1].strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
+def reaches_its_moment(process: Process, output: Path, chance: random.Random, seconds: float) -> bool:
+    """Let a run go on to some moment: of its whole life, or in its training, as often; False where it ends before."""
+    if chance.random() < 0.5:
+        return process.wait(chance.random() * seconds) is None
+    lines, ends = chance.randrange(STEPS + 1), time.monotonic() + _PATIENCE
+    while time.monotonic() < ends and finished_folder(output) is None:
+        if process.wait(0.005) is not None:
+            return False
+        if any(log.read_bytes().count(b"\n") >= lines for log in output.glob(".*.partial/metrics.jsonl")):
+            break
+    return process.wait(chance.random() * _SOON) is None
+
+
 def trial(
     name: str, number: int, seed: int, backbones: Path, folder: Path, seconds: float, expected: dict
 ) -> list[dict]:
@@ -135,7 +150,7 @@ def trial(
     for _ in range(1 + (chance.random() < 0.3)):
         sort = chance.choices(list(SIGNALS), weights=(2, 1, 1))[0]
         process = command(name, backbones, output)
-        if process.wait(chance.random() * seconds) is not None:
+        if not reaches_its_moment(process, output, chance, seconds):
             break  # it was quicker than the run that nothing disturbed
         began = time.monotonic()
         code = process.kill(SIGNALS[sort])
