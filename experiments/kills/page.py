@@ -16,7 +16,7 @@ def write(path: Path, kills: list[dict], command: str, machine: str) -> None:
         "# Kills", "", "```sh", command, "```", "",
         f"Tiny networks of two layers, twelve steps, a checkpoint every three; {machine}. Real trainings of the",
         "command line, killed as often at a moment drawn evenly from the whole life of a run that nothing disturbs,",
-        "evaluation and report included, as at a step of its training; then the same command until the run is finished.",
+        "evaluation and report included, as at a step of its training; then the same command until it is finished.",
         "*Equal*: every tensor, draw, prediction, logged line and number of the finished folder is that of the",
         "undisturbed run, to the bit, seconds and memory left out. Some runs are killed twice.",
         "", f"{len(table)} kills: {int(table['resumed'].sum())} resumed by the next command, "
