@@ -8,8 +8,8 @@ the end with the file of its output. The results are one table, results.parquet 
 """
 
 import argparse
+import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,8 +22,10 @@ from tqdm.auto import tqdm
 
 from experiments.studies.grid_file import Cell, read_grid
 from experiments.studies.launchers import Cluster, Processes
+from pyro_blora.files import REPORT, replace
 from pyro_blora.report import write_report
 from pyro_blora.schedule import Schedule
+from pyro_blora.signals import Interrupted, heeded
 
 _LOOK = 0.5  # seconds between two looks at the runs
 COLUMNS = ("metric", "score", "deployed_score", "nll", "deployed_nll", "ece", "brier", "seconds", "folder")
@@ -78,9 +80,11 @@ def run_all(cells: list[Cell], launcher, at_a_time: int) -> list[Cell]:
                         bar.write(f"failed: {cell.name}: {last_line(log_file(cell))}")
                     bar.update()
                 bar.set_postfix_str(", ".join(f"{cell.name} step {step(cell)}" for cell, _ in running))
-        finally:  # interrupted: a run that is stopped goes on from its last checkpoint
+        finally:  # interrupted: a run that is stopped goes on from the checkpoint that it then writes
             for _, run in running:
                 run.stop()
+            for _, run in running:
+                run.wait()
     return failed
 
 
@@ -113,8 +117,17 @@ def write_results(table: pd.DataFrame, folder: Path) -> None:
     """results.parquet and results.csv, each replaced in one rename."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in (("results.parquet", table.to_parquet), ("results.csv", table.to_csv)):
-        write(folder / f".{name}.partial", index=False)
-        os.replace(folder / f".{name}.partial", folder / name)
+        replace(folder / name, functools.partial(write, index=False))
+
+
+def write_pages(cells: list[Cell], folder: Path) -> None:
+    """The table and the page of the grid, and the pages of finished runs that were cut off before theirs."""
+    for cell in filter(is_finished, cells):
+        if not (cell.folder / REPORT).is_file():
+            write_report(cell.folder)
+    write_results(results(cells), folder)
+    if any(map(is_finished, cells)):
+        print(f"report: {write_report(folder)}")
 
 
 def job_settings(given: list[str]) -> dict:
@@ -166,15 +179,20 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"grid.py: error: {error}", file=sys.stderr)
         return 2
+    interrupted = None
     try:
-        failed = run_all(cells, launcher, at_a_time)
-    except KeyboardInterrupt:
+        with heeded():
+            failed = run_all(cells, launcher, at_a_time)
+    except Interrupted as interruption:
+        interrupted = interruption
+    try:
+        write_pages(cells, folder)
+    except OSError as error:
+        print(f"grid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if interrupted:
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        write_results(results(cells), folder)
-        if any(map(is_finished, cells)):
-            print(f"report: {write_report(folder)}")
+        return interrupted.exit_code
     print(f"{len(cells) - len(failed)} of {len(cells)} runs are finished: {folder / 'results.parquet'}")
     for cell in failed:
         print(f"failed: {cell.name}: {last_line(log_file(cell))} ({log_file(cell)})")

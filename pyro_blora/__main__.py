@@ -17,6 +17,7 @@ from .config import RunConfig, field_names
 from .flags import preset_names, run_fields, take_settings
 from .methods import METHODS
 from .registry import REQUIRED, Registry, registered
+from .signals import heeded
 
 COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights")
 _SITES = (
@@ -31,7 +32,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake or a full disk (one line on stderr).
+
+    143, 130 and 129 after SIGTERM, SIGINT and SIGHUP.
+    """
     try:
         return _command(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
@@ -39,9 +43,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"pyro-blora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("pyro-blora: interrupted; the same command resumes the run at its last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            kept = f"; {interruption}" if str(interruption) else ""
+            print(f"pyro-blora: interrupted{kept}", file=sys.stderr)
+        return getattr(interruption, "exit_code", 130)
 
 
 def _command(argv: list[str]) -> int:
@@ -94,12 +100,13 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         print(f"finished already: {folder}")
         show_run(folder)
         return 0
-    from .host import keep_freed_memory
-    from .processes import leave_group
-    from .run import train_run
+    with heeded():
+        from .host import keep_freed_memory
+        from .processes import leave_group
+        from .run import train_run
 
-    keep_freed_memory()
-    folder = train_run(config)
+        keep_freed_memory()
+        folder = train_run(config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts one process a device: one of them speaks
         print(folder)
     leave_group()

@@ -2,19 +2,41 @@
 
 No frozen weights of the backbone, no pickle. Nothing else has state: learning rates, temperature and KL weight are
 functions of the step, the data order of (seed, epoch), and the draws of (seed, step, rank). So a run that is resumed
-goes through the same bits.
+goes through the same bits. The newest and the one before it are kept, each with a hash of its content, so that a
+damaged one is skipped, and with hashes of what the training started from (identity.py).
 """
 
+import contextlib
+import hashlib
+import json
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-_NAME = "state.safetensors"
+from .files import replace
+
+NEWEST, OLDER = "state.safetensors", "state.previous.safetensors"
+WHAT = {  # a training starts from, by the name of its hash in the notes
+    "config": "another configuration",
+    "data": "other training data: texts, labels or tokenizer have changed since",
+    "backbone": "another backbone: its frozen weights have changed since",
+}
+_AGAIN = "delete its folder to start this run again"
+
+
+class Resumed(NamedTuple):
+    """Where a training goes on: its step, 0 without a checkpoint, and the notes of the checkpoint."""
+
+    step: int
+    notes: dict[str, str]
 
 
 def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torch.Tensor]:
@@ -35,47 +57,81 @@ def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torc
     return found
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and notes of a safetensors file.  Errors: SafetensorError or ValueError for one that is damaged."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and notes of a safetensors file, which its hash is compared with, where it has one.
+
+    Errors: SafetensorError, OSError or ValueError for one that is damaged.
+    """
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         notes = file.metadata()
     if notes is None:
         raise ValueError("it has no notes")
+    if "notes" in notes:
+        notes = json.loads(notes["notes"])
+        if notes.pop("sha256", None) != _hash(tensors, notes):
+            raise ValueError("its content is not what was written")
     return tensors, notes
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
-    """Replace a file in one rename: a kill leaves the old one or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=notes)
-    os.replace(partial, path)
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], notes: Mapping[str, str], rename: Callable[[], None] | None = None
+) -> None:
+    """Replace a file in one rename: a kill leaves the old one or the new one, never half of one.
+
+    Equal content gives equal bytes: notes are one text, as safetensors writes several in any order.
+    rename: called when the new file is whole on the disk, and the old one still has its name.
+    """
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps({**notes, "sha256": _hash(tensors, notes)}, sort_keys=True)
+    replace(path, lambda partial: save_file(tensors, partial, metadata={"notes": text}), rename)
 
 
-def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
-    """Replace the checkpoint in `folder`."""
+def _hash(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(notes), sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int,
+    notes: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint into `folder`; the one before it stays, under another name.
+
+    Errors: ValueError where a number is not finite, and NotWritten; then nothing is changed.
+    """
     tensors = {}
     for name, parameter in trainable(module, in_training=True).items():
-        tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    write_tensors(folder / _NAME, tensors, {"step": str(step), "total": str(total)})
+        for key, value in {"parameter": parameter, **optimizer.state.get(parameter, {})}.items():
+            x = tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            fine = x.isfinite() if parameter.requires_grad else ~x.isnan()  # a prior's buffers pin gates at -infinity
+            if not bool(fine.all()):
+                raise ValueError(f"{key} of {name} is not finite")
+
+    def rotate() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder / NEWEST, folder / OLDER)
+
+    write_tensors(folder / NEWEST, tensors, {**(notes or {}), "step": str(step), "total": str(total)}, rotate)
 
 
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> int:
-    """Restore what `save_checkpoint` wrote and return its step; 0 where there is none.
+def load_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, total: int,
+    identity: Mapping[str, str] | None = None,
+) -> Resumed:  # fmt: skip
+    """Restore what `save_checkpoint` wrote: the newest, or with a warning the one before it where that is damaged.
 
-    Errors: ValueError for a file that is damaged or belongs to another configuration.
+    Errors: ValueError where all are damaged, and for one of another configuration, of other data or another backbone.
     """
-    path = folder / _NAME
-    if not path.exists():
-        return 0
-    try:
-        tensors, notes = read_tensors(path)
-        step, expected = int(notes["step"]), int(notes["total"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} is damaged ({error}): delete its folder to start this run again") from None
+    found = _newest_whole(folder)
+    if found is None:
+        return Resumed(0, {})
+    path, tensors, notes = found
+    require_same_origin(path, notes, identity)
+    step, expected = int(notes["step"]), int(notes["total"])
     if expected != total:  # the configuration is the same, or the folder would be another one
         raise ValueError(
             f"checkpoint {path} is of a run of {expected} steps, this one has {total}: resume on as many processes as "
@@ -83,7 +139,7 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
         )
     parameters = trainable(module, in_training=True)
     if {f"parameter/{name}" for name in parameters} != {key for key in tensors if key.startswith("parameter/")}:
-        raise ValueError(f"checkpoint {path} is of another model: delete its folder to start this run again")
+        raise ValueError(f"checkpoint {path} is of another model: {_AGAIN}")
     with torch.no_grad():
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
@@ -92,4 +148,47 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
                 parameter.copy_(value)
             else:  # the fused step of AdamW takes all of its state, the step count too, from the parameter's device
                 optimizer.state[parameter][kind] = value.to(parameter.device)
-    return step
+    return Resumed(step, notes)
+
+
+def require_same_origin(path: Path, notes: Mapping[str, str], identity: Mapping[str, str] | None) -> None:
+    """Errors: ValueError where a file's notes say that it is of another training than `identity`; older ones do not."""
+    for name, expected in (identity or {}).items():
+        if notes.get(name, expected) != expected:
+            raise ValueError(f"{path} is of {WHAT[name]}: restore that, or {_AGAIN}")
+
+
+def _newest_whole(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]] | None:
+    damaged = []
+    for path in (folder / NEWEST, folder / OLDER):
+        if not path.exists():
+            continue
+        try:
+            tensors, notes = read_tensors(path)
+            int(notes["step"]), int(notes["total"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            damaged.append(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
+            continue
+        if damaged:
+            warnings.warn(f"{damaged[0]}: going on from the one before it, at step {notes['step']}", stacklevel=3)
+            (folder / NEWEST).unlink(missing_ok=True)  # or it would replace the whole one
+        return path, tensors, notes
+    if damaged:
+        raise ValueError(f"{damaged[0]}: {_AGAIN}")
+    return None
+
+
+def saved_in(folder: Path) -> str | None:
+    """One sentence that says what the newest checkpoint below a run's folder holds; None where there is none."""
+    paths = [path for name in (NEWEST, OLDER) for path in folder.rglob(f"checkpoints/{name}")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(SafetensorError, OSError, KeyError, TypeError, ValueError):
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads(file.metadata()["notes"])
+            return f"step {notes['step']} of {notes['total']} is saved in {path}, from where the same command goes on"
+    return None
+
+
+def drop_older(folder: Path) -> None:
+    """Remove the second checkpoint of a training that has ended."""
+    (folder / OLDER).unlink(missing_ok=True)

@@ -25,12 +25,12 @@ CHOICES = {
     "precision": ("float32", "bf16"),
 }
 # Left out of the digest: they say where and how a run is watched and saved, not what it computes.
-NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps")
+NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps", "checkpoint_minutes")
 # Later than runs whose folders are to keep their names.
 _ADDED = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
     ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
-    ("group_by_length", False), ("backbone_revision", None),
+    ("group_by_length", False), ("backbone_revision", None), ("max_skipped_steps", 10),
 )  # fmt: skip
 OWNERS = ("prior", "guide", "adapter", "weights")  # fields that have settings of their own, in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
@@ -95,6 +95,9 @@ class RunConfig:
     temperature_start: float = _field(0.5, "temperature of the relaxed gates at the first step")
     temperature_end: float = _field(0.1, "temperature of the relaxed gates at the last step")
     clip_norm: float = _field(1.0, "largest norm of the gradient of adapter and head")
+    max_skipped_steps: int = _field(
+        10, "steps in a row, at most a quarter of all, left out for a gradient that is not finite, before it stops"
+    )
     precision: str = _field("float32", "arithmetic inside the backbone: float32 or bf16; likelihood and gates: float32")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, more time")
     max_length: int = _field(128, "longest input, in tokens; longer ones are cut")
@@ -109,6 +112,7 @@ class RunConfig:
     output_dir: str = _field("runs", "folder that receives the run's folder")
     logging_steps: int = _field(10, "optimizer steps between lines of metrics.jsonl")
     checkpoint_steps: int = _field(100, "optimizer steps between checkpoints")
+    checkpoint_minutes: float = _field(5.0, "minutes after which a checkpoint is written whatever the step")
     tracker: str | None = _field(None, "experiment tracker by its Accelerate name: tensorboard, wandb, ...; none: none")
 
     def __post_init__(self):

@@ -53,6 +53,8 @@ RANGES = {  # field: (check, what is expected, remedy)
     "draws": (*_at_least(1), "15 is usual"),
     "logging_steps": (*_at_least(1), "1 logs every step"),
     "checkpoint_steps": (*_at_least(1), "a number beyond the last step writes none in between"),
+    "checkpoint_minutes": (*_positive(), "5 is usual; a large number leaves it to checkpoint_steps"),
+    "max_skipped_steps": (*_at_least(0), "0 stops at the first one"),
     "task": (bool, "a name", "acceptability needs no download"),
     "backbone": (bool, "a name or a folder", "demo needs no download"),
     "prior": (bool, "a name or file.py:function", "`pyro-blora priors` lists the names"),

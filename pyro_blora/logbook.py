@@ -1,12 +1,14 @@
 """metrics.jsonl: one line a logging step, and what the bar and the trackers show of it."""
 
 import json
+import os
 from pathlib import Path
 
 import accelerate
 import torch
 
 from .bops import expected_bits, expected_rank
+from .files import replace_text, sync, writing
 from .posterior import bops
 from .program import BayesianLoRA
 from .schedule import Schedule
@@ -34,7 +36,8 @@ class Logbook:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
             track_gate_maps(self.accelerator, self.program, step)
         if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "r+", encoding="utf-8") as file:  # which `restore` made
+                file.seek(0, os.SEEK_END)
                 file.write(json.dumps(line) + "\n")
         return (
             f"loss {line['loss']:.3f} nll {line['nll']:.3f} kl {line['kl_z'] + line['kl_g']:.0f} "
@@ -81,18 +84,32 @@ class Logbook:
                 found["gate_noise"] = 1 - (means[alive].square().sum() / squares[alive].sum()).clamp(max=1.0).item()
         return found
 
-    def restore(self, first: int) -> None:
-        """Keep the logged lines up to the checkpoint; those after it are written again."""
+    def restore(self, first: int, lines: str | None = None) -> None:
+        """Keep the logged lines up to the checkpoint; those after it are written again.
+
+        lines: how many there were at the checkpoint. Errors: ValueError where some of them are missing.
+        """
         if self.path is None or not self.accelerator.is_main_process:
             return
         if self.path.exists():
-            lines = map(_line, self.path.read_text("utf-8").splitlines())
-            self.lines = [line for line in lines if line.get("step", first + 1) <= first]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            found = map(_line, self.path.read_text("utf-8", errors="replace").splitlines())
+            self.lines = [line for line in found if line.get("step", first + 1) <= first]
+        if lines is not None and len(self.lines) != int(lines):
+            raise ValueError(
+                f"{self.path} has {len(self.lines)} lines up to step {first}, at the checkpoint of that step it had "
+                f"{lines}: restore it from a copy, or delete its folder to start this run again"
+            )
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def sync(self) -> None:
+        """Force the lines to the disk, before a checkpoint that counts on them."""
+        if self.path:
+            sync(self.path)
 
 
 def _line(text: str) -> dict:
     try:
-        return json.loads(text)
+        line = json.loads(text)
     except json.JSONDecodeError:  # cut off while it was written
         return {}
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else {}

@@ -12,6 +12,8 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model, gather_object
 from torch import Tensor, nn
 
+_ASKED = 10  # steps between two questions of the processes on GPUs, whether one of them is to end
+
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Accelerator) -> None:
     """The mean of the processes' gradients, in one transfer: what learns is small, whatever the size of the backbone.
@@ -23,6 +25,19 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Ac
         mean = accelerator.reduce(torch.cat([x.flatten() for x in gradients]), "mean")
         for gradient, part in zip(gradients, mean.split([x.numel() for x in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def any_of(number: int, accelerator: accelerate.Accelerator, step: int) -> int:
+    """The largest of the processes' numbers, on all of them; 0 on steps at which they do not ask each other.
+
+    On a GPU they ask every tenth step, as the answer waits for the device.
+    """
+    if accelerator.num_processes == 1:
+        return number
+    if step % (_ASKED if accelerator.device.type == "cuda" else 1):
+        return 0
+    found = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(found.max())
 
 
 def sharding_wanted() -> bool:

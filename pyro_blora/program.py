@@ -149,7 +149,7 @@ class BayesianLoRA(GateProgram):
 
     def __init__(self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Callable, **settings):
         super().__init__(net.layout, prior, guide, likelihood, **settings)
-        self.net, self.validated = net, False
+        self.net = net
 
     @property
     def opened(self) -> Gates:
@@ -181,14 +181,11 @@ class BayesianLoRA(GateProgram):
         At kl_weight 0, before the gates start, they are held open: the loss is that of LoRA, with its weights' law.
         """
         self.temperature = temperature
-        # on a GPU every check of a distribution's arguments makes the host wait: the first step's are enough
-        with pyro.validation_enabled(not (labels.is_cuda and self.validated)):
-            if kl_weight == 0:
-                nll = self.nll(inputs, labels, *self.opened, self.draw_theta())
-                elbo = Elbo(nll, *self.kl(), self.weights.divergence())
-            else:
-                elbo = self.elbo(inputs, labels)
-        self.validated = True
+        if kl_weight == 0:
+            nll = self.nll(inputs, labels, *self.opened, self.draw_theta())
+            elbo = Elbo(nll, *self.kl(), self.weights.divergence())
+        else:
+            elbo = self.elbo(inputs, labels)
         theta_weight = (kl_weight if theta_weight is None else theta_weight) * self.weights.kl_weight
         return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
 

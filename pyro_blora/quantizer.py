@@ -17,8 +17,7 @@ plain LoRA, whatever the range. The clip is a few roundings inside the range, so
 are at most 2^b - 1 distinct values, an int8 at 8 bit. The grid is computed in float32 at least (x / s_16 needs 16 bits
 of mantissa), also under bf16 autocast.
 
-All that depends on no element of x, its `Grid`, is computed for all tensors of a network at once (`grids`), so that a
-call is one kernel, which moves as many bytes as copies of its tensors.
+What depends on no element of x, its `Grid`, is computed for all tensors at once, so that a call is one kernel.
 Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equals.
 """
 

@@ -1,7 +1,6 @@
 """A run folder, or a grid's, becomes one HTML page: no network, no other file, light or dark, phone or paper."""
 
 import json
-import os
 from pathlib import Path
 
 import jinja2
@@ -9,23 +8,21 @@ import pandas as pd
 import vl_convert
 
 from . import charts
+from .files import REPORT, replace_text
 from .run_files import RunFiles, Section
 from .sections import headline, sections_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
-REPORT = "report.html"
 
 
 def write_report(folder: str | Path) -> Path:
     """Write report.html into the folder of a finished run, or of a grid of them; an older page is replaced.
 
-    Errors: ValueError for a folder that is neither.
+    Errors: ValueError for a folder that is neither; NotWritten, which leaves the older page.
     """
     folder = Path(folder)
     page = _run_page(RunFiles(folder)) if (folder / "summary.json").is_file() else _grid_page(folder)
-    partial = folder / f".{REPORT}.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, folder / REPORT)
+    replace_text(folder / REPORT, page)
     return folder / REPORT
 
 

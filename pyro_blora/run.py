@@ -1,7 +1,8 @@
 """One run, from a configuration to a finished folder, and the table a user sees at the end.
 
 The folder is filled under a temporary name (`.<name>.partial`), from which an interrupted run resumes, and renamed when
-everything is there. A finished run is never overwritten.
+everything is there, on the disk, with its hashes. A finished run is never overwritten; its page, where it is missing
+after an interruption, is written by the same command.
 """
 
 import contextlib
@@ -11,27 +12,31 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import accelerate
-import filelock
 import torch
 from torch import nn
 
 from .arviz_data import concatenate, read, save
 from .backbone import commit_of
 from .build import build, check_names
-from .checkpoint import trainable
+from .checkpoint import drop_older, saved_in, trainable
 from .config import RunConfig
 from .data import first_inputs
 from .evaluation import Evaluated, evaluate, predictions_file, with_members
 from .exporting import export
+from .files import REPORT, NotWritten, replace_text, require_whole, sync, sync_tree, write_sums, writing
 from .inference_data import to_arviz
 from .processes import sharding_wanted
 from .program import BayesianLoRA
+from .run_lock import alone, claimed, same_folder
 from .show import show_run
+from .signals import Interrupted, heeded
 from .summary import of_restart, predictions_table, summarize
 from .training import Trained, fit
 
@@ -42,81 +47,103 @@ def train_run(config: RunConfig) -> Path:
     """Train, evaluate and save one run; returns its folder, which the main process writes when training has ended.
 
     Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work, and for a run
-    that another process is training. Neither leaves anything behind.
+    that another process is training. Neither leaves anything behind. NotWritten for a full disk. Interrupted after
+    SIGTERM, SIGINT or SIGHUP, with a sentence that says what is kept.
     """
     folder = Path(config.output_dir) / config.folder_name
     check_names(config)
-    with _alone(folder):
-        if folder.exists():
-            raise FileExistsError(
-                f"{folder} is a finished run already: look at it with `pyro-blora show {folder}`, or change --seed or "
-                "--output_dir to run again"
-            )
-        _complete(config, folder)
-    if accelerate.PartialState().is_main_process:
+    main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process  # as fit's Accelerator is
+    with heeded(), alone(folder) if main else contextlib.nullcontext():
+        try:
+            if folder.exists():
+                _require_unfinished(folder, main)
+            else:
+                with claimed(_partial(folder), folder) if main else contextlib.nullcontext(_nothing) as still_there:
+                    _complete(config, folder, still_there)
+        except KeyboardInterrupt as interruption:
+            signum = getattr(interruption, "signum", signal.SIGINT)
+            raise Interrupted(signum, _kept(folder)) from None
+    if main:
         show_run(folder)
     return folder
 
 
-@contextlib.contextmanager
-def _alone(folder: Path):
-    """Hold the run's lock, which the system lets go of however this process ends.
+def _nothing() -> None:
+    pass
 
-    Errors: ValueError where another process holds it.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    if not accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process:  # as fit's Accelerator is
-        yield
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _require_unfinished(folder: Path, main: bool) -> None:
+    """Write the page that a finished run lacks.  Errors: FileExistsError where it lacks nothing."""
+    if _lacks_page(folder):
+        if main:
+            _write_page(folder)
         return
-    missing = [place for place in path.parents if not place.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=0)
-    with contextlib.suppress(NotImplementedError):  # file systems without locks
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise ValueError(
-                f"{folder} is being trained by another process: wait for it, or change --seed or --output_dir"
-            ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        lock.release()
-        with contextlib.suppress(OSError):  # what a refused run would leave; others are not empty
-            for place in missing:
-                place.rmdir()
+    raise FileExistsError(
+        f"{folder} is a finished run already: look at it with `pyro-blora show {folder}`, or change --seed or "
+        "--output_dir to run again"
+    )
 
 
-def _complete(config: RunConfig, folder: Path) -> None:
-    """Train or resume the run and its restarts under a temporary name, and rename it when everything is there."""
-    partial = folder.with_name(f".{folder.name}.partial")
+def _lacks_page(folder: Path) -> bool:
+    """Whether a finished run was cut off before its page was written."""
+    return (folder / "summary.json").is_file() and not (folder / REPORT).is_file()
+
+
+def _kept(folder: Path) -> str:
+    """What there is of a run that was interrupted."""
+    if folder.exists():
+        return f"the run is finished, {folder}, only its page is missing: the same command writes it"
+    return saved_in(_partial(folder)) or "there was no checkpoint yet: the same command starts the run again"
+
+
+def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] | None = None) -> None:
+    """Train or resume the run and its restarts under a temporary name, and rename it when everything is there.
+
+    still_there: refuses a temporary folder that somebody has removed.
+    """
+    partial, main = _partial(folder), accelerate.PartialState().is_main_process
     restarts = [(one, partial / "restarts" / f"seed-{one.seed}") for one in each_restart(config)]
     for one, place in restarts:
         if not place.exists():
             _complete(one, place)
+        elif main and _lacks_page(place):
+            _write_page(place)
     trained, began = fit(config, folder=partial), time.perf_counter()
+    if main and still_there is None:
+        still_there = same_folder(partial)
     evaluated = evaluate(trained.parts)  # by all processes
-    if accelerate.PartialState().is_main_process:
-        summary = _write(trained, evaluated, partial, [place for _, place in restarts])
-        summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
-        written = config.to_json(versions=versions(trained.program.net.backbone), threads=torch.get_num_threads())
-        (partial / "config.json").write_text(written, encoding="utf-8")
-        (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-        _write_page(folder)
+    if main:
+        with writing(partial):
+            summary = _write(trained, evaluated, partial, [place for _, place in restarts])
+            summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
+            still_there()
+            written = config.to_json(versions=versions(trained.program.net.backbone), threads=torch.get_num_threads())
+            replace_text(partial / "config.json", written)
+            replace_text(partial / "summary.json", json.dumps(summary, indent=2) + "\n")
+            drop_older(partial / "checkpoints")
+            write_sums(partial)
+            sync_tree(partial)
+            still_there()
+            os.replace(partial, folder)
+            sync(folder.parent)
+        _write_page(folder)  # last: a run does not wait for its page
     accelerate.PartialState().wait_for_everyone()
 
 
 def _write_page(folder: Path) -> None:
-    """The report of a finished run, which is not lost where what draws it is not installed."""
+    """The report of a finished run, which is not lost where what draws it is not installed.  Errors: NotWritten."""
     try:
         from .report import write_report  # here, as charts need packages that a training does not
 
         write_report(folder)
     except ImportError as error:
         print(f"no report.html: {error}. Install it, then: pyro-blora report {folder}", file=sys.stderr)
+    except NotWritten as error:
+        raise NotWritten(f"{folder} is finished, but its page is not: {error}") from None
 
 
 def each_restart(config: RunConfig) -> list[RunConfig]:
@@ -149,6 +176,8 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     restarts: folders of finished runs, the further chains.
     """
     parts, program, config = trained.parts, trained.program, trained.parts.config
+    for place in restarts:
+        require_whole(place)
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
     data = to_arviz(
         program, evaluated.draws, evaluated.pairs["eval"][0], labels=parts.task.labels, clipped=evaluated.beyond,
@@ -156,11 +185,13 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     )  # fmt: skip
     if restarts:
         data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
-    save(data, folder / "posterior.nc")
-    export(
-        _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer),
-        tokenizer=parts.tokenizer, config=config,
-    )  # fmt: skip
+    with writing(folder / "posterior.nc"):
+        save(data, folder / "posterior.nc")
+    with writing(folder / "adapter"):
+        export(
+            _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer),
+            tokenizer=parts.tokenizer, config=config,
+        )  # fmt: skip
     if config.weights == "ensemble":
         pairs = {
             split: (with_members(averaged, split, restarts), at_mode)
@@ -168,7 +199,8 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
         }
         evaluated = evaluated._replace(pairs=pairs)
     for split, pair in evaluated.pairs.items():
-        predictions_table(parts, split, *pair).to_parquet(folder / predictions_file(split))
+        with writing(folder / predictions_file(split)):
+            predictions_table(parts, split, *pair).to_parquet(folder / predictions_file(split))
     summary = summarize(parts, evaluated, trained.seconds)
     if restarts:
         summary["restarts"] = [of_restart(place) for place in restarts]

@@ -10,6 +10,7 @@ import pandas as pd
 from .arviz_data import group, read
 from .config import RunConfig
 from .diagnostics import Posterior
+from .files import require_whole
 
 
 @dataclasses.dataclass
@@ -30,6 +31,7 @@ class RunFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        require_whole(folder, ["summary.json"])
         try:
             self.summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             self.metric = self.summary["metric"]["name"]
@@ -41,11 +43,14 @@ class RunFiles:
         path = self.folder / "config.json"
         if not path.is_file():
             raise ValueError("config.json is missing: the command that repeats the run is not known.")
+        require_whole(self.folder, [path.name])
         return RunConfig.from_json(path)
 
     @cached_property
     def posterior(self) -> Posterior:
-        if group(found := read(self.folder), "posterior").sizes.get("draw", 0) == 0:
+        found = read(self.folder)
+        require_whole(self.folder, ["posterior.nc"])
+        if group(found, "posterior").sizes.get("draw", 0) == 0:
             raise ValueError("posterior.nc has no draws: train with --draws 1 or more.")
         return Posterior(found)
 
@@ -53,16 +58,21 @@ class RunFiles:
     def log(self) -> pd.DataFrame:
         path = self.folder / "metrics.jsonl"
         try:
-            return pd.DataFrame([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+            found = pd.DataFrame([json.loads(line) for line in path.read_text("utf-8").splitlines()])
         except (OSError, ValueError) as error:
             raise ValueError(f"metrics.jsonl cannot be read ({error}): no curves.") from None
+        if not found.empty:
+            require_whole(self.folder, [path.name])
+        return found
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
         try:
-            return pd.read_parquet(self.folder / "predictions.parquet")
+            found = pd.read_parquet(self.folder / "predictions.parquet")
         except (OSError, ValueError) as error:
             raise ValueError(f"predictions.parquet cannot be read ({error}).") from None
+        require_whole(self.folder, ["predictions.parquet"])
+        return found
 
     @property
     def probabilities(self) -> pd.DataFrame:

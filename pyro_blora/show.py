@@ -8,12 +8,14 @@ from rich.table import Table
 
 from .arviz_data import read
 from .diagnostics import Posterior
+from .files import require_whole
 from .findings import law_of_weights
 
 
 def show_run(folder: str | Path) -> None:
     """Print the result table of a finished run.  Errors: ValueError for a folder that is none."""
     folder = Path(folder)
+    require_whole(folder, ["summary.json"])
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         tables = result_tables(summary)
@@ -27,6 +29,7 @@ def show_run(folder: str | Path) -> None:
 
 def show_what_if(folder: Path, gate: str, opened: bool) -> None:
     """Print what is predicted if a gate were forced.  Errors: ValueError for a run or a gate that is none."""
+    require_whole(folder, ["posterior.nc"])
     found = Posterior(read(folder)).what_if(gate, opened)
     state = "open" if opened else "closed"
     table = Table(title=f"If gate {gate} were {state}", title_justify="left")

@@ -19,17 +19,22 @@ from tqdm.auto import tqdm
 
 from . import adapters
 from .build import Parts, build
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import saved_in
 from .config import RunConfig
 from .curvature import fit_run
 from .data import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
 from .exporting import require_exportable
+from .identity import identity
 from .logbook import Logbook
+from .non_finite import FiniteSteps, unvalidated
+from .optimizer import make_optimizer
 from .posterior import component_marginals
-from .processes import average_gradients, shard, sharding_wanted
+from .processes import any_of, average_gradients, shard, sharding_wanted
 from .program import BayesianLoRA
 from .ranges import range_errors
+from .resuming import DIVERGED, Checkpoints
 from .schedule import Schedule
+from .signals import Interrupted, asked, deferred
 from .spectra import explained_variances, start_eva
 from .starting import evidence, sensitivity
 from .validation import Validation
@@ -37,9 +42,7 @@ from .validation import Validation
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _EVA_BATCHES = 32  # passed over until the components have settled
 _STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square known to about a tenth
-_DIVERGED = (
-    "the training diverged at step {}: the loss is no finite number. Lower --lr; a new setting is a new run folder"
-)
+_SHOWN = 16  # numbers of rows that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +58,6 @@ class Trained:
         return self.parts.program
 
 
-def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW over six groups: adapter, weights whose law is learned, its spread, head, gates (guide, prior), ranges."""
-    net, decay = program.net, config.weight_decay
-    random = program.weights.parameters_of_net
-    fixed = [p for p in net.adapter_parameters() if all(p is not other for other in random)]
-    gates = list(dict.fromkeys([*program.gate_guide.parameters(), *program.prior.parameters()]))
-    groups = [
-        {"name": "adapter", "params": fixed, "weight_decay": decay},
-        {"name": "weights", "params": random, "weight_decay": 0},  # their prior does it
-        {"name": "spread", "params": [*program.weights.parameters()], "weight_decay": 0},
-        {"name": "head", "params": [*net.head_parameters(), program.log_scale], "weight_decay": decay},
-        {"name": "gates", "params": gates, "weight_decay": 0},
-        {"name": "ranges", "params": [net.log_range], "weight_decay": 0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
-
-
 def step_seed(*numbers: int) -> int:
     """A seed that differs whenever one of the numbers does."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
@@ -82,7 +68,8 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
 
     folder: where metrics.jsonl and checkpoints/ are kept, and found again after an interruption; None keeps nothing.
     until: leave after that many steps, with a checkpoint, from which the same call without it goes on.
-    Errors: ValueError, see `build`, before anything is written.
+    Errors: ValueError, see `build`, before anything is written; where the training diverges; NotWritten for a full
+    disk. Interrupted after SIGTERM, SIGINT or SIGHUP, with a checkpoint of the step that was in progress.
     """
     if config.tracker and folder is None:
         raise ValueError(f"tracker {config.tracker!r} needs a folder to write to: fit(config, folder=...)")
@@ -116,9 +103,11 @@ class _Loop:
         self.quiet = quiet or not accelerator.is_main_process
         self.book = Logbook(accelerator, parts.program, schedule, folder)
         self.validation = Validation(parts, schedule, folder, self.quiet)
+        self.lengths: list[int] | None = None  # of the training rows, where batches are grouped by them
 
     def run(self, until: int | None = None) -> Trained:
         config, accelerator, began = self.config, self.accelerator, time.perf_counter()
+        origin = identity(self.parts) if self.folder else {}  # before a backbone is sharded
         if sharding_wanted():
             shard(self.program.net.peft_model, accelerator)
             self.program.net.handover.keeps_weights = False  # all layers' at once would be the whole backbone
@@ -127,37 +116,60 @@ class _Loop:
         optimizer = make_optimizer(self.program, config)
         total = self.schedule.steps
         last = total if until is None else min(until, total)
-        first = load_checkpoint(self.folder / "checkpoints", self.program, optimizer, total) if self.folder else 0
-        self.book.restore(first)
-        self.validation.restore(first)
+        self.finite = FiniteSteps(config.max_skipped_steps, total, accelerator.device)
+        self.checkpoints = Checkpoints(
+            self.folder, self.program, optimizer, total, origin, self.book, self.validation, self.finite
+        )
+        first = self.checkpoints.resume()
         began -= self.book.lines[-1]["seconds"] if self.book.lines else 0.0
         self.learning = [p for group in optimizer.param_groups for p in group["params"]]
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-        with tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step",
-                  dynamic_ncols=True, mininterval=0.5) as bar:  # fmt: skip
+        with deferred(), tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step",
+                              dynamic_ncols=True, mininterval=0.5) as bar:  # fmt: skip
             for step, micro_batches in itertools.islice(self._steps(first), max(0, last - first)):
                 if step == self.schedule.opening:
-                    self._start_gates(optimizer)
+                    self._open_phase(step, optimizer)
                 self._optimizer_step(step, micro_batches, optimizer)
                 if step + 1 == total == self.schedule.opening:
-                    self._start_gates(optimizer)
+                    self._open_phase(total, optimizer)
                 bar.update()
                 more = self.validation.after_epoch(step + 1) if (step + 1) % self.schedule.steps_per_epoch == 0 else {}
                 if more or (step + 1) % config.logging_steps == 0 or step + 1 == last:
+                    self.checkpoints.require_folder()
+                    more |= self._skipped()
                     seconds = time.perf_counter() - began
                     said = self.book.log(step + 1, seconds, self.last, self.grad_norm, optimizer, more)
                     bar.set_postfix_str(said)
-                due = (step + 1) % config.checkpoint_steps == 0 or step + 1 == last
-                if self.folder and accelerator.is_main_process and due:
-                    self._require_finite(step)
-                    save_checkpoint(self.folder / "checkpoints", self.program, optimizer, step + 1, total)
+                signum = any_of(asked() or 0, accelerator, step)
+                due = self.checkpoints.due(step + 1, config.checkpoint_steps, config.checkpoint_minutes)
+                if self.folder and (due or signum or step + 1 == last):
+                    self._save(step + 1)
+                if signum:
+                    raise Interrupted(signum, (self.folder and saved_in(self.folder)) or "nothing was kept")
         if last == total:
             self._finish()
         for tracker in accelerator.trackers:
             tracker.finish()  # not end_training, which ends the group: its processes have yet to evaluate
         self.program.eval()
         return Trained(self.parts, self.book.lines, time.perf_counter() - began)
+
+    def _save(self, steps: int) -> None:
+        self._skipped()
+        self.checkpoints.save(steps)
+
+    def _skipped(self) -> dict[str, int]:
+        """For the log, how many steps were left out, if any.  Errors: ValueError where these are too many in a row."""
+        left_out, longest, step = self.finite.read()
+        if longest > self.finite.tolerated:
+            rows = self._rows_of(step)
+            listed = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+            what = (
+                f"the loss or a gradient was not finite for {longest} steps from there on, and at most "
+                f"{self.finite.tolerated} are left out in a row; the batch of that step is training rows {listed}"
+            )
+            raise ValueError(DIVERGED.format(step, what, self.checkpoints.kept()))
+        return {"skipped_steps": left_out} if left_out else {}
 
     def _finish(self) -> None:
         """What follows the last step; the same again whenever a finished training is taken up."""
@@ -170,16 +182,25 @@ class _Loop:
 
     def _steps(self, first: int):
         """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""
-        config, per_epoch = self.config, self.schedule.steps_per_epoch
-        rows, share = self.parts.tokens["train"], config.accumulation * self.accelerator.num_processes
-        lengths = lengths_of(rows) if config.group_by_length else None
+        config, per_epoch, rows = self.config, self.schedule.steps_per_epoch, self.parts.tokens["train"]
         for epoch in range(first // per_epoch, config.epochs):
-            order = epoch_order(len(rows), config.batch_size, share, config.seed, epoch, lengths)
             done = max(0, first - epoch * per_epoch)
-            mine = order[done * share :][self.accelerator.process_index :: self.accelerator.num_processes]
-            batches = iter(loader(rows, self.parts.tokenizer, mine))
+            batches = iter(loader(rows, self.parts.tokenizer, self._order(epoch, done)))
             for step in range(epoch * per_epoch + done, (epoch + 1) * per_epoch):
                 yield step, [next(batches) for _ in range(config.accumulation)]
+
+    def _order(self, epoch: int, done: int) -> list[list[int]]:
+        """The numbers of the rows in this process's batches of an epoch, from its step `done` on."""
+        config, rows, accelerator = self.config, self.parts.tokens["train"], self.accelerator
+        share = config.accumulation * accelerator.num_processes
+        if config.group_by_length and self.lengths is None:
+            self.lengths = lengths_of(rows)
+        order = epoch_order(len(rows), config.batch_size, share, config.seed, epoch, self.lengths)
+        return order[done * share :][accelerator.process_index :: accelerator.num_processes]
+
+    def _rows_of(self, step: int) -> list[int]:
+        epoch, done = divmod(step, self.schedule.steps_per_epoch)
+        return [row for batch in self._order(epoch, done)[: self.config.accumulation] for row in batch]
 
     def _optimizer_step(self, step: int, micro_batches: list[dict], optimizer) -> None:
         config, accelerator = self.config, self.accelerator
@@ -191,18 +212,20 @@ class _Loop:
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
             inputs, labels = split_labels(batch, accelerator.device)
-            try:
+            with unvalidated():  # a loss that is not finite is for the step to leave out
                 loss, elbo = self.program(inputs, labels, temperature, kl_weight, config.kl_weight)
-            except ValueError as error:  # the likelihood refuses logits that are nan
-                raise ValueError(f"{_DIVERGED.format(step)} ({str(error).splitlines()[0]})") from error
             (loss / len(micro_batches)).backward()
             parts.append(torch.stack([(x + loss.new_zeros(())).detach().float() for x in (loss, *elbo)]))
         net = self.program.net
         average_gradients(self.learning, accelerator)
         clipped = [*net.adapter_parameters(), *net.head_parameters()]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
-        optimizer.step()
+        known = set(map(id, clipped))
+        others = [p for p in self.learning if id(p) not in known]
+        bad = self.finite.step(optimizer, step, self.grad_norm, others)
         if hasattr(net, "allocate"):
+            for parameter in net.adapter_parameters():  # it reads their gradients
+                parameter.grad.masked_fill_(bad, 0.0)
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
         optimizer.zero_grad()
@@ -211,10 +234,6 @@ class _Loop:
         if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
             self.program.prior.adapt(component_marginals(self.program))
         self.last = torch.stack(parts).mean(0)  # loss and the ELBO's parts of this process, read when a line is logged
-
-    def _require_finite(self, step: int) -> None:
-        if not bool(self.last.isfinite().all()):
-            raise ValueError(_DIVERGED.format(step))
 
     def _calibrate(self) -> None:
         if self.config.init_lora_weights == "eva":
@@ -225,6 +244,15 @@ class _Loop:
             )  # PEFT made new ones
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
+
+    def _open_phase(self, step: int, optimizer) -> None:
+        """Start the gates.  Errors: ValueError where the network's answers give them no finite start."""
+        with unvalidated():
+            self._start_gates(optimizer)
+        started = (*self.program.gate_guide.parameters(), self.program.net.log_range)
+        if not all(bool(x.isfinite().all()) for x in started):
+            what = "the gates cannot start, as slopes of the loss are not finite"
+            raise ValueError(DIVERGED.format(step, what, self.checkpoints.kept()))
 
     def _start_gates(self, optimizer) -> None:
         """Set the guide to what the data say about the gates, and the ranges to the widths that it then gives."""

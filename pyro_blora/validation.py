@@ -1,5 +1,7 @@
 """The epoch of least NLL on rows held out of training: watched, kept, and taken back at the end."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import accelerate
@@ -7,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from .build import Parts
-from .checkpoint import read_tensors, trainable, write_tensors
+from .checkpoint import read_tensors, require_same_origin, trainable, write_tensors
 from .evaluation import predicted
 from .gates import Gates
 from .posterior import deployed, draw, draw_weights
@@ -28,17 +30,29 @@ class Validation:
         self.parts, self.path, self.quiet = parts, folder / "checkpoints" / _FILE if folder else None, quiet
         self.first = schedule.opening if parts.program.gates_close else 0
         self.best: tuple[float, int, dict] | None = None  # NLL, step, what was trained
+        self.origin: Mapping[str, str] = {}
 
-    def restore(self, first: int) -> None:
-        """Find the best epoch up to the step that a run goes on from.  Errors: ValueError for a damaged file."""
-        if not (self.path and first and self.path.exists()):
+    def restore(self, first: int, origin: Mapping[str, str], kept: str | None) -> None:
+        """Find the best epoch up to the step that a run goes on from.
+
+        origin: hashes of what the training started from. kept: see `kept`, as the checkpoint has it; None: an older
+        one. Errors: ValueError for a file that is damaged, missing, or of another training.
+        """
+        self.origin = origin
+        if not (self.path and first and (self.path.exists() or kept)):
             return
         try:
             state, notes = read_tensors(self.path)
             best = float(notes["nll"]), int(notes["step"]), state
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged ({error}): delete its folder to start this run again") from None
+        require_same_origin(self.path, notes, origin)
         self.best = best if best[1] <= first else None
+
+    @property
+    def kept(self) -> str:
+        """The step of the best epoch so far, for the notes of a checkpoint; empty without one."""
+        return str(self.best[1]) if self.best else ""
 
     def after_epoch(self, step: int) -> dict[str, float]:
         """What to log; called by every process."""
@@ -50,7 +64,7 @@ class Validation:
         else:
             drawn = [Gates(*(x[None] for x in deployed(program)))]
         nll = predicted(self.parts, "validation", *drawn, quiet=self.quiet).nll
-        if config.choose_epoch and step > self.first and (self.best is None or nll < self.best[0]):
+        if config.choose_epoch and step > self.first and nll < (self.best[0] if self.best else math.inf):
             self._keep(nll, step)
         return {"validation_nll": nll}
 
@@ -59,7 +73,7 @@ class Validation:
         state = {name: p.detach().cpu().clone().contiguous() for name, p in learned.items()}
         self.best = nll, step, state
         if self.path and accelerate.PartialState().is_main_process:
-            write_tensors(self.path, state, {"nll": repr(nll), "step": str(step)})
+            write_tensors(self.path, state, {**self.origin, "nll": repr(nll), "step": str(step)})
 
     @torch.no_grad()
     def finish(self) -> int | None:

@@ -228,7 +228,7 @@ def test_the_state_of_the_prior_travels_in_a_checkpoint(backbone, tmp_path):
     fresh = build_program(config, get_task(config.task), 64)
     fresh.gate_guide.register_buffer("baseline", torch.tensor(0.0))
     assert fresh.prior.asinh_rate != program.prior.asinh_rate
-    assert load_checkpoint(tmp_path, fresh, make_optimizer(fresh, config), 8) == 5
+    assert load_checkpoint(tmp_path, fresh, make_optimizer(fresh, config), 8).step == 5
     assert fresh.gate_guide.baseline == 3
     for site, same in zip(program.prior(), fresh.prior(), strict=True):
         assert torch.equal(site.log_probs, same.log_probs)

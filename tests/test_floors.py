@@ -8,6 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pyro_blora"
 FLOORS = {
     "example_axis": 4,
+    "signals": 0,
+    "files": 0,
+    "run_lock": 0,
+    "non_finite": 0,
+    "resuming": 3,
+    "optimizer": 5,
+    "identity": 6,
     "jacobians": 5,
     "summary": 9,
     "evaluation": 8,

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import save_tiny_backbone, tiny_grid
+from tiny import save_tiny_backbone, tiny_config, tiny_grid
 
 from experiments.grid import main
 from experiments.studies.grid_file import read_grid
 from experiments.studies.launchers import in_queue
+from experiments.studies.one_run import Job, train_or_make_room
+from pyro_blora.checkpoint import read_tensors
+from pyro_blora.run import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYRO_BLORA_COMPILE": "0", "OMP_NUM_THREADS": "1"}
@@ -251,3 +254,55 @@ def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone):
     assert table.seed.tolist() == ["0", "1"]
     for folder, nll in zip(table.folder, table.nll, strict=True):
         assert json.loads((Path(folder) / "summary.json").read_text("utf-8"))["nll"] == nll
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_grid_lets_its_runs_write_a_checkpoint(tmp_path, backbone, signum, code):
+    out = tmp_path / "out"
+    file = tiny_grid(tmp_path / "grid.yaml", backbone, "  seed: [0]\n  epochs: [500]\n")
+    file.write_text(file.read_text().replace("checkpoint_steps: 3", "checkpoint_steps: 100000"))
+    process = subprocess.Popen(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size for path in out.glob(".*.partial/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and b"interrupted: the same command goes on from here" in err
+    (state,) = out.glob(".*.partial/checkpoints/state.safetensors")
+    step = int(read_tensors(state)[1]["step"])
+    assert len((state.parents[1] / "metrics.jsonl").read_text().splitlines()) == step
+    (log,) = (out / "logs").glob("*.txt")
+    assert f"interrupted; step {step} of 2000 is saved in {state}" in log.read_text()
+
+
+def test_a_job_that_is_to_make_room_writes_a_checkpoint_first(tmp_path, backbone, monkeypatch):
+    from pyro_blora.training import _Loop
+
+    answered, config = [], tiny_config(backbone, output_dir=str(tmp_path), checkpoint_steps=100)
+    folder = tmp_path / f".{config.folder_name}.partial"
+    step_of = _Loop._optimizer_step
+
+    def step(self, number, *arguments):
+        step_of(self, number, *arguments)
+        if number == 4:
+            signal.raise_signal(signal.SIGUSR2)
+
+    monkeypatch.setattr(_Loop, "_optimizer_step", step)
+    before = signal.signal(signal.SIGUSR2, lambda *_: answered.append(list(folder.glob("checkpoints/state.*"))))
+    try:
+        train_or_make_room(config)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert answered == [[folder / "checkpoints" / "state.safetensors"]]
+    again = Job().checkpoint("a", "b")
+    assert isinstance(again.function, Job) and again.args == ("a", "b")
+
+
+def test_pages_that_are_missing_are_written_by_the_next_command(tmp_path, backbone, capsys):
+    file, out = tiny_grid(tmp_path / "grid.yaml", backbone), tmp_path / "out"
+    (cell,) = read_grid(str(file), str(out))
+    train_run(cell.config)
+    (cell.folder / "report.html").unlink()
+    assert main([str(file), "--output_dir", str(out)]) == 0
+    assert (cell.folder / "report.html").is_file() and (out / "report.html").is_file()

@@ -70,7 +70,7 @@ def test_the_folder_has_what_the_house_promises(run):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "checkpoints", "posterior.nc", "adapter", "predictions.parquet", "summary.json",
-        "report.html",
+        "report.html", "SHA256SUMS",
     }  # fmt: skip
     assert {path.name for path in (folder / "adapter").iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "gates.safetensors",

@@ -12,7 +12,7 @@ from models import deberta_v3_base
 from safetensors.torch import load_file
 from tiny import save_tiny_backbone, tiny_config
 
-from pyro_blora import training
+from pyro_blora import resuming
 from pyro_blora.build import build
 from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
 from pyro_blora.config import RunConfig
@@ -88,13 +88,13 @@ def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after):
     config = tiny_config(backbone, epochs=3)
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
 
-    def killing(folder, module, optimizer, step, total):
-        save_checkpoint(folder, module, optimizer, step, total)
+    def killing(folder, module, optimizer, step, total, notes):
+        save_checkpoint(folder, module, optimizer, step, total, notes)
         if step == killed_after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", killing)
+        patch.setattr(resuming, "save_checkpoint", killing)
         with pytest.raises(KeyboardInterrupt):
             fit(config, folder=tmp_path / "cut", quiet=True)
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
@@ -174,17 +174,18 @@ def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(backbone, tmp_path):
 
     trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
     files = [path for path in (tmp_path / "checkpoints").iterdir()]
-    assert [path.suffix for path in files] == [".safetensors"]
-    with safe_open(files[0], framework="pt") as file:
-        parameters = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118 (not a dict)
-    assert parameters == set(trainable(trained.program))
+    assert {path.name for path in files} == {"state.safetensors", "state.previous.safetensors"}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            parameters = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118 (not a dict)
+        assert parameters == set(trainable(trained.program))
     assert not any("base_layer" in name or "embeddings" in name for name in parameters)
 
 
 def test_a_damaged_checkpoint_is_refused(backbone, tmp_path):
     fit(tiny_config(backbone), folder=tmp_path, quiet=True)
-    path = next((tmp_path / "checkpoints").iterdir())
-    path.write_bytes(path.read_bytes()[:100])
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"damaged.*delete its folder"):
         fit(tiny_config(backbone), folder=tmp_path, quiet=True)
 
@@ -200,7 +201,7 @@ def test_a_checkpoint_of_another_model_is_refused(backbone, tmp_path):
 def test_a_checkpoint_of_another_number_of_steps_is_refused(backbone, tmp_path):
     trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
     optimizer = make_optimizer(trained.program, tiny_config(backbone))
-    assert load_checkpoint(tmp_path / "checkpoints", trained.program, optimizer, 8) == 8
+    assert load_checkpoint(tmp_path / "checkpoints", trained.program, optimizer, 8).step == 8
     with pytest.raises(ValueError, match="run of 8 steps, this one has 4: resume on as many processes"):
         load_checkpoint(tmp_path / "checkpoints", trained.program, optimizer, 4)
 

@@ -1,6 +1,6 @@
 """Where the runs of a grid take place: processes of this machine, or jobs of a cluster through submitit.
 
-A launcher starts a run from its config.json and answers with something that has `ended()` and `stop()`.
+A launcher starts a run from its config.json and answers with something that has `ended()`, `stop()` and `wait()`.
 """
 
 import os
@@ -21,7 +21,8 @@ class Processes:
     def start(self, config: Path, log: Path) -> "_Process":
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "experiments.studies.one_run", config, log, str(os.getpid())]
-        return _Process(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}))
+        environment = {**os.environ, "PYTHONPATH": path}
+        return _Process(subprocess.Popen(command, env=environment, start_new_session=True))  # one signal, from us
 
 
 class _Process:
@@ -32,7 +33,10 @@ class _Process:
         return self.process.poll() is not None
 
     def stop(self) -> None:
+        """Ask it to end, which it does after a checkpoint; see `wait`."""
         self.process.terminate()
+
+    def wait(self) -> None:
         self.process.wait()
 
 
@@ -73,7 +77,7 @@ class Cluster:
         path = os.environ.get("PYTHONPATH")  # a job starts elsewhere: it finds the checkout by this
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), path]))
         try:
-            job = self.executor.submit(one_run.train, str(config.resolve()), str(log.resolve()), parent)
+            job = self.executor.submit(one_run.Job(), str(config.resolve()), str(log.resolve()), parent)
         finally:
             os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
         if slurm:
@@ -97,3 +101,6 @@ class _Job:
     def stop(self) -> None:
         if not self.keep:
             self.job.cancel(check=False)
+
+    def wait(self) -> None:
+        """It ends without us."""

@@ -1,0 +1,106 @@
+"""One process a run: a lock file beside its folder, which says who holds it, and a lock on the folder being filled.
+
+Both are the system's (flock), which lets go of them however a process ends. The second one holds where somebody deletes
+the lock file of a run in progress.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # file systems that have none
+_TRIES = 10  # at a lock file that is replaced while it is taken
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the lock file of a run's folder, `.<name>.lock`; it is gone afterwards, and so are folders made for it.
+
+    Errors: ValueError where another process holds it, naming host, process and time.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    missing = [place for place in path.parents if not place.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _taken(path, folder)
+    try:
+        with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+            owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, owner.encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                path.unlink()
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # what a refused run would leave; others are not empty
+            for place in missing:
+                place.rmdir()
+
+
+@contextlib.contextmanager
+def claimed(partial: Path, folder: Path) -> Iterator[Callable[[], None]]:
+    """Make and lock the folder in which a run is prepared; gives a check that it is still there, for before its rename.
+
+    A folder that has stayed empty is removed. Errors: ValueError where another process holds it.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder, None)
+        yield same_folder(partial)
+    finally:
+        with contextlib.suppress(OSError):  # missing, renamed, or with something in it
+            partial.rmdir()
+        os.close(descriptor)
+
+
+def same_folder(folder: Path) -> Callable[[], None]:
+    """A check that a folder is still the one that it is now.  Errors (of the check): ValueError."""
+    before = os.stat(folder)
+
+    def check() -> None:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(before, os.stat(folder)):
+                return
+        raise ValueError(
+            f"{folder} was removed or replaced while it was in use, and what it held is lost: give the same command "
+            "again to start anew"
+        )
+
+    return check
+
+
+def _taken(path: Path, folder: Path) -> int:
+    for _ in range(_TRIES):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor, folder, path)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:  # deleted by the process that held it until now
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise ValueError(f"{path} changes all the time: wait for the other processes of this run")
+
+
+def _lock(descriptor: int, folder: Path, path: Path | None) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = path.read_text(encoding="utf-8", errors="replace").strip() if path and path.exists() else ""
+        raise ValueError(
+            f"{folder} is being trained by another process{f' ({owner})' if owner else ''}: wait for it, or change "
+            "--seed or --output_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
