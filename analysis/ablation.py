@@ -93,11 +93,11 @@ elpd = {name: held_out_elpd(one) for name, one in data.items()}
 pd.DataFrame(elpd, index=["held-out elpd", "standard error"]).T.round(4)
 
 # %% [markdown]
-# On the stored runs it is -0.375, -0.388 and -0.381, each with a standard error of 0.02: alone, none tells from another.
+# On the stored runs it is -0.375, -0.388 and -0.381, each with a standard error of 0.02: no difference shows so.
 #
 # ## Differences of log scores
 #
-# The runs were scored on the same rows, so their differences are paired, and their standard error is smaller. `held_out`
+# The runs were scored on the same rows, so their differences are paired and have smaller standard errors. `held_out`
 # hands the scores to `az.compare` as they are, in nats of all examples (ArviZ calls the column `loo`). `az.loo` itself
 # is for rows that were trained on: of held-out ones it would remove an influence that they never had. So such rows are
 # not in a group `log_likelihood`, and it refuses them.

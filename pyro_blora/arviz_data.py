@@ -84,7 +84,7 @@ def read(path: str | Path):
 
 
 def _with_predictions(groups: dict[str, xarray.Dataset]) -> dict[str, xarray.Dataset]:
-    """Held-out rows out of the groups where older files have them, and where `arviz.loo` takes them for training data."""
+    """Move held-out rows of older files out of the group whose rows `arviz.loo` takes for training data."""
     if "predictions" in groups or "log_likelihood" not in groups:
         return groups
     kept = {name: x for name, x in groups.items() if name not in _OLDER_GROUPS}

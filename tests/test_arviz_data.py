@@ -17,8 +17,16 @@ from models import batch, tiny_bert
 from pyro_blora import arviz_data, draw, predict
 from pyro_blora.adapters import attach
 from pyro_blora.arviz_data import (
-    concatenate, group, group_names, held_out, held_out_elpd, held_out_scores, pareto_weights, read, save,
-)  # fmt: skip
+    concatenate,
+    group,
+    group_names,
+    held_out,
+    held_out_elpd,
+    held_out_scores,
+    pareto_weights,
+    read,
+    save,
+)
 from pyro_blora.guides import build_guide
 from pyro_blora.inference_data import to_arviz
 from pyro_blora.priors import build_prior
@@ -257,9 +265,9 @@ def test_a_gate_is_found_by_layer_type_tensor_and_rung(opened):
 def test_arviz_does_not_leave_out_what_was_held_out(opened):
     """Its loo and its compare take the rows of log_likelihood for training data."""
     data, _, _ = opened
-    with pytest.raises(Exception, match="log_likelihood|log likelihood"):
+    with pytest.raises(Exception, match=r"log.likelihood"):
         arviz.loo(data, pointwise=True)
-    with pytest.raises(Exception, match="log_likelihood|log likelihood|ELPD computation"):
+    with pytest.raises(Exception, match=r"log.likelihood|ELPD computation"):
         arviz.compare({"one": data, "other": data_of(seed=9, draws=40)})
 
 
