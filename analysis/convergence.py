@@ -154,8 +154,8 @@ else:
 # ## Would it predict data like these?
 #
 # Predictive checks on the held-out rows, a point a draw. Left, the share of the last label in simulated data; the
-# line is the observed share. Right, the accuracy that a draw has with the labels that it simulated, against the one that it has
-# with the observed labels: above the diagonal it promises more than it keeps.
+# line is the observed share. Right, the accuracy that a draw has with the labels that it simulated, against the one
+# that it has with the observed labels: above the diagonal it promises more than it keeps.
 
 # %%
 predictive, observed = group(data, "predictions"), group(data, "predictions_constant_data")["label"]
