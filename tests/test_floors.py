@@ -22,6 +22,7 @@ FLOORS = {
     "xs": 0,
     "deberta_from_bert": 1,
     "calibration": 0,
+    "baselines": 1,
     "fields": 0,
     "gates": 0,
     "quantizer": 0,
