@@ -150,7 +150,10 @@ def held_out(log_scores: np.ndarray, draws: int):
     if IS_TREE:
         from arviz_stats.utils import ELPDDataLOO
 
-        return ELPDDataLOO(total, error, 0.0, draws, E, "log", False, 0.7, elpd_i=pointwise)
+        return ELPDDataLOO(
+            elpd=total, se=error, p=0.0, n_samples=draws, n_data_points=E, scale="log", warning=False, good_k=0.7,
+            elpd_i=pointwise,
+        )  # fmt: skip
     from arviz.stats.stats_utils import ELPDData
 
     return ELPDData(pd.Series({

@@ -41,7 +41,7 @@ def train_run(config: RunConfig) -> Path:
     Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work, and for a run
     that another process is training. Neither leaves anything behind.
     """
-    folder = Path(config.output_dir) / config.folder_name
+    folder = config.folder
     check_names(config)
     with _alone(folder):
         if folder.exists():

@@ -286,7 +286,7 @@ def test_held_out_rows_are_scored_by_their_averaged_probability(opened):
         warnings.simplefilter("ignore")  # one model may get all the weight
         table = arviz.compare({name: held_out(held_out_scores(x), 40) for name, x in (("a", data), ("b", other))})
     column = "elpd" if arviz_data.IS_TREE else "elpd_loo"
-    assert float(table.loc["a", column]) == pytest.approx(held_out_scores(data).sum(), abs=0.06)  # 1.x rounds
+    assert float(table.loc["a", column]) == pytest.approx(held_out_scores(data).sum(), abs=0.1)  # tables are rounded
 
 
 def test_a_file_of_an_older_version_has_its_held_out_rows_where_they_are_now(tmp_path):
