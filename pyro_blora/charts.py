@@ -147,7 +147,7 @@ def curves(log: pd.DataFrame, names: list[str], axis: str, description: str, log
         alt.Chart(_data(long))
         .mark_line(point={"size": 14, "filled": True})
         .encode(
-            x=alt.X("step:Q", scale=_scale(long["step"]), axis=alt.Axis(format="d", tickMinStep=1, tickCount=6)),
+            x=alt.X("step:Q", scale=_scale(long["step"]), axis=alt.Axis(format="d", tickMinStep=1)),
             y=alt.Y("value:Q", title=axis, scale=_scale(long["value"], log_scale), axis=alt.Axis(tickCount=5)),
             color=colour,
             tooltip=["step:Q", "quantity:N", alt.Tooltip("value:Q", format=".4g")],

@@ -16,6 +16,7 @@ from jupyter_client.manager import AsyncKernelManager
 
 from pyro_blora.arviz_data import held_out_elpd, read
 from pyro_blora.diagnostics import Posterior
+from pyro_blora.run_files import RunFiles
 
 ANALYSIS = Path(__file__).resolve().parents[1] / "analysis"
 NAMES = ["gates", "convergence", "ablation"]
@@ -160,6 +161,10 @@ def test_the_page_about_reading_quotes_what_the_stored_run_says():
     low, high = summary["bops"]["interval"]
     assert f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]" in page
     assert f"{summary['ece']['value']:.4f}" in page and f"{summary['adapter_parameters']:,} parameters" in page
+    beside = RunFiles(ANALYSIS / "example" / "bops").summary["beside"]
+    assert f"accuracy {beside['accuracy']['constant']:.4f}" in page and f"NLL {beside['nll']['constant']:.4f}" in page
+    chance = beside["ece"]["chance"]
+    assert re.search(rf"ECE of {chance['mean']:.3f} by\schance, and below {chance['high']:.3f} in 95 %", page)
     elpd, error = held_out_elpd(read(ANALYSIS / "example" / "bops"))
     assert f"held_out_elpd(data)  # ({elpd:.4f}, {error:.4f})" in page
     for link in re.findall(r"\]\(([^)#]+)\)", page):
