@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ announces its next version, tqdm misses a widget
     import arviz as az
 
-    from pyro_blora.arviz_data import container, group, held_out, read
+    from pyro_blora.arviz_data import group, held_out, held_out_elpd, held_out_scores, read
     from pyro_blora.diagnostics import Posterior
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
@@ -85,51 +85,30 @@ plt.show()
 #
 # ## Held-out log scores
 #
-# The examples in `log_likelihood` were not trained on, so their log scores need no leaving out: `held_out` hands them
-# to `az.compare` as they are, in nats of all examples (ArviZ calls the column `loo`). They are of the first chain.
+# Rows of `predictions` were not trained on. Their log score is the log of the label's probability averaged over draws;
+# its mean is the held-out elpd, in nats per example (of the first chain; minus the NLL of `summary.json`).
 
 # %%
-first = {
-    name: container({part: group(one, part).isel(chain=[0]) for part in ("posterior", "log_likelihood")})
-    for name, one in data.items()
-}
-scores = {}
-for name, one in first.items():
-    likelihood = group(one, "log_likelihood")["label"].values[0]  # draw, example
-    scores[name] = held_out(np.logaddexp.reduce(likelihood, axis=0) - np.log(len(likelihood)), len(likelihood))
+elpd = {name: held_out_elpd(one) for name, one in data.items()}
+pd.DataFrame(elpd, index=["held-out elpd", "standard error"]).T.round(4)
+
+# %% [markdown]
+# On the stored runs it is -0.375, -0.388 and -0.381, each with a standard error of 0.02: no difference shows so.
+#
+# ## Differences of log scores
+#
+# The runs were scored on the same rows, so their differences are paired and have smaller standard errors. `held_out`
+# hands the scores to `az.compare` as they are, in nats of all examples (ArviZ calls the column `loo`). `az.loo` itself
+# is for rows that were trained on: of held-out ones it would remove an influence that they never had. So such rows are
+# not in a group `log_likelihood`, and it refuses them.
+
+# %%
+scores = {name: held_out(held_out_scores(one), group(one, "predictions").sizes["draw"]) for name, one in data.items()}
 az.compare(scores) if len(scores) > 1 else None
 
 # %% [markdown]
 # On the stored runs `bops` is ahead of `depth` by 5.4 nats (standard error of the difference 4.2) and of `nested` by
 # 11.3 (4.3). The second is more than the noise of the examples; whether it is more than that of seeds, one cannot say.
-#
-# ## Leave-one-out
-#
-# `az.loo` runs on the same group, but answers another question. Draws of the gates never saw these examples, and LOO
-# removes each one's influence all the same: its elpd is the held-out one less `p_loo`, which here says how much draws
-# differ in their predictions. A Pareto k above 0.7 marks an example that few draws decide. To compare runs, use the
-# held-out scores. In the last row of a run with restarts, draws of all chains are taken together.
-
-# %%
-rows = {}
-together = {f"{name}, all chains": one for name, one in data.items() if Posterior(one).chains > 1}
-for name, one in {**first, **together}.items():
-    likelihood = np.concatenate(group(one, "log_likelihood")["label"].values)  # draw, example
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about Pareto k, which is counted here
-        found = az.loo(one, pointwise=True, reff=1.0)  # draws are independent
-    rows[name] = {
-        "held out": (np.logaddexp.reduce(likelihood) - np.log(len(likelihood))).sum(),
-        "elpd_loo": float(found.elpd_loo if hasattr(found, "elpd_loo") else found.elpd),  # ArviZ 0.x, 1.x
-        "p_loo": float(found.p_loo if hasattr(found, "p_loo") else found.p),
-        "k > 0.7": int((found.pareto_k > 0.7).sum()),
-    }
-pd.DataFrame(rows).T.round(1)
-
-# %% [markdown]
-# On the stored runs LOO is 23 to 28 nats below the held-out score, and 30 to 36 of 872 examples have a k above 0.7: 50
-# draws are few. With all three chains of `bops` `p_loo` is 59.3 rather than 27.8, since the fits also differ in their
-# weights, which the gates' posterior does not know about.
 #
 # ## Other rates, without training
 #
@@ -139,14 +118,14 @@ pd.DataFrame(rows).T.round(1)
 
 # %%
 name, factors = names[0], [0.5, 0.8, 1.0, 1.25, 1.5, 2.0]
-posterior, predictive = Posterior(data[name]), group(data[name], "posterior_predictive")
+posterior, predictive = Posterior(data[name]), group(data[name], "predictions")
 found = [posterior.reweighted(factor) for factor in factors]
 rows = pd.DataFrame({
     "by weights": [one.bops_adapted for one in found], "exact": [one.bops_exact for one in found],
     "Pareto k": [one.pareto_k for one in found], "effective": [1 / np.square(one.weights).sum() for one in found],
 }, index=pd.Index(factors, name="factor"))  # fmt: skip
 if "probability" in predictive:
-    observed = group(data[name], "observed_data")["label"].values
+    observed = group(data[name], "predictions_constant_data")["label"].values
     draws = predictive["probability"].isel(chain=0).values  # draw, example, class
     rows["accuracy"] = [(np.tensordot(one.weights, draws, 1).argmax(-1) == observed).mean() for one in found]
 plt.plot(rows.index, 100 * rows["exact"], color="black", label="mean field's form")

@@ -153,14 +153,14 @@ else:
 #
 # ## Would it predict data like these?
 #
-# Posterior predictive checks, a point a draw. Left, the share of the last label in simulated data; the line is the
-# observed share. Right, the accuracy that a draw has with the labels that it simulated, against the one that it has
-# with the observed labels: above the diagonal it promises more than it keeps.
+# Predictive checks on the held-out rows, a point a draw. Left, the share of the last label in simulated data; the
+# line is the observed share. Right, the accuracy that a draw has with the labels that it simulated, against the one
+# that it has with the observed labels: above the diagonal it promises more than it keeps.
 
 # %%
-predictive, observed = group(data, "posterior_predictive"), group(data, "observed_data")["label"]
+predictive, observed = group(data, "predictions"), group(data, "predictions_constant_data")["label"]
 figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-if "label" in predictive:
+if "probability" in predictive:
     simulated, probability, last = predictive["label"], predictive["probability"], int(observed.max())
     guess, mean = probability.argmax("class"), probability.mean("draw")
     has, simulates = (guess == observed).mean("example"), (guess == simulated).mean("example")

@@ -47,7 +47,7 @@ def learned(result: dict, floor: float) -> bool:
 
 
 def finished(config: RunConfig) -> dict:
-    folder = Path(config.output_dir) / config.folder_name
+    folder = config.folder
     if not (folder / "summary.json").exists():
         train_run(config)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))

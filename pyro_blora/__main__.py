@@ -93,7 +93,7 @@ def _command(argv: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     config = RunConfig(**run_fields(arguments, settings))
-    folder = Path(config.output_dir) / config.folder_name
+    folder = config.folder
     if arguments.if_finished == "show" and (folder / "summary.json").is_file():
         from .show import show_run
 

@@ -22,6 +22,7 @@ import xarray
 
 IS_TREE = int(arviz.__version__.split(".")[0]) >= 1
 _FILE = "posterior.nc"
+_OLDER_GROUPS = ("log_likelihood", "posterior_predictive", "observed_data")  # of held-out rows, in older files
 _TAIL_DRAWS = 25  # fewer leave less than the five that a Pareto tail is fitted to
 
 
@@ -57,6 +58,7 @@ def save(data, path: Path) -> None:
 def read(path: str | Path):
     """The container of a posterior.nc (or of the run folder that has one), in memory, the file closed.
 
+    Held-out rows of older files are moved to the groups that hold them now.
     Errors: ValueError for a file that is missing, cut short, no netCDF, or not of this package.
     """
     path = Path(path)
@@ -78,7 +80,18 @@ def read(path: str | Path):
             f"{path} is not of this version of pyro_blora: its constant_data has no layout. Train the run again, or "
             "open the file with ArviZ alone"
         )
-    return container(found, dict(root.attrs))
+    return container(_with_predictions(found), dict(root.attrs))
+
+
+def _with_predictions(groups: dict[str, xarray.Dataset]) -> dict[str, xarray.Dataset]:
+    """Move held-out rows of older files out of the group whose rows `arviz.loo` takes for training data."""
+    if "predictions" in groups or "log_likelihood" not in groups:
+        return groups
+    kept = {name: x for name, x in groups.items() if name not in _OLDER_GROUPS}
+    likelihood, predicted, observed = (groups.get(name, xarray.Dataset()) for name in _OLDER_GROUPS)
+    kept["predictions"] = predicted.assign(log_likelihood=likelihood["label"])
+    kept["predictions_constant_data"] = observed
+    return kept
 
 
 def concatenate(parts: Iterable, seeds: Iterable[int]):
@@ -110,10 +123,26 @@ def concatenate(parts: Iterable, seeds: Iterable[int]):
     return container(joined, dict(parts[0].attrs))
 
 
+def held_out_scores(data, chain: int = 0) -> np.ndarray:
+    """Log score of every held-out row, (E,), nats: log of its label's probability averaged over the draws of a chain.
+
+    Errors: ValueError for data without held-out rows.
+    """
+    each = group(data, "predictions")["log_likelihood"].isel(chain=chain).transpose("draw", "example").values
+    return np.logaddexp.reduce(each.astype(float), axis=0) - np.log(len(each))
+
+
+def held_out_elpd(data, chain: int = 0) -> tuple[float, float]:
+    """(held-out elpd, standard error over the rows), nats per example: the mean log score, so minus a run's NLL."""
+    scores = held_out_scores(data, chain)
+    return float(scores.mean()), float(scores.std(ddof=1) / np.sqrt(len(scores)))
+
+
 def held_out(log_scores: np.ndarray, draws: int):
     """ArviZ's ELPDData of held-out examples, for `arviz.compare`: their log scores need no leaving out.
 
-    log_scores (E,): of the predictive density averaged over `draws`, nats. ArviZ knows such data as `loo` only.
+    log_scores (E,): of the predictive density averaged over `draws`, nats, from `held_out_scores`. ArviZ knows such
+    data as `loo` only.
     """
     E = len(log_scores)
     pointwise = xarray.DataArray(np.asarray(log_scores, dtype=float), dims=["example"])
@@ -121,7 +150,10 @@ def held_out(log_scores: np.ndarray, draws: int):
     if IS_TREE:
         from arviz_stats.utils import ELPDDataLOO
 
-        return ELPDDataLOO(total, error, 0.0, draws, E, "log", False, 0.7, elpd_i=pointwise)
+        return ELPDDataLOO(
+            elpd=total, se=error, p=0.0, n_samples=draws, n_data_points=E, scale="log", warning=False, good_k=0.7,
+            elpd_i=pointwise,
+        )  # fmt: skip
     from arviz.stats.stats_utils import ELPDData
 
     return ELPDData(pd.Series({

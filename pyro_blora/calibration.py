@@ -2,7 +2,8 @@
 
 Shapes: S draws, E examples, C classes; outputs (S, E, C) probabilities of each draw, mean (E, C), labels (E,).
 Units: nats. Sources: Naeini et al. (2015) for ECE; Nixon et al. (2019) for equal counts; Guo et al. (2017) for the
-temperature; Depeweg et al. (2018) for the two parts of the entropy; Geifman and El-Yaniv (2017) for selection.
+temperature; Depeweg et al. (2018) for the two parts of the entropy; Geifman and El-Yaniv (2017) for selection;
+Bröcker and Smith (2007) for what a calibrated model has by chance; Hanley and McNeil (1982) for the error of an AUROC.
 """
 
 import numpy as np
@@ -15,14 +16,21 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 BINS = (15, 20)  # equal ones of confidence: the peers', and B-LoRA-XS's; the first is a summary's `ece`
 ADAPTIVE_BINS = 15  # of equally many examples
 COVERAGES = (0.5, 0.8, 0.9, 0.95)  # shares of the examples that are answered, the surest first
+CHANCE = 0.95  # of calibrated models' calibration errors, below which there is no evidence of miscalibration
+_RESAMPLES = 1000  # of the labels, for that
+_AT_ONCE = 4_000_000  # numbers of a block of resamples
 _TINY = 1e-12  # in place of a probability of 0
 TEMPERATURES = (-3.0, 5.0)  # natural logarithms of the coldest and the hottest that are tried
 
 
 def scores(outputs: Tensor, labels: Tensor) -> dict:
-    """Everything about one set of predictions, by name."""
+    """Everything about one set of predictions, by name; `errors` are standard errors, `chance` as in `chance_level`."""
     mean = outputs.mean(0)
     entropy, information = uncertainty(outputs)
+    wrong = mean.argmax(-1) != labels
+    missed = auroc(entropy[wrong], entropy[~wrong])
+    selected = selective_accuracy(mean, labels)
+    each = -mean.double().clamp(min=_TINY).log().gather(-1, labels[:, None]), _brier_each(mean, labels).double()
     return {
         "nll": nll(mean, labels),
         "brier": brier(mean, labels),
@@ -30,8 +38,19 @@ def scores(outputs: Tensor, labels: Tensor) -> dict:
         "ece_adaptive": adaptive_ece(mean, labels),
         "entropy": entropy.mean().item(),
         "mutual_information": information.mean().item(),
-        "selective_accuracy": selective_accuracy(mean, labels),
-        "auroc_of_errors": auroc(entropy[mean.argmax(-1) != labels], entropy[mean.argmax(-1) == labels]),
+        "selective_accuracy": selected,
+        "auroc_of_errors": missed,
+        "errors": {
+            **{name: _error_of_mean(x) for name, x in zip(("nll", "brier"), each, strict=True)},
+            "selective_accuracy": {
+                share: share_error(value, _answered(float(share), len(labels))) for share, value in selected.items()
+            },
+            "auroc_of_errors": auroc_error(missed, int(wrong.sum()), int((~wrong).sum())),
+        },
+        "chance": {
+            **{f"ece_{bins}": chance_level(mean, bins) for bins in BINS},
+            "ece_adaptive": chance_level(mean, ADAPTIVE_BINS, equal_counts=True),
+        },
     }
 
 
@@ -42,7 +61,15 @@ def nll(mean: Tensor, labels: Tensor) -> float:
 
 def brier(mean: Tensor, labels: Tensor) -> float:
     """Mean squared distance from the label's unit vector, the sum over classes (Brier, 1950)."""
-    return (mean - torch.nn.functional.one_hot(labels, mean.shape[-1])).square().sum(-1).mean().item()
+    return _brier_each(mean, labels).mean().item()
+
+
+def _error_of_mean(each: Tensor) -> float | None:
+    return (each.std() / len(each) ** 0.5).item() if len(each) > 1 else None
+
+
+def _brier_each(mean: Tensor, labels: Tensor) -> Tensor:
+    return (mean - torch.nn.functional.one_hot(labels, mean.shape[-1])).square().sum(-1)
 
 
 def ece(mean: Tensor, labels: Tensor, bins: int) -> float:
@@ -60,6 +87,35 @@ def adaptive_ece(mean: Tensor, labels: Tensor, bins: int = ADAPTIVE_BINS) -> flo
     return sum(abs(float(c.sum() - r.sum())) for c, r in parts) / len(labels)
 
 
+def chance_level(mean: Tensor, bins: int, *, equal_counts: bool = False) -> dict[str, float]:
+    """{"mean", "high"}: the calibration error that predictions have by chance where they are perfectly calibrated.
+
+    Labels are drawn from the predictions themselves, as often as needed; `high` is the 95 % quantile. A parametric
+    bootstrap: an error below `high` is no evidence of miscalibration.
+    """
+    confidence = np.sort(mean.double().max(-1).values.clamp(max=1 - 1e-6).cpu().numpy())
+    if equal_counts:
+        starts = np.cumsum([0] + [len(part) for part in np.array_split(confidence, bins)])[:-1]
+    else:
+        starts = np.searchsorted((confidence * bins).astype(int), np.arange(bins))
+    starts = np.unique(starts[starts < len(confidence)])
+    promised = np.add.reduceat(confidence, starts)
+    rng, found = np.random.default_rng(0), []
+    block = max(1, min(_RESAMPLES, _AT_ONCE // len(confidence)))
+    for start in range(0, _RESAMPLES, block):
+        right = rng.random((min(block, _RESAMPLES - start), len(confidence))) < confidence
+        kept = np.add.reduceat(right.astype(float), starts, axis=1)
+        found.append(np.abs(kept - promised).sum(1) / len(confidence))
+    errors = np.concatenate(found)
+    return {"mean": float(errors.mean()), "high": float(np.quantile(errors, CHANCE))}
+
+
+def share_error(share: float, n: int) -> float:
+    """Standard deviation of a share of n under Jeffreys' prior: not 0 where all or none are right."""
+    a, b = share * n + 0.5, (1 - share) * n + 0.5
+    return float(np.sqrt(a * b / (a + b + 1)) / (a + b))
+
+
 def uncertainty(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """(entropy of the mean, mutual information of label and draw), (E,): all uncertainty, and what the draws add."""
     p = outputs.double()
@@ -69,10 +125,14 @@ def uncertainty(outputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def selective_accuracy(mean: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy on the share of the examples that it is surest of, by share."""
+    """Accuracy on the share of the examples with the highest confidence, by share."""
     confidence, decision = mean.max(-1)
     right = (decision == labels)[confidence.argsort(descending=True, stable=True)].double()
-    return {f"{share:g}": right[: max(1, round(share * len(right)))].mean().item() for share in COVERAGES}
+    return {f"{share:g}": right[: _answered(share, len(right))].mean().item() for share in COVERAGES}
+
+
+def _answered(share: float, n: int) -> int:
+    return max(1, round(share * n))
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float | None:
@@ -81,6 +141,15 @@ def auroc(positive: Tensor, negative: Tensor) -> float | None:
         return None
     values = torch.cat([positive, negative]).cpu().numpy()
     return float(roc_auc_score(np.r_[np.ones(len(positive)), np.zeros(len(negative))], values))
+
+
+def auroc_error(value: float | None, positive: int, negative: int) -> float | None:
+    """Standard error of an AUROC of that many examples."""
+    if value is None:
+        return None
+    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    spread = value * (1 - value) + (positive - 1) * (q1 - value**2) + (negative - 1) * (q2 - value**2)
+    return float(np.sqrt(max(spread, 0.0) / (positive * negative)))
 
 
 def out_of_distribution(inside: Tensor, outside: Tensor) -> dict[str, float | None]:

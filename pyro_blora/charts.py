@@ -1,26 +1,47 @@
 """The charts of a report, as Vega-Lite specifications made by Altair from tables.
 
 Every chart takes its container's width, has a tooltip on every mark and a description for screen readers, and inherits
-the page's text colour, so that it follows light, dark and paper.
+the page's text colour, so that it follows light, dark and paper. Titles of axes are short enough for a phone: captions
+say the rest. An axis whose values are all alike is as wide as a reader expects, not as rounding errors are.
 """
 
 import json
+import math
+from collections.abc import Iterable
 
 import altair as alt
 import pandas as pd
 
 _TEXT, _LINES = "currentColor", "#88888855"
+_FONT = "system-ui, sans-serif"  # the page's; a name that Vega can measure, which "inherit" is not
+_ALIKE = 1e-6  # of the largest value: a smaller range is a rounding error
 WIDTHS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"]  # viridis, from 2 to 32 bit
-TYPES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito
+TYPES = ["#3182bd", "#D55E00", "#009E73", "#CC79A7", "#b8860b", "#8c6bb1"]  # nearly Okabe and Ito's, on either paper
 _CONFIG = {
     "background": "transparent",
-    "font": "inherit",
+    "font": _FONT,
     "view": {"stroke": None},
     "axis": {"labelColor": _TEXT, "titleColor": _TEXT, "gridColor": _LINES, "domainColor": _LINES, "tickColor": _LINES,
-             "titleFontWeight": "normal"},
+             "titleFontWeight": "normal", "labelOverlap": "greedy", "labelSeparation": 6},
     "legend": {"labelColor": _TEXT, "titleColor": _TEXT, "orient": "top", "titleFontWeight": "normal", "columns": 5},
     "title": {"color": _TEXT},
 }  # fmt: skip
+
+
+# Of bars, from few bits to many; each stands out from white and from black paper, and has an outline besides.
+STEPS = ["#6a51a3", "#4575b4", "#1b9e9e", "#4daf4a", "#b8860b"]
+
+
+def _scale(values: Iterable[float], log: bool = False) -> alt.Scale:
+    """The scale of an axis, without its zero; a domain of its own where all values are alike."""
+    found = [float(x) for x in values if x is not None and math.isfinite(x)]
+    low, high = (min(found), max(found)) if found else (1.0, 1.0)
+    if high - low > _ALIKE * max(abs(low), abs(high)):
+        return alt.Scale(type="log") if log else alt.Scale(zero=False)
+    if log:
+        return alt.Scale(type="log", domain=[low / 2, high * 2])
+    pad = 0.1 * abs(high) or 1.0
+    return alt.Scale(domain=[low - pad, high + pad])
 
 
 def _spec(chart: alt.TopLevelMixin, description: str) -> dict:
@@ -36,11 +57,16 @@ def _data(table: pd.DataFrame) -> alt.Data:
 
 
 def gate_map(cells: pd.DataFrame) -> dict:
-    """Deployed width as colour, a circle as large as the doubt; columns: see `report.cells_of`."""
+    """Deployed width as colour, a circle as large as the doubt; columns: see `gate_sections.cells_of`."""
     columns = list(dict.fromkeys(cells["column"]))
     tips = [name for name in cells.columns if name not in ("column", "layer", "doubt", "label", "width")]
     base = alt.Chart(_data(cells)).encode(
-        x=alt.X("column:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=-60, labelLimit=120)),
+        x=alt.X(
+            "column:N",
+            sort=columns,
+            title=None,
+            axis=alt.Axis(orient="top", labelAngle=-90, labelLimit=120, labelOverlap=False),
+        ),
         y=alt.Y("layer:O", title="layer"),
         tooltip=[alt.Tooltip(f"{name}:N") for name in tips],
     )
@@ -65,7 +91,7 @@ def rank_map(ranks: pd.DataFrame) -> dict:
     squares = alt.Chart(_data(ranks)).mark_rect().encode(
         x=alt.X("rank:O", title="open ranks", axis=alt.Axis(labelAngle=0)), y=y,
         color=alt.Color("probability:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]),
-                        legend=alt.Legend(format=".0%", columns=1)),
+                        legend=alt.Legend(format=".0%", columns=1, values=[0, 0.5, 1])),
         tooltip=["projection:N", "rank:O", alt.Tooltip("probability:Q", format=".3f"),
                  alt.Tooltip("mean:Q", format=".2f"), "interval:N"],
     )  # fmt: skip
@@ -80,9 +106,10 @@ def rank_means(means: pd.DataFrame) -> dict:
         color=alt.Color("type:N", sort=types, scale=alt.Scale(domain=types, range=TYPES[: len(types)])),
         tooltip=["projection:N", alt.Tooltip("mean:Q", format=".2f"), "interval:N"],
     )  # fmt: skip
-    y = alt.Y("mean:Q", title="open ranks", scale=alt.Scale(zero=False))
+    scale = _scale([*means["low"], *means["high"], *means["mean"]])
+    y, low = (alt.Y(f"{name}:Q", title="open ranks", scale=scale) for name in ("mean", "low"))
     return _spec(
-        (base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="open ranks"), y2="high:Q")
+        (base.mark_rule(strokeWidth=2).encode(y=low, y2="high:Q")
          + base.mark_point(filled=True, size=45, opacity=1).encode(y=y)).properties(height=220),
         "Mean rank of query, key and value by layer with 94 % intervals",
     )  # fmt: skip
@@ -96,7 +123,7 @@ def reliability(bins: pd.DataFrame) -> dict:
     x = alt.X(
         "confidence:Q",
         scale=scale,
-        title="confidence: mean predicted probability of the decision",
+        title="confidence",
         axis=alt.Axis(tickCount=6),
     )
     y = alt.Y("accuracy:Q", scale=scale, title="accuracy")
@@ -105,41 +132,42 @@ def reliability(bins: pd.DataFrame) -> dict:
         x=x, tooltip=["bin:N", alt.Tooltip("confidence:Q", format=".3f"), alt.Tooltip("accuracy:Q", format=".3f"),
                       "examples:Q"],
     )  # fmt: skip
-    errors = base.mark_rule(color=TYPES[0], opacity=0.6).encode(y=alt.Y("low:Q", title="accuracy"), y2="high:Q")
+    errors = base.mark_rule(color=TYPES[0], strokeWidth=1.5).encode(y=alt.Y("low:Q", title="accuracy"), y2="high:Q")
     points = base.mark_point(filled=True, color=TYPES[0], opacity=1).encode(
-        y=y, size=alt.Size("examples:Q", scale=alt.Scale(range=[20, 260]))
+        y=y, size=alt.Size("examples:Q", scale=alt.Scale(range=[20, 260]), legend=None)
     )
     return _spec((line + errors + points).properties(height=300), "Reliability diagram")
 
 
-def curves(log: pd.DataFrame, names: list[str], title: str, log_scale: bool = False) -> dict:
+def curves(log: pd.DataFrame, names: list[str], axis: str, description: str, log_scale: bool = False) -> dict:
     """Lines of logged numbers over the optimizer steps."""
     long = log.melt("step", names, var_name="quantity", value_name="value").dropna()
-    scale = alt.Scale(type="log") if log_scale else alt.Scale(zero=False)
     colour = alt.Color("quantity:N", sort=names, title=None, scale=alt.Scale(domain=names, range=TYPES[: len(names)]))
     lines = (
         alt.Chart(_data(long))
         .mark_line(point={"size": 14, "filled": True})
         .encode(
-            x="step:Q",
-            y=alt.Y("value:Q", title=title, scale=scale),
+            x=alt.X("step:Q", scale=_scale(long["step"]), axis=alt.Axis(format="d", tickMinStep=1)),
+            y=alt.Y("value:Q", title=axis, scale=_scale(long["value"], log_scale), axis=alt.Axis(tickCount=5)),
             color=colour,
             tooltip=["step:Q", "quantity:N", alt.Tooltip("value:Q", format=".4g")],
         )
     )
-    return _spec(lines.properties(height=200), title)
+    return _spec(lines.properties(height=200), description)
 
 
 def bars(table: pd.DataFrame, category: str, value: str, group: str, title: str) -> dict:
     """Stacked horizontal bars, shares of the denominator."""
     order, groups = list(dict.fromkeys(table[category])), list(dict.fromkeys(table[group]))
-    colours = (WIDTHS + TYPES)[: len(groups)]
+    colours = (STEPS + TYPES)[: len(groups)]
+    empty = not table.groupby(category)[value].sum().abs().max() > 0
+    scale = alt.Scale(domain=[0, 1]) if empty else alt.Undefined
     chart = (
         alt.Chart(_data(table))
-        .mark_bar()
+        .mark_bar(stroke=_TEXT, strokeWidth=0.5)
         .encode(
             y=alt.Y(f"{category}:N", sort=order, title=None),
-            x=alt.X(f"sum({value}):Q", title=title, axis=alt.Axis(format="%")),
+            x=alt.X(f"sum({value}):Q", title=title, axis=alt.Axis(format="~%", tickCount=5), scale=scale),
             color=alt.Color(f"{group}:N", sort=groups, scale=alt.Scale(domain=groups, range=colours)),
             tooltip=[f"{category}:N", f"{group}:N", alt.Tooltip(f"sum({value}):Q", format=".3%", title=title)],
         )
@@ -148,18 +176,24 @@ def bars(table: pd.DataFrame, category: str, value: str, group: str, title: str)
 
 
 def trade_off(runs: pd.DataFrame, metric: str) -> dict:
-    """A grid's runs: metric against expected bit operations, whiskers their 94 % intervals."""
+    """A grid's runs: metric against expected bit operations; lines are 94 % intervals, and ± a standard error."""
     names = list(dict.fromkeys(runs["run"]))
     few = len(names) <= 12  # as many as a legend can hold
+    runs = runs.assign(**{side: runs["score"] + sign * runs["error"].astype(float)
+                          for side, sign in (("below", -1), ("above", 1))})  # fmt: skip
     base = alt.Chart(_data(runs)).encode(
-        color=alt.Color("run:N", sort=names, legend=alt.Legend(columns=2, labelLimit=320) if few else None),
+        color=alt.Color("run:N", sort=names, legend=alt.Legend(columns=1, labelLimit=280) if few else None),
         tooltip=["run:N", "seed:N", alt.Tooltip("score:Q", format=".4f", title=metric),
                  alt.Tooltip("bops:Q", format=".2%", title="E[BOPs] / adapted"), "interval:N"],
     )  # fmt: skip
-    axis, scale = alt.Axis(format="~%"), alt.Scale(type="log")
-    title = "expected BOPs, of the adapted projections at 32 x 32"
-    x = alt.X("bops:Q", title=title, scale=scale, axis=axis)
-    y = alt.Y("score:Q", title=metric, scale=alt.Scale(zero=False))
-    rules = base.mark_rule(opacity=0.5).encode(x=alt.X("low:Q", title=title, scale=scale, axis=axis), x2="high:Q", y=y)
-    return _spec((rules + base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y)).properties(height=320),
-                 f"{metric} against expected bit operations")  # fmt: skip
+    across = _scale([*runs["low"], *runs["high"], *runs["bops"]], log=True)
+    axis = alt.Axis(format="~%", tickCount=4)
+    upright = _scale([*runs["score"], *runs["below"], *runs["above"]])
+    x, low = (alt.X(f"{name}:Q", title="E[BOPs], adapted", scale=across, axis=axis) for name in ("bops", "low"))
+    y, below = (
+        alt.Y(f"{name}:Q", title=metric, scale=upright, axis=alt.Axis(tickCount=6)) for name in ("score", "below")
+    )
+    rules = base.mark_rule(opacity=0.5).encode(x=low, x2="high:Q", y=y)
+    errors = base.mark_rule(opacity=0.5).encode(x=x, y=below, y2="above:Q")
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y)
+    return _spec((rules + errors + points).properties(height=320), f"{metric} against expected bit operations")

@@ -236,9 +236,28 @@ class RunConfig:
 
     @property
     def folder_name(self) -> str:
-        """`<task>-<backbone>-<prior>-<digest>`, safe as a file name on every system."""
-        prior = "+".join(map(_basename, self.prior_names))
-        return "-".join([_basename(self.task), _basename(self.backbone), prior, self.digest])
+        """`<task>-<backbone>-<prior>-<digest>`, safe as a file name on every system.
+
+        Of a method but bayesian_lora its name in place of a prior that it fixes, and before one that is free:
+        `lora`, `bayesian_bits.bops+off`.
+        """
+        if self.method == "bayesian_lora":
+            return self._named(self._prior)
+        return self._named(self.method if "prior" in METHODS[self.method].fixes else f"{self.method}.{self._prior}")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder in output_dir; one of an older version, whose name had the prior whatever the method."""
+        root, now, before = Path(self.output_dir), self.folder_name, self._named(self._prior)
+        is_older = before != now and any((root / name).exists() for name in (before, f".{before}.partial"))
+        return root / (before if is_older and not (root / now).exists() else now)
+
+    @property
+    def _prior(self) -> str:
+        return "+".join(map(_basename, self.prior_names))
+
+    def _named(self, law: str) -> str:
+        return "-".join([_basename(self.task), _basename(self.backbone), law, self.digest])
 
 
 def field_names() -> list[str]:

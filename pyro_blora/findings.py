@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
+from .baselines import NOISE
 from .calibration import TEMPERATURES
 from .diagnostics import Posterior
 from .fitted_laws import PRECISIONS
+from .verdicts import beside, nothing_learned, of_chance, of_score
 
 SURE = 0.95  # probability of one width or rank, above which a chain of gates is decided
 COLLAPSED = 0.9  # share of the free chains that are sure of their floor
@@ -18,7 +20,7 @@ INFORMED = 0.05  # nats of KL to the prior, below which the data said nothing ab
 UNINFORMED = 0.5  # share of the free chains below that
 RHAT = 1.05  # of restarts, above which they disagree; ArviZ's usual limit for chains is 1.01 to 1.1
 DISAGREE = 0.1  # share of the chains above that
-FEW_DRAWS = 100  # below that, tails and intervals of draws are rough
+FEW_DRAWS = 8  # below that, averages over draws are rough; every preset has as many, the default is 15
 CLIPPED = 0.05  # share of a tensor's values beyond its range, where it is deployed at 8 bit or more
 EDGE = 0.05  # of the logarithm: a fitted number that close to the end of what was tried was not found, but cut off
 GAP = 0.02  # of the metric or of ECE, between averaged and deployed predictions
@@ -27,17 +29,21 @@ _EXACT_FROM = 8  # bits: coarser grids clip on purpose, as a range that covers e
 
 def in_words(summary: dict) -> list[str]:
     """Paragraphs: how well it predicts, beside a temperature where one was fitted, what that costs, what gates kept."""
-    metric, deployed, bops = summary["metric"], summary["deployed"], summary["bops"]
-    calibrated = (
-        f" Its confidence is off by {summary['ece']['value']:.3f} on average (ECE)." if _has_ece(summary) else ""
-    )
+    metric, deployed, bops = summary["metric"]["name"], summary["deployed"], summary["bops"]
     said = [
-        f"On {summary['n_eval']:,} held-out examples of {summary['task']}, the {summary['averaging']} has "
-        f"{metric['name']} {metric['value']:.3f} and NLL {summary['nll']:.3f} nats an example; the one allocation "
-        f"that is deployed has "
-        f"{deployed['metric']['value']:.3f} and {deployed['nll']:.3f}.{calibrated}"
+        f"On {summary['n_eval']:,} held-out examples of {summary['task']}: {_beside_constant(summary, metric)}; "
+        f"NLL {of_score(summary, 'nll', 3)} nats per example{_frequencies(summary)}. "
+        f"Prediction: {summary['averaging'].rstrip(',')}. What is deployed, one allocation, has {metric} "
+        f"{of_score(deployed, metric, 3)} and NLL {of_score(deployed, 'nll', 3)}."
     ]
-    if found := _against_a_temperature(summary):
+    nothing = nothing_learned(summary)
+    if _has_ece(summary) and not nothing:
+        chance = of_chance(summary)
+        said.append(
+            f"Its confidence is off by {summary['ece']['value']:.3f} on average (ECE)."
+            + (f" For comparison, {chance}." if chance else "")
+        )
+    if (found := _against_a_temperature(summary)) and not nothing:
         temperature, scaled, gain = found
         verdict = f"averaging is better by {gain:.3f}" if gain > 0 else "averaging does not beat that one number"
         if summary["nll"] == deployed["nll"]:
@@ -50,21 +56,32 @@ def in_words(summary: dict) -> list[str]:
         )
     low, high = bops["interval"]
     said.append(
-        f"The adapted projections take {bops['adapted_ratio']:.1%} [{low:.1%}, {high:.1%}] of the bit operations that "
-        f"they would take at 32 x 32 bit with all ranks, and the whole model {bops['model_ratio']:.1%} of its own; "
-        f"what is deployed takes {bops['deployed']['adapted_ratio']:.1%} and {bops['deployed']['model_ratio']:.1%}."
+        f"The adapted projections take {bops['adapted_ratio']:.1%} [{low:.1%}, {high:.1%}] of their bit operations at "
+        f"32 x 32 bit with all ranks, the whole model {bops['model_ratio']:.1%} of its own. What is deployed takes "
+        f"{bops['deployed']['adapted_ratio']:.1%} and {bops['deployed']['model_ratio']:.1%}."
     )
     bits = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_bits"].items())
     ranks = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_rank"].items())
     weights = summary.get("weights", {})  # older runs have none
     if weights.get("random"):
-        law = law_of_weights(summary)
         said.append(
-            f"{weights['random']:,} weights of the adapter are random, by law {law}, with a standard deviation of "
-            f"{weights['std']:.2g}; {weights['stored']:,} numbers are kept to draw them."
+            f"{weights['random']:,} weights of the adapter are random, by distribution {law_of_weights(summary)}, with "
+            f"a standard deviation of {weights['std']:.2g}. {weights['stored']:,} numbers are kept to draw them."
         )
     said.append(f"Expected bits: {bits}." + (f" Expected ranks: {ranks}." if ranks else ""))
     return said
+
+
+def _beside_constant(summary: dict, name: str) -> str:
+    constant = beside(summary, name, "constant")
+    told = "" if constant is None else f" (one answer for every example: {constant:.3f})"
+    return f"{name} {of_score(summary, name, 3)}{told}"
+
+
+def _frequencies(summary: dict) -> str:
+    constant = beside(summary, "nll", "constant")
+    what = "label frequencies" if _has_ece(summary) else "one normal distribution for all"
+    return "" if constant is None else f" ({what}: {constant:.3f})"
 
 
 def law_of_weights(summary: dict) -> str:
@@ -89,7 +106,9 @@ def _has_ece(summary: dict) -> bool:
 
 def warnings(summary: dict, posterior: Posterior | None) -> list[str]:
     """What a careful reader should know before believing the numbers; nothing where there is nothing to say."""
-    found = [*_of_predictions(summary)]
+    nothing = nothing_learned(summary)
+    found = [nothing] if nothing else []
+    found += _of_predictions(summary, is_empty=bool(nothing))
     if posterior is not None:
         free = posterior.free()
         if not any(bool(x.any()) for x in free):
@@ -99,17 +118,23 @@ def warnings(summary: dict, posterior: Posterior | None) -> list[str]:
     return found
 
 
-def _of_predictions(summary: dict) -> Iterator[str]:
-    if summary["draws"] < FEW_DRAWS:
+def is_over_draws(summary: dict) -> bool:
+    """Whether predictions are averaged over draws: of gates, weights or dropout masks that are random."""
+    return f"over {summary['draws']} draws of" in summary["averaging"]
+
+
+def _of_predictions(summary: dict, is_empty: bool) -> Iterator[str]:
+    if is_over_draws(summary) and summary["draws"] < FEW_DRAWS:
         yield (
-            f"Few draws: {summary['draws']}. Means and the laws of single gates are exact, but tails, Pareto k and "
-            f"R-hat of draws are rough below {FEW_DRAWS}: --draws {FEW_DRAWS} (one forward of the examples each)."
+            f"Few draws: {summary['draws']}. Averaged predictions, tails and R-hat of draws are rough. The "
+            f"distributions of single gates on this page are exact all the same. More: --draws {FEW_DRAWS} (one "
+            "forward of the examples each)."
         )
     law = law_of_weights(summary)
     if law != "point" and _has_ece(summary) and not _against_a_temperature(summary):
         yield (
-            f"Random weights, by law {law}, were not compared with temperature scaling, which any claim of calibration "
-            "has to beat: --validation 0.1 holds out the rows that a temperature is fitted to."
+            f"Random weights, by distribution {law}, were not compared with temperature scaling, which any claim of "
+            "calibration has to beat: --validation 0.1 holds out the rows that a temperature is fitted to."
             + (" They would choose Laplace's prior precision, too." if "prior_precision" in summary["weights"] else "")
         )
     temperature = summary.get("calibration", {}).get("deployed", {}).get("temperature", 1.0)
@@ -123,7 +148,7 @@ def _of_predictions(summary: dict) -> Iterator[str]:
                 "More of them, or a longer training, might."
             )
     gap = summary["metric"]["value"] - summary["deployed"]["metric"]["value"]
-    if abs(gap) > GAP:
+    if abs(gap) > max(GAP, NOISE * (summary["deployed"].get("difference_error") or 0.0)) and not is_empty:
         yield (
             f"What is deployed is {'worse' if gap > 0 else 'better'} by {abs(gap):.3f} in {summary['metric']['name']} "
             "than the average over draws: quote the one that you will use."
@@ -133,9 +158,8 @@ def _of_predictions(summary: dict) -> Iterator[str]:
     if not low <= at <= high and high > low:
         yield (
             f"The deployed allocation takes {at:.1%} of the bit operations, outside the posterior's interval "
-            f"[{low:.1%}, {high:.1%}]: many gates are undecided, and rounding each to its likelier side moves all one "
-            "way. "
-            "--kl_weight 0.1 makes gates surer."
+            f"[{low:.1%}, {high:.1%}]. Many gates are undecided, and rounding each to its likelier side moves all one "
+            "way: --kl_weight 0.1 makes gates surer."
         )
 
 
@@ -148,8 +172,8 @@ def _collapsed(posterior: Posterior, free) -> Iterator[str]:
             share = float((probs[..., 0] > SURE)[chains].double().mean())
             if share >= COLLAPSED:
                 yield (
-                    f"Collapsed: {share:.0%} of the gates' chains are sure of their floor, {floor}. The prior has "
-                    f"closed everything, and no {what} was chosen: lower --prior.rate."
+                    f"Collapsed: {share:.0%} of the ladders are sure of their floor, {floor}. The prior has closed "
+                    f"everything, and no {what} was chosen: lower --prior.rate."
                 )
 
 
@@ -159,8 +183,8 @@ def _uninformed(posterior: Posterior, free) -> Iterator[str]:
     silent = int((chains < INFORMED).sum())
     if silent > UNINFORMED * len(chains):
         yield (
-            f"Prior-dominated: the posterior of {silent} of {len(chains)} chains of gates is within {INFORMED} nats of "
-            "its prior. For them the data did not decide, the prior did: another prior would say something else."
+            f"Prior-dominated: the posterior of {silent} of {len(chains)} ladders of gates is within {INFORMED} nats "
+            "of its prior. For them the prior decided, not the data: another prior gives another answer."
         )
 
 
@@ -170,13 +194,13 @@ def _restarts(posterior: Posterior, free) -> Iterator[str]:
         return
     values = torch.cat([x[mask] for x, mask in zip(posterior.rhat(), free, strict=True)])
     apart = int((values > RHAT).sum())
-    ratios = [float(posterior.expected_bops(chain).adapted_ratio) for chain in range(posterior.chains)]
-    told = ", ".join(f"{ratio:.1%}" for ratio in ratios)
+    each = (float(posterior.expected_bops(chain).adapted_ratio) for chain in range(posterior.chains))
+    ratios = ", ".join(f"{ratio:.1%}" for ratio in each)
     if apart > DISAGREE * len(values):
         yield (
-            f"Restarts disagree: {apart} of {len(values)} chains of gates have an R-hat above {RHAT} between "
-            f"{posterior.chains} fits. Their expected BOPs are {told}: believe what they share (the total, means over "
-            "layers) rather than single gates."
+            f"Restarts disagree: {apart} of {len(values)} ladders of gates have an R-hat above {RHAT} between "
+            f"{posterior.chains} fits. Their expected BOPs are {ratios}. Believe what they share (the total, means "
+            "over layers), not single gates."
         )
 
 

@@ -15,7 +15,7 @@ _ROWS = 10  # of tables that name the most
 
 
 def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
-    """A line a tensor that exists: its place in the gate map, its law, and what its reader asks for on hover."""
+    """A line per tensor that exists: its place in the gate map, its distribution, and what is shown on hover."""
     law, kl, rhat = posterior.depth_probs(chain).z, posterior.kl(chain).z, posterior.rhat().z
     ladder = posterior.layout.ladder
     bits = expected_bits(posterior.layout, law.flip(-1).cumsum(-1).flip(-1)[..., 1:])
@@ -29,7 +29,7 @@ def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
                     "column": f"{projection.type} {tensor}", "layer": projection.layer, "width": width,
                     "doubt": 1 - float(law[i, t, opened[i, t]]), "tensor": f"{posterior.projections[i]}.{tensor}",
                     "deployed": f"{width} bit", "expected": f"{float(bits[i, t]):.1f} bit",
-                    "law": "  ".join(f"{b}: {float(p):.2f}" for b, p in zip(ladder, law[i, t], strict=True)),
+                    "distribution": "  ".join(f"{b}: {float(p):.2f}" for b, p in zip(ladder, law[i, t], strict=True)),
                     "KL to prior": f"{float(kl[i, t]):.2f} nat",
                     "R-hat": "-" if math.isnan(rhat[i, t]) else f"{float(rhat[i, t]):.2f}",
                 })  # fmt: skip
@@ -43,11 +43,11 @@ def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
 def gate_map(run: RunFiles, title: str) -> Section:
     cells = cells_of(run.posterior)
     text = (
-        "A square is a tensor, its colour the bit width that is deployed. The white circle is as large as the doubt, "
-        "the probability of another width: its smallest is none, its largest 80 % and more."
+        "A square is a tensor, its colour the bit width that is deployed. The white circle is as large as the doubt: "
+        "the probability of another width, from none to 80 % and more."
     )
-    shown = cells[["tensor", "deployed", "expected", "law", "KL to prior", "R-hat"]]
-    return Section(title, [text], charts=[(charts.gate_map(cells), "Hover or touch a square for its exact law.")],
+    shown = cells[["tensor", "deployed", "expected", "distribution", "KL to prior", "R-hat"]]
+    return Section(title, [text], charts=[(charts.gate_map(cells), "Hover or touch a square for details.")],
                    tables=[("The gate map as a table: probabilities of every width", shown, False)])  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def ranks(run: RunFiles, title: str) -> Section:
     table, points = pd.DataFrame(rows), pd.DataFrame(points)
     shown = points[["projection", "mean", "low", "high"]].round(2)
     return Section(
-        title, ["Open ranks of every adapter, from the exact law. Intervals are central, 94 %."],
+        title, ["Open ranks of every adapter, exact. Intervals are central, 94 %."],
         charts=[(charts.rank_means(points), "Mean and interval by layer."),
                 (charts.rank_map(table), "Probability of every rank.")],
         tables=[("Ranks as a table", shown, False)],
@@ -84,17 +84,17 @@ def bit_operations(run: RunFiles, title: str) -> Section:
     names = [name for name, is_counted in zip(posterior.projections, counted, strict=True) if is_counted]
     saved = gates[gates["projection"].isin(names)]
     saved = saved.assign(gates=saved["rung"].astype(str).add(" bit").where(saved["site"] == "z", "ranks"))
-    text = (
+    text = [
         f"E[BOPs] is {summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}] of the "
         f"{float(at_full_width(posterior.layout).adapted):.3g} bit operations of the adapted projections. The saving, "
         f"{saved['saving_adapted'].sum():.2%}, is divided among the gates by Shapley values: what each one adds, "
-        "averaged over the orders in which they could have closed. What a gate would cost if it were forced to its "
-        "other state is predicted with all others as they are: `pyro-blora what-if` answers for any gate."
-    )
+        "averaged over the orders in which they could have closed.",
+        "What if a gate were forced to its other state? The tables predict it with all other gates as they are; "
+        "`pyro-blora what-if` answers for any gate.",
+    ]
     most = gates.sort_values("saving_model", ascending=False).head(_ROWS)
     cheap = gates[gates["deployed"] & (gates["bops_change"] < 0)].sort_values("elbo_loss").head(_ROWS)
     dear = gates[~gates["deployed"] & gates["elbo_loss"].notna()].sort_values("nll_rise").head(_ROWS)
-    share = "of the adapted projections at 32 x 32"
     tables = [
         ("The gates that save most", _shown(most), True),
         ("What if: open gates that could be closed at the least loss of ELBO", _shown(cheap), True),
@@ -102,16 +102,14 @@ def bit_operations(run: RunFiles, title: str) -> Section:
         ("Bit operations by part", spent.round(6), False),
     ]
     if not any(bool(mask.any()) for mask in posterior.free()):  # nothing can be forced
-        tables = tables[-1:]
-    return Section(
-        title,
-        [text],
-        charts=[
-            (charts.bars(spent, "part", "share", "product", f"spent, {share}"), "Where bit operations are spent."),
-            (charts.bars(saved, "tensor", "saving_adapted", "gates", f"saved, {share}"), "What the gates save."),
-        ],
-        tables=tables,
-    )
+        text, tables = text[:1], tables[-1:]
+    of = "Shares of the adapted projections at 32 x 32 bit with all ranks."
+    made = [(charts.bars(spent, "part", "share", "product", "spent"), f"Where bit operations are spent. {of}")]
+    if saved["saving_adapted"].abs().max() > 0:
+        made.append((charts.bars(saved, "tensor", "saving_adapted", "gates", "saved"), f"What the gates save. {of}"))
+    else:
+        text.append("Nothing is saved: every gate is open.")
+    return Section(title, text, charts=made, tables=tables)
 
 
 def _shown(gates: pd.DataFrame) -> pd.DataFrame:

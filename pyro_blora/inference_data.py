@@ -1,9 +1,11 @@
 """To ArviZ: a trained program's draws and exact laws as named groups and dimensions, `posterior.nc`.
 
 Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random, and
-theta in the posterior where the weights are), sample_stats (log_q, log_prior; log_ratio of the rates), log_likelihood
-and posterior_predictive (label, and probability or mean), observed_data, constant_data (exact: the laws of guide and
-prior over widths and ranks, marginals, KL, and what is deployed; each projection's layer and type, to group by).
+theta in the posterior where the weights are), sample_stats (log_q, log_prior; log_ratio of the rates), constant_data
+(exact: the laws of guide and prior over widths and ranks, marginals, KL, and what is deployed; each projection's layer
+and type, to group by). Held-out rows are in predictions (label and probability, or mean; log_likelihood of the observed
+label) and predictions_constant_data (label, observed): there is no group log_likelihood, as `arviz.loo` would take its
+rows for training data and remove an influence that they never had. `arviz_data.held_out_elpd` scores them.
 Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection, tensor, rung, rank, width,
 open_rank, component, law, weight, example, class. Tensors that a projection does not have are nan.
 """
@@ -23,7 +25,7 @@ from .layout import AdapterLayout
 from .posterior import Prediction, deployed, divergences, draw, marginals, rates
 from .program import BayesianLoRA
 
-SAMPLED = ("posterior", "prior", "sample_stats", "log_likelihood", "posterior_predictive")  # lead with (chain, draw)
+SAMPLED = ("posterior", "prior", "sample_stats", "predictions")  # lead with (chain, draw)
 _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "z": ("projection", "tensor", "rung"),
     "g": ("projection", "rank"),
@@ -34,6 +36,7 @@ _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "probability": ("example", "class"),
     "mean": ("example",),
     "label": ("example",),
+    "log_likelihood": ("example",),
     "log_q_width": ("chain", "component", "projection", "tensor", "width"),
     "log_q_rank": ("chain", "component", "projection", "open_rank"),
     "log_prior_width": ("chain", "projection", "tensor", "width"),
@@ -60,6 +63,7 @@ _SAID = {  # (long_name, units)
     "theta": ("random weight of the adapters", ""),
     "bops_adapted": ("bit operations of the adapted projections, of those at 32 x 32 bit with all ranks", ""),
     "bops_model": ("bit operations of the model, of those at 32 x 32 bit with all ranks", ""),
+    "log_likelihood": ("log likelihood of the observed label of a held-out row under the draw", "nat"),
     "log_q": ("log probability of the draw under the guide", "nat"),
     "log_prior": ("log probability of the draw under the prior", "nat"),
     "log_ratio": ("log density of the rates' best law over that of their guide, up to a constant", "nat"),
@@ -198,13 +202,10 @@ def _constants(program: BayesianLoRA, layout: AdapterLayout) -> dict[str, np.nda
 def _example_groups(prediction: Prediction, seed: int) -> dict[str, dict[str, np.ndarray]]:
     generator = torch.Generator().manual_seed(seed)
     if prediction.is_regression:
-        predictive = {"mean": _chain(prediction.outputs.squeeze(-1))}
+        predicted = {"mean": _chain(prediction.outputs.squeeze(-1))}
     else:
         flat = prediction.outputs.flatten(0, 1)
         label = torch.multinomial(flat, 1, generator=generator).view(prediction.outputs.shape[:2]).short()
-        predictive = {"label": _chain(label), "probability": _chain(prediction.outputs)}
-    return {
-        "log_likelihood": {"label": _chain(prediction.log_likelihood)},
-        "posterior_predictive": predictive,
-        "observed_data": {"label": _array(prediction.labels)},
-    }
+        predicted = {"label": _chain(label), "probability": _chain(prediction.outputs)}
+    predicted["log_likelihood"] = _chain(prediction.log_likelihood)
+    return {"predictions": predicted, "predictions_constant_data": {"label": _array(prediction.labels)}}

@@ -50,7 +50,7 @@ def train_run(config: RunConfig) -> Path:
     that another process is training. Neither leaves anything behind. NotWritten for a full disk. Interrupted after
     SIGTERM, SIGINT or SIGHUP, with a sentence that says what is kept.
     """
-    folder = Path(config.output_dir) / config.folder_name
+    folder = config.folder
     check_names(config)
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process  # as fit's Accelerator is
     with heeded(), alone(folder) if main else contextlib.nullcontext():

@@ -1,27 +1,77 @@
-"""A finished run's files as its report reads them, and the parts of a page."""
+"""A finished run's files as its report reads them, and the parts of a page.
+
+Summaries of older versions have no `beside` (what every score is read beside): it is computed from the predictions.
+"""
 
 import dataclasses
+import importlib.metadata
 import json
+import os
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import pandas as pd
+import torch
 
+from . import baselines
 from .arviz_data import group, read
+from .calibration import chance_level
 from .config import RunConfig
 from .diagnostics import Posterior
 from .files import require_whole
 
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_DOCS = "docs/reading-the-posterior.md"
+
+
+class Link(NamedTuple):
+    """A cell of a table that leads to a file below the page's folder, or a place on the page; see `to_file`."""
+
+    text: str
+    href: str
+
+    @classmethod
+    def to_file(cls, text: str, *path: str) -> "Link":
+        """To a file below the page's folder; no name, whatever it is, becomes a URL's scheme or query."""
+        return cls(text, "/".join([".", *(quote(part, safe="") for part in path)]))
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether it leads to a file beside the page, to a place on it, or to a page of the web."""
+        return self.href.startswith(("./", "../", "#", "https://"))
+
+
+def docs_link(folder: Path) -> Link | None:
+    """To the page that teaches to read a report: in the checkout that the folder is in, or where the project says."""
+    folder, text = folder.resolve(), "How to read this page"
+    if folder.is_relative_to(_CHECKOUT) and (_CHECKOUT / _DOCS).is_file():
+        return Link(text, Path(os.path.relpath(_CHECKOUT / _DOCS, folder)).as_posix())
+    try:
+        urls = importlib.metadata.metadata("pyro-blora").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        urls = []
+    found = dict(url.split(", ", 1) for url in urls)
+    return Link(text, found["Documentation"]) if "Documentation" in found else None
+
 
 @dataclasses.dataclass
 class Section:
-    """Part of a page. charts: (specification, caption); tables: (caption, table, open); missing: why there are none."""
+    """Part of a page. charts: (specification, caption); tables: (caption, table, open); missing: why there are none.
+
+    Texts may hold `code` in backticks. Cells of tables are texts, numbers, or a Link.
+    """
 
     title: str
     paragraphs: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     charts: list[tuple[dict, str]] = dataclasses.field(default_factory=list)
     tables: list[tuple[str, pd.DataFrame, bool]] = dataclasses.field(default_factory=list)
+    links: list[Link] = dataclasses.field(default_factory=list)
     code: str = ""
     missing: str = ""
 
@@ -37,6 +87,29 @@ class RunFiles:
             self.metric = self.summary["metric"]["name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
+        if "beside" not in self.summary:
+            try:
+                self._complete()
+            except (ValueError, KeyError, TypeError):  # without its predictions: scores without errors
+                self.summary.pop("beside", None)
+
+    def _complete(self) -> None:
+        """What newer versions have in a summary: `beside`, of what is averaged and of what is deployed."""
+        summary, table = self.summary, self.predictions
+        columns = [name for name in table if name.startswith("p_")]
+        labels, classes = table["label"].to_numpy(), len(columns)
+        mean = table[columns].to_numpy() if columns else None
+        decision, log_scores = table["decision"].to_numpy(), table["log_likelihood"].to_numpy()
+        found = baselines.beside(
+            summary["scores"], decision, labels, log_scores, classes=classes, probabilities=mean
+        )  # fmt: skip
+        if mean is not None:
+            found["ece"] = {"chance": chance_level(torch.tensor(mean), summary["ece"]["bins"])}
+        deployed, at_mode = summary["deployed"], table["deployed_decision"].to_numpy()
+        log_scores = table["deployed_log_likelihood"].to_numpy()
+        deployed["beside"] = baselines.beside(deployed["scores"], at_mode, labels, log_scores, classes=classes)
+        deployed["difference_error"] = baselines.difference_error(self.metric, labels, decision, at_mode, classes)
+        summary["beside"] = found
 
     @cached_property
     def config(self) -> RunConfig:

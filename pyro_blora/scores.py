@@ -1,16 +1,26 @@
 """Predictions into the numbers of a summary: the task's metric, and calibration with and without a temperature."""
 
-from . import calibration
+from . import baselines, calibration
 from .posterior import ECE_BINS, Prediction
 from .tasks import Task
 
 
 def scores_of(task: Task, prediction: Prediction) -> dict:
-    """The metric's own numbers, the headline first, and calibration."""
-    decision, labels = prediction.decision.tolist(), prediction.labels.tolist()
-    scores = task.metric().compute(predictions=decision, references=labels)
-    correct = None if task.is_regression else float((prediction.decision == prediction.labels).double().mean())
+    """The metric's own numbers, the headline first, calibration, and what every score is read beside (`baselines`).
+
+    `beside` has constant, standard_error and gain_error by score; of `ece` what calibrated predictions have by chance.
+    """
+    decision, labels, metric = prediction.decision, prediction.labels, task.metric()
+    scores = metric.compute(predictions=decision.tolist(), references=labels.tolist())
+    correct = None if task.is_regression else float((decision == labels).double().mean())
     found = prediction.calibration()
+    mean = None if task.is_regression else prediction.mean
+    beside = baselines.beside(
+        scores, decision.numpy(), labels.numpy(), prediction.log_score.numpy(), classes=len(task.labels),
+        probabilities=None if mean is None else mean.numpy(), compute=metric.compute,
+    )  # fmt: skip
+    if mean is not None:
+        beside["ece"] = {"chance": calibration.chance_level(mean, ECE_BINS)}
     return {
         "metric": {"name": task.metric_name, "value": scores[task.metric_name]},
         "scores": scores,
@@ -18,7 +28,15 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
         "nll": prediction.nll,
         "ece": {"value": found["ece"], "bins": ECE_BINS},
         "brier": found["brier"],
+        "beside": beside,
     }
+
+
+def deployed_scores(task: Task, averaged: Prediction, at_mode: Prediction) -> dict:
+    """`scores_of` what is deployed, and the standard error of its metric's difference from the averaged one."""
+    arrays = (x.numpy() for x in (averaged.labels, averaged.decision, at_mode.decision))
+    error = baselines.difference_error(task.metric_name, *arrays, len(task.labels))
+    return {**scores_of(task, at_mode), "difference_error": error}
 
 
 def calibration_of(pairs: dict[str, tuple[Prediction, Prediction]]) -> dict:
@@ -41,5 +59,9 @@ def calibration_of(pairs: dict[str, tuple[Prediction, Prediction]]) -> dict:
             found[name]["scaled"] = calibration.scores(scaled, prediction.labels)
         if "ood" in pairs:
             inside, outside = prediction.outputs, pairs["ood"][which].outputs
-            found[name]["out_of_distribution"] = calibration.out_of_distribution(inside, outside)
+            found[name]["out_of_distribution"] = apart = calibration.out_of_distribution(inside, outside)
+            counts = outside.shape[1], inside.shape[1]
+            found[name]["errors"]["out_of_distribution"] = {
+                key: calibration.auroc_error(value, *counts) for key, value in apart.items()
+            }
     return found

@@ -9,25 +9,27 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from . import charts
-from .diagnostics import INTERVAL
+from .calibration_sections import calibration
 from .findings import in_words, warnings
 from .flags import command_line
 from .gate_sections import bit_operations, gate_map, ranks
+from .glossary import glossary
 from .run_files import RunFiles, Section
+from .verdicts import beside, nothing_learned, of_score
 
 _STEPS = 300  # points of a curve, at most
 _ROWS = 10  # of the examples that are named
-_CURVES = (  # logged numbers, what their axis says, whether it is logarithmic
-    (("loss", "nll"), "nats an example", False),
-    (("kl_z", "kl_g"), "KL to the prior, nats", True),
-    (("expected_bits", "expected_rank"), "expected bits and ranks", False),
-    (("bops_adapted", "bops_model"), "expected BOPs, ratio", False),
-    (("grad_norm", "gate_gradient"), "norms of gradients", True),
-    (("gate_noise", "temperature"), "noise of the gates' gradient; temperature", False),
-)
+_CURVES = (  # logged numbers, title of their axis, caption, whether the axis is logarithmic
+    (("loss", "nll"), "nats per example", "Loss and NLL of single batches.", False),
+    (("kl_z", "kl_g"), "KL, nats", "KL of the gates from their prior: bits (z) and ranks (g).", True),
+    (("expected_bits", "expected_rank"), "bits, ranks", "Expected bits and ranks, means over all tensors.", False),
+    (("bops_adapted", "bops_model"), "E[BOPs], ratio", "Expected bit operations, of those at 32 x 32 bit.", False),
+    (("grad_norm", "gate_gradient"), "norm", "Norms of the gradients of adapter and gates.", True),
+    (("gate_noise", "temperature"), "share, temperature",
+     "Share of the gates' gradient that is noise, and the temperature of the relaxation.", False),
+)  # fmt: skip
 
 
 def sections_of(run: RunFiles) -> list[Section]:
@@ -46,11 +48,16 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
     """(what, value, remark) of the page's first line."""
     bops, metric = summary["bops"], summary["metric"]
     low, high = bops["interval"]
-    ece = summary["ece"]["value"]
+    name, ece, at_mode = metric["name"], summary["ece"]["value"], summary["deployed"]
+    chance = beside(summary, "ece", "chance")
+    remark = f"{summary['ece']['bins']} bins" + (f"; by chance up to {chance['high']:.4f}" if chance else "")
+    verdict = "; nothing was learned" if nothing_learned(summary) else ""
     return [
-        (metric["name"], f"{metric['value']:.4f}", f"deployed {summary['deployed']['metric']['value']:.4f}"),
-        ("NLL", f"{summary['nll']:.4f}", f"nats an example; deployed {summary['deployed']['nll']:.4f}"),
-        ("ECE", "-" if ece is None else f"{ece:.4f}", f"{summary['ece']['bins']} bins"),
+        (name, f"{metric['value']:.4f}",
+         f"{_error(summary, name)}{_constant(summary, name)}deployed {of_score(at_mode, name)}{verdict}"),
+        ("NLL", f"{summary['nll']:.4f}",
+         f"{_error(summary, 'nll')}{_constant(summary, 'nll')}deployed {of_score(at_mode, 'nll')}; nats per example"),
+        ("ECE", "-" if ece is None else f"{ece:.4f}", "regression: no confidence" if ece is None else remark),
         (
             "E[BOPs]",
             f"{bops['adapted_ratio']:.2%}",
@@ -58,7 +65,17 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
         ),
         ("E[BOPs], model", f"{bops['model_ratio']:.2%}", "of every matrix product of a forward"),
         ("adapter", f"{summary['adapter_parameters']:,}", "parameters deployed"),
-    ]
+    ]  # fmt: skip
+
+
+def _error(summary: dict, name: str) -> str:
+    error = beside(summary, name)
+    return "" if error is None else f"± {error:.4f}; "
+
+
+def _constant(summary: dict, name: str) -> str:
+    constant = beside(summary, name, "constant")
+    return "" if constant is None else f"constant answer {constant:.4f}; "
 
 
 def _words(run: RunFiles, title: str) -> Section:
@@ -69,79 +86,24 @@ def _words(run: RunFiles, title: str) -> Section:
     return Section(title, in_words(run.summary), warnings(run.summary, posterior))
 
 
-def reliability_bins(run: RunFiles) -> pd.DataFrame:
-    """Accuracy and confidence in equal bins of confidence, those of ECE, with Jeffreys intervals of the accuracy."""
-    probabilities = run.probabilities.to_numpy()
-    bins = run.summary["ece"]["bins"]
-    confidence, right = probabilities.max(1), (run.predictions["decision"] == run.predictions["label"]).to_numpy()
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    lines = []
-    for i in np.unique(index):
-        mine = index == i
-        n, hits = int(mine.sum()), int(right[mine].sum())
-        low, high = scipy.stats.beta.ppf(INTERVAL, hits + 0.5, n - hits + 0.5)
-        lines.append({
-            "bin": f"{i / bins:.2f} to {(i + 1) / bins:.2f}", "confidence": confidence[mine].mean(),
-            "accuracy": hits / n, "low": low, "high": high, "examples": n,
-        })  # fmt: skip
-    return pd.DataFrame(lines)
-
-
-def _calibration(run: RunFiles, title: str) -> Section:
-    bins = reliability_bins(run)
-    gap = (bins["examples"] * (bins["accuracy"] - bins["confidence"]).abs()).sum() / bins["examples"].sum()
-    text = (
-        f"Below the diagonal it is surer than it is right. ECE {gap:.4f} is the mean distance from it, weighted by "
-        f"examples; Brier score {run.summary['brier']:.4f}."
-    )
-    made = [(charts.reliability(bins), "A point a bin, as large as its share of the examples.")]
-    tables = [("The bins as a table", bins.round(4), False)]
-    if found := run.summary.get("calibration"):  # older runs have none
-        said = run.summary["averaging"]
-        tables.insert(0, (f"Averaged: {said}. Scaled: at the temperature of least NLL on rows held out of training.",
-                          calibration_table(found), True))  # fmt: skip
-    return Section(title, [text], charts=made, tables=tables)
-
-
-def calibration_table(found: dict) -> pd.DataFrame:
-    """Averaged and deployed predictions, and both at their temperatures, as columns."""
-    columns = {}
-    for name, scores in found.items():
-        columns[name] = scores
-        if "scaled" in scores:
-            columns[f"{name}, scaled"] = scores["scaled"] | {"temperature": scores["temperature"]}
-    rows = {
-        "NLL": "nll", "Brier score": "brier", "ECE, 15 bins": "ece_15", "ECE, 20 bins": "ece_20",
-        "ECE, bins of equal counts": "ece_adaptive", "predictive entropy": "entropy",
-        "mutual information": "mutual_information", "AUROC of its errors by entropy": "auroc_of_errors",
-        "temperature": "temperature",
-    }  # fmt: skip
-    table = {line: {column: scores.get(key) for column, scores in columns.items()} for line, key in rows.items()}
-    table["temperature"] = {column: scores.get("temperature", 1.0) for column, scores in columns.items()}
-    for column in (name for name in found if "scaled" in found[name]):
-        table["temperature"][column] = 1.0
-    for share in found["averaged"]["selective_accuracy"]:
-        line = f"accuracy on the surest {float(share):.0%}"
-        table[line] = {column: scores["selective_accuracy"][share] for column, scores in columns.items()}
-    for name in found["averaged"].get("out_of_distribution", ()):
-        line = f"AUROC of other sentences by {name.replace('_', ' ')}"
-        table[line] = {c: scores.get("out_of_distribution", {}).get(name) for c, scores in columns.items()}
-    frame = pd.DataFrame(table).T.astype(float).round(4)
-    return frame.rename_axis("").reset_index()
-
-
 def _training(run: RunFiles, title: str) -> Section:
     log = run.log
     if log.empty:
         raise ValueError("metrics.jsonl has no lines: no curves.")
     log = log.iloc[np.unique(np.linspace(0, len(log) - 1, min(len(log), _STEPS)).round().astype(int))]
     made = []
-    for wanted, caption, log_scale in _CURVES:
+    absent = []
+    for wanted, axis, caption, log_scale in _CURVES:
         names = [name for name in wanted if name in log]
-        if names:
-            shown = log.assign(**{n: log[n].where(log[n] > 0) for n in names}) if log_scale else log
-            made.append((charts.curves(shown, names, caption, log_scale), caption))
-    return Section(title, ["Before the gates start they are open and the KL does not count."], charts=made)
+        shown = log.assign(**{n: log[n].where(log[n] > 0) for n in names}) if log_scale else log
+        if names and shown[names].notna().any(axis=None):
+            made.append((charts.curves(shown, names, axis, caption, log_scale), caption))
+        elif names:
+            absent += names
+    text = ["Before the gates start they are open and the KL does not count."]
+    if absent:
+        text.append(f"Without a curve, as they are 0 throughout: {', '.join(absent)}.")
+    return Section(title, text, charts=made)
 
 
 def _wrong(run: RunFiles, title: str) -> Section:
@@ -163,7 +125,7 @@ def _wrong(run: RunFiles, title: str) -> Section:
     shown = worst[text].assign(label=label, answer=answer, confidence=worst["confidence"].map("{:.3f}".format))
     return Section(
         title,
-        [f"{len(wrong)} of {len(table)} answers are wrong; these are the surest of them."],
+        [f"{len(wrong)} of {len(table)} answers are wrong; these are the most confident."],
         tables=[("", shown, True)],
     )
 
@@ -173,8 +135,8 @@ def _restarts(run: RunFiles, title: str) -> Section:
     if not others:
         raise ValueError("One fit: --restarts 3 adds two more from other seeds, and R-hat says whether they agree.")
     rows = [
-        {"seed": s["seed"], run.metric: round(s["metric"]["value"], 4), "NLL": round(s["nll"], 4),
-         "ELBO an example": round(s["elbo_per_example"], 4), "E[BOPs], adapted": f"{s['bops']['adapted_ratio']:.2%}"}
+        {"seed": s["seed"], run.metric: of_score(s, run.metric), "NLL": of_score(s, "nll"),
+         "ELBO per example": round(s["elbo_per_example"], 4), "E[BOPs], adapted": f"{s['bops']['adapted_ratio']:.2%}"}
         for s in [run.summary, *others]
     ]  # fmt: skip
     rhat = run.posterior.rhat()
@@ -192,14 +154,19 @@ def _repeat(run: RunFiles, title: str) -> Section:
     return Section(title, [text], code=command_line(run.config))
 
 
+def _glossary(run: RunFiles, title: str) -> Section:
+    return glossary(run.folder, title)
+
+
 _SECTIONS: dict[str, Callable[[RunFiles, str], Section]] = {
     "In plain words": _words,
     "Gate map": gate_map,
     "Ranks": ranks,
-    "Calibration": _calibration,
+    "Calibration": calibration,
     "Bit operations": bit_operations,
     "Training": _training,
     "Restarts": _restarts,
     "Confidently wrong": _wrong,
     "Repeat this run": _repeat,
+    "Glossary": _glossary,
 }

@@ -1,6 +1,5 @@
 """The result of a finished run, and what forcing a gate would do, as tables in a terminal."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -9,21 +8,25 @@ from rich.table import Table
 from .arviz_data import read
 from .diagnostics import Posterior
 from .files import require_whole
-from .findings import law_of_weights
+from .findings import is_over_draws, law_of_weights
+from .run_files import RunFiles
+from .verdicts import beside, nothing_learned, of_chance, of_score
 
 
 def show_run(folder: str | Path) -> None:
     """Print the result table of a finished run.  Errors: ValueError for a folder that is none."""
     folder = Path(folder)
     require_whole(folder, ["summary.json"])
+    summary = RunFiles(folder).summary
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        tables = result_tables(summary)
-    except (OSError, ValueError, KeyError) as error:
+        tables, sentences = result_tables(summary), result_sentences(summary)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
     console = Console()
     for table in tables:
         console.print(table)
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False)
     console.print(f"Run folder: {folder}", soft_wrap=True)
 
 
@@ -48,18 +51,20 @@ def result_tables(summary: dict) -> list[Table]:
     method = summary.get("method", "bayesian_lora")
     name = f"prior {summary['prior']}" if method == "bayesian_lora" else method
     head = Table(title=f"{summary['task']} · {summary['backbone']} · {name}", title_justify="left")
-    for column, justify in (("", "left"), (f"{summary['draws']} draws", "right"), ("deployed", "right")):
+    averaged = f"{summary['draws']} draws" if is_over_draws(summary) else "prediction"
+    for column, justify in (("", "left"), (averaged, "right"), ("deployed", "right"), ("constant answer", "right")):
         head.add_column(column, justify=justify)
-    at_mode, metric = summary["deployed"], summary["metric"]["name"]
-    head.add_row(metric, _number(summary["metric"]["value"]), _number(at_mode["metric"]["value"]))
-    head.add_row("NLL (nats an example)", _number(summary["nll"]), _number(at_mode["nll"]))
+    both, metric = (summary, summary["deployed"]), summary["metric"]["name"]
+    head.add_row(metric, *(of_score(x, metric) for x in both), _constant(summary, metric))
+    head.add_row("NLL (nats per example)", *(of_score(x, "nll") for x in both), _constant(summary, "nll"))
     if summary["ece"]["value"] is not None:
-        bins = summary["ece"]["bins"]
-        head.add_row(f"ECE ({bins} bins)", _number(summary["ece"]["value"]), _number(at_mode["ece"]["value"]))
+        head.add_row(f"ECE ({summary['ece']['bins']} bins)", *(_number(x["ece"]["value"]) for x in both))
+        if beside(summary, "ece", "chance"):
+            head.add_row("ECE by chance (95 %)", *map(_chance, both))
     held_out = summary.get("calibration", {})
     if "scaled" in held_out.get("averaged", {}):
         both = (held_out[name]["scaled"]["nll"] for name in ("averaged", "deployed"))
-        head.add_row("NLL at the temperature of held-out rows", *map(_number, both))
+        head.add_row("NLL at temperature", *map(_number, both))
     gates = Table(title="What the gates learned", title_justify="left")
     for column in ("", "expected"):
         gates.add_column(column, justify="left" if not column else "right")
@@ -76,7 +81,8 @@ def result_tables(summary: dict) -> list[Table]:
     weights = summary.get("weights", {})  # older runs have none
     if weights.get("random"):
         gates.add_row(
-            f"random weights, by law {law_of_weights(summary)}", f"{weights['random']:,}, std {weights['std']:.2g}"
+            f"random weights, by distribution {law_of_weights(summary)}",
+            f"{weights['random']:,}, std {weights['std']:.2g}",
         )
     if "by_rank" not in summary:
         return [head, gates]
@@ -84,9 +90,27 @@ def result_tables(summary: dict) -> list[Table]:
     for column in ("rank", metric, "NLL", "BOPs / adapted"):
         ranks.add_column(column, justify="right")
     for row in summary["by_rank"]:
-        value, share = row["metric"]["value"], row["bops"]["adapted_ratio"]
-        ranks.add_row(str(row["rank"]), _number(value), _number(row["nll"]), f"{share:.2%}")
+        share = f"{row['bops']['adapted_ratio']:.2%}"
+        ranks.add_row(str(row["rank"]), of_score(row, metric), of_score(row, "nll"), share)
     return [head, gates, ranks]
+
+
+def result_sentences(summary: dict) -> list[str]:
+    """What the numbers mean: whether anything was learned, and whether the ECE says more than chance."""
+    if nothing := nothing_learned(summary):
+        return [nothing]
+    chance = of_chance(summary)
+    return [f"± is a standard error over examples. ECE: {chance}."] if chance else []
+
+
+def _constant(summary: dict, name: str) -> str:
+    constant = beside(summary, name, "constant")
+    return "" if constant is None else _number(constant)
+
+
+def _chance(scores: dict) -> str:
+    chance = beside(scores, "ece", "chance")
+    return _number(chance["high"]) if chance else ""
 
 
 def _number(value: float) -> str:

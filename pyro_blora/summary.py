@@ -14,7 +14,7 @@ from .build import Parts
 from .evaluation import Evaluated
 from .posterior import Prediction, bops, deployed, draw, draw_weights, marginals, mean_kl
 from .program import BayesianLoRA
-from .scores import calibration_of, scores_of
+from .scores import calibration_of, deployed_scores, scores_of
 
 _INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
 _WEIGHT_DRAWS = 100  # for their mean standard deviation
@@ -47,7 +47,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         **scores_of(parts.task, prediction),
         "draws": config.draws,
         "averaging": _averaging(parts),
-        "deployed": scores_of(parts.task, at_mode),
+        "deployed": deployed_scores(parts.task, prediction, at_mode),
         "prior_state": program.prior.report() if hasattr(program.prior, "report") else {},
         "elbo_per_example": (
             float(evaluated.fitted.log_likelihood.mean()) - (kl_z + kl_g + kl_theta) / program.n_train
@@ -127,7 +127,8 @@ def _averaging(parts: Parts) -> str:
 def of_restart(folder: Path) -> dict:
     """What of a restart's summary stands in that of the run."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {key: summary[key] for key in ("seed", "metric", "nll", "ece", "elbo_per_example", "bops", "deployed")}
+    kept = ("seed", "metric", "nll", "ece", "elbo_per_example", "bops", "deployed", "beside")
+    return {key: summary[key] for key in kept if key in summary}  # older ones have no `beside`
 
 
 def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode: Prediction) -> pd.DataFrame:

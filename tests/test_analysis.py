@@ -14,8 +14,9 @@ import pytest
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
-from pyro_blora.arviz_data import read
+from pyro_blora.arviz_data import held_out_elpd, read
 from pyro_blora.diagnostics import Posterior
+from pyro_blora.run_files import RunFiles
 
 ANALYSIS = Path(__file__).resolve().parents[1] / "analysis"
 NAMES = ["gates", "convergence", "ablation"]
@@ -128,12 +129,10 @@ def test_ablation(executed):
     }.items():  # fmt: skip
         np.testing.assert_allclose(line(text, label), values, atol=6e-5)
     for one in summaries:
-        held_out, loo, p_loo, _ = next(
-            numbers for numbers in map(lambda x: [float(y) for y in x.split()[1:]], re.findall(
-                rf"^{one['prior']}(?: +-?\d+\.\d){{4}}$", text, re.MULTILINE))
-        )  # fmt: skip
-        assert held_out == pytest.approx(-one["nll"] * one["n_eval"], abs=0.1)
-        assert loo + p_loo == pytest.approx(held_out, abs=0.21)
+        (found,) = re.findall(rf"^{one['prior']} +(-0\.\d+) +(0\.\d+)$", text, re.MULTILINE)
+        elpd, error = map(float, found)
+        assert elpd == pytest.approx(-one["nll"], abs=6e-5) and 0.015 < error < 0.025
+    assert "elpd_loo" in text or "elpd_diff" in text
     posterior = Posterior(read(ANALYSIS / "example" / "bops"))
     for factor in (0.5, 1.0, 2.0):
         weighted, exact, k, effective, _ = line(text, f"{factor:.2f}")
@@ -162,5 +161,11 @@ def test_the_page_about_reading_quotes_what_the_stored_run_says():
     low, high = summary["bops"]["interval"]
     assert f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]" in page
     assert f"{summary['ece']['value']:.4f}" in page and f"{summary['adapter_parameters']:,} parameters" in page
+    beside = RunFiles(ANALYSIS / "example" / "bops").summary["beside"]
+    assert f"accuracy {beside['accuracy']['constant']:.4f}" in page and f"NLL {beside['nll']['constant']:.4f}" in page
+    chance = beside["ece"]["chance"]
+    assert re.search(rf"ECE of {chance['mean']:.3f} by\schance, and below {chance['high']:.3f} in 95 %", page)
+    elpd, error = held_out_elpd(read(ANALYSIS / "example" / "bops"))
+    assert f"held_out_elpd(data)  # ({elpd:.4f}, {error:.4f})" in page
     for link in re.findall(r"\]\(([^)#]+)\)", page):
         assert (ANALYSIS.parent / "docs" / link).exists(), link

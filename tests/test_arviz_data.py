@@ -16,7 +16,17 @@ from models import batch, tiny_bert
 
 from pyro_blora import arviz_data, draw, predict
 from pyro_blora.adapters import attach
-from pyro_blora.arviz_data import concatenate, group, group_names, pareto_weights, read, save
+from pyro_blora.arviz_data import (
+    concatenate,
+    group,
+    group_names,
+    held_out,
+    held_out_elpd,
+    held_out_scores,
+    pareto_weights,
+    read,
+    save,
+)
 from pyro_blora.guides import build_guide
 from pyro_blora.inference_data import to_arviz
 from pyro_blora.priors import build_prior
@@ -26,7 +36,7 @@ from pyro_blora.tasks import get_task
 pytestmark = pytest.mark.usefixtures("eager")
 
 GROUPS = [
-    "posterior", "prior", "sample_stats", "constant_data", "log_likelihood", "posterior_predictive", "observed_data",
+    "posterior", "prior", "sample_stats", "constant_data", "predictions", "predictions_constant_data",
 ]  # fmt: skip
 
 
@@ -142,7 +152,7 @@ def test_restarts_become_chains_with_their_seeds(tmp_path):
                 np.testing.assert_array_equal(one.values, own.values)
     posterior = group(joined, "posterior")
     assert list(posterior["seed"].values) == [5, 6, 7] and list(posterior["chain"].values) == [0, 1, 2]
-    assert "chain" not in group(joined, "observed_data").dims
+    assert "chain" not in group(joined, "predictions_constant_data").dims
     assert group(joined, "constant_data")["macs"].dims == ("projection",)
     assert group(joined, "constant_data").attrs == group(parts[0], "constant_data").attrs
 
@@ -252,17 +262,51 @@ def test_a_gate_is_found_by_layer_type_tensor_and_rung(opened):
     np.testing.assert_allclose(gate.mean("draw"), marginal, atol=5 * 0.5 / 40**0.5)
 
 
-def test_arviz_leaves_out_and_compares(opened):
+def test_arviz_does_not_leave_out_what_was_held_out(opened):
+    """Its loo and its compare take the rows of log_likelihood for training data."""
+    data, _, _ = opened
+    with pytest.raises(Exception, match=r"log.likelihood"):
+        arviz.loo(data, pointwise=True)
+    with pytest.raises(Exception, match=r"log.likelihood|ELPD computation"):
+        arviz.compare({"one": data, "other": data_of(seed=9, draws=40)})
+
+
+def test_held_out_rows_are_scored_by_their_averaged_probability(opened):
     data, chains, _ = opened
+    labels = data["predictions_constant_data"]["label"].values
+    probability = data["predictions"]["probability"].values  # chain, draw, example, class
+    for chain in range(chains):
+        expected = np.log(probability[chain].mean(0)[np.arange(len(labels)), labels])
+        np.testing.assert_allclose(held_out_scores(data, chain), expected, rtol=1e-5)
+        elpd, error = held_out_elpd(data, chain)
+        assert elpd == pytest.approx(expected.mean(), rel=1e-5)
+        assert error == pytest.approx(expected.std(ddof=1) / len(labels) ** 0.5, rel=1e-4)
+    other = data_of(seed=9, draws=40)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few draws for a Pareto fit; one model may get all the weight
-        loo = arviz.loo(data, pointwise=True)
-        table = arviz.compare({"one": data, "other": data_of(seed=9, draws=40)})
-    likelihood = data["log_likelihood"]["label"].values.reshape(chains * 40, -1)
-    in_sample = np.logaddexp.reduce(likelihood).sum() - likelihood.shape[1] * np.log(len(likelihood))
-    elpd = float(loo.elpd if arviz_data.IS_TREE else loo["elpd_loo"])
-    assert elpd <= in_sample + 1e-6 and elpd == pytest.approx(in_sample, abs=0.5)
-    assert set(table.index) == {"one", "other"}
+        warnings.simplefilter("ignore")  # one model may get all the weight
+        table = arviz.compare({name: held_out(held_out_scores(x), 40) for name, x in (("a", data), ("b", other))})
+    column = "elpd" if arviz_data.IS_TREE else "elpd_loo"
+    assert float(table.loc["a", column]) == pytest.approx(held_out_scores(data).sum(), abs=0.1)  # tables are rounded
+
+
+def test_a_file_of_an_older_version_has_its_held_out_rows_where_they_are_now(tmp_path):
+    new = data_of(draws=5)
+    groups = {name: group(new, name) for name in group_names(new)}
+    predictions = groups.pop("predictions")
+    groups["log_likelihood"] = predictions[["log_likelihood"]].rename(log_likelihood="label")
+    groups["posterior_predictive"] = predictions[["label", "probability"]]
+    groups["observed_data"] = groups.pop("predictions_constant_data")
+    save(arviz_data.container(groups), tmp_path / "posterior.nc")
+    again = read(tmp_path)
+    assert set(group_names(again)) == set(GROUPS)
+    for name in GROUPS:
+        xarray.testing.assert_equal(group(again, name), group(new, name))
+    joined = concatenate([again, data_of(seed=1, draws=5)], [0, 1])  # a restart of before with one of now
+    assert group(joined, "predictions")["log_likelihood"].shape == (2, 5, 6)
+    assert held_out_elpd(joined) == held_out_elpd(new)
+    without = arviz_data.container({name: group(new, name) for name in GROUPS if "predictions" not in name})
+    with pytest.raises(ValueError, match="no group 'predictions'"):
+        held_out_elpd(without)
 
 
 @pytest.mark.skipif(arviz_data.IS_TREE, reason="ArviZ 1.x writes nothing when it is imported")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pyro_blora.config import NOT_IN_DIGEST, PRESETS, RunConfig, field_names
 from pyro_blora.flags import load_preset, preset_names
+from pyro_blora.methods import METHODS
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 # One other value for every field, so that a law can be asked of each.
@@ -112,6 +113,28 @@ def test_a_folder_name_shows_the_last_part_of_a_path():
     assert config.folder_name == f"sst2-deberta_v3_base-my_priors.py_late-{config.digest}"
     assert RunConfig(backbone="/models/mine/").folder_name.split("-")[1] == "mine"
     assert RunConfig(backbone="..").folder_name.split("-")[1] == "local"
+
+
+def test_a_folder_name_says_the_method(tmp_path):
+    names = {method: RunConfig(method=method).folder_name for method in METHODS}
+    assert all(
+        name.startswith(f"acceptability-demo-{method}") for method, name in names.items() if method != "bayesian_lora"
+    )
+    assert names["bayesian_lora"].startswith("acceptability-demo-bops-")
+    assert names["lora"] == f"acceptability-demo-lora-{RunConfig(method='lora').digest}"
+    assert names["bayesian_bits"].startswith("acceptability-demo-bayesian_bits.bops+off-")
+
+
+@pytest.mark.parametrize("left", ["{}", ".{}.partial"], ids=["finished", "interrupted"])
+def test_a_run_of_an_older_version_is_found_by_the_name_it_has(tmp_path, left):
+    config = RunConfig(method="lora", output_dir=str(tmp_path))
+    older = f"acceptability-demo-fixed-{config.digest}"
+    assert config.folder == tmp_path / config.folder_name
+    (tmp_path / left.format(older)).mkdir()
+    assert config.folder == tmp_path / older
+    assert RunConfig(method="lora", seed=1, output_dir=str(tmp_path)).folder.name.startswith("acceptability-demo-lora-")
+    (tmp_path / config.folder_name).mkdir()
+    assert config.folder == tmp_path / config.folder_name
 
 
 def test_a_home_that_nobody_has_is_a_name_like_any_other():

@@ -1,5 +1,7 @@
 """The page of a run and of a grid: its numbers, what it says of damage, and how a real browser shows it."""
 
+import html
+import io
 import json
 import math
 import os
@@ -7,29 +9,35 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pytest
 from tiny import save_tiny_backbone, tiny_config
 
+from pyro_blora import charts
 from pyro_blora.__main__ import _parser, main
 from pyro_blora.arviz_data import group, read
 from pyro_blora.bops import expected_bops
+from pyro_blora.calibration_sections import reliability_bins
 from pyro_blora.config import RunConfig
 from pyro_blora.diagnostics import Posterior
-from pyro_blora.findings import in_words, warnings
-from pyro_blora.flags import command_line, run_fields, take_settings
+from pyro_blora.findings import FEW_DRAWS, in_words, warnings
+from pyro_blora.flags import command_line, load_preset, preset_names, run_fields, take_settings
+from pyro_blora.glossary import GLOSSARY
+from pyro_blora.grid_sections import grid_page
 from pyro_blora.methods import METHODS
-from pyro_blora.report import write_report
+from pyro_blora.report import as_script, marked, render, write_report
 from pyro_blora.run import train_run
-from pyro_blora.run_files import RunFiles
-from pyro_blora.sections import reliability_bins, sections_of
+from pyro_blora.run_files import Link, RunFiles, Section, docs_link
+from pyro_blora.sections import headline, sections_of
+from pyro_blora.show import result_sentences, result_tables
 
 pytestmark = pytest.mark.usefixtures("eager")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TITLES = ["In plain words", "Gate map", "Ranks", "Calibration", "Bit operations", "Training", "Restarts",
-          "Confidently wrong", "Repeat this run"]  # fmt: skip
+          "Confidently wrong", "Repeat this run", "Glossary"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,12 @@ def backbone(tmp_path_factory):
 def run(backbone, tmp_path_factory):
     """A finished run with two restarts."""
     return train_run(tiny_config(backbone, draws=6, restarts=2, output_dir=str(tmp_path_factory.mktemp("runs"))))
+
+
+@pytest.fixture(scope="module")
+def plain(backbone, tmp_path_factory):
+    """A finished run in which nothing is random."""
+    return train_run(tiny_config(backbone, method="lora", output_dir=str(tmp_path_factory.mktemp("plain"))))
 
 
 @pytest.fixture
@@ -65,7 +79,8 @@ def test_a_run_ends_with_its_page(run):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert titles_of(page) == TITLES
     assert 'class="missing"' not in page
-    assert not re.search(r"""(src|href)=["'](https?:)?//""", page), "the page would need a network"
+    loaded = re.search(r"""\ssrc=["']|<link[^>]*href=["'](?!data:)""", re.sub(r"(?s)<script>.*?</script>", "", page))
+    assert not loaded, "the page would need a network"
 
 
 def test_headline_numbers_are_those_of_the_summary(run):
@@ -107,7 +122,8 @@ def test_the_gate_map_shows_every_tensor_with_its_exact_law(run):
     for cell in cells:
         projection, tensor = cell["tensor"].rsplit(".", 1)
         law = np.exp(constant["log_q_width"].sel(projection=projection, tensor=tensor).isel(chain=0).mean("component"))
-        assert [float(p) for p in re.findall(r": (\d\.\d\d)", cell["law"])] == pytest.approx(law.values, abs=0.0051)
+        shown = [float(p) for p in re.findall(r": (\d\.\d\d)", cell["distribution"])]
+        assert shown == pytest.approx(law.values, abs=0.0051)
         opened = constant["z_deployed"].sel(projection=projection, tensor=tensor).isel(chain=0).sum()
         assert cell["width"] == [2, 4, 8, 16, 32][int(opened)]
         assert cell["doubt"] == pytest.approx(1 - float(law[int(opened)]), abs=1e-5)
@@ -214,7 +230,131 @@ def test_a_grid_with_a_failed_cell_has_its_page(run, tmp_path, capsys):
     assert main(["report", str(grid)]) == 0
     page = (grid / "report.html").read_text()
     assert "2 runs of this grid have no result" in page and "the training diverged at step 3" in page
-    assert 'href="one/report.html"' in page and len(specs_of(page)) == 1
+    assert 'href="./one/report.html"' in page and len(specs_of(page)) == 1
+
+
+def edited(folder, run, **changes):
+    """A copy of the run in a grid, its summary changed."""
+    shutil.copytree(run, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | changes))
+
+
+def test_a_grid_compares_equal_seeds_only(run, tmp_path):
+    """The lowest NLL of all is of a seed that the other prior has no run of."""
+    for prior, seed, nll in (("a", 0, 0.50), ("b", 0, 0.45), ("a", 1, 0.10), ("b", 2, 0.60)):
+        edited(tmp_path / f"{prior}-{seed}", run, prior=prior, seed=seed, nll=nll)
+    first, second = (paragraphs := grid_page(tmp_path)[1][0].paragraphs)[0], " ".join(paragraphs[1:])
+    assert "at seed 0: b, mean_field has the lowest NLL, 0.4500" in first
+    assert "ahead of a, mean_field by 0.0500 ± 0.0000 over examples" in first
+    assert "2 runs of other seeds are not in these sentences" in second
+    shutil.rmtree(tmp_path / "b-0")
+    assert "no seed has a result of every run" in grid_page(tmp_path)[1][0].paragraphs[0]
+    for folder in tmp_path.glob("b-*"):
+        shutil.rmtree(folder)
+    assert "nothing to compare it with" in grid_page(tmp_path)[1][0].paragraphs[0]
+
+
+def test_runs_of_a_grid_that_learned_nothing_are_named(run, tmp_path):
+    empty = scored(json.loads((run / "summary.json").read_text()), 0.514, 0.509, 0.005)
+    edited(tmp_path / "one", run, **empty)
+    edited(tmp_path / "two", run, **scored(empty | {"seed": 1}, 0.9, 0.509, 0.005))
+    (warning,) = grid_page(tmp_path)[1][0].warnings
+    assert "not better than that of one answer for every example, 0.509: " in warning
+    assert ("seed 0: 0.514" in warning) != ("seed 1" in warning)
+
+
+NAMES = ["javascript:alert(1)", "java script:a", "a?b=c#d", "a%3Ab", "é & <b>", "..trick", "https:"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_of_a_folder_becomes_a_scheme(run, tmp_path, name):
+    shutil.copytree(run, tmp_path / name)
+    page = text_of(tmp_path).split("<script>")[0]
+    (href,) = re.findall(r'<td[^>]*><a href="([^"]*)">', page)
+    assert href.startswith("./") and href.endswith("/report.html") and ":" not in href
+    assert (tmp_path / unquote(html.unescape(href))).is_file()
+
+
+UNSAFE = ["javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", " javascript:x", "//x", "/etc"]
+
+
+@pytest.mark.parametrize("href", UNSAFE)
+def test_an_unsafe_link_is_a_text(href):
+    table = pd.DataFrame({"a": [Link("here", href)]})
+    page = render("t", "n", [], [Section("s", links=[Link("go", href)], tables=[("", table, True)])])
+    assert "<a " not in page and "<td>here</td>" in page
+
+
+def test_cells_that_are_lists_are_no_links():
+    table = pd.DataFrame({"a": [["javascript:alert(1)", "x"], ("a", "b"), None], "b": [np.array(["u", "v"]), 1.5, "t"]})
+    page = render("t", "n", [], [Section("s", tables=[("", table, True)])])
+    assert "<a " not in page and "[&#39;javascript:alert(1)&#39;, &#39;x&#39;]" in page and "<td>None</td>" in page
+
+
+def test_json_in_a_script_has_no_tag_and_no_comment():
+    texts = ["</script>", "<!--<script>", "\u2028 & >", "<b>"]
+    text = as_script({"x": texts})
+    assert not set(text) & set("<>&\u2028") and json.loads(text) == {"x": texts}
+
+
+def test_backticks_and_flags_are_code_and_the_rest_is_escaped():
+    assert marked("`a<b` & --draws 15, --prior.rate, a--b") == (
+        "<code>a&lt;b</code> &amp; <code>--draws</code> 15, <code>--prior.rate</code>, a--b"
+    )
+
+
+def test_no_page_shows_a_backtick(run, tmp_path):
+    shutil.copytree(run, tmp_path / "grid" / "one")
+    for folder in (run, tmp_path / "grid"):
+        assert "`" not in text_of(folder).split("<script>")[0]
+
+
+def test_a_page_leads_to_the_words_and_to_the_docs(run):
+    page = text_of(run)
+    assert "constant answer" in GLOSSARY and all(
+        html.escape(meaning)[:30].split("`")[0] in page for meaning in GLOSSARY.values()
+    )
+    assert "docs/reading-the-posterior.md" in page
+    checkout = Path(__file__).resolve().parents[1]
+    link = docs_link(checkout / "runs" / "mine")
+    assert (checkout / "runs" / "mine" / link.href).resolve() == checkout / "docs" / "reading-the-posterior.md"
+    assert link.is_safe and (docs_link(Path("/")) is None or docs_link(Path("/")).is_safe)
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        ([8.0, 8.0], False),
+        ([1.0, 1.0 + 1e-9], False),
+        ([0.0, 0.0], False),
+        ([3.0], True),
+        ([], False),
+        ([math.nan, 2.0], False),
+    ],
+)
+def test_an_axis_of_equal_values_is_wider_than_a_rounding_error(values, log):
+    low, high = charts._scale(values, log).to_dict()["domain"]
+    inside = [x for x in values if math.isfinite(x)] or [1.0]
+    assert low < min(inside) <= max(inside) < high and high - low >= 0.05 * max(map(abs, inside))
+    assert "domain" not in charts._scale([1.0, 1.1], log).to_dict()
+
+
+def test_a_run_without_gates_has_no_empty_chart(plain):
+    """Its KL is 0 throughout, which a logarithmic axis cannot show, and nothing is saved."""
+    sections = {section.title: section for section in sections_of(RunFiles(plain))}
+    assert "as they are 0 throughout: kl_z, kl_g." in sections["Training"].paragraphs[1]
+    assert (
+        len(sections["Bit operations"].charts) == 1 and "Nothing is saved" in sections["Bit operations"].paragraphs[-1]
+    )
+    for section in sections.values():
+        for spec, _ in section.charts:
+            rows = (
+                spec["data"]["values"]
+                if "data" in spec
+                else [x for layer in spec["layer"] for x in layer["data"]["values"]]
+            )
+            assert rows
 
 
 @pytest.mark.parametrize(
@@ -227,7 +367,7 @@ def test_a_grid_with_a_failed_cell_has_its_page(run, tmp_path, capsys):
     ],
 )
 def test_words_set_random_weights_beside_a_temperature(run, scaled, plain, verdict):
-    summary = json.loads((run / "summary.json").read_text())
+    summary = scored(json.loads((run / "summary.json").read_text()), 0.845, 0.509, 0.02)
     assert "temperature" not in " ".join(in_words(summary))
     summary["deployed"]["nll"] = plain
     summary |= {"nll": 0.5, "weights": {"law": "swag", "random": 96, "stored": 1152, "std": 0.012}}
@@ -235,7 +375,7 @@ def test_words_set_random_weights_beside_a_temperature(run, scaled, plain, verdi
     summary["calibration"] = {"deployed": {"temperature": 1.25, "scaled": {"nll": scaled}}}
     said = " ".join(in_words(summary))
     assert verdict in said and "At 1.25, the temperature" in said and f"has an NLL of {scaled:.3f}" in said
-    assert "96 weights of the adapter are random, by law swag, with a standard deviation of 0.012" in said
+    assert "96 weights of the adapter are random, by distribution swag, with a standard deviation of 0.012" in said
     assert "--validation" not in " ".join(warnings(summary, None))
     assert "at the end of what was tried" not in " ".join(warnings(summary, None))
     summary["calibration"]["deployed"]["temperature"] = math.exp(4.9999)
@@ -244,7 +384,93 @@ def test_words_set_random_weights_beside_a_temperature(run, scaled, plain, verdi
     assert len(said) == 2 and "temperature, 148" in said[0] and "prior precision, 0.0068" in said[1]
 
 
-def test_warnings_name_what_is_wrong(backbone, tmp_path):
+def scored(summary, metric, constant, gain_error, nll=0.69, nll_constant=0.693):
+    """The summary of a run with these scores, of 872 examples."""
+    name = summary["metric"]["name"]
+    own = {"constant": constant, "standard_error": 0.017, "gain_error": gain_error}
+    of_nll = {"constant": nll_constant, "standard_error": 0.001, "gain_error": 0.002}
+    chance = {"chance": {"mean": 0.028, "high": 0.042}}
+    summary |= {"nll": nll, "beside": {name: own, "nll": of_nll, "brier": of_nll, "ece": chance}, "calibration": {}}
+    summary["metric"]["value"], summary["ece"]["value"] = metric, 0.009
+    summary["deployed"]["metric"]["value"] = metric + 0.03
+    summary["deployed"]["difference_error"] = 0.001
+    return summary
+
+
+def shown_in_terminal(summary):
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    for part in (*result_tables(summary), *result_sentences(summary)):
+        console.print(part, markup=False)
+    return " ".join(console.export_text().split())
+
+
+def test_nothing_learned_is_said_and_nothing_is_recommended(run):
+    """0.514 where one answer for all has 0.509."""
+    summary = scored(json.loads((run / "summary.json").read_text()), 0.514, 0.509, 0.005)
+    said = " ".join([*in_words(summary), *warnings(summary, None)])
+    assert "Nothing was learned: accuracy is 0.514 ± 0.017, and one answer for every example has 0.509" in said
+    assert "off by" not in said and "quote the one" not in said
+    assert "nothing was learned" in headline(summary)[0][2] and "constant answer 0.5090" in headline(summary)[0][2]
+    terminal = shown_in_terminal(summary)
+    assert "0.5140 ± 0.0170" in terminal and "0.5090" in terminal and "Nothing was learned: accuracy is" in terminal
+    only_decisions = scored(summary, 0.514, 0.509, 0.005, nll=0.6)
+    assert "Decisions are not better than a constant answer" in warnings(only_decisions, None)[0]
+    learned = scored(summary, 0.845, 0.509, 0.02, nll=0.37)
+    said = " ".join([*in_words(learned), *warnings(learned, None)])
+    assert "othing was learned" not in said and "constant answer:" not in said
+    assert "off by 0.009 on average (ECE). For comparison" in said and "quote the one that you will use" in said
+    learned["deployed"]["difference_error"] = 0.02  # the same gap, within noise
+    assert "quote the one" not in " ".join(warnings(learned, None))
+
+
+def test_an_ece_is_read_beside_chance(run):
+    summary = scored(json.loads((run / "summary.json").read_text()), 0.845, 0.509, 0.02, nll=0.37)
+    for ece, verdict in ((0.041, "no evidence of miscalibration"), (0.043, "so evidence of miscalibration")):
+        summary["ece"]["value"] = ece
+        assert f"below 0.042 in 95% of the cases: {verdict}" in " ".join(in_words(summary)).replace(
+            "more than chance, ", ""
+        )
+        assert verdict in shown_in_terminal(summary) and "0.0420" in shown_in_terminal(summary)
+    assert "by chance up to 0.0420" in headline(summary)[2][2]
+
+
+def test_a_run_has_what_its_scores_are_read_beside(run):
+    summary = json.loads((run / "summary.json").read_text())
+    table = pd.read_parquet(run / "predictions.parquet")
+    share = (table["label"] == 1).mean()
+    for scores in (summary, summary["deployed"], *summary["restarts"]):
+        assert scores["beside"]["accuracy"]["constant"] == pytest.approx(max(share, 1 - share))
+        assert scores["beside"]["accuracy"]["standard_error"] == pytest.approx(0.022, abs=0.002)
+        assert 0 < scores["beside"]["nll"]["standard_error"] < 0.1
+        assert 0 < scores["beside"]["ece"]["chance"]["mean"] < scores["beside"]["ece"]["chance"]["high"] < 0.2
+    page = text_of(run)
+    assert page.count("±") > 20 and "constant answer" in page
+
+
+def test_scores_of_an_older_run_are_completed_from_its_predictions(run, copy):
+    summary = json.loads((copy / "summary.json").read_text())
+    whole = {
+        name: summary[name].pop("beside") if name in summary else summary.pop("beside") for name in ("deployed", "")
+    }
+    summary["deployed"].pop("difference_error")
+    (copy / "summary.json").write_text(json.dumps(summary))
+    found = RunFiles(copy).summary
+    for name, value in whole[""].items():
+        assert found["beside"][name] == {key: pytest.approx(x, rel=1e-4) for key, x in value.items()}
+    assert found["deployed"]["beside"]["accuracy"] == whole["deployed"]["accuracy"]
+    (copy / "predictions.parquet").unlink()
+    assert "beside" not in RunFiles(copy).summary
+    assert "±" not in text_of(copy).split("<h2>Gate map</h2>")[0] and main(["show", str(copy)]) == 0
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_no_preset_and_no_default_has_few_draws(name):
+    assert min(load_preset(name).get("draws", FEW_DRAWS), RunConfig().draws) >= FEW_DRAWS
+
+
+def test_warnings_name_what_is_wrong(backbone, plain, tmp_path):
     def said(**changes):
         folder = train_run(tiny_config(backbone, output_dir=str(tmp_path), **changes))
         files = RunFiles(folder)
@@ -252,7 +478,9 @@ def test_warnings_name_what_is_wrong(backbone, tmp_path):
 
     collapsed = said(prior="nested", prior_settings={"rate": 200.0})
     assert "Collapsed" in collapsed and "2 bit" in collapsed and "One fit" in collapsed and "Few draws: 3" in collapsed
-    assert "No gate is random" in said(method="lora")
+    files = RunFiles(plain)
+    of_plain = " ".join(warnings(files.summary, files.posterior))
+    assert "No gate is random" in of_plain and "Few draws" not in of_plain  # nothing is averaged
     assert "Prior-dominated" in said(prior="depth", seed=1) and "Collapsed" not in said(prior="depth", seed=2)
 
 
@@ -264,14 +492,27 @@ def test_the_calibration_section_has_the_scores_of_the_summary(backbone, tmp_pat
     caption, table, shown = section.tables[0]
     assert shown and "dropout masks" in caption
     table = table.set_index("")
-    assert list(table) == ["averaged", "averaged, scaled", "deployed", "deployed, scaled"]
+    assert list(table) == [
+        "averaged", "averaged, scaled", "deployed", "deployed, scaled", "constant answer", "by chance, 95 %"
+    ]  # fmt: skip
     for column, scores in (("averaged", found["averaged"]), ("deployed, scaled", found["deployed"]["scaled"])):
-        assert table[column]["NLL"] == round(scores["nll"], 4) and table[column]["ECE, 20 bins"] == round(
-            scores["ece_20"], 4
-        )
-        assert table[column]["accuracy on the surest 80%"] == round(scores["selective_accuracy"]["0.8"], 4)
-    assert table["averaged"]["temperature"] == 1 != table["averaged, scaled"]["temperature"]
+        errors = scores["errors"]
+        for line, value, error in (
+            ("NLL", scores["nll"], errors["nll"]), ("Brier score", scores["brier"], errors["brier"]),
+            ("accuracy on the most confident 80%",
+             *(x["selective_accuracy"]["0.8"] for x in (scores, errors))),
+        ):  # fmt: skip
+            assert table[column][line] == f"{value:.4f} ± {error:.4f}" and error > 0
+        assert table[column]["ECE, 20 bins"] == f"{scores['ece_20']:.4f}"
+    chance = found["averaged"]["chance"]["ece_15"]
+    assert table["by chance, 95 %"]["ECE, 15 bins"] == f"{chance['mean']:.4f}, {chance['high']:.4f}"
+    assert table["averaged"]["temperature"] == "" != table["averaged, scaled"]["temperature"]
     assert "averaged, scaled" in text_of(folder)
+
+
+def test_no_word_of_scaling_without_a_temperature(run):
+    page = text_of(run).split("<h2>Calibration</h2>")[1].split("</section>")[0]
+    assert "caled" not in page and "emperature" not in page and "constant answer" in page
 
 
 def test_what_if_is_answered_on_the_line(run, capsys):
@@ -313,6 +554,46 @@ def opened(browser, path, **settings):
     return page, said
 
 
+_TEXTS = """
+() => {
+  const found = [], box = x => x.getBoundingClientRect();
+  for (const chart of document.querySelectorAll('.chart')) {
+    const view = box(chart.querySelector('svg'));
+    for (const text of chart.querySelectorAll('svg text')) {
+      const r = box(text);
+      if (getComputedStyle(text).opacity == 0 || !r.width) continue;
+      if (r.left < view.left - 1 || r.right > view.right + 1 || r.top < view.top - 1 || r.bottom > view.bottom + 1)
+        found.push(`${chart.id}: "${text.textContent}" is cut`);
+      if (text.textContent.endsWith('…')) found.push(`${chart.id}: "${text.textContent}" is shortened`);
+    }
+    for (const group of chart.querySelectorAll('.role-axis-label, .role-legend-label')) {
+      const labels = [...group.querySelectorAll('text')].filter(x => getComputedStyle(x).opacity != 0 && x.textContent);
+      labels.forEach((one, i) => labels.slice(i + 1).forEach(other => {
+        const a = box(one), b = box(other);
+        if (a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom)
+          found.push(`${chart.id}: "${one.textContent}" and "${other.textContent}" collide`);
+      }));
+    }
+    for (const title of chart.querySelectorAll('.role-axis-title text'))
+      for (const label of chart.querySelectorAll('.role-axis-label text')) {
+        const a = box(title), b = box(label);
+        if (getComputedStyle(label).opacity != 0 && label.textContent
+            && a.left + 1 < b.right && b.left + 1 < a.right && a.top + 1 < b.bottom && b.top + 1 < a.bottom)
+          found.push(`${chart.id}: title "${title.textContent}" is over "${label.textContent}"`);
+      }
+  }
+  for (const text of document.querySelectorAll('h1, h2, .caption, figcaption, .cards *'))
+    if (text.scrollWidth > text.clientWidth + 1 && text.clientWidth) found.push(`"${text.textContent}" is cut`);
+  return found;
+}
+"""
+
+
+def cut_or_colliding(page):
+    """Texts of a drawn page that leave their chart, are shortened, or lie over each other."""
+    return page.evaluate(_TEXTS)
+
+
 @pytest.mark.parametrize("width", [390, 768, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_renders_at_every_width_without_a_word_on_the_console(chromium, run, width, scheme):
@@ -321,6 +602,11 @@ def test_the_page_renders_at_every_width_without_a_word_on_the_console(chromium,
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     rights = page.evaluate("[...document.querySelectorAll('.chart svg')].map(x => x.getBoundingClientRect().right)")
     assert len(rights) >= 10 and max(rights) <= width
+    assert cut_or_colliding(page) == []
+    strokes = page.evaluate(
+        "[...document.querySelectorAll('.chart .mark-rect.role-mark path')].map(x => getComputedStyle(x).stroke)"
+    )
+    assert page.evaluate("getComputedStyle(document.body).color") in strokes  # bars have an outline in the page's ink
     style = "getComputedStyle(document.body)"
     ink, paper = page.evaluate(f"[{style}.color, {style}.backgroundColor]")
     bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
@@ -358,5 +644,19 @@ def test_paper_is_white(chromium, run):
 
 def test_the_grids_page_renders(chromium, run, tmp_path):
     shutil.copytree(run, tmp_path / "grid" / "one")
+    edited(tmp_path / "grid" / "javascript:document.title='pwned'", run, prior="other </script><script>", seed=0)
     page, said = opened(chromium, write_report(tmp_path / "grid"), viewport={"width": 390, "height": 800})
     assert said == [] and page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert cut_or_colliding(page) == []
+    page.locator("td a", has_text="javascript").click()
+    page.wait_for_url("**/report.html")
+    assert page.title() != "pwned" and "javascript%3A" in page.url
+
+
+def test_a_page_without_a_range_and_the_stored_run_render(chromium, plain, tmp_path):
+    stored = Path(shutil.copytree(Path(__file__).parents[1] / "analysis" / "example" / "bops", tmp_path / "bops"))
+    write_report(stored)
+    for folder, width, scheme in ((plain, 390, "dark"), (stored, 390, "light"), (stored, 1440, "dark")):
+        place = folder / "report.html"
+        page, said = opened(chromium, place, viewport={"width": width, "height": 900}, color_scheme=scheme)
+        assert said == [] and cut_or_colliding(page) == [], (folder.name, width)

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ import torch
 
 from pyro_blora.tasks import get_task, register_task, task_names
 from pyro_blora.tasks.glue import GLUE, REMEDY
+from pyro_blora.tasks.metric import GlueScore
 
 ROWS = {  # the data folder's README
     "cola": (8551, 1043),
@@ -242,12 +244,55 @@ def test_the_demo_and_the_nine_tasks_are_known():
 
 def test_a_registered_task_is_found_and_its_name_is_given_once(monkeypatch):
     monkeypatch.setattr("pyro_blora.tasks._TASKS", {})
-    mine = replace(GLUE[0], name="mine")
+    mine = replace(GLUE[0], name="mine", make_metric=partial(GlueScore, "cola"))
     assert register_task(mine) is mine
     assert get_task("mine") is mine
     assert register_task(mine) is mine
     with pytest.raises(ValueError, match="'mine' is taken"):
-        register_task(replace(mine, metric_name="f1"))
+        register_task(replace(mine, text_columns=("other",)))
+
+
+def test_the_tasks_of_the_package_could_be_registered():
+    for name in task_names():
+        get_task(name).require_usable()
+
+
+def broken():
+    raise RuntimeError("no network\nat all")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"task 'mine' has no make_metric: give a function .* GlueScore\('sst2'\)"),
+        ({"labels": (), "label_range": (0.0, 1.0)}, r"has no make_metric: .* GlueScore\('stsb'\)"),
+        (
+            {"make_metric": broken},
+            "fails on perfect predictions of its own labels: RuntimeError: no network at all",
+        ),
+        ({"make_metric": partial(GlueScore, "sst2")}, r"gives no number 'matthews_correlation', but 'accuracy'"),
+        ({"load": lambda glue_dir: {}}, r"task 'mine': load\(.*define load\(\*, glue_dir=None, seed=0, n_train=None\)"),
+        ({"name": " "}, "a name must be a word"),
+    ],
+    ids=["no-metric", "no-metric-of-a-regression", "metric-fails", "other-metric", "load", "name"],
+)
+def test_what_a_training_would_fail_on_is_refused_at_registration(monkeypatch, changes, message):
+    monkeypatch.setattr("pyro_blora.tasks._TASKS", {})
+    cola = next(task for task in GLUE if task.name == "cola")
+    with pytest.raises(ValueError, match=message) as error:
+        register_task(replace(cola, **{"name": "mine", "make_metric": None, **changes}))
+    assert "\n" not in str(error.value) and not task_names()
+    with pytest.raises(ValueError, match="takes a Task, got str"):
+        register_task("cola")
+
+
+def test_the_parts_of_a_task_are_tuples_that_make_sense():
+    with pytest.raises(ValueError, match="different class names"):
+        replace(GLUE[0], labels=("yes", "yes"))
+    with pytest.raises(ValueError, match="text columns 'sentence'"):
+        replace(GLUE[0], text_columns="sentence")
+    with pytest.raises(ValueError, match=r"label_range \(5.0, 0.0\)"):
+        replace(GLUE[0], labels=(), label_range=(5.0, 0.0))
 
 
 def test_a_task_is_classes_or_a_range():

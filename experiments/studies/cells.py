@@ -32,7 +32,7 @@ _ELSEWHERE = ("glue_dir", "output_dir")  # where a cell was run, not what
 
 
 def folder_of(config: RunConfig) -> Path:
-    return Path(config.output_dir) / config.folder_name
+    return config.folder
 
 
 def kept(path: Path, config: RunConfig) -> dict | None:

@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.output_dir) / self.config.folder_name
+        return self.config.folder
 
     @property
     def name(self) -> str:

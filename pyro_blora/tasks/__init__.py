@@ -32,7 +32,13 @@ def get_task(name: str) -> Task:
 
 
 def register_task(task: Task) -> Task:
-    """Make a task known by its name, and return it; a name is given once."""
+    """Make a task known by its name, and return it; a name is given once.
+
+    Errors: ValueError for a name that is taken, and for what would otherwise fail when a training has ended.
+    """
+    if not isinstance(task, Task):
+        raise ValueError(f"register_task takes a Task, got {type(task).__name__}: Task(name=..., load=..., ...)")
+    task.require_usable()
     if _TASKS.get(task.name, task) != task:
         raise ValueError(f"the task name {task.name!r} is taken: give the new task another name")
     _TASKS[task.name] = task

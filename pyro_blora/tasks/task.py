@@ -6,6 +6,9 @@ is one `Task` given to `register_task`; nothing is subclassed.
 
 from __future__ import annotations
 
+import inspect
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +18,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 
-from pyro_blora.tasks.metric import GlueScore
+from pyro_blora.tasks.metric import SCORES, GlueScore
 
 SPLITS = ("train", "eval")  # what every `load` returns; further splits (MNLI's "eval_mismatched") are allowed
 
@@ -33,22 +36,60 @@ class Task:
     metric_name: str
     """The headline number among those the metric returns: "matthews_correlation"."""
     load: Callable[..., dict[str, datasets.Dataset]]
-    """`load(glue_dir=None, seed=0, n_train=None)` -> {"train": ..., "eval": ...}, with the text columns and "label";
+    """`load(*, glue_dir=None, seed=0, n_train=None)` -> {"train": ..., "eval": ...}, with the text columns and "label";
     `n_train` limits the training rows (drawn with `seed`), None means the task's usual number."""
     label_range: tuple[float, float] | None = None
     """Lowest and highest label of a regression task, in the label's own units; None for classification."""
     make_metric: Callable[[], evaluate.Metric] | None = None
-    """Builds the metric; None takes the `GlueScore` of the task's name."""
+    """Builds the metric; None takes the `GlueScore` of the task's name, so a task of another name needs one."""
 
     def __post_init__(self) -> None:
-        if len(self.text_columns) not in (1, 2):
-            raise ValueError(f"task {self.name!r} has text columns {self.text_columns}: name one, or two for pairs")
+        if isinstance(self.text_columns, str) or len(self.text_columns) not in (1, 2):
+            raise ValueError(f"task {self.name!r} has text columns {self.text_columns!r}: name one, or two for pairs")
         if bool(self.labels) == (self.label_range is not None):
             raise ValueError(f"task {self.name!r}: give labels (classes) or label_range (regression), and only one")
         if len(self.labels) == 1:
             raise ValueError(
                 f"task {self.name!r} has the single label {self.labels[0]!r}: classification needs two or more"
             )
+
+        if isinstance(self.labels, str) or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"task {self.name!r} has labels {self.labels!r}: give a tuple of different class names")
+        if self.label_range is not None and not -math.inf < self.label_range[0] < self.label_range[1] < math.inf:
+            raise ValueError(f"task {self.name!r} has label_range {self.label_range}: give (lowest, highest), finite")
+
+    def require_usable(self) -> None:
+        """Try what a training would use at its end: `load`'s arguments, and the metric on perfect predictions.
+
+        Errors: ValueError naming what is missing or fails, and the remedy.
+        """
+        where = f"task {self.name!r}"
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"{where}: a name must be a word, as it is given to --task")
+        try:
+            inspect.signature(self.load).bind(glue_dir=None, seed=0, n_train=None)
+        except TypeError as error:
+            raise ValueError(f"{where}: load({error}): define load(*, glue_dir=None, seed=0, n_train=None)") from None
+        if self.make_metric is None and self.name not in SCORES:
+            raise ValueError(
+                f"{where} has no make_metric: give a function that returns an evaluate.Metric, such as "
+                f"make_metric=lambda: GlueScore({'stsb' if self.is_regression else 'sst2'!r}) with GlueScore of "
+                "pyro_blora.tasks.metric"
+            )
+        if self.is_regression:
+            low, high = self.label_range
+            perfect = [low, (low + high) / 2, high]
+        else:
+            perfect = [*range(self.num_labels)] * 2
+        try:
+            scores = self.metric().compute(predictions=perfect, references=perfect)
+        except Exception as error:  # a user's function, which may raise anything
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"{where}: its metric fails on perfect predictions of its own labels: {said}") from error
+        value = scores.get(self.metric_name) if isinstance(scores, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            known = ", ".join(map(repr, scores)) if isinstance(scores, Mapping) else repr(scores)
+            raise ValueError(f"{where}: its metric gives no number {self.metric_name!r}, but {known}: set metric_name")
 
     @property
     def is_regression(self) -> bool:
