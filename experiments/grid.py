@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 import pandas as pd
 import yaml
 from tqdm.auto import tqdm

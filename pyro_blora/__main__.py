@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from .config import RunConfig, field_names
 from .flags import preset_names, run_fields, take_settings
+from .host import keep_freed_memory, spin_briefly
 from .methods import METHODS
 from .registry import REQUIRED, Registry, registered
 
@@ -32,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
+    spin_briefly()
     try:
         return _command(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
@@ -94,7 +96,6 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         print(f"finished already: {folder}")
         show_run(folder)
         return 0
-    from .host import keep_freed_memory
     from .processes import leave_group
     from .run import train_run
 
