@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 
+import regex  # its matches have a time limit
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,7 @@ TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
 INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
 LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
+_LONGEST_MATCH = 1.0  # seconds of a regular expression on one name, which takes microseconds
 _READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input
 
 # The attention inputs of each architecture, the ones the paper adapts.
@@ -215,10 +217,7 @@ def _match(linears: dict[str, nn.Linear], targets, architecture: str) -> set[str
             )
         targets = TARGETS[architecture]
     if isinstance(targets, str):
-        try:
-            found = {name for name in linears if re.fullmatch(targets, name)}
-        except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}") from None
+        found = _matched(targets, linears)
         missing = [] if found else [targets]
     else:
         hits = {t: {name for name in linears if name == t or name.endswith("." + t)} for t in targets}
@@ -232,6 +231,21 @@ def _match(linears: dict[str, nn.Linear], targets, architecture: str) -> set[str
             f"encoder. Its linear layers end in: {', '.join(ends)}"
         )
     return found
+
+
+def _matched(pattern: str, names: Iterable[str]) -> set[str]:
+    """The names that a regular expression matches as a whole; one that takes for ever is refused."""
+    try:
+        re.compile(pattern)
+        compiled = regex.compile(pattern)
+        return {name for name in names if compiled.fullmatch(name, timeout=_LONGEST_MATCH)}
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"target_modules {pattern!r} is no regular expression: {error}") from None
+    except TimeoutError:
+        raise ValueError(
+            f"target_modules {pattern!r} takes more than {_LONGEST_MATCH:g} s to match one name: write it without "
+            "repetitions inside repetitions, such as (a+)+, or list the names"
+        ) from None
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:

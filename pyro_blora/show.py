@@ -1,6 +1,5 @@
 """The result of a finished run, and what forcing a gate would do, as tables in a terminal."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -9,17 +8,21 @@ from rich.table import Table
 from .arviz_data import read
 from .diagnostics import Posterior
 from .findings import law_of_weights
+from .run_files import read_summary
 
 
 def show_run(folder: str | Path) -> None:
     """Print the result table of a finished run.  Errors: ValueError for a folder that is none."""
     folder = Path(folder)
+    summary = read_summary(folder)
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         tables = result_tables(summary)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
-    console = Console()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder}/summary.json has something else where a number or a table is meant ({what})"
+        ) from None
+    console = Console(markup=False)  # a name may hold [brackets]
     for table in tables:
         console.print(table)
     console.print(f"Run folder: {folder}", soft_wrap=True)
