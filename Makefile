@@ -6,6 +6,10 @@ BIN := .venv/bin
 LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops linear_operator unfoldNd
 INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000# OpenMP's threads sleep soon, so that processes can share the machine: docs/scaling.md
+endif
+
 .PHONY: run test lint bench clean
 
 run: $(INSTALLED)

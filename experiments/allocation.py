@@ -28,6 +28,10 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import paired, spread
 from experiments.studies.pages import study_parser, write_page

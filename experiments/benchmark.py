@@ -15,10 +15,14 @@ import sys
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 import torch
 from tqdm.auto import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.bench import page, quantizers, subjects
 from experiments.bench.networks import Setting

@@ -17,6 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 os.environ.setdefault("PYRO_BLORA_COMPILE", "0")  # networks this small gain nothing from it
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 import torch
 
 from experiments.ladder import figures, report, rungs, sbc

@@ -23,6 +23,10 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 from experiments.studies.compare import paired, spread
 from experiments.studies.loo import loo_of_run
 from experiments.studies.results import groups, missing, read

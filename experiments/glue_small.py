@@ -12,6 +12,10 @@ import json
 import sys
 from pathlib import Path
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 import torch
 
 from pyro_blora.config import RunConfig

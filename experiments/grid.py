@@ -16,8 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 import pandas as pd
-import yaml
 from tqdm.auto import tqdm
 
 from experiments.studies.grid_file import Cell, read_grid
@@ -26,6 +29,7 @@ from pyro_blora.files import REPORT, replace
 from pyro_blora.report import write_report
 from pyro_blora.schedule import Schedule
 from pyro_blora.signals import Interrupted, heeded
+from pyro_blora.user_files import load_yaml
 
 _LOOK = 0.5  # seconds between two looks at the runs
 COLUMNS = ("metric", "score", "deployed_score", "nll", "deployed_nll", "ece", "brier", "seconds", "folder")
@@ -134,10 +138,7 @@ def job_settings(given: list[str]) -> dict:
     """NAME=VALUE words as a table; values are YAML."""
     if wrong := [word for word in given if "=" not in word]:
         raise ValueError(f"--job takes NAME=VALUE, got {wrong[0]!r}")
-    try:
-        return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in given)}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--job takes NAME=VALUE, and a value is no YAML: {' '.join(str(error).split())}") from None
+    return {name: load_yaml(value, f"--job {name}") for name, value in (word.split("=", 1) for word in given)}
 
 
 def steps_of(cell: Cell) -> str:

@@ -11,6 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 from pyro_blora.tasks.glue import load_glue
 from pyro_blora.tasks.pairs import COLUMNS, LABELS
 

@@ -18,6 +18,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import rank_differences
 from experiments.studies.pages import study_parser, write_page

@@ -14,6 +14,10 @@ import vl_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 from pyro_blora.run_files import RunFiles, Section
 from pyro_blora.sections import headline, sections_of
 

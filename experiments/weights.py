@@ -13,9 +13,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
+import torch
 
 from experiments.studies.cells import CODE, kept, settings_of
 from experiments.studies.pages import study_parser, write_page

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from .config import RunConfig, field_names
 from .flags import preset_names, run_fields, take_settings
+from .host import keep_freed_memory, spin_briefly
 from .methods import METHODS
 from .registry import REQUIRED, Registry, registered
 from .signals import heeded
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
     143, 130 and 129 after SIGTERM, SIGINT and SIGHUP.
     """
+    spin_briefly()
     try:
         return _command(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
@@ -101,7 +103,6 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         show_run(folder)
         return 0
     with heeded():
-        from .host import keep_freed_memory
         from .processes import leave_group
         from .run import train_run
 

@@ -7,8 +7,11 @@ import inspect
 import re
 from collections.abc import Iterable
 
+import regex  # its matches have a time limit
 import torch
 from torch import Tensor, nn
+
+_LONGEST_MATCH = 1.0  # seconds of a regular expression on one name, which takes microseconds
 
 # The attention inputs of each architecture, the ones the paper adapts.
 TARGETS = {
@@ -54,6 +57,21 @@ def _other_maps(model: nn.Module) -> str:
     return "; ".join(f"{kind} ({', '.join(sorted(ends))})" for kind, ends in sorted(found.items()))
 
 
+def _matching(pattern: str, names: Iterable[str]) -> set[str]:
+    """The names that a regular expression matches as a whole.  Errors: ValueError also for one that takes for ever."""
+    try:
+        re.compile(pattern)
+        compiled = regex.compile(pattern)
+        return {name for name in names if compiled.fullmatch(name, timeout=_LONGEST_MATCH)}
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"target_modules {pattern!r} is no regular expression: {error}") from None
+    except TimeoutError:
+        raise ValueError(
+            f"target_modules {pattern!r} takes more than {_LONGEST_MATCH:g} s to match one name: write it without "
+            "repetitions inside repetitions, such as (a+)+, or list the names"
+        ) from None
+
+
 def matched(model: nn.Module, targets: str | Iterable[str] | None, architecture: str) -> set[str]:
     """Paths of the linear layers that the targets name.  Errors: ValueError listing what there is."""
     linears = encoder_linears(model)
@@ -70,10 +88,7 @@ def matched(model: nn.Module, targets: str | Iterable[str] | None, architecture:
             )
         targets = TARGETS[architecture]
     if isinstance(targets, str):
-        try:
-            found = {name for name in linears if re.fullmatch(targets, name)}
-        except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}") from None
+        found = _matching(targets, linears)
         missing = [] if found else [targets]
     else:
         hits = {t: {name for name in linears if name == t or name.endswith("." + t)} for t in targets}

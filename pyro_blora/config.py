@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from .fields import RANGES, fit
+from .fields import MOST_FITS, RANGES, fit, shown
 from .methods import METHODS, resolved
+from .user_files import load_json, read_text
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES = {
@@ -134,7 +135,7 @@ class RunConfig:
         for name, (holds, expected, remedy) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {expected}, got {value!r}: {remedy}")
+                raise ValueError(f"{name} must be {expected}, got {shown(value)}: {remedy}")
         self._require_consistent()
         start, end = self.temperature_start, self.temperature_end
         if end > start:
@@ -171,6 +172,9 @@ class RunConfig:
             raise ValueError(f"--init_lora_weights {self.init_lora_weights} is for LoRA, --adapter xs starts from W0")
         if self.weights == "ensemble" and self.restarts > 1:
             raise ValueError("the members of --weights ensemble are restarts already: drop --restarts")
+        members = self.weights_settings.get("members", 3)
+        if self.weights == "ensemble" and isinstance(members, int | float) and not members <= MOST_FITS:
+            raise ValueError(f"weights.members must be at most {MOST_FITS:,}, got {members}: 3 to 10 are usual")
 
     @property
     def fits(self) -> int:
@@ -194,13 +198,10 @@ class RunConfig:
     @classmethod
     def from_json(cls, source: str | Path) -> Self:
         """A configuration from JSON text, or from a `config.json` given as a Path; not what it says of the machine."""
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the configuration is not JSON: {error}") from error
+        where = str(source) if isinstance(source, Path) else "the configuration"
+        values = load_json(read_text(source) if isinstance(source, Path) else source, where)
         if not isinstance(values, dict):
-            raise ValueError(f"a configuration must be a JSON object, got {type(values).__name__}")
+            raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
         for of_machine in ("versions", "threads"):
             values.pop(of_machine, None)
         return cls.from_dict(values)
@@ -276,8 +277,8 @@ def _targets(value: str | tuple | None) -> str | tuple[str, ...] | None:
     if value is not None:
         try:
             re.compile(value)
-        except re.error as error:
-            raise ValueError(f"target_modules {value!r} is no regular expression ({error})") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"target_modules {shown(value)} is no regular expression ({error})") from error
     return value
 
 

@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_DEEPEST = 20  # levels of a setting
+_MOST_VALUES = 10_000  # of the settings of one law
+_LARGEST = 10**18  # a whole number that every reader of a file has
+_SHOWN = 80  # characters of a wrong value that are repeated
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
 
 
 def _at_least(low: float) -> tuple:
     return (lambda value: value >= low), f"at least {low}"
+
+
+def _from_to(low: int, high: int) -> tuple:
+    return (lambda value: low <= value <= high), f"from {low} to {high:,}"
 
 
 def _positive() -> tuple:
@@ -27,14 +35,15 @@ def _fraction() -> tuple:
     return (lambda value: 0 <= value <= 1), "between 0 and 1"
 
 
+MOST_FITS = 1000  # restarts, or members of an ensemble: one after the other
 RANGES = {  # field: (check, what is expected, remedy)
-    "rank": (*_at_least(1), "8 is usual; the gates close ranks that are not needed"),
+    "rank": (*_from_to(1, 65_536), "8 is usual; the gates close ranks that are not needed"),
     "alpha": (*_positive(), "twice the rank is usual"),
     "max_train": (*_at_least(1), "leave it out to use everything"),
-    "epochs": (*_at_least(1), "one pass is the shortest run; max_train makes it shorter"),
-    "batch_size": (*_at_least(1), "accumulation keeps the effective batch when memory is short"),
-    "accumulation": (*_at_least(1), "1 means a step after every batch"),
-    "restarts": (*_at_least(1), "1 is a single fit; 3 or 4 show whether they agree"),
+    "epochs": (*_from_to(1, 100_000), "one pass is the shortest run; max_train makes it shorter"),
+    "batch_size": (*_from_to(1, 65_536), "accumulation keeps the effective batch when memory is short"),
+    "accumulation": (*_from_to(1, 65_536), "1 means a step after every batch"),
+    "restarts": (*_from_to(1, MOST_FITS), "1 is a single fit; 3 or 4 show whether they agree"),
     "lr": (*_positive(), "1e-3 is usual for adapters"),
     "lr_head": (*_positive(), "leave it out to use lr"),
     "lr_gates": (*_not_negative(), "0 freezes the gates"),
@@ -46,11 +55,11 @@ RANGES = {  # field: (check, what is expected, remedy)
     "temperature_start": (*_positive(), "0.5 is usual"),
     "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),
     "clip_norm": (*_positive(), "a large number, such as 1e9, switches clipping off"),
-    "max_length": (*_at_least(4), "a pair of texts needs three special tokens and a word"),
+    "max_length": (*_from_to(4, 131_072), "a pair of texts needs three special tokens and a word"),
     "data_seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "leave it out to use seed"),
     "validation": ((lambda value: 0 <= value < 1), "a fraction from 0 to below 1", "0.1 is usual"),
     "seed": ((lambda value: 0 <= value < 2**32), "between 0 and 4294967295", "NumPy's generators take 32 bits"),
-    "draws": (*_at_least(1), "15 is usual"),
+    "draws": (*_from_to(1, 100_000), "15 is usual"),
     "logging_steps": (*_at_least(1), "1 logs every step"),
     "checkpoint_steps": (*_at_least(1), "a number beyond the last step writes none in between"),
     "checkpoint_minutes": (*_positive(), "5 is usual; a large number leaves it to checkpoint_steps"),
@@ -74,10 +83,11 @@ def fit(name: str, annotation: Any, value: Any) -> Any:
     if isinstance(value, list | tuple) and tuple in more:
         return tuple(value)
     if kind is dict and isinstance(value, Mapping):
+        _require_small(name, value)
         try:
             return json.loads(json.dumps(dict(value), allow_nan=False))  # a copy, and proof that it can be stored
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must hold plain numbers, words and lists, got {value!r}: {error}") from error
+            raise ValueError(f"{name} must hold plain numbers, words and lists, got {shown(value)}: {error}") from error
     if kind is str and isinstance(value, str | Path):
         return str(value)
     if kind is bool and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
@@ -85,8 +95,36 @@ def fit(name: str, annotation: Any, value: Any) -> Any:
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
+        if kind is int and abs(number) > _LARGEST:
+            raise ValueError(f"{name} must be {_NOUNS[int]} of at most 18 digits, got {shown(value)}: lower it")
         if not math.isnan(number) and (kind is float or number.is_integer()):
             return kind(number)
-    raise ValueError(f"{name} must be {_NOUNS[kind]}{' or none' if optional else ''}, got {value!r}")
+    raise ValueError(f"{name} must be {_NOUNS[kind]}{' or none' if optional else ''}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A wrong value in a message, cut where it is long."""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"a whole number of {value.bit_length() * 3 // 10 + 1} digits or so"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _require_small(name: str, settings: Mapping) -> None:
+    """Refuse settings that no law has: a file whose aliases multiply, lists in lists without end, giant numbers."""
+    count, level = 0, [settings]
+    for _ in range(_DEEPEST):
+        below = []
+        for value in level:
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise ValueError(f"{name}: a whole number must have at most 18 digits, got {shown(value)}: lower it")
+            if isinstance(value, Mapping | list | tuple):
+                below += value.values() if isinstance(value, Mapping) else value
+                count += len(value)
+            if count > _MOST_VALUES:
+                raise ValueError(f"{name} has more than {_MOST_VALUES:,} values: leave out what no setting needs")
+        level = below
+    if level:
+        raise ValueError(f"{name} has more than {_DEEPEST} levels inside each other: flatten it")

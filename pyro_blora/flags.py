@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .config import OWNERS, PRESETS, RunConfig, field_names, suggest
+from .fields import shown
 from .methods import left_open, require_consistent
+from .user_files import compose_yaml, load_yaml, read_text, value_of
 
 _PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
@@ -44,11 +44,8 @@ def read_preset(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(os.path.expanduser(name))
     if not path.is_file():
         raise ValueError(f"unknown preset {name!r}: {suggest(name, preset_names())}; or give a YAML file that exists")
-    text = path.read_text(encoding="utf-8")
-    try:
-        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"preset {path} is not YAML: {' '.join(str(error).split())}") from error
+    node = compose_yaml(read_text(path), f"preset {path}")
+    values = value_of(node, f"preset {path}")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -143,6 +140,6 @@ def take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _value(name: str, text: str) -> Any:
     try:
-        return float(text) if EXPONENT.fullmatch(text) else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--{name} must be a number, a word or a YAML list, got {text!r}") from error
+        return float(text) if EXPONENT.fullmatch(text) else load_yaml(text, f"--{name}")
+    except ValueError as error:
+        raise ValueError(f"--{name} must be a number, a word or a YAML list, got {shown(text)} ({error})") from None

@@ -25,13 +25,7 @@ from torch.distributions import constraints, register_kl
 from torch.distributions.utils import lazy_property
 
 _IMPOSSIBLE = -1e30  # log of 0, in sums that have to stay finite
-
-
-class _Nonpositive(constraints.Constraint):
-    event_dim = 1
-
-    def check(self, value: Tensor) -> Tensor:
-        return (value <= 0).all(-1)
+_NONPOSITIVE = constraints.independent(constraints.interval(-torch.inf, 0.0), 1)
 
 
 class _Chain(constraints.Constraint):
@@ -41,8 +35,7 @@ class _Chain(constraints.Constraint):
     event_dim = 1
 
     def check(self, value: Tensor) -> Tensor:
-        binary = ((value == 0) | (value == 1)).all(-1)
-        return binary & (value[..., 1:] <= value[..., :-1]).all(-1)
+        return ((value == 0) | (value == 1)).all(-1) & (value[..., 1:] <= value[..., :-1]).all(-1)
 
 
 def _log1mexp(log_prob: Tensor) -> Tensor:
@@ -73,10 +66,7 @@ class _Nested(torch.autograd.Function):
 
 
 class _LogAtLeast(torch.autograd.Function):
-    """logcumsumexp from the right: log P(d >= k) from log P(d), up to a constant, (..., K + 1); -inf: impossible.
-
-    PyTorch's own backward takes five times as many kernels, and turns nan into 0.
-    """
+    """log P(d >= k) from log P(d), up to a constant, (..., K + 1); PyTorch's own backward is slower and hides nan."""
 
     @staticmethod
     def forward(ctx, log_probs):
@@ -102,6 +92,13 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(finite, weight * torch.where(finite, value, 0.0), torch.where(weight > 0, value, 0.0))
 
 
+def _refuse(gradient: Tensor) -> None:
+    raise ValueError(
+        "the log-probability of a relaxed draw has no gradient: as a part of an ELBO it would close every gate. "
+        "Use pyro.infer.TraceMeanField_ELBO(), which takes the KL divergence in closed form, or pyro_blora.fit"
+    )
+
+
 def _shifted(chain: Tensor) -> Tensor:
     """Each gate's parent: the chain moved by one, with an open gate in front. (..., K) -> (..., K)"""
     return torch.cat([torch.ones_like(chain[..., :1]), chain], -1)[..., :-1]
@@ -115,7 +112,7 @@ class NestedBernoulli(TorchDistribution):
     Errors: ValueError where a log-probability is positive or nan.
     """
 
-    arg_constraints = {"log_probs": _Nonpositive()}  # noqa: RUF012 (torch's own spelling of a class attribute)
+    arg_constraints = {"log_probs": _NONPOSITIVE}  # noqa: RUF012 (torch's own spelling of a class attribute)
     support = _Chain()
     has_enumerate_support = True
 
@@ -212,7 +209,7 @@ class RelaxedNestedBernoulli(TorchDistribution):
 
     `hard=True` thresholds each gate and passes the gradient straight through; then samples are exact draws of the
     discrete law. `hard=False` returns soft chains in [0, 1]. Neither has a density here: `log_prob` is the discrete
-    law's, of the value rounded to a chain, and the ELBO uses the registered closed-form KL.
+    law's, of the value rounded to a chain; differentiating it raises, and the ELBO uses the registered closed-form KL.
 
     Shapes: logits (..., K), conditional log-odds of opening; -inf and inf pin a gate. temperature: a positive number.
     Source: Maddison et al., Jang et al. (2017); straight-through: Bengio et al. (2013).
@@ -258,7 +255,10 @@ class RelaxedNestedBernoulli(TorchDistribution):
         return _Nested.apply(gates)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.discrete.log_prob((value > 0.5).to(self.logits.dtype))
+        log_prob = self.discrete.log_prob((value > 0.5).to(self.logits.dtype))
+        if log_prob.requires_grad:
+            log_prob.register_hook(_refuse)
+        return log_prob
 
 
 def _kl(log_q, log_q_closed, log_p, log_p_closed) -> Tensor:

@@ -25,7 +25,7 @@ def grid_page(folder: Path) -> tuple[Cards, list[Section]]:
     for path in finished:
         try:
             rows.append(_row(RunFiles(path), labels.get(path.name)))
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             broken.append({"run": path.name, "what is wrong": str(error)})
     done = {path.name for path in finished}
     broken += [{"run": log.stem, "what is wrong": _last_line(log)} for log in logs if log.stem not in done]

@@ -1,10 +1,12 @@
 """What a process that trains asks of its machine."""
 
 import ctypes
+import os
 import platform
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names for them, from malloc.h
 _KEEP = 1 << 30  # bytes
+_SPINS = "1000"  # of libgomp's default of 300,000 or more: some microseconds, as long as a small kernel takes
 
 
 def keep_freed_memory() -> bool:
@@ -17,3 +19,14 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return mallopt is not None and all(mallopt(name, _KEEP) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def spin_briefly() -> None:
+    """Let OpenMP's threads sleep soon after a parallel part; call it before torch is imported, which loads libgomp.
+
+    By default they spin for milliseconds, which costs nothing on an idle machine, and beside other busy programs takes
+    the very processors that the others, and the thread all of them are waiting for, should run on: docs/scaling.md.
+    A choice of the user's, GOMP_SPINCOUNT or OMP_WAIT_POLICY, stays. Child processes inherit it.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS

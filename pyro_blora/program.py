@@ -8,18 +8,26 @@
 theta are the adapter's weights, where their law (weights.py) is learned with the gates; else there is no such site.
 
 All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is that of the discrete
-laws, in closed form (of a mixture: `Mixture.divergence`); a relaxation lives in the guide's sample only.
+laws, in closed form (of a mixture: `Mixture.divergence`); a relaxation lives in the guide's sample only. Pyro's own
+`SVI(program.model, program.guide, optim, TraceMeanField_ELBO())` trains the same posterior: what learns is shown to its
+optimizer and never enters the global parameter store.
 Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1), theta (D,).   Units: nats.
 """
 
 import abc
 import contextlib
+import copy
+import math
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.runtime import _PYRO_STACK, effectful
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -94,7 +102,9 @@ class GateProgram(nn.Module, abc.ABC):
     # --- the program ------------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:
-        gates = self._gate_sites(self.prior())
+        self._show_parameters()
+        laws = self.prior()
+        gates = self._gate_sites(laws if self.hard else _of_soft_chains(laws))
         theta = pyro.sample("theta", self.weights.prior()) if self.weights.in_training else None  # (D,)
         logits = self.logits(inputs, gates, theta)  # (B, classes)
         with pyro.plate("example", self.n_train, subsample=torch.arange(len(logits), device=logits.device)):
@@ -102,10 +112,40 @@ class GateProgram(nn.Module, abc.ABC):
         return logits
 
     def guide(self, inputs: dict, labels: Tensor | None = None) -> Gates:
+        self._show_parameters()
         gates = self._gate_sites(self.gate_guide.laws(self.temperature, self.hard))
         if self.weights.in_training:
             pyro.sample("theta", self.weights.law())
         return gates
+
+    def _show_parameters(self) -> None:
+        """Where Pyro collects parameters for an optimizer, as SVI.step does: all that learn, as `param` sites.
+
+        Errors: ValueError where Pyro's ELBO is not the program's.
+        """
+        if not any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
+            return
+        self._require_an_elbo_of_pyro()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                shown = parameter.detach()  # as Pyro's module-local parameters: a view that knows what is optimized
+                shown.unconstrained = weakref.ref(parameter)
+                effectful(lambda shown=shown: shown, type="param")(name=f"program.{name}")
+
+    def _require_an_elbo_of_pyro(self) -> None:
+        for what, part in (("guide", self.gate_guide), ("prior", self.prior)):
+            if hasattr(part, "divergence") or hasattr(part, "allocate"):
+                raise ValueError(
+                    f"the {what} {type(part).__name__} cannot be trained by pyro.infer.SVI: it has a KL divergence, or "
+                    "an allocator, that Pyro's ELBOs do not see. Use pyro_blora.fit, or minimize program.elbo(inputs, "
+                    "labels).loss(program.n_train)"
+                )
+        if hasattr(self.prior, "adapt"):
+            warnings.warn(
+                f"the prior {type(self.prior).__name__} adapts after every step: call program.prior.adapt(pyro_blora."
+                "posterior.component_marginals(program)) after svi.step, or it stays as it is",
+                stacklevel=2,
+            )
 
     def _gate_sites(self, laws: Gates) -> Gates:
         L, T, _ = self.layout.z_shape
@@ -113,7 +153,7 @@ class GateProgram(nn.Module, abc.ABC):
             z = pyro.sample("z", laws.z)  # (L, T, K)
         with pyro.plate("g_projection", L, dim=-1), poutine.mask(mask=self.g_mask):
             g = pyro.sample("g", laws.g)  # (L, R - 1)
-        return Gates(z, g)
+        return Gates(_without_singletons(z, self.layout.z_shape), _without_singletons(g, self.layout.g_shape))
 
     # --- the ELBO ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +228,19 @@ class BayesianLoRA(GateProgram):
             elbo = self.elbo(inputs, labels)
         theta_weight = (kl_weight if theta_weight is None else theta_weight) * self.weights.kl_weight
         return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
+
+
+def _without_singletons(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What Predictive replays has a dimension of 1 for every plate of the model that a site is not in."""
+    return x.reshape(shape) if x.dim() > len(shape) and x.numel() == math.prod(shape) else x
+
+
+def _of_soft_chains(laws: Gates) -> Gates:
+    """The same laws, which take a soft chain: Pyro asks for its log-probability, and then uses the KL instead."""
+    unchecked = Gates(*map(copy.copy, laws))
+    for law in unchecked:
+        law._validate_args = False
+    return unchecked
 
 
 def kl_of(guide: nn.Module, prior: nn.Module, z_mask: Tensor, g_mask: Tensor, temperature: float, hard: bool) -> Gates:

@@ -237,7 +237,7 @@ def _convert(value: Any, kind: type) -> Any:
         return REQUIRED
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return REQUIRED
     if math.isnan(number) or (kind is int and not number.is_integer()):  # is_integer is False for infinities
         return REQUIRED

@@ -5,7 +5,7 @@ Summaries of older versions have no `beside` (what every score is read beside): 
 
 import dataclasses
 import importlib.metadata
-import json
+import math
 import os
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,9 @@ from .arviz_data import group, read
 from .calibration import chance_level
 from .config import RunConfig
 from .diagnostics import Posterior
+from .fields import shown
 from .files import require_whole
+from .user_files import load_json, open_text, read_json
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _DOCS = "docs/reading-the-posterior.md"
@@ -76,21 +78,58 @@ class Section:
     missing: str = ""
 
 
+def read_summary(folder: Path) -> dict:
+    """The summary of a finished run.  Errors: ValueError for a folder that has none, and for one of another form."""
+    try:
+        summary = read_json(folder / "summary.json")
+        _require_form(summary)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder} is not a finished run: no readable summary.json ({what})") from None
+    return summary
+
+
+def _require_form(summary: dict) -> None:
+    """That what every table and page shows is there, and a number where a number is meant."""
+    metric, deployed, bops = summary["metric"], summary["deployed"], summary["bops"]
+    numbers = {
+        "metric.value": metric["value"], "nll": summary["nll"], "draws": summary["draws"], "seed": summary["seed"],
+        "n_eval": summary["n_eval"], "deployed.nll": deployed["nll"], "brier": summary.get("brier", 0.0),
+        "deployed.metric.value": deployed["metric"]["value"], "adapter_parameters": summary["adapter_parameters"],
+        "ece.value": summary["ece"]["value"] or 0.0, "ece.bins": summary["ece"]["bins"],
+        "deployed.ece.value": deployed["ece"]["value"] or 0.0,
+        **{f"bops.{name}": bops[name] for name in ("adapted_ratio", "model_ratio")},
+        **{f"bops.deployed.{name}": bops["deployed"][name] for name in ("adapted_ratio", "model_ratio")},
+        **dict(zip(("bops.interval, low", "bops.interval, high"), bops["interval"], strict=True)),
+        **{f"expected_bits.{role}": value for role, value in summary["expected_bits"].items()},
+        **{f"expected_rank.{kind}": value for kind, value in summary["expected_rank"].items()},
+    }  # fmt: skip
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+    words = {"metric.name": metric["name"], **{x: summary[x] for x in ("task", "backbone", "prior", "guide")}}
+    for name, value in words.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a word, got {shown(value)}")
+
+
 class RunFiles:
     """A finished run's files, each read when it is asked for.  Errors: ValueError for a folder without a summary."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         require_whole(folder, ["summary.json"])
-        try:
-            self.summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            self.metric = self.summary["metric"]["name"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
+        self.summary = read_summary(folder)
+        self.metric = self.summary["metric"]["name"]
         if "beside" not in self.summary:
             try:
                 self._complete()
-            except (ValueError, KeyError, TypeError):  # without its predictions: scores without errors
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+            ):  # without its predictions: scores without errors
                 self.summary.pop("beside", None)
 
     def _complete(self) -> None:
@@ -131,12 +170,16 @@ class RunFiles:
     def log(self) -> pd.DataFrame:
         path = self.folder / "metrics.jsonl"
         try:
-            found = pd.DataFrame([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+            with open_text(path) as file:
+                lines = [load_json(line, f"line {number}") for number, line in enumerate(file, start=1)]
         except (OSError, ValueError) as error:
             raise ValueError(f"metrics.jsonl cannot be read ({error}): no curves.") from None
-        if not found.empty:
+        for number, line in enumerate(lines, start=1):
+            if not isinstance(line, dict) or not all(isinstance(x, int | float) for x in line.values()):
+                raise ValueError(f"metrics.jsonl, line {number} is no table of numbers: no curves.")
+        if lines:
             require_whole(self.folder, [path.name])
-        return found
+        return pd.DataFrame(lines)
 
     @cached_property
     def predictions(self) -> pd.DataFrame:

@@ -37,10 +37,13 @@ def sections_of(run: RunFiles) -> list[Section]:
     found = []
     for title, make in _SECTIONS.items():
         try:
-            found.append(make(run, title))
-        except (ValueError, KeyError) as error:
-            said = str(error) if isinstance(error, ValueError) else f"This run's files lack {error}."
-            found.append(Section(title, missing=said))
+            section = make(run, title)
+            json.dumps([spec for spec, _ in section.charts], allow_nan=False)  # a chart of something else is none
+            found.append(section)
+        except Exception as error:  # whatever pandas, Altair and we make of files that somebody has edited
+            said = f"This run's files have something else where this is kept ({type(error).__name__}: {error})."
+            said = f"This run's files lack {error}." if isinstance(error, KeyError) else said
+            found.append(Section(title, missing=str(error) if isinstance(error, ValueError) else said))
     return found
 
 

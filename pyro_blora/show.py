@@ -20,9 +20,12 @@ def show_run(folder: str | Path) -> None:
     summary = RunFiles(folder).summary
     try:
         tables, sentences = result_tables(summary), result_sentences(summary)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a finished run: no readable summary.json ({error})") from None
-    console = Console()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder}/summary.json has something else where a number or a table is meant ({what})"
+        ) from None
+    console = Console(markup=False)  # a name may hold [brackets]
     for table in tables:
         console.print(table)
     for sentence in sentences:

@@ -7,6 +7,10 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: nothing here may depend on the network
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before torch: the tests share the machine with each other
+
 import pytest
 import torch
 from hypothesis import settings

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments.bench import page, quantizers, subjects
+from experiments.bench import page, quantizers, sharing, subjects
 from experiments.bench.networks import Setting, adalora_step, gated_step, lora_step, program_of, some_draws
 from experiments.bench.timing import Row, compared, in_turn, spread
 from pyro_blora.quantizer import quantize
@@ -86,3 +86,8 @@ def test_draws_of_few_distinct_allocations_are_few_forwards(monkeypatch):
     monkeypatch.setattr(program.net, "forward", lambda **batch: forwards.append(1) or inner(**batch))
     subjects.predict(program, [Setting(**SMALL).examples()], gates=gates)
     assert len(gates.z) == 7 and len(forwards) == 3
+
+
+def test_a_step_is_timed_in_the_process_that_shares_the_machine(capsys):
+    sharing.one_process(2)
+    assert [float(line) > 0 for line in capsys.readouterr().out.split()] == [True, True]

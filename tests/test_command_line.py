@@ -238,3 +238,46 @@ def test_a_command_that_trained_leaves_the_group_of_its_processes(monkeypatch, c
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert main(["train", "--preset", "demo", "--output_dir", str(tmp_path)]) == 0
     assert within == [True] and not dist.is_initialized() and capsys.readouterr().out == f"{tmp_path}\n"
+
+
+def spin_count(module, **environment):
+    """The GOMP_SPINCOUNT that libgomp has read when a process has imported torch, from its own words."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, *module], cwd=ROOT, env={**kept, "OMP_DISPLAY_ENV": "verbose", **environment},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = {line.partition("=")[2].strip().strip("'") for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line}
+    if not found:
+        pytest.skip("this torch does not use libgomp")
+    assert len(found) == 1, done.stderr
+    return found.pop()
+
+
+def test_threads_spin_briefly_unless_the_user_chose():
+    priors = ("-m", "pyro_blora", "priors")  # imports torch
+    assert spin_count(priors) == "1000"
+    assert spin_count(priors, GOMP_SPINCOUNT="77") == "77"
+    assert spin_count(("experiments/grid.py", "nothing.yaml")) == "1000"
+
+
+def test_a_chosen_wait_policy_stays(monkeypatch):
+    from pyro_blora.host import spin_briefly
+
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    spin_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.name)
+def test_every_script_asks_for_it_before_it_imports_torch(script):
+    lines = script.read_text(encoding="utf-8").splitlines()
+    early = ("import torch", "from pyro_blora", "from experiments", "import pyro", "import datasets", "import sklearn")
+    first = next((line for line in lines if line.startswith(early)), "")
+    if first != "from pyro_blora.__main__ import main":  # which asks for it
+        assert first == "from pyro_blora.host import spin_briefly"
+        assert lines[lines.index(first) + 2].startswith("spin_briefly()")

@@ -72,6 +72,7 @@ FLOORS = {
     "training": 10,
     "charts": 0,
     "host": 0,
+    "user_files": 0,
     "processes": 0,
     "diagnostics": 2,
     "run_files": 3,

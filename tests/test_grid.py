@@ -176,7 +176,7 @@ def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path):
     [
         (["--job", "partition"], "--job takes NAME=VALUE, got 'partition'"),
         (["--job", "colour=blue"], "--cluster local does not take these parameters"),
-        (["--job", "a=["], "--job takes NAME=VALUE, and a value is no YAML"),
+        (["--job", "a=["], "--job a is not YAML: "),
         (["--at_a_time", "-1"], "--at_a_time must be at least 1, got -1"),
     ],
 )

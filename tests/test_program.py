@@ -9,7 +9,7 @@ import torch
 from contracts import LEARNING
 from models import batch, tiny_bert
 from pyro import poutine
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate
@@ -289,6 +289,74 @@ def test_svi_of_pyro_lowers_the_loss():
 
     before, after = trained(program, step)
     assert after < 0.8 * before
+
+
+def svi_of(program, elbo):
+    return SVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.02}), elbo)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("estimator", ["straight_through", "relaxed"])
+def test_a_script_with_svi_takes_our_own_steps(estimator, validated):
+    """With pyro's validation and without: all that learns moves, to where torch's optimizer on our loss takes it."""
+    program, (inputs, labels) = program_of(scope="adapted", estimator=estimator), batch(size=8)
+    twin = copy.deepcopy(program)
+    start = [p.detach().clone() for p in learning(program)]
+    optimizer = torch.optim.Adam(learning(twin), lr=0.02)
+    with pyro.validation_enabled(validated):
+        svi = svi_of(program, TraceMeanField_ELBO())
+        for step in range(5):
+            torch.manual_seed(step)
+            loss = svi.step(inputs, labels)
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            ours = twin.elbo(inputs, labels).loss(N_TRAIN) * N_TRAIN  # Pyro's is the sum
+            ours.backward()
+            optimizer.step()
+            assert loss == pytest.approx(ours.item(), rel=1e-4)
+    names = [name for name, p in program.named_parameters() if p.requires_grad]
+    moved = [not torch.equal(p, old) for p, old in zip(learning(program), start, strict=True)]
+    assert [name for name, is_moved in zip(names, moved, strict=True) if not is_moved] == ["log_scale"]
+    for mine, theirs in zip(learning(program), learning(twin), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO, RenyiELBO])
+@pytest.mark.parametrize("estimator", ["straight_through", "relaxed"])
+def test_an_elbo_that_differentiates_a_relaxed_density_is_refused(estimator, elbo, validated):
+    program, (inputs, labels) = program_of(scope="adapted", estimator=estimator), batch()
+    before = [p.detach().clone() for p in learning(program)]
+    with pyro.validation_enabled(validated), pytest.raises(ValueError, match=r"Use pyro\.infer\.TraceMeanField_ELBO"):
+        svi_of(program, elbo()).step(inputs, labels)
+    assert all(map(torch.equal, before, learning(program)))
+
+
+@pytest.mark.parametrize(("part", "settings"), [("guide", {"guide": "mixture"}), ("prior", {"prior": "hierarchical"})])
+def test_svi_refuses_what_has_a_divergence_of_its_own(part, settings):
+    program, (inputs, labels) = program_of(scope="adapted", **settings), batch()
+    with pytest.raises(ValueError, match=rf"the {part} \w+ cannot be trained by pyro.infer.SVI.* Use pyro_blora.fit"):
+        svi_of(program, TraceMeanField_ELBO()).step(inputs, labels)
+
+
+def test_svi_says_that_a_budget_does_not_follow_by_itself():
+    net = attach(tiny_bert(), rank=3, sequence_length=10)
+    prior = build_prior("budget", net.layout, {"bops": 0.3})
+    guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
+    program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=N_TRAIN)
+    with pytest.warns(UserWarning, match=r"call program\.prior\.adapt"):
+        svi_of(program, TraceMeanField_ELBO()).step(*batch())
+
+
+def test_traces_and_predictive_see_no_parameters():
+    program, (inputs, labels) = program_of(scope="adapted", estimator="relaxed"), batch()
+    trace = poutine.trace(program.guide).get_trace(inputs, labels)
+    assert not trace.param_nodes and bool(torch.isfinite(trace.log_prob_sum()))
+    with pytest.raises(ValueError, match="no gradient"):
+        trace.log_prob_sum().backward()
+    by_guide = Predictive(program.model, guide=program.guide, num_samples=3)(inputs)
+    by_prior = Predictive(program.model, num_samples=3)(inputs)
+    assert by_guide["label"].numel() == by_prior["label"].numel() == 3 * 4
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "relaxed", "score_function"])

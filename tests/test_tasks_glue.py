@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
 import shutil
@@ -99,6 +100,35 @@ def test_a_lone_quote_does_not_swallow_the_next_rows(tmp_path):
     assert rows["label"][:] == [1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("sentence\tlabel\nfine\t1\n".encode("utf-16"), "is UTF-16, not UTF-8 text: convert it: iconv"),
+        ("sentence\tlabel\nfiné\t1\n".encode("latin-1"), "line 2: byte 0xe9 is no UTF-8.* iconv -f WINDOWS-1252"),
+        (gzip.compress(b"sentence\tlabel\nfine\t1\n"), "is compressed by gzip, not UTF-8 text: unpack it: gunzip"),
+        (b"sentence\tlabel\tsentence\nfine\t1\tbad\n", "the header line names 'sentence' twice: rename or drop one"),
+    ],
+)
+def test_a_file_that_is_no_such_table_is_refused_with_the_remedy(tmp_path, raw, message):
+    folder = release(tmp_path, "sst2", ["sentence\tlabel", "fine\t1"])
+    (folder / "SST-2" / "dev.tsv").write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"{folder / 'SST-2' / 'dev.tsv'}.*{message}"):
+        get_task("sst2").load(glue_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("qqp", ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\ta?\tb?\t0", "1\tx", "2\tx"]),
+        ("mnli", ["sentence1\tsentence2\tgold_label", "a\tb\tneutral", "a\tb\t-", "a\tb\t-"]),
+    ],
+)
+def test_a_release_of_which_most_rows_are_left_out_is_refused(tmp_path, name, lines):
+    message = r"train\.tsv: 2 of 3 rows are broken or have no label, the first of them in line 3; .* download it again"
+    with pytest.raises(ValueError, match=message):
+        get_task(name).load(glue_dir=release(tmp_path, name, lines))
+
+
 def test_windows_line_ends_are_read(tmp_path):
     rows = get_task("sst2").load(glue_dir=release(tmp_path, "sst2", ["sentence\tlabel\r", "fine\t1\r"]))["train"]
     assert rows[0] == {"sentence": "fine", "label": 1}
@@ -136,9 +166,10 @@ def test_official_mnli_columns_are_found_by_name_and_rows_without_gold_label_are
 def test_malformed_qqp_rows_are_skipped_and_counted_once(tmp_path, caplog):
     lines = ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"]
     lines += ["0\t1\t2\tWhy?\tHow come?\t1", "1\t3\t4\tWhat is", "this?\tThat?\t0", "2\t5\t6\tWho?\tWhom?\t"]
+    lines += [lines[1]] * 2  # most rows are whole
     with caplog.at_level(logging.WARNING, logger="pyro_blora"):
         rows = get_task("qqp").load(glue_dir=release(tmp_path, "qqp", lines))["train"]
-    assert list(rows) == [{"question1": "Why?", "question2": "How come?", "label": 1}]
+    assert list(rows) == [{"question1": "Why?", "question2": "How come?", "label": 1}] * 3
     warnings = [record.getMessage() for record in caplog.records if "train.tsv" in record.getMessage()]
     assert len(warnings) == 1
     assert "skipped 3 malformed rows" in warnings[0]

@@ -1,6 +1,7 @@
 """Pairs of one's own from CSV: what is read, what is refused and how, and scores that see both answers."""
 
 import csv
+import gzip
 
 import numpy as np
 import pytest
@@ -37,18 +38,39 @@ def test_columns_may_be_in_any_order_beside_others_with_a_byte_order_mark(tmp_pa
     ("text", "message"),
     [
         (None, "there is no file .*train.csv: it has the columns first, second and label"),
-        ("", "the header line lacks .'first', 'second', 'label'."),
-        ("first,label\na,yes\n", "the header line lacks .'second'., it has"),
+        ("", "the header line lacks the columns .'first', 'second', 'label'."),
+        ("first,label\na,yes\n", "the header line lacks the columns .'second'., it has"),
         ("first,second,label\na,b,yes\na,b,maybe\n", "line 3: 'maybe' with 'a' is no pair: two texts and yes or no"),
         ("first,second,label\na,,yes\n", "line 2: 'yes' with 'a' is no pair"),
         ("first,second,label\na,b\n", "line 2: None with 'a' is no pair"),
         ("first,second,label\n", "has no rows under its header"),
+        (
+            "first,second,label,first\na,b,yes,c\n",
+            "the header line names 'first' twice: rename or drop one",
+        ),
+        ("first,second,label\n" + "x" * 200_000 + ",b,yes\n", r"train.csv, line \d: field larger than field limit"),
         ('first,second,label\na,"b,yes\n', r"line \d: unexpected end of data"),
     ],
 )
 def test_what_is_no_pair_is_refused_with_its_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         get_task("pairs").load(glue_dir=written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (GOOD.encode("utf-16"), "is UTF-16, not UTF-8 text: convert it: iconv"),
+        (GOOD.replace("x", "é").encode("latin-1"), "line 3: byte 0xe9 is no UTF-8.* iconv -f WINDOWS-1252"),
+        (gzip.compress(GOOD.encode()), "is compressed by gzip, not UTF-8 text: unpack it: gunzip"),
+        (b"PK\x03\x04" + bytes(100), "is a ZIP archive or a spreadsheet, not UTF-8 text: unpack it, or save the sheet"),
+    ],
+)
+def test_a_file_of_another_encoding_is_refused_with_the_remedy(tmp_path, raw, message):
+    written(tmp_path)
+    (tmp_path / "dev.csv").write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'dev.csv'}.*{message}"):
+        get_task("pairs").load(glue_dir=tmp_path)
 
 
 def test_it_needs_a_folder():

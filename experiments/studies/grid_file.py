@@ -30,6 +30,7 @@ from pyro_blora.methods import left_open, require_consistent
 from pyro_blora.priors import PRIORS, build_prior, parts
 from pyro_blora.schedule import Schedule
 from pyro_blora.testing import example_layout
+from pyro_blora.user_files import compose_yaml, read_text, value_of
 
 _OF_THE_MODEL = ("budget", "random")  # priors whose settings only the model itself can refuse
 
@@ -71,11 +72,7 @@ def read_grid(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"grid file {path} does not exist: give a YAML file, those of experiments/grids for example")
-    text = path.read_text(encoding="utf-8")
-    try:
-        root = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"grid {path} is not YAML: {' '.join(str(error).split())}") from error
+    root = compose_yaml(read_text(path), f"grid {path}")
     tables = dict(_pairs(root, path, "base and axes", ("base", "axes")))
     base = _flags(tables["base"], path) if "base" in tables else {}
     base = {"output_dir": output_dir or f"runs/{path.stem}", "glue_dir": glue_dir} | base
@@ -174,7 +171,7 @@ def _axes(node: yaml.Node | None, path: Path, taken: tuple[str, ...]) -> dict[st
 def _entry(axis: str, node: yaml.Node, path: Path) -> Entry:
     line = node.start_mark.line + 1
     if not isinstance(node, yaml.MappingNode):
-        value = _value(node)
+        value = _value(node, path)
         _require_flag(axis, node, path)
         return Entry(str(value), {axis: value}, line)
     flags = _flags(node, path, extra=("label",))
@@ -189,7 +186,7 @@ def _flags(node: yaml.Node, path: Path, extra: tuple[str, ...] = ()) -> dict[str
     for key, value in _pairs(node, path, "flags"):
         if key not in extra:
             _require_flag(key, value, path)
-        found[key] = _value(value)
+        found[key] = _value(value, path)
     return found
 
 
@@ -202,6 +199,9 @@ def _pairs(node: yaml.Node | None, path: Path, what: str, known: tuple[str, ...]
     if not isinstance(node, yaml.MappingNode):
         where = f"grid {path}" if node is None else _at(path, node)
         raise ValueError(f"{where}: expected a table of {what}")
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{_at(path, key)}: a name must be a word, not a list or a table: {what} are named")
     keys = [key.value for key, _ in node.value]
     for i, (key, _) in enumerate(node.value):
         if key.value in keys[:i]:
@@ -211,13 +211,10 @@ def _pairs(node: yaml.Node | None, path: Path, what: str, known: tuple[str, ...]
     return [(key.value, value) for key, value in node.value]
 
 
-def _value(node: yaml.Node) -> Any:
+def _value(node: yaml.Node, path: Path) -> Any:
     if isinstance(node, yaml.ScalarNode) and node.style is None and EXPONENT.fullmatch(node.value):
         return float(node.value)  # YAML takes 1e-3 for a word
-    try:
-        return yaml.safe_load(yaml.serialize(node))
-    except yaml.YAMLError as error:
-        raise ValueError(f"line {node.start_mark.line + 1}: {' '.join(str(error).split())}") from None
+    return value_of(node, f"grid {path}")
 
 
 def _at(path: Path, node: yaml.Node) -> str:

@@ -13,6 +13,10 @@ import time
 from pathlib import Path
 
 from pyro_blora.config import RunConfig
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # a job of a cluster may not have the environment of the one that sent it
+
 from pyro_blora.run import train_run
 from pyro_blora.signals import Interrupted, heeded
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import datasets
 
+from pyro_blora.tasks.files import require_header, require_mostly_whole
 from pyro_blora.tasks.task import Task
+from pyro_blora.user_files import open_text
 
 logger = logging.getLogger(__name__)
 
@@ -117,17 +119,16 @@ def _from_release(name: str, glue_dir: Path) -> dict[str, datasets.Dataset]:
 def read_release_file(name: str, path: Path) -> datasets.Dataset:
     """One file of the official release as a dataset with the hub's columns."""
     task, release = TASKS[name], RELEASES[name]
-    texts, labels, malformed = {column: [] for column in task.text_columns}, [], 0
+    texts, labels, malformed, left_out = {column: [] for column in task.text_columns}, [], 0, []
     read_label = _label_reader(task, release)
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         rows = ((number, line.rstrip("\n").split("\t")) for number, line in enumerate(file, start=1) if line != "\n")
         width, (*text_places, label_place) = _locate(release, path, rows)
         for number, fields in rows:
             written = fields[label_place] if len(fields) == width else ""
-            if written in release.dropped_labels:
-                continue
-            if not written and release.skip_malformed:
-                malformed += 1
+            if written in release.dropped_labels or (not written and release.skip_malformed):
+                malformed += written not in release.dropped_labels
+                left_out.append(number)
                 continue
             try:
                 labels.append(read_label(written))
@@ -138,6 +139,7 @@ def read_release_file(name: str, path: Path) -> datasets.Dataset:
                 raise ValueError(f"{path}, line {number}: {fault}; {REMEDY}") from None
             for column, place in zip(texts.values(), text_places, strict=True):
                 column.append(fields[place])
+    require_mostly_whole(path, left_out, len(labels), REMEDY)
     if malformed:
         logger.warning("%s: skipped %d malformed rows, a known fault of the official file", path, malformed)
     if not labels:
@@ -149,9 +151,7 @@ def _locate(release: Release, path: Path, rows: Iterator[tuple[int, list[str]]])
     """The number of fields of a row, and the places of its texts and, last, of its label."""
     header = release.header or next(rows, (1, []))[1]
     label = next((column for column in release.label if column in header), release.label[0])
-    missing = [column for column in (*release.texts, label) if column not in header]
-    if missing:
-        raise ValueError(f"{path}: the header line lacks the columns {missing}, it has {list(header)}; {REMEDY}")
+    require_header(path, header, (*release.texts, label), REMEDY)
     return len(header), [header.index(column) for column in (*release.texts, label)]
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import datasets
 
+from pyro_blora.tasks.files import require_header
 from pyro_blora.tasks.task import Task
+from pyro_blora.user_files import open_text
 
 COLUMNS = ("first", "second")
 LABELS = ("no", "yes")
@@ -46,12 +48,14 @@ def read_pairs(path: Path) -> datasets.Dataset:
     if not path.is_file():
         raise ValueError(f"task 'pairs': there is no file {path}: it has the columns first, second and label")
     rows: dict[str, list] = {name: [] for name in (*COLUMNS, "label")}
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with open_text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            missing = [name for name in rows if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ValueError(f"the header line lacks {missing}, it has {reader.fieldnames}: name the columns so")
+            header = reader.fieldnames or ()
+        except csv.Error as error:
+            raise ValueError(f"{path}, line 1: {error}") from None
+        require_header(path, header, tuple(rows), "name the columns so")
+        try:
             for row in reader:
                 label = (row["label"] or "").strip().lower()
                 if label not in LABELS or not row["first"] or not row["second"]:

@@ -1,0 +1,40 @@
+"""Tables in text files that a user gives: headers without twins, encodings, and rows that are broken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+MOST_LEFT_OUT = 0.5  # of the rows, above which a file is not read, whatever its release's known faults
+
+
+def require_header(path: Path, header: Sequence[str], needed: Sequence[str], remedy: str) -> None:
+    """Refuse a header that lacks a column, or names a needed one twice: which of them is meant?
+
+    Errors: ValueError naming the file, the columns and the remedy.
+    """
+    missing = [column for column in needed if column not in header]
+    if missing:
+        raise ValueError(f"{path}: the header line lacks the columns {missing}, it has {_shown(header)}; {remedy}")
+    twice = [column for column, count in Counter(header).items() if count > 1 and column in needed]
+    if twice:
+        raise ValueError(f"{path}: the header line names {', '.join(map(repr, twice))} twice: rename or drop one")
+
+
+def require_mostly_whole(path: Path, left_out: Sequence[int], kept: int, remedy: str) -> None:
+    """Refuse a file of which most rows are broken, or have no label.
+
+    left_out: the lines of those rows. Errors: ValueError naming the file, how many, the first line and the remedy.
+    """
+    rows = len(left_out) + kept
+    if len(left_out) > MOST_LEFT_OUT * rows:
+        raise ValueError(
+            f"{path}: {len(left_out):,} of {rows:,} rows are broken or have no label, the first of them in line "
+            f"{left_out[0]}; {remedy}"
+        )
+
+
+def _shown(header: Sequence[str]) -> list[str]:
+    """The first columns: a file without a header has a sentence there."""
+    return [name[:40] for name in header[:20]]
