@@ -80,7 +80,8 @@ def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: 
 
 def first_inputs(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 4) -> dict[str, torch.Tensor]:
     """What the backbone takes of the first rows, as one batch."""
-    return split_labels(next(iter(loader(rows, tokenizer, [[*range(min(count, len(rows)))]]))))[0]
+    batch = next(iter(loader(rows, tokenizer, [[*range(min(count, len(rows)))]])))
+    return split_labels(batch, torch.device("cpu"))[0]
 
 
 def by_length(

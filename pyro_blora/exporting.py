@@ -184,11 +184,12 @@ def _verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] 
 def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tensor]) -> None:
     """Export an untrained program once, with adapters away from zero, so that nobody trains what cannot be kept.
 
-    folder: where that is written, compared and removed again, with the one above it if nothing else is there. rows: see
+    folder: where that is written, compared and removed again, with the one above it if that is new and empty. rows: see
     `export`. The program is left as it was.
     Errors: ValueError saying what went wrong.
     """
     parameters = program.net.adapter_parameters() if program.net.layout.adapted else []
+    kept = folder.parent.exists()
     before = [p.clone() for p in parameters]
     try:
         with torch.random.fork_rng(devices=[]):
@@ -206,8 +207,9 @@ def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tens
         for p, value in zip(parameters, before, strict=True):
             p.copy_(value)
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
+        if not kept:
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
 
 
 def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = ()) -> BayesianLoRA:

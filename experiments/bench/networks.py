@@ -15,6 +15,7 @@ from pyro_blora import adapters
 from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
+from pyro_blora.non_finite import unvalidated
 from pyro_blora.posterior import draw
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
@@ -100,7 +101,8 @@ def gated_step(setting: Setting, *, compiled: bool = False, **attached) -> Calla
     program.train()
 
     def step():
-        loss, _ = program(inputs, labels, 0.3)
+        with unvalidated():  # as the training loop does
+            loss, _ = program(inputs, labels, 0.3)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()

@@ -45,7 +45,7 @@ def _reloaded(folder: Path, config: dict) -> dict:
     from pyro_blora.build import build
     from pyro_blora.data import by_length, on_device
 
-    program = load(folder)
+    program = load(folder, allow_code=[config["backbone"]])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     program.to(device)
     parts = build(RunConfig(**config))

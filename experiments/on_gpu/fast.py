@@ -71,6 +71,8 @@ def checks(session: Session) -> list[Check]:
     config = works.config(session, "deberta_v3_base", "syncs", prior="budget", prior_settings={"bops": 0.1})
     config |= {"logging_steps": 1000, "checkpoint_steps": 1000, "kl_warmup": 0.0}
     found.append(Check("host synchronizations", lambda s: s.child("syncs", {"config": config}, seconds=120)))
+    if not session.tiny:
+        add("CUDA graph", "graphed", 4.0)
     add("memory", "memory", 0.0)
     add("quantizer", "quantizer", 4.0)
     add("where time goes", "profile", 0.0)
@@ -79,7 +81,5 @@ def checks(session: Session) -> list[Check]:
     add("gates alone", "program", 4.0)
     add("predictions", "predictions", 6.0)
     add("time to the first step", "first step", 0.0)
-    if not session.tiny:
-        add("CUDA graph", "graphed", 4.0)
     add("whole network compiled", "compiled", 6.0)
     return found
