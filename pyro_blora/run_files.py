@@ -124,12 +124,7 @@ class RunFiles:
         if "beside" not in self.summary:
             try:
                 self._complete()
-            except (
-                ValueError,
-                LookupError,
-                TypeError,
-                AttributeError,
-            ):  # without its predictions: scores without errors
+            except (ValueError, LookupError, TypeError, AttributeError):  # without its predictions, or of other types
                 self.summary.pop("beside", None)
 
     def _complete(self) -> None:

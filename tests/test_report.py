@@ -23,6 +23,7 @@ from pyro_blora.bops import expected_bops
 from pyro_blora.calibration_sections import reliability_bins
 from pyro_blora.config import RunConfig
 from pyro_blora.diagnostics import Posterior
+from pyro_blora.files import SUMS
 from pyro_blora.findings import FEW_DRAWS, in_words, warnings
 from pyro_blora.flags import command_line, load_preset, preset_names, run_fields, take_settings
 from pyro_blora.glossary import GLOSSARY
@@ -60,7 +61,13 @@ def plain(backbone, tmp_path_factory):
 @pytest.fixture
 def copy(run, tmp_path):
     """The same folder, to be damaged."""
-    return Path(shutil.copytree(run, tmp_path / run.name))
+    return without_sums(shutil.copytree(run, tmp_path / run.name))
+
+
+def without_sums(folder):
+    """The folder as if of an older version, whose files may be edited."""
+    (Path(folder) / SUMS).unlink()
+    return Path(folder)
 
 
 def text_of(folder):
@@ -235,7 +242,7 @@ def test_a_grid_with_a_failed_cell_has_its_page(run, tmp_path, capsys):
 
 def edited(folder, run, **changes):
     """A copy of the run in a grid, its summary changed."""
-    shutil.copytree(run, folder)
+    without_sums(shutil.copytree(run, folder))
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | changes))
 
