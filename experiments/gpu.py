@@ -24,7 +24,7 @@ from pyro_blora.backbone import backbone_path
 
 # a part's module, title, share of the minutes that are left when it begins, and how many lines at once
 _PARTS = {
-    "works": (works, "What works on a GPU", 0.5, 7),
+    "works": (works, "What works on a GPU", 0.5, 4),
     "fast": (fast, "How fast it is on a GPU", 0.6, 1),
     "learns": (learns, "What is learned on a GPU", 1.0, 6),
 }

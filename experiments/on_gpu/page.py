@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from .session import ROOT
+from .session import NO_TIME, ROOT
 
 _PACKAGES = ("torch", "pyro-ppl", "transformers", "peft", "arviz", "triton")
 
@@ -35,8 +35,12 @@ def write(out: Path, part: str, title: str, told: dict, command: str, lines: lis
     _replace(out / f"{part}.json", json.dumps(content, indent=1) + "\n")
     head = ", ".join(f"{key} {value}" for key, value in told.items() if key != "card")
     text = [f"# {title}", "", f"`{command}` on {told['card']}; {head}.", ""]
+    late = [line["name"] for line in lines if NO_TIME in line.get("failed", "")]
     for line in lines:
-        text += [f"## {line['name']}", "", *_body(line), ""]
+        if line["name"] not in late:
+            text += [f"## {line['name']}", "", *_body(line), ""]
+    if late:
+        text += ["## No time was left for", "", *(f"- {name}" for name in late), ""]
     _replace(out / f"{part}.md", "\n".join(text))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+NO_TIME = "no time was left"
 _MARGIN = 8.0  # seconds kept at the end, to write pages
 
 
@@ -75,7 +76,8 @@ class Session:
 
 
 def _end(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """The last lines, of a progress bar what it showed last."""
+    lines = [line.split("\r")[-1] for line in log.read_text(errors="replace").split("\n") if line.strip()]
     return "\n".join(lines[-25:])
 
 
@@ -99,7 +101,7 @@ def run_part(
         line = {"name": check.name}
         try:
             if inside.left <= 0:
-                raise RuntimeError("no time was left")
+                raise RuntimeError(NO_TIME)
             line |= check.measure(inside)
         except Exception as error:  # a line that fails must not take the others with it
             line["failed"] = f"{type(error).__name__}: {error}"

@@ -31,9 +31,9 @@ def config(session: Session, name: str, folder: str, **changes) -> dict:
 
 
 def checks(session: Session) -> list[Check]:
-    budget = {"prior": "budget", "prior_settings": {"bops": 0.1, "denominator": "model"}}
+    budget = {"prior": "budget", "prior_settings": {"bops": 0.15, "denominator": "model"}}
     variants = {
-        "scope encoder, budget 0.10 of the model": {"scope": "encoder", **budget},
+        "scope encoder, budget 0.15 of the model": {"scope": "encoder", **budget},
         "scope encoder, checkpointed": {"scope": "encoder", "gradient_checkpointing": True},
         "XS, Gaussian weights, shared inputs": {
             "adapter": "xs", "weights": "gaussian", "share_inputs": True, "adapter_settings": {"svd": "randomized"},
