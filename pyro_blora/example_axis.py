@@ -10,6 +10,8 @@ from torch import Tensor
 from .adapters import GatedModel, observed
 from .handover import Observer
 
+_CHARACTERS = 1 << 16  # of a model without a vocabulary
+
 
 class _Trace(Observer):
     """Follows the values that are nan because the first of `batch` examples was: (layer, leads with it, has it)."""
@@ -35,20 +37,25 @@ def without_examples(net: GatedModel, inputs: dict, *, every_call: bool = False)
     if rows < 2:
         return []
     inputs = {key: x[:rows].clone() for key, x in inputs.items()}
-    embeddings = net.backbone.get_input_embeddings()
-    marker = _unused(inputs["input_ids"], len(embeddings.weight))
-    inputs["input_ids"][0] = marker
+    vocabulary = getattr(net.backbone.config, "vocab_size", None) or _CHARACTERS
+    marker = _unused(inputs["input_ids"], vocabulary)
+    inputs["input_ids"][0, 0] = marker  # one is enough, and others are looked for (by T5 and BART, the last)
     trace = _Trace(rows)
 
-    def mark(module, args, output):
-        return output.masked_fill((args[0] == marker)[..., None], torch.nan)
+    def mark(module, args, settings, output):
+        """Whatever turns tokens into vectors: T5 has a table for each side, CANINE hashes what it takes."""
+        for x in (*args, *settings.values()):
+            if isinstance(x, Tensor) and not x.is_floating_point() and _are_vectors_of(output, x):
+                return output.masked_fill((x == marker)[..., None], torch.nan)
+        return None
 
-    hook = embeddings.register_forward_hook(mark)
+    hooks = [module.register_forward_hook(mark, with_kwargs=True) for module in net.backbone.modules()]
     try:
         with torch.no_grad(), observed(net, trace):
             net(**inputs)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     found = set()
     for index in range(len(net.layout.projections)):
         calls = [(leads, marked) for projection, leads, marked in trace.calls if projection == index]
@@ -56,6 +63,11 @@ def without_examples(net: GatedModel, inputs: dict, *, every_call: bool = False)
         if mixed or not any(leads for leads, _ in calls) or (every_call and not all(leads for leads, _ in calls)):
             found.add(index)
     return [net.layout.projections[i].name for i in sorted(found)]
+
+
+def _are_vectors_of(output: object, tokens: Tensor) -> bool:
+    of_each = isinstance(output, Tensor) and output.is_floating_point() and output.dim() == tokens.dim() + 1
+    return of_each and output.shape[:-1] == tokens.shape
 
 
 def _unused(tokens: Tensor, vocabulary: int) -> int:
