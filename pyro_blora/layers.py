@@ -56,7 +56,7 @@ class XSLinear(GatedLinear):
         right, left = factors(self.get_base_layer().weight, rank, **settings)
         for side, value in ((self.lora_A, right), (self.lora_B, left)):
             side[ADAPTER].weight.requires_grad_(False).copy_(value)
-        self.lora_core = nn.Linear(rank, rank, bias=False, device=left.device)
+        self.lora_core = nn.Linear(rank, rank, bias=False, device=left.device, dtype=left.dtype)
         nn.init.zeros_(self.lora_core.weight)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
