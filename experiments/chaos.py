@@ -16,6 +16,10 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
 for name, value in {  # before torch is imported: nothing may start a thread in the process that forks
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYRO_BLORA_COMPILE": "0",
     "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "1000",
@@ -32,6 +36,8 @@ _NEEDED = (  # what a run imports on its way, so that forked ones need not
     "pyro_blora.run", "pyro_blora.report", "transformers.models.bert.modeling_bert", "altair", "vl_convert",
     "transformers.models.deberta_v2.modeling_deberta_v2", "transformers.models.auto", "h5netcdf", "laplace",
     "torch.utils.tensorboard", "matplotlib.pyplot", "pyarrow.parquet", "peft",
+    "pyro_blora.layers", "pyro_blora.tasks.metric", "datasets", "torchmetrics.functional.classification", "arviz",
+    "scipy.stats", "scipy.optimize",
 )  # fmt: skip
 
 

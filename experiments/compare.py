@@ -30,7 +30,7 @@ spin_briefly()  # before anything imports torch
 from experiments.studies.compare import paired, spread
 from experiments.studies.loo import loo_of_run
 from experiments.studies.results import groups, missing, read
-from pyro_blora.arviz_data import arviz, held_out
+from pyro_blora.arviz_data import arviz_itself, held_out
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _MARKERS = "os^vD*PX<>hp"
@@ -99,7 +99,7 @@ def elpd(table: pd.DataFrame, axis: str) -> str:
             for entry, rows in runs[runs["seed"].isin(shared)].groupby(axis, sort=False)
         }
         if len(scores) > 1:
-            for entry, row in arviz.compare(scores, method="stacking").iterrows():
+            for entry, row in arviz_itself().compare(scores, method="stacking").iterrows():
                 value = row.get("elpd_loo", row.get("elpd"))
                 behind = f"{row['elpd_diff']:.1f} | {row['dse']:.1f} | {row['weight']:.2f}"
                 lines.append(f"| {task} | `{entry}` | {value:.1f} | {behind} |")

@@ -18,6 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.host import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 from experiments.on_gpu import fast, learns, page, works
 from experiments.on_gpu.session import ROOT, Session, run_part
 from pyro_blora.backbone import backbone_path

@@ -8,16 +8,21 @@ is exported is plain LoRA: diag(E) A and B at the open ranks.
 Source: Zhang et al., AdaLoRA (2023); its schedule is in fractions of the steps here.
 """
 
-import peft
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from peft.tuners.adalora import SVDLinear
 from torch import Tensor, nn
 
 from .adapters import GatedModel
-from .handover import Handover
-from .layers import ADAPTER
+from .handover import ADAPTER, Handover
 from .layout import BATCH_SIZE, AdapterLayout
 from .peft_config import freeze_pooler, lora_config, settle, wrapped
+
+if TYPE_CHECKING:
+    import peft
+    from peft.tuners.adalora import SVDLinear
 
 _BEFORE, _AFTER, _INTERVAL = 0.1, 0.3, 0.01  # fractions of the steps: before, after, and between allocations
 _ORTHOGONALITY = 0.1  # weight of the penalty, as AdaLoRA has it on most of GLUE
@@ -100,6 +105,8 @@ def attach_adalora(
 
     Errors: ValueError, see `AdapterLayout.of`, and for scope `encoder`: nothing is quantized here.
     """
+    import peft
+
     if scope != "adapted":
         raise ValueError(f"adalora quantizes nothing, so it has no scope {scope!r}: drop --scope")
     layout = AdapterLayout.of(

@@ -7,21 +7,25 @@ the encoder, without an adapter. The task head stays at 32 bit, and a pooler ins
 
 Ranges are one (L, T) parameter, learned as log(range), which `calibrate` sets from data."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .handover import Handover, Observer, handed_over
-from .layers import GatedLinear, QuantizedLinear, XSLinear
+from .handover import Gated, Handover, Observer, handed_over
 from .layout import BASE, BATCH_SIZE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
 from .peft_config import freeze_pooler, lora_config, settle, wrapped
 from .processes import whole
 from .quantizer import grids, mixture_weights
 from .xs import xs_settings
+
+if TYPE_CHECKING:
+    import peft
 
 ADAPTERS = ("lora", "xs", "none")
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
@@ -55,7 +59,7 @@ class GatedModel(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The gated layers in the layout's order."""
-        found = [m for m in self.peft_model.modules() if isinstance(m, GatedLinear | QuantizedLinear)]
+        found = [m for m in self.peft_model.modules() if isinstance(m, Gated)]
         return sorted(found, key=lambda layer: layer.index)
 
     @property
@@ -86,7 +90,7 @@ class GatedModel(nn.Module):
 
     def random_weights(self) -> dict[tuple[int, str], nn.Parameter]:
         """What a law of the weights may draw, by (projection, name); nothing without gated adapters."""
-        layers = [layer for layer in self.layers() if isinstance(layer, GatedLinear)]
+        layers = [layer for layer in self.layers() if layer.has_adapter]
         return {(layer.index, name): p for layer in layers for name, p in layer.random_weights().items()}
 
     def gradient_checkpointing_enable(self) -> None:
@@ -162,6 +166,8 @@ def attach(
     init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py. share_inputs: see `AdapterLayout`.
     Errors: ValueError, see `AdapterLayout.of`; nothing is changed in the backbone then.
     """
+    from .layers import GatedLinear, QuantizedLinear, XSLinear  # now, as PEFT takes seconds to import
+
     if adapter not in ADAPTERS:
         raise ValueError(f"unknown adapter {adapter!r}: known adapters are {', '.join(ADAPTERS)}")
     layout = AdapterLayout.of(
@@ -196,6 +202,8 @@ def attach(
 
 
 def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: str, layer: type) -> peft.PeftModel:
+    import peft
+
     eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if init_lora_weights == "eva" else {}
     config = lora_config(backbone, layout, **eva)
     config._register_custom_module({nn.Linear: layer})
@@ -254,7 +262,7 @@ def _start_ranges(net: GatedModel, observed: dict) -> None:
         index = layer.index
         for tensor in (INPUT, HIDDEN):
             ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
-        if isinstance(layer, GatedLinear):
+        if layer.has_adapter:
             ranges[index, BASE] = whole(layer.get_base_layer().weight.abs().max())
             down, up = (side.abs().max() for side in layer.low_rank())
             ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)

@@ -4,26 +4,34 @@ ArviZ 0.x (Python 3.11) has InferenceData, 1.x (Python 3.12 and later) xarray's 
 `xarray.Dataset`, which is what the functions here take and return.
 """
 
+import functools
+import importlib.metadata
 import io
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x once a day
-    try:
-        import arviz
-    except FileNotFoundError:  # and notes the day in a file: of processes that do so at once, all but one fail
-        import arviz
 import h5py
 import numpy as np
 import pandas as pd
 import xarray
 
-IS_TREE = int(arviz.__version__.split(".")[0]) >= 1
+IS_TREE = int(importlib.metadata.version("arviz").split(".")[0]) >= 1
 _FILE = "posterior.nc"
 _OLDER_GROUPS = ("log_likelihood", "posterior_predictive", "observed_data")  # of held-out rows, in older files
 _TAIL_DRAWS = 25  # fewer leave less than the five that a Pareto tail is fitted to
+
+
+@functools.cache
+def arviz_itself():
+    """ArviZ, imported when something of it is needed, as it takes seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.x once a day
+        try:
+            import arviz
+        except FileNotFoundError:  # and notes the day in a file: of processes that do so at once, all but one fail
+            import arviz
+    return arviz
 
 
 def container(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, str] | None = None):
@@ -36,7 +44,7 @@ def container(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, str] | N
         tree = xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
         tree.attrs.update(attrs or {})
         return tree
-    return arviz.InferenceData(attrs=dict(attrs or {}), **groups)
+    return arviz_itself().InferenceData(attrs=dict(attrs or {}), **groups)
 
 
 def group_names(data) -> list[str]:
@@ -154,6 +162,7 @@ def held_out(log_scores: np.ndarray, draws: int):
             elpd=total, se=error, p=0.0, n_samples=draws, n_data_points=E, scale="log", warning=False, good_k=0.7,
             elpd_i=pointwise,
         )  # fmt: skip
+    arviz_itself()
     from arviz.stats.stats_utils import ELPDData
 
     return ELPDData(pd.Series({
@@ -175,8 +184,8 @@ def leave_one_out(log_likelihood: np.ndarray, log_joint: np.ndarray, log_q: np.n
     })  # fmt: skip
     if IS_TREE:
         weights = [xarray.DataArray(x[None], dims=["chain", "draw"]) for x in (log_joint, log_q)]
-        return arviz.loo_approximate_posterior(data, *weights, pointwise=True), True
-    return arviz.loo(data, pointwise=True, reff=1.0), False
+        return arviz_itself().loo_approximate_posterior(data, *weights, pointwise=True), True
+    return arviz_itself().loo(data, pointwise=True, reff=1.0), False
 
 
 def pareto_weights(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
@@ -194,6 +203,6 @@ def pareto_weights(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
 
         log_weights, k = array_stats.psislw(log_ratios, axis=-1)
     elif len(log_ratios) >= _TAIL_DRAWS:
-        log_weights, k = arviz.psislw(log_ratios)
+        log_weights, k = arviz_itself().psislw(log_ratios)
     weights = np.exp(np.asarray(log_weights) - np.max(log_weights))
     return weights / weights.sum(), float(k)

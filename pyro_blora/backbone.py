@@ -6,15 +6,16 @@ What transformers reports about the loading is read: only the head and the poole
 runs but that function's.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import huggingface_hub
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 
@@ -22,6 +23,9 @@ from .deberta_from_bert import CACHED, converted_folder
 from .layout import head_modules
 from .registry import Registry
 from .tokenization import require_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEMO, DEMO_DEBERTA = "demo", "demo-deberta"
 DEMO_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -64,13 +68,15 @@ def load_backbone(
     Errors: ValueError for a name that neither the hub nor the disk has, a hub out of reach, and for files that are
     damaged or hold another encoder.
     """
+    from transformers import AutoModelForSequenceClassification  # now, as it takes seconds
+
     if is_function(name):
         _refuse_revision(name, revision)
         model = _own(name, num_labels)[0]
     else:
         problem = "regression" if num_labels == 1 else "single_label_classification"
         model, report = _load(
-            transformers.AutoModelForSequenceClassification, name, revision, num_labels=num_labels,
+            AutoModelForSequenceClassification, name, revision, num_labels=num_labels,
             problem_type=problem, dtype="float32", ignore_mismatched_sizes=True,  # a head of another task is replaced
             output_loading_info=True,
         )  # fmt: skip
@@ -82,11 +88,13 @@ def load_backbone(
     return model
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer.  Errors: ValueError, as above, and for one that has no words."""
+    from transformers import AutoTokenizer
+
     if is_function(name):
         return _own(name, 2)[1]
-    tokenizer = _load(transformers.AutoTokenizer, name, revision)
+    tokenizer = _load(AutoTokenizer, name, revision)
     require_vocabulary(tokenizer, name, backbone_path(name))
     return tokenizer
 
@@ -105,13 +113,17 @@ def _commit(name: str, revision: str | None) -> str | None:
     """That of the files in the hub's cache, which were just read."""
     if Path(backbone_path(name)).is_dir():
         return None
-    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def _own(name: str, num_labels: int) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+def _own(name: str, num_labels: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     pair = _OWN.resolve(name)(num_labels)
-    kinds = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
+    kinds = (PreTrainedModel, PreTrainedTokenizerBase)
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(isinstance, pair, kinds))):
         raise ValueError(
             f"backbone {name!r} must return (model, tokenizer) as transformers has them, got "
@@ -123,7 +135,9 @@ def _own(name: str, num_labels: int) -> tuple[nn.Module, transformers.PreTrained
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars of transformers, and not its table of what is new: `_require_pretrained` reads it."""
-    talk, bars = transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()
+    from transformers.utils import logging as talk
+
+    bars = talk.is_progress_bar_enabled()
     level = talk.get_verbosity()
     talk.set_verbosity_error()
     talk.disable_progress_bar()

@@ -1,12 +1,13 @@
 """From a RunConfig to what a run is made of: task, data, tokenizer and program. Training and loading share it."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from . import given  # noqa: F401 (its guides join the table)
 from .adalora import attach_adalora
@@ -23,6 +24,10 @@ from .tasks import Task, get_task
 from .tokenization import require_readable, suit
 from .weights import WEIGHTS, build_weights
 from .xs import xs_settings
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 _ADAPTERS = Registry("adapter")  # those that have settings
 _ADAPTERS.register("xs")(xs_settings)

@@ -7,11 +7,8 @@ Bröcker and Smith (2007) for what a calibrated model has by chance; Hanley and 
 """
 
 import numpy as np
-import scipy.optimize
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 BINS = (15, 20)  # equal ones of confidence: the peers', and B-LoRA-XS's; the first is a summary's `ece`
 ADAPTIVE_BINS = 15  # of equally many examples
@@ -74,6 +71,8 @@ def _brier_each(mean: Tensor, labels: Tensor) -> Tensor:
 
 def ece(mean: Tensor, labels: Tensor, bins: int) -> float:
     """Expected calibration error in equal bins [a, b) of the confidence, the last with 1, by torchmetrics."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     mean = mean.clamp(max=1 - 1e-6)  # torchmetrics gives a confidence of exactly 1 a bin of its own
     return multiclass_calibration_error(mean, labels, num_classes=mean.shape[-1], n_bins=bins).item()
 
@@ -139,6 +138,8 @@ def auroc(positive: Tensor, negative: Tensor) -> float | None:
     """Probability that a positive has the larger value than a negative, ties counted half; None without one of them."""
     if not len(positive) or not len(negative):
         return None
+    from sklearn.metrics import roc_auc_score
+
     values = torch.cat([positive, negative]).cpu().numpy()
     return float(roc_auc_score(np.r_[np.ones(len(positive)), np.zeros(len(negative))], values))
 
@@ -161,7 +162,9 @@ def out_of_distribution(inside: Tensor, outside: Tensor) -> dict[str, float | No
 def fit_temperature(mean: Tensor, labels: Tensor) -> float:
     """The temperature of least NLL: probabilities to the power of 1 / T, normalised."""
     low, high = TEMPERATURES
-    found = scipy.optimize.minimize_scalar(
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
         lambda log_t: nll(at_temperature(mean, float(np.exp(log_t))), labels), bounds=(low, high), method="bounded"
     )
     return float(np.exp(found.x))

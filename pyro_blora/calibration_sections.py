@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from . import charts
 from .diagnostics import INTERVAL
@@ -19,6 +18,8 @@ _LINES = {  # of the table of calibration
 
 def reliability_bins(run: RunFiles) -> pd.DataFrame:
     """Accuracy and confidence in equal bins of confidence, those of ECE, with Jeffreys intervals of the accuracy."""
+    from scipy.stats import beta
+
     probabilities = run.probabilities.to_numpy()
     bins = run.summary["ece"]["bins"]
     confidence, right = probabilities.max(1), (run.predictions["decision"] == run.predictions["label"]).to_numpy()
@@ -27,7 +28,7 @@ def reliability_bins(run: RunFiles) -> pd.DataFrame:
     for i in np.unique(index):
         mine = index == i
         n, hits = int(mine.sum()), int(right[mine].sum())
-        low, high = scipy.stats.beta.ppf(INTERVAL, hits + 0.5, n - hits + 0.5)
+        low, high = beta.ppf(INTERVAL, hits + 0.5, n - hits + 0.5)
         lines.append({
             "bin": f"{i / bins:.2f} to {(i + 1) / bins:.2f}", "confidence": confidence[mine].mean(),
             "accuracy": hits / n, "low": low, "high": high, "examples": n,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,6 +43,8 @@ def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torc
 
     in_training: without what is fitted when training has ended, a Laplace law's curvature.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]  # PEFT's
     of_adapters = {id(p) for x in layers for part in x.adapter_layer_names for p in getattr(x, part).parameters()}
     found = {name: p for name, p in module.named_parameters() if p.requires_grad or id(p) in of_adapters}

@@ -11,16 +11,14 @@ import warnings
 from collections.abc import Iterable
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BatchEncoding
 
 from .build import Parts
 from .calibration import nll
 from .data import by_length, on_device, take
-from .fitted_laws import PRECISIONS
+from .fitted_laws import PRECISIONS, Laplace
 from .gates import Gates
 from .jacobians import jacobians
 from .posterior import deployed
@@ -29,6 +27,10 @@ from .program import GateProgram
 _HELD_OUT = 256  # rows that choose the prior precision, whose Jacobians are kept together
 _NOISES = 64  # draws of the logits behind a probability on held-out rows
 _TRIED = 19  # prior precisions, evenly in their logarithm, before the best one's neighbourhood is searched
+_SINGULAR = (
+    "weights 'laplace': the curvature with a prior precision of {:.3g} has no inverse in float32, as the rows do not "
+    "determine every weight: give --weights.prior_precision 1 or more, or --validation 0.1, whose rows choose one"
+)
 _TINY, _RELATIVE = 1e-12, 1e-10  # eigenvalues that are 0, by themselves and beside the largest
 
 
@@ -112,6 +114,8 @@ def precision_of_least_nll(
     examples, at the mean. labels (E,): classes, or with a noise_std values. Probabilities are averaged over draws of
     the logits, the same for every precision.
     """
+    from scipy.optimize import minimize_scalar
+
     along = J if directions is None else J @ directions  # (E, C, K)
     complete = directions is None or directions.shape[0] == directions.shape[1]
     rest = torch.zeros_like(J[..., :1]) if complete else J - along @ directions.mT  # of what the curvature does not see
@@ -131,7 +135,7 @@ def precision_of_least_nll(
     grid = np.linspace(*PRECISIONS, _TRIED)
     best = int(np.argmin([nll_at(x) for x in grid]))
     bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-    return math.exp(scipy.optimize.minimize_scalar(nll_at, bounds=bounds, method="bounded").x)
+    return math.exp(minimize_scalar(nll_at, bounds=bounds, method="bounded").x)
 
 
 def _spectrum(approximation, structure: str) -> tuple[Tensor | None, Tensor]:
@@ -171,6 +175,7 @@ def fit_laplace(
     try:
         from laplace import DiagLaplace, FullLaplace, LowRankLaplace, ParametricLaplace
         from laplace.curvature import GGNInterface
+        from transformers import BatchEncoding
     except ImportError as error:
         raise ValueError(
             f"weights 'laplace' needs laplace-torch ({error}): pip install 'pyro-blora[laplace]', or choose others"
@@ -222,11 +227,21 @@ def fit_laplace(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about how it would predict, which it does not
             approximation.optimize_prior_precision(pred_type="glm", method="marglik", prior_structure="scalar")
-    with torch.no_grad():
-        law.prior_precision.copy_(approximation.prior_precision.squeeze())
+    _keep(approximation, law)
+
+
+@torch.no_grad()
+def _keep(approximation, law: Laplace) -> None:
+    """Take over what was fitted.  Errors: ValueError where curvature and prior precision have no inverse."""
+    law.prior_precision.copy_(approximation.prior_precision.squeeze())
+    try:
         if law.curvature == "low_rank":
             found, _ = approximation.posterior_precision
             for kept, each in zip((law.directions, law.eigenvalues), found, strict=True):
                 kept.zero_()[..., : each.shape[-1]] = each  # fewer, where the rows are fewer
         else:
             law.scale.copy_(approximation.posterior_scale)
+    except torch.linalg.LinAlgError:
+        raise ValueError(_SINGULAR.format(float(law.prior_precision))) from None
+    if not all(bool(x.isfinite().all()) for x in law.buffers()):
+        raise ValueError(_SINGULAR.format(float(law.prior_precision)))

@@ -1,11 +1,16 @@
 """From a task's rows to batches of tokens, in an order that depends on (seed, epoch) only."""
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-import datasets
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 _PAD_TO = 8  # lengths in steps of eight: few shapes, and what tensor cores like
 _POOL = 50  # batches that are sorted by length together, or a quarter of the epoch's, as in transformers' Trainer
@@ -13,17 +18,18 @@ _POOL = 50  # batches that are sorted by length together, or a quarter of the ep
 
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int):
     """Token ids and labels, sentences cut at max_length tokens; sentence pairs are joined as the tokenizer does."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     def encode(batch: dict) -> dict:
         return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
 
-    kept, bars = rows.select_columns([*columns, "label"]), datasets.utils.logging.is_progress_bar_enabled()
-    datasets.utils.logging.disable_progress_bar()
+    kept, bars = rows.select_columns([*columns, "label"]), is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         return kept.map(encode, batched=True, remove_columns=list(columns), keep_in_memory=True)
     finally:
         if bars:
-            datasets.utils.logging.enable_progress_bar()
+            enable_progress_bar()
 
 
 def take(rows: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:
@@ -73,6 +79,8 @@ def epoch_order(
 
 
 def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: list[list[int]]) -> DataLoader:
+    from transformers import DataCollatorWithPadding
+
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=_PAD_TO)
     # pinned memory is copied to a GPU while the host goes on
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())

@@ -9,6 +9,8 @@ pooler, as in the published checkpoints. The relative stream learns when the gai
 Source: He et al., DeBERTa (2021), equation 4, and DeBERTaV3 (2023), which shares the projections.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import math
@@ -16,12 +18,15 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import Tensor
 
 from .xs import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import BertModel, DebertaV2Model
 
 CACHED = "deberta_from_bert"  # the folder of converted models in the cache
 _VERSION = 1  # of the conversion: a cached one of another version is not used
@@ -29,10 +34,12 @@ _SUM = "model.sha256"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def deberta_from_bert(bert: transformers.BertModel) -> transformers.DebertaV2Model:
+def deberta_from_bert(bert: BertModel) -> DebertaV2Model:
     """The same function in DeBERTaV3's architecture; `bert` is left as it is."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
     was = bert.config
-    config = transformers.DebertaV2Config(
+    config = DebertaV2Config(
         **{name: getattr(was, name) for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
             "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
@@ -44,7 +51,7 @@ def deberta_from_bert(bert: transformers.BertModel) -> transformers.DebertaV2Mod
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the distances' embeddings, which the layer norm at zero hides
-        deberta = transformers.DebertaV2Model(config)
+        deberta = DebertaV2Model(config)
     missing, unexpected = deberta.load_state_dict(_converted(bert.state_dict()), strict=False)
     if unexpected or set(missing) != {"encoder.rel_embeddings.weight"}:
         raise RuntimeError(f"the conversion is incomplete: missing {missing}, left over {unexpected}")
@@ -72,6 +79,8 @@ def converted_folder(bert_folder: Path) -> Path:
 
     Errors: ValueError where the cache cannot be written.
     """
+    import transformers
+
     digest = hashlib.sha256(f"{_VERSION} {transformers.__version__}".encode())
     for path in sorted([*bert_folder.glob("*.safetensors"), bert_folder / "config.json"]):
         digest.update(path.read_bytes())

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import accelerate
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -54,6 +53,8 @@ def evaluate(parts: Parts) -> Evaluated:
 
 def with_members(prediction: Prediction, split: str, members: list[Path]) -> Prediction:
     """The predictions of an ensemble: each fit's own mean is a draw. members: folders of the further fits."""
+    import pandas as pd
+
     tables = [pd.read_parquet(folder / predictions_file(split)) for folder in members]
     columns = ["decision"] if prediction.is_regression else [name for name in tables[0] if name.startswith("p_")]
     outputs = [prediction.mean, *(torch.tensor(table[columns].to_numpy()) for table in tables)]

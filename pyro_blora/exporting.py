@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import peft
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ from .backbone import commit_of, public_name, quiet
 from .build import build_program, check_names
 from .checkpoint import read_tensors, trainable
 from .config import RunConfig
-from .layers import ADAPTER, QuantizedLinear
+from .handover import ADAPTER, Gated
 from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
 from .model_card import write_card
 from .posterior import deployed
@@ -102,7 +101,7 @@ def plain_backbone(net: adapters.GatedModel) -> nn.Module:
     model = copy.deepcopy(net.peft_model)
     model = model.unload() if net.layout.adapted else model
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, Gated):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.plain())
     for config in ("peft_config", "_hf_peft_config_loaded"):
@@ -151,6 +150,8 @@ def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: di
 
 def _reloaded(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Module:
     """The adapter as PEFT reads it."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # as above
         reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder))

@@ -130,12 +130,13 @@ class Laplace(RandomWeights):
             raise ValueError(f"weights 'laplace': rank must be at least 1, got {rank}")
         self.curvature = structure or ("full" if self.size <= _LARGEST_FULL else "low_rank")
         self.rank, self.linearized, self.given_precision = min(rank, self.size), linearized, prior_precision
-        self.register_buffer("prior_precision", torch.zeros(()))
+        self.register_buffer("prior_precision", torch.zeros((), dtype=torch.float32))
         if self.curvature == "low_rank":
-            self.register_buffer("directions", torch.zeros(self.size, self.rank))  # orthonormal, or 0
-            self.register_buffer("eigenvalues", torch.zeros(self.rank))
+            self.register_buffer("directions", torch.zeros(self.size, self.rank, dtype=torch.float32))  # orthonormal
+            self.register_buffer("eigenvalues", torch.zeros(self.rank, dtype=torch.float32))
         else:  # theta = mean + scale noise
-            self.register_buffer("scale", torch.zeros((self.size,) * (2 if self.curvature == "full" else 1)))
+            shape = (self.size,) * (2 if self.curvature == "full" else 1)
+            self.register_buffer("scale", torch.zeros(shape, dtype=torch.float32))
 
     @property
     def stored(self) -> int:
@@ -145,7 +146,7 @@ class Laplace(RandomWeights):
         return self.size + more[self.curvature]
 
     def draw(self, draws: int) -> Tensor:
-        noise = torch.randn(draws, self.size, device=self.prior_precision.device)
+        noise = torch.randn(draws, self.size, dtype=torch.float32, device=self.prior_precision.device)
         if self.curvature == "full":
             return self.mean + noise @ self.scale.mT
         if self.curvature == "diag":

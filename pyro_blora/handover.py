@@ -15,6 +15,16 @@ from torch import Tensor
 from .layout import INPUT, TENSORS
 from .quantizer import Grid, Map, quantize_on, quantized_products
 
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+class Gated:
+    """A layer that asks a Handover for what it computes with; the layers are in layers.py, which imports PEFT."""
+
+    handover: "Handover"
+    index: int
+    has_adapter = False
+
 
 class Observer:
     """What sees the tensors of a network in one forward at 32 bit, all ranks open; the base class only looks on.

@@ -4,16 +4,21 @@ A checkpoint has them in its notes, so that it is never taken up with another ba
 a second for 1 GB of frozen weights, once, before they are moved to a device.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import datasets
 import torch
 
 from .build import Parts
 from .checkpoint import trainable
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def identity(parts: Parts) -> dict[str, str]:

@@ -11,21 +11,18 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from .handover import Handover
+from .handover import ADAPTER, Gated, Handover
 from .layout import BASE, HIDDEN, LORA_A, LORA_B
 from .xs import factors
 
-ADAPTER = "default"  # PEFT's name of the one adapter
 
-
-class GatedLinear(LoraLinear):
+class GatedLinear(LoraLinear, Gated):
     """PEFT's LoRA layer with quantized tensors and rank gates; `save_pretrained` writes it as plain LoRA.
 
     Shapes: x (..., n) -> (..., m); weight (m, n), lora_A (R, n), lora_B (m, R).
     """
 
-    handover: Handover
-    index: int
+    has_adapter = True
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged:
@@ -56,7 +53,7 @@ class XSLinear(GatedLinear):
         right, left = factors(self.get_base_layer().weight, rank, **settings)
         for side, value in ((self.lora_A, right), (self.lora_B, left)):
             side[ADAPTER].weight.requires_grad_(False).copy_(value)
-        self.lora_core = nn.Linear(rank, rank, bias=False, device=left.device)
+        self.lora_core = nn.Linear(rank, rank, bias=False, device=left.device, dtype=left.dtype)
         nn.init.zeros_(self.lora_core.weight)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
@@ -68,7 +65,7 @@ class XSLinear(GatedLinear):
         return {"core": self.lora_core.weight}
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, Gated):
     """A linear map without an adapter whose input and weight are quantized; its parameters keep their names."""
 
     def __init__(self, linear: nn.Linear, handover: Handover, index: int):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from .backbone import DEMO_DEBERTA, DEMO_ON_THE_HUB, public_name
@@ -29,6 +28,8 @@ _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i,
 
 def write_card(folder: Path, model: nn.Module, ranks: dict[str, int], task: Task | None) -> None:
     """model: the backbone as transformers made it. ranks: of adapted projections; none: the folder is a whole model."""
+    from huggingface_hub import ModelCard, ModelCardData
+
     name, outputs = public_name(model), model.config.num_labels
     labels = [str(model.config.id2label[index]) for index in range(outputs)] if outputs > 1 else []
     code = _MODEL

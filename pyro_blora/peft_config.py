@@ -1,12 +1,17 @@
 """A backbone as PEFT takes it: the plain configuration of a layout, the head found by its module, attention settled."""
 
-import warnings
+from __future__ import annotations
 
-import peft
+import warnings
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from .architectures import head_modules, settle_attention
 from .layout import AdapterLayout
+
+if TYPE_CHECKING:
+    import peft
 
 _PEFT_HEADS = ("classifier", "score")  # names that PEFT takes for a head in a sequence classification
 _PEFT_NAMES = ("lora_dropout", "lora_A", "lora_B", "lora_E", "base_layer", "default")  # of what PEFT puts into a layer
@@ -14,6 +19,8 @@ _PEFT_NAMES = ("lora_dropout", "lora_A", "lora_B", "lora_E", "base_layer", "defa
 
 def wrapped(backbone: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
     """PEFT's model of a configuration, without its warnings."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         warnings.filterwarnings("ignore", "lora with eva initialization")  # memory that a batch has no use for
@@ -34,6 +41,8 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.
     `out`, the head goes by its path in a sequence classifier of PEFT, which looks a second time, from further above.
     Errors: ValueError where the names that such a classifier adds are in the way.
     """
+    import peft
+
     head, paths = head_modules(backbone), [name for name, _ in backbone.named_modules()]
 
     def ends(name: str, *found: str) -> bool:

@@ -83,7 +83,7 @@ def read_summary(folder: Path) -> dict:
     try:
         summary = read_json(folder / "summary.json")
         _require_form(summary)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} is not a finished run: no readable summary.json ({what})") from None
     return summary
@@ -124,7 +124,7 @@ class RunFiles:
         if "beside" not in self.summary:
             try:
                 self._complete()
-            except (ValueError, LookupError, TypeError, AttributeError):  # without its predictions, or of other types
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):  # none, or of other types
                 self.summary.pop("beside", None)
 
     def _complete(self) -> None:

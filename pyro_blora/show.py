@@ -20,7 +20,7 @@ def show_run(folder: str | Path) -> None:
     summary = RunFiles(folder).summary
     try:
         tables, sentences = result_tables(summary), result_sentences(summary)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{folder}/summary.json has something else where a number or a table is meant ({what})"

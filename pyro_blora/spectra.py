@@ -4,7 +4,6 @@ import contextlib
 import io
 from collections.abc import Iterable
 
-import peft
 import torch
 from torch import Tensor
 
@@ -75,6 +74,8 @@ def start_eva(net: GatedModel, batches: Iterable[dict]) -> None:
     Errors: ValueError where every batch has fewer tokens than the adapter ranks: PEFT would pass over them forever.
     Source: Paischer et al., EVA (2024).
     """
+    import peft
+
     batches, learning = list(batches), {name: p.requires_grad for name, p in net.named_parameters()}
     if max((int(batch["attention_mask"].sum()) for batch in batches), default=0) < net.layout.rank:
         raise ValueError(f"EVA needs {net.layout.rank} tokens in a batch, as many as ranks: raise --batch_size")

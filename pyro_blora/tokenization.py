@@ -4,13 +4,18 @@ transformers makes a tokenizer of five special tokens where a folder has none, a
 of bounds: both train and say nothing about it, so that they are refused, or put right, here.
 """
 
+from __future__ import annotations
+
 import inspect
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 UNKNOWN_SHARE = 0.2  # of a text's tokens: subword vocabularies leave less than one in a hundred of their language
 _LOOKED_AT = 2000  # training rows, evenly spaced: the share is known to a hundredth

@@ -1,6 +1,5 @@
 """What a running training shows beside its numbers: pictures of the gates, for trackers that take images."""
 
-import matplotlib
 import numpy as np
 from accelerate import Accelerator
 
@@ -27,6 +26,8 @@ def gate_maps(program: BayesianLoRA) -> dict[str, np.ndarray]:
 
 
 def _picture(shares: np.ndarray, exists: np.ndarray) -> np.ndarray:
+    import matplotlib
+
     colours = matplotlib.colormaps["viridis"](np.clip(shares, 0.0, 1.0))[..., :3]
     colours[~exists] = 0.5
     cells = np.kron(colours, np.ones((_PIXELS, _PIXELS, 1)))

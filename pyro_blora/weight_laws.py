@@ -105,7 +105,7 @@ class Gaussian(RandomWeights):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"weights: {name} must be a positive number, got {value}: leave it out")
         self.prior_std, self.start_std, self.kl_weight = prior_std, start_std, kl_weight
-        self.spread = nn.Parameter(torch.zeros(self.size))
+        self.spread = nn.Parameter(torch.zeros(self.size, dtype=torch.float32))
 
     @property
     def std(self) -> Tensor:
@@ -147,7 +147,8 @@ class LowRank(Gaussian):
         super().__init__(weights, head, prior_std, start_std, kl_weight)
         if rank < 1:
             raise ValueError(f"weights 'low_rank' needs a rank of at least 1, got {rank}: rank 0 is weights 'gaussian'")
-        self.columns = nn.Parameter(torch.randn(self.size, rank) * 0.1 / (_COLUMN * math.sqrt(rank)))
+        start = torch.randn(self.size, rank, dtype=torch.float32)
+        self.columns = nn.Parameter(start * 0.1 / (_COLUMN * math.sqrt(rank)))
 
     @property
     def factor(self) -> Tensor:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-import pyro_blora.arviz_data  # noqa: F401 (before any test's own import of ArviZ, which can fail beside another process)
+from pyro_blora.arviz_data import arviz_itself
+
+arviz_itself()  # before any test's own import of ArviZ, which can fail beside another process
 
 # The same examples everywhere, and a slow machine is no failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

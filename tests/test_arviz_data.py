@@ -321,6 +321,6 @@ def beaten(self, target):
     raise FileNotFoundError(self)
 pathlib.Path.replace = beaten
 import pyro_blora.arviz_data as found
-assert pathlib.Path.replace is real and found.arviz.InferenceData
+assert found.arviz_itself().InferenceData and pathlib.Path.replace is real
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, check=True)

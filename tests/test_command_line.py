@@ -110,7 +110,7 @@ def test_settings_of_a_replaced_prior_go_with_it(tmp_path):
         (["train", "--epoch=4"], "unknown argument '--epoch=4': did you mean '--epochs'?"),
         (["train", "--priors.rate", "4"], "unknown argument '--priors.rate'"),
         (["train", "--rank"], "argument --rank: expected one argument"),
-        (["train", "--rank", "0"], "rank must be at least 1, got 0"),
+        (["train", "--rank", "0"], "rank must be from 1 to 65,536, got 0"),
         (["train", "--precision", "fp16"], "use bf16"),
         (["train", "--prior.rate"], "--prior.rate needs a value"),
         (["train", "--prior.rate", "--rank", "3"], "--prior.rate needs a value"),
@@ -135,7 +135,7 @@ def test_a_message_of_many_lines_becomes_one(capsys, tmp_path):
 
 def test_the_traceback_is_there_for_who_asks(monkeypatch):
     monkeypatch.setenv("PYRO_BLORA_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be from 1 to 65,536"):
         main(["train", "--rank", "0"])
 
 
@@ -153,7 +153,7 @@ def test_a_process_ends_with_one_line_and_exit_code_2(module):
     command = [] if module[0].endswith("train.py") else ["train"]
     done = process(*command, "--rank", "0", module=module)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("pyro-blora: error: rank must be at least 1") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("pyro-blora: error: rank must be from 1 to 65,536") and done.stderr.count("\n") == 1
 
 
 def test_help_and_mistakes_need_no_torch():

@@ -166,3 +166,9 @@ def test_linearized_predictions_are_the_mean_plus_jacobian_times_shift():
     program.weights.linearized = False
     sampled = predict(program, [(inputs, labels)], gates=gates, weights=theta).outputs
     assert not torch.allclose(sampled, found, atol=1e-5)
+
+
+def test_a_precision_without_an_inverse_is_refused_with_the_remedy():
+    program = weighted_program(weighted_net("xs"), "laplace", structure="full", prior_precision=1e-30)
+    with pytest.raises(ValueError, match=r"a prior precision of 1e-30 has no inverse .* give --weights.prior_p"):
+        fit_laplace(program, [batch()], deployed(program))

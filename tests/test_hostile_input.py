@@ -6,15 +6,19 @@ import math
 import resource
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import batch
 from tiny import save_tiny_backbone, tiny_config
 
 from experiments import grid
+from pyro_blora import draw, fit, predict
 from pyro_blora.__main__ import main
+from pyro_blora.architectures import _matching
 from pyro_blora.config import RunConfig
 from pyro_blora.fields import RANGES
-from pyro_blora.layout import _matched
+from pyro_blora.posterior import draw_weights
 from pyro_blora.report import write_report
 from pyro_blora.run import train_run
 from pyro_blora.run_files import RunFiles
@@ -189,13 +193,33 @@ def test_what_is_no_utf8_says_how_to_convert_it(tmp_path, raw, message):
 @pytest.mark.parametrize("pattern", [r"(?:(?:x|xx)+)+[yz]", r"(.|..|...)+\d"])
 def test_a_regular_expression_that_takes_for_ever_is_refused(pattern):
     with pytest.raises(ValueError, match=r"target_modules .* takes more than 1 s to match one name.* list the names"):
-        _matched(pattern, ["query", "x" * 2000])
+        _matching(pattern, ["query", "x" * 2000])
 
 
 @pytest.mark.parametrize("pattern", ["(" * 5000, "a{99999999999999999999}", "[", "(?P<a>.)(?P<a>.)"])
 def test_what_is_no_regular_expression_is_refused_by_name(pattern):
     with pytest.raises(ValueError, match=r"target_modules .* is no regular expression"):
         RunConfig(target_modules=pattern)
+
+
+# --- torch's default dtype --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"weights": "gaussian"}, {"weights": "low_rank"}, {"adapter": "xs"}, {"weights": "laplace", "rank": 1}],
+    ids=lambda values: " ".join(map(str, values.values())) or "plain",
+)
+def test_a_default_dtype_of_float64_leaves_the_network_in_float32(run, values):
+    config = tiny_config(run.parents[1] / "tiny", epochs=1, **values)
+    torch.set_default_dtype(torch.float64)
+    try:
+        program = fit(config, quiet=True).program
+        found = predict(program, [batch()], gates=draw(program, 2), weights=draw_weights(program, 2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bool(found.mean.isfinite().all())
+    assert {p.dtype for p in program.net.peft_model.parameters()} == {torch.float32}
 
 
 # --- edited run folders -----------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """The public table: every name is importable, and is the thing itself rather than a module of the same name."""
 
 import inspect
+import subprocess
+import sys
+
+import pytest
 
 import pyro_blora
 import pyro_blora.run  # imports every module, as a session does sooner or later
@@ -26,3 +30,21 @@ def test_an_unknown_name_lists_the_known_ones():
         assert "attach" in str(error)
     else:
         raise AssertionError("an unknown name was found")
+
+
+HEAVY = ("peft", "transformers", "datasets", "evaluate", "pandas", "scipy.stats", "sklearn", "torchmetrics", "arviz",
+         "matplotlib", "altair")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "lets"),
+    [
+        ("attach, fit, draw, predict, expected_bops, export, load, register_prior, register_guide, RunConfig", ()),
+        ("to_arviz", ("pandas",)),  # of xarray
+    ],
+)
+def test_names_are_imported_without_what_their_calls_need_later(names, lets):
+    """Within two seconds where torch and pyro take one; with all of these it is nine."""
+    code = f"from pyro_blora import {names}\nimport sys\nprint([n for n in {HEAVY} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert set(eval(done.stdout)) <= set(lets)

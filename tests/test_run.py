@@ -202,7 +202,7 @@ def test_show_prints_the_table(run, capsys):
         ({"prior": "bop"}, "did you mean 'bops'"),
         ({"guide": "meanfield"}, "did you mean 'mean_field'"),
         ({"prior.rate": -1}, "must be a finite number >= 0"),
-        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": 0}, "rank must be from 1 to 65,536"),
         ({"rank": 33}, "exceeds the size of"),
         ({"precision": "fp16"}, "use bf16"),
         ({"target_modules": "nothing"}, "match no linear layer"),

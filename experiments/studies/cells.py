@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 import pyro_blora
-from pyro_blora.arviz_data import arviz
+from pyro_blora.arviz_data import arviz_itself
 from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors, trainable, write_tensors
 from pyro_blora.config import RunConfig
@@ -116,7 +116,7 @@ def settings_of(config: RunConfig) -> dict:
 def _read(config: RunConfig) -> dict:
     folder = folder_of(config)
     examples = pd.read_parquet(folder / "predictions.parquet", columns=["label", *PREDICTED])
-    opened = arviz.from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"]
+    opened = arviz_itself().from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"]
     opened = opened.isel(chain=0, drop=True) if "chain" in opened.dims else opened  # runs before restarts had none
     ranks = 1 + opened.sum("rank", skipna=False)
     return {

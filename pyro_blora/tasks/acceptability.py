@@ -14,12 +14,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from pyro_blora.tasks import lexicon as lex
 from pyro_blora.tasks.lexicon import Words
 from pyro_blora.tasks.task import Task
+
+if TYPE_CHECKING:
+    import datasets
 
 N_TRAIN = 2000
 N_EVAL = 500
@@ -127,6 +129,8 @@ def load_acceptability(
 def _draw(seed: str, n: int, lexicons: tuple[Words, ...], seen: set[str]) -> datasets.Dataset:
     """`n` rows whose sentences are not in `seen`, which grows by them; the second lexicon, if any, is the held-out
     one."""
+    import datasets  # now, as it takes a second
+
     rng = random.Random(seed)  # a string seed goes through SHA-512, whatever Python's hash seed
     rows: list[dict] = []
     for block in _blocks(rng, lexicons, seen):

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from pyro_blora.tasks.files import require_header, require_mostly_whole
 from pyro_blora.tasks.task import Task
 from pyro_blora.user_files import open_text
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ def load_glue(
 
 
 def _from_hub(name: str) -> dict[str, datasets.Dataset]:
+    import datasets  # now, as it takes a second
+
     task = TASKS[name]
     try:
         loaded = datasets.load_dataset(HUB_DATASET, name)
@@ -118,6 +122,8 @@ def _from_release(name: str, glue_dir: Path) -> dict[str, datasets.Dataset]:
 
 def read_release_file(name: str, path: Path) -> datasets.Dataset:
     """One file of the official release as a dataset with the hub's columns."""
+    import datasets
+
     task, release = TASKS[name], RELEASES[name]
     texts, labels, malformed, left_out = {column: [] for column in task.text_columns}, [], 0, []
     read_label = _label_reader(task, release)
@@ -175,6 +181,8 @@ def _allowed(task: Task, release: Release) -> str:
 
 
 def _features(task: Task) -> datasets.Features:
+    import datasets
+
     label = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.labels))
     return datasets.Features({**{column: datasets.Value("string") for column in task.text_columns}, "label": label})
 

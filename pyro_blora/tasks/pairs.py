@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from pyro_blora.tasks.files import require_header
 from pyro_blora.tasks.task import Task
 from pyro_blora.user_files import open_text
+
+if TYPE_CHECKING:
+    import datasets
 
 COLUMNS = ("first", "second")
 LABELS = ("no", "yes")
@@ -45,6 +47,8 @@ def load_pairs(
 
 def read_pairs(path: Path) -> datasets.Dataset:
     """One file.  Errors: ValueError for a file that is missing, or has no such columns, labels or rows."""
+    import datasets  # now, as it takes a second
+
     if not path.is_file():
         raise ValueError(f"task 'pairs': there is no file {path}: it has the columns first, second and label")
     rows: dict[str, list] = {name: [] for name in (*COLUMNS, "label")}

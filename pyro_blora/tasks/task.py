@@ -11,14 +11,15 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import datasets
-import evaluate
 import numpy as np
 import pyro.distributions as dist
 import torch
 
-from pyro_blora.tasks.metric import SCORES, GlueScore
+if TYPE_CHECKING:
+    import datasets
+    import evaluate
 
 SPLITS = ("train", "eval")  # what every `load` returns; further splits (MNLI's "eval_mismatched") are allowed
 
@@ -63,6 +64,8 @@ class Task:
 
         Errors: ValueError naming what is missing or fails, and the remedy.
         """
+        from pyro_blora.tasks.metric import SCORES  # now, as evaluate takes seconds to import
+
         where = f"task {self.name!r}"
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"{where}: a name must be a word, as it is given to --task")
@@ -125,6 +128,8 @@ class Task:
 
     def metric(self) -> evaluate.Metric:
         """A fresh metric; predictions are class indices, or labels in their own units for regression."""
+        from pyro_blora.tasks.metric import GlueScore
+
         return self.make_metric() if self.make_metric else GlueScore(self.name)
 
     def validate(
