@@ -80,9 +80,8 @@ def test_too_many_in_a_row_stop_a_training_that_keeps_its_last_good_state(backbo
     with pytest.raises(ValueError, match="diverged at step 3") as found:
         fit(config, folder=tmp_path, quiet=True)
     text = str(found.value)
-    assert (
-        "not finite for 3 steps from there on, and at most 2 are left out" in text and f"training rows {rows}." in text
-    )
+    assert "not finite for 3 steps from there on, and at most 2 are left out" in text
+    assert f"training rows {rows}." in text
     assert "Lower --lr" in text and f"Step 3 of 8 is saved in {tmp_path}" in text
     state = load_file(tmp_path / "checkpoints" / "state.safetensors")
     assert all(bool(x.isfinite().all()) for x in state.values())
