@@ -27,6 +27,7 @@ from .backbone import commit_of, public_name, quiet
 from .build import build_program, check_names
 from .checkpoint import read_tensors, trainable
 from .config import RunConfig
+from .files import NotWritten, writing
 from .handover import ADAPTER, Gated
 from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
 from .model_card import write_card
@@ -187,8 +188,9 @@ def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tens
 
     folder: where that is written, compared and removed again, with the one above it if that is new and empty. rows: see
     `export`. The program is left as it was.
-    Errors: ValueError saying what went wrong.
+    Errors: ValueError saying what went wrong; NotWritten for a full disk.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off here
     parameters = program.net.adapter_parameters() if program.net.layout.adapted else []
     kept = folder.parent.exists()
     before = [p.clone() for p in parameters]
@@ -197,7 +199,10 @@ def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tens
             torch.manual_seed(0)
             for p in parameters:
                 nn.init.normal_(p, std=_AWAY)
-            export(program, folder, rows=rows)
+            with writing(folder):
+                export(program, folder, rows=rows)
+    except NotWritten:
+        raise
     except Exception as error:  # whatever transformers or PEFT make of this model
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(

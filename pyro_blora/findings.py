@@ -6,6 +6,8 @@ Thresholds stand at the top, so that a reader of a warning can look up what trig
 import math
 from collections.abc import Iterator
 
+import numpy as np
+import pandas as pd
 import torch
 
 from .baselines import NOISE
@@ -225,3 +227,16 @@ def _clipped(posterior: Posterior) -> Iterator[str]:
 
 def _steps(posterior: Posterior):
     return torch.tensor(posterior.layout.ladder).diff().double().numpy()
+
+
+def of_training(log: pd.DataFrame) -> list[str]:
+    """What speaks against a training, by its logged lines: gradients that were not finite."""
+    norms = log["grad_norm"].astype(float) if "grad_norm" in log else pd.Series(dtype=float)
+    bad = int((~np.isfinite(norms)).sum())
+    left_out = int(log["skipped_steps"].max()) if "skipped_steps" in log else 0
+    if not bad and not left_out:
+        return []
+    return [
+        f"Gradients were not finite: {left_out} optimizer steps were left out, and {bad} of {len(log)} logged lines "
+        "have a gradient norm that is not a finite number. Lower --lr, or look for rows or numbers that overflow."
+    ]

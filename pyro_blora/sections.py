@@ -12,7 +12,7 @@ import pandas as pd
 
 from . import charts
 from .calibration_sections import calibration
-from .findings import in_words, warnings
+from .findings import in_words, of_training, warnings
 from .flags import command_line
 from .gate_sections import bit_operations, gate_map, ranks
 from .glossary import glossary
@@ -93,6 +93,8 @@ def _training(run: RunFiles, title: str) -> Section:
     log = run.log
     if log.empty:
         raise ValueError("metrics.jsonl has no lines: no curves.")
+    warned = of_training(log)
+    log = log.replace([np.inf, -np.inf], np.nan)  # which a chart cannot show
     log = log.iloc[np.unique(np.linspace(0, len(log) - 1, min(len(log), _STEPS)).round().astype(int))]
     made = []
     absent = []
@@ -106,7 +108,7 @@ def _training(run: RunFiles, title: str) -> Section:
     text = ["Before the gates start they are open and the KL does not count."]
     if absent:
         text.append(f"Without a curve, as they are 0 throughout: {', '.join(absent)}.")
-    return Section(title, text, charts=made)
+    return Section(title, text, warned, made)
 
 
 def _wrong(run: RunFiles, title: str) -> Section:

@@ -11,6 +11,7 @@ from tiny import save_tiny_backbone, tiny_config
 from torch import nn
 
 from pyro_blora.checkpoint import load_checkpoint, read_tensors, save_checkpoint
+from pyro_blora.tasks import get_task
 from pyro_blora.training import fit
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -169,12 +170,13 @@ def test_another_backbone_is_refused(backbone, copy, tmp_path):
 def test_other_training_data_are_refused(backbone, tmp_path, changed):
     data = tmp_path / "glue" / "SST-2"
     data.mkdir(parents=True)
-    rows = [f"a {word} film \t{i % 2}\n" for i, word in enumerate(["fine", "bad"] * 20)]
+    words = get_task("acceptability").load(n_train=40)["train"]["sentence"]  # the tokenizer knows them
+    rows = [f"{sentence}\t{i % 2}\n" for i, sentence in enumerate(words)]
     for name in ("train.tsv", "dev.tsv"):
         (data / name).write_text("sentence\tlabel\n" + "".join(rows))
     config = tiny_config(backbone, task="sst2", glue_dir=str(tmp_path / "glue"), max_train=None, checkpoint_steps=1)
     fit(config, folder=tmp_path / "run", quiet=True, until=1)
-    rows[3] = "a bad film \t0\n" if changed == "label" else "a bad bad bad film \t1\n"
+    rows[3] = rows[3].replace("\t1", "\t0") if changed == "label" else rows[5]
     (data / "train.tsv").write_text("sentence\tlabel\n" + "".join(rows))
     with pytest.raises(ValueError, match="is of other training data: texts, labels or tokenizer have changed since"):
         fit(config, folder=tmp_path / "run", quiet=True)

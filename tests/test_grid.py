@@ -256,8 +256,7 @@ def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone):
         assert json.loads((Path(folder) / "summary.json").read_text("utf-8"))["nll"] == nll
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_grid_lets_its_runs_write_a_checkpoint(tmp_path, backbone, signum, code):
+def test_an_interrupted_grid_lets_its_runs_write_a_checkpoint(tmp_path, backbone):
     out = tmp_path / "out"
     file = tiny_grid(tmp_path / "grid.yaml", backbone, "  seed: [0]\n  epochs: [500]\n")
     file.write_text(file.read_text().replace("checkpoint_steps: 3", "checkpoint_steps: 100000"))
@@ -266,9 +265,9 @@ def test_an_interrupted_grid_lets_its_runs_write_a_checkpoint(tmp_path, backbone
     while not any(path.stat().st_size for path in out.glob(".*.partial/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code and b"interrupted: the same command goes on from here" in err
+    assert process.returncode == 143 and b"interrupted: the same command goes on from here" in err
     (state,) = out.glob(".*.partial/checkpoints/state.safetensors")
     step = int(read_tensors(state)[1]["step"])
     assert len((state.parents[1] / "metrics.jsonl").read_text().splitlines()) == step

@@ -155,6 +155,14 @@ def test_checkpoints_are_written_by_time(backbone, tmp_path, monkeypatch):
     assert fit(config, folder=tmp_path, quiet=True).metrics[-1]["step"] == 8
 
 
+def test_what_a_kill_of_the_rehearsed_export_leaves_is_no_obstacle(backbone, tmp_path):
+    left = tmp_path / "run" / ".exportable"
+    left.mkdir(parents=True)
+    (left / "README.md").write_text("half")
+    fit(tiny_config(backbone), folder=tmp_path / "run", quiet=True, until=1)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
 # --- one process a run ------------------------------------------------------------------------------------------------
 
 HOLDS = """
@@ -196,7 +204,7 @@ def test_a_run_is_trained_by_one_process_whose_host_number_and_time_are_told(bac
 
 @pytest.mark.parametrize(
     ("limit", "names"),
-    [(500, "metrics.jsonl"), (10_000, "state.safetensors"), (40_000, "posterior.nc"), (300_000, "report.html")],
+    [(500, ".exportable"), (20_000, "state.safetensors"), (40_000, "posterior.nc"), (300_000, "report.html")],
 )
 def test_a_full_disk_is_one_sentence_with_the_path_and_the_same_command_goes_on(
     backbone, finished, tmp_path, capsys, limit, names
