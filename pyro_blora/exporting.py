@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import adapters, peft_config
 from .architectures import example_rows
 from .backbone import commit_of, public_name, quiet
 from .build import build_program, check_names
-from .checkpoint import read_tensors, trainable
+from .checkpoint import read_tensors, trainable, write_tensors
 from .config import RunConfig
 from .files import NotWritten, writing
 from .handover import ADAPTER, Gated
@@ -33,7 +32,7 @@ from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
 from .model_card import write_card
 from .posterior import deployed
 from .program import BayesianLoRA
-from .provenance import notes_of, require_backbone, require_belonging, require_whole, sealed
+from .provenance import notes_of, require_backbone, require_belonging, warn_unchecked
 from .quantizer import quantize_mixture
 from .registry import only_code
 from .tasks import get_task
@@ -76,7 +75,7 @@ def export(
             "layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train),
             "labels": json.dumps(plain.config.id2label), **notes_of(program, partial, config),
         }  # fmt: skip
-        save_file(tensors, partial / GATES_FILE, metadata=sealed(tensors, notes))
+        write_tensors(partial / GATES_FILE, tensors, notes)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial, config)
         write_card(partial, plain, ranks, get_task(config.task) if config else None)
@@ -235,7 +234,7 @@ def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[st
         layout, rows = AdapterLayout.from_dict(json.loads(notes["layout"])), int(notes["n_train"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None
-    require_whole(path, tensors, notes)
+    warn_unchecked(path, notes)
     with torch.random.fork_rng(devices=[]), only_code(allow_code, run / "config.json"):
         task = check_names(config)
         require_belonging(path, notes, config)

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .checkpoint import trainable
 from .config import RunConfig
 
-_CONTENT = "content"  # of the file itself: its tensors and its other notes
 _CONFIGS = ("adapter_config.json", "config.json")
 _FREE = ("base_model_name_or_path", "revision", "_name_or_path")  # where a user keeps the backbone: theirs to change
 _RESTORE = "restore the run folder from a copy"
@@ -27,21 +25,14 @@ def notes_of(program: torch.nn.Module, folder: Path, config: RunConfig | None) -
     return notes | ({} if config is None else {"config": config.digest})
 
 
-def sealed(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[str, str]:
-    """The notes and a hash of them and of the tensors."""
-    return {**notes, _CONTENT: _of_content(tensors, notes)}
-
-
-def require_whole(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Errors: ValueError for a file whose content is not what was written; one without a hash is warned of."""
-    if _CONTENT not in notes:
+def warn_unchecked(path: Path, notes: Mapping[str, str]) -> None:
+    """Warn of a file that was written before there were hashes."""
+    if "files" not in notes:
         warnings.warn(
             f"{path} is older than the hashes by which a run's files are checked: they may be of different runs; "
             "export(load(RUN), FOLDER) writes a checked one",
             stacklevel=3,
         )
-    elif notes[_CONTENT] != _of_content(tensors, {key: x for key, x in notes.items() if key != _CONTENT}):
-        raise ValueError(f"{path} is damaged (its content is not what was written): {_RESTORE}")
 
 
 def require_belonging(path: Path, notes: Mapping[str, str], config: RunConfig) -> None:
@@ -87,12 +78,8 @@ def _of_frozen(program: torch.nn.Module) -> str:
     """Of the network's parameters that are in no file of the run."""
     learned = {id(p) for p in trainable(program).values()}
     frozen = {name: p for name, p in program.net.named_parameters() if id(p) not in learned}
-    return _of_content(frozen, {})
-
-
-def _of_content(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(notes), sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
+    digest = hashlib.sha256()
+    for name, x in sorted(frozen.items()):
         digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
         digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

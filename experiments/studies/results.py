@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from safetensors import safe_open
 
 from experiments.studies.cells import PREDICTED
 from pyro_blora.bops import at_full_width
+from pyro_blora.checkpoint import read_tensors
 from pyro_blora.layout import AdapterLayout
 
 
@@ -43,8 +43,8 @@ def read(path: Path, axis: str) -> pd.DataFrame:
 
 def _run(folder: Path) -> dict:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    with safe_open(folder / "adapter" / "gates.safetensors", framework="pt") as file:
-        full = at_full_width(AdapterLayout.from_dict(json.loads(file.metadata()["layout"])))
+    _, notes = read_tensors(folder / "adapter" / "gates.safetensors")
+    full = at_full_width(AdapterLayout.from_dict(json.loads(notes["layout"])))
     shares = summary["bops"]["deployed"]
     return {
         "examples": pd.read_parquet(folder / "predictions.parquet", columns=["label", *PREDICTED]).to_dict("list"),
