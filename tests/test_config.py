@@ -23,7 +23,8 @@ OTHER = {
     "temperature_start": 0.4, "temperature_end": 0.2, "clip_norm": 0.5, "precision": "bf16",
     "group_by_length": True, "gradient_checkpointing": True, "share_inputs": True, "max_length": 64, "seed": 1,
     "data_seed": 3, "restarts": 2, "draws": 30, "output_dir": "other",
-    "logging_steps": 1, "checkpoint_steps": 7, "tracker": "tensorboard",
+    "logging_steps": 1, "checkpoint_steps": 7, "checkpoint_minutes": 1.5, "max_skipped_steps": 3,
+    "tracker": "tensorboard",
     "adapter_settings": {"svd": "randomized"}, "weights": "gaussian", "weights_settings": {"prior_std": 0.1},
     "validation": 0.1, "choose_epoch": True, "ood_task": "rte",
 }  # fmt: skip
