@@ -94,7 +94,7 @@ def _require_form(summary: dict) -> None:
     metric, deployed, bops = summary["metric"], summary["deployed"], summary["bops"]
     numbers = {
         "metric.value": metric["value"], "nll": summary["nll"], "draws": summary["draws"], "seed": summary["seed"],
-        "n_eval": summary["n_eval"], "deployed.nll": deployed["nll"], "brier": summary.get("brier", 0.0),
+        "n_eval": summary["n_eval"], "deployed.nll": deployed["nll"], "brier": summary.get("brier") or 0.0,
         "deployed.metric.value": deployed["metric"]["value"], "adapter_parameters": summary["adapter_parameters"],
         "ece.value": summary["ece"]["value"] or 0.0, "ece.bins": summary["ece"]["bins"],
         "deployed.ece.value": deployed["ece"]["value"] or 0.0,

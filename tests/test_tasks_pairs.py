@@ -62,7 +62,7 @@ def test_what_is_no_pair_is_refused_with_its_line(tmp_path, text, message):
     [
         (GOOD.encode("utf-16"), "is UTF-16, not UTF-8 text: convert it: iconv"),
         (GOOD.replace("x", "é").encode("latin-1"), "line 3: byte 0xe9 is no UTF-8.* iconv -f WINDOWS-1252"),
-        (gzip.compress(GOOD.encode()), "is compressed by gzip, not UTF-8 text: unpack it: gunzip"),
+        (gzip.compress(GOOD.encode(), mtime=0), "is compressed by gzip, not UTF-8 text: unpack it: gunzip"),
         (b"PK\x03\x04" + bytes(100), "is a ZIP archive or a spreadsheet, not UTF-8 text: unpack it, or save the sheet"),
     ],
 )
