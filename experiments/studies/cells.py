@@ -22,6 +22,7 @@ from pyro_blora.arviz_data import arviz_itself
 from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors, trainable, write_tensors
 from pyro_blora.config import RunConfig
+from pyro_blora.identity import identity
 from pyro_blora.run import train_run, versions
 from pyro_blora.schedule import Schedule
 from pyro_blora.training import fit
@@ -80,12 +81,14 @@ def trunk(lora: RunConfig, schedule: Schedule) -> Path:
 
 def warm(config: RunConfig, source: Path, partial: Path) -> None:
     """Put a state of LoRA where the run of `config` resumes: until then both are the same."""
-    program = build(config).program
+    parts = build(config)
+    program = parts.program
     shared = {name for name in trainable(program) if name.startswith("net.") or name == "log_scale"}
     found, notes = read_tensors(source)
     tensors = {key: x for key, x in found.items() if key.partition("/")[2] in shared}
     own = {f"parameter/{name}": x.detach().clone() for name, x in trainable(program).items() if name not in shared}
-    write_tensors(partial / CHECKPOINT, tensors | own, notes)
+    (partial / CHECKPOINT).parent.mkdir(parents=True)
+    write_tensors(partial / CHECKPOINT, tensors | own, {**notes, **identity(parts), "lines": "0"})
 
 
 def _code_digest() -> str:
