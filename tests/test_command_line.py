@@ -1,6 +1,7 @@
 """Laws of the command line: every field is a flag, the line overrides the preset, a mistake is one line and code 2."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pyro_blora import __main__ as command_line
 from pyro_blora.__main__ import main
 from pyro_blora.config import RunConfig, field_names
 from pyro_blora.flags import run_fields, take_settings
+from pyro_blora.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,13 +141,23 @@ def test_the_traceback_is_there_for_who_asks(monkeypatch):
         main(["train", "--rank", "0"])
 
 
-def test_an_interrupted_run_says_how_to_resume(capsys, monkeypatch):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_run_says_how_to_resume(capsys, monkeypatch, signum, code):
+    def interrupted(argv):
+        raise Interrupted(signum, "the same command resumes it")
+
+    monkeypatch.setattr(command_line, "_command", interrupted)  # the real signal would end the tests too
+    assert main(["train"]) == code
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(capsys, monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "_command", interrupted)  # the real signal would end the tests too
+    monkeypatch.setattr(command_line, "_command", interrupted)
     assert main(["train"]) == 130
-    assert "the same command resumes" in capsys.readouterr().err
+    assert capsys.readouterr().err == "pyro-blora: interrupted\n"
 
 
 @pytest.mark.parametrize("module", [("-m", "pyro_blora"), ("experiments/train.py",)], ids=["pyro-blora", "train.py"])

@@ -290,7 +290,7 @@ def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(bac
     folder = train_run(tiny_config(backbone, adapter="xs", **settings))
     summary = json.loads((folder / "summary.json").read_text())
     assert ("prior_precision" in summary["weights"]) == law.startswith("laplace")
-    assert "96 weights of the adapter are random, by law" in (folder / "report.html").read_text()
+    assert "96 weights of the adapter are random, by distribution" in (folder / "report.html").read_text()
     assert summary["weights"]["random"] == 6 * 16 and summary["trained_parameters"] > 6 * 16
     program = load(folder)
     saved = load_file(folder / "adapter" / "gates.safetensors")
