@@ -98,9 +98,9 @@ from pyro_blora.program import BayesianLoRA
 seen, losses, examples, inner, forward = [], [], [], adapters.gates, BayesianLoRA.forward
 
 
-def watched(net, z, g, *theta):
+def watched(net, z, g, *theta, **more):
     seen.append(z.detach().clone())
-    return inner(net, z, g, *theta)
+    return inner(net, z, g, *theta, **more)
 
 
 def weighed(program, inputs, *arguments):
