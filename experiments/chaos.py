@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report and kills:
         import torch
 
-        line = shlex.join(["python", "experiments/chaos.py", *(sys.argv[1:] if arguments is None else arguments)])
+        words = [f"--kills {options.kills}", f"--seed {options.seed}", f"--at_a_time {options.at_a_time}"]
+        words += [f"--only {shlex.join(options.only)}"] if options.only != list(SUBJECTS) else []
+        line = " ".join(["python experiments/chaos.py", *words, f"--report {shlex.quote(str(options.report))}"])
         write(options.report, kills, line, f"cpu ({os.cpu_count()} cores), torch {torch.__version__}")
     code = int(any(codes) or len(kills) < options.kills)
     print(f"{len(kills)} kills, {'something went wrong' if code else 'all resumed, equal and with their reports'}")

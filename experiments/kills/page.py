@@ -25,7 +25,8 @@ def write(path: Path, kills: list[dict], command: str, machine: str) -> None:
         *_lines(_by(table, "subject")), "", "By signal:", "", *_lines(_by(table, "signal")), "",
         f"SIGTERM and SIGINT ended a run {_range(polite['seconds to end'], 's')} after they were sent, with exit code "
         f"143 or 130 in {int(polite['right code'].sum())} of {len(polite)} cases, and left at most "
-        f"{int(polite['lost'].max()) if len(polite) else 0} logged steps without a checkpoint. SIGKILL in training "
+        f"{int(polite['lost'].max()) if len(polite) else 0} logged steps without a checkpoint"
+        f"{', those of a SIGKILL before it' if len(polite) and polite['lost'].max() else ''}. SIGKILL in training "
         f"left {_range(killed['lost'], 'steps')}.",
     ]  # fmt: skip
     if len(failed):
