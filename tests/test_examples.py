@@ -50,7 +50,8 @@ def tiny_results(folder):
 
 
 def test_every_script_is_in_the_table():
-    assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS)
+    elsewhere = {"chaos.py", "gpu.py"}  # test_chaos.py, test_gpu.py
+    assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS) | elsewhere
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
