@@ -214,18 +214,24 @@ def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: st
 def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
     """Let `observer` see every forward in the block, in evaluation mode, without gates.
 
-    Gradient checkpointing goes on: it asks a block's own flag, not those of the layers inside. Gradients are to be
-    taken within the block, as the observer sees the recomputation too.
+    Gradient checkpointing goes on where it asks a block's own flag, and dropout those of the layers inside. Gradients
+    are to be taken within the block, as the observer sees the recomputation too.
     """
     training, net.handover.observer = net.training, observer
     net.eval()
     for module in net.modules():
-        module.training = getattr(module, "gradient_checkpointing", False)
+        module.training = getattr(module, "gradient_checkpointing", False) and not _drops_itself(module)
     try:
         yield net
     finally:
         net.handover.observer = net.handover.shared = None
         net.train(training)
+
+
+def _drops_itself(module: nn.Module) -> bool:
+    """Whether a block asks its own flag for dropout as well: BART's and OPT's do."""
+    return any(getattr(module, name, 0) for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop")
+               if not isinstance(getattr(module, name, 0), nn.Module))  # fmt: skip
 
 
 class _Extent(Observer):

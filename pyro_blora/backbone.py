@@ -129,6 +129,7 @@ def _own(name: str, num_labels: int) -> tuple[nn.Module, PreTrainedTokenizerBase
             f"backbone {name!r} must return (model, tokenizer) as transformers has them, got "
             f"{type(pair).__name__} {[type(x).__name__ for x in pair] if isinstance(pair, tuple) else ''}".rstrip()
         )
+    pair[0].config._commit_hash = None  # a function's model is not read again from the hub, whatever it came from
     return pair[0].float(), pair[1]
 
 

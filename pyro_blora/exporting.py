@@ -98,7 +98,7 @@ def _save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
 
 def plain_backbone(net: adapters.GatedModel) -> nn.Module:
     """A copy of the backbone as transformers made it, with the trained head and without adapters."""
-    model = copy.deepcopy(net.peft_model)
+    model = _copied(net.peft_model)
     model = model.unload() if net.layout.adapted else model
     for name, module in list(model.named_modules()):
         if isinstance(module, Gated):
@@ -133,7 +133,7 @@ def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: di
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
     config = peft_config.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
     with torch.random.fork_rng(devices=[]):
-        model = peft_config.wrapped(copy.deepcopy(plain), config)
+        model = peft_config.wrapped(_copied(plain), config)
     modules = dict(model.base_model.model.named_modules())
     for name, (down, up) in weights.items():
         layer = modules[name]
@@ -154,7 +154,7 @@ def _reloaded(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Modul
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # as above
-        reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder))
+        reloaded = peft.PeftModel.from_pretrained(_copied(plain), str(folder))
     modules = dict(reloaded.base_model.model.named_modules())
     wrong = [name for name, rank in ranks.items() if modules[name].r[ADAPTER] != rank]
     if wrong:
@@ -162,9 +162,14 @@ def _reloaded(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Modul
     return reloaded
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """A deep copy that shares what is frozen: a backbone is in memory once."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+
+
 def _verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] | None) -> None:
     """What was written, against the gated network with activations and base weights at 32 bit."""
-    device, net = program.log_scale.device, program.net
+    device, net = program.net.log_range.device, program.net
     reloaded.eval().to(device)
     z, g = deployed(program)
     z = z.clone()

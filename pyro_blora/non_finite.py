@@ -41,7 +41,9 @@ class FiniteSteps:
 
         norm: of the gradients that were clipped; others: the parameters beside those.
         """
-        bad = ~torch.nn.utils.get_total_norm([norm, *(p.grad for p in others if p.grad is not None)]).isfinite()
+        slopes = [p.grad for p in others if p.grad is not None]
+        norms = torch._foreach_norm(slopes, torch.inf) if slopes else []  # largest values: their squares could overflow
+        bad = ~torch.stack([norm, *norms]).isfinite().all()
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()
         self._count(step, bad)

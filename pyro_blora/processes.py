@@ -6,10 +6,11 @@ everywhere. Evaluation is split, too: the same draws on every process, each on i
 """
 
 import os
+from collections.abc import Callable
 
 import accelerate
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model, gather_object
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, fsdp2_prepare_model, gather_object
 from torch import Tensor, nn
 
 _ASKED = 10  # steps between two questions of the processes on GPUs, whether one of them is to end
@@ -83,6 +84,20 @@ def own_share(batches: list) -> list:
 def gathered(part: object) -> list:
     """Every process's part, in their order."""
     return gather_object([part]) if accelerate.PartialState().num_processes > 1 else [part]
+
+
+def on_main(check: Callable[[], None]) -> None:
+    """A check of the main process's; the others wait for it, and all of them raise the ValueError that it ends in."""
+    state, refusal = accelerate.PartialState(), None
+    if state.is_main_process:
+        try:
+            check()
+        except ValueError as error:
+            if state.num_processes == 1:
+                raise
+            refusal = str(error)
+    if state.num_processes > 1 and (refusal := broadcast_object_list([refusal])[0]):
+        raise ValueError(refusal)
 
 
 def leave_group() -> None:

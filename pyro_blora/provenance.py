@@ -5,8 +5,10 @@
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ _RESTORE = "restore the run folder from a copy"
 
 def notes_of(program: torch.nn.Module, folder: Path, config: RunConfig | None) -> dict[str, str]:
     """Hashes of an export's other files, of what is frozen, and of the configuration where there is one."""
-    notes = {"files": _of_files(folder), "backbone": _of_frozen(program)}
+    notes = {"files": _of_files(folder), "backbone": frozen_hash(program)}
     return notes | ({} if config is None else {"config": config.digest})
 
 
@@ -50,7 +52,7 @@ def require_belonging(path: Path, notes: Mapping[str, str], config: RunConfig) -
 
 def require_backbone(program: torch.nn.Module, notes: Mapping[str, str], config: RunConfig) -> None:
     """Errors: ValueError where the frozen weights are not those of the training."""
-    if notes.get("backbone", found := _of_frozen(program)) != found:
+    if "backbone" in notes and notes["backbone"] != frozen_hash(program):
         raise ValueError(
             f"backbone {config.backbone!r} is not the one that the run was trained on, its weights differ: restore it"
         )
@@ -74,12 +76,21 @@ def _of_files(folder: Path) -> str:
 
 
 @torch.no_grad()
-def _of_frozen(program: torch.nn.Module) -> str:
-    """Of the network's parameters that are in no file of the run."""
+def frozen_hash(program: torch.nn.Module) -> str:
+    """Of the network's parameters that are in no file of the run, by name, dtype and shape.
+
+    Not of PEFT's copy of the head as it was: nothing reads it, and it was drawn, which not every processor does alike.
+    """
     learned = {id(p) for p in trainable(program).values()}
-    frozen = {name: p for name, p in program.net.named_parameters() if id(p) not in learned}
-    digest = hashlib.sha256()
-    for name, x in sorted(frozen.items()):
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    frozen = {
+        name: p for name, p in sorted(program.net.named_parameters())
+        if id(p) not in learned and ".original_module." not in name
+    }  # fmt: skip
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:  # hashing lets other threads run
+        each = pool.map(_of_tensor, frozen.values())
+        lines = [f"{name} {tuple(p.shape)} {p.dtype} {x}" for (name, p), x in zip(frozen.items(), each, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _of_tensor(x: torch.Tensor) -> str:
+    return hashlib.sha256(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()

@@ -121,13 +121,12 @@ def _kernels(device: str = "cpu") -> tuple:
     """The three functions: Triton's on CUDA, else compiled once with dynamic shapes; eager where no compiler works."""
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _EAGER
+    # without fullgraph, a process that meets more dtypes and sizes than the compiler keeps goes on eagerly
+    compiled = tuple(torch.compile(f, dynamic=True) for f in _EAGER)
     if device == "cuda":
         with contextlib.suppress(ImportError):  # it comes with PyTorch for CUDA
-            from . import quantizer_triton as kernels
-
-            return kernels.forward, kernels.backward, kernels.backward_of_gates
-    # without fullgraph, a process that meets more dtypes and sizes than the compiler keeps goes on eagerly
-    forward, backward, of_gates = compiled = tuple(torch.compile(f, dynamic=True) for f in _EAGER)
+            from .quantizer_triton import KERNELS as compiled
+    forward, backward, of_gates = compiled
     try:
         for size in _PROBES:
             x, grad = torch.ones(size, device=device), torch.ones(size, device=device)

@@ -26,7 +26,8 @@ def forward(x: Tensor, c: Tensor) -> Tensor:
     """sum_b w_b Q_b(x).  x (n,), c the constants (20,)"""
     out, n = torch.empty_like(x), x.numel()
     if n:
-        _forward[(triton.cdiv(n, _BLOCK),)](x, c, out, n, _BLOCK, **_WITHOUT_FUSION)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            _forward[(triton.cdiv(n, _BLOCK),)](x, c, out, n, _BLOCK, **_WITHOUT_FUSION)
     return out
 
 
@@ -41,15 +42,19 @@ def backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:
     return _summed(grad, x, c, None)
 
 
+KERNELS = (forward, backward, backward_of_gates)
+
+
 def _summed(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
     n = x.numel()
     programs = triton.cdiv(n, _SUMMED_BLOCK)
     parts = torch.empty(programs, _OUTPUTS, dtype=c.dtype, device=c.device)
     if n:
-        _backward[(programs,)](
-            grad, x, c, x if of_x is None else of_x, parts, n, _SUMMED_BLOCK, of_x is not None, _OUTPUTS, num_warps=8,
-            **_WITHOUT_FUSION,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _backward[(programs,)](
+                grad, x, c, x if of_x is None else of_x, parts, n, _SUMMED_BLOCK, of_x is not None, _OUTPUTS,
+                num_warps=8, **_WITHOUT_FUSION,
+            )  # fmt: skip
     return parts.sum(0)
 
 

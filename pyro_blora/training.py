@@ -29,7 +29,7 @@ from .logbook import Logbook
 from .non_finite import FiniteSteps, unvalidated
 from .optimizer import make_optimizer
 from .posterior import component_marginals
-from .processes import any_of, average_gradients, shard, sharding_wanted
+from .processes import any_of, average_gradients, on_main, shard, sharding_wanted
 from .program import BayesianLoRA
 from .ranges import range_errors
 from .resuming import DIVERGED, Checkpoints
@@ -86,11 +86,12 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
     if hasattr(parts.program.weights, "require"):
         parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
-    if folder is not None and accelerator.is_main_process:
+    if folder is not None:
         if not (folder / "checkpoints").exists():
             rows = first_inputs(parts.tokens["train"], parts.tokenizer)
-            require_exportable(parts.program, folder / ".exportable", rows)
-        folder.mkdir(parents=True, exist_ok=True)
+            on_main(lambda: require_exportable(parts.program, folder / ".exportable", rows))
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
     return _Loop(accelerator, parts, schedule, folder, quiet).run(until)
 
 

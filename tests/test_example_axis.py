@@ -8,6 +8,7 @@ from models import VOCABULARY, _built, batch, tiny_bert, tiny_deberta, tiny_llam
 from pyro_blora.adapters import attach, calibrate, observed
 from pyro_blora.example_axis import without_examples
 from pyro_blora.guides import build_guide
+from pyro_blora.handover import Observer
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.ranges import _Sample, range_errors
@@ -151,3 +152,21 @@ def test_the_start_of_the_gates_keeps_no_more_than_a_training_step(build, checkp
     with Saved(program) as fitted, observed(program.net, _Sample(64, torch.device("cpu"))):
         program.net(**inputs).logits.sum()
     assert fitted.bytes <= step.bytes
+
+
+def test_observers_see_no_dropout_where_blocks_drop_by_their_own_flag():
+    """BART's blocks hand their own flag to dropout, and checkpointing asks it too."""
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.5,
+        eos_token_id=2, num_labels=2, pad_token_id=1,
+    )  # fmt: skip
+    net = attach(_built(transformers.BartForSequenceClassification, config), rank=2, sequence_length=10,
+                 target_modules=ATTENTION)  # fmt: skip
+    net.gradient_checkpointing_enable()
+    net.train()
+    inputs, _ = batch()
+    inputs["input_ids"][:, -1] = 2  # the end of the sequence, which is classified
+    inputs["attention_mask"][:] = 1
+    with torch.no_grad(), observed(net, Observer()):
+        assert torch.equal(net(**inputs).logits, net(**inputs).logits)
