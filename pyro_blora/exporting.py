@@ -70,14 +70,14 @@ def export(
                 plain.save_pretrained(str(partial))
                 reloaded = type(plain).from_pretrained(str(partial), trust_remote_code=False)
         _verify(program, reloaded, rows)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, partial, config)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
         notes = {
             "layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train),
             "labels": json.dumps(plain.config.id2label), **notes_of(program, partial, config),
         }  # fmt: skip
         write_tensors(partial / GATES_FILE, tensors, notes)
-        if tokenizer is not None:
-            _save_tokenizer(tokenizer, partial, config)
         write_card(partial, plain, ranks, get_task(config.task) if config else None)
         partial.rename(folder)
     finally:

@@ -59,9 +59,9 @@ def require_backbone(program: torch.nn.Module, notes: Mapping[str, str], config:
 
 
 def _of_files(folder: Path) -> str:
-    """Of weights, and of what their configuration says about them."""
+    """Of weights and vocabulary, and of what their configuration says about them."""
     lines = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
         if path.name != "gates.safetensors":
             with path.open("rb") as file:
                 lines.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")

@@ -135,6 +135,10 @@ MIXED = {
         lambda run, *_: flipped(run / "adapter/gates.safetensors"),
         "is damaged .*restore the run folder",
     ),
+    "flipped vocabulary": (
+        lambda run, *_: flipped(run / "adapter/tokenizer.json", place=200),
+        "the adapter in .* is not",
+    ),
     "flipped adapter": (lambda run, *_: flipped(run / "adapter/adapter_model.safetensors"), "the adapter in .* is not"),
     "edited ranks": (
         lambda run, *_: edit(run / "adapter/adapter_config.json", rank_pattern={}),
