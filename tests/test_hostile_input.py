@@ -258,7 +258,7 @@ def answers(action, folder):
         assert str(folder) in str(error)
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_show_of_an_edited_summary_is_a_table_or_a_sentence(run, tmp_path, data):
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
