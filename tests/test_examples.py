@@ -34,7 +34,8 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "--output_dir OUT --table OUT/table.md",
     "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag xs8-gates-gaussian --max_train 100 --epochs 5 "
     "--draws 2 --glue_dir GLUE --backbone TINY --output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
-    "train.py": "--task acceptability --backbone TINY --max_train 64 --epochs 1 --draws 2 --output_dir OUT",
+    "train.py": "--task acceptability --backbone TINY --max_train 64 --max_length 32 --epochs 1 "
+    "--draws 2 --output_dir OUT",
 }
 
 
