@@ -59,11 +59,8 @@ def config_of(backbones, kind, **changes):
     return tiny_config(backbones[kind], **{**values, **targets, **changes})
 
 
-@pytest.mark.parametrize(
-    ("kind", "what"),
-    [*((kind, what) for kind in ("bert", "deberta") for what in WHAT),
-     *((kind, what) for kind in ("deberta_v2", "llama") for what in ("encoder", "checkpointed", "xs", "laplace"))],
-)  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", WHAT)
 def test_gates_start_and_train(backbones, kind, what):
     trained = fit(config_of(backbones, kind, **WHAT[what]), quiet=True)
     assert trained.metrics[-1]["step"] == 8
