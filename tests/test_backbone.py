@@ -239,3 +239,16 @@ def test_a_token_type_without_an_embedding_is_refused(tmp_path, data_dir):
     (folder / "tokenizer.json").write_text(text.replace('"type_id": 1', '"type_id": 2'))
     with pytest.raises(ValueError, match="gives token type 2, its model has 2"):
         build(tiny_config(folder, task="rte", glue_dir=str(data_dir / "glue")))
+
+
+def test_a_functions_model_is_of_no_commit_of_the_hub(tmp_path):
+    """Or `load` would look for it there."""
+    (tmp_path / "own.py").write_text(
+        "from models import tiny_bert\nfrom tiny import save_tiny_backbone\nimport transformers\n"
+        "def own(num_labels):\n"
+        "    model = tiny_bert(num_labels=num_labels)\n"
+        "    model.config._commit_hash = 'abc'\n"
+        f"    folder = save_tiny_backbone({str(tmp_path / 'tokenizer')!r})\n"
+        "    return model, transformers.AutoTokenizer.from_pretrained(folder)\n"
+    )
+    assert commit_of(load_backbone(f"{tmp_path}/own.py:own", 2)) is None

@@ -8,13 +8,13 @@ import peft
 import pytest
 import torch
 import transformers
-from models import tiny_bert
+from models import tiny_bert, weighted_net, weighted_program
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import load
 from pyro_blora.backbone import backbone_path, load_backbone, public_name
 from pyro_blora.checkpoint import read_tensors
-from pyro_blora.exporting import export
+from pyro_blora.exporting import _copied, export
 from pyro_blora.run import train_run
 from pyro_blora.tasks import get_task
 
@@ -133,3 +133,19 @@ def test_an_export_without_its_run_needs_neither_tokenizer_nor_configuration(run
     assert not (folder / "tokenizer.json").exists() and "tokenizer" not in (folder / "adapter_config.json").read_text()
     base = load_backbone(str(backbone), 2, labels=LABELS)
     assert peft.PeftModel.from_pretrained(base, folder).peft_config["default"].r == 4
+
+
+def test_a_copy_for_export_shares_what_is_frozen_and_nothing_that_learns():
+    net = weighted_net("lora")
+    copied = dict(_copied(net.peft_model).named_parameters())
+    for name, p in net.peft_model.named_parameters():
+        assert (copied[name] is p) == (not p.requires_grad), name
+
+
+def test_an_export_leaves_its_program_as_it_was(tmp_path):
+    program = weighted_program(weighted_net("lora"), weights="point")
+    before = {name: x.clone() for name, x in program.state_dict().items()}
+    learning = {name for name, p in program.named_parameters() if p.requires_grad}
+    export(program, tmp_path / "adapter")
+    assert all(torch.equal(x, before[name]) for name, x in program.state_dict().items())
+    assert learning == {name for name, p in program.named_parameters() if p.requires_grad}

@@ -5,6 +5,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from models import weighted_net, weighted_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import hub, save_tiny_backbone, tiny_config
@@ -13,6 +15,7 @@ from pyro_blora import load
 from pyro_blora.__main__ import main
 from pyro_blora.checkpoint import read_tensors, write_tensors
 from pyro_blora.config import RunConfig
+from pyro_blora.provenance import frozen_hash
 from pyro_blora.registry import Registry, only_code
 from pyro_blora.run import train_run
 
@@ -186,3 +189,17 @@ def test_a_run_is_loaded_from_the_commit_that_it_was_trained_on(backbone, tmp_pa
     edit(folder / "config.json", versions={"backbone": "b" * 40})
     with pytest.raises(ValueError, match="its weights differ"):
         load(folder)
+
+
+def test_the_hash_of_frozen_weights_is_of_those_that_are_read():
+    """Not of PEFT's copy of the untrained head, which is drawn, and not alike on every processor."""
+    program = weighted_program(weighted_net("lora"))
+    before, named = frozen_hash(program), dict(program.net.named_parameters())
+    copies = [p for name, p in named.items() if ".original_module." in name]
+    assert copies
+    with torch.no_grad():
+        for p in copies:
+            p.add_(1e-3)
+        assert frozen_hash(program) == before
+        next(p for name, p in named.items() if "intermediate.dense.weight" in name)[0, 0] += 1e-6
+    assert frozen_hash(program) != before

@@ -159,3 +159,13 @@ def test_the_report_warns_of_gradients_that_were_not_finite(backbone, tmp_path, 
     page = (folder / "report.html").read_text("utf-8")
     assert "Gradients were not finite: 1 optimizer steps were left out, and 1 of 8 logged lines" in page
     assert "NaN" not in page.split("<script", 1)[0] and "norm" in page
+
+
+@pytest.mark.parametrize(("value", "left_out"), [(1e30, False), (math.inf, True), (math.nan, True)])
+def test_a_large_gradient_is_no_infinite_one(value, left_out):
+    """Beside the clipped ones; the square of 1e30 is beyond float32."""
+    parameter, other = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    parameter.grad, other.grad = torch.ones(2), torch.full((2,), value)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    bad = FiniteSteps(10, 100, torch.device("cpu")).step(optimizer, 0, torch.tensor(1.0), [other])
+    assert bool(bad) == left_out and bool((parameter == 0).all()) == left_out

@@ -251,3 +251,32 @@ def test_another_version_of_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match="nothing is frozen"):
         shard(tiny_bert(), None)
+
+
+REFUSAL = """
+import accelerate
+
+from pyro_blora.processes import leave_group, on_main
+
+state = accelerate.PartialState(cpu=True)
+
+
+def check():
+    assert state.is_main_process, "the other process has nothing to check"
+    raise ValueError("it cannot be exported")
+
+
+on_main(lambda: None)
+try:
+    on_main(check)
+except ValueError as error:
+    print(f"process {state.process_index}: {error}\\n", end="", flush=True)
+leave_group()
+"""
+
+
+def test_what_the_main_process_refuses_ends_them_all(folder):
+    script = folder / "refusal.py"
+    script.write_text(REFUSAL)
+    printed = torchrun(str(script))
+    assert all(f"process {i}: it cannot be exported" in printed for i in (0, 1))
