@@ -84,6 +84,6 @@ def _embedding(model: nn.Module) -> nn.Embedding | None:
     """The table of words; None where ids are hashed, as in CANINE."""
     try:
         table = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError):  # what transformers raises for a model without such a table
         return None
     return table if isinstance(table, nn.Embedding) else None
