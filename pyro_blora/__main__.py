@@ -49,7 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             kept = f"; {interruption}" if str(interruption) else ""
             print(f"pyro-blora: interrupted{kept}", file=sys.stderr)
-        return getattr(interruption, "exit_code", 130)
+        code = getattr(interruption, "exit_code", 130)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from .processes import leave
+
+            leave(code)
+        return code
 
 
 def _command(argv: list[str]) -> int:
@@ -103,14 +108,14 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         show_run(folder)
         return 0
     with heeded():
-        from .processes import leave_group
+        from .processes import leave
         from .run import train_run
 
         keep_freed_memory()
         folder = train_run(config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts one process a device: one of them speaks
         print(folder)
-    leave_group()
+    leave()
     return 0
 
 

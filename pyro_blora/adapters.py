@@ -105,13 +105,15 @@ class GatedModel(nn.Module):
 
 @contextlib.contextmanager
 def gates(
-    net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None, *, opened: bool = False
-) -> Iterator[GatedModel]:
+    net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None, *, opened: bool = False,
+    at_32: list[bool] | None = None,
+) -> Iterator[GatedModel]:  # fmt: skip
     """Hand the gates z and g to every layer of `net` for the duration of the block, then clear them.
 
     Shapes: z (L, T, K) bit chains above the always-open 2-bit rung; g (L, R - 1) rank chains after the first rank.
     weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B each
-    example has its own. opened: the caller knows that everything is open; then z and g are not read.
+    example has its own. opened: the caller knows that everything is open; then z and g are not read. at_32: which
+    tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it.
     Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
     """
     layout = net.layout
@@ -120,20 +122,25 @@ def gates(
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
     kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
-    with handed_over(net.handover, (*_handed(net, z, g, opened), kept, weights or {})):
+    with handed_over(net.handover, (*_handed(net, z, g, opened, at_32), kept, weights or {})):
         yield net
 
 
-def _handed(net: GatedModel, z: Tensor, g: Tensor, opened: bool) -> tuple[list, list | None]:
+def _handed(net: GatedModel, z: Tensor, g: Tensor, opened: bool, at_32: list[bool] | None) -> tuple[list, list | None]:
     """A grid or None for each (projection, tensor), and the ranks of each projection, or None for all open."""
     if opened:
         return [None] * z[..., 0].numel(), None
     z, g = z.to(net.log_range.device), g.to(net.log_range.device)
     by_tensor = grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))
     if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
-        at_32 = (z == 1).all(-1).flatten().tolist()
+        at_32 = at_32 or exact_tensors(z)
         by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, at_32, strict=True)]
     return by_tensor, F.pad(g.float(), (1, 0), value=1.0).unbind(0)
+
+
+def exact_tensors(z: Tensor) -> list[bool]:
+    """Which tensors gates leave at 32 bit.  z (L, T, K) -> L T"""
+    return (z == 1).all(-1).flatten().tolist()
 
 
 def open_gates(layout: AdapterLayout, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

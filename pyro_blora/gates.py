@@ -211,7 +211,7 @@ class RelaxedNestedBernoulli(TorchDistribution):
     discrete law. `hard=False` returns soft chains in [0, 1]. Neither has a density here: `log_prob` is the discrete
     law's, of the value rounded to a chain; differentiating it raises, and the ELBO uses the registered closed-form KL.
 
-    Shapes: logits (..., K), conditional log-odds of opening; -inf and inf pin a gate. temperature: a positive number.
+    Shapes: logits (..., K), log-odds of opening given the parent; -inf, inf pin a gate. temperature > 0, a number or ().
     Source: Maddison et al., Jang et al. (2017); straight-through: Bengio et al. (2013).
     """
 
@@ -219,8 +219,8 @@ class RelaxedNestedBernoulli(TorchDistribution):
     support = constraints.independent(constraints.unit_interval, 1)
     has_rsample = True
 
-    def __init__(self, logits: Tensor, temperature: float, hard: bool = True, validate_args: bool | None = None):
-        if not temperature > 0:
+    def __init__(self, logits: Tensor, temperature: float | Tensor, hard: bool = True, validate_args=None):
+        if not isinstance(temperature, Tensor) and not temperature > 0:  # a tensor is not read on the host
             raise ValueError(f"temperature must be > 0, got {temperature}")
         self.logits, self.temperature, self.hard = logits, temperature, hard
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .architectures import head_modules, settle_attention
 from .layout import AdapterLayout
+from .relative_positions import remember_positions
 
 if TYPE_CHECKING:
     import peft
@@ -64,7 +65,8 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.
 
 
 def settle(backbone: nn.Module) -> None:
-    """Full attention for good, with a warning, where a sparse one would end at some step of the training."""
+    """Full attention for good, with a warning, where a sparse one would end at some step; positions computed once."""
+    remember_positions(backbone)
     if settle_attention(backbone):
         warnings.warn(
             f"{type(backbone).__name__} leaves its sparse attention at the first short input: it has full attention "

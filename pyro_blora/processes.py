@@ -5,7 +5,9 @@ averaged. A backbone that does not fit on one device is sharded by FSDP2; what l
 everywhere. Evaluation is split, too: the same draws on every process, each on its own batches.
 """
 
+import logging
 import os
+import sys
 from collections.abc import Callable
 
 import accelerate
@@ -100,9 +102,17 @@ def on_main(check: Callable[[], None]) -> None:
         raise ValueError(refusal)
 
 
-def leave_group() -> None:
-    """End the processes' group, the last thing that a script under torchrun does: exiting within it may abort.
+def leave(code: int = 0) -> None:
+    """End this process of several, the last thing that a script under torchrun does; one process alone goes on.
 
-    Gloo's threads then meet an interpreter that is gone, and a finished run would look like a failed one.
+    Gloo's threads may meet an interpreter that is gone, and abort: a finished run would look like a failed one. At code
+    0 all processes wait for one another; else none does, as another one may have been ended already.
     """
-    accelerate.PartialState().destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if code == 0:
+        accelerate.PartialState().wait_for_everyone()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

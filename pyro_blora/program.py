@@ -17,6 +17,7 @@ Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1
 import abc
 import contextlib
 import copy
+import functools
 import math
 import warnings
 import weakref
@@ -186,6 +187,7 @@ class BayesianLoRA(GateProgram):
     """The program of a gated network: `net` is what `attach` returned."""
 
     _opened: Gates | None = None
+    _at_32: list[bool] | None = None  # of a training step: which tensors stay at 32 bit for sure
 
     def __init__(self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Callable, **settings):
         super().__init__(net.layout, prior, guide, likelihood, **settings)
@@ -205,8 +207,13 @@ class BayesianLoRA(GateProgram):
     def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> list[Tensor]:
         """Without gradients, weights are rounded once for all batches."""
         weights = None if theta is None else self.weights.split(theta)
-        with adapters.gates(self.net, *gates, weights, opened=gates.z is self.opened.z):
+        with adapters.gates(self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32):
             return [self.net(**inputs).logits.float() for inputs in batches]
+
+    @functools.cached_property
+    def pinned_at_32(self) -> list[bool] | None:
+        """Which tensors every draw leaves at 32 bit, where the prior leaves no gate to chance: asked once."""
+        return None if self.gates_are_random else adapters.exact_tensors(self.gate_guide.posterior().z.mode)
 
     def forward(
         self,
@@ -225,7 +232,11 @@ class BayesianLoRA(GateProgram):
             nll = self.nll(inputs, labels, *self.opened, self.draw_theta())
             elbo = Elbo(nll, *self.kl(), self.weights.divergence())
         else:
-            elbo = self.elbo(inputs, labels)
+            self._at_32 = self.pinned_at_32
+            try:
+                elbo = self.elbo(inputs, labels)
+            finally:
+                self._at_32 = None
         theta_weight = (kl_weight if theta_weight is None else theta_weight) * self.weights.kl_weight
         return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
 

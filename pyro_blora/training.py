@@ -24,6 +24,7 @@ from .config import RunConfig
 from .curvature import fit_run
 from .data import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
 from .exporting import require_exportable
+from .gradients import Gradients
 from .identity import identity
 from .logbook import Logbook
 from .non_finite import FiniteSteps, unvalidated
@@ -124,6 +125,7 @@ class _Loop:
         first = self.checkpoints.resume()
         began -= self.book.lines[-1]["seconds"] if self.book.lines else 0.0
         self.learning = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradients = Gradients(self.program, self.learning, graphs=not sharding_wanted())
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
         with deferred(), tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step",
@@ -212,11 +214,8 @@ class _Loop:
         parts = []
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
-            inputs, labels = split_labels(batch, accelerator.device)
-            with unvalidated():  # a loss that is not finite is for the step to leave out
-                loss, elbo = self.program(inputs, labels, temperature, kl_weight, config.kl_weight)
-            (loss / len(micro_batches)).backward()
-            parts.append(torch.stack([(x + loss.new_zeros(())).detach().float() for x in (loss, *elbo)]))
+            batch = split_labels(batch, accelerator.device)
+            parts.append(self.gradients(*batch, temperature, kl_weight, config.kl_weight, len(micro_batches)))
         net = self.program.net
         average_gradients(self.learning, accelerator)
         clipped = [*net.adapter_parameters(), *net.head_parameters()]
@@ -248,6 +247,7 @@ class _Loop:
 
     def _open_phase(self, step: int, optimizer) -> None:
         """Start the gates.  Errors: ValueError where the network's answers give them no finite start."""
+        self.gradients.forget()
         with unvalidated():
             self._start_gates(optimizer)
         started = (*self.program.gate_guide.parameters(), self.program.net.log_range)

@@ -134,7 +134,9 @@ def test_no_step_waits_for_the_device(backbone, monkeypatch):
 
     monkeypatch.setattr(_Loop, "_optimizer_step", step)
     fit(tiny_config(backbone), quiet=True)
-    assert len(reads) == 8 and max(reads) <= 1  # transformers asks its mask whether it masks anything
+    begin = {0, 2}  # steps that begin a phase: distributions check what they get, once
+    assert len(reads) == 8
+    assert all(n <= 1 for step, n in enumerate(reads) if step not in begin)  # transformers asks its mask
 
 
 def test_the_longest_row_and_its_first_step_are_counted():

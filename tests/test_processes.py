@@ -45,7 +45,7 @@ from pyro_blora.adapters import gates
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.priors import build_prior
-from pyro_blora.processes import average_gradients, gathered, leave_group
+from pyro_blora.processes import average_gradients, gathered, leave
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 
@@ -80,7 +80,7 @@ assert [a is None for a in mine] == [b is None for b in union] and found == 17  
 gaps = gathered(float(gap))
 if accelerator.is_main_process:  # lines of two processes would mix
     print(*gaps)
-leave_group()
+leave()
 """
 
 DRAWS = """
@@ -92,7 +92,7 @@ import torch
 
 from pyro_blora import adapters, fit
 from pyro_blora.config import RunConfig
-from pyro_blora.processes import gathered, leave_group
+from pyro_blora.processes import gathered, leave
 from pyro_blora.program import BayesianLoRA
 
 seen, losses, examples, inner, forward = [], [], [], adapters.gates, BayesianLoRA.forward
@@ -122,7 +122,7 @@ if accelerate.PartialState().is_main_process:
     print("examples", *map(len, shares), sorted(sum(shares, [])) == sorted(rows))  # each once
     print("logged", logged == pytest.approx([sum(pair) / 2 for pair in zip(*each)], rel=1e-5))
     print("same", all(torch.equal(a, b) for a, b in zip(*parameters)))
-leave_group()
+leave()
 """
 
 
@@ -256,7 +256,7 @@ def test_another_version_of_fsdp_is_refused(monkeypatch):
 REFUSAL = """
 import accelerate
 
-from pyro_blora.processes import leave_group, on_main
+from pyro_blora.processes import leave, on_main
 
 state = accelerate.PartialState(cpu=True)
 
@@ -271,7 +271,7 @@ try:
     on_main(check)
 except ValueError as error:
     print(f"process {state.process_index}: {error}\\n", end="", flush=True)
-leave_group()
+leave()
 """
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from pyro_blora import adapters
 from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates
+from pyro_blora.gradients import Gradients
 from pyro_blora.guides import build_guide
-from pyro_blora.non_finite import unvalidated
 from pyro_blora.posterior import draw
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
@@ -91,20 +91,20 @@ def program_of(setting: Setting, **attached) -> BayesianLoRA:
     return program
 
 
-def gated_step(setting: Setting, *, compiled: bool = False, **attached) -> Callable[[], None]:
-    """A step of the program; compiled: the network as a whole, by torch.compile."""
+def gated_step(setting: Setting, *, compiled: bool = False, graphs: bool = True, **attached) -> Callable[[], None]:
+    """A step of the training loop. compiled: the network as a whole, by torch.compile. graphs: as in `Gradients`."""
     program, (inputs, labels) = program_of(setting, **attached), setting.examples()
     net, optimizer = program.net, make_optimizer(program, RunConfig())
     if compiled:
         net.peft_model.compile()
-    learning = [*net.adapter_parameters(), *net.head_parameters()]
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = Gradients(program, learning, graphs=graphs and not compiled)
+    clipped = [*net.adapter_parameters(), *net.head_parameters()]
     program.train()
 
     def step():
-        with unvalidated():  # as the training loop does
-            loss, _ = program(inputs, labels, 0.3)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        gradients(inputs, labels, 0.3, 1.0)
+        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,63 +1,27 @@
 """What only a GPU can tell: whether Triton's kernels are right there, and what a step takes without its host."""
 
+import dataclasses
+
 import torch
-import transformers
 from torch import Tensor
 
-from experiments.bench.networks import Setting, gated_step, lora_step, program_of
+from experiments.bench.networks import Setting, gated_step
 from experiments.bench.timing import Row, compared, in_turn
 from pyro_blora import quantizer
-from pyro_blora.non_finite import unvalidated
 
 _GATES = ((1, 0.9, 0.7, 0.2, 0.1), (1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 1, 0))
 _SIZES = (1, 1000, 768 * 768, 4096 * 768 + 5)
 
 
 def graphed(setting: Setting, seconds: float) -> list[Row]:
-    """Forward, backward and optimizer as one CUDA graph, for a batch of one shape."""
-    functions = {
-        "gated, as a CUDA graph": _as_graph(setting), "gated": gated_step(setting), "PEFT LoRA": lora_step(setting),
-    }  # fmt: skip
-    taken = in_turn(functions, seconds=seconds, device=setting.device)
-    pairs = (("gated, as a CUDA graph", "gated"), ("gated, as a CUDA graph", "PEFT LoRA"))
-    return [compared("CUDA graphs", taken, *pair) for pair in pairs]
-
-
-def _as_graph(setting: Setting):
-    """The gated step captured; DeBERTa's relative positions, which it copies from the host, are computed before."""
-    modeling = transformers.models.deberta_v2.modeling_deberta_v2
-    build, known = modeling.build_relative_position, {}
-
-    def remembered(query, key, **settings):
-        place = query.size(-2), key.size(-2)
-        if place not in known:
-            known[place] = build(query, key, **settings)
-        return known[place]
-
-    modeling.build_relative_position = remembered
-    program, (inputs, labels) = program_of(setting), setting.examples()
-    learning = [p for p in program.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-3, fused=True, capturable=True)
-    program.train()
-
-    def step():
-        with unvalidated():
-            loss, _ = program(inputs, labels, 0.3)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in learning if p.grad is not None], 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    """The training step as one CUDA graph, against the same step kernel by kernel, at both scopes."""
+    rows = []
+    for scope in ("adapted", "encoder"):
+        here = dataclasses.replace(setting, scope=scope)
+        functions = {"as a CUDA graph": gated_step(here), "kernel by kernel": gated_step(here, graphs=False)}
+        taken = in_turn(functions, seconds=seconds / 2, device=setting.device)
+        rows.append(compared(f"CUDA graph of a step, scope {scope}", taken, *functions))
+    return rows
 
 
 def kernels(setting: Setting, seconds: float) -> list[dict]:
