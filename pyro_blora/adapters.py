@@ -10,6 +10,8 @@ Ranges are one (L, T) parameter, learned as log(range), which `calibrate` sets f
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -52,10 +54,16 @@ class GatedModel(nn.Module):
         self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2], device=device))
 
     def forward(self, **batch):
+        if self.has_cache:  # of keys and values, for a text that goes on: none does here
+            batch.setdefault("use_cache", False)
         if self.autocast is None:  # whatever the caller's own autocast says
             return self.peft_model(**batch)
         with torch.autocast(self.log_range.device.type, self.autocast):
             return self.peft_model(**batch)
+
+    @functools.cached_property
+    def has_cache(self) -> bool:
+        return "use_cache" in inspect.signature(self.backbone.forward).parameters
 
     def layers(self) -> list[nn.Module]:
         """The gated layers in the layout's order."""

@@ -110,13 +110,13 @@ class Hierarchical(nn.Module):
         kinds = list(dict.fromkeys(p.type for p in layout.projections))
         self.names = [*layout.tensors, *(f"rank_{kind}" for kind in kinds)]
         self.register_buffer("kind", torch.tensor([kinds.index(p.type) for p in layout.projections]), persistent=False)
-        self.used = range(len(self.names))
+        self.used = slice(0, len(self.names))
         self.loc = nn.Parameter(torch.full((len(self.names),), math.log(shape / rate)))  # of log(rate)
         self.log_sd = nn.Parameter(torch.full((len(self.names),), -1.0))
 
     def only(self, site: str) -> None:
         tensors = self.z_shape[1]
-        self.used = range(tensors) if site == "z" else range(tensors, len(self.names))
+        self.used = slice(0, tensors) if site == "z" else slice(tensors, len(self.names))
 
     def _gates(self, rates: Tensor) -> Gates:
         """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
@@ -141,24 +141,24 @@ class Hierarchical(nn.Module):
 
     @property
     def rate_names(self) -> list[str]:
-        return [self.names[i] for i in self.used]
+        return self.names[self.used]
 
     def draw_rates(self, draws: int, law: str = "posterior") -> Tensor:
         """(S, n) rates in use, from their log-normal guide or from their Gamma law."""
-        return self._law(law).sample((draws,))[:, list(self.used)]
+        return self._law(law).sample((draws,))[:, self.used]
 
     def gates_at(self, rates: Tensor) -> Gates:
         """Laws of the gates at given rates in use (S, n)."""
         every = self._law("posterior").mean.expand(len(rates), -1).clone()
-        every[:, list(self.used)] = rates
+        every[:, self.used] = rates
         return self._gates(every)
 
     def log_ratio(self, rates: Tensor) -> Tensor:
         """log Gamma law - log guide of rates in use (S, n) -> (S,)"""
         every = rates.new_ones(len(rates), len(self.names))
-        every[:, list(self.used)] = rates
+        every[:, self.used] = rates
         gap = self._law("prior").log_prob(every) - self._law("posterior").log_prob(every)
-        return gap[:, list(self.used)].sum(-1)
+        return gap[:, self.used].sum(-1)
 
     def sample_prior(self, draws: int) -> Gates:
         """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
@@ -170,15 +170,15 @@ class Hierarchical(nn.Module):
         entropy = self.loc + 0.5 + 0.5 * math.log(2 * math.pi) + self.log_sd
         mean = (self.loc + sd.square() / 2).exp()
         gamma = self.shape * math.log(self.rate) - math.lgamma(self.shape)
-        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean)[list(self.used)].sum()
+        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean)[self.used].sum()
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
         """Posterior mean and central 94 % interval of every rate, nats a gate."""
         law = self._law("posterior")
         low, high = (law.icdf(torch.full_like(self.loc, p)) for p in (0.03, 0.97))
-        columns = {"": law.mean, "_low": low, "_high": high}
-        return {f"rate_{self.names[i]}{end}": x[i].item() for i in self.used for end, x in columns.items()}
+        columns = {end: x[self.used].tolist() for end, x in (("", law.mean), ("_low", low), ("_high", high))}
+        return {f"rate_{name}{end}": x[i] for i, name in enumerate(self.rate_names) for end, x in columns.items()}
 
 
 class ExplainedVariance(nn.Module):

@@ -211,7 +211,7 @@ class RelaxedNestedBernoulli(TorchDistribution):
     discrete law. `hard=False` returns soft chains in [0, 1]. Neither has a density here: `log_prob` is the discrete
     law's, of the value rounded to a chain; differentiating it raises, and the ELBO uses the registered closed-form KL.
 
-    Shapes: logits (..., K), log-odds of opening given the parent; -inf, inf pin a gate. temperature > 0, a number or ().
+    Shapes: logits (..., K), log-odds of opening given the parent; -inf, inf pin a gate. temperature > 0, number or ().
     Source: Maddison et al., Jang et al. (2017); straight-through: Bengio et al. (2013).
     """
 
