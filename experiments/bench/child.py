@@ -21,7 +21,7 @@ def run(subject: str, setting: dict, cache: Path | None = None) -> dict:
     """
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if cache is not None:
-        variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        variables |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     command = [sys.executable, "-m", "experiments.bench.child", subject, json.dumps(setting)]
     began = time.perf_counter()
     with subprocess.Popen(

@@ -74,17 +74,33 @@ def deberta(setting: Setting) -> nn.Module:
     return transformers.DebertaV2ForSequenceClassification(config)
 
 
-_BACKBONES = {"minilm": minilm, "deberta": deberta}
+def flashdeberta(setting: Setting) -> nn.Module:
+    """The same with the attention of the package flashdeberta where it is on a GPU; that one has no dropout."""
+    from flashdeberta import FlashDisentangledSelfAttention
+
+    class Attention(FlashDisentangledSelfAttention):
+        def forward(self, hidden_states, *arguments, **settings):
+            kind = FlashDisentangledSelfAttention if hidden_states.is_cuda else plain
+            return kind.forward(self, hidden_states, *arguments, **settings)
+
+    plain, model = transformers.models.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention, deberta(setting)
+    for module in model.modules():
+        if type(module) is plain:
+            module.__class__ = Attention
+    return model
 
 
-def program_of(setting: Setting, **attached) -> BayesianLoRA:
+_BACKBONES = {"minilm": minilm, "deberta": deberta, "flashdeberta": flashdeberta}
+
+
+def program_of(setting: Setting, prior: str = "bops", **attached) -> BayesianLoRA:
     """The gated network with undecided gates, so that every grid takes part."""
     net = adapters.attach(
         setting.network(), rank=setting.rank, alpha=2.0 * setting.rank, scope=setting.scope,
         sequence_length=setting.length, **attached,
     )  # fmt: skip
     net.autocast = torch.bfloat16 if setting.precision == "bf16" else None
-    prior = build_prior("bops", net.layout)
+    prior = build_prior(prior, net.layout)
     guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
     program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=N_TRAIN).to(setting.device)
     adapters.calibrate(net, [setting.examples()[0]])

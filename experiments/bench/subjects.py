@@ -48,8 +48,14 @@ def _predictive(setting: Setting, draws: int) -> Callable[[], None]:
     return lambda: predict(program, [setting.examples()], gates=gates)
 
 
+def _plain(setting: Setting) -> Callable[[], None]:
+    """Method `lora`."""
+    return gated_step(setting, prior="fixed")
+
+
 STEPS = {
     "gated": gated_step,
+    "LoRA in the same loop": _plain,
     "gated, shared inputs": _shared,
     "gated, every projection": _encoder,
     "PEFT LoRA": lora_step,
