@@ -14,15 +14,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from .architectures import encoder_linears, example_rows, settle_attention
 
 _LONGEST = 2048  # tokens of a forward that is counted; costs of longer ones follow from a half, a quarter and 3/4 of it
 _COUNTED = ("eager", "sdpa")  # implementations of attention whose products the counter sees
-_FUSED = {  # the counter has those of GPUs only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-}
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    """Both products of fused attention, (B, heads, tokens, size) each; groups of queries may share a key."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+# the counter has those of GPUs only
+_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class Cost(NamedTuple):
