@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import INPUT, TENSORS
-from .quantizer import Grid, Map, quantize_on, quantized_products
+from .products import Map, Source, quantized_products
+from .quantizer import Grid, quantize_on
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 
@@ -95,16 +96,19 @@ class Handover:
         grid = self._grid(projection, tensor)
         return x if grid is None else quantize_on(x, grid)
 
-    def products(self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None]) -> list[Tensor]:
-        """Linear maps of the projection's quantized input: (tensor, weight, bias) of each."""
-        x, grid = self._input(projection, x)
+    def products(
+        self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None], source: Source | None = None
+    ) -> list[Tensor]:
+        """Linear maps of the projection's quantized input: (tensor, weight, bias) of each. source: of an x that nobody
+        else keeps."""
+        given, (x, grid) = x, self._input(projection, x)
         if self.observer is not None:
             return [self.observer.product(projection, tensor, x, weight, bias) for tensor, weight, bias in maps]
         if any(weight.dim() == 3 for _, weight, _ in maps):  # one an example: operation by operation
             x = x if grid is None else quantize_on(x, grid)
             return [self._linear(x, *self._weight(projection, tensor, w), bias) for tensor, w, bias in maps]
         on_grids = [Map(*self._weight(projection, tensor, weight), bias) for tensor, weight, bias in maps]
-        return quantized_products(x, grid, on_grids)
+        return quantized_products(x, grid, on_grids, source if x is given else None)
 
     def _input(self, projection: int, x: Tensor) -> tuple[Tensor, Grid | None]:
         """The input and the grid that it is still to be put on: none where an observer or several readers have it."""

@@ -21,6 +21,12 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all(mallopt(name, _KEEP) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
 
 
+def release_freed_memory() -> None:
+    """Hand the holes between tensors back to the system, once: after a start that leaves many, before long training."""
+    if platform.system() == "Linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 def spin_briefly() -> None:
     """Let OpenMP's threads sleep soon after a parallel part; call it before torch is imported, which loads libgomp.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .handover import ADAPTER, Gated, Handover
 from .layout import BASE, HIDDEN, LORA_A, LORA_B
+from .products import source_of
 from .xs import factors
 
 
@@ -74,7 +75,7 @@ class QuantizedLinear(nn.Module, Gated):
         self.handover, self.index = handover, index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.handover.products(self.index, x, (BASE, self.weight, self.bias))[0]
+        return self.handover.products(self.index, x, (BASE, self.weight, self.bias), source=source_of(x))[0]
 
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")

@@ -9,6 +9,7 @@ from torch import nn
 
 from .architectures import head_modules, settle_attention
 from .layout import AdapterLayout
+from .products import remember_sources
 from .relative_positions import remember_positions
 
 if TYPE_CHECKING:
@@ -65,8 +66,12 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.
 
 
 def settle(backbone: nn.Module) -> None:
-    """Full attention for good, with a warning, where a sparse one would end at some step; positions computed once."""
+    """How a backbone trains: positions computed once, inputs of maps computed again, and full attention for good.
+
+    A warning says so where it had a sparse one, which would end at some step.
+    """
     remember_positions(backbone)
+    remember_sources(backbone)
     if settle_attention(backbone):
         warnings.warn(
             f"{type(backbone).__name__} leaves its sparse attention at the first short input: it has full attention "

@@ -21,19 +21,19 @@ What depends on no element of x, its `Grid`, is computed for all tensors at once
 Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equals.
 """
 
-import contextlib
 import functools
 import logging
 import os
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import quantizer_cpu
 
 LADDER = (2, 4, 8, 16, 32)  # bit widths; the last is the unquantized float
 _GRIDS = LADDER[:-1]
-_PROBES = (1 << 15, 48)  # sizes to compile at: the first decides about threads; sums of over 4096 numbers differ
+_PROBED = 1000  # elements on which compiled functions are compared with the eager ones
 _INSIDE = 4  # of the dtype's epsilons, so that x / s_b, with its roundings, stays below 2^(b-1) - 1/2
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,7 @@ def grids(ranges: Tensor, weights: Tensor) -> list[Grid]:
         weights, (scales, inverse) = weights.masked_fill(negligible, 0.0), _scales(ranges[:, 0])
         parts = [ranges, weights, scales, inverse, weights[:, :-1] * scales, weights[:, :-1].sum(-1, keepdim=True)]
         constants = torch.cat([*parts, _edge(ranges)], -1)
-    # copies, as the compiler guards on where a view starts: it would compile again for every tensor
-    return [Grid(*pair) for pair in zip(learned.unbind(0), torch.unbind_copy(constants), strict=True)]
+    return [Grid(*pair) for pair in zip(learned.unbind(0), constants.unbind(0), strict=True)]
 
 
 def _scales(ranges: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +79,7 @@ def _edge(ranges: Tensor) -> Tensor:
     return ranges * (1 - _INSIDE * torch.finfo(ranges.dtype).eps)
 
 
-# --- the kernels: each is compiled to one loop over the elements
+# --- the kernels: each is one loop over the elements, in quantizer_cpu.c and quantizer_triton.py
 
 
 def _forward(x: Tensor, c: Tensor) -> Tensor:
@@ -118,45 +117,53 @@ _EAGER = (_forward, _backward, _backward_of_gates)
 
 @functools.cache
 def _kernels(device: str = "cpu") -> tuple:
-    """The three functions: Triton's on CUDA, else compiled once with dynamic shapes; eager where no compiler works."""
+    """The three functions: Triton's on CUDA, else compiled from C; eager where no compiler works."""
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _EAGER
-    # without fullgraph, a process that meets more dtypes and sizes than the compiler keeps goes on eagerly
-    compiled = tuple(torch.compile(f, dynamic=True) for f in _EAGER)
-    if device == "cuda":
-        with contextlib.suppress(ImportError):  # it comes with PyTorch for CUDA
-            from .quantizer_triton import KERNELS as compiled
-    forward, backward, of_gates = compiled
     try:
-        for size in _PROBES:
-            x, grad = torch.ones(size, device=device), torch.ones(size, device=device)
-            (grid,) = grids(torch.ones((), device=device), torch.ones(len(LADDER), device=device))
-            forward(x, grid.constants), backward(grad, x, grid.constants), of_gates(grad, x, grid.constants)
+        if device == "cuda":
+            from .quantizer_triton import KERNELS as found
+        else:
+            from .quantizer_cpu import KERNELS as found
+        _probe(found, device)
     except Exception as error:  # a missing or broken compiler shows itself in many types; eager is always right
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("no working compiler for the quantizer (%s): running it eagerly, several times slower", reason)
         return _EAGER
-    return compiled
+    return found
 
 
-def _functions(x: Tensor, constants: Tensor) -> tuple:
-    """Those for x's device; as they stand where a whole network is being compiled, or in float64 on CUDA."""
-    if torch.compiler.is_compiling() or (x.is_cuda and constants.dtype != torch.float32):
+def _probe(found: tuple, device: str) -> None:
+    """Errors: RuntimeError where what was compiled computes something else."""
+    x = torch.linspace(-2, 2, _PROBED, device=device)
+    (grid,) = grids(torch.ones((), device=device), torch.full((len(LADDER),), 0.2, device=device))
+    of_x, sums = found[1](x, x, grid.constants)
+    right = torch.equal(found[0](x, grid.constants), _forward(x, grid.constants))
+    right &= torch.equal(of_x, _backward(x, x, grid.constants)[0])
+    if not (right and torch.allclose(sums, found[2](x, x, grid.constants), rtol=1e-3)):
+        raise RuntimeError("what was compiled computes something else")
+
+
+def kernels(x: Tensor, constants: Tensor) -> tuple:
+    """Those for x's device; eager where a whole network is being compiled, for tensors without values, in float64."""
+    if torch.compiler.is_compiling() or constants.dtype != torch.float32:
         return _EAGER
-    return _kernels(x.device.type)
+    if x.is_cuda:
+        return _kernels("cuda")
+    return _kernels("cpu") if x.device.type == "cpu" and quantizer_cpu.serves(x, constants) else _EAGER
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, learned, constants):
         ctx.save_for_backward(x, constants)
-        return _functions(x, constants)[0](x.data, constants)  # .data: the compiler would guard on what x is a view of
+        return kernels(x, constants)[0](x.data, constants)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, constants = ctx.saved_tensors
-        _, backward, of_gates = _functions(x, constants)
+        _, backward, of_gates = kernels(x, constants)
         of_x, of_learned, _ = ctx.needs_input_grad
         if of_x:
             return *backward(grad.contiguous().data, x.data, constants), None
@@ -166,82 +173,6 @@ class _Quantize(torch.autograd.Function):
 def quantize_on(x: Tensor, grid: Grid) -> Tensor:
     """sum_b w_b Q_b(x), differentiable in x and in the grid.  x any shape; grid one of `grids`."""
     return _Quantize.apply(x.contiguous().view(-1), *grid).view(x.shape)  # one dynamic dimension: the same kernels
-
-
-class _Products(torch.autograd.Function):
-    """Linear maps of one quantized input. Saves tensors unrounded and rounds them again in backward: less memory."""
-
-    @staticmethod
-    def forward(ctx, dtype, x, _, constants, *maps):
-        weights, of_weights, biases = maps[0::4], maps[2::4], maps[3::4]
-        ctx.dtype = dtype
-        ctx.save_for_backward(x, constants, *weights, *of_weights)
-        rounded_x = _on(x, constants).to(dtype).flatten(0, -2)
-        found = (
-            F.linear(rounded_x, _on(weight, c).to(dtype), None if bias is None else bias.to(dtype))
-            for weight, c, bias in zip(weights, of_weights, biases, strict=True)
-        )
-        # no views: what follows may change them in place, as DeBERTa and Longformer do
-        return tuple(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]) for y in found)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        x, constants, *saved = ctx.saved_tensors
-        weights, of_weights = saved[: len(grads)], saved[len(grads) :]
-        rounded_x, of_rounded_x = _on(x, constants).to(ctx.dtype).flatten(0, -2), None
-        needs, found = ctx.needs_input_grad, []
-        for i, (grad, weight, c) in enumerate(zip(grads, weights, of_weights, strict=True)):
-            learns_weight, learns_grid, _, learns_bias = needs[4 + 4 * i : 8 + 4 * i]
-            grad = grad.flatten(0, -2)  # (tokens, m)
-            if needs[1] or needs[2]:
-                rounded_weight = _on(weight, c).to(ctx.dtype)
-                of_rounded_x = grad @ rounded_weight if i == 0 else of_rounded_x.addmm_(grad, rounded_weight)
-            slope = grad.T @ rounded_x if learns_weight or learns_grid else None
-            found += [*_slopes(slope, weight, c, learns_weight, learns_grid), None]
-            found.append(grad.sum(0) if learns_bias else None)
-        slopes = _slopes(of_rounded_x, x.flatten(0, -2), constants, *needs[1:3])
-        return None, slopes[0] if slopes[0] is None else slopes[0].view(x.shape), slopes[1], None, *found
-
-
-def _on(x: Tensor, constants: Tensor | None) -> Tensor:
-    """x on its grid; None: the unquantized x."""
-    if constants is None:
-        return x
-    return _functions(x, constants)[0](x.contiguous().view(-1).data, constants).view(x.shape)
-
-
-def _slopes(grad: Tensor | None, x: Tensor, constants: Tensor | None, of_x: bool, of_grid: bool) -> tuple:
-    """What arrives at x and at its grid, of a gradient with regard to x on its grid."""
-    if grad is None or constants is None:
-        return (grad.to(x.dtype) if grad is not None and of_x else None), None
-    _, backward, of_gates = _functions(x, constants)
-    flat = grad.contiguous().view(-1).data, x.contiguous().view(-1).data, constants
-    if not of_x:
-        return None, of_gates(*flat) if of_grid else None
-    to_x, to_grid = backward(*flat)
-    return to_x.view(x.shape), to_grid
-
-
-class Map(NamedTuple):
-    """One linear map: weight (m, n), its grid (None: unquantized), bias (m,) or None."""
-
-    weight: Tensor
-    grid: Grid | None
-    bias: Tensor | None = None
-
-
-def quantized_products(x: Tensor, grid: Grid | None, maps: list[Map]) -> tuple[Tensor, ...]:
-    """Q(W) Q(x) + b of each map, differentiable in everything; under autocast, products are in its dtype.
-
-    Shapes: x (..., n) -> (..., m) of each map.   grid: of x, None for the unquantized x.
-    """
-    device = x.device.type
-    if grid is None and all(each.grid is None for each in maps):
-        return tuple(F.linear(x, weight, bias) for weight, _, bias in maps)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else maps[0].weight.dtype
-    flat = [part for weight, g, bias in maps for part in (weight, *(g or (None, None)), bias)]
-    return _Products.apply(dtype, x, *(grid or (None, None)), *flat)
 
 
 def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .curvature import fit_run
 from .data import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
 from .exporting import require_exportable
 from .gradients import Gradients
+from .host import release_freed_memory
 from .identity import identity
 from .logbook import Logbook
 from .non_finite import FiniteSteps, unvalidated
@@ -115,6 +116,7 @@ class _Loop:
             self.program.net.handover.keeps_weights = False  # all layers' at once would be the whole backbone
         self.program.to(accelerator.device)
         self._calibrate()
+        release_freed_memory()
         optimizer = make_optimizer(self.program, config)
         total = self.schedule.steps
         last = total if until is None else min(until, total)

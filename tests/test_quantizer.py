@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from models import batch, tiny_bert
 
 from pyro_blora import adapters, attach, quantizer
+from pyro_blora.products import Map, quantized_products
 from pyro_blora.quantizer import (
     LADDER,
-    Map,
     grids,
     integer_codes,
     mixture_weights,
     quantize,
     quantize_mixture,
     quantize_on,
-    quantized_products,
 )
 
 GRIDS = LADDER[:-1]

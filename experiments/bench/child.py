@@ -21,7 +21,8 @@ def run(subject: str, setting: dict, cache: Path | None = None) -> dict:
     """
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if cache is not None:
-        variables |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+        variables |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
+                      "PYRO_BLORA_CACHE": str(cache)}  # fmt: skip
     command = [sys.executable, "-m", "experiments.bench.child", subject, json.dumps(setting)]
     began = time.perf_counter()
     with subprocess.Popen(
@@ -46,7 +47,6 @@ def _memory(field: str) -> int:
 def _main(subject: str, setting: str) -> None:
     import torch
 
-    from pyro_blora import quantizer
     from pyro_blora.host import keep_freed_memory
 
     from . import subjects
@@ -57,7 +57,6 @@ def _main(subject: str, setting: str) -> None:
     keep_freed_memory()
     on_gpu = values.get("device") == "cuda"
     if not on_gpu:
-        quantizer._kernels()  # the compiler's own modules are imports, too
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = _memory("VmRSS")
     step = step(Setting(**values))

@@ -16,6 +16,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates
 from pyro_blora.gradients import Gradients
 from pyro_blora.guides import build_guide
+from pyro_blora.host import release_freed_memory
 from pyro_blora.posterior import draw
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
@@ -117,6 +118,7 @@ def gated_step(setting: Setting, *, compiled: bool = False, graphs: bool = True,
     gradients = Gradients(program, learning, graphs=graphs and not compiled)
     clipped = [*net.adapter_parameters(), *net.head_parameters()]
     program.train()
+    release_freed_memory()  # as the loop does
 
     def step():
         gradients(inputs, labels, 0.3, 1.0)

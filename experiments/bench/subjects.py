@@ -32,6 +32,7 @@ from .timing import Row, compared, in_turn, spread
 
 DRAWS = 15
 _PROFILED = 3  # steps
+_QUANTIZER = ("_products", "_quantize", "_forward", "_backward")  # on a CPU the time of its functions, but for products
 
 
 def _encoder(setting: Setting) -> Callable[[], None]:
@@ -113,7 +114,7 @@ def _shares(profile: torch.profiler.profile, device: str) -> dict[str, float]:
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         name = event.key.lower()
         product = any(word in name for word in ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "cutlass"))
-        kernel = any(word in name for word in ("compiledfxgraph", "triton_"))
+        kernel = any(word in name for word in _QUANTIZER)
         kind = "matrix products" if product else "quantizer" if kernel else "everything else"
         found[kind] += own / 1e3 / _PROFILED
     return found
