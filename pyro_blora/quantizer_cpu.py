@@ -82,7 +82,7 @@ def library() -> ctypes.CDLL:
             path.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, path)
         found = ctypes.CDLL(str(path))
-    except PermissionError:  # a cache that cannot be written: for this process alone
+    except OSError:  # a cache that cannot be written, or is damaged: for this process alone
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.so"
             _compile(compiler, path)

@@ -7,10 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import batch, tiny_bert
 
-from pyro_blora import adapters, attach, quantizer
-from pyro_blora.products import Map, quantized_products
+from pyro_blora import quantizer
 from pyro_blora.quantizer import (
     LADDER,
     grids,
@@ -236,44 +234,6 @@ def test_only_the_input_is_saved_for_the_backward_pass(mode):
     assert [size for size in sizes if size > 20] == [x.numel()]  # and the 20 constants of its grid
 
 
-@pytest.mark.parametrize("mode", ["compiled"], indirect=True)
-def test_new_shapes_do_not_compile_again(mode):
-    torch.compiler.reset()  # what other tests compiled counts towards the compiler's limit
-    torch.manual_seed(0)
-
-    def step(shape, offset=0):
-        ranges = torch.rand(12, requires_grad=True).unbind(0)  # as a network hands them: views at an offset
-        gates = torch.rand(12, 5, requires_grad=True).cumprod(-1).unbind(0)
-        x = torch.randn(shape, requires_grad=True)
-        quantize(x, ranges[offset], gates[offset]).sum().backward()
-
-    for shape in ((32, 48), (7,), (90, 100)):  # the compiler sums more than 4096 numbers in a way of its own
-        step(shape)
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for index, shape in enumerate([(8, 16), (100,), (2, 3, 5, 7), (9, 1000), (768, 768), (11, 13), (4, 128, 32)]):
-        step(shape, index)
-    assert compiled > 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
-
-
-def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch, caplog):
-    def broken(function, **settings):
-        def fail(*args):
-            raise RuntimeError("no C++ compiler found\nmore detail")
-
-        return fail
-
-    monkeypatch.setenv("PYRO_BLORA_COMPILE", "1")
-    monkeypatch.setattr(torch, "compile", broken)
-    quantizer._kernels.cache_clear()
-    try:
-        for _ in range(2):
-            assert quantize(torch.ones(3), torch.tensor(1.5), chain_at(2)).tolist() == [1, 1, 1]
-        assert [r.message for r in caplog.records if "no C++ compiler found" in r.message] == [caplog.messages[-1]]
-    finally:
-        quantizer._kernels.cache_clear()
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -327,82 +287,3 @@ def test_a_frozen_tensor_gets_no_gradient_and_its_grid_the_same_one(mode):
         found.append((beta.grad, gates.grad))
     for frozen, learned in zip(*found, strict=True):
         torch.testing.assert_close(frozen, learned)
-
-
-@pytest.mark.parametrize("mode", ["compiled"], indirect=True)
-def test_a_network_compiles_nothing_after_its_first_step(mode):
-    torch.compiler.reset()
-    quantizer._kernels.cache_clear()
-    net = attach(tiny_bert(), rank=4, sequence_length=32, scope="encoder")
-    z, g = torch.full(net.layout.z_shape, 0.5).cumprod(-1), torch.ones(net.layout.g_shape)
-
-    def step(size, length):
-        with adapters.gates(net, z.clone().requires_grad_(), g.clone().requires_grad_()):
-            loss = net(**batch(size, length)[0]).logits.sum()
-        loss.backward()
-        with torch.no_grad(), adapters.gates(net, z, g):
-            net(**batch(size, length)[0])
-
-    step(4, 10)
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for size, length in ((3, 10), (8, 32), (16, 12), (1, 17), (5, 5)):
-        step(size, length)
-    assert 0 < compiled == torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-# --- several maps of one input ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gridless", [None, "x", "first", "second"])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_products_and_their_gradients_are_those_of_the_separate_operations(mode, gridless, frozen):
-    """Rounded again in the backward pass, every gradient is that of rounding once and keeping the result."""
-    torch.manual_seed(0)
-    double = {"dtype": torch.float64}
-    x = torch.randn(3, 5, 7, **double).transpose(0, 1).requires_grad_()  # not contiguous
-    weights = [torch.randn(m, 7, **double).requires_grad_(not frozen) for m in (4, 2)]
-    bias = torch.randn(4, **double).requires_grad_()
-    ranges = (torch.rand(3, **double) + 0.5).requires_grad_()
-    chains = mixture_weights(torch.rand(3, 5, **double).cumprod(-1)).requires_grad_()
-    upstream = [torch.randn(5, 3, m, **double) for m in (4, 2)]
-    names = ("x", "first", "second")
-    on = {n: None if n == gridless else g for n, g in zip(names, grids(ranges, chains), strict=True)}
-    learned = [t for t in (x, bias, ranges, chains, *weights) if t.requires_grad]
-
-    def rounded(name, value):
-        return value if on[name] is None else quantize_on(value, on[name])
-
-    separate = [torch.nn.functional.linear(rounded("x", x), rounded("first", weights[0]), bias),
-                torch.nn.functional.linear(rounded("x", x), rounded("second", weights[1]))]  # fmt: skip
-    together = quantized_products(x, on["x"], [Map(weights[0], on["first"], bias), Map(weights[1], on["second"])])
-    slopes = []
-    for outs in (together, separate):
-        loss = sum((out * u).sum() for out, u in zip(outs, upstream, strict=True))
-        slopes.append(torch.autograd.grad(loss, learned, retain_graph=True))
-    for out, expected in zip((*together, *slopes[0]), (*separate, *slopes[1]), strict=True):
-        torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-10)
-
-
-def test_products_save_input_and_weights_as_they_are(eager):
-    x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32)
-    given = {x.data_ptr(), weight.data_ptr()}
-    saved = []
-    ranges, chains = torch.ones(2, requires_grad=True), torch.full((2, 5), 0.2, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        on_x, on_weight = grids(ranges, chains)
-        quantized_products(x, on_x, [Map(weight, on_weight)])
-    assert {t.data_ptr() for t in saved if t.numel() > 20} == given
-
-
-def test_products_under_autocast_are_in_its_dtype(eager):
-    torch.manual_seed(0)
-    x, weight = torch.randn(6, 32, requires_grad=True), torch.randn(8, 32)
-    on_x, on_weight = grids(torch.full((2,), 2.0), mixture_weights(torch.tensor([[1.0, 1, 1, 0, 0]] * 2)))
-    exact = quantized_products(x, on_x, [Map(weight, on_weight)])[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = quantized_products(x, on_x, [Map(weight, on_weight)])[0]
-    assert out.dtype == torch.bfloat16 and exact.dtype == torch.float32
-    torch.testing.assert_close(out.float(), exact, atol=0.2, rtol=0.02)
-    (slope,) = torch.autograd.grad(out.sum(), x)
-    assert slope.dtype == torch.float32
-    torch.testing.assert_close(slope, torch.autograd.grad(exact.sum(), x)[0], atol=0.1, rtol=0.02)

@@ -1,0 +1,127 @@
+"""The compiled loops against the eager functions: values to the bit, sums near exact ones, the same on any threads."""
+
+import logging
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyro_blora import quantizer, quantizer_cpu
+from pyro_blora.quantizer import grids, mixture_weights, quantize
+
+CHAINS = ((1, 0.9, 0.7, 0.2, 0.1), (1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 1, 0), (1, 1, 1, 1, 1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    try:
+        quantizer_cpu.library()
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As in a new process."""
+    caches = quantizer._kernels, quantizer_cpu.library
+    monkeypatch.setenv("PYRO_BLORA_COMPILE", "1")
+    for each in caches:
+        each.cache_clear()
+    yield monkeypatch
+    for each in caches:
+        each.cache_clear()
+
+
+def constants(chain, value_range=2.5):
+    return grids(torch.tensor(value_range), mixture_weights(torch.tensor(chain, dtype=torch.float32)))[0].constants
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 4096, 5 * 4096 + 3, 40000])
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_grad", [torch.float32, torch.bfloat16])
+def test_values_are_the_eager_ones_and_sums_are_near_exact_ones(n, of_x, of_grad):
+    torch.manual_seed(n)
+    x, grad = (2 * torch.randn(n)).to(of_x), torch.randn(n).to(of_grad)
+    for chain in CHAINS:
+        c = constants(chain)
+        assert torch.equal(quantizer_cpu.forward(x, c), quantizer._forward(x, c))
+        slope, sums = quantizer_cpu.backward(grad, x, c)
+        assert slope.dtype == of_x and torch.equal(slope, quantizer._backward(grad, x, c)[0])
+        assert torch.equal(sums, quantizer_cpu.backward_of_gates(grad, x, c))
+        exact = quantizer._backward_of_gates(grad.double(), x.double(), c.double()).float()
+        torch.testing.assert_close(sums, exact, rtol=1e-4, atol=1e-5 * max(1, n) ** 0.5)
+
+
+def test_what_is_not_finite_stays_so():
+    x, c = torch.tensor([math.nan, math.inf, -math.inf, 3e38, 1e-40, -0.0]), constants(CHAINS[0])
+    for kind in (torch.float32, torch.bfloat16):
+        given = x.to(kind)
+        torch.testing.assert_close(
+            quantizer_cpu.forward(given, c), quantizer._forward(given, c), equal_nan=True, rtol=0, atol=0
+        )
+        slope = quantizer_cpu.backward(given, given, c)[0]
+        torch.testing.assert_close(slope, quantizer._backward(given, given, c)[0], equal_nan=True, rtol=0, atol=0)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    x, grad, c = torch.randn(300_000), torch.randn(300_000), constants(CHAINS[0])
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((quantizer_cpu.forward(x, c), *quantizer_cpu.backward(grad, x, c)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_tensors_without_values_and_other_precisions_go_to_the_eager_functions():
+    c = constants(CHAINS[0])
+    for x in (torch.ones(3, device="meta"), torch.ones(3, dtype=torch.float16), torch.ones(3, dtype=torch.float64)):
+        assert quantizer.kernels(x, c.to(x.device)) is quantizer._EAGER
+    assert quantizer.kernels(torch.ones(3), c.double()) is quantizer._EAGER
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so(fresh, caplog, tmp_path):
+    fresh.setenv("PYRO_BLORA_CACHE", str(tmp_path))
+    fresh.setenv("CC", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert quantize(torch.ones(3), torch.tensor(1.5), torch.tensor([1.0, 0, 0, 0, 0])).tolist() == [1, 1, 1]
+    assert [message for message in caplog.messages if "no-such-compiler" in message] == [caplog.messages[-1]]
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_loops_that_compute_something_else_are_not_used(fresh, caplog):
+    forward, *others = quantizer_cpu.KERNELS
+    fresh.setattr(quantizer_cpu, "KERNELS", (lambda x, c: forward(x, c) + 1e-6, *others))
+    with caplog.at_level(logging.WARNING):
+        assert quantizer._kernels() is quantizer._EAGER
+    assert "something else" in caplog.text
+
+
+@pytest.mark.parametrize("cache", ["a file", "damaged"])
+def test_a_cache_that_is_of_no_use_costs_a_compilation(fresh, tmp_path, cache):
+    fresh.setenv("PYRO_BLORA_CACHE", str(tmp_path / "cache"))
+    if cache == "a file":
+        (tmp_path / "cache").write_text("no folder")
+    else:
+        quantizer_cpu.library()
+        (path,) = (tmp_path / "cache" / "quantizer").glob("*.so")
+        path.unlink()  # what is loaded already stays as it is
+        path.write_bytes(b"\x7fELF, cut off")
+        quantizer_cpu.library.cache_clear()
+    x, c = torch.randn(50), constants(CHAINS[0])
+    assert torch.equal(quantizer_cpu.forward(x, c), quantizer._forward(x, c))
+
+
+def test_a_second_process_finds_what_the_first_one_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path))
+    code = "from pyro_blora.quantizer_cpu import library; library()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    (made,) = (tmp_path / "quantizer").iterdir()
+    when = made.stat().st_mtime_ns
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "quantizer").iterdir()] == [when]
