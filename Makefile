@@ -1,4 +1,4 @@
-# make run | test | lint | bench | clean. The environment in .venv is made once, and again when a pinned version changes.
+# make run | test | lint | bench | glue | clean. The environment in .venv is made once, and again when a pinned version changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000# OpenMP's threads sleep soon, so that processes can share the machine: docs/scaling.md
 endif
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench glue clean
 
 run: $(INSTALLED)
 	$(BIN)/pyro-blora train --preset demo --if_finished show
@@ -24,6 +24,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmark.py
+
+# GLUE on DeBERTaV3-base, which takes a GPU and a network: 200 runs, resumed by the same command. Runs that failed are listed.
+glue: $(INSTALLED)
+	-$(BIN)/python experiments/grid.py experiments/grids/deberta_glue.yaml $(if $(GLUE_DIR),--glue_dir $(GLUE_DIR))
+	$(BIN)/python experiments/glue_table.py runs/deberta_glue/results.parquet --table benchmarks/deberta_glue.md
 
 # The stamp's name holds a checksum of both files: a fresh checkout of the same versions reuses the environment.
 # torch goes first and alone, so that a build of your choice that is installed already (CUDA, ROCm) is kept if it fits.

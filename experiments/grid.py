@@ -32,7 +32,9 @@ from pyro_blora.signals import Interrupted, heeded
 from pyro_blora.user_files import load_yaml
 
 _LOOK = 0.5  # seconds between two looks at the runs
-COLUMNS = ("metric", "score", "deployed_score", "nll", "deployed_nll", "ece", "brier", "seconds", "folder")
+COLUMNS = (
+    "metric", "score", "second_score", "deployed_score", "nll", "deployed_nll", "ece", "brier", "seconds", "folder",
+)  # fmt: skip
 
 
 def is_finished(cell: Cell) -> bool:
@@ -105,7 +107,8 @@ def results(cells: list[Cell]) -> pd.DataFrame:
         bops, deployed = summary["bops"], summary["deployed"]
         rows.append({
             **cell.labels, "metric": summary["metric"]["name"], "score": summary["metric"]["value"],
-            "deployed_score": deployed["metric"]["value"], "nll": summary["nll"], "deployed_nll": deployed["nll"],
+            "second_score": second_score(summary), "deployed_score": deployed["metric"]["value"],
+            "nll": summary["nll"], "deployed_nll": deployed["nll"],
             "ece": summary["ece"]["value"], "brier": summary["brier"], "kl_z": summary["kl"]["z"],
             "kl_g": summary["kl"]["g"], "bops_adapted": bops["adapted_ratio"], "bops_model": bops["model_ratio"],
             "deployed_bops_adapted": bops["deployed"]["adapted_ratio"],
@@ -115,6 +118,14 @@ def results(cells: list[Cell]) -> pd.DataFrame:
             "seconds": summary["seconds"]["training"], "folder": str(cell.folder),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def second_score(summary: dict) -> float | None:
+    """The number that is tabulated beside the headline: MNLI's mismatched accuracy, or the metric's other one (F1)."""
+    name = summary["metric"]["name"]
+    if "eval_mismatched" in summary:
+        return summary["eval_mismatched"]["scores"][name]
+    return next((value for key, value in summary.get("scores", {}).items() if key != name), None)
 
 
 def write_results(table: pd.DataFrame, folder: Path) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .xs import cache_folder
+from .host import cache_folder
 
 if TYPE_CHECKING:
     from transformers import BertModel, DebertaV2Model

@@ -3,10 +3,17 @@
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names for them, from malloc.h
 _KEEP = 1 << 30  # bytes
 _SPINS = "1000"  # of libgomp's default of 300,000 or more: some microseconds, as long as a small kernel takes
+
+
+def cache_folder() -> Path:
+    """PYRO_BLORA_CACHE, or pyro_blora in the user's cache."""
+    usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PYRO_BLORA_CACHE") or Path(usual) / "pyro_blora")
 
 
 def keep_freed_memory() -> bool:

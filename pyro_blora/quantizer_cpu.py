@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .xs import cache_folder
+from .host import cache_folder
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

@@ -14,13 +14,14 @@ Source: Balazy et al., LoRA-XS (2024); Marszalek et al., Minimal Ranks, Maximum 
 import contextlib
 import hashlib
 import os
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .host import cache_folder
 
 _OVERSAMPLED, _ITERATIONS = 10, 4  # of the randomized decomposition: more columns than are kept, and power iterations
 
@@ -48,12 +49,6 @@ def factors(weight: Tensor, rank: int, *, singular_values: str = "input", svd: s
     if singular_values == "split":
         return Factors(S.sqrt()[:, None] * V.mT, U * S.sqrt())
     return Factors(S[:, None] * V.mT, U)
-
-
-def cache_folder() -> Path:
-    """PYRO_BLORA_CACHE, or pyro_blora in the user's cache."""
-    usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PYRO_BLORA_CACHE") or Path(usual) / "pyro_blora")
 
 
 def _decomposed(weight: Tensor, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ Nothing is trained, and nothing but the names of priors and guides is looked up,
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -33,6 +34,7 @@ from pyro_blora.testing import example_layout
 from pyro_blora.user_files import compose_yaml, read_text, value_of
 
 _OF_THE_MODEL = ("budget", "random")  # priors whose settings only the model itself can refuse
+_preset = functools.cache(read_preset)  # once a grid, not once a cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ def read_grid(
     base = _flags(tables["base"], path) if "base" in tables else {}
     base = {"output_dir": output_dir or f"runs/{path.stem}", "glue_dir": glue_dir} | base
     axes = _axes(tables.get("axes"), path, taken)
+    _preset.cache_clear()  # the user's own may have changed
     try:
         _checked_fields(base)
     except ValueError as error:
@@ -114,7 +117,7 @@ def _checked_fields(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig
     """Presets, under the base, under the entries; a method replaces what is under the level that names it."""
     flags: dict[str, Any] = {}
     for table in (base, *entries):
-        flags |= read_preset(table["preset"]) if "preset" in table else {}
+        flags |= _preset(table["preset"]) if "preset" in table else {}
     for level in ((base,), entries):
         for method in [table["method"] for table in level if "method" in table]:
             flags = left_open(method, flags)
