@@ -99,14 +99,16 @@ seen, losses, examples, inner, forward = [], [], [], adapters.gates, BayesianLoR
 
 
 def watched(net, z, g, *theta, **more):
-    seen.append(z.detach().clone())
+    if torch.is_grad_enabled():  # else distributions are checked
+        seen.append(z.detach().clone())
     return inner(net, z, g, *theta, **more)
 
 
 def weighed(program, inputs, *arguments):
     loss, elbo = forward(program, inputs, *arguments)
-    examples.extend(tuple(row[row != 0].tolist()) for row in inputs["input_ids"])
-    losses.append(loss.item())
+    if torch.is_grad_enabled():
+        examples.extend(tuple(row[row != 0].tolist()) for row in inputs["input_ids"])
+        losses.append(loss.item())
     return loss, elbo
 
 
