@@ -38,7 +38,7 @@ def majority(task_name: str, glue_dir: str) -> float:
     task = get_task(task_name)
     rows = task.load(glue_dir=glue_dir)
     labels = torch.tensor(rows["train"]["label"])
-    constant = labels.mean().item() if task.is_regression else labels.mode().values.item()
+    constant = labels.mean().item() if not task.labels else labels.mode().values.item()
     references = list(rows["eval"]["label"])
     scores = task.metric().compute(predictions=[constant] * len(references), references=references)
     return scores[task.metric_name]

@@ -59,12 +59,14 @@ def public_name(model: nn.Module) -> str:
 
 
 def load_backbone(
-    name: str, num_labels: int, *, labels: tuple[str, ...] = (), revision: str | None = None
-) -> nn.Module:
+    name: str, num_labels: int, *, labels: tuple[str, ...] = (), revision: str | None = None,
+    problem_type: str | None = None,
+) -> nn.Module:  # fmt: skip
     """A pretrained encoder with a head of `num_labels` outputs, in float32.
 
     The head is untrained, or a pretrained one of as many outputs: one with the same labels in another order has its
     outputs put into this order. labels: their names, for the model's `id2label`. revision: of a name on the hub.
+    problem_type: of the likelihood, in transformers' words.
     Errors: ValueError for a name that neither the hub nor the disk has, a hub out of reach, and for files that are
     damaged or hold another encoder.
     """
@@ -74,11 +76,10 @@ def load_backbone(
         _refuse_revision(name, revision)
         model = _own(name, num_labels)[0]
     else:
-        problem = "regression" if num_labels == 1 else "single_label_classification"
         model, report = _load(
             AutoModelForSequenceClassification, name, revision, num_labels=num_labels,
-            problem_type=problem, dtype="float32", ignore_mismatched_sizes=True,  # a head of another task is replaced
-            output_loading_info=True,
+            problem_type=problem_type, dtype="float32", output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head of another task is replaced
         )  # fmt: skip
         _require_pretrained(model, report, name)
         model.config._commit_hash = _commit(name, revision)

@@ -8,6 +8,7 @@ Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Brown, C
 """
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -21,34 +22,44 @@ _KEYS = ("constant", "standard_error", "gain_error")
 _AT_ONCE = 4_000_000  # numbers of a block of resamples
 
 
+class Outcome(Protocol):
+    """What is asked of a likelihood: see tasks/likelihoods.py."""
+
+    classes: int
+
+    def constants(self, labels: np.ndarray) -> list[np.ndarray]: ...
+
+    def constant_log_scores(self, labels: np.ndarray) -> np.ndarray: ...
+
+
 def beside(
     scores: Mapping[str, float], decision: np.ndarray, labels: np.ndarray, log_scores: np.ndarray, *,
-    classes: int, probabilities: np.ndarray | None = None, compute: Callable[..., Mapping] | None = None,
+    kind: Outcome, probabilities: np.ndarray | None = None, compute: Callable[..., Mapping] | None = None,
 ) -> dict[str, dict[str, float | None]]:  # fmt: skip
     """constant, standard_error and gain_error of every score, of `nll`, and with `probabilities` (E, C) of `brier`.
 
-    scores: the metric's own, by name. classes: 0 for regression. compute: the metric, asked about names that are not
-    known here or that mean something else there.
+    scores: the metric's own, by name. kind: the likelihood. compute: the metric, asked about names that are not known
+    here or that mean something else there.
     gain_error: standard error of score minus constant. None where an error cannot be estimated.
     """
     decision, labels = np.asarray(decision), np.asarray(labels)
-    found = {name: _of_score(name, value, decision, labels, classes) for name, value in scores.items()}
+    found = {name: _of_score(name, value, decision, labels, kind) for name, value in scores.items()}
     if compute is not None and None in found.values():
-        found |= _by_calls([name for name, held in found.items() if held is None], decision, labels, classes, compute)
+        found |= _by_calls([name for name, held in found.items() if held is None], decision, labels, kind, compute)
     found = {name: held or dict.fromkeys(_KEYS) for name, held in found.items()}
-    found["nll"] = _of_means(-np.asarray(log_scores, float), -_constant_log_scores(labels, classes))
+    found["nll"] = _of_means(-np.asarray(log_scores, float), -kind.constant_log_scores(labels))
     if probabilities is not None:
-        unit, shares = np.eye(classes)[labels], np.bincount(labels, minlength=classes) / len(labels)
+        unit, shares = np.eye(kind.classes)[labels], np.bincount(labels, minlength=kind.classes) / len(labels)
         each = (np.square(x - unit).sum(-1) for x in (np.asarray(probabilities, float), shares))
         found["brier"] = _of_means(*each)
     return found
 
 
-def difference_error(name: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, classes: int) -> float | None:
+def difference_error(name: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, kind: Outcome) -> float | None:
     """Standard error of a score's difference between two sets of decisions on the same examples, where it is known."""
-    if name not in (_OF_CLASSES if classes else _OF_VALUES):
+    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES):
         return None
-    each = _resampled(name, np.asarray(labels), [np.asarray(one), np.asarray(other)], classes)
+    each = _resampled(name, np.asarray(labels), [np.asarray(one), np.asarray(other)], kind.classes)
     return float((each[0] - each[1]).std())
 
 
@@ -59,35 +70,21 @@ def _of_means(each: np.ndarray, constant: np.ndarray) -> dict[str, float | None]
     return {"constant": float(constant.mean()), "standard_error": errors[0], "gain_error": errors[1]}
 
 
-def _constant_log_scores(labels: np.ndarray, classes: int) -> np.ndarray:
-    """(E,) of the shares of the labels, or of the normal distribution with their mean and spread."""
-    if classes:
-        return np.log(np.bincount(labels, minlength=classes) / len(labels))[labels]
-    variance = max(labels.var(), 1e-12)
-    return -0.5 * (np.log(2 * np.pi * variance) + np.square(labels - labels.mean()) / variance)
-
-
-def _of_score(name: str, value: float, decision, labels, classes: int) -> dict | None:
+def _of_score(name: str, value: float, decision, labels, kind: Outcome) -> dict | None:
     """None for a score that is not known here, or by that name is another one there."""
 
     def score(answers) -> float:
-        return float(_at(name, np.ones((1, len(labels))), labels, answers, classes)[0])
+        return float(_at(name, np.ones((1, len(labels))), labels, answers, kind.classes)[0])
 
-    if name not in (_OF_CLASSES if classes else _OF_VALUES) or abs(score(decision) - value) > 1e-6:
+    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES) or abs(score(decision) - value) > 1e-6:
         return None
-    constant, answer = max(((score(x), x) for x in _constants(labels, classes)), key=lambda pair: pair[0])
-    each = _resampled(name, labels, [decision, answer], classes)
+    constant, answer = max(((score(x), x) for x in kind.constants(labels)), key=lambda pair: pair[0])
+    each = _resampled(name, labels, [decision, answer], kind.classes)
     error = share_error(value, len(labels)) if name == "accuracy" else float(each[0].std())
     return dict(zip(_KEYS, (constant, error, float((each[0] - each[1]).std())), strict=True))
 
 
-def _constants(labels: np.ndarray, classes: int) -> list[np.ndarray]:
-    """One answer for all examples: every class that occurs, or the mean."""
-    values = np.flatnonzero(np.bincount(labels, minlength=classes)) if classes else [labels.mean()]
-    return [np.full(len(labels), value) for value in values]
-
-
-def _by_calls(names: list[str], decision, labels, classes: int, compute: Callable) -> dict[str, dict]:
+def _by_calls(names: list[str], decision, labels, kind: Outcome, compute: Callable) -> dict[str, dict]:
     """Of a metric that is a function of predictions and references only."""
 
     def scores(x, y=labels) -> np.ndarray:
@@ -97,7 +94,7 @@ def _by_calls(names: list[str], decision, labels, classes: int, compute: Callabl
         except Exception:  # a metric may refuse a resample or a constant: nothing is known of it then
             return np.full(len(names), np.nan)
 
-    answers = sorted(_constants(labels, classes), key=lambda x: -(labels == x).sum())[:_MOST_CONSTANTS]
+    answers = sorted(kind.constants(labels), key=lambda x: -(labels == x).sum())[:_MOST_CONSTANTS]
     of_answers = np.stack([scores(x) for x in answers])  # (answers, names)
     best = np.nan_to_num(of_answers, nan=-np.inf).argmax(0)
     rng, resamples = np.random.default_rng(0), []

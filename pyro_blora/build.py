@@ -57,7 +57,7 @@ def check_names(config: RunConfig) -> Task:
     if config.adapter != "xs" and config.adapter_settings:
         raise ValueError(f"adapter {config.adapter!r} has no settings: drop --adapter.{min(config.adapter_settings)}")
     _ADAPTERS.settings(xs_settings, config.adapter_settings)
-    if config.ood_task is not None and (task.is_regression or get_task(config.ood_task) == task):
+    if config.ood_task is not None and (not task.likelihood.has_confidence or get_task(config.ood_task) == task):
         raise ValueError(
             f"ood_task {config.ood_task!r} must be another task than {config.task!r}, which must be a classification: "
             "drop it, or name a task of other sentences"
@@ -95,7 +95,8 @@ def build(config: RunConfig) -> Parts:
 def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int = BATCH_SIZE) -> BayesianLoRA:
     """counted_at: batch size at which MACs are counted per example: of older runs, 1."""
     backbone = load_backbone(
-        config.backbone, task.num_labels, labels=task.labels, revision=config.backbone_revision
+        config.backbone, task.num_labels, labels=task.labels, revision=config.backbone_revision,
+        problem_type=task.likelihood.problem_type,
     )  # fmt: skip
     settings = {
         "rank": config.rank, "alpha": config.alpha, "target_modules": config.target_modules, "scope": config.scope,

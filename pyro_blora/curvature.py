@@ -54,38 +54,25 @@ class _Loader(list):
 class _Network(nn.Module):
     """What laplace-torch sees: one vector of parameters, and the outputs of a batch: logits, or predicted means."""
 
-    def __init__(self, program: GateProgram, gates: Gates, regression: bool):
+    def __init__(self, program: GateProgram, gates: Gates):
         super().__init__()
         self.__dict__["program"] = program
-        self.gates, self.regression = gates, regression
+        self.gates = gates
         self.theta = nn.Parameter(program.weights.mean.detach().clone())
 
     def outputs(self, logits: Tensor) -> Tensor:
-        scale = self.program.log_scale.exp().detach()
-        return self.program.likelihood(logits, scale=scale).mean[:, None] if self.regression else logits
+        return self.program.likelihood.linearized(logits, self.program.log_scale.exp().detach())
 
     def forward(self, batch: dict) -> Tensor:
         return self.outputs(self.program.logits(dict(batch), self.gates, self.theta))
 
     def jacobians(self, batch: dict) -> tuple[Tensor, Tensor]:
         J, logits = jacobians(self.program, dict(batch), self.gates)
-        if not self.regression:
-            return J, logits
-        with torch.enable_grad():  # by the chain rule: an example's mean is a function of its own logit
+        with torch.enable_grad():  # by the chain rule: an output is a function of its own logit
             logits = logits.clone().requires_grad_()
-            means = self.outputs(logits)
-            (slopes,) = torch.autograd.grad(means.sum(), logits)
-        return J * slopes[..., None], means.detach()
-
-
-def gauss_newton_rows(J: Tensor, logits: Tensor, *, regression: bool) -> Tensor:
-    """(B C, D) rows U with U^T U = sum over examples of J^T H J: H of softmax probabilities p is diag(p) - p p^T, of a
-    squared error 1.
-    """
-    if regression:
-        return J.flatten(0, 1)
-    p = logits.softmax(-1)[..., None]
-    return (p.sqrt() * (J - (p * J).sum(1, keepdim=True))).flatten(0, 1)
+            outputs = self.outputs(logits)
+            (slopes,) = torch.autograd.grad(outputs.sum(), logits)
+        return J * slopes[..., None], outputs.detach()
 
 
 def eigenvectors_of(blocks: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +179,7 @@ def fit_laplace(
                 for x, y in data_loader:
                     J, outputs = self.model.jacobians(x)
                     losses.append(self.factor * self.lossfunc(outputs, y))
-                    yield gauss_newton_rows(J, outputs, regression=regression)
+                    yield likelihood.gauss_newton_rows(J, outputs)
 
             return *eigenvectors_of(blocks(), law.rank), sum(losses)
 
@@ -201,15 +188,16 @@ def fit_laplace(
             ParametricLaplace.__init__(self, *arguments, **settings)
 
     law, batches = program.weights, list(batches)
-    with torch.no_grad():
-        example = program.likelihood(program.logits(batches[0][0], gates), scale=program.log_scale.exp())
-    regression = not hasattr(example, "probs")
+    likelihood = program.likelihood
+    if likelihood.curvature is None:
+        raise ValueError(f"weights 'laplace' has no curvature for {likelihood.problem_type}: choose other --weights")
+    noise = likelihood.noise_std(program.log_scale.exp())
     kind = {"full": FullLaplace, "low_rank": LowRank, "diag": DiagLaplace}[law.curvature]
-    settings = {"sigma_noise": program.log_scale.exp().item()} if regression else {}
-    network = _Network(program, gates, regression)
-    approximation = kind(network, "regression" if regression else "classification", backend=Backend, **settings)
+    settings = {} if noise is None else {"sigma_noise": noise.item()}
+    network = _Network(program, gates)
+    approximation = kind(network, likelihood.curvature, backend=Backend, **settings)
     program.eval()
-    shape = (-1, 1) if regression else (-1,)
+    shape = (-1,) if noise is None else (-1, 1)
     loader = _Loader((BatchEncoding(inputs), labels.view(shape)) for inputs, labels in batches)
     loader.quiet = quiet
     approximation.fit(loader)

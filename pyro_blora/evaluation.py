@@ -56,14 +56,13 @@ def with_members(prediction: Prediction, split: str, members: list[Path]) -> Pre
     import pandas as pd
 
     tables = [pd.read_parquet(folder / predictions_file(split)) for folder in members]
-    columns = ["decision"] if prediction.is_regression else [name for name in tables[0] if name.startswith("p_")]
-    outputs = [prediction.mean, *(torch.tensor(table[columns].to_numpy()) for table in tables)]
+    outputs = [prediction.mean, *(prediction.likelihood.read(table) for table in tables)]
     scores = [prediction.log_score]
     for table in tables:  # of another task's sentences, to which no answer is right, nothing is scored
         scored = "log_likelihood" in table
         scores.append(torch.tensor(table["log_likelihood"].to_numpy()) if scored else torch.full_like(scores[0], nan))
     together = (torch.stack([x.to(parts[0].dtype) for x in parts]) for parts in (outputs, scores))
-    return Prediction(*together, prediction.labels, prediction.is_regression)
+    return Prediction(*together, prediction.labels, prediction.likelihood)
 
 
 def predictions_file(split: str) -> str:

@@ -36,6 +36,7 @@ _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "probability": ("example", "class"),
     "mean": ("example",),
     "label": ("example",),
+    "labels": ("example", "class"),
     "log_likelihood": ("example",),
     "log_q_width": ("chain", "component", "projection", "tensor", "width"),
     "log_q_rank": ("chain", "component", "projection", "open_rank"),
@@ -201,11 +202,10 @@ def _constants(program: BayesianLoRA, layout: AdapterLayout) -> dict[str, np.nda
 
 def _example_groups(prediction: Prediction, seed: int) -> dict[str, dict[str, np.ndarray]]:
     generator = torch.Generator().manual_seed(seed)
-    if prediction.is_regression:
-        predicted = {"mean": _chain(prediction.outputs.squeeze(-1))}
-    else:
-        flat = prediction.outputs.flatten(0, 1)
-        label = torch.multinomial(flat, 1, generator=generator).view(prediction.outputs.shape[:2]).short()
-        predicted = {"label": _chain(label), "probability": _chain(prediction.outputs)}
+    found = prediction.likelihood.predicted(prediction.outputs, generator)
+    predicted = {name: _chain(x) for name, x in found.items()}
     predicted["log_likelihood"] = _chain(prediction.log_likelihood)
-    return {"predictions": predicted, "predictions_constant_data": {"label": _array(prediction.labels)}}
+    return {
+        "predictions": predicted,
+        "predictions_constant_data": {prediction.likelihood.observed: _array(prediction.labels)},
+    }

@@ -54,10 +54,7 @@ def write_card(folder: Path, model: nn.Module, ranks: dict[str, int], task: Task
 def _outputs(labels: list[str], task: Task | None) -> str:
     if labels:
         return "Its outputs are the logits of " + ", ".join(f"`{label}`" for label in labels) + ", in this order."
-    if task is None or task.label_range is None:
-        return ""
-    low, high = task.label_range
-    return f"It predicts {(high + low) / 2:g} + {(high - low) / 2:g} * its one output, from {low:g} to {high:g}."
+    return task.likelihood.card if task else ""
 
 
 def _ranks(ranks: dict[str, int]) -> str:

@@ -22,6 +22,7 @@ from .gates import Gates, NestedBernoulli
 from .guides import components, draw_gates, log_prob
 from .jacobians import jacobians
 from .program import BayesianLoRA, GateProgram
+from .tasks.likelihoods import Likelihood
 
 ECE_BINS = BINS[0]
 _KL_DRAWS = 100
@@ -160,13 +161,14 @@ def mean_kl(program: BayesianLoRA, *, seed: int = 0) -> tuple[float, float]:
 class Prediction:
     """Predictions for E examples under S draws of the gates (or under the deployed allocation, S = 1).
 
-    outputs (S, E, C): class probabilities, or (S, E, 1) predicted means; log_likelihood (S, E) in nats; labels (E,).
+    outputs (S, E, C): what the likelihood averages over draws, probabilities or means; log_likelihood (S, E) in nats;
+    labels (E,), or as the likelihood has them.
     """
 
     outputs: Tensor
     log_likelihood: Tensor
     labels: Tensor
-    is_regression: bool
+    likelihood: Likelihood
 
     def restored(self, order: Tensor) -> "Prediction":
         """The same with example i at place order[i]: undoes an evaluation order, in which some may come twice."""
@@ -180,7 +182,7 @@ class Prediction:
     def joined(cls, parts: list["Prediction"]) -> "Prediction":
         """Examples of several predictions under the same draws, one after the other."""
         outputs, log_likelihood = (torch.cat([getattr(p, x) for p in parts], 1) for x in ("outputs", "log_likelihood"))
-        return cls(outputs, log_likelihood, torch.cat([p.labels for p in parts]), parts[0].is_regression)
+        return cls(outputs, log_likelihood, torch.cat([p.labels for p in parts]), parts[0].likelihood)
 
     def of_draws(self, which: slice) -> "Prediction":
         """The same for some of the draws only."""
@@ -188,13 +190,13 @@ class Prediction:
 
     @property
     def mean(self) -> Tensor:
-        """(E, C) probabilities averaged over draws, or (E, 1) means."""
+        """(E, C) averaged over draws."""
         return self.outputs.mean(0)
 
     @property
     def decision(self) -> Tensor:
-        """(E,) the most probable class, or the predicted value."""
-        return self.mean.squeeze(-1) if self.is_regression else self.mean.argmax(-1)
+        """The answers, (E,) or as a label is."""
+        return self.likelihood.decision(self.mean)
 
     @property
     def log_score(self) -> Tensor:
@@ -207,8 +209,8 @@ class Prediction:
         return -self.log_score.mean().item()
 
     def calibration(self) -> dict[str, float | None]:
-        """Expected calibration error (15 equal bins of confidence) and Brier score; None for regression."""
-        if self.is_regression:
+        """Expected calibration error (15 equal bins of confidence) and Brier score; None without a confidence."""
+        if not self.likelihood.has_confidence:
             return {"ece": None, "brier": None}
         mean = self.mean
         return {"ece": ece(mean, self.labels, ECE_BINS), "brier": brier(mean, self.labels)}
@@ -242,10 +244,9 @@ def predict(
         while chunk := list(itertools.islice(batches, _TOGETHER)):
             inputs, labels = [x for x, _ in chunk], torch.cat([y for _, y in chunk])
             law = program.likelihood(logits_of(program, inputs, *first), scale=program.log_scale.exp())
-            is_regression = not hasattr(law, "probs")
-            outputs = law.mean[..., None] if is_regression else law.probs  # (distinct, E, C)
+            outputs = program.likelihood.averaged(law)  # (distinct, E, C)
             outputs, log_likelihood = outputs[which].cpu(), law.log_prob(labels)[which].cpu()
-            parts.append(Prediction(outputs, log_likelihood, labels.cpu(), is_regression))
+            parts.append(Prediction(outputs, log_likelihood, labels.cpu(), program.likelihood))
     program.train(training)
     if not parts:
         raise ValueError("there are no examples to predict")

@@ -22,6 +22,9 @@ from .config import RunConfig
 from .diagnostics import Posterior
 from .fields import shown
 from .files import require_whole
+from .tasks.categorical import Categorical
+from .tasks.likelihoods import Likelihood
+from .tasks.normal import Normal
 from .user_files import load_json, open_text, read_json
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -130,19 +133,18 @@ class RunFiles:
     def _complete(self) -> None:
         """What newer versions have in a summary: `beside`, of what is averaged and of what is deployed."""
         summary, table = self.summary, self.predictions
-        columns = [name for name in table if name.startswith("p_")]
-        labels, classes = table["label"].to_numpy(), len(columns)
-        mean = table[columns].to_numpy() if columns else None
+        labels, kind = table["label"].to_numpy(), _likelihood_of(table)
+        mean = kind.read(table).numpy() if kind.has_confidence else None
         decision, log_scores = table["decision"].to_numpy(), table["log_likelihood"].to_numpy()
         found = baselines.beside(
-            summary["scores"], decision, labels, log_scores, classes=classes, probabilities=mean
+            summary["scores"], decision, labels, log_scores, kind=kind, probabilities=mean
         )  # fmt: skip
         if mean is not None:
             found["ece"] = {"chance": chance_level(torch.tensor(mean), summary["ece"]["bins"])}
         deployed, at_mode = summary["deployed"], table["deployed_decision"].to_numpy()
         log_scores = table["deployed_log_likelihood"].to_numpy()
-        deployed["beside"] = baselines.beside(deployed["scores"], at_mode, labels, log_scores, classes=classes)
-        deployed["difference_error"] = baselines.difference_error(self.metric, labels, decision, at_mode, classes)
+        deployed["beside"] = baselines.beside(deployed["scores"], at_mode, labels, log_scores, kind=kind)
+        deployed["difference_error"] = baselines.difference_error(self.metric, labels, decision, at_mode, kind)
         summary["beside"] = found
 
     @cached_property
@@ -187,8 +189,14 @@ class RunFiles:
 
     @property
     def probabilities(self) -> pd.DataFrame:
-        """(E, C), a column a class in the order of the labels.  Errors: ValueError for a regression."""
+        """(E, C), a column a class in the order of the labels.  Errors: ValueError for a task without classes."""
         columns = [name for name in self.predictions if name.startswith("p_")]
         if not columns:
-            raise ValueError("This task is a regression: there is no confidence to calibrate.")
+            raise ValueError("This task has no classes: there is no confidence to calibrate.")
         return self.predictions[columns]
+
+
+def _likelihood_of(table: pd.DataFrame) -> Likelihood:
+    """Of the predictions of an older run, which had one of two."""
+    names = tuple(name.removeprefix("p_") for name in table if name.startswith("p_"))
+    return Categorical(names) if names else Normal(float(table["label"].min()) - 1, float(table["label"].max()) + 1)

@@ -10,13 +10,12 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
 
     `beside` has constant, standard_error and gain_error by score; of `ece` what calibrated predictions have by chance.
     """
-    decision, labels, metric = prediction.decision, prediction.labels, task.metric()
+    decision, labels, metric, kind = prediction.decision, prediction.labels, task.metric(), prediction.likelihood
     scores = metric.compute(predictions=decision.tolist(), references=labels.tolist())
-    correct = None if task.is_regression else float((decision == labels).double().mean())
     found = prediction.calibration()
-    mean = None if task.is_regression else prediction.mean
+    mean = prediction.mean if kind.has_confidence else None
     beside = baselines.beside(
-        scores, decision.numpy(), labels.numpy(), prediction.log_score.numpy(), classes=len(task.labels),
+        scores, decision.numpy(), labels.numpy(), prediction.log_score.numpy(), kind=kind,
         probabilities=None if mean is None else mean.numpy(), compute=metric.compute,
     )  # fmt: skip
     if mean is not None:
@@ -24,28 +23,29 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
     return {
         "metric": {"name": task.metric_name, "value": scores[task.metric_name]},
         "scores": scores,
-        "accuracy": correct,
+        "accuracy": kind.right(decision, labels),
         "nll": prediction.nll,
         "ece": {"value": found["ece"], "bins": ECE_BINS},
         "brier": found["brier"],
         "beside": beside,
+        **kind.details(prediction.mean, labels),
     }
 
 
 def deployed_scores(task: Task, averaged: Prediction, at_mode: Prediction) -> dict:
     """`scores_of` what is deployed, and the standard error of its metric's difference from the averaged one."""
     arrays = (x.numpy() for x in (averaged.labels, averaged.decision, at_mode.decision))
-    error = baselines.difference_error(task.metric_name, *arrays, len(task.labels))
+    error = baselines.difference_error(task.metric_name, *arrays, averaged.likelihood)
     return {**scores_of(task, at_mode), "difference_error": error}
 
 
 def calibration_of(pairs: dict[str, tuple[Prediction, Prediction]]) -> dict:
-    """Scores of the averaged predictions and of the deployed ones, by name; {} for regression.
+    """Scores of the averaged predictions and of the deployed ones, by name; {} without one confidence each.
 
     With split `validation` also `scaled`, at the temperature of least NLL there; with split `ood` also
     `out_of_distribution`.
     """
-    if pairs["eval"][0].is_regression:
+    if not pairs["eval"][0].likelihood.has_confidence:
         return {}
     found = {}
     for which, name in enumerate(("averaged", "deployed")):

@@ -113,7 +113,8 @@ def _training(run: RunFiles, title: str) -> Section:
 
 def _wrong(run: RunFiles, title: str) -> Section:
     table = run.predictions
-    text = [n for n in table if table[n].dtype.kind not in "fiub" and n not in ("idx",)]
+    answers = ("idx", "label", "decision", "deployed_decision")
+    text = [n for n in table if table[n].dtype.kind not in "fiub" and n not in answers]
     try:
         probabilities = run.probabilities
     except ValueError:

@@ -6,6 +6,7 @@ import platform
 import resource
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -137,17 +138,20 @@ def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode:
     `log_likelihood` is the log of the density averaged over draws, as in `nll`; `deployed_*`: of the one allocation.
     """
     table = parts.rows[split].to_pandas()
-    table["decision"] = prediction.decision.numpy()
-    if parts.task.is_regression:
-        table["std_over_draws"] = prediction.outputs.squeeze(-1).std(0, correction=0).numpy()
-    else:
-        for index, label in enumerate(parts.task.labels):
-            table[f"p_{label}"] = prediction.mean[:, index].numpy()
+    table["decision"] = _column(prediction.decision)
+    for name, column in prediction.likelihood.columns(prediction.outputs).items():
+        table[name] = column
     if split == "ood":  # another task's sentences: no answer is right
         return table.drop(columns="label")
     table["log_likelihood"] = prediction.log_score.numpy()
-    table["deployed_decision"], table["deployed_log_likelihood"] = at_mode.decision.numpy(), at_mode.log_score.numpy()
+    table["deployed_decision"] = _column(at_mode.decision)
+    table["deployed_log_likelihood"] = at_mode.log_score.numpy()
     return table
+
+
+def _column(answers: torch.Tensor) -> np.ndarray | list:
+    """One value, or one list, an example."""
+    return answers.numpy() if answers.dim() == 1 else answers.tolist()
 
 
 def _peak_memory() -> int:

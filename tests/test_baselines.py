@@ -11,9 +11,12 @@ from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 
 from pyro_blora.baselines import beside, difference_error
 from pyro_blora.calibration import auroc_error, chance_level, ece, share_error
+from pyro_blora.tasks.categorical import Categorical
+from pyro_blora.tasks.normal import Normal
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random(800) < 0.3).astype(int)
+BINARY = Categorical(("0", "1"))
 DECISION = np.where(RNG.random(800) < 0.8, LABELS, 1 - LABELS)
 BY_SKLEARN = {
     "accuracy": lambda y, x: float((x == y).mean()), "f1": f1_score, "matthews_correlation": matthews_corrcoef,
@@ -22,7 +25,8 @@ BY_SKLEARN = {
 
 
 def of(scores, decision=DECISION, labels=LABELS, classes=2, **more):
-    return beside(scores, decision, labels, np.full(len(labels), -0.5), classes=classes, **more)
+    kind = Categorical(tuple(map(str, range(classes)))) if classes else Normal(-9.0, 9.0)
+    return beside(scores, decision, labels, np.full(len(labels), -0.5), kind=kind, **more)
 
 
 @pytest.mark.parametrize("name", BY_SKLEARN)
@@ -98,10 +102,10 @@ def test_a_name_that_means_something_else_is_asked_of_its_metric():
 def test_differences_are_paired_by_example():
     other = DECISION.copy()
     other[:8] = 1 - other[:8]
-    error = difference_error("accuracy", LABELS, DECISION, other, 2)
+    error = difference_error("accuracy", LABELS, DECISION, other, BINARY)
     assert error == pytest.approx(8**0.5 / 800, rel=0.1)  # eight examples differ, each by one
-    assert difference_error("accuracy", LABELS, DECISION, DECISION, 2) == 0
-    assert difference_error("loveliness", LABELS, DECISION, other, 2) is None
+    assert difference_error("accuracy", LABELS, DECISION, DECISION, BINARY) == 0
+    assert difference_error("loveliness", LABELS, DECISION, other, BINARY) is None
 
 
 # --- chance ----------------------------------------------------------------------------------------------------------

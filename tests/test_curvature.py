@@ -8,10 +8,11 @@ from models import batch, weighted_net, weighted_program
 from regression import NOISE, PRIOR, D, LinearRegression, N, regression_data
 
 from pyro_blora.adapters import open_gates
-from pyro_blora.curvature import eigenvectors_of, fit_laplace, gauss_newton_rows, precision_of_least_nll
+from pyro_blora.curvature import eigenvectors_of, fit_laplace, precision_of_least_nll
 from pyro_blora.gates import Gates
 from pyro_blora.jacobians import jacobians
 from pyro_blora.posterior import deployed, draw_weights, predict
+from pyro_blora.tasks.categorical import Categorical
 
 pytest.importorskip("laplace")
 pytestmark = pytest.mark.usefixtures("eager")
@@ -122,7 +123,7 @@ def test_rows_of_the_curvature_are_its_root(classes):
     J, logits = torch.randn(5, classes, 7), torch.randn(5, classes)
     p = logits.softmax(-1)
     H = p.diag_embed() - p[..., None] * p[:, None]
-    rows = gauss_newton_rows(J, logits, regression=False)
+    rows = Categorical(tuple(map(str, range(classes)))).gauss_newton_rows(J, logits)
     torch.testing.assert_close(rows.mT @ rows, torch.einsum("bcd,bce,bef->df", J, H, J), atol=1e-5, rtol=1e-4)
 
 

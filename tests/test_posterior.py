@@ -14,6 +14,7 @@ from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.ranges import clipped
 from pyro_blora.tasks import get_task
+from pyro_blora.tasks.categorical import Categorical
 
 
 def program(prior="nested", task="sst2", guide="mean_field", scope="adapted", **settings):
@@ -78,16 +79,18 @@ def test_calibration_of_known_probabilities():
     """Ten examples at confidence 0.8 of which six are right: ECE 0.2; Brier (6 * 0.08 + 4 * 1.28) / 10."""
     outputs = torch.tensor([[0.2, 0.8]]).expand(1, 10, 2)
     labels = torch.tensor([1] * 6 + [0] * 4)
-    prediction = Prediction(outputs, torch.zeros(1, 10), labels, False)
+    prediction = Prediction(outputs, torch.zeros(1, 10), labels, Categorical(("a", "b")))
     assert prediction.calibration()["ece"] == pytest.approx(0.2, abs=1e-6)
     assert prediction.calibration()["brier"] == pytest.approx((6 * 0.08 + 4 * 1.28) / 10, rel=1e-5)
 
 
 def test_restored_undoes_an_order():
     labels = torch.arange(5)
-    prediction = Prediction(torch.rand(2, 5, 3), torch.rand(2, 5), labels, False)
+    prediction = Prediction(torch.rand(2, 5, 3), torch.rand(2, 5), labels, Categorical(("a", "b", "c")))
     order = torch.tensor([3, 1, 4, 0, 2])
-    shuffled = Prediction(prediction.outputs[:, order], prediction.log_likelihood[:, order], labels[order], False)
+    shuffled = Prediction(
+        prediction.outputs[:, order], prediction.log_likelihood[:, order], labels[order], prediction.likelihood
+    )
     restored = shuffled.restored(order)
     assert torch.equal(restored.labels, labels) and torch.equal(restored.outputs, prediction.outputs)
 
@@ -95,7 +98,7 @@ def test_restored_undoes_an_order():
 def test_regression_predicts_the_mean_over_draws():
     built = program(task="stsb")
     result = predict(built, [batch(4, num_labels=1)], gates=draw(built, 3))
-    assert result.is_regression and result.decision.shape == (4,)
+    assert result.likelihood.problem_type == "regression" and result.decision.shape == (4,)
     torch.testing.assert_close(result.decision, result.outputs.squeeze(-1).mean(0))
     assert result.calibration() == {"ece": None, "brier": None}
 

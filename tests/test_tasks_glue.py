@@ -364,7 +364,7 @@ def test_the_classification_law_sums_to_one_in_float32():
 
 def test_the_regression_law_starts_at_the_middle_and_spans_the_range():
     task = get_task("stsb")
-    assert task.is_regression
+    assert task.likelihood.problem_type == "regression"
     assert task.num_labels == 1
     law = task.likelihood(torch.tensor([[0.0], [1.0], [-1.0]]), scale=torch.tensor(0.5))
     assert law.batch_shape == (3,)

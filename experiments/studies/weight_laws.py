@@ -12,6 +12,7 @@ from pyro_blora.gates import Gates
 from pyro_blora.posterior import Prediction, bops, deployed, draw, draw_weights, seeded
 from pyro_blora.summary import stored
 from pyro_blora.tasks import Task, get_task
+from pyro_blora.tasks.likelihoods import Likelihood
 from pyro_blora.weights import build_weights
 
 _ENSEMBLES = ("lora", "lora-gaussian", "lora-swag", "xs8-swag")  # paths whose seeds are members
@@ -100,17 +101,19 @@ def ensembles(rows: list[dict]) -> list[dict]:
         if len(members) < 3 or (law == "point" and path != "lora"):
             continue
         labels = {split: torch.tensor(x) for split, x in members[0]["cell"]["labels"].items()}  # the same for all seeds
-        predictions = {split: _of_log_odds([m["log_odds"][split] for m in members], labels[split]) for split in labels}
+        kind = get_task(task).likelihood
+        odds = {split: [m["log_odds"][split] for m in members] for split in labels}
+        predictions = {split: _of_log_odds(odds[split], labels[split], kind) for split in labels}
         found = _scores(get_task(task), predictions)
         name = f"ensemble of {len(members)}" + ("" if law == "point" else f" x {law}")
         made.append({**members[0], "law": name, **found, "stored": sum(m["stored"] for m in members)})
     return made
 
 
-def _of_log_odds(log_odds: list[list[float]], labels: Tensor) -> Prediction:
+def _of_log_odds(log_odds: list[list[float]], labels: Tensor, likelihood: Likelihood) -> Prediction:
     odds = torch.tensor(log_odds)  # (members, E)
     law = Categorical(logits=torch.stack([-odds / 2, odds / 2], -1))
-    return Prediction(law.probs, law.log_prob(labels), labels, is_regression=False)
+    return Prediction(law.probs, law.log_prob(labels), labels, likelihood)
 
 
 def _log_odds(mean: Tensor) -> list[float]:

@@ -10,10 +10,11 @@ import difflib
 
 from pyro_blora.tasks.acceptability import ACCEPTABILITY
 from pyro_blora.tasks.glue import GLUE
+from pyro_blora.tasks.multi_label import MultiLabel
 from pyro_blora.tasks.pairs import PAIRS
 from pyro_blora.tasks.task import Task
 
-__all__ = ["Task", "get_task", "register_task", "task_names"]
+__all__ = ["MultiLabel", "Task", "get_task", "register_task", "task_names"]
 
 _TASKS: dict[str, Task] = {task.name: task for task in (ACCEPTABILITY, *GLUE, PAIRS)}
 

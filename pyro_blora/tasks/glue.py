@@ -163,7 +163,7 @@ def _locate(release: Release, path: Path, rows: Iterator[tuple[int, list[str]]])
 
 def _label_reader(task: Task, release: Release) -> Callable[[str], int | float]:
     """Turns a label as written into the task's; raises KeyError or ValueError for any other."""
-    if task.is_regression:
+    if not task.labels:
         return partial(_number_within, *task.label_range)
     written = task.labels if release.words else map(str, range(task.num_labels))
     return {label: index for index, label in enumerate(written)}.__getitem__
@@ -183,8 +183,8 @@ def _allowed(task: Task, release: Release) -> str:
 def _features(task: Task) -> datasets.Features:
     import datasets
 
-    label = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.labels))
-    return datasets.Features({**{column: datasets.Value("string") for column in task.text_columns}, "label": label})
+    texts = {column: datasets.Value("string") for column in task.text_columns}
+    return datasets.Features({**texts, "label": task.likelihood.feature})
 
 
 def _task(

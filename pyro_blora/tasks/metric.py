@@ -102,6 +102,28 @@ class GlueScore(evaluate.Metric):
         return SCORES[self.config_name](predictions, references)
 
 
+class LabelF1(evaluate.Metric):
+    """Of several labels an example, lists of 0 and 1: micro_f1, macro_f1, and the share of exact_match.
+
+    A label that nobody has and no answer names counts 0.
+    """
+
+    def __init__(self, *, keep_in_memory: bool = True, **settings) -> None:
+        super().__init__(keep_in_memory=keep_in_memory, **settings)
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = datasets.Sequence(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description="F1 of several labels an example.", citation="", inputs_description="lists of 0 and 1",
+            features=datasets.Features({"predictions": value, "references": value}),
+        )  # fmt: skip
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        x, y = np.asarray(predictions), np.asarray(references)
+        scores = {f"{kind}_f1": float(f1_score(y, x, average=kind, zero_division=0.0)) for kind in ("micro", "macro")}
+        return scores | {"exact_match": float((x == y).all(1).mean())}
+
+
 def _is_constant(values: np.ndarray) -> bool:
     return bool((values == values[0]).all())
 

@@ -1,4 +1,4 @@
-"""A task: which columns are text, what the labels mean, how likely a label is, and which number scores a prediction.
+"""A task: which columns are text, what kind of outcome the labels are, and which number scores a prediction.
 
 Everything that depends on the task and not on the method is here, as plain data and four small functions. A new task
 is one `Task` given to `register_task`; nothing is subclassed.
@@ -7,15 +7,16 @@ is one `Task` given to `register_task`; nothing is subclassed.
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyro.distributions as dist
-import torch
+
+from pyro_blora.tasks.categorical import Categorical
+from pyro_blora.tasks.likelihoods import Likelihood
+from pyro_blora.tasks.normal import Normal
 
 if TYPE_CHECKING:
     import datasets
@@ -26,14 +27,14 @@ SPLITS = ("train", "eval")  # what every `load` returns; further splits (MNLI's 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A text classification or regression task."""
+    """Texts with labels of one kind (likelihoods.py)."""
 
     name: str
     """The name on the command line, as on the hub: "sst2"."""
     text_columns: tuple[str, ...]
     """One column for single sentences, two for sentence pairs."""
-    labels: tuple[str, ...]
-    """Class names in the order of their integers; empty for regression."""
+    labels: tuple[str, ...] = ()
+    """Class names in the order of their integers; with a likelihood, its names."""
     metric_name: str
     """The headline number among those the metric returns: "matthews_correlation"."""
     load: Callable[..., dict[str, datasets.Dataset]]
@@ -41,23 +42,25 @@ class Task:
     `n_train` limits the training rows (drawn with `seed`), None means the task's usual number."""
     label_range: tuple[float, float] | None = None
     """Lowest and highest label of a regression task, in the label's own units; None for classification."""
+    likelihood: Likelihood | None = None
+    """The kind of outcome; None for that of labels (classes) or label_range (a number)."""
     make_metric: Callable[[], evaluate.Metric] | None = None
     """Builds the metric; None takes the `GlueScore` of the task's name, so a task of another name needs one."""
 
     def __post_init__(self) -> None:
         if isinstance(self.text_columns, str) or len(self.text_columns) not in (1, 2):
             raise ValueError(f"task {self.name!r} has text columns {self.text_columns!r}: name one, or two for pairs")
-        if bool(self.labels) == (self.label_range is not None):
-            raise ValueError(f"task {self.name!r}: give labels (classes) or label_range (regression), and only one")
-        if len(self.labels) == 1:
+        given = (bool(self.labels), self.label_range is not None, self.likelihood is not None)
+        if sum(given) != 1:
             raise ValueError(
-                f"task {self.name!r} has the single label {self.labels[0]!r}: classification needs two or more"
+                f"task {self.name!r}: give labels (classes) or label_range (regression) or a likelihood, and only one"
             )
-
-        if isinstance(self.labels, str) or len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"task {self.name!r} has labels {self.labels!r}: give a tuple of different class names")
-        if self.label_range is not None and not -math.inf < self.label_range[0] < self.label_range[1] < math.inf:
-            raise ValueError(f"task {self.name!r} has label_range {self.label_range}: give (lowest, highest), finite")
+        try:
+            kind = self.likelihood or (Categorical(self.labels) if self.labels else Normal(*self.label_range))
+        except ValueError as error:
+            raise ValueError(f"task {self.name!r} has {error}") from None
+        object.__setattr__(self, "likelihood", kind)
+        object.__setattr__(self, "labels", kind.names)
 
     def require_usable(self) -> None:
         """Try what a training would use at its end: `load`'s arguments, and the metric on perfect predictions.
@@ -76,14 +79,9 @@ class Task:
         if self.make_metric is None and self.name not in SCORES:
             raise ValueError(
                 f"{where} has no make_metric: give a function that returns an evaluate.Metric, such as "
-                f"make_metric=lambda: GlueScore({'stsb' if self.is_regression else 'sst2'!r}) with GlueScore of "
-                "pyro_blora.tasks.metric"
+                "make_metric=lambda: GlueScore('sst2') with GlueScore of pyro_blora.tasks.metric ('stsb' for a number)"
             )
-        if self.is_regression:
-            low, high = self.label_range
-            perfect = [low, (low + high) / 2, high]
-        else:
-            perfect = [*range(self.num_labels)] * 2
+        perfect = self.likelihood.examples
         try:
             scores = self.metric().compute(predictions=perfect, references=perfect)
         except Exception as error:  # a user's function, which may raise anything
@@ -95,39 +93,12 @@ class Task:
             raise ValueError(f"{where}: its metric gives no number {self.metric_name!r}, but {known}: set metric_name")
 
     @property
-    def is_regression(self) -> bool:
-        return self.label_range is not None
-
-    @property
     def num_labels(self) -> int:
         """Outputs of the task head: one per class, one for regression."""
-        return len(self.labels) or 1
-
-    def likelihood(self, logits: torch.Tensor, *, scale: torch.Tensor | None = None) -> dist.Distribution:
-        """The law of the labels given the head's outputs, in float32 whatever the autocast.
-
-        Regression centres the Normal on `middle + half_range * logit`. An untrained head puts out values near 0, so
-        it predicts the middle of the range (2.5 for STS-B) and logits of order 1 span the labels, as they do in
-        classification. On the raw scale the first steps would only teach the bias where the labels lie, with
-        gradients several times those of the adapters.
-
-        Shapes: logits (..., num_labels); scale () > 0, in label units, regression only. Batch shape (...), so (B,)
-        for a batch.
-        """
-        if logits.shape[-1] != self.num_labels:
-            raise ValueError(
-                f"task {self.name!r} needs logits of shape (..., {self.num_labels}), not {tuple(logits.shape)}: "
-                f"build the head with num_labels={self.num_labels}"
-            )
-        if not self.is_regression:
-            return dist.Categorical(logits=logits.float())
-        if scale is None:
-            raise ValueError(f"task {self.name!r} needs scale: pass the standard deviation of a label as a 0-d tensor")
-        low, high = self.label_range
-        return dist.Normal((high + low) / 2 + (high - low) / 2 * logits.squeeze(-1).float(), scale.float())
+        return self.likelihood.outputs
 
     def metric(self) -> evaluate.Metric:
-        """A fresh metric; predictions are class indices, or labels in their own units for regression."""
+        """A fresh metric; predictions are decisions, as the labels are."""
         from pyro_blora.tasks.metric import GlueScore
 
         return self.make_metric() if self.make_metric else GlueScore(self.name)
@@ -150,7 +121,7 @@ class Task:
             if missing:
                 raise ValueError(f"{where} lacks the columns {missing}; it has {rows.column_names}: rename in load")
             labels = rows.select_columns(["label"]).with_format("numpy")[:]["label"]
-            wrong = np.flatnonzero(~self._allowed(np.asarray(labels, dtype=np.float64)))
+            wrong = self._wrong(labels)
             if wrong.size:
                 row = int(wrong[0])
                 raise ValueError(
@@ -158,15 +129,16 @@ class Task:
                 )
         return dict(splits)
 
+    def _wrong(self, labels: Sequence) -> np.ndarray:
+        """Rows whose label is none."""
+        try:
+            return np.flatnonzero(~self.likelihood.allows(np.asarray(labels, dtype=np.float64)))
+        except ValueError:  # lists of several lengths
+            lengths = [np.size(label) for label in labels]
+            usual = max(set(lengths), key=lengths.count)
+            return np.flatnonzero([length != usual for length in lengths])
+
     @property
     def allowed_labels(self) -> str:
         """The labels in words, for messages."""
-        if self.is_regression:
-            return f"allowed are numbers from {self.label_range[0]:g} to {self.label_range[1]:g}"
-        return "allowed are " + ", ".join(f"{index} ({label})" for index, label in enumerate(self.labels))
-
-    def _allowed(self, labels: np.ndarray) -> np.ndarray:  # (N,) -> (N,) bool; NaN is never allowed
-        if self.is_regression:
-            low, high = self.label_range
-            return (labels >= low) & (labels <= high)
-        return np.isin(labels, np.arange(self.num_labels))
+        return self.likelihood.allowed_labels

@@ -1,0 +1,94 @@
+"""One of several classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from .likelihoods import Likelihood, register_likelihood
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+
+@register_likelihood("categorical")
+@dataclasses.dataclass(frozen=True)
+class Categorical(Likelihood):
+    """One of several classes."""
+
+    names: tuple[str, ...]
+    problem_type = "single_label_classification"
+    has_confidence = True
+    curvature = "classification"
+
+    def __post_init__(self) -> None:
+        if len(self.names) == 1:
+            raise ValueError(f"the single label {self.names[0]!r}: classification needs two or more")
+        if isinstance(self.names, str) or len(set(self.names)) < len(self.names):
+            raise ValueError(f"labels {self.names!r}: give a tuple of different class names")
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names)
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
+
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
+        self.require_outputs(logits)
+        return dist.Categorical(logits=logits.float())
+
+    def allows(self, labels: np.ndarray) -> np.ndarray:
+        return np.isin(labels, np.arange(self.outputs))
+
+    @property
+    def allowed_labels(self) -> str:
+        return "allowed are " + ", ".join(f"{index} ({label})" for index, label in enumerate(self.names))
+
+    @property
+    def feature(self) -> datasets.Features:
+        import datasets
+
+        return datasets.ClassLabel(names=list(self.names))
+
+    @property
+    def examples(self) -> list:
+        return [*range(self.outputs)] * 2
+
+    def averaged(self, distribution: dist.Distribution) -> Tensor:
+        return distribution.probs
+
+    def decision(self, mean: Tensor) -> Tensor:
+        return mean.argmax(-1)
+
+    def columns(self, outputs: Tensor) -> dict[str, np.ndarray]:
+        mean = outputs.mean(0)
+        return {f"p_{label}": mean[:, index].numpy() for index, label in enumerate(self.names)}
+
+    def read(self, table: pd.DataFrame) -> Tensor:
+        return torch.tensor(table[[name for name in table if name.startswith("p_")]].to_numpy())
+
+    def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        label = torch.multinomial(outputs.flatten(0, 1), 1, generator=generator).view(outputs.shape[:2]).short()
+        return {"label": label, "probability": outputs}
+
+    def constants(self, labels: np.ndarray) -> list[np.ndarray]:
+        return [np.full(len(labels), c) for c in np.flatnonzero(np.bincount(labels, minlength=self.classes))]
+
+    def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
+        return np.log(np.bincount(labels, minlength=self.classes) / len(labels))[labels]
+
+    def right(self, decision: Tensor, labels: Tensor) -> float | None:
+        return float((decision == labels).double().mean())
+
+    def gauss_newton_rows(self, J: Tensor, logits: Tensor) -> Tensor:
+        """H of softmax probabilities p is diag(p) - p p^T."""
+        p = logits.softmax(-1)[..., None]
+        return (p.sqrt() * (J - (p * J).sum(1, keepdim=True))).flatten(0, 1)

@@ -1,0 +1,103 @@
+"""Any of several labels: independent Bernoullis, one an output of the head.
+
+Such a task is `Task(likelihood=MultiLabel(("angry", "sad")), make_metric=LabelF1, metric_name="micro_f1", ...)` with
+LabelF1 of metric.py; its column `label` has a list of 0 and 1, one for every label, in their order.
+Shapes: S draws, E examples, C labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from .likelihoods import Likelihood, register_likelihood
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+_SMOOTHED = 0.5  # of an example, for frequencies of labels that all or none have: Jeffreys
+
+
+class _Bernoulli(dist.Bernoulli):
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.to(self.logits.dtype))  # labels are integers
+
+
+@register_likelihood("multi_label")
+@dataclasses.dataclass(frozen=True)
+class MultiLabel(Likelihood):
+    """Any of several labels, each with a probability of its own."""
+
+    names: tuple[str, ...]
+    problem_type = "multi_label_classification"
+    observed = "labels"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str) or len(self.names) < 2 or len(set(self.names)) < len(self.names):
+            raise ValueError(f"labels {self.names!r}: give a tuple of two or more different names")
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names)
+
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
+        self.require_outputs(logits)
+        return dist.Independent(_Bernoulli(logits=logits.float()), 1)
+
+    def allows(self, labels: np.ndarray) -> np.ndarray:
+        if labels.ndim != 2 or labels.shape[1] != self.outputs:
+            return np.zeros(len(labels), dtype=bool)
+        return np.isin(labels, (0, 1)).all(1)
+
+    @property
+    def allowed_labels(self) -> str:
+        return f"allowed are lists of {self.outputs} numbers, 0 or 1 for each of {', '.join(self.names)}"
+
+    @property
+    def feature(self) -> datasets.Features:
+        import datasets
+
+        return datasets.Sequence(datasets.Value("int64"), length=self.outputs)
+
+    @property
+    def examples(self) -> list:
+        each = np.eye(self.outputs, dtype=int)
+        return [*each.tolist(), *(1 - each).tolist()]
+
+    def averaged(self, distribution: dist.Distribution) -> Tensor:
+        return distribution.base_dist.probs
+
+    def decision(self, mean: Tensor) -> Tensor:
+        return (mean > 0.5).long()
+
+    def columns(self, outputs: Tensor) -> dict[str, np.ndarray]:
+        mean = outputs.mean(0)
+        return {f"probability_{label}": mean[:, index].numpy() for index, label in enumerate(self.names)}
+
+    def read(self, table: pd.DataFrame) -> Tensor:
+        return torch.tensor(table[[f"probability_{label}" for label in self.names]].to_numpy())
+
+    def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"labels": torch.bernoulli(outputs, generator=generator).short(), "probability": outputs}
+
+    def constants(self, labels: np.ndarray) -> list[np.ndarray]:
+        """Every number of the most frequent labels: the best for F1 is among them, and that of each label alone."""
+        order = np.argsort(-labels.mean(0), kind="stable")
+        answers = [np.isin(np.arange(self.outputs), order[:count]).astype(int) for count in range(self.outputs + 1)]
+        return [np.tile(answer, (len(labels), 1)) for answer in answers]
+
+    def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
+        shares = (labels.sum(0) + _SMOOTHED) / (len(labels) + 2 * _SMOOTHED)
+        return (labels * np.log(shares) + (1 - labels) * np.log1p(-shares)).sum(1)
+
+    def details(self, mean: Tensor, labels: Tensor) -> dict:
+        """nll_per_label: of each label's averaged probability, nats an example."""
+        p, found = mean.double().clamp(1e-12, 1 - 1e-12), labels.double()
+        nll = -(found * p.log() + (1 - found) * torch.log1p(-p)).mean(0)
+        return {"nll_per_label": dict(zip(self.names, nll.tolist(), strict=True))}
