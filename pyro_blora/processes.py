@@ -109,6 +109,8 @@ def leave(code: int = 0) -> None:
     0 all processes wait for one another; else none does, as another one may have been ended already.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         return
     if code == 0:
         accelerate.PartialState().wait_for_everyone()
