@@ -37,14 +37,16 @@ TASKS = {  # what differs from the defaults; the demo's are those of its preset
     "acceptability": {key: value for key, value in load_preset("demo").items() if key not in ("task", "backbone")},
     "sst2": {"max_train": 4000, "epochs": 2, "max_length": 64, "draws": 4},  # no sentence has more than 64 tokens
 }
-METHODS = {"LoRA": {"method": "lora"}, "`bops`, adapted": {"scope": "adapted"}, "`bops`, encoder": {"scope": "encoder"}}
+LORA = "LoRA"
+METHODS = {LORA: {"method": "lora"}, "`bops`, adapted": {"scope": "adapted"}, "`bops`, encoder": {"scope": "encoder"}}
 MODELS = {CONVERTED: "MiniLM as DeBERTaV3", ORIGINAL: "MiniLM"}
+BACKBONES, GATES, SCOPES = "MiniLM as DeBERTaV3 less MiniLM", "`bops` less LoRA", "scope encoder less adapted"
 
 
 def settings(options, task: str, backbone: str, method: str) -> dict:
     """The flags of a cell's command."""
     found = {"task": task, "backbone": backbone, **TASKS[task], **METHODS[method]}
-    if method == "LoRA":
+    if method == LORA:
         found.pop("prior", None)  # the method's own
     if task != "acceptability":
         found["glue_dir"] = options.glue_dir
@@ -52,12 +54,14 @@ def settings(options, task: str, backbone: str, method: str) -> dict:
     return found | {name: value for name, value in changed.items() if value is not None}
 
 
-def cell(options, task: str, backbone: str, method: str) -> dict:
-    """What the page needs of a run, which is trained or resumed unless it is finished."""
+def cell(options, task: str, backbone: str, method: str) -> dict | None:
+    """What the page needs of a run, which is trained or resumed unless it is finished; or None."""
     flags = settings(options, task, backbone, method)
     config = RunConfig(**flags, output_dir=options.output_dir)
     folder = config.folder
     if not (folder / "summary.json").exists():
+        if options.only_finished:
+            return None
         train_run(config)
     examples = pd.read_parquet(folder / "predictions.parquet", columns=["label", *PREDICTED])
     return {
@@ -89,29 +93,45 @@ def scores_table(cells: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def differences_table(cells: list[dict]) -> str:
-    """Between backbones with the same method, and between methods on the same backbone, where both are there."""
+def differences(cells: list[dict]) -> list[tuple[str, str, str, dict]]:
+    """(task, what is compared, name, `paired`'s intervals of what is averaged over draws), where both are there."""
+    found, at = [], {(x["task"], x["backbone"], x["method"]): x for x in cells}
+    for task in dict.fromkeys(x["task"] for x in cells):
+        pairs = [(BACKBONES, method, CONVERTED, method, ORIGINAL) for method in METHODS]
+        for name in MODELS:
+            pairs += [(SCOPES if LORA not in (ours, theirs) else GATES, ours, name, theirs, name)
+                      for theirs, ours in itertools.combinations(METHODS, 2)]  # fmt: skip
+        for what, ours, backbone, theirs, other in pairs:
+            if (task, backbone, ours) in at and (task, other, theirs) in at:
+                name = f"{ours}: {backbone} less {other}" if ours == theirs else f"{backbone}: {ours} less {theirs}"
+                first, second = at[task, backbone, ours], at[task, other, theirs]
+                found.append((task, what, name, paired([first], [second], "accuracy", prefix="")))
+    return found
+
+
+def differences_table(found: list[tuple]) -> str:
     lines = ["| task | difference | of accuracy [95 %] | of NLL [95 %] | beyond noise |", "|---|---|---|---|---|"]
-    at = {(found["task"], found["backbone"], found["method"]): found for found in cells}
-    for task in dict.fromkeys(found["task"] for found in cells):
-        pairs = [(method, CONVERTED, method, ORIGINAL) for method in METHODS]
-        pairs += [(ours, name, theirs, name) for name in MODELS for theirs, ours in itertools.combinations(METHODS, 2)]
-        for ours, backbone, theirs, other in pairs:
-            first, second = at.get((task, backbone, ours)), at.get((task, other, theirs))
-            if first and second:
-                same = ours == theirs
-                name = f"{ours}: {backbone} less {other}" if same else f"{backbone}: {ours} less {theirs}"
-                lines.append(f"| {task} | {name} | {_difference(first, second)} |")
+    for task, _, name, intervals in found:
+        cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in intervals.values()]
+        told = [{"score": "accuracy", "nll": "NLL"}[key] for key, held in intervals.items() if beyond_noise(held)]
+        lines.append(f"| {task} | {name} | {' | '.join(cells)} | {', '.join(told) or 'no'} |")
     return "\n".join(lines)
 
 
-def _difference(ours: dict, theirs: dict) -> str:
-    """Of what is averaged over draws, paired by example."""
-    found = paired([ours], [theirs], "accuracy", prefix="")
-    cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in found.values()]
-    told = [name for name, (_, low, high) in found.items() if low > 0 or high < 0]
-    names = {"score": "accuracy", "nll": "NLL"}
-    return " | ".join([*cells, ", ".join(names[name] for name in told) or "no"])
+def counts(found: list[tuple]) -> str:
+    """How many differences of each sort are beyond noise, a line each."""
+    lines = []
+    for sort in (BACKBONES, GATES, SCOPES):
+        held = [intervals for _, what, _, intervals in found if what == sort]
+        accuracy, nll = (sum(beyond_noise(x[key]) for x in held) for key in ("score", "nll"))
+        if held:
+            lines.append(f"- {sort}: of {len(held)}, {accuracy} beyond noise in accuracy and {nll} in NLL.")
+    return "\n".join(lines)
+
+
+def beyond_noise(interval: tuple[float, float, float]) -> bool:
+    _, low, high = interval
+    return low > 0 or high < 0
 
 
 def command(flags: dict) -> str:
@@ -127,16 +147,16 @@ def architectures() -> dict:
 
 
 def page(options, cells: list[dict]) -> str:
-    threads = ", ".join(str(count) for count in sorted({found["threads"] for found in cells}))
-    devices = ", ".join(sorted({found["summary"]["device"] for found in cells}))
+    threads = ", ".join(str(count) for count in sorted({x["threads"] for x in cells}))
+    devices = ", ".join(sorted({x["summary"]["device"] for x in cells}))
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    rows = streams(architectures(), options.lengths)
-    listed = "\n".join(command(found["flags"]) for found in cells)
+    rows, found = streams(architectures(), options.lengths), differences(cells)
+    listed = "\n".join(command(x["flags"]) for x in cells)
     return f"""# DeBERTaV3's architecture on real weights
 
 `--backbone demo-deberta` is MiniLM (`demo`) converted exactly into DeBERTaV3's architecture: the same function, but
 query and key project content and positions. Plain LoRA (rank 8, 32 bit), and the `bops` prior at both scopes, are
-trained on either. This page is written by
+trained on both. This page is written by
 
 ```sh
 python experiments/demo_deberta.py --glue_dir {options.glue_dir} --table benchmarks/demo_deberta.md
@@ -151,11 +171,20 @@ on {devices}, {threads} thread(s), beside other work; {packages}. One seed (0).
 Accuracy and NLL are averaged over draws of the gates; deployed is the one allocation of all gates that are likelier
 open than closed. BOPs are expected, of 64 tokens in a batch of 32, against 32 x 32 bit. Ratios of the two backbones
 have different denominators, as DeBERTaV3 has more MACs (below). † within two standard errors of the constant answer.
+{len(cells)} of {len(TASKS) * len(MODELS) * len(METHODS)} combinations have been trained.
 
-{differences_table(cells)}
+{differences_table(found)}
+
+{counts(found)}
 
 Intervals are over the examples of the evaluation set, paired, not over seeds: how far two trainings of the same
-settings lie apart is not in them. A negative difference of NLL favours the first.
+settings lie apart is not in them, so one beyond noise may be an accident of its seed. A negative difference of NLL
+favours the first. Training seconds are not comparable: other work took turns on the same cores.
+
+What is not seen here: the conversion sets the layer norm of the distances' embeddings to zero, and training leaves it
+there, so what is projected of positions is zero and comes out as the biases (`tests/test_positions.py`). Its products
+are computed and counted as in any DeBERTaV3, and priors pay for them, but neither adapters nor bit widths act on
+anything in them. What rounding does to positions that carry something is a question for a published checkpoint.
 
 Each line of the first table, by its command:
 
@@ -169,7 +198,8 @@ A forward projects 2 x span = 512 relative positions by the matrices of query an
 batch. Layouts, and so priors and BOPs, count a batch of 32, whatever the run's own: 16 positions for each example.
 Counted: the layout of the model less that of the same configuration without relative attention, on the meta device
 (`experiments/studies/positions.py`). Formula: 512 / batch positions at d x d MACs, d the hidden size, in every layer.
-MACs are per example, of all layers, in a batch of 32.
+MACs are per example, of all layers, in a batch of 32. The longest input that a run takes is what its layout counts: the
+trainings above had batches of 16 and mostly shorter sentences, so positions were more of what they computed.
 
 {projections_table(rows)}
 
@@ -190,15 +220,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, help="none: the task's own number")
     parser.add_argument("--draws", type=int, help="of the gates; none: the task's own number")
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128], help="tokens at which MACs are counted")
+    parser.add_argument("--only_finished", action="store_true", help="train nothing: write the page of finished cells")
     parser.add_argument("--output_dir", default="runs/demo_deberta")
     parser.add_argument(
         "--table", type=Path, default=Path("runs/demo_deberta/table.md"), help="where the page is written"
     )
     options = parser.parse_args(arguments)
-    cells = [
-        cell(options, task, backbone, method)
-        for backbone in options.backbones for task in options.tasks for method in METHODS
-    ]  # fmt: skip
+    every = itertools.product(options.tasks, options.backbones, METHODS)
+    cells = [found for names in every if (found := cell(options, *names)) is not None]
+    if not cells:
+        raise SystemExit(f"no cell is finished in {options.output_dir}: run it without --only_finished")
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(page(options, cells), encoding="utf-8")
 
