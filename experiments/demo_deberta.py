@@ -178,8 +178,9 @@ have different denominators, as DeBERTaV3 has more MACs (below). † within two 
 {counts(found)}
 
 Intervals are over the examples of the evaluation set, paired, not over seeds: how far two trainings of the same
-settings lie apart is not in them, so one beyond noise may be an accident of its seed. A negative difference of NLL
-favours the first. Training seconds are not comparable: other work took turns on the same cores.
+settings lie apart is not in them, so one beyond noise may be an accident of its seed. One interval in twenty misses
+zero by chance, and differences that share a run are not independent. A negative difference of NLL favours the first.
+Training seconds are not comparable: other work took turns on the same cores.
 
 What is not seen here: the conversion sets the layer norm of the distances' embeddings to zero, and training leaves it
 there, so what is projected of positions is zero and comes out as the biases (`tests/test_positions.py`). Its products
