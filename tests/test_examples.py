@@ -22,6 +22,8 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "allocation.py": f"--tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget {SMALL}",
     "benchmark.py": "--only quantizer gates --seconds 0.01 --output_dir OUT",
     "compare.py": "RESULTS --axis prior --against nested --report OUT/page.md",
+    "demo_deberta.py": "--backbones TINY --tasks acceptability --max_train 32 --epochs 1 --draws 2 "
+    "--lengths 16 --output_dir OUT --table OUT/table.md",
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
     "mrpc_as_pairs.py": "--glue_dir GLUE --max_train 20 --output_dir OUT",
     "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
