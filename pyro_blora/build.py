@@ -97,7 +97,7 @@ def build(config: RunConfig) -> Parts:
 def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int = BATCH_SIZE) -> BayesianLoRA:
     """counted_at: batch size at which MACs are counted per example: of older runs, 1."""
     backbone = load_backbone(
-        config.backbone, task.num_labels, labels=task.labels, revision=config.backbone_revision,
+        config.backbone, task.num_labels, labels=task.likelihood.names, revision=config.backbone_revision,
         problem_type=task.likelihood.problem_type,
     )  # fmt: skip
     settings = {

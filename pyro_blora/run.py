@@ -180,8 +180,8 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
         require_whole(place)
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
     data = to_arviz(
-        program, evaluated.draws, evaluated.pairs["eval"][0], labels=parts.task.labels, clipped=evaluated.beyond,
-        theta=evaluated.theta, seed=config.seed,
+        program, evaluated.draws, evaluated.pairs["eval"][0], labels=parts.task.likelihood.names,
+        clipped=evaluated.beyond, theta=evaluated.theta, seed=config.seed,
     )  # fmt: skip
     if restarts:
         data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])

@@ -2,7 +2,6 @@
 
 import math
 
-import pyro.distributions as dist
 import torch
 from models import toy_layout
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from pyro_blora.guides import build_guide
 from pyro_blora.priors import build_prior
 from pyro_blora.program import GateProgram
+from pyro_blora.tasks.normal import Normal
 from pyro_blora.weights import build_weights
 
 N, D, NOISE, PRIOR, SLOPE = 60, 4, 0.7, 1.3, 2.5  # a label is SLOPE times its logit, as of STS-B
@@ -26,14 +26,10 @@ class LinearRegression(GateProgram):
         self_weights = {(0, "core"): nn.Parameter(torch.zeros(2, 2))}
         law = build_weights(name, self_weights, {}, settings)
         super().__init__(
-            layout, prior, build_guide("mean_field", layout, prior), self._likelihood, n_train=N, weights=law
+            layout, prior, build_guide("mean_field", layout, prior), Normal(-SLOPE, SLOPE), n_train=N, weights=law
         )
         self.core = self_weights[0, "core"]
         self.log_scale.data.fill_(math.log(NOISE)).requires_grad_(False)
-
-    @staticmethod
-    def _likelihood(logits, scale):
-        return dist.Normal(SLOPE * logits.squeeze(-1), scale)
 
     def logits(self, inputs, gates, theta=None):
         theta = self.core.flatten() if theta is None else theta

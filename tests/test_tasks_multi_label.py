@@ -36,7 +36,7 @@ def rows(*, glue_dir=None, seed=0, n_train=None):
 @pytest.fixture(scope="module")
 def task():
     held = Task(
-        name="words", text_columns=("sentence",), likelihood=MultiLabel(NAMES), metric_name="micro_f1",
+        name="words", text_columns=("sentence",), kind=MultiLabel(NAMES), metric_name="micro_f1",
         make_metric=LabelF1, load=rows,
     )  # fmt: skip
     return register_task(held)
@@ -93,9 +93,7 @@ def test_a_label_that_is_none_is_refused_with_its_row(task, label):
 
 def test_a_task_has_one_kind_of_outcome():
     with pytest.raises(ValueError, match="only one"):
-        Task(
-            name="two", text_columns=("x",), labels=("a", "b"), likelihood=MultiLabel(NAMES), metric_name="f", load=rows
-        )
+        Task(name="two", text_columns=("x",), labels=("a", "b"), kind=MultiLabel(NAMES), metric_name="f", load=rows)
 
 
 def test_it_is_learned_and_its_scores_stand_beside_the_constant_answer(run):

@@ -37,6 +37,7 @@ class Likelihood(abc.ABC):
 
     names: ClassVar[tuple[str, ...]] = ()
     problem_type: ClassVar[str]  # in transformers
+    metric: ClassVar[str] = "GlueScore('sst2')"  # one of metric.py that serves, as a task would make it
     observed: ClassVar[str] = (
         "label"  # ArviZ's name of what was observed, of which inference_data.py has the dimensions
     )

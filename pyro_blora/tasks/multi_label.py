@@ -1,6 +1,6 @@
 """Any of several labels: independent Bernoullis, one an output of the head.
 
-Such a task is `Task(likelihood=MultiLabel(("angry", "sad")), make_metric=LabelF1, metric_name="micro_f1", ...)` with
+Such a task is `Task(kind=MultiLabel(("angry", "sad")), make_metric=LabelF1, metric_name="micro_f1", ...)` with
 LabelF1 of metric.py; its column `label` has a list of 0 and 1, one for every label, in their order.
 Shapes: S draws, E examples, C labels.
 """
@@ -37,6 +37,7 @@ class MultiLabel(Likelihood):
     names: tuple[str, ...]
     problem_type = "multi_label_classification"
     observed = "labels"
+    metric = "LabelF1()"
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or len(self.names) < 2 or len(set(self.names)) < len(self.names):

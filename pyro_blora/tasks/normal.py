@@ -32,6 +32,7 @@ class Normal(Likelihood):
     low: float
     high: float
     problem_type = "regression"
+    metric = "GlueScore('stsb')"
     curvature = "regression"
     outputs = 1
 

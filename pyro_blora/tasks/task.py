@@ -6,6 +6,7 @@ is one `Task` given to `register_task`; nothing is subclassed.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ class Task:
     text_columns: tuple[str, ...]
     """One column for single sentences, two for sentence pairs."""
     labels: tuple[str, ...] = ()
-    """Class names in the order of their integers; with a likelihood, its names."""
+    """Class names in the order of their integers; empty for other kinds of outcome."""
     metric_name: str
     """The headline number among those the metric returns: "matthews_correlation"."""
     load: Callable[..., dict[str, datasets.Dataset]]
@@ -42,25 +43,29 @@ class Task:
     `n_train` limits the training rows (drawn with `seed`), None means the task's usual number."""
     label_range: tuple[float, float] | None = None
     """Lowest and highest label of a regression task, in the label's own units; None for classification."""
-    likelihood: Likelihood | None = None
-    """The kind of outcome; None for that of labels (classes) or label_range (a number)."""
+    kind: Likelihood | None = None
+    """Of the outcome, such as `MultiLabel(names)`; None for that of labels (classes) or label_range (a number)."""
     make_metric: Callable[[], evaluate.Metric] | None = None
     """Builds the metric; None takes the `GlueScore` of the task's name, so a task of another name needs one."""
 
     def __post_init__(self) -> None:
         if isinstance(self.text_columns, str) or len(self.text_columns) not in (1, 2):
             raise ValueError(f"task {self.name!r} has text columns {self.text_columns!r}: name one, or two for pairs")
-        given = (bool(self.labels), self.label_range is not None, self.likelihood is not None)
-        if sum(given) != 1:
+        if (bool(self.labels), self.label_range is not None, self.kind is not None).count(True) != 1:
             raise ValueError(
-                f"task {self.name!r}: give labels (classes) or label_range (regression) or a likelihood, and only one"
+                f"task {self.name!r}: give labels (classes) or label_range (regression) or a kind, and only one"
             )
         try:
-            kind = self.likelihood or (Categorical(self.labels) if self.labels else Normal(*self.label_range))
+            self.likelihood  # noqa: B018 (it refuses labels that are none)
         except ValueError as error:
             raise ValueError(f"task {self.name!r} has {error}") from None
-        object.__setattr__(self, "likelihood", kind)
-        object.__setattr__(self, "labels", kind.names)
+
+    @functools.cached_property
+    def likelihood(self) -> Likelihood:
+        """The distribution of a label given the head's outputs, and all that follows from it."""
+        if self.kind is not None:
+            return self.kind
+        return Categorical(self.labels) if self.labels else Normal(*self.label_range)
 
     def require_usable(self) -> None:
         """Try what a training would use at its end: `load`'s arguments, and the metric on perfect predictions.
@@ -79,7 +84,8 @@ class Task:
         if self.make_metric is None and self.name not in SCORES:
             raise ValueError(
                 f"{where} has no make_metric: give a function that returns an evaluate.Metric, such as "
-                "make_metric=lambda: GlueScore('sst2') with GlueScore of pyro_blora.tasks.metric ('stsb' for a number)"
+                f"make_metric=lambda: {self.likelihood.metric} with {self.likelihood.metric.partition('(')[0]} of "
+                "pyro_blora.tasks.metric"
             )
         perfect = self.likelihood.examples
         try:
