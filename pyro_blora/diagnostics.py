@@ -6,6 +6,7 @@ Shapes: C chains (restarts), M equally likely components of the guide (1 for a m
 K + 1 widths, R ranks.   Units: nats; BOPs as ratios to 32 x 32 bit with all ranks, unless said.
 """
 
+import functools
 import json
 import math
 from typing import NamedTuple
@@ -51,6 +52,15 @@ class Reweighted(NamedTuple):
     bops_exact: float
 
 
+class _Slopes(NamedTuple):
+    """E[BOPs] of every component, (M,) of either denominator, and their slopes in the marginals of all gates."""
+
+    adapted: Tensor
+    model: Tensor
+    of_adapted: Gates
+    of_model: Gates
+
+
 def layout_of(data) -> AdapterLayout:
     """The layout that an opened posterior.nc was written for."""
     return AdapterLayout.from_dict(json.loads(group(data, "constant_data").attrs["layout"]))
@@ -71,6 +81,7 @@ class Posterior:
         self.log_prior = Gates(self._law("log_prior_width"), self._law("log_prior_rank"))
         self.chains = len(self.log_q.z)
         self.projections = [str(name) for name in self.constant["projection"].values]
+        self._slopes: dict[int, _Slopes] = {}
 
     def _law(self, name: str) -> Tensor:
         law = torch.tensor(self.constant[name].values, dtype=torch.float64)
@@ -83,6 +94,16 @@ class Posterior:
     def depth_probs(self, chain: int = 0) -> Gates:
         """Probabilities of widths (L, T, K + 1) and of ranks (L, R)."""
         return Gates(*(x[chain].exp().mean(0) for x in self.log_q))
+
+    def slopes(self, chain: int = 0) -> "_Slopes":
+        """E[BOPs] of every component and its slopes in the marginals, computed once."""
+        if chain not in self._slopes:
+            marginals = Gates(*(x.requires_grad_() for x in _marginals(Gates(*(x[chain] for x in self.log_q)))))
+            found = expected_bops(self.layout, *marginals)
+            ratios = found.adapted_ratio, found.model_ratio
+            each = [Gates(*torch.autograd.grad(x.sum(), marginals, retain_graph=True)) for x in ratios]
+            self._slopes[chain] = _Slopes(*(x.detach() for x in ratios), *each)
+        return self._slopes[chain]
 
     def expected_bops(self, chain: int = 0) -> BOPs:
         """Exact: chains are independent given the component."""
@@ -110,10 +131,11 @@ class Posterior:
         each = [savings(self.layout, z, g) for z, g in zip(*marginals, strict=True)]
         saved = Gates(*(torch.stack(x).mean(0) for x in zip(*each, strict=True)))
         mean = Gates(*(x.mean(0) for x in marginals))
+        deployed = Gates(*(self.constant[f"{site}_deployed"].values[chain] > 0.5 for site in "zg"))
         lines = []
-        for name, site, index, depth in self._every_gate():
+        for name, (site, index, depth) in self._known.items():
             at = (*index, depth - 1)
-            is_open = bool(self.constant[f"{site}_deployed"].values[(chain, *at)] > 0.5)
+            is_open = bool(getattr(deployed, site)[at])
             saving = float(getattr(saved, site)[at])
             try:
                 forced = self.what_if(name, not is_open, chain)
@@ -153,17 +175,24 @@ class Posterior:
         alive = mass > -torch.inf
         forced = torch.where(kept & alive[:, None], law - mass.clamp(min=-1e300)[:, None], -torch.inf)
         forced = torch.where(alive[:, None], forced, law)  # of weight 0
-        laws = Gates(*(x[chain].clone() for x in self.log_q))
-        getattr(laws, site)[(slice(None), *index)] = forced
-        after, before = expected_bops(self.layout, *_marginals(laws)), self.expected_bops(chain)
+        adapted, model, *slopes = self.slopes(chain)
+        shift = _opening(forced) - _opening(law)  # (M, D - 1); E[BOPs] is linear in the marginals of one ladder
+        after = [
+            x + (getattr(slope, site)[(slice(None), *index)] * shift).sum(-1)
+            for x, slope in zip((adapted, model), slopes, strict=True)
+        ]
         whole, then = law.exp().mean(0), weights @ forced.exp()
         evidence = whole.log() - getattr(self.log_prior, site)[(chain, *index)]  # up to a constant
         evidence = torch.where(whole > 0, evidence, 0.0)
         return WhatIf(
             gate, opened, math.exp(log_probability), -log_probability + 0.0, float(((whole - then) * evidence).sum()),
-            float(weights @ after.adapted_ratio), float(weights @ after.model_ratio),
-            float(before.adapted_ratio), float(before.model_ratio),
+            *(float(weights @ x) for x in after), float(adapted.mean()), float(model.mean()),
         )  # fmt: skip
+
+    @functools.cached_property
+    def _known(self) -> dict[str, tuple[str, tuple, int]]:
+        """(site, index of the ladder, place in it from 1) of every gate that exists, by name."""
+        return {name: tuple(rest) for name, *rest in self._every_gate()}
 
     def _every_gate(self):
         """(name, site, index of the chain, place in it from 1) of every gate that exists."""
@@ -176,7 +205,7 @@ class Posterior:
                 yield from ((f"{projection}.rank.{k + 1}", "g", (i,), k) for k in range(1, self.layout.rank))
 
     def _find(self, gate: str) -> tuple[str, tuple, int]:
-        known = {name: rest for name, *rest in self._every_gate()}
+        known = self._known
         if gate not in known:
             near = [name for name in known if name.rsplit(".", 1)[0] == gate.rsplit(".", 1)[0]]
             near = near or [name for name in known if name.split(".")[:2] == gate.split(".")[:2]] or list(known)
@@ -253,4 +282,8 @@ def marginals_of(posterior: Posterior, chain: int = 0) -> Gates:
 
 def _marginals(log_laws: Gates) -> Gates:
     """Probabilities that each gate is open, from log probabilities of the depths.  (..., D) -> (..., D - 1)"""
-    return Gates(*(x.exp().flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(max=1.0) for x in log_laws))
+    return Gates(*map(_opening, log_laws))
+
+
+def _opening(log_law: Tensor) -> Tensor:
+    return log_law.exp().flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(max=1.0)

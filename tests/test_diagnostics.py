@@ -10,7 +10,7 @@ import torch
 import xarray
 from models import every_state, tiny_bert, toy_layout
 
-from pyro_blora import arviz_data
+from pyro_blora import arviz_data, diagnostics
 from pyro_blora.adapters import attach
 from pyro_blora.bops import at_full_width, expected_bits, expected_bops, expected_rank, savings
 from pyro_blora.diagnostics import Posterior
@@ -491,3 +491,13 @@ def test_a_guide_of_one_allocation_is_not_taken_for_a_pin():
     assert line["forced"] == "never" and bool(posterior.free().z.all())
     with pytest.raises(ValueError, match="its guide is a single allocation"):
         posterior.what_if(line["gate"], not line["deployed"])
+
+
+def test_every_gate_is_forced_without_counting_everything_again(monkeypatch):
+    """E[BOPs] is linear in the gates of one ladder: its slopes are computed once, however many gates there are."""
+    posterior, calls = opened(made(scope="encoder", size=3), draws=2), []
+    monkeypatch.setattr(diagnostics, "expected_bops", lambda *a: calls.append(1) or expected_bops(*a))
+    table = posterior.gates()
+    assert len(table) > 100 and len(calls) == 1
+    posterior.what_if(table["gate"][0], not table["deployed"][0])
+    assert len(calls) == 1
