@@ -38,8 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     143, 130 and 129 after SIGTERM, SIGINT and SIGHUP.
     """
     spin_briefly()
+    code = _main(sys.argv[1:] if argv is None else argv)
+    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's processes end together
+        from .processes import leave
+
+        leave(code)
+    return code
+
+
+def _main(argv: list[str]) -> int:
     try:
-        return _command(sys.argv[1:] if argv is None else argv)
+        return _command(argv)
     except (ValueError, OSError) as error:
         if os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
             raise
@@ -49,12 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             kept = f"; {interruption}" if str(interruption) else ""
             print(f"pyro-blora: interrupted{kept}", file=sys.stderr)
-        code = getattr(interruption, "exit_code", 130)
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            from .processes import leave
-
-            leave(code)
-        return code
+        return getattr(interruption, "exit_code", 130)
 
 
 def _command(argv: list[str]) -> int:
@@ -115,7 +119,8 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         folder = train_run(config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts one process a device: one of them speaks
         print(folder)
-    leave()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        leave()
     return 0
 
 

@@ -122,6 +122,11 @@ def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int =
     guide = build_guide(config.guide, net.layout, prior, config.guide_settings)
     head = dict(enumerate(net.head_parameters()))
     weights = build_weights(config.weights, net.random_weights(), head, config.weights_settings)
+    if weights.curvature and task.likelihood.curvature is None:
+        raise ValueError(
+            f"weights 'laplace' has no curvature for {task.likelihood.problem_type}, the kind of task {config.task!r}: "
+            "choose other --weights"
+        )
     return BayesianLoRA(
         net, prior, guide, task.likelihood, n_train=n_train, estimator=config.estimator, weights=weights
     )

@@ -98,10 +98,11 @@ class Posterior:
     def slopes(self, chain: int = 0) -> "_Slopes":
         """E[BOPs] of every component and its slopes in the marginals, computed once."""
         if chain not in self._slopes:
-            marginals = Gates(*(x.requires_grad_() for x in _marginals(Gates(*(x[chain] for x in self.log_q)))))
-            found = expected_bops(self.layout, *marginals)
-            ratios = found.adapted_ratio, found.model_ratio
-            each = [Gates(*torch.autograd.grad(x.sum(), marginals, retain_graph=True)) for x in ratios]
+            with torch.enable_grad():
+                marginals = Gates(*(x.requires_grad_() for x in _marginals(Gates(*(x[chain] for x in self.log_q)))))
+                found = expected_bops(self.layout, *marginals)
+                ratios = found.adapted_ratio, found.model_ratio
+                each = [Gates(*torch.autograd.grad(x.sum(), marginals, retain_graph=True)) for x in ratios]
             self._slopes[chain] = _Slopes(*(x.detach() for x in ratios), *each)
         return self._slopes[chain]
 

@@ -82,7 +82,8 @@ def _beside_constant(summary: dict, name: str) -> str:
 
 def _frequencies(summary: dict) -> str:
     constant = beside(summary, "nll", "constant")
-    what = "label frequencies" if _has_ece(summary) else "one normal distribution for all"
+    older = "label frequencies" if _has_ece(summary) else "one normal distribution for all"  # which did not say it
+    what = summary.get("constant_answer", older)
     return "" if constant is None else f" ({what}: {constant:.3f})"
 
 

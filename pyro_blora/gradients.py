@@ -17,24 +17,33 @@ from torch import Tensor, nn
 from .non_finite import unvalidated
 from .program import BayesianLoRA
 
+_MOVES = 3  # times that a tensor of prior or guide may be replaced before a step is no longer recorded
 log = logging.getLogger(__name__)
 
 
 class Gradients:
     """Adds the gradient of a micro-batch's share of the loss to the parameters of a program.
 
-    parameters: what learns. graphs: record the step where it is on CUDA; False, or PYRO_BLORA_GRAPHS=0, launches kernel
-    by kernel, as does whatever cannot be recorded (a step that asks the host, or draws random numbers there).
+    With one micro-batch a step it is set, so gradients must be None before. parameters: what learns. graphs: record the
+    step where it is on CUDA; False, or PYRO_BLORA_GRAPHS=0, launches kernel by kernel, as does whatever cannot be
+    recorded (a step that asks the host, or draws random numbers there). sharded: some processes' weights are
+    elsewhere, so each does the same forwards: nothing is recorded, and distributions are not checked.
     """
 
-    def __init__(self, program: BayesianLoRA, parameters: Iterable[nn.Parameter], *, graphs: bool = True):
-        self.program, self.parameters = program, [*parameters]
+    def __init__(
+        self, program: BayesianLoRA, parameters: Iterable[nn.Parameter], *, graphs: bool = True, sharded: bool = False
+    ):
+        self.program, self.parameters, self.sharded = program, [*parameters], sharded
         device = program.log_scale.device
-        self.recording = graphs and device.type == "cuda" and os.environ.get("PYRO_BLORA_GRAPHS", "1") != "0"
+        wanted = graphs and not sharded and os.environ.get("PYRO_BLORA_GRAPHS", "1") != "0"
+        self.recording = wanted and device.type == "cuda"
         self.temperature = torch.ones((), device=device) if device.type == "cuda" else None
         self.validated: set[float] = set()  # KL weights: one before the gates start, one from then on
-        self.pool = None
         self.graphs: dict[tuple, _Graph] = {}
+        self.pool, self.moved = None, 0
+        # one stream for all recordings, as memory is used again on the stream only that it was taken on
+        self.stream = torch.cuda.Stream(device) if self.recording else None
+        self.slopes: dict[nn.Parameter, Tensor] = {}  # where every recording leaves its gradients
 
     def __call__(
         self, inputs: dict[str, Tensor], labels: Tensor, temperature: float, kl_weight: float,
@@ -44,19 +53,24 @@ class Gradients:
 
         Errors: ValueError, at the first call of either phase, where a distribution refuses finite numbers.
         """
-        if self.temperature is not None:  # where a graph reads it
-            temperature = self.temperature.fill_(temperature)
-        arguments = temperature, kl_weight, theta_weight, micro_batches
-        if kl_weight not in self.validated:
+        here = (
+            temperature if self.temperature is None else self.temperature.fill_(temperature)
+        )  # where a graph reads it
+        arguments = here, kl_weight, theta_weight, micro_batches
+        if kl_weight not in self.validated and not self.sharded:
             self.validated.add(kl_weight)
             self._validate(inputs, labels, arguments)
         if self.recording and (graph := self._graph(inputs, labels, arguments)):
-            return graph.replay(inputs, labels)
-        return self._eager(inputs, labels, *arguments)
+            found = graph.replay(inputs, labels)
+        else:
+            found = self._eager(inputs, labels, *arguments)
+        self.program.temperature = temperature
+        return found
 
     def forget(self) -> None:
         """Drop what was recorded: the program is another one from now on."""
         self.graphs.clear()
+        self.pool = None  # without a graph it is gone
 
     def _eager(self, inputs, labels, temperature, kl_weight, theta_weight, micro_batches) -> Tensor:
         with unvalidated():  # a loss that is not finite is for the step to leave out
@@ -66,7 +80,7 @@ class Gradients:
 
     def _validate(self, inputs: dict, labels: Tensor, arguments: tuple) -> None:
         """One forward in which the distributions check what they get: a label that is none, a prior of the user's."""
-        cuda = [labels.device] if labels.is_cuda else []
+        cuda, host = [labels.device] if labels.is_cuda else [], (random.getstate(), np.random.get_state())
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             try:
                 self.program(inputs, labels, *arguments[:3])
@@ -75,15 +89,20 @@ class Gradients:
                     loss, _ = self.program(inputs, labels, *arguments[:3])
                 if bool(loss.isfinite()):
                     raise
+        random.setstate(host[0])
+        np.random.set_state(host[1])
 
     def _graph(self, inputs: dict, labels: Tensor, arguments: tuple) -> "_Graph | None":
         """The graph for a shape of batch, recorded at its first one."""
         batch = {**inputs, "labels": labels}
         key = (*arguments[1:], *((name, x.shape, x.dtype) for name, x in batch.items()))
         places = tuple(x.data_ptr() for x in self._state())
-        if key not in self.graphs or self.graphs[key].places != places:  # a prior of the user's may have moved its own
+        if key not in self.graphs or self.graphs[key].places != places:
             before = _random_states(labels.device)
+            self.moved += key in self.graphs
             try:
+                if self.moved > _MOVES:
+                    raise ValueError("prior or guide put their tensors somewhere else in every step")
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
                 self.graphs[key] = _Graph(self, inputs, labels, arguments, places)
             except Exception as error:  # what a step does that cannot be recorded shows itself in many types
@@ -114,7 +133,7 @@ class _Graph:
         self.inputs, self.labels = {name: x.clone() for name, x in inputs.items()}, labels.clone()
         self.graph, device, self.alone = torch.cuda.CUDAGraph(), labels.device, arguments[-1] == 1
         before, host = [p.grad for p in self.parameters], _random_states(device)[1:]
-        stream = torch.cuda.Stream(device)
+        stream = gradients.stream
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(stream):  # once without recording: handles, compiled kernels, tables
@@ -122,10 +141,16 @@ class _Graph:
                 gradients._eager(self.inputs, self.labels, *arguments)
             if not _equal(host, _random_states(device)[1:]):
                 raise ValueError("it draws random numbers on the host")
-            self._forget_gradients()  # those of the recording are its own
+            with torch.cuda.stream(stream):
+                learning = [p for p in self.parameters if p.grad is not None]
+                for parameter in learning:
+                    gradients.slopes.setdefault(parameter, torch.empty_like(parameter.grad))
+            self._forget_gradients()  # those of the recording are its own, until they are copied
+            self.gradients = [(p, gradients.slopes[p]) for p in learning]
             with torch.cuda.graph(self.graph, pool=gradients.pool, stream=stream, capture_error_mode="thread_local"):
                 self.parts = gradients._eager(self.inputs, self.labels, *arguments)
-            self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+                torch._foreach_copy_([slope for _, slope in self.gradients], [p.grad for p in learning])
+                self._forget_gradients()
         finally:
             torch.cuda.current_stream(device).wait_stream(stream)
             for parameter, gradient in zip(self.parameters, before, strict=True):

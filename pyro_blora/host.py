@@ -12,8 +12,9 @@ _SPINS = "1000"  # of libgomp's default of 300,000 or more: some microseconds, a
 
 def cache_folder() -> Path:
     """PYRO_BLORA_CACHE, or pyro_blora in the user's cache."""
-    usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PYRO_BLORA_CACHE") or Path(usual) / "pyro_blora")
+    if given := os.environ.get("PYRO_BLORA_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyro_blora"
 
 
 def keep_freed_memory() -> bool:

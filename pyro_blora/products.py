@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .quantizer import Grid, kernels
 
 _LARGE = 1 << 26  # multiplications from which on a product of bfloat16 repays its two conversions
-_KEEPS_ITS_INPUT = (nn.LayerNorm, nn.GELU, nn.SiLU)
+_YES, _NO = torch.ones(()), torch.zeros(())
+_KEEPS_ITS_INPUT = {nn.LayerNorm, nn.GELU, nn.SiLU}
 _OF_TRANSFORMERS = {"GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation",
                     "AccurateGELUActivation", "GELUTanh", "SiLUActivation"}  # fmt: skip
 
@@ -31,12 +32,15 @@ class Source(NamedTuple):
 def remember_sources(backbone: nn.Module) -> None:
     """Let activations and layer norms of a backbone, which keep their input for themselves, mark their output."""
     for module in backbone.modules():
-        if isinstance(module, _KEEPS_ITS_INPUT) or type(module).__name__ in _OF_TRANSFORMERS:
-            module.register_forward_hook(_mark)
+        known = type(module) in _KEEPS_ITS_INPUT or type(module).__name__ in _OF_TRANSFORMERS
+        if known and _mark not in module._forward_hooks.values():
+            module.register_forward_hook(_mark, prepend=True)  # before a hook that gives something else
 
 
 def _mark(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and output is not inputs[0]:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(inputs) != 1 or type(output) is not Tensor:
+        return
+    if output is not inputs[0] and not (output.is_inference() or inputs[0].is_inference()):
         output.source = Source(module, inputs[0], (inputs[0]._version, output._version))
 
 
@@ -53,7 +57,9 @@ class _Products(torch.autograd.Function):
     def forward(ctx, dtype, source, x, _, constants, *maps):
         weights, of_weights, biases = maps[0::4], maps[2::4], maps[3::4]
         ctx.dtype, ctx.source = dtype, None if source is None else source.module
-        ctx.save_for_backward(x if source is None else source.x, constants, *weights, *of_weights)
+        # whether it is the source is saved, too: a checkpoint gives back what its recomputation has saved
+        what = (x, _NO) if source is None else (source.x, _YES)
+        ctx.save_for_backward(*what, constants, *weights, *of_weights)
         rounded_x = _on(x, constants).to(dtype).flatten(0, -2)
         found = (
             F.linear(rounded_x, _on(weight, c).to(dtype), None if bias is None else bias.to(dtype))
@@ -65,8 +71,9 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        x, constants, *saved = ctx.saved_tensors
-        x = x if ctx.source is None else ctx.source.forward(x)
+        x, is_source, constants, *saved = ctx.saved_tensors
+        if ctx.source is not None if torch.compiler.is_compiling() else is_source.numpy():
+            x = ctx.source.forward(x)
         weights, of_weights = saved[: len(grads)], saved[len(grads) :]
         rounded_x, of_rounded_x = _on(x, constants).to(ctx.dtype).flatten(0, -2), None
         needs, found = ctx.needs_input_grad[1:], []

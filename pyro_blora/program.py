@@ -21,7 +21,6 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro
@@ -36,6 +35,7 @@ from . import adapters
 from .estimators import build_estimator
 from .gates import Gates
 from .layout import AdapterLayout
+from .tasks.likelihoods import Likelihood
 from .weight_laws import Point
 
 
@@ -57,12 +57,12 @@ class GateProgram(nn.Module, abc.ABC):
     """A model/guide pair over the gates of a layout; a subclass says what the labels' logits are at given gates.
 
     prior: a module whose call returns Gates; what else it may have: see adaptive.py. guide: see guides.py. likelihood:
-    (logits, scale) -> law of the labels; scale is a learned standard deviation, used by regression. n_train: N.
+    a tasks.likelihoods.Likelihood, called with logits and a learned standard deviation. n_train: N.
     estimator: a name of estimators.py. weights: see weights.py; None for weights that are not random.
     """
 
     def __init__(
-        self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, likelihood: Callable, *, n_train: int,
+        self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, *, n_train: int,
         estimator: str = "relaxed", weights: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -189,7 +189,9 @@ class BayesianLoRA(GateProgram):
     _opened: Gates | None = None
     _at_32: list[bool] | None = None  # of a training step: which tensors stay at 32 bit for sure
 
-    def __init__(self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Callable, **settings):
+    def __init__(
+        self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, **settings
+    ):
         super().__init__(net.layout, prior, guide, likelihood, **settings)
         self.net = net
 

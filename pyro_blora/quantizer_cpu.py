@@ -7,8 +7,10 @@ those of the eager functions to the bit; sums have the same bits with any number
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +32,7 @@ _SUMS = 6  # gradients of the range and of five weights
 
 def serves(x: Tensor, constants: Tensor) -> bool:
     """Whether the loops take these: plain tensors with values, in one of the precisions that are compiled."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and type(constants) is Tensor
+    plain = type(x) in (Tensor, torch.nn.Parameter) and type(constants) is Tensor and constants.device == x.device
     return plain and x.dtype in _KINDS and constants.dtype == torch.float32
 
 
@@ -58,6 +60,7 @@ KERNELS = (forward, backward, backward_of_gates)
 
 
 def _sums(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
+    grad = grad if grad.dtype in _KINDS else grad.float()
     grad, x, c, out = grad.contiguous(), x.contiguous(), c.contiguous(), c.new_empty(_SUMS)
     failed = library().quantizer_backward(
         _KINDS[grad.dtype], _KINDS[x.dtype], grad.data_ptr(), x.data_ptr(), c.data_ptr(),
@@ -71,18 +74,19 @@ def _sums(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled loops, made if the cache has none.  Errors: OSError where that fails, with the reason."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
+    named = [shlex.split(name) for name in (os.environ.get("CC", ""), *_COMPILERS) if name]
+    compiler = next((words for words in named if shutil.which(words[0])), None)
     if compiler is None:
-        raise OSError(f"no C compiler: none of {', '.join(_COMPILERS)} is installed")
-    made_for = (_SOURCE.read_bytes(), repr(_FLAGS), compiler, torch.__version__, _processor(), str(_openmp()))
+        raise OSError(f"no C compiler: none of {', '.join(words[0] for words in named)} is installed")
+    made_for = (_SOURCE.read_bytes(), repr(_FLAGS), repr(compiler), torch.__version__, _processor(), str(_openmp()))
     name = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
-    path = cache_folder() / "quantizer" / f"{name}.so"
     try:
+        path = cache_folder() / "quantizer" / f"{name}.so"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, path)
         found = ctypes.CDLL(str(path))
-    except OSError:  # a cache that cannot be written, or is damaged: for this process alone
+    except (OSError, RuntimeError):  # no home, a cache that cannot be written, or is damaged: for this process alone
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.so"
             _compile(compiler, path)
@@ -94,23 +98,28 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def _compile(compiler: str, path: Path) -> None:
-    """Into another file of the folder first: several processes may do it at once."""
-    openmp = _openmp()
-    parallel, library = (["-fopenmp-simd"], []) if openmp is None else (["-fopenmp"], [str(openmp)])
+def _compile(compiler: list[str], path: Path) -> None:
+    """Into another file of the folder first, and loaded there: several processes may do it at once."""
+    alone, openmp = (["-fopenmp-simd"], []), _openmp()
+    ways = [alone] if openmp is None else [(["-fopenmp"], [str(openmp)]), alone]  # clang's OpenMP is not GCC's
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "loops.o", Path(folder) / "loops.so"
-        for native in _NATIVE:
+        for (parallel, library), native in itertools.product(ways, _NATIVE):
             steps = (
-                [compiler, *_FLAGS, *native, *parallel, "-c", str(_SOURCE), "-o", str(made)],
-                [compiler, "-shared", str(made), *library, "-lm", "-o", str(linked)],
+                [*compiler, *_FLAGS, *native, *parallel, "-c", str(_SOURCE), "-o", str(made)],
+                [*compiler, "-shared", str(made), *library, "-lm", "-o", str(linked)],
             )
             told = [subprocess.run(step, capture_output=True, text=True, timeout=_PATIENCE) for step in steps]
-            if not any(each.returncode for each in told):
-                os.replace(linked, path)
-                return
-    failed = next(each for each in told if each.returncode)
-    raise OSError(f"{compiler} failed: {(failed.stderr.strip() or 'without a word').splitlines()[0]}")
+            failed = next((each.stderr.strip() or "without a word" for each in told if each.returncode), None)
+            if failed is None:
+                try:
+                    ctypes.CDLL(str(linked))
+                except OSError as error:
+                    failed = str(error)
+                else:
+                    os.replace(linked, path)
+                    return
+    raise OSError(f"{compiler[0]} failed: {failed.splitlines()[0]}")
 
 
 def _openmp() -> Path | None:

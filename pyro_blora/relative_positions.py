@@ -5,6 +5,8 @@ GPU waits in a step, and which no CUDA graph may hold. A position depends on the
 those of a short input are a corner of a long one's.
 """
 
+import types
+
 import torch
 from torch import Tensor, nn
 
@@ -15,20 +17,21 @@ class _Positions:
     """In the place of `DebertaV2Encoder.get_rel_pos`, with the same values."""
 
     def __init__(self, encoder: nn.Module):
-        self.encoder = encoder
+        self.compute = type(encoder).get_rel_pos
+        plain = {name: x for name, x in vars(encoder).items() if isinstance(x, bool | int)}
+        self.settings = types.SimpleNamespace(**plain)  # not the encoder: it holds this object
         self.tables: dict[tuple[torch.device, int], Tensor] = {}  # all are kept, as a CUDA graph reads where they are
 
     def __call__(self, hidden_states: Tensor, query_states: Tensor | None = None, relative_pos: Tensor | None = None):
-        compute = type(self.encoder).get_rel_pos
         if relative_pos is not None or query_states is not None or torch.compiler.is_compiling():
-            return compute(self.encoder, hidden_states, query_states, relative_pos)
+            return self.compute(self.settings, hidden_states, query_states, relative_pos)
         length, size = hidden_states.shape[-2], _SHORTEST
         while size < length:
             size *= 2
         key = hidden_states.device, size
         if key not in self.tables:
             with torch.no_grad():
-                self.tables[key] = compute(self.encoder, hidden_states.new_empty(size, 1))
+                self.tables[key] = self.compute(self.settings, hidden_states.new_empty(size, 1))
         return self.tables[key][:, :length, :length]
 
 

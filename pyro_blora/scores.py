@@ -28,6 +28,7 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
         "ece": {"value": found["ece"], "bins": ECE_BINS},
         "brier": found["brier"],
         "beside": beside,
+        "constant_answer": kind.constant,
         **kind.details(prediction.mean, labels),
     }
 

@@ -6,6 +6,7 @@ The loss is -ELBO / N at any accumulation and on any number of processes. Every 
 seeded by (seed, step, micro-batch, process), so a run that is cut off resumes to the same bits.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -127,11 +128,15 @@ class _Loop:
         first = self.checkpoints.resume()
         began -= self.book.lines[-1]["seconds"] if self.book.lines else 0.0
         self.learning = [p for group in optimizer.param_groups for p in group["params"]]
-        self.gradients = Gradients(self.program, self.learning, graphs=not sharding_wanted())
+        self.gradients = Gradients(self.program, self.learning, sharded=sharding_wanted())
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-        with deferred(), tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step",
-                              dynamic_ncols=True, mininterval=0.5) as bar:  # fmt: skip
+        bars = tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step", dynamic_ncols=True,
+                    mininterval=0.5)  # fmt: skip
+        with contextlib.ExitStack() as ending, deferred(), bars as bar:
+            for tracker in accelerator.trackers:  # also where a signal ends the loop
+                # not end_training, which ends the group: its processes have yet to evaluate
+                ending.callback(tracker.finish)
             for step, micro_batches in itertools.islice(self._steps(first), max(0, last - first)):
                 if step == self.schedule.opening:
                     self._open_phase(step, optimizer)
@@ -154,8 +159,6 @@ class _Loop:
                     raise Interrupted(signum, (self.folder and saved_in(self.folder)) or "nothing was kept")
         if last == total:
             self._finish()
-        for tracker in accelerator.trackers:
-            tracker.finish()  # not end_training, which ends the group: its processes have yet to evaluate
         self.program.eval()
         return Trained(self.parts, self.book.lines, time.perf_counter() - began)
 

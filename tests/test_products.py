@@ -1,5 +1,7 @@
 """Several maps of one quantized input: gradients, what is saved, what is computed again."""
 
+import contextlib
+
 import pytest
 import torch
 from models import batch, random_chains, tiny_bert, tiny_deberta
@@ -75,7 +77,8 @@ def saved_and_gradients(build, again):
     storages = {}
 
     def pack(saved):
-        storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        if saved.dim():
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
         return saved
 
     with pytest.MonkeyPatch.context() as patch:
@@ -138,3 +141,61 @@ def test_the_product_behind_a_frozen_weight_is_near_the_exact_one(monkeypatch):
     assert torch.equal(near_chain[[0, 2]], exact_chain[[0, 2]])
     for near, exact in ((near_range, exact_range), (near_chain, exact_chain)):
         assert (near - exact).norm() / exact.norm() < 0.01
+
+
+def gradients_of(net, wrap):
+    z, g = random_chains(net.layout.z_shape).requires_grad_(), random_chains(net.layout.g_shape).requires_grad_()
+    net.zero_grad()
+    with wrap(), adapters.gates(net, z, g):
+        net(**batch(size=4)[0]).logits.square().sum().backward()
+    return [x.grad.clone() for x in (z, g, net.log_range)]
+
+
+def with_random_norms(hook=None):
+    """An encoder in which a norm of a norm is another one; `hook` is registered before gates are attached."""
+    torch.manual_seed(0)
+    backbone = tiny_bert(dropout=0.0)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.weight), torch.nn.init.normal_(module.bias)
+            if hook is not None:
+                module.register_forward_hook(hook)
+    return attach(backbone, rank=4, sequence_length=10, scope="encoder", target_modules=["value"]).train()
+
+
+@pytest.mark.parametrize("wrap", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu])
+def test_a_checkpoint_that_gives_back_another_object_gets_the_same_gradients(wrap, eager):
+    plain = gradients_of(with_random_norms(), contextlib.nullcontext)
+    net = with_random_norms()
+    net.gradient_checkpointing_enable()
+    for mine, true in zip(gradients_of(net, wrap), plain, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-7)
+
+
+def test_a_hook_that_changes_what_a_norm_gives_is_seen(eager, monkeypatch):
+    def doubled(module, inputs, output):
+        return 2 * output
+
+    mine = gradients_of(with_random_norms(doubled), contextlib.nullcontext)
+    monkeypatch.setattr(layers, "source_of", lambda x: None)
+    for a, b in zip(mine, gradients_of(with_random_norms(doubled), contextlib.nullcontext), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_modules_of_another_kind_are_left_alone():
+    class Conditional(torch.nn.LayerNorm):
+        def forward(self, x, shift=0.0):
+            return super().forward(x) + shift, shift
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conditional = torch.nn.LayerNorm(4), Conditional(4)
+
+        def forward(self, x):
+            return self.conditional(self.norm(input=x), 1.0)[0]
+
+    net, x = Own(), torch.randn(3, 4, requires_grad=True)
+    products.remember_sources(net)
+    products.remember_sources(net)  # twice is once
+    assert source_of(net(x)) is None and len(net.norm._forward_hooks) == 1

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import subprocess
 import sys
 
@@ -86,7 +87,8 @@ def test_tensors_without_values_and_other_precisions_go_to_the_eager_functions()
 
 def test_without_a_compiler_it_runs_eagerly_and_says_so(fresh, caplog, tmp_path):
     fresh.setenv("PYRO_BLORA_CACHE", str(tmp_path))
-    fresh.setenv("CC", "no-such-compiler")
+    fresh.setattr(quantizer_cpu, "_COMPILERS", ("no-such-compiler",))
+    fresh.delenv("CC", raising=False)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert quantize(torch.ones(3), torch.tensor(1.5), torch.tensor([1.0, 0, 0, 0, 0])).tolist() == [1, 1, 1]
@@ -125,3 +127,27 @@ def test_a_second_process_finds_what_the_first_one_made(tmp_path, monkeypatch):
     when = made.stat().st_mtime_ns
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert [path.stat().st_mtime_ns for path in (tmp_path / "quantizer").iterdir()] == [when]
+
+
+def test_a_gradient_of_another_precision_than_is_compiled_is_taken():
+    x, c = torch.randn(100), constants(CHAINS[0])
+    slope, sums = quantizer_cpu.backward(torch.ones(100, dtype=torch.float16), x, c)
+    expected = quantizer_cpu.backward(torch.ones(100), x, c)
+    assert torch.equal(slope, expected[0]) and torch.equal(sums, expected[1])
+
+
+@pytest.mark.parametrize("named", ["{cc} -g0", "no-such-compiler", ""])
+def test_a_compiler_by_another_name(fresh, tmp_path, named):
+    fresh.setenv("PYRO_BLORA_CACHE", str(tmp_path))
+    fresh.setenv("CC", named.format(cc=shutil.which("cc") or "gcc"))
+    assert quantizer._kernels() is quantizer_cpu.KERNELS and len(list(tmp_path.rglob("*.so"))) == 1
+
+
+def test_without_a_home_it_is_compiled_for_the_process(fresh):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PYRO_BLORA_CACHE", "XDG_CACHE_HOME"):
+        fresh.delenv(name, raising=False)
+    fresh.setattr(quantizer_cpu.Path, "home", none)
+    assert quantizer._kernels() is quantizer_cpu.KERNELS

@@ -353,6 +353,12 @@ def test_validation_names_split_row_label_and_allowed():
         task.validate({"train": good})
 
 
+def test_labels_that_are_words_are_refused():
+    words = datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": ["negative", "positive"]})
+    with pytest.raises(ValueError, match=r"row 0 has label negative; allowed are 0 \(negative\)"):
+        get_task("sst2").validate({"train": words, "eval": words})
+
+
 def test_the_classification_law_sums_to_one_in_float32():
     law = get_task("mnli").likelihood(torch.randn(4, 3, dtype=torch.bfloat16))
     assert law.batch_shape == (4,)

@@ -38,9 +38,8 @@ class Likelihood(abc.ABC):
     names: ClassVar[tuple[str, ...]] = ()
     problem_type: ClassVar[str]  # in transformers
     metric: ClassVar[str] = "GlueScore('sst2')"  # one of metric.py that serves, as a task would make it
-    observed: ClassVar[str] = (
-        "label"  # ArviZ's name of what was observed, of which inference_data.py has the dimensions
-    )
+    constant: ClassVar[str] = "label frequencies"  # in words, what the best constant answer says
+    observed: ClassVar[str] = "label"  # of ArviZ's constant data; inference_data.py has its dimensions
     has_confidence: ClassVar[bool] = False  # one probability of being right: ECE, temperature, selection mean something
     curvature: ClassVar[str | None] = None  # laplace-torch's name of the likelihood; None: it has none
 

@@ -33,6 +33,7 @@ class Normal(Likelihood):
     high: float
     problem_type = "regression"
     metric = "GlueScore('stsb')"
+    constant = "one normal distribution for all"
     curvature = "regression"
     outputs = 1
 

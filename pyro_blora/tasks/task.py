@@ -139,10 +139,11 @@ class Task:
         """Rows whose label is none."""
         try:
             return np.flatnonzero(~self.likelihood.allows(np.asarray(labels, dtype=np.float64)))
-        except ValueError:  # lists of several lengths
+        except ValueError:  # lists of several lengths, or words
             lengths = [np.size(label) for label in labels]
             usual = max(set(lengths), key=lengths.count)
-            return np.flatnonzero([length != usual for length in lengths])
+            other = [length != usual for length in lengths]
+            return np.flatnonzero(other if any(other) else np.ones(len(labels), dtype=bool))
 
     @property
     def allowed_labels(self) -> str:
