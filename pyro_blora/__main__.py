@@ -20,7 +20,7 @@ from .methods import METHODS
 from .registry import REQUIRED, Registry, registered
 from .signals import heeded
 
-COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights")
+COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights", "tasks", "doctor")
 _SITES = (
     "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a prior of their own, --prior.z.SETTING "
     "VALUE its settings; the name `off` opens them for good."
@@ -90,6 +90,14 @@ def _command(argv: list[str]) -> int:
     if arguments.command == "methods":
         _print_methods()
         return 0
+    if arguments.command == "tasks":
+        _print_tasks()
+        return 0
+    if arguments.command == "doctor":
+        from .doctor import show
+
+        show()
+        return 0
     if arguments.command == "priors":
         from .priors import PRIORS as registry
     elif arguments.command == "weights":
@@ -128,6 +136,7 @@ def _parser() -> _Parser:
     purpose = "Bayesian low-rank adapters: Pyro learns their precision and rank with their weights."
     epilog = "PYRO_BLORA_TRACEBACK=1 in the environment shows the traceback of an error."
     parser = _Parser(prog="pyro-blora", description=purpose, epilog=epilog, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"pyro-blora {sys.modules[__package__].__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     train = commands.add_parser(
         "train",
@@ -158,6 +167,10 @@ def _parser() -> _Parser:
     commands.add_parser("priors", help="list the registered priors and their settings", allow_abbrev=False)
     commands.add_parser("guides", help="list the registered guides and their settings", allow_abbrev=False)
     commands.add_parser("weights", help="list the laws of the adapter's weights and their settings", allow_abbrev=False)
+    commands.add_parser("tasks", help="list the tasks, their texts, labels and metrics", allow_abbrev=False)
+    commands.add_parser(
+        "doctor", help="say what this machine has for a training, and how to get what is missing", allow_abbrev=False
+    )
     show = commands.add_parser("show", help="print the result table of a finished run", allow_abbrev=False)
     show.add_argument("run", help="the run's folder")
     report = commands.add_parser(
@@ -192,6 +205,13 @@ def _print_methods() -> None:
         for verb, flags in (("sets", method.fixes), ("proposes", method.proposes)):
             if flags:
                 print(f"{'':14s}   {verb} {' '.join(f'--{flag} {value}' for flag, value in flags.items())}")
+
+
+def _print_tasks() -> None:
+    from .tasks import get_task, task_names
+
+    for task in map(get_task, task_names()):
+        print(f"{task.name:14s} {' and '.join(task.text_columns)}; {task.metric_name}; {task.allowed_labels}")
 
 
 def _print_registry(registry: Registry) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import quantizer_cpu
 from .quantizer import Grid, kernels
 
 _LARGE = 1 << 26  # multiplications from which on a product of bfloat16 repays its two conversions
@@ -60,9 +61,9 @@ class _Products(torch.autograd.Function):
         # whether it is the source is saved, too: a checkpoint gives back what its recomputation has saved
         what = (x, _NO) if source is None else (source.x, _YES)
         ctx.save_for_backward(*what, constants, *weights, *of_weights)
-        rounded_x = _on(x, constants).to(dtype).flatten(0, -2)
+        rounded_x = _on(x, constants, dtype).flatten(0, -2)
         found = (
-            F.linear(rounded_x, _on(weight, c).to(dtype), None if bias is None else bias.to(dtype))
+            F.linear(rounded_x, _on(weight, c, dtype), None if bias is None else bias.to(dtype))
             for weight, c, bias in zip(weights, of_weights, biases, strict=True)
         )
         # no views: what follows may change them in place, as DeBERTa and Longformer do
@@ -75,13 +76,15 @@ class _Products(torch.autograd.Function):
         if ctx.source is not None if torch.compiler.is_compiling() else is_source.numpy():
             x = ctx.source.forward(x)
         weights, of_weights = saved[: len(grads)], saved[len(grads) :]
-        rounded_x, of_rounded_x = _on(x, constants).to(ctx.dtype).flatten(0, -2), None
-        needs, found = ctx.needs_input_grad[1:], []
+        needs, found, of_rounded_x = ctx.needs_input_grad[1:], [], None
+        frozen = not any(needs[4::4])
+        coarse = frozen and all(_is_coarse(grad, x) for grad in grads)
+        rounded_x = _on(x, constants, torch.bfloat16 if coarse else ctx.dtype).flatten(0, -2)
         for i, (grad, weight, c) in enumerate(zip(grads, weights, of_weights, strict=True)):
             learns_weight, learns_grid, _, learns_bias = needs[4 + 4 * i : 8 + 4 * i]
             grad = grad.flatten(0, -2)  # (tokens, m)
             if needs[1] or needs[2]:
-                rounded_weight = _on(weight, c).to(ctx.dtype)
+                rounded_weight = _on(weight, c, ctx.dtype)
                 of_rounded_x = grad @ rounded_weight if i == 0 else of_rounded_x.addmm_(grad, rounded_weight)
             slope = None
             if learns_weight or learns_grid:
@@ -97,17 +100,25 @@ def _of_frozen(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x of a weight that does not learn: it ends in the six sums of its grid, and a part in 300 of an element
     is nothing beside the noise of a batch. On processors with matrix units for bfloat16 it takes a third of the time.
     """
-    large = grad.numel() * x.shape[-1] >= _LARGE
-    if grad.is_cuda or grad.dtype != torch.float32 or not large or not torch.cpu._is_amx_tile_supported():
+    if not _is_coarse(grad, x):
         return grad.T @ x
     return (grad.to(torch.bfloat16).T @ x.to(torch.bfloat16)).float()
 
 
-def _on(x: Tensor, constants: Tensor | None) -> Tensor:
-    """x on its grid; None: the unquantized x."""
+def _is_coarse(grad: Tensor, x: Tensor) -> bool:
+    """Whether a product of a frozen weight's is taken in bfloat16."""
+    large = grad.numel() * x.shape[-1] >= _LARGE
+    on_cpu = grad.device.type == "cpu" and grad.dtype == torch.float32
+    return large and on_cpu and torch.cpu._is_amx_tile_supported()
+
+
+def _on(x: Tensor, constants: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x on its grid, in a dtype; None: the unquantized x."""
     if constants is None:
-        return x
-    return kernels(x, constants)[0](x.contiguous().view(-1).data, constants).view(x.shape)
+        return x.to(dtype)
+    forward, flat = kernels(x, constants)[0], x.contiguous().view(-1).data
+    in_one_pass = (dtype,) if forward is quantizer_cpu.forward else ()
+    return forward(flat, constants, *in_one_pass).view(x.shape).to(dtype)
 
 
 def _slopes(grad: Tensor | None, x: Tensor, constants: Tensor | None, of_x: bool, of_grid: bool) -> tuple:

@@ -38,8 +38,8 @@ static inline float clipped(float x, float edge) { /* nan stays nan */
 }
 
 /* sum_b w_b Q_b(x).  x, out (n) */
-#define FORWARD(X)                                                                                                     \
-    static void forward_##X(const X *restrict x, const float *c, X *restrict out, int64_t n, int threads) {            \
+#define FORWARD(X, O)                                                                                                  \
+    static void forward_##X##_##O(const X *restrict x, const float *c, O *restrict out, int64_t n, int threads) {      \
         _Pragma("omp parallel for num_threads(threads) if (n > PARALLEL)") for (int64_t block = 0; block < n;          \
                                                                                 block += BLOCK) {                      \
             int64_t end = block + BLOCK < n ? block + BLOCK : n;                                                       \
@@ -47,13 +47,14 @@ static inline float clipped(float x, float edge) { /* nan stays nan */
                 float exact = from_##X(x[j]), inside = clipped(exact, c[EDGE]), value = c[EXACT] * exact;              \
                 for (int i = 0; i < GRIDS; i++)                                                                        \
                     value = value + rintf(inside * c[INVERSE + i]) * c[WEIGHTED_SCALE + i];                            \
-                out[j] = to_##X(value);                                                                                \
+                out[j] = to_##O(value);                                                                                \
             }                                                                                                          \
         }                                                                                                              \
     }
 
-FORWARD(f32)
-FORWARD(b16)
+FORWARD(f32, f32)
+FORWARD(f32, b16)
+FORWARD(b16, b16)
 
 /* dL/dx (n), where of_x is not NULL, and the sums (SUMS) of each block: whole, beyond, of the range, of each error */
 #define BACKWARD(G, X)                                                                                                 \
@@ -90,11 +91,14 @@ BACKWARD(f32, b16)
 BACKWARD(b16, f32)
 BACKWARD(b16, b16)
 
-void quantizer_forward(int of_x, const void *x, const float *c, void *out, int64_t n, int threads) {
+/* of_x, of_out: what they are of; bfloat16 gives bfloat16 */
+void quantizer_forward(int of_x, int of_out, const void *x, const float *c, void *out, int64_t n, int threads) {
     if (of_x)
-        forward_b16(x, c, out, n, threads);
+        forward_b16_b16(x, c, out, n, threads);
+    else if (of_out)
+        forward_f32_b16(x, c, out, n, threads);
     else
-        forward_f32(x, c, out, n, threads);
+        forward_f32_f32(x, c, out, n, threads);
 }
 
 /* out (6): dL/d[range, w_2, ..., w_32].  Returns 0, or 1 where there is no memory for the blocks' sums. */

@@ -36,13 +36,15 @@ def serves(x: Tensor, constants: Tensor) -> bool:
     return plain and x.dtype in _KINDS and constants.dtype == torch.float32
 
 
-def forward(x: Tensor, c: Tensor) -> Tensor:
-    """sum_b w_b Q_b(x).  x (n,), c the constants (20,)"""
-    x, c, out = x.contiguous(), c.contiguous(), torch.empty_like(x)
+def forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """sum_b w_b Q_b(x), in x's dtype, or of float32 in bfloat16 where that is wanted.  x (n,), c the constants (20,)"""
+    x, c = x.contiguous(), c.contiguous()
+    out = torch.empty_like(x, dtype=dtype if x.dtype == torch.float32 and dtype in _KINDS else x.dtype)
     library().quantizer_forward(
-        _KINDS[x.dtype], x.data_ptr(), c.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()
-    )
-    return out
+        _KINDS[x.dtype], _KINDS[out.dtype], x.data_ptr(), c.data_ptr(), out.data_ptr(), x.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out if dtype is None else out.to(dtype)
 
 
 def backward(grad: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +94,7 @@ def library() -> ctypes.CDLL:
             _compile(compiler, path)
             found = ctypes.CDLL(str(path))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.quantizer_forward.argtypes = [number, *[pointer] * 3, size, number]
+    found.quantizer_forward.argtypes = [number, number, *[pointer] * 3, size, number]
     found.quantizer_forward.restype = None
     found.quantizer_backward.argtypes = [number, number, *[pointer] * 5, size, number]
     return found

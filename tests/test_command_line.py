@@ -121,7 +121,10 @@ def test_settings_of_a_replaced_prior_go_with_it(tmp_path):
         (["train", "--preset", "dmo"], "unknown preset 'dmo': did you mean 'demo'?"),
         (["train", "--if_finished", "delete"], "argument --if_finished: invalid choice: 'delete'"),
         (["show"], "the following arguments are required: run"),
-        ([], "the following arguments are required: {train,show,report,what-if,methods,priors,guides,weights}"),
+        (
+            [],
+            "the following arguments are required: {train,show,report,what-if,methods,priors,guides,weights,tasks,doctor}",
+        ),
         (["priors", "--all"], "unknown argument '--all'"),
     ],
 )

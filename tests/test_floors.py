@@ -15,6 +15,7 @@ FLOORS = {
     "resuming": 3,
     "optimizer": 5,
     "gradients": 5,
+    "doctor": 4,
     "identity": 6,
     "jacobians": 5,
     "summary": 9,

@@ -1,0 +1,69 @@
+"""`pyro-blora doctor`, `tasks` and `--version`."""
+
+import os
+
+import pytest
+
+from pyro_blora import __version__, doctor, quantizer
+from pyro_blora.__main__ import main
+from pyro_blora.tasks import task_names
+
+
+def test_it_says_what_there_is_and_how_to_get_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(doctor._EXTRAS, "no-such-package", ("nothing", "pip install no-such-package"))
+    monkeypatch.setattr(doctor, "_quantizer", lambda: doctor.Finding("quantizer", True, "compiled"))  # by other tests
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    found = {finding.what: finding for finding in doctor.examine()}
+    assert found["pyro-blora"].found == __version__ and __version__ in told
+    missing = found["no-such-package (nothing)"]
+    assert not missing.fine and missing.remedy == "pip install no-such-package" and "not installed" in told
+    assert all(f"-> {finding.remedy}" in told for finding in found.values() if finding.remedy)
+    assert not found["hub"].fine and "HF_HUB_OFFLINE" in found["hub"].found  # as the tests set it
+    assert f"of {os.cpu_count()} processors" in found["threads"].found
+    assert all(finding.fine or finding.remedy or finding.what == "GPU" for finding in found.values())
+
+
+def test_a_cache_that_cannot_be_written_is_one(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path / "file" / "cache"))
+    found = doctor._cache()
+    assert not found.fine and "PYRO_BLORA_CACHE" in found.remedy
+    monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path / "new" / "cache"))
+    assert doctor._cache().fine and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "eager", "chosen"])
+def test_the_quantizer_is_compiled_or_slow(monkeypatch, kernels):
+    monkeypatch.setenv("PYRO_BLORA_COMPILE", "0" if kernels == "chosen" else "1")
+    held = ("C",) if kernels == "compiled" else quantizer._EAGER
+    monkeypatch.setattr(quantizer, "_kernels", lambda device="cpu": held)
+    found = doctor._quantizer()
+    assert found.fine == (kernels == "compiled")
+    assert {"compiled": "", "eager": "gcc", "chosen": "unset"}[kernels] in found.remedy
+
+
+def test_a_hub_out_of_reach_costs_seconds_and_names_a_way_without(monkeypatch):
+    import huggingface_hub
+
+    class Silent:
+        def head(self, address, timeout):
+            raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Silent)
+    found = doctor._hub()
+    assert not found.fine and "TimeoutError" in found.found and "demo" in found.remedy
+
+
+def test_tasks_are_listed_with_texts_labels_and_metrics(capsys):
+    assert main(["tasks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(task_names())
+    assert "numbers from 0 to 5" in next(line for line in lines if line.startswith("stsb"))
+
+
+def test_the_version_stands_once(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"pyro-blora {__version__}\n"
