@@ -123,7 +123,7 @@ def test_settings_of_a_replaced_prior_go_with_it(tmp_path):
         (["show"], "the following arguments are required: run"),
         (
             [],
-            "the following arguments are required: {train,show,report,what-if,methods,priors,guides,weights,tasks,doctor}",
+            "the following arguments are required: {train,show,report,what-if,",
         ),
         (["priors", "--all"], "unknown argument '--all'"),
     ],
