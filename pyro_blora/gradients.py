@@ -53,9 +53,9 @@ class Gradients:
 
         Errors: ValueError, at the first call of either phase, where a distribution refuses finite numbers.
         """
-        here = (
-            temperature if self.temperature is None else self.temperature.fill_(temperature)
-        )  # where a graph reads it
+        here = temperature
+        if self.temperature is not None:  # where a graph reads it
+            here = self.temperature.fill_(temperature)
         arguments = here, kl_weight, theta_weight, micro_batches
         if kl_weight not in self.validated and not self.sharded:
             self.validated.add(kl_weight)
