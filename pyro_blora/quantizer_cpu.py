@@ -40,7 +40,7 @@ def forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """sum_b w_b Q_b(x), in x's dtype, or of float32 in bfloat16 where that is wanted.  x (n,), c the constants (20,)"""
     x, c = x.contiguous(), c.contiguous()
     out = torch.empty_like(x, dtype=dtype if x.dtype == torch.float32 and dtype in _KINDS else x.dtype)
-    library().quantizer_forward(
+    loops().quantizer_forward(
         _KINDS[x.dtype], _KINDS[out.dtype], x.data_ptr(), c.data_ptr(), out.data_ptr(), x.numel(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -64,7 +64,7 @@ KERNELS = (forward, backward, backward_of_gates)
 def _sums(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
     grad = grad if grad.dtype in _KINDS else grad.float()
     grad, x, c, out = grad.contiguous(), x.contiguous(), c.contiguous(), c.new_empty(_SUMS)
-    failed = library().quantizer_backward(
+    failed = loops().quantizer_backward(
         _KINDS[grad.dtype], _KINDS[x.dtype], grad.data_ptr(), x.data_ptr(), c.data_ptr(),
         None if of_x is None else of_x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads(),
     )  # fmt: skip
@@ -74,7 +74,7 @@ def _sums(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def loops() -> ctypes.CDLL:
     """The compiled loops, made if the cache has none.  Errors: OSError where that fails, with the reason."""
     named = [shlex.split(name) for name in (os.environ.get("CC", ""), *_COMPILERS) if name]
     compiler = next((words for words in named if shutil.which(words[0])), None)

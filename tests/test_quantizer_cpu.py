@@ -18,7 +18,7 @@ CHAINS = ((1, 0.9, 0.7, 0.2, 0.1), (1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 1
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     try:
-        quantizer_cpu.library()
+        quantizer_cpu.loops()
     except OSError as error:
         pytest.skip(str(error))
 
@@ -26,7 +26,7 @@ def compiled():
 @pytest.fixture
 def fresh(monkeypatch):
     """As in a new process."""
-    caches = quantizer._kernels, quantizer_cpu.library
+    caches = quantizer._kernels, quantizer_cpu.loops
     monkeypatch.setenv("PYRO_BLORA_COMPILE", "1")
     for each in caches:
         each.cache_clear()
@@ -110,18 +110,18 @@ def test_a_cache_that_is_of_no_use_costs_a_compilation(fresh, tmp_path, cache):
     if cache == "a file":
         (tmp_path / "cache").write_text("no folder")
     else:
-        quantizer_cpu.library()
+        quantizer_cpu.loops()
         (path,) = (tmp_path / "cache" / "quantizer").glob("*.so")
         path.unlink()  # what is loaded already stays as it is
         path.write_bytes(b"\x7fELF, cut off")
-        quantizer_cpu.library.cache_clear()
+        quantizer_cpu.loops.cache_clear()
     x, c = torch.randn(50), constants(CHAINS[0])
     assert torch.equal(quantizer_cpu.forward(x, c), quantizer._forward(x, c))
 
 
 def test_a_second_process_finds_what_the_first_one_made(tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path))
-    code = "from pyro_blora.quantizer_cpu import library; library()"
+    code = "from pyro_blora.quantizer_cpu import loops; loops()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     (made,) = (tmp_path / "quantizer").iterdir()
     when = made.stat().st_mtime_ns
