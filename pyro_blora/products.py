@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import quantizer_cpu
 from .quantizer import Grid, kernels
 
 _LARGE = 1 << 26  # multiplications from which on a product of bfloat16 repays its two conversions
@@ -116,9 +115,7 @@ def _on(x: Tensor, constants: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x on its grid, in a dtype; None: the unquantized x."""
     if constants is None:
         return x.to(dtype)
-    forward, flat = kernels(x, constants)[0], x.contiguous().view(-1).data
-    in_one_pass = (dtype,) if forward is quantizer_cpu.forward else ()
-    return forward(flat, constants, *in_one_pass).view(x.shape).to(dtype)
+    return kernels(x, constants)[0](x.contiguous().view(-1).data, constants, dtype).view(x.shape)
 
 
 def _slopes(grad: Tensor | None, x: Tensor, constants: Tensor | None, of_x: bool, of_grid: bool) -> tuple:

@@ -82,13 +82,13 @@ def _edge(ranges: Tensor) -> Tensor:
 # --- the kernels: each is one loop over the elements, in quantizer_cpu.c and quantizer_triton.py
 
 
-def _forward(x: Tensor, c: Tensor) -> Tensor:
-    """sum_b w_b Q_b(x).  x (n,), c the constants (20,)"""
+def _forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """sum_b w_b Q_b(x), in x's dtype or another.  x (n,), c the constants (20,)"""
     exact = x.to(c.dtype)
     clipped, out = exact.clamp(-c[_EDGE], c[_EDGE]), c[_EXACT] * exact
     for i in range(len(_GRIDS)):
         out = out + (clipped * c[_INVERSE + i]).round() * c[_WEIGHTED_SCALE + i]
-    return out.to(x.dtype)
+    return out.to(dtype or x.dtype)
 
 
 def _backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:

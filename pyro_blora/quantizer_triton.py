@@ -1,9 +1,9 @@
 """The quantizer's loops on CUDA, as Triton kernels: one launch a call, and sums in two stages.
 
 The compiler chooses how to sum at the size it compiles for; one choice for every size left a GPU almost idle, fifty
-times slower than copies of as many bytes (benchmarks/gpu). Here each program writes the six gradients of its block of
-elements, and one further sum adds the parts: in the same order every time, so a run gives the same bits again. The
-arithmetic is that of `quantizer._EAGER`, operation by operation.
+times slower than copies of as many bytes (benchmarks/gpu). Here each program adds up the six gradients of its blocks of
+elements in registers, and one further sum adds the programs' parts: in an order that depends on the size only, so a run
+gives the same bits again on any GPU. The values are those of `quantizer._EAGER`, operation by operation.
 """
 
 import torch
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _SUMMED_BLOCK = 1024, 4096  # elements of a program: of a map, and of a sum
+_BLOCK, _WARPS = 1024, 4  # elements that a program has in its registers at once, and its warps
+_PROGRAMS, _MOST_BLOCKS = 2048, 16  # of a sum: programs from which on each takes several blocks, and how many at most
 _OUTPUTS = 6  # gradients of the range and of five weights
 _WITHOUT_FUSION = {"enable_fp_fusion": False}  # a product is rounded before it is added to, as in PyTorch
 
@@ -22,12 +23,12 @@ _RANGE, _WEIGHT, _EXACT, _SCALE, _INVERSE, _WEIGHTED_SCALE, _BELOW_32, _EDGE = (
 _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to the nearest, even
 
 
-def forward(x: Tensor, c: Tensor) -> Tensor:
-    """sum_b w_b Q_b(x).  x (n,), c the constants (20,)"""
-    out, n = torch.empty_like(x), x.numel()
+def forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """sum_b w_b Q_b(x), in x's dtype or another.  x (n,), c the constants (20,)"""
+    out, n = torch.empty_like(x, dtype=dtype), x.numel()
     if n:
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _forward[(triton.cdiv(n, _BLOCK),)](x, c, out, n, _BLOCK, **_WITHOUT_FUSION)
+            _forward[(triton.cdiv(n, _BLOCK),)](x, c, out, n, _BLOCK, num_warps=_WARPS, **_WITHOUT_FUSION)
     return out
 
 
@@ -47,13 +48,15 @@ KERNELS = (forward, backward, backward_of_gates)
 
 def _summed(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
     n = x.numel()
-    programs = triton.cdiv(n, _SUMMED_BLOCK)
+    blocks = triton.cdiv(n, _BLOCK)
+    of_a_program = min(_MOST_BLOCKS, triton.next_power_of_2(max(1, triton.cdiv(blocks, _PROGRAMS))))
+    programs = triton.cdiv(blocks, of_a_program)
     parts = torch.empty(programs, _OUTPUTS, dtype=c.dtype, device=c.device)
     if n:
         with torch.cuda.device_of(x):
             _backward[(programs,)](
-                grad, x, c, x if of_x is None else of_x, parts, n, _SUMMED_BLOCK, of_x is not None, _OUTPUTS,
-                num_warps=8, **_WITHOUT_FUSION,
+                grad, x, c, x if of_x is None else of_x, parts, n, _BLOCK, of_a_program, of_x is not None, _OUTPUTS,
+                num_warps=_WARPS, **_WITHOUT_FUSION,
             )  # fmt: skip
     return parts.sum(0)
 
@@ -72,24 +75,40 @@ def _forward(x, c, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(grad, x, c, of_x, parts, n, BLOCK: tl.constexpr, TO_X: tl.constexpr, OUTPUTS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(grad + at, mask=at < n, other=0.0).to(tl.float32)
-    exact = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+def _error(g, clipped, so_far, c, i: tl.constexpr):
+    """Adds g e_b of grid i to what there is so far; rounded once, which no value depends on."""
+    code = (clipped * tl.load(c + _INVERSE + i) + _HALF_EVEN) - _HALF_EVEN
+    return tl.fma(g, tl.fma(code, tl.load(c + _SCALE + i), -clipped), so_far)
+
+
+@triton.jit
+def _backward(
+    grad, x, c, of_x, parts, n, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TO_X: tl.constexpr, OUTPUTS: tl.constexpr
+):
     edge, value_range, below_32 = tl.load(c + _EDGE), tl.load(c + _RANGE), tl.load(c + _BELOW_32)
-    clipped = tl.where(exact > edge, edge, tl.where(exact < -edge, -edge, exact))
-    inside = tl.abs(exact) < value_range
-    if TO_X:
-        slope = tl.load(c + _EXACT) + tl.where(inside, below_32, 0.0)
-        tl.store(of_x + at, (g * slope).to(of_x.dtype.element_ty), mask=at < n)
-    whole = tl.sum(g * clipped)
-    sign = tl.where(exact > 0, 1.0, tl.where(exact < 0, -1.0, 0.0))
-    of_range = below_32 * tl.sum(tl.where(inside, 0.0, g * sign))
+    exact_weight, none = tl.load(c + _EXACT), tl.zeros([BLOCK], tl.float32)
+    whole, beyond, outside, of_2, of_4, of_8, of_16 = none, none, none, none, none, none, none
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK)
+    for k in tl.range(BLOCKS):
+        at = first + k * BLOCK
+        g = tl.load(grad + at, mask=at < n, other=0.0).to(tl.float32)
+        exact = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+        clipped = tl.where(exact > edge, edge, tl.where(exact < -edge, -edge, exact))
+        inside = tl.abs(exact) < value_range
+        if TO_X:
+            slope = exact_weight + tl.where(inside, below_32, 0.0)
+            tl.store(of_x + at, (g * slope).to(of_x.dtype.element_ty), mask=at < n)
+        whole = tl.fma(g, clipped, whole)
+        beyond = tl.fma(g, exact - clipped, beyond)
+        sign = tl.where(exact > 0, 1.0, tl.where(exact < 0, -1.0, 0.0))
+        outside += tl.where(inside, 0.0, g * sign)
+        of_2, of_4 = _error(g, clipped, of_2, c, 0), _error(g, clipped, of_4, c, 1)
+        of_8, of_16 = _error(g, clipped, of_8, c, 2), _error(g, clipped, of_16, c, 3)
+    everything, of_range = tl.sum(whole), below_32 * tl.sum(outside)
     mine = parts + tl.program_id(0) * OUTPUTS
     for i in tl.static_range(4):
-        code = (clipped * tl.load(c + _INVERSE + i) + _HALF_EVEN) - _HALF_EVEN
-        error = tl.sum(g * (code * tl.load(c + _SCALE + i) - clipped))
+        error = tl.sum(of_2 if i == 0 else of_4 if i == 1 else of_8 if i == 2 else of_16)
         of_range += tl.load(c + _WEIGHT + i) * error / value_range
-        tl.store(mine + 1 + i, whole + error)
+        tl.store(mine + 1 + i, everything + error)
     tl.store(mine, of_range)
-    tl.store(mine + 5, whole + tl.sum(g * (exact - clipped)))
+    tl.store(mine + 5, everything + tl.sum(beyond))

@@ -1,7 +1,11 @@
-"""What runs in a process of its own: python -m experiments.on_gpu.child FUNCTION ARGUMENTS_AS_JSON RESULT_FILE"""
+"""What runs in a process of its own: python -m experiments.on_gpu.child
+
+It reads requests from its input, a line each: ["function", {its arguments}, "file of the result"].
+"""
 
 import collections
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -96,6 +100,19 @@ def syncs(config: dict) -> dict:
     return {"a step": round(sum(more.values()), 2), "places": more}
 
 
+def _released() -> None:
+    """What one request has left, before the next one takes memory."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 if __name__ == "__main__":
-    function, arguments, result = sys.argv[1:]
-    Path(result).write_text(json.dumps(globals()[function](**json.loads(arguments))))
+    for line in sys.stdin:
+        function, arguments, result = json.loads(line)
+        found = json.dumps(globals()[function](**arguments))
+        _released()
+        Path(f"{result}.part").write_text(found)
+        os.replace(f"{result}.part", result)  # whole, once it has its name

@@ -8,7 +8,7 @@ from experiments.bench.networks import Setting, gated_step, lora_step
 from experiments.bench.timing import Row, compared, in_turn
 
 from . import probes, works
-from .session import Check, Session
+from .session import Check, Session, Worker
 
 _GOALS = {"gated": 1.15, "gated, every projection": 1.30}
 
@@ -67,12 +67,12 @@ def setting(session: Session) -> Setting:
 
 
 def checks(session: Session) -> list[Check]:
-    here, found = setting(session), []
+    here, found, worker = setting(session), [], Worker()
 
     def add(name: str, measure: str, seconds: float, **changes) -> None:
         values = dataclasses.asdict(dataclasses.replace(here, **({} if session.tiny else changes)))
         arguments = {"name": measure, "setting": values, "seconds": 0.5 if session.tiny else seconds}
-        run = functools.partial(Session.child, function="bench", arguments=arguments, seconds=120)
+        run = functools.partial(worker.ask, function="bench", arguments=arguments, seconds=120)
         found.append(Check(name, run))
 
     add("step", "steps", 6.0)

@@ -30,6 +30,7 @@ class Session:
     minilm: Path
     glue: Path | None
     work: Path = dataclasses.field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="on_gpu_")))
+    workers: list["Worker"] = dataclasses.field(default_factory=list)
 
     @property
     def left(self) -> float:
@@ -43,36 +44,70 @@ class Session:
 
         Errors: RuntimeError with the end of its output, also where its time or the session's was over.
         """
-        handle, name = tempfile.mkstemp(suffix=".json", dir=self.work)
+        worker = Worker(environment)
+        try:
+            return worker.ask(self, function, arguments, seconds=seconds, kill_when=kill_when)
+        finally:
+            worker.end()
+
+
+class Worker:
+    """A process that answers one request of child.py's functions after another, so that it imports once.
+
+    One that fails, or takes too long, is ended; the next request starts another.
+    """
+
+    def __init__(self, environment: dict | None = None):
+        self.environment, self.process, self.log = environment or {}, None, None
+
+    def ask(
+        self, session: Session, function: str, arguments: dict, *, seconds: float,
+        kill_when: Callable[[], bool] | None = None,
+    ) -> dict | None:  # fmt: skip
+        """As `Session.child`."""
+        handle, name = tempfile.mkstemp(suffix=".json", dir=session.work)
         os.close(handle)
-        result, log = Path(name), Path(name).with_suffix(".log")
-        variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-                     "PYRO_BLORA_MINILM": str(self.minilm), **(environment or {})}  # fmt: skip
-        variables.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin beside other processes slow all of them down
-        variables.setdefault("OMP_NUM_THREADS", "4")
-        if self.tiny:  # the compiler takes longer than everything else
-            variables["PYRO_BLORA_COMPILE"] = "0"
-        command = [sys.executable, "-m", "experiments.on_gpu.child", function, json.dumps(arguments), str(result)]
-        limit = time.monotonic() + min(seconds, self.left)
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=variables, stdout=output, stderr=output, start_new_session=True
-            )
-            while process.poll() is None:
-                if kill_when is not None and kill_when():
-                    self._kill(process)
-                    return None
-                if time.monotonic() > limit:
-                    self._kill(process)
-                    raise RuntimeError(f"not finished in its {seconds:.0f} s; its output ends: {_end(log)}")
-                time.sleep(0.05)
-        if process.returncode:
-            raise RuntimeError(f"exit code {process.returncode}: {_end(log)}")
+        result = Path(name)
+        result.unlink()
+        limit = time.monotonic() + min(seconds, session.left)
+        if self.process is None:
+            self._start(session, result.with_suffix(".log"))
+        self.process.stdin.write(json.dumps([function, arguments, str(result)]) + "\n")
+        self.process.stdin.flush()
+        while not result.exists():
+            if self.process.poll() is not None:
+                code, self.process = self.process.returncode, None
+                raise RuntimeError(f"exit code {code}: {_end(self.log)}")
+            if kill_when is not None and kill_when():
+                self.end()
+                return None
+            if time.monotonic() > limit:
+                self.end()
+                raise RuntimeError(f"not finished in its {seconds:.0f} s; its output ends: {_end(self.log)}")
+            time.sleep(0.05)
         return json.loads(result.read_text())
 
-    def _kill(self, process: subprocess.Popen) -> None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def end(self) -> None:
+        """Kill the process, if there is one."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def _start(self, session: Session, log: Path) -> None:
+        variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+                     "PYRO_BLORA_MINILM": str(session.minilm), **self.environment}  # fmt: skip
+        variables.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin beside other processes slow all of them down
+        variables.setdefault("OMP_NUM_THREADS", "4")
+        if session.tiny:  # the compiler takes longer than everything else
+            variables["PYRO_BLORA_COMPILE"] = "0"
+        command, self.log = [sys.executable, "-m", "experiments.on_gpu.child"], log
+        session.workers.append(self)
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=output, stderr=output,
+                start_new_session=True, text=True,
+            )  # fmt: skip
 
 
 def _end(log: Path) -> str:
@@ -118,5 +153,9 @@ def run_part(
             order = {each.name: i for i, each in enumerate(checks)}
             write(sorted(lines, key=lambda each: order[each["name"]]))
 
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(measured, checks))
+    try:
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(measured, checks))
+    finally:
+        for worker in session.workers:
+            worker.end()
