@@ -44,6 +44,7 @@ def parts(device: str, factor: float) -> dict:
         "predictions": functools.partial(subjects.predictive, small, 8 * factor),
         "growth": functools.partial(subjects.growth, small, 1.0 * factor),
         "memory": functools.partial(subjects.memory, whole),
+        "prediction_memory": functools.partial(subjects.predictive_memory, small),
         "first_step": functools.partial(subjects.first_step, small),
     }
 

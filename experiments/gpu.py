@@ -40,12 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the pages")
     parser.add_argument("--tiny", action="store_true", help="small networks and few rows, for a CPU")
     parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS))
-    parser.add_argument("--only", default="", help="only the lines whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="only the lines whose name contains one of these")
     parser.add_argument("--glue_dir", type=Path, help="GLUE in the official layout, where .gpu/glue is not")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     packed = ROOT / ".gpu" / "minilm"
-    minilm = packed if packed.is_dir() and not options.tiny else Path(backbone_path("demo"))
+    try:
+        minilm = packed if packed.is_dir() and not options.tiny else Path(backbone_path("demo"))
+    except ValueError as error:  # the package with its weights is not installed
+        parser.error(str(error))
     glue = ROOT / ".gpu" / "glue"
     glue = options.glue_dir or (glue if glue.is_dir() else None)
     session = Session(options.out.resolve(), began + 60 * options.minutes, options.tiny, minilm, glue)
@@ -55,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         for part in options.parts:
             module, title, share, at_once = _PARTS[part]
             share = 1.0 if part == options.parts[-1] else share
-            checks = [check for check in module.checks(session) if options.only in check.name]
+            checks = [check for check in module.checks(session) if any(part in check.name for part in options.only)]
             if part == "learns" and glue is None:
                 print("learns: left out, as there is no GLUE: give --glue_dir", flush=True)
                 continue

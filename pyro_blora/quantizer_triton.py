@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _WARPS = 1024, 4  # elements that a program has in its registers at once, and its warps
-_PROGRAMS, _MOST_BLOCKS = 2048, 16  # of a sum: programs from which on each takes several blocks, and how many at most
+# chosen on an H200 (benchmarks/gpu): elements that a program has in its registers at once, of a map and of a sum
+_BLOCK, _SUMMED_BLOCK, _WARPS = 2048, 1024, 4
+_PROGRAMS, _MOST_BLOCKS = 512, 64  # of a sum: programs from which on each takes several blocks, and how many at most
 _OUTPUTS = 6  # gradients of the range and of five weights
 _WITHOUT_FUSION = {"enable_fp_fusion": False}  # a product is rounded before it is added to, as in PyTorch
 
@@ -48,14 +49,14 @@ KERNELS = (forward, backward, backward_of_gates)
 
 def _summed(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
     n = x.numel()
-    blocks = triton.cdiv(n, _BLOCK)
+    blocks = triton.cdiv(n, _SUMMED_BLOCK)
     of_a_program = min(_MOST_BLOCKS, triton.next_power_of_2(max(1, triton.cdiv(blocks, _PROGRAMS))))
     programs = triton.cdiv(blocks, of_a_program)
     parts = torch.empty(programs, _OUTPUTS, dtype=c.dtype, device=c.device)
     if n:
         with torch.cuda.device_of(x):
             _backward[(programs,)](
-                grad, x, c, x if of_x is None else of_x, parts, n, _BLOCK, of_a_program, of_x is not None, _OUTPUTS,
+                grad, x, c, x if of_x is None else of_x, parts, n, _SUMMED_BLOCK, of_a_program, of_x is not None, _OUTPUTS,
                 num_warps=_WARPS, **_WITHOUT_FUSION,
             )  # fmt: skip
     return parts.sum(0)

@@ -55,7 +55,7 @@ MEASURES = {
     "profile": lambda setting, seconds: subjects.where_time_goes(setting),
     "program": subjects.program_overhead,
     "predictions": subjects.predictive,
-    "memory": lambda setting, seconds: subjects.memory(setting),
+    "memory": lambda setting, seconds: [*subjects.memory(setting), *subjects.predictive_memory(setting)],
     "first step": lambda setting, seconds: subjects.first_step(setting),
 }
 
