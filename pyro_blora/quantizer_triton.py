@@ -56,8 +56,8 @@ def _summed(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
     if n:
         with torch.cuda.device_of(x):
             _backward[(programs,)](
-                grad, x, c, x if of_x is None else of_x, parts, n, _SUMMED_BLOCK, of_a_program, of_x is not None, _OUTPUTS,
-                num_warps=_WARPS, **_WITHOUT_FUSION,
+                grad, x, c, x if of_x is None else of_x, parts, n, _SUMMED_BLOCK, of_a_program, of_x is not None,
+                _OUTPUTS, num_warps=_WARPS, **_WITHOUT_FUSION,
             )  # fmt: skip
     return parts.sum(0)
 
