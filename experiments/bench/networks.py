@@ -14,14 +14,14 @@ from torch import nn
 from pyro_blora import adapters
 from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates
-from pyro_blora.gradients import Gradients
 from pyro_blora.guides import build_guide
-from pyro_blora.host import release_freed_memory
+from pyro_blora.machine import release_freed_memory
 from pyro_blora.posterior import draw
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 from pyro_blora.training import make_optimizer
+from pyro_blora.training.gradients import Gradients
 
 N_TRAIN = 2000
 CLASSES = 2
