@@ -1,5 +1,6 @@
 """Bayesian-LoRA as a probabilistic program: low-rank adapters whose bit widths and ranks are random."""
 
+from . import old_names
 from .lazily import lazily
 
 __version__ = "0.1.0"
@@ -19,3 +20,4 @@ __getattr__, __dir__, __all__ = lazily(
         "to_arviz": "posterior",
     },
 )
+old_names.install()

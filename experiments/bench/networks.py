@@ -15,6 +15,7 @@ from pyro_blora import adapters
 from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
+from pyro_blora.layout import AdapterLayout
 from pyro_blora.machine import release_freed_memory
 from pyro_blora.posterior import draw
 from pyro_blora.priors import build_prior
@@ -131,7 +132,7 @@ def gated_step(setting: Setting, *, compiled: bool = False, graphs: bool = True,
 
 def lora_model(setting: Setting, config: peft.PeftConfig | None = None) -> peft.PeftModel:
     network = setting.network()
-    targets = [p.name for p in adapters.AdapterLayout.of(network, sequence_length=setting.length).projections]
+    targets = [p.name for p in AdapterLayout.of(network, sequence_length=setting.length).projections]
     config = config or peft.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank)
     config.task_type, config.target_modules = "SEQ_CLS", targets
     return peft.get_peft_model(network, config)

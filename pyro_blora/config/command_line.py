@@ -1,8 +1,9 @@
 """From presets and command-line words to the fields of a RunConfig.
 
 The presets are package data, in `pyro_blora/config/presets/`, so that an installed `pyro-blora train --preset demo`
-finds them without a checkout. A setting of prior, guide, adapter or weights has a dot in its name: `--prior.rate 3` on the line,
-`prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own, `--prior.g.NAME` its settings.
+finds them without a checkout. A setting of prior, guide, adapter or weights has a dot in its name: `--prior.rate 3` on
+the line, `prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own, `--prior.g.NAME` its
+settings.
 """
 
 import argparse

@@ -28,7 +28,7 @@ from ..models.loading import commit_of, public_name, quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
 from ..provenance import notes_of
-from ..quantizer.fake_quantize import quantize_mixture
+from ..quantizer import mixture_weights, quantize_mixture
 from ..tasks import get_task
 from .model_card import write_card
 from .verify import copied, read_back, verify
@@ -108,7 +108,7 @@ def plain_backbone(net: adapters.GatedModel) -> nn.Module:
 def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]]]:
     """Open ranks, and (lora_A (r, n), lora_B (m, r)) as quantized, of every adapted projection by name."""
     net, layout, (z, g) = program.net, program.net.layout, deployed(program)
-    ladder = adapters.mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, 5)
+    ladder = mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, 5)
     ranks, weights = {}, {}
     for i, projection in enumerate(layout.projections):
         if not projection.adapted:

@@ -12,6 +12,7 @@ from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate, gate_context, open_gates
 from pyro_blora.adapters.gate_context import ADAPTER
 from pyro_blora.adapters.layers import GatedLinear, QuantizedLinear
+from pyro_blora.adapters.peft_config import lora_config
 from pyro_blora.deploy import export
 from pyro_blora.guides import build_guide
 from pyro_blora.layout import LADDER, SCOPES
@@ -82,7 +83,7 @@ def test_with_open_gates_it_starts_as_the_pretrained_model(build, scope, learnin
 def test_with_open_gates_trained_adapters_are_plain_lora():
     net = gated()
     inputs, _ = batch()
-    plain = peft.get_peft_model(tiny_bert(), adapters.lora_config(tiny_bert(), net.layout)).eval()
+    plain = peft.get_peft_model(tiny_bert(), lora_config(tiny_bert(), net.layout)).eval()
     plain.load_state_dict(net.peft_model.state_dict())
     z, g = open_gates(net.layout)
     torch.testing.assert_close(logits(net, z.requires_grad_(), g), plain(**inputs).logits, atol=1e-6, rtol=0)

@@ -8,7 +8,6 @@ from models import batch, tiny_bert, tiny_deberta
 from tiny import save_tiny_backbone, tiny_config
 from torch import nn
 
-from pyro_blora import adapters
 from pyro_blora.adapters import Observer, attach, calibrate, observed
 from pyro_blora.training import fit
 
@@ -102,7 +101,7 @@ class Dtypes(Observer):
 @pytest.mark.parametrize("build", [tiny_bert, tiny_deberta])
 def test_observers_return_the_dtype_and_shape_they_were_given(build):
     from pyro_blora.adapters.input_pca import _Moments
-    from pyro_blora.adapters.ranges import _Clipped
+    from pyro_blora.adapters.ranges import _Clipped, _Extent
     from pyro_blora.training.gate_init import _Slopes
     from pyro_blora.training.range_calibration import _Sample
 
@@ -112,7 +111,7 @@ def test_observers_return_the_dtype_and_shape_they_were_given(build):
     calibrate(net, [inputs])
     ranges = net.log_range.exp().detach()
     observers = [
-        Observer(), adapters._Extent(), _Sample(8, torch.device("cpu")), _Clipped(ranges), _Moments({0}),
+        Observer(), _Extent(), _Sample(8, torch.device("cpu")), _Clipped(ranges), _Moments({0}),
         _Slopes(net.layout, ranges[..., None].expand(*ranges.shape, 5), len(labels)),
     ]  # fmt: skip
     for observer in observers:
