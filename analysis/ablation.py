@@ -28,8 +28,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ announces its next version, tqdm misses a widget
     import arviz as az
 
-    from pyro_blora.arviz_data import group, held_out, held_out_elpd, held_out_scores, read
-    from pyro_blora.diagnostics import Posterior
+    from pyro_blora.posterior import Posterior
+    from pyro_blora.posterior.arviz_compat import group, held_out, held_out_elpd, held_out_scores, read
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 STORED = os.pathsep.join(f"example/{name}" for name in ("bops", "nested", "depth"))

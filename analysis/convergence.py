@@ -28,8 +28,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ announces its next version, tqdm misses a widget
     import arviz as az
 
-    from pyro_blora.arviz_data import group, pareto_weights, read
-    from pyro_blora.diagnostics import Posterior
+    from pyro_blora.posterior import Posterior
+    from pyro_blora.posterior.arviz_compat import group, pareto_weights, read
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 RUN = HERE / os.environ.get("PYRO_BLORA_RUN", "example/bops")

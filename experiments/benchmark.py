@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from experiments.bench import page, quantizers, subjects
 from experiments.bench.networks import Setting
-from pyro_blora.host import keep_freed_memory
+from pyro_blora.machine import keep_freed_memory
 
 CPU = Setting()
 GPU = Setting(backbone="deberta", length=128, device="cuda", precision="bf16")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 for name, value in {  # before torch is imported: nothing may start a thread in the process that forks
@@ -33,11 +33,11 @@ from experiments.kills.subjects import SUBJECTS, save_backbones
 from experiments.kills.trials import Process, trial, undisturbed
 
 _NEEDED = (  # what a run imports on its way, so that forked ones need not
-    "pyro_blora.run", "pyro_blora.report", "transformers.models.bert.modeling_bert", "altair", "vl_convert",
+    "pyro_blora.run", "pyro_blora.report.page", "transformers.models.bert.modeling_bert", "altair", "vl_convert",
     "transformers.models.deberta_v2.modeling_deberta_v2", "transformers.models.auto", "h5netcdf", "laplace",
     "torch.utils.tensorboard", "matplotlib.pyplot", "pyarrow.parquet", "peft",
-    "pyro_blora.layers", "pyro_blora.tasks.metric", "datasets", "torchmetrics.functional.classification", "arviz",
-    "scipy.stats", "scipy.optimize",
+    "pyro_blora.adapters.layers", "pyro_blora.tasks.glue_metric", "datasets",
+    "torchmetrics.functional.classification", "arviz", "scipy.stats", "scipy.optimize",
 )  # fmt: skip
 
 

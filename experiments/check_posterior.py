@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 os.environ.setdefault("PYRO_BLORA_COMPILE", "0")  # networks this small gain nothing from it
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 

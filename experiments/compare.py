@@ -23,14 +23,14 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
 from experiments.studies.compare import paired, spread
 from experiments.studies.loo import loo_of_run
 from experiments.studies.results import groups, missing, read
-from pyro_blora.arviz_data import arviz_itself, held_out
+from pyro_blora.posterior.arviz_compat import arviz_itself, held_out
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _MARKERS = "os^vD*PX<>hp"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
@@ -26,10 +26,9 @@ from experiments.bench.networks import Setting, deberta
 from experiments.studies.cells import PREDICTED
 from experiments.studies.compare import paired
 from experiments.studies.positions import model_table, projections_table, streams
-from pyro_blora.backbone import backbone_path
-from pyro_blora.baselines import NOISE
-from pyro_blora.config import RunConfig
-from pyro_blora.flags import load_preset
+from pyro_blora.config import RunConfig, load_preset
+from pyro_blora.evaluation.baselines import NOISE
+from pyro_blora.models import backbone_path
 from pyro_blora.run import train_run, versions
 
 CONVERTED, ORIGINAL = "demo-deberta", "demo"

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 

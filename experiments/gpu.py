@@ -18,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
 from experiments.on_gpu import fast, learns, page, works
 from experiments.on_gpu.session import ROOT, Session, run_part
-from pyro_blora.backbone import backbone_path
+from pyro_blora.models import backbone_path
 
 # a part's module, title, share of the minutes that are left when it begins, and how many lines at once
 _PARTS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
@@ -27,8 +27,8 @@ from experiments.studies.grid_file import Cell, read_grid
 from experiments.studies.launchers import Cluster, Processes
 from pyro_blora.files import REPORT, replace
 from pyro_blora.report import write_report
-from pyro_blora.schedule import Schedule
 from pyro_blora.signals import Interrupted, heeded
+from pyro_blora.training import Schedule
 from pyro_blora.user_files import load_yaml
 
 _LOOK = 0.5  # seconds between two looks at the runs

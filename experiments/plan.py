@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 

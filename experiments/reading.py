@@ -14,12 +14,11 @@ import vl_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from pyro_blora.run_files import RunFiles, Section
-from pyro_blora.sections import headline, sections_of
+from pyro_blora.report import RunFiles, Section, headline, sections_of
 
 _WIDTH, _SCALE = 680, 1.5
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import RunConfig, field_names
-from .flags import preset_names, run_fields, take_settings
-from .host import keep_freed_memory, spin_briefly
-from .methods import METHODS
+from .config.command_line import preset_names, run_fields, take_settings
+from .config.methods import METHODS
+from .config.run_config import RunConfig, field_names
+from .machine import keep_freed_memory, spin_briefly
 from .registry import REQUIRED, Registry, registered
 from .signals import heeded
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     spin_briefly()
     code = _main(sys.argv[1:] if argv is None else argv)
     if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's processes end together
-        from .processes import leave
+        from .distributed import leave
 
         leave(code)
     return code
@@ -72,18 +72,18 @@ def _command(argv: list[str]) -> int:
     if arguments.command == "train":
         return _train(arguments, settings)
     if arguments.command == "show":
-        from .show import show_run
+        from .report.terminal import show_run
 
         show_run(Path(arguments.run))
         return 0
     if arguments.command == "report":
-        from .report import write_report
+        from .report.page import write_report
 
         for folder in arguments.folders:
             print(write_report(Path(folder)))
         return 0
     if arguments.command == "what-if":
-        from .show import show_what_if
+        from .report.terminal import show_what_if
 
         show_what_if(Path(arguments.run), arguments.gate, arguments.state == "open")
         return 0
@@ -99,11 +99,11 @@ def _command(argv: list[str]) -> int:
         show()
         return 0
     if arguments.command == "priors":
-        from .priors import PRIORS as registry
+        from .priors.base import PRIORS as registry
     elif arguments.command == "weights":
-        from .weights import WEIGHTS as registry
+        from .weights.base import WEIGHTS as registry
     else:
-        from .build import GUIDES as registry  # with those of all modules
+        from .guides.base import GUIDES as registry  # with those of all modules
     _print_registry(registry)
     if arguments.command == "priors":
         print(_SITES)
@@ -114,13 +114,13 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     config = RunConfig(**run_fields(arguments, settings))
     folder = config.folder
     if arguments.if_finished == "show" and (folder / "summary.json").is_file():
-        from .show import show_run
+        from .report.terminal import show_run
 
         print(f"finished already: {folder}")
         show_run(folder)
         return 0
     with heeded():
-        from .processes import leave
+        from .distributed import leave
         from .run import train_run
 
         keep_freed_memory()
@@ -191,11 +191,11 @@ def _parser() -> _Parser:
 def _epilog() -> str:
     """What can be chosen by name, read from the modules' text: importing them would take seconds."""
     lines = ["methods:", *(f"  {name:14s} {method.line}" for name, method in METHODS.items())]
-    for kind, modules in (("prior", ["priors"]), ("guide", ["guides", "given"]), ("weights", ["weights"])):
+    for kind in ("prior", "guide", "weights"):
         kinds = kind.removesuffix("s") + "s"
         lines += ["", f"{kinds}, with their settings (--{kind}.NAME VALUE; `pyro-blora {kinds}` lists them):"]
-        found = [pair for module in modules for pair in registered(Path(__file__).with_name(f"{module}.py"), kind)]
-        lines += [f"  {name:14s} {line}" for name, line in found]
+        found = [pair for path in Path(__file__).with_name(kinds).glob("*.py") for pair in registered(path, kind)]
+        lines += [f"  {name:14s} {line}" for name, line in sorted(found)]
     return "\n".join([*lines, "", *textwrap.wrap(_SITES, 100)])
 
 

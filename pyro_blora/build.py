@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import given  # noqa: F401 (its guides join the table)
-from .adalora import attach_adalora
-from .adapters import attach
-from .backbone import is_function, load_backbone, load_tokenizer
-from .config import RunConfig
-from .data import held_out, tokenize, unlabelled
-from .guides import GUIDES, build_guide
+from .adapters.adalora import attach_adalora
+from .adapters.attaching import attach
+from .adapters.xs import xs_settings
+from .config.run_config import RunConfig
+from .guides import fixed_rank  # noqa: F401 (its guides join the table)
+from .guides.base import GUIDES, build_guide
 from .layout import BATCH_SIZE
+from .models.loading import is_function, load_backbone, load_tokenizer
+from .models.tokenization import require_readable, suit
 from .priors import build_prior, parts
 from .program import BayesianLoRA
 from .registry import Registry
 from .tasks import Task, get_task
-from .tokenization import require_readable, suit
-from .weights import WEIGHTS, build_weights
-from .xs import xs_settings
+from .tasks.batching import held_out, tokenize, unlabelled
+from .weights.base import WEIGHTS, build_weights
 
 if TYPE_CHECKING:
     import datasets

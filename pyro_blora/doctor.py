@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .host import cache_folder
+from .machine import cache_folder
 
 _NEEDED = ("torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "evaluate", "arviz", "xarray",
            "altair", "vl-convert-python")  # fmt: skip
@@ -71,7 +71,7 @@ def _devices() -> Iterator[Finding]:
 def _quantizer() -> Finding:
     import torch
 
-    from .quantizer import _EAGER, _kernels
+    from .quantizer.fake_quantize import _EAGER, _kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if _kernels(device) is not _EAGER:

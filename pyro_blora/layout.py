@@ -1,7 +1,7 @@
 """AdapterLayout: which linear maps of a model carry gates, and what they cost. Plain data, no model inside.
 
 It is the pivot of the package: priors see costs through it, guides take their shapes from it, BOPs, ArviZ coordinates
-and export read the same fields. `AdapterLayout.of(model, ...)` reads it off a Hugging Face model.
+and export read the same fields. `models.layout_of(model, ...)` reads it off a Hugging Face model.
 
 Shape letters: L gated projections, T = 5 tensors each, K = 4 random bit gates (the 2-bit rung is always open), R ranks
 (the first is always open). Units: MACs are per example, of a forward of `batch_size` examples of `sequence_length`
@@ -11,25 +11,18 @@ length there. The batch size is a constant, not the run's own, so that figures o
 """
 
 import dataclasses
-import re
-import warnings
-from collections.abc import Iterable
+import importlib
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-
-from .architectures import TARGETS, encoder_linears, head_modules, matched, type_of
-from .macs import cost
-
-__all__ = ["TARGETS", "AdapterLayout", "Projection", "head_modules"]
 
 TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
 INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
 LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
 BATCH_SIZE = 32  # examples of the forward whose MACs are counted: the batch size of the presets
-_READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input
+READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,62 +68,10 @@ class AdapterLayout:
     batch_size: int = BATCH_SIZE
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        *,
-        rank: int = 8,
-        alpha: float = 16.0,
-        target_modules: str | Iterable[str] | None = None,
-        scope: str = "adapted",
-        sequence_length: int = 128,
-        share_inputs: bool = False,
-        batch_size: int = BATCH_SIZE,
-    ) -> "AdapterLayout":
-        """The layout of a Hugging Face model.
-
-        target_modules: None for the architecture's preset (`TARGETS`), names (matched as the end of a module's path),
-        or one regular expression (matched against the whole path).
-        Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope.
-        """
-        if scope not in SCOPES:
-            raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
-        if not hasattr(model, model.base_model_prefix):
-            raise ValueError(
-                f"{type(model).__name__} has no task head: load the backbone with a class such as "
-                "AutoModelForSequenceClassification"
-            )
-        architecture = getattr(model.config, "model_type", type(model).__name__)
-        linears, targets = encoder_linears(model), matched(model, target_modules, architecture)
-        for name in linears:
-            n, m = linears[name].in_features, linears[name].out_features
-            if name in targets and rank > min(n, m):
-                raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
-        tokens, model_macs, reaching = cost(model, sequence_length, batch_size)
-        _require_reached(targets, reaching)
-        projections = []
-        for name, linear in linears.items():
-            if name not in reaching or (name not in targets and scope != "encoder"):
-                continue
-            layer = re.search(r"\.(\d+)\.", name)
-            projections.append(
-                Projection(
-                    name=name, type=type_of(name), layer=int(layer[1]) if layer else 0, in_features=linear.in_features,
-                    out_features=linear.out_features, tokens=tokens[name], adapted=name in targets,
-                )
-            )  # fmt: skip
-        layout = cls(
-            architecture=architecture, projections=tuple(projections), rank=rank, alpha=float(alpha), scope=scope,
-            sequence_length=sequence_length, model_macs=model_macs, share_inputs=share_inputs, batch_size=batch_size,
-        )  # fmt: skip
-        if share_inputs and len(layout.input_owner.unique()) == len(projections):
-            raise ValueError(
-                f"share_inputs shares nothing here: no layer has more than one of {', '.join(_READ_ALIKE)} among its "
-                f"quantized projections ({', '.join(sorted({p.type for p in projections}))}): drop --share_inputs"
-            )
-        return layout
+    def of(cls, model: nn.Module, **settings) -> "AdapterLayout":
+        """The layout of a Hugging Face model, see `models.layout_of`, which has the settings."""
+        models = importlib.import_module(".models", __package__)  # by name, as models builds on this module
+        return models.layout_of(model, **settings)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -172,7 +113,7 @@ class AdapterLayout:
         first, owners = {}, []
         for i, p in enumerate(self.projections):
             module = p.name.rpartition(".")[0], p.in_features
-            owners.append(first.setdefault(module, i) if self.share_inputs and p.type in _READ_ALIKE else i)
+            owners.append(first.setdefault(module, i) if self.share_inputs and p.type in READ_ALIKE else i)
         return torch.tensor(owners)
 
     @cached_property
@@ -213,14 +154,3 @@ class AdapterLayout:
         down, up = (self.rank * self.rank_macs).unbind(-1)
         read = torch.zeros_like(down).index_add(0, self.input_owner, self.macs + down)
         return torch.stack([read, self.macs, down, up, up], -1)
-
-
-def _require_reached(targets: set[str], reaching: frozenset[str]) -> None:
-    """Leave out targets that no logit depends on, with a warning.  Errors: ValueError where none is left."""
-    idle = sorted(targets - reaching)
-    if not idle:
-        return
-    names = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
-    if len(idle) == len(targets):
-        raise ValueError(f"the logits do not depend on {names}: nothing would be learned there, choose other targets")
-    warnings.warn(f"the logits do not depend on {names}: left out, as nothing would be learned there", stacklevel=4)

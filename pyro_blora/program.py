@@ -36,7 +36,7 @@ from .estimators import build_estimator
 from .gates import Gates
 from .layout import AdapterLayout
 from .tasks.likelihoods import Likelihood
-from .weight_laws import Point
+from .weights.base import Point
 
 
 class Elbo(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import trainable
-from .config import RunConfig
+from .config.run_config import RunConfig
 
 _CONFIGS = ("adapter_config.json", "config.json")
 _FREE = ("base_model_name_or_path", "revision", "_name_or_path")  # where a user keeps the backbone: theirs to change

@@ -22,23 +22,23 @@ import accelerate
 import torch
 from torch import nn
 
-from .arviz_data import concatenate, read, save
-from .backbone import commit_of
 from .build import build, check_names
 from .checkpoint import drop_older, saved_in, trainable
-from .config import RunConfig
-from .data import first_inputs
-from .evaluation import Evaluated, evaluate, predictions_file, with_members
-from .exporting import export
+from .config.run_config import RunConfig
+from .deploy.peft import export
+from .distributed import sharding_wanted
+from .evaluation.evaluating import Evaluated, evaluate, predictions_file, with_members
+from .evaluation.summary import of_restart, predictions_table, summarize
 from .files import REPORT, NotWritten, replace_text, require_whole, sync, sync_tree, write_sums, writing
-from .inference_data import to_arviz
-from .processes import sharding_wanted
+from .models.loading import commit_of
+from .posterior.arviz import to_arviz
+from .posterior.arviz_compat import concatenate, read, save
 from .program import BayesianLoRA
+from .report.terminal import show_run
 from .run_lock import alone, claimed, same_folder
-from .show import show_run
 from .signals import Interrupted, heeded
-from .summary import of_restart, predictions_table, summarize
-from .training import Trained, fit
+from .tasks.batching import first_inputs
+from .training.loop import Trained, fit
 
 _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "arviz", "numpy")
 
@@ -137,7 +137,7 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
 def _write_page(folder: Path) -> None:
     """The report of a finished run, which is not lost where what draws it is not installed.  Errors: NotWritten."""
     try:
-        from .report import write_report  # here, as charts need packages that a training does not
+        from .report.page import write_report  # here, as charts need packages that a training does not
 
         write_report(folder)
     except ImportError as error:

@@ -13,7 +13,7 @@ from pyro.distributions import validation_enabled
 from torch import nn
 
 from .gates import Gates
-from .guides import build_guide
+from .guides.base import build_guide
 from .layout import AdapterLayout, Projection
 from .priors import build_prior
 from .program import kl_of

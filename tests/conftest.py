@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: nothing here may depend on the network
 
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before torch: the tests share the machine with each other
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from pyro_blora.arviz_data import arviz_itself
+from pyro_blora.posterior.arviz_compat import arviz_itself
 
 arviz_itself()  # before any test's own import of ArviZ, which can fail beside another process
 
@@ -53,11 +53,11 @@ def glue_dir(data_dir: Path) -> Path:
 @pytest.fixture(scope="module")
 def eager():
     """The quantizer without its compiler, for modules in which speed is not the point."""
-    from pyro_blora import quantizer
+    from pyro_blora.quantizer import fake_quantize
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYRO_BLORA_COMPILE", "0")  # of other processes
-        patch.setattr(quantizer, "_kernels", lambda device="cpu": quantizer._EAGER)  # what is compiled stays so
+        patch.setattr(fake_quantize, "_kernels", lambda device="cpu": fake_quantize._EAGER)  # what is compiled stays so
         yield
 
 
@@ -76,7 +76,7 @@ def layout(request):
 
 
 # Long files first, so that neither of two processes waits for the other's last one.
-LONG = ("test_examples", "test_grid", "test_ladder", "test_processes", "test_xs", "test_run", "test_compare")
+LONG = ("test_examples", "test_grid", "test_ladder", "test_distributed", "test_xs", "test_run", "test_compare")
 
 
 def pytest_collection_modifyitems(items):

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_blora import given
 from pyro_blora.gates import Gates, NestedBernoulli, pinned_logits
-from pyro_blora.guides import GUIDES, build_guide, components, draw_gates, log_prob
+from pyro_blora.guides import GUIDES, build_guide, components, draw_gates, fixed_rank, log_prob
 from pyro_blora.priors import build_prior
 
-LEARNING = [name for name in GUIDES.names() if GUIDES.resolve(name).__module__ != given.__name__]
+LEARNING = [name for name in GUIDES.names() if GUIDES.resolve(name).__module__ != fixed_rank.__name__]
 MOVES = ({"dtype": torch.float64}, {"device": "meta"})
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from pyro_blora import __main__ as command_line
 from pyro_blora.__main__ import main
-from pyro_blora.config import RunConfig, field_names
-from pyro_blora.flags import run_fields, take_settings
+from pyro_blora.config import RunConfig, field_names, run_fields, take_settings
 from pyro_blora.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,8 +203,8 @@ def test_the_flags_that_stay_are_there():
 
 
 def test_help_lists_all_that_can_be_chosen_by_name_without_importing_it(capsys):
-    from pyro_blora.build import GUIDES
-    from pyro_blora.methods import METHODS
+    from pyro_blora.config import METHODS
+    from pyro_blora.guides import GUIDES
     from pyro_blora.priors import PRIORS
 
     done = process("-X", "importtime", "-m", "pyro_blora", "train", "--help", module=())
@@ -277,7 +276,7 @@ def test_threads_spin_briefly_unless_the_user_chose():
 
 
 def test_a_chosen_wait_policy_stays(monkeypatch):
-    from pyro_blora.host import spin_briefly
+    from pyro_blora.machine import spin_briefly
 
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
@@ -294,5 +293,5 @@ def test_every_script_asks_for_it_before_it_imports_torch(script):
     early = ("import torch", "from pyro_blora", "from experiments", "import pyro", "import datasets", "import sklearn")
     first = next((line for line in lines if line.startswith(early)), "")
     if first != "from pyro_blora.__main__ import main":  # which asks for it
-        assert first == "from pyro_blora.host import spin_briefly"
+        assert first == "from pyro_blora.machine import spin_briefly"
         assert lines[lines.index(first) + 2].startswith("spin_briefly()")

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from pyro_blora import __version__, doctor, quantizer
+from pyro_blora import __version__, doctor
 from pyro_blora.__main__ import main
+from pyro_blora.quantizer import fake_quantize
 from pyro_blora.tasks import task_names
 
 
@@ -36,8 +37,8 @@ def test_a_cache_that_cannot_be_written_is_one(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kernels", ["compiled", "eager", "chosen"])
 def test_the_quantizer_is_compiled_or_slow(monkeypatch, kernels):
     monkeypatch.setenv("PYRO_BLORA_COMPILE", "0" if kernels == "chosen" else "1")
-    held = ("C",) if kernels == "compiled" else quantizer._EAGER
-    monkeypatch.setattr(quantizer, "_kernels", lambda device="cpu": held)
+    held = ("C",) if kernels == "compiled" else fake_quantize._EAGER
+    monkeypatch.setattr(fake_quantize, "_kernels", lambda device="cpu": held)
     found = doctor._quantizer()
     assert found.fine == (kernels == "compiled")
     assert {"compiled": "", "eager": "gcc", "chosen": "unset"}[kernels] in found.remedy

@@ -15,14 +15,11 @@ from tiny import save_tiny_backbone, tiny_config
 from experiments import grid
 from pyro_blora import draw, fit, predict
 from pyro_blora.__main__ import main
-from pyro_blora.architectures import _matching
-from pyro_blora.config import RunConfig
-from pyro_blora.fields import RANGES
+from pyro_blora.config import RANGES, RunConfig
+from pyro_blora.models.architectures import _matching
 from pyro_blora.posterior import draw_weights
-from pyro_blora.report import write_report
+from pyro_blora.report import RunFiles, show_run, write_report
 from pyro_blora.run import train_run
-from pyro_blora.run_files import RunFiles
-from pyro_blora.show import show_run
 from pyro_blora.user_files import DEEPEST, compose_yaml, load_json, load_yaml, read_text
 
 pytestmark = pytest.mark.usefixtures("eager")

@@ -19,10 +19,11 @@ from pyro_blora import signals
 from pyro_blora.__main__ import main
 from pyro_blora.checkpoint import read_tensors
 from pyro_blora.files import NotWritten, require_whole
+from pyro_blora.report import RunFiles
 from pyro_blora.run import train_run
-from pyro_blora.run_files import RunFiles
 from pyro_blora.signals import Interrupted, deferred, heeded
-from pyro_blora.training import _Loop, fit
+from pyro_blora.training import fit
+from pyro_blora.training.loop import _Loop
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -114,7 +115,7 @@ def test_an_interruption_of_the_evaluation_names_the_last_checkpoint(backbone, t
 def test_a_second_signal_stops_at_once_and_one_that_comes_with_the_first_does_not():
     code = """
 import signal, sys, time
-from pyro_blora.run_files import RunFiles
+from pyro_blora.report import RunFiles
 from pyro_blora.signals import deferred
 with deferred():
     signal.raise_signal(signal.SIGTERM)
@@ -258,16 +259,16 @@ def test_a_page_that_is_missing_is_written_by_the_same_command(backbone, finishe
 
 
 def test_a_page_is_replaced_in_one_rename(finished, tmp_path, monkeypatch):
-    from pyro_blora import report
+    from pyro_blora.report import page
 
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     before = (folder / "report.html").read_bytes()
-    monkeypatch.setattr(report, "_run_page", lambda run: "a page" * 10_000)
+    monkeypatch.setattr(page, "_run_page", lambda run: "a page" * 10_000)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         with pytest.raises(NotWritten, match=r"report\.html could not be written \(File too large\): make room"):
-            report.write_report(folder)
+            page.write_report(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert (folder / "report.html").read_bytes() == before

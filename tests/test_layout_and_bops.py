@@ -10,7 +10,8 @@ from models import deberta_v3_base, random_chains, tiny_bert, tiny_deberta, tiny
 from pyro_blora.adapters import open_gates
 from pyro_blora.bops import expected_bits, expected_bops, expected_rank, savings
 from pyro_blora.gates import NestedBernoulli
-from pyro_blora.layout import LADDER, TENSORS, AdapterLayout, Projection, head_modules
+from pyro_blora.layout import LADDER, TENSORS, AdapterLayout, Projection
+from pyro_blora.models import head_modules
 
 LENGTH = 10
 ENCODER_TYPES = {

@@ -16,16 +16,16 @@ from transformers import AutoModelForSequenceClassification
 
 from pyro_blora import adapters, draw, load, predict
 from pyro_blora.__main__ import main
-from pyro_blora.arviz_data import held_out_elpd
 from pyro_blora.bops import expected_bits, expected_bops
 from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors
 from pyro_blora.config import RunConfig
-from pyro_blora.data import by_length, on_device
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed, marginals
+from pyro_blora.posterior.arviz_compat import held_out_elpd
 from pyro_blora.run import each_restart, train_run
-from pyro_blora.training import _Loop
+from pyro_blora.tasks.batching import by_length, on_device
+from pyro_blora.training.loop import _Loop
 
 SUMMARY = {
     "task", "backbone", "prior", "guide", "seed", "n_train", "n_eval", "metric", "accuracy", "nll", "ece", "brier",

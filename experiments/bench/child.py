@@ -47,7 +47,7 @@ def _memory(field: str) -> int:
 def _main(subject: str, setting: str) -> None:
     import torch
 
-    from pyro_blora.host import keep_freed_memory
+    from pyro_blora.machine import keep_freed_memory
 
     from . import subjects
     from .networks import Setting

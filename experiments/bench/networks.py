@@ -14,14 +14,15 @@ from torch import nn
 from pyro_blora import adapters
 from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates
-from pyro_blora.gradients import Gradients
 from pyro_blora.guides import build_guide
-from pyro_blora.host import release_freed_memory
+from pyro_blora.layout import AdapterLayout
+from pyro_blora.machine import release_freed_memory
 from pyro_blora.posterior import draw
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 from pyro_blora.training import make_optimizer
+from pyro_blora.training.gradients import Gradients
 
 N_TRAIN = 2000
 CLASSES = 2
@@ -131,7 +132,7 @@ def gated_step(setting: Setting, *, compiled: bool = False, graphs: bool = True,
 
 def lora_model(setting: Setting, config: peft.PeftConfig | None = None) -> peft.PeftModel:
     network = setting.network()
-    targets = [p.name for p in adapters.AdapterLayout.of(network, sequence_length=setting.length).projections]
+    targets = [p.name for p in AdapterLayout.of(network, sequence_length=setting.length).projections]
     config = config or peft.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank)
     config.task_type, config.target_modules = "SEQ_CLS", targets
     return peft.get_peft_model(network, config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors import safe_open
 
-from pyro_blora.arviz_data import group, group_names, read
+from pyro_blora.posterior.arviz_compat import group, group_names, read
 
 _WHEN = ("seconds", "peak_memory_bytes", "created_at")
 

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_blora.adapters import GatedModel, observed
+from pyro_blora.adapters import GatedModel, Observer, observed
 from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from pyro_blora.guides import Mixture
-from pyro_blora.handover import Observer
 from pyro_blora.quantizer import mixture_weights, quantize_mixture
-from pyro_blora.schedule import Schedule
+from pyro_blora.training import Schedule
 
 from .calibration import Simulations
 from .problems import UNDECIDED, Network

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_blora.config import RunConfig
 from pyro_blora.gates import Gates
 from pyro_blora.program import GateProgram
-from pyro_blora.schedule import Schedule
+from pyro_blora.training import Schedule
 
 from .problems import Problem
 

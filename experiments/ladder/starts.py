@@ -6,7 +6,7 @@ Labels are drawn with everything open, as the start takes the network for traine
 import torch
 
 from pyro_blora.program import BayesianLoRA
-from pyro_blora.starting import evidence, sensitivity
+from pyro_blora.training.gate_init import evidence, sensitivity
 
 from .problems import Network, Problem
 from .rungs import Fit, exact_fits, fit_of, log_law

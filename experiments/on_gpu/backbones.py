@@ -5,7 +5,7 @@ from pathlib import Path
 
 import transformers
 
-from pyro_blora.deberta_from_bert import converted_folder
+from pyro_blora.models.deberta_from_bert import converted_folder
 
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

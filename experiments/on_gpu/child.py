@@ -19,7 +19,7 @@ def train(config: dict) -> dict:
     import torch
 
     from pyro_blora import RunConfig
-    from pyro_blora.arviz_data import group_names, read
+    from pyro_blora.posterior.arviz_compat import group_names, read
     from pyro_blora.run import train_run
 
     if os.environ.get("ON_GPU_DETERMINISTIC"):
@@ -47,7 +47,7 @@ def _reloaded(folder: Path, config: dict) -> dict:
 
     from pyro_blora import RunConfig, load, predict
     from pyro_blora.build import build
-    from pyro_blora.data import by_length, on_device
+    from pyro_blora.tasks.batching import by_length, on_device
 
     program = load(folder, allow_code=[config["backbone"]])
     device = "cuda" if torch.cuda.is_available() else "cpu"

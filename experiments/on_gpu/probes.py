@@ -8,6 +8,7 @@ from torch import Tensor
 from experiments.bench.networks import Setting, gated_step
 from experiments.bench.timing import Row, compared, in_turn
 from pyro_blora import quantizer
+from pyro_blora.quantizer import fake_quantize
 
 _GATES = ((1, 0.9, 0.7, 0.2, 0.1), (1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 1, 0))
 _SIZES = (1, 1000, 768 * 768, 4096 * 768 + 5)
@@ -26,7 +27,7 @@ def graphed(setting: Setting, seconds: float) -> list[Row]:
 
 def kernels(setting: Setting, seconds: float) -> list[dict]:
     """Triton's kernels against the eager functions: values to the bit, the same sums twice, their relative errors."""
-    from pyro_blora import quantizer_triton  # where there is a GPU
+    from pyro_blora.quantizer import triton  # where there is a GPU
 
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -36,12 +37,12 @@ def kernels(setting: Setting, seconds: float) -> list[dict]:
             for gates in _GATES:
                 weights = quantizer.mixture_weights(torch.tensor(gates, dtype=torch.float32, device="cuda"))
                 c = quantizer.grids(torch.tensor(2.5, device="cuda"), weights)[0].constants
-                of_x, sums = quantizer._backward(grad, x, c)
-                of_x_there, sums_there = quantizer_triton.backward(grad, x, c)
-                again = quantizer_triton.backward_of_gates(grad, x, c)
-                differ = [(quantizer._forward(x, c), quantizer_triton.forward(x, c)), (of_x, of_x_there),
+                of_x, sums = fake_quantize._backward(grad, x, c)
+                of_x_there, sums_there = triton.backward(grad, x, c)
+                again = triton.backward_of_gates(grad, x, c)
+                differ = [(fake_quantize._forward(x, c), triton.forward(x, c)), (of_x, of_x_there),
                           (again, sums_there)]  # fmt: skip
-                exact = quantizer._backward(grad.double(), x.double(), c.double())[1]
+                exact = fake_quantize._backward(grad.double(), x.double(), c.double())[1]
                 rows.append({
                     "section": f"{dtype} {n}", "subject": str(gates), "rival": "eager", "unit": "values differ",
                     "value": [float(sum((a != b).sum() for a, b in differ))], "rival_value": None, "goal": 0,

@@ -18,14 +18,13 @@ from pathlib import Path
 import pandas as pd
 
 import pyro_blora
-from pyro_blora.arviz_data import arviz_itself
 from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors, trainable, write_tensors
 from pyro_blora.config import RunConfig
-from pyro_blora.identity import identity
+from pyro_blora.posterior.arviz_compat import arviz_itself
 from pyro_blora.run import train_run, versions
-from pyro_blora.schedule import Schedule
-from pyro_blora.training import fit
+from pyro_blora.training import Schedule, fit
+from pyro_blora.training.identity import identity
 
 PREDICTED = ("decision", "log_likelihood", "deployed_decision", "deployed_log_likelihood")
 CHECKPOINT = Path("checkpoints/state.safetensors")

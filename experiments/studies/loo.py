@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pyro_blora.arviz_data import leave_one_out
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
-from pyro_blora.data import by_length, on_device, take
-from pyro_blora.exporting import load
+from pyro_blora.deploy import load
 from pyro_blora.guides import log_prob
 from pyro_blora.posterior import draw, predict
+from pyro_blora.posterior.arviz_compat import leave_one_out
+from pyro_blora.tasks.batching import by_length, on_device, take
 
 
 @torch.no_grad()

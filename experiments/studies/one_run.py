@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from pyro_blora.config import RunConfig
-from pyro_blora.host import spin_briefly
+from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # a job of a cluster may not have the environment of the one that sent it
 

@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from pyro_blora import calibration
 from pyro_blora.build import Parts
-from pyro_blora.curvature import fit_run
 from pyro_blora.evaluation import predicted
+from pyro_blora.evaluation.summary import stored
 from pyro_blora.gates import Gates
-from pyro_blora.posterior import Prediction, bops, deployed, draw, draw_weights, seeded
-from pyro_blora.summary import stored
+from pyro_blora.posterior import Prediction, bops, calibration, deployed, draw, draw_weights, seeded
 from pyro_blora.tasks import Task, get_task
 from pyro_blora.tasks.likelihoods import Likelihood
+from pyro_blora.training.laplace_fit import fit_run
 from pyro_blora.weights import build_weights
 
 _ENSEMBLES = ("lora", "lora-gaussian", "lora-swag", "xs8-swag")  # paths whose seeds are members

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 
-from pyro_blora.tasks.acceptability import ACCEPTABILITY
-from pyro_blora.tasks.glue import GLUE
-from pyro_blora.tasks.multi_label import MultiLabel
-from pyro_blora.tasks.pairs import PAIRS
-from pyro_blora.tasks.task import Task
+from .base import Task
+from .demo.acceptability import ACCEPTABILITY
+from .glue import GLUE
+from .multi_label import MultiLabel
+from .pairs import PAIRS
 
 __all__ = ["MultiLabel", "Task", "get_task", "register_task", "task_names"]
 

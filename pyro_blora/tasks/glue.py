@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyro_blora.tasks.files import require_header, require_mostly_whole
-from pyro_blora.tasks.task import Task
-from pyro_blora.user_files import open_text
+from ..user_files import open_text
+from .base import Task
+from .files import require_header, require_mostly_whole
 
 if TYPE_CHECKING:
     import datasets

@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_blora.registry import Registry
+from ..registry import Registry
 
 if TYPE_CHECKING:
     import datasets

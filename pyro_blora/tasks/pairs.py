@@ -16,9 +16,9 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyro_blora.tasks.files import require_header
-from pyro_blora.tasks.task import Task
-from pyro_blora.user_files import open_text
+from ..user_files import open_text
+from .base import Task
+from .files import require_header
 
 if TYPE_CHECKING:
     import datasets

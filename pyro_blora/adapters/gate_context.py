@@ -1,0 +1,171 @@
+"""What passes from the top of a program to the gated layers of its network during one call, and what may look on.
+
+A layer asks its `Handover` for every quantized tensor and every product. Most of the time it answers with the gates of
+the draw; while an `Observer` is set, the network runs at 32 bit with all ranks open and the observer sees every tensor:
+to measure ranges (ranges.py) or how the loss answers to a coarser grid (starting.py).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import INPUT, TENSORS
+from ..quantizer.fake_quantize import quantize_on
+from ..quantizer.grid import Grid
+from .quantized_linear import Map, Source, quantized_products
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+class Gated:
+    """A layer that asks a Handover for what it computes with; the layers are in layers.py, which imports PEFT."""
+
+    handover: "Handover"
+    index: int
+    has_adapter = False
+
+
+class Observer:
+    """What sees the tensors of a network in one forward at 32 bit, all ranks open; the base class only looks on.
+
+    A method returns a tensor of the shape and dtype that the network would have had: under autocast a linear map is in
+    bfloat16, and a network that mixes two results of one layer (DeBERTa's content and positions) refuses two dtypes.
+    """
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        """x, or what to go on with instead. (B, ..., n)"""
+        return x
+
+    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear map, or what to go on with instead."""
+        return F.linear(x, weight, bias)
+
+    def ranks(self, projection: int, hidden: Tensor) -> Tensor:
+        """hidden (B, ..., R), or what to go on with instead."""
+        return hidden
+
+
+class _Watched(torch.autograd.Function):
+    """Zeros in the shape of a tensor, which take no memory; their gradient, that tensor's, becomes the anchor's."""
+
+    @staticmethod
+    def forward(ctx, like, anchor, of_anchor, *saved):
+        ctx.of_anchor = of_anchor
+        ctx.save_for_backward(*saved)
+        return like.new_zeros(()).expand(like.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors  # read once: a checkpointed block gives them once
+        return None, ctx.of_anchor(grad, *saved), None, *(None for _ in saved)
+
+
+def watched(y: Tensor, anchor: Tensor, of_anchor: Callable[..., Tensor], *saved: Tensor) -> Tensor:
+    """y, whose gradient also reaches `anchor`, as of_anchor(gradient of y, *saved).
+
+    What is computed from the gradient is computed in the backward pass and keeps no more than `saved`, so that an
+    observer takes the memory of a training step.
+    """
+    return y + _Watched.apply(y.detach(), anchor, of_anchor, *(x.detach() for x in saved))
+
+
+class Handover:
+    """What the layers of one model read during one call: grids and ranks, or an observer."""
+
+    def __init__(self, owners: list[int] | None = None):
+        """owners: for each projection the one whose grid its input is on, where some share one; none: each its own."""
+        self.owners = owners
+        self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
+        # (a Grid for each (projection, tensor), None for the identity; ranks by projection, None where all are open;
+        # rounded weights by (projection, tensor), which no gradient can change while they are handed over, or None to
+        # keep none; drawn weights by (projection, name))
+        self.gates: tuple | None = None
+        self.keeps_weights = True
+        self.observer: Observer | None = None
+
+    def drawn(self, projection: int, name: str, parameter: Tensor) -> Tensor:
+        """A random weight of this call, (m, n) or one an example, (B, m, n); the parameter where none was drawn."""
+        return parameter if self.gates is None else self.gates[3].get((projection, name), parameter)
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            return self.observer.activation(projection, tensor, x)
+        grid = self._grid(projection, tensor)
+        return x if grid is None else quantize_on(x, grid)
+
+    def products(
+        self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None], source: Source | None = None
+    ) -> list[Tensor]:
+        """Linear maps of the projection's quantized input: (tensor, weight, bias) of each. source: of an x that nobody
+        else keeps."""
+        given, (x, grid) = x, self._input(projection, x)
+        if self.observer is not None:
+            return [self.observer.product(projection, tensor, x, weight, bias) for tensor, weight, bias in maps]
+        if any(weight.dim() == 3 for _, weight, _ in maps):  # one an example: operation by operation
+            x = x if grid is None else quantize_on(x, grid)
+            return [self._linear(x, *self._weight(projection, tensor, w), bias) for tensor, w, bias in maps]
+        on_grids = [Map(*self._weight(projection, tensor, weight), bias) for tensor, weight, bias in maps]
+        return quantized_products(x, grid, on_grids, source if x is given else None)
+
+    def _input(self, projection: int, x: Tensor) -> tuple[Tensor, Grid | None]:
+        """The input and the grid that it is still to be put on: none where an observer or several readers have it."""
+        if self.owners is not None:
+            owner = self.owners[projection]
+            if self.shared is None or self.shared[0] != owner or self.shared[1] is not x:
+                self.shared = owner, x, self.activation(owner, INPUT, x)
+            return self.shared[2], None
+        if self.observer is not None:
+            return self.observer.activation(projection, INPUT, x), None
+        return x, self._grid(projection, INPUT)
+
+    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor) -> Tensor:
+        if self.observer is not None:
+            return self.observer.product(projection, tensor, x, weight, None)
+        return self._linear(x, *self._weight(projection, tensor, weight))
+
+    def _linear(self, x: Tensor, weight: Tensor, grid: Grid | None, bias: Tensor | None = None) -> Tensor:
+        weight = weight if grid is None else quantize_on(weight, grid)
+        if weight.dim() == 2:
+            return F.linear(x, weight, bias)
+        y = x @ weight.mT  # (B, ..., n) with (B, m, n)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def ranks(self, projection: int, hidden: Tensor) -> Tensor:
+        if self.observer is not None:
+            return self.observer.ranks(projection, hidden)
+        ranks = self.gates[1]
+        return hidden if ranks is None else hidden * ranks[projection].to(hidden.dtype)
+
+    def _weight(self, projection: int, tensor: int, weight: Tensor) -> tuple[Tensor, Grid | None]:
+        """The weight and the grid that it is still to be put on: none where its rounded values are kept."""
+        grid, kept = self._grid(projection, tensor), self.gates[2]
+        if grid is None or kept is None:
+            return weight, grid
+        if (projection, tensor) not in kept:
+            kept[projection, tensor] = quantize_on(weight, grid)
+        return kept[projection, tensor], None
+
+    def _grid(self, projection: int, tensor: int) -> Grid | None:
+        if self.gates is None:
+            raise RuntimeError(
+                "a gated layer was called without gates: wrap the call, `with adapters.gates(net, z, g): net(**batch)`;"
+                " for the deployed allocation use z, g = the modes of the guide's posterior"
+            )
+        return self.gates[0][projection * len(TENSORS) + tensor]
+
+    def recomputation(self) -> tuple:
+        """Contexts of a checkpoint's forward and of its recomputation. A method, so that a deep copy gets its own."""
+        return contextlib.nullcontext(), handed_over(self, self.gates)
+
+
+@contextlib.contextmanager
+def handed_over(handover: Handover, gates: tuple | None) -> Iterator[None]:
+    before, handover.gates, handover.shared = handover.gates, gates, None
+    try:
+        yield
+    finally:
+        handover.gates, handover.shared = before, None

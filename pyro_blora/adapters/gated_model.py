@@ -1,0 +1,170 @@
+"""A backbone with gated adapters, and the context in which its layers compute with given gates.
+
+Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears
+them when it ends: no draw survives a call, and a projection that is called twice in one forward (DeBERTa's content and
+positions) sees the same gates both times. Ranges are one (L, T) parameter, learned as log(range), which `calibrate`
+(ranges.py) sets from data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layout import AdapterLayout
+from ..quantizer.grid import grids, mixture_weights
+from .gate_context import Gated, Handover, Observer, handed_over
+
+if TYPE_CHECKING:
+    import peft
+
+
+class GatedModel(nn.Module):
+    """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's.
+
+    Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
+    `autocast`: dtype of the backbone's arithmetic, None for the caller's.
+    `leads_with_examples`: a fact about the network, once somebody has asked (example_axis.py).
+    """
+
+    autocast: torch.dtype | None = None
+    leads_with_examples: bool | None = None
+
+    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: Handover):
+        super().__init__()
+        self.peft_model, self.layout, self.handover = peft_model, layout, handover
+        device = next(peft_model.parameters()).device
+        self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2], device=device))
+
+    def forward(self, **batch):
+        if self.has_cache:  # of keys and values, for a text that goes on: none does here
+            batch.setdefault("use_cache", False)
+        if self.autocast is None:  # whatever the caller's own autocast says
+            return self.peft_model(**batch)
+        with torch.autocast(self.log_range.device.type, self.autocast):
+            return self.peft_model(**batch)
+
+    @functools.cached_property
+    def has_cache(self) -> bool:
+        return "use_cache" in inspect.signature(self.backbone.forward).parameters
+
+    def layers(self) -> list[nn.Module]:
+        """The gated layers in the layout's order."""
+        found = [m for m in self.peft_model.modules() if isinstance(m, Gated)]
+        return sorted(found, key=lambda layer: layer.index)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What transformers made, with our layers in it."""
+        return self.peft_model.base_model.model if self.layout.adapted else self.peft_model
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """lora_A and lora_B of every adapted projection; without adapters all of the encoder."""
+        return [p for p, of_adapter in self._trained() if of_adapter]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [p for p, of_adapter in self._trained() if not of_adapter]
+
+    def _trained(self) -> list[tuple[nn.Parameter, bool]]:
+        """What learns, and whether it stands in an adapted projection (without adapters: in the base model)."""
+        adapted = [self.backbone.get_submodule(p.name) for p in self.layout.adapted] or [self.backbone.base_model]
+        inside = {id(p) for module in adapted for p in module.parameters()}
+        return [(p, id(p) in inside) for p in self.peft_model.parameters() if p.requires_grad]
+
+    def penalty(self) -> Tensor | float:
+        """What the adapter method adds to the loss, nats an example."""
+        return 0.0
+
+    def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
+        """(lora_A (R, n), lora_B (m, R)) of an adapted projection, by its name in the layout."""
+        return self.backbone.get_submodule(projection).low_rank()
+
+    def random_weights(self) -> dict[tuple[int, str], nn.Parameter]:
+        """What a law of the weights may draw, by (projection, name); nothing without gated adapters."""
+        layers = [layer for layer in self.layers() if layer.has_adapter]
+        return {(layer.index, name): p for layer in layers for name, p in layer.random_weights().items()}
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass; the gates of the forward are handed over again there."""
+        settings = {"use_reentrant": False, "context_fn": self.handover.recomputation}
+        backbone = self.backbone
+        if hasattr(backbone, "activation_checkpointing_enable"):  # the name since transformers 5.20
+            backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+@contextlib.contextmanager
+def gates(
+    net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None, *, opened: bool = False,
+    at_32: list[bool] | None = None,
+) -> Iterator[GatedModel]:  # fmt: skip
+    """Hand the gates z and g to every layer of `net` for the duration of the block, then clear them.
+
+    Shapes: z (L, T, K) bit chains above the always-open 2-bit rung; g (L, R - 1) rank chains after the first rank.
+    weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B each
+    example has its own. opened: the caller knows that everything is open; then z and g are not read. at_32: which
+    tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it.
+    Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
+    """
+    layout = net.layout
+    if tuple(z.shape) != layout.z_shape or tuple(g.shape) != layout.g_shape:
+        raise ValueError(
+            f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
+        )
+    kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
+    with handed_over(net.handover, (*_handed(net, z, g, opened, at_32), kept, weights or {})):
+        yield net
+
+
+def _handed(net: GatedModel, z: Tensor, g: Tensor, opened: bool, at_32: list[bool] | None) -> tuple[list, list | None]:
+    """A grid or None for each (projection, tensor), and the ranks of each projection, or None for all open."""
+    if opened:
+        return [None] * z[..., 0].numel(), None
+    z, g = z.to(net.log_range.device), g.to(net.log_range.device)
+    by_tensor = grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))
+    if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
+        at_32 = at_32 or exact_tensors(z)
+        by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, at_32, strict=True)]
+    return by_tensor, F.pad(g.float(), (1, 0), value=1.0).unbind(0)
+
+
+def exact_tensors(z: Tensor) -> list[bool]:
+    """Which tensors gates leave at 32 bit.  z (L, T, K) -> L T"""
+    return (z == 1).all(-1).flatten().tolist()
+
+
+def open_gates(layout: AdapterLayout, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """z and g with everything open: the 32-bit model at full rank."""
+    return torch.ones(layout.z_shape, device=device), torch.ones(layout.g_shape, device=device)
+
+
+@contextlib.contextmanager
+def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
+    """Let `observer` see every forward in the block, in evaluation mode, without gates.
+
+    Gradient checkpointing goes on where it asks a block's own flag, and dropout those of the layers inside. Gradients
+    are to be taken within the block, as the observer sees the recomputation too.
+    """
+    training, net.handover.observer = net.training, observer
+    net.eval()
+    for module in net.modules():
+        module.training = getattr(module, "gradient_checkpointing", False) and not _drops_itself(module)
+    try:
+        yield net
+    finally:
+        net.handover.observer = net.handover.shared = None
+        net.train(training)
+
+
+def _drops_itself(module: nn.Module) -> bool:
+    """Whether a block asks its own flag for dropout as well: BART's and OPT's do."""
+    return any(getattr(module, name, 0) for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop")
+               if not isinstance(getattr(module, name, 0), nn.Module))  # fmt: skip

@@ -1,0 +1,89 @@
+"""The principal components of the projections' inputs: what they explain, for a prior, and where lora_A may start."""
+
+import contextlib
+import io
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..layout import INPUT
+from .gate_context import Observer
+from .gated_model import GatedModel, observed
+
+
+class _Moments(Observer):
+    """Count, sum and sum of squares of each adapted projection's input, over batches, examples and tokens."""
+
+    def __init__(self, wanted: set[int]):
+        self.wanted = wanted
+        self.counts: dict[int, int] = dict.fromkeys(wanted, 0)
+        self.sums: dict[int, Tensor | float] = dict.fromkeys(wanted, 0.0)  # (n,)
+        self.products: dict[int, Tensor | float] = dict.fromkeys(wanted, 0.0)  # (n, n)
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        if tensor == INPUT and projection in self.wanted:
+            rows = x.detach().flatten(0, -2).double()  # a mean's square is taken off; autocast leaves it alone
+            self.counts[projection] += len(rows)
+            self.sums[projection] = self.sums[projection] + rows.sum(0)
+            self.products[projection] = self.products[projection] + rows.mT @ rows
+        return x
+
+    def ratios(self, projection: int, components: int) -> Tensor:
+        """Shares of the variance, falling, (components,); 0 beyond the input's width."""
+        count = max(1, self.counts[projection])
+        mean = self.sums[projection] / count
+        variances = torch.linalg.eigvalsh(self.products[projection] / count - torch.outer(mean, mean)).flip(0)
+        shares = variances.clamp(min=0) / variances.clamp(min=0).sum().clamp(min=torch.finfo(variances.dtype).tiny)
+        return torch.nn.functional.pad(shares, (0, max(0, components - len(shares))))[:components]
+
+
+@torch.no_grad()
+def explained_variances(net: GatedModel, batches: Iterable[dict]) -> Tensor:
+    """Explained variance ratios of the R leading components of every adapted projection's input.
+
+    Padding counts as any other token. Shapes: (L, R); rows of projections without an adapter are 0.
+    Errors: ValueError without any batch.
+    Source: principal components of layer inputs as in EVA (Paischer et al., 2024), here from the covariance itself.
+    """
+    adapted = {i for i, p in enumerate(net.layout.projections) if p.adapted}
+    moments = _Moments(adapted)
+    with observed(net, moments):
+        for batch in batches:
+            net(**batch)
+    if not all(moments.counts.values()):
+        raise ValueError("explained variances need at least one batch of training examples, got none")
+    rows = torch.zeros(len(net.layout.projections), net.layout.rank, device=net.log_range.device)
+    for projection in adapted:
+        rows[projection] = moments.ratios(projection, net.layout.rank)
+    return rows
+
+
+def _tokens(inputs: tuple[Tensor, ...], mask: Tensor, name: str) -> Tensor:
+    """Rows of a layer's input that are tokens of the batch, (tokens, n); none of another shape's."""
+    x = inputs[0] if isinstance(inputs, tuple | list) else inputs
+    return x[mask] if x.shape[:2] == mask.shape else x.new_zeros(0, x.shape[-1])
+
+
+@torch.no_grad()
+def start_eva(net: GatedModel, batches: Iterable[dict]) -> None:
+    """Start lora_A at the leading principal components of its layer's inputs, by PEFT's incremental PCA.
+
+    batches: passed over again until the components have settled. Padding and DeBERTa's table of positions, which its
+    projections see too, do not count. Every adapter keeps its rank.
+    Errors: ValueError where every batch has fewer tokens than the adapter ranks: PEFT would pass over them forever.
+    Source: Paischer et al., EVA (2024).
+    """
+    import peft
+
+    batches, learning = list(batches), {name: p.requires_grad for name, p in net.named_parameters()}
+    if max((int(batch["attention_mask"].sum()) for batch in batches), default=0) < net.layout.rank:
+        raise ValueError(f"EVA needs {net.layout.rank} tokens in a batch, as many as ranks: raise --batch_size")
+    with observed(net, Observer()), contextlib.redirect_stdout(io.StringIO()):  # PEFT prints what it leaves out
+        peft.initialize_lora_eva_weights(
+            net.peft_model, batches, show_progress_bar=False, gather_distributed_inputs=False,
+            prepare_model_inputs_fn=lambda inputs, config: inputs["attention_mask"].bool(),
+            prepare_layer_inputs_fn=_tokens,
+        )  # fmt: skip
+    for name, parameter in net.named_parameters():  # PEFT lets the pooler learn when it puts its adapter back
+        parameter.requires_grad_(learning[name])

@@ -1,0 +1,83 @@
+"""The gated linear layers: LoRA as PEFT has it, B-LoRA-XS, and maps without an adapter; all ask their `Handover`.
+
+One adapted projection computes, with Q the mixture of nested grids (quantizer.py), g the rank gates, xq = Q(x):
+
+    y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
+
+A layer has no state of its own: gates and drawn weights are handed over for one call (adapters.gates).
+"""
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from ..layout import BASE, HIDDEN, LORA_A, LORA_B
+from .gate_context import ADAPTER, Gated, Handover
+from .quantized_linear import source_of
+from .xs import factors
+
+
+class GatedLinear(LoraLinear, Gated):
+    """PEFT's LoRA layer with quantized tensors and rank gates; `save_pretrained` writes it as plain LoRA.
+
+    Shapes: x (..., n) -> (..., m); weight (m, n), lora_A (R, n), lora_B (m, R).
+    """
+
+    has_adapter = True
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        handover, index, base = self.handover, self.index, self.get_base_layer()
+        down, up = self.low_rank()
+        # (..., m) and (..., R)
+        y, hidden = handover.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
+        hidden = handover.ranks(index, handover.activation(index, HIDDEN, hidden))
+        return y + self.scaling[ADAPTER] * handover.product(index, LORA_B, hidden, up)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(lora_A (R, n), lora_B (m, R)): the parameters, or what was drawn in their place."""
+        return tuple(self.handover.drawn(self.index, name, p) for name, p in self.random_weights().items())
+
+    def random_weights(self) -> dict[str, nn.Parameter]:
+        """What a law of the weights may draw, by name."""
+        return {"lora_A": self.lora_A[ADAPTER].weight, "lora_B": self.lora_B[ADAPTER].weight}
+
+
+class XSLinear(GatedLinear):
+    """B-LoRA-XS: lora_A = S Q^T and P, in PEFT's lora_B, are frozen; lora_B = P M with the core M (R, R) learned."""
+
+    @torch.no_grad()
+    def start(self, settings: dict) -> None:
+        """Frozen factors of the base weight, and a core of zeros: step 0 is the pretrained model."""
+        rank = self.r[ADAPTER]
+        right, left = factors(self.get_base_layer().weight, rank, **settings)
+        for side, value in ((self.lora_A, right), (self.lora_B, left)):
+            side[ADAPTER].weight.requires_grad_(False).copy_(value)
+        self.lora_core = nn.Linear(rank, rank, bias=False, device=left.device, dtype=left.dtype)
+        nn.init.zeros_(self.lora_core.weight)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        core = self.handover.drawn(self.index, "core", self.lora_core.weight)
+        with torch.autocast(core.device.type, enabled=False):  # a weight, which is quantized from float32 as LoRA's is
+            return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight @ core
+
+    def random_weights(self) -> dict[str, nn.Parameter]:
+        return {"core": self.lora_core.weight}
+
+
+class QuantizedLinear(nn.Module, Gated):
+    """A linear map without an adapter whose input and weight are quantized; its parameters keep their names."""
+
+    def __init__(self, linear: nn.Linear, handover: Handover, index: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.handover, self.index = handover, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.handover.products(self.index, x, (BASE, self.weight, self.bias), source=source_of(x))[0]
+
+    def plain(self) -> nn.Linear:
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear

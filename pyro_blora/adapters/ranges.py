@@ -1,0 +1,100 @@
+"""Ranges of the quantizers: started from the weights and from data, and the share of values beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed import whole
+from ..layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B
+from .gate_context import Observer
+from .gated_model import GatedModel, observed
+
+if TYPE_CHECKING:
+    pass
+
+
+_UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
+_SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
+_PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
+_SAMPLE = 1 << 20  # torch.quantile takes at most 2^24 numbers; an even stride through them is enough
+
+
+class _Extent(Observer):
+    """The largest range that any batch needed, by (projection, tensor)."""
+
+    def __init__(self):
+        self.ranges: dict[tuple[int, int], Tensor] = {}
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        magnitude = x.detach().float().abs().flatten()
+        covering = magnitude[:: max(1, magnitude.numel() // _SAMPLE)].quantile(_PERCENTILE / 100)
+        key = (projection, tensor)
+        self.ranges[key] = torch.maximum(self.ranges.get(key, covering), covering)
+        return x
+
+
+@torch.no_grad()
+def calibrate(net: GatedModel, batches: Iterable[dict]) -> None:
+    """Start every range from data: weights by their maximum, activations by the 99.99th percentile of |x|.
+
+    While lora_B is zero, which says nothing about the size it will have, it takes lora_A's range.
+    """
+    extent = _Extent()
+    with observed(net, extent):
+        for batch in batches:
+            net(**batch)
+    start_ranges(net, extent.ranges)
+
+
+@torch.no_grad()
+def start_ranges(net: GatedModel, observed: dict) -> None:
+    ranges = torch.full_like(net.log_range, _UNSEEN_RANGE)
+    for layer in net.layers():
+        index = layer.index
+        for tensor in (INPUT, HIDDEN):
+            ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
+        if layer.has_adapter:
+            ranges[index, BASE] = whole(layer.get_base_layer().weight.abs().max())
+            down, up = (side.abs().max() for side in layer.low_rank())
+            ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)
+        else:
+            ranges[index, BASE] = whole(layer.weight.abs().max())
+    set_ranges(net, ranges)
+
+
+@torch.no_grad()
+def set_ranges(net: GatedModel, ranges: Tensor) -> None:
+    """ranges (L, T) >= 0; zero becomes the smallest positive range."""
+    net.log_range.copy_(ranges.clamp(min=_SMALLEST_RANGE).log())
+
+
+class _Clipped(Observer):
+    """Counts the values of every tensor, and those beyond its range."""
+
+    def __init__(self, ranges: Tensor):
+        self.ranges, self.beyond, self.all = ranges, torch.zeros_like(ranges), torch.zeros_like(ranges)
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        self.beyond[projection, tensor] += (x.abs() > self.ranges[projection, tensor]).sum()
+        self.all[projection, tensor] += x.numel()
+        return x
+
+    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.activation(projection, tensor, weight), bias)
+
+
+@torch.no_grad()
+def clipped(net: GatedModel, batches: Iterable[tuple[dict, Tensor]]) -> Tensor:
+    """Share of each tensor's values that lie beyond its range, at 32 bit; nan where there is none.  (L, T)"""
+    if not net.layers():  # PEFT's own layers have no ranges
+        return torch.full(net.layout.z_shape[:2], torch.nan)
+    seen = _Clipped(net.log_range.double().exp())
+    for inputs, _ in batches:
+        with observed(net, seen):
+            net(**inputs)
+    return seen.beyond / seen.all

@@ -1,0 +1,146 @@
+"""From presets and command-line words to the fields of a RunConfig.
+
+The presets are package data, in `pyro_blora/config/presets/`, so that an installed `pyro-blora train --preset demo`
+finds them without a checkout. A setting of prior, guide, adapter or weights has a dot in its name: `--prior.rate 3` on
+the line, `prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own, `--prior.g.NAME` its
+settings.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..user_files import compose_yaml, load_yaml, read_text, value_of
+from .fields import shown
+from .methods import left_open, require_consistent
+from .run_config import OWNERS, PRESETS, RunConfig, field_names, suggest
+
+_PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
+OWNED = re.compile(_PATTERN)
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number, whatever YAML says
+_SETTING = re.compile(rf"--({_PATTERN})(?:=(.*))?", re.DOTALL)
+
+
+def preset_names() -> list[str]:
+    """The names of the presets that travel with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The RunConfig fields that a preset sets; `prior.rate: 3` becomes an entry of `prior_settings`."""
+    return gather_settings(read_preset(name))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The flags that a preset sets, from a packaged name or a YAML file of the user's.
+
+    Errors: ValueError naming the file, and the line of a key that is unknown or given twice.
+    """
+    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(os.path.expanduser(name))
+    if not path.is_file():
+        raise ValueError(f"unknown preset {name!r}: {suggest(name, preset_names())}; or give a YAML file that exists")
+    node = compose_yaml(read_text(path), f"preset {path}")
+    values = value_of(node, f"preset {path}")
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"preset {path} must be a table of `flag: value` lines, got {type(values).__name__}")
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        where = f"preset {path}, line {key_node.start_mark.line + 1}"
+        key = key_node.value
+        if key in seen:
+            raise ValueError(f"{where}: {key!r} is given twice")
+        if key not in field_names() and not OWNED.fullmatch(key):
+            raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, field_names())}")
+        seen.add(key)
+    return values
+
+
+def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values with every `prior.NAME`, `guide.NAME`, ... moved into `prior_settings`, `guide_settings`, ..."""
+    gathered = {key: value for key, value in values.items() if "." not in key}
+    for key, value in values.items():
+        if "." in key:
+            owner, _, setting = key.partition(".")
+            if key in ("prior.z", "prior.g") and value is False:
+                value = "off"  # YAML's reading of the word
+            gathered[f"{owner}_settings"] = {**gathered.get(f"{owner}_settings", {}), setting: value}
+    return gathered
+
+
+def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """The RunConfig fields of a command line: the preset's, overridden by the flags and settings given."""
+    given = {}
+    for field in dataclasses.fields(RunConfig):
+        if hasattr(arguments, field.name):
+            value = getattr(arguments, field.name)
+            optional = not isinstance(field.type, type) and isinstance(None, field.type)
+            given[field.name] = None if optional and value.lower() in ("none", "null") else value
+    preset = read_preset(arguments.preset) if arguments.preset else {}
+    if given.get("method", preset.get("method")) != preset.get("method"):
+        preset = left_open(given["method"], preset)
+    preset = gather_settings(preset)
+    for owner in OWNERS:
+        chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
+        if given.get(owner, chosen) != chosen:
+            preset.pop(f"{owner}_settings", None)  # they belong to the law that the line has replaced
+    require_consistent(given.get("method", preset.get("method", "bayesian_lora")), {**given, **settings})
+    line = gather_settings(settings)
+    for key in line.keys() & preset.keys():
+        line[key] = {**preset[key], **line[key]}
+    return {**preset, **given, **line}
+
+
+def command_line(config: RunConfig) -> str:
+    """The `pyro-blora train` line of a configuration: what differs from the defaults of its method."""
+    usual, words = RunConfig(method=config.method), ["pyro-blora", "train"]
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(config, field.name)
+        if field.name.endswith("_settings"):
+            owner = field.name.removesuffix("_settings")
+            known = getattr(usual, field.name) if getattr(usual, owner) == getattr(config, owner) else {}
+            for key, setting in value.items():
+                if key not in known or known[key] != setting:
+                    words += [f"--{owner}.{key}", setting if isinstance(setting, str) else json.dumps(setting)]
+        elif value != getattr(usual, field.name) or field.name in ("task", "method", "seed"):
+            words += [f"--{field.name}", _word(value)]
+    return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split off `--prior.rate 3` and `--guide.NAME=VALUE`; values are YAML, and numbers such as 1e-3 are numbers."""
+    settings: dict[str, Any] = {}
+    rest, tokens = [], iter(argv)
+    for token in tokens:
+        match = _SETTING.fullmatch(token)
+        if match is None:
+            rest.append(token)
+            continue
+        name, text = match.groups()
+        text = next(tokens, None) if text is None else text
+        if text is None or text.startswith("--"):
+            raise ValueError(f"--{name} needs a value: --{name} 3 for example")
+        if name in settings:
+            raise ValueError(f"--{name} is given twice")
+        settings[name] = _value(name, text)
+    return settings, rest
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return float(text) if EXPONENT.fullmatch(text) else load_yaml(text, f"--{name}")
+    except ValueError as error:
+        raise ValueError(f"--{name} must be a number, a word or a YAML list, got {shown(text)} ({error})") from None

@@ -1,0 +1,179 @@
+"""Adapter out and in: a plain PEFT folder of the deployed allocation, and what is needed to go on with the posterior.
+
+`export` writes `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads without
+this package: open ranks only, lora_A and lora_B as quantized at their deployed widths, `rank_pattern` and
+`alpha_pattern` so that the scale stays alpha / R. After full fine-tuning there is no adapter, and the folder is one for
+transformers' `from_pretrained`. Beside it `gates.safetensors` holds everything that was trained, in
+full rank and unquantized, for `load`. Both are read back and compared before the call returns.
+"""
+
+import contextlib
+import copy
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters import peft_config
+from ..adapters.gate_context import ADAPTER, Gated
+from ..checkpoint import trainable, write_tensors
+from ..config.run_config import RunConfig
+from ..files import NotWritten, writing
+from ..layout import LORA_A, LORA_B, AdapterLayout
+from ..models.loading import commit_of, public_name, quiet
+from ..posterior.draws import deployed
+from ..program import BayesianLoRA
+from ..provenance import notes_of
+from ..quantizer import mixture_weights, quantize_mixture
+from ..tasks import get_task
+from .model_card import write_card
+from .verify import copied, read_back, verify
+
+GATES_FILE = "gates.safetensors"
+_AWAY = 0.02  # of an adapter that is exported before it is trained: as large as a fresh encoder's weights
+
+
+@torch.no_grad()
+def export(
+    program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None, tokenizer=None,
+    config: RunConfig | None = None,
+) -> Path:  # fmt: skip
+    """Write the deployed adapter to `folder`, which must not exist.
+
+    rows: inputs on which what was written is compared with the program; None: ordinary tokens of the vocabulary.
+    tokenizer, config: of the run; the tokenizer is saved too, and hashes tie the folder to the configuration.
+    Errors: FileExistsError; RuntimeError if what was written does not predict what the program predicts (nothing is
+    left behind then).
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: give another folder, an adapter is never overwritten")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        plain, ranks = plain_backbone(program.net), {}
+        if program.net.layout.adapted:
+            ranks, weights = _deployed_weights(program)
+            _save_peft(plain, program.net.layout, ranks, weights, partial)
+            reloaded = read_back(plain, ranks, partial)
+        else:
+            with quiet():
+                plain.save_pretrained(str(partial))
+                reloaded = type(plain).from_pretrained(str(partial), trust_remote_code=False)
+        verify(program, reloaded, rows)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, partial, config)
+        tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
+        notes = {
+            "layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train),
+            "labels": json.dumps(plain.config.id2label), **notes_of(program, partial, config),
+        }  # fmt: skip
+        write_tensors(partial / GATES_FILE, tensors, notes)
+        write_card(partial, plain, ranks, get_task(config.task) if config else None)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
+    """As it was loaded, not as it was last called, with the longest input of the training."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if getattr(tokenizer, "is_fast", False):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    if config is not None:
+        tokenizer.model_max_length = config.max_length
+    tokenizer.save_pretrained(str(folder))
+
+
+def plain_backbone(net: adapters.GatedModel) -> nn.Module:
+    """A copy of the backbone as transformers made it, with the trained head and without adapters."""
+    model = copied(net.peft_model)
+    model = model.unload() if net.layout.adapted else model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Gated):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.plain())
+    for config in ("peft_config", "_hf_peft_config_loaded"):
+        if config in vars(model):
+            delattr(model, config)
+    return model
+
+
+def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]]]:
+    """Open ranks, and (lora_A (r, n), lora_B (m, r)) as quantized, of every adapted projection by name."""
+    net, layout, (z, g) = program.net, program.net.layout, deployed(program)
+    ladder = mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, 5)
+    ranks, weights = {}, {}
+    for i, projection in enumerate(layout.projections):
+        if not projection.adapted:
+            continue
+        ranks[projection.name] = rank = 1 + int(g[i].sum())
+        down, up = (
+            quantize_mixture(side, net.log_range[i, t].exp(), ladder[i, t])
+            for side, t in zip(net.low_rank(projection.name), (LORA_A, LORA_B), strict=True)
+        )
+        missing = max(0, rank - len(down))  # AdaLoRA may leave none, PEFT needs one
+        down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
+        weights[projection.name] = down[:rank].cpu(), up[:, :rank].cpu()
+    return ranks, weights
+
+
+def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: dict, folder: Path) -> None:
+    alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
+    config = peft_config.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
+    with torch.random.fork_rng(devices=[]):
+        model = peft_config.wrapped(copied(plain), config)
+    modules = dict(model.base_model.model.named_modules())
+    for name, (down, up) in weights.items():
+        layer = modules[name]
+        if layer.r[ADAPTER] != ranks[name]:  # a pattern that matches nothing is ignored by PEFT
+            raise RuntimeError(f"PEFT gave {name} rank {layer.r[ADAPTER]} instead of {ranks[name]}")
+        layer.lora_A[ADAPTER].weight.copy_(down)
+        layer.lora_B[ADAPTER].weight.copy_(up)
+    saved = model.peft_config[ADAPTER]
+    saved.base_model_name_or_path, saved.revision = public_name(plain), commit_of(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for the base model on the hub to see whether its vocabulary grew
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@torch.no_grad()
+def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tensor]) -> None:
+    """Export an untrained program once, with adapters away from zero, so that nobody trains what cannot be kept.
+
+    folder: where that is written, compared and removed again, with the one above it if that is new and empty. rows: see
+    `export`. The program is left as it was.
+    Errors: ValueError saying what went wrong; NotWritten for a full disk.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off here
+    parameters = program.net.adapter_parameters() if program.net.layout.adapted else []
+    kept = folder.parent.exists()
+    before = [p.clone() for p in parameters]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for p in parameters:
+                nn.init.normal_(p, std=_AWAY)
+            with writing(folder):
+                export(program, folder, rows=rows)
+    except NotWritten:
+        raise
+    except Exception as error:  # whatever transformers or PEFT make of this model
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"what is trained could not be exported and read back ({reason[0]}), so it is not trained: choose other "
+            f"--target_modules or another --method for {type(program.net.backbone).__name__}"
+        ) from error
+    finally:
+        for p, value in zip(parameters, before, strict=True):
+            p.copy_(value)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()

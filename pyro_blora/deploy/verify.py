@@ -1,0 +1,54 @@
+"""What was exported, read back and compared with the program."""
+
+import copy
+import warnings
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters.gate_context import ADAPTER
+from ..layout import BASE, HIDDEN, INPUT
+from ..models.architectures import example_rows
+from ..posterior.draws import deployed
+from ..program import BayesianLoRA
+
+_GAP = 1e-4  # largest relative difference of logits between the exported adapter and its network, in float32
+
+
+def read_back(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Module:
+    """The adapter as PEFT reads it."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # as above
+        reloaded = peft.PeftModel.from_pretrained(copied(plain), str(folder))
+    modules = dict(reloaded.base_model.model.named_modules())
+    wrong = [name for name, rank in ranks.items() if modules[name].r[ADAPTER] != rank]
+    if wrong:
+        raise RuntimeError(f"the exported adapter lost the rank of {wrong[0]}")
+    return reloaded
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy that shares what is frozen: a backbone is in memory once."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+
+
+def verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] | None) -> None:
+    """What was written, against the gated network with activations and base weights at 32 bit."""
+    device, net = program.net.log_range.device, program.net
+    reloaded.eval().to(device)
+    z, g = deployed(program)
+    z = z.clone()
+    z[:, [INPUT, BASE, HIDDEN]] = 1.0
+    rows = rows or example_rows(net.backbone, 2, min(32, net.layout.sequence_length), varied=True)
+    batch = {key: value.to(device) for key, value in rows.items()}
+    training = program.training
+    program.eval()
+    with adapters.gates(net, z, g):
+        expected = net.peft_model(**batch).logits.float()  # not under autocast, as PEFT will run it
+    program.train(training)
+    gap = (reloaded(**batch).logits.float() - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+    if not gap <= _GAP:
+        raise RuntimeError(f"the exported adapter's logits differ by {gap:.2g} from the program's: please report this")

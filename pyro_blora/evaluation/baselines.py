@@ -1,0 +1,181 @@
+"""What a score is read beside: the best constant answer, a standard error, and the error of their difference.
+
+Numbers of one set of predictions, from their decisions and labels alone. Standard errors are over examples: of means
+from their spread, of other scores from a bootstrap; that of an accuracy is Jeffreys', which is not 0 where no example
+was wrong. Differences are paired by example.
+Shapes: E examples, B resamples, U different pairs of label and decisions, C classes.   Units: the score's; nats (NLL).
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Brown, Cai and DasGupta (2001) for Jeffreys.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from ..posterior.calibration import share_error
+
+NOISE = 2.0  # standard errors, within which a difference is noise
+_RESAMPLES = 1000
+_CALLS = 50  # of a metric that is not known here, which may be slow; the error is then known to a tenth
+_MOST_CONSTANTS = 10  # answers that such a metric is asked about, the most frequent labels
+_KEYS = ("constant", "standard_error", "gain_error")
+_AT_ONCE = 4_000_000  # numbers of a block of resamples
+
+
+class Outcome(Protocol):
+    """What is asked of a likelihood: see tasks/likelihoods.py."""
+
+    classes: int
+
+    def constants(self, labels: np.ndarray) -> list[np.ndarray]: ...
+
+    def constant_log_scores(self, labels: np.ndarray) -> np.ndarray: ...
+
+
+def beside(
+    scores: Mapping[str, float], decision: np.ndarray, labels: np.ndarray, log_scores: np.ndarray, *,
+    kind: Outcome, probabilities: np.ndarray | None = None, compute: Callable[..., Mapping] | None = None,
+) -> dict[str, dict[str, float | None]]:  # fmt: skip
+    """constant, standard_error and gain_error of every score, of `nll`, and with `probabilities` (E, C) of `brier`.
+
+    scores: the metric's own, by name. kind: the likelihood. compute: the metric, asked about names that are not known
+    here or that mean something else there.
+    gain_error: standard error of score minus constant. None where an error cannot be estimated.
+    """
+    decision, labels = np.asarray(decision), np.asarray(labels)
+    found = {name: _of_score(name, value, decision, labels, kind) for name, value in scores.items()}
+    if compute is not None and None in found.values():
+        found |= _by_calls([name for name, held in found.items() if held is None], decision, labels, kind, compute)
+    found = {name: held or dict.fromkeys(_KEYS) for name, held in found.items()}
+    found["nll"] = _of_means(-np.asarray(log_scores, float), -kind.constant_log_scores(labels))
+    if probabilities is not None:
+        unit, shares = np.eye(kind.classes)[labels], np.bincount(labels, minlength=kind.classes) / len(labels)
+        each = (np.square(x - unit).sum(-1) for x in (np.asarray(probabilities, float), shares))
+        found["brier"] = _of_means(*each)
+    return found
+
+
+def difference_error(name: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, kind: Outcome) -> float | None:
+    """Standard error of a score's difference between two sets of decisions on the same examples, where it is known."""
+    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES):
+        return None
+    each = _resampled(name, np.asarray(labels), [np.asarray(one), np.asarray(other)], kind.classes)
+    return float((each[0] - each[1]).std())
+
+
+def _of_means(each: np.ndarray, constant: np.ndarray) -> dict[str, float | None]:
+    """Of a mean over examples, and of the constant answer's."""
+    E = len(each)
+    errors = [float(x.std(ddof=1) / E**0.5) if E > 1 else None for x in (each, each - constant)]
+    return {"constant": float(constant.mean()), "standard_error": errors[0], "gain_error": errors[1]}
+
+
+def _of_score(name: str, value: float, decision, labels, kind: Outcome) -> dict | None:
+    """None for a score that is not known here, or by that name is another one there."""
+
+    def score(answers) -> float:
+        return float(_at(name, np.ones((1, len(labels))), labels, answers, kind.classes)[0])
+
+    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES) or abs(score(decision) - value) > 1e-6:
+        return None
+    constant, answer = max(((score(x), x) for x in kind.constants(labels)), key=lambda pair: pair[0])
+    each = _resampled(name, labels, [decision, answer], kind.classes)
+    error = share_error(value, len(labels)) if name == "accuracy" else float(each[0].std())
+    return dict(zip(_KEYS, (constant, error, float((each[0] - each[1]).std())), strict=True))
+
+
+def _by_calls(names: list[str], decision, labels, kind: Outcome, compute: Callable) -> dict[str, dict]:
+    """Of a metric that is a function of predictions and references only."""
+
+    def scores(x, y=labels) -> np.ndarray:
+        try:
+            found = compute(predictions=x.tolist(), references=y.tolist())
+            return np.array([float(found[name]) for name in names])
+        except Exception:  # a metric may refuse a resample or a constant: nothing is known of it then
+            return np.full(len(names), np.nan)
+
+    answers = sorted(kind.constants(labels), key=lambda x: -(labels == x).sum())[:_MOST_CONSTANTS]
+    of_answers = np.stack([scores(x) for x in answers])  # (answers, names)
+    best = np.nan_to_num(of_answers, nan=-np.inf).argmax(0)
+    rng, resamples = np.random.default_rng(0), []
+    for _ in range(_CALLS):
+        i = rng.integers(len(labels), size=len(labels))
+        constant = {k: scores(answers[k][i], labels[i]) for k in set(best.tolist())}
+        resamples.append((scores(decision[i], labels[i]), [constant[k][n] for n, k in enumerate(best)]))
+    one, other = np.array(resamples).swapaxes(0, 1)  # (calls, names)
+    columns = of_answers[best, range(len(names))], one.std(0), (one - other).std(0)
+    return {
+        name: {key: float(x[n]) if np.isfinite(x[n]) else None for key, x in zip(_KEYS, columns, strict=True)}
+        for n, name in enumerate(names)
+    }  # fmt: skip
+
+
+def _resampled(name: str, labels: np.ndarray, decisions: list[np.ndarray], classes: int) -> np.ndarray:
+    """(number of decisions, B): the score of each in the same bootstrap samples of the examples."""
+    rows, counts = np.unique(np.stack([labels, *decisions], 1), axis=0, return_counts=True)
+    rows = rows.astype(int) if classes else rows
+    rng, done = np.random.default_rng(0), []
+    block = max(1, min(_RESAMPLES, _AT_ONCE // len(rows)))
+    for start in range(0, _RESAMPLES, block):
+        weights = rng.multinomial(len(labels), counts / counts.sum(), size=min(block, _RESAMPLES - start))
+        done.append([_at(name, weights, rows[:, 0], rows[:, 1 + d], classes) for d in range(len(decisions))])
+    return np.concatenate(done, 1)
+
+
+def _at(name: str, weights: np.ndarray, labels: np.ndarray, decision: np.ndarray, classes: int) -> np.ndarray:
+    """The score with every row as often as its weight says, (B,); weights (B, U).  0 where it is undefined."""
+    weights = weights.astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if classes:
+            found = _OF_CLASSES[name](weights, labels, decision, classes)
+        else:
+            found = _OF_VALUES[name](weights, labels, decision)
+    return np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _accuracy(w, labels, decision, classes) -> np.ndarray:
+    return w @ (labels == decision) / w.sum(1)
+
+
+def _f1(w, labels, decision, classes) -> np.ndarray:
+    return 2 * (w @ ((labels == 1) & (decision == 1))) / (w @ (labels == 1) + w @ (decision == 1))
+
+
+def _matthews(w, labels, decision, classes) -> np.ndarray:
+    total, right = w.sum(1), w @ (labels == decision)
+    true, given = (w @ np.eye(classes)[x] for x in (labels, decision))  # (B, C)
+    spreads = (total**2 - np.square(true).sum(1)) * (total**2 - np.square(given).sum(1))
+    return np.where(spreads > 0, (right * total - (true * given).sum(1)) / np.sqrt(spreads), 0.0)
+
+
+def _recall(positive: int) -> Callable:
+    def found(w, labels, decision, classes) -> np.ndarray:
+        return w @ ((labels == positive) & (decision == positive)) / (w @ (labels == positive))
+
+    return found
+
+
+def _pearson(w, labels, decision) -> np.ndarray:
+    w = w / w.sum(1, keepdims=True)
+    x, y = labels - labels.mean(), decision - decision.mean()
+    cross = w @ (x * y) - (w @ x) * (w @ y)
+    spreads = [np.clip(w @ (v * v) - (w @ v) ** 2, 0.0, None) for v in (x, y)]
+    spread = np.sqrt(spreads[0] * spreads[1])
+    return np.where(spread > 1e-12, cross / spread, 0.0)
+
+
+def _spearman(w, labels, decision) -> np.ndarray:
+    """Of the ranks in the whole sample, also in a resample: close enough for a standard error."""
+    return _pearson(w, *(_ranks(x) for x in (labels, decision)))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+_OF_CLASSES = {
+    "accuracy": _accuracy, "f1": _f1, "matthews_correlation": _matthews, "sensitivity": _recall(1),
+    "specificity": _recall(0),
+}  # fmt: skip
+_OF_VALUES = {"pearson": _pearson, "spearmanr": _spearman}

@@ -1,0 +1,162 @@
+"""summary.json: what a run computed, in numbers; and the table of its predictions."""
+
+import json
+import os
+import platform
+import resource
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..bops import expected_bits, expected_bops, expected_rank
+from ..build import Parts
+from ..posterior.draws import bops, deployed, draw, draw_weights, marginals, mean_kl
+from ..posterior.prediction import Prediction
+from ..program import BayesianLoRA
+from .evaluating import Evaluated
+from .metrics import calibration_of, deployed_scores, scores_of
+
+_INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
+_WEIGHT_DRAWS = 100  # for their mean standard deviation
+_BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
+
+
+@torch.no_grad()
+def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
+    """All numbers of a run but those of its restarts."""
+    program, config = parts.program, parts.config
+    net, layout, (z, g) = program.net, program.net.layout, marginals(program)
+    learning = [*net.adapter_parameters(), *net.head_parameters()]
+    prediction, at_mode = evaluated.pairs["eval"]
+    (kl_z, kl_g), kl_theta = mean_kl(program, seed=config.seed), float(program.weights.divergence())
+    expected, at = bops(program), expected_bops(layout, *deployed(program))
+    ratios = expected_bops(layout, *draw(program, _BOPS_DRAWS, seed=config.seed)).adapted_ratio.cpu()
+    bits, ranks = expected_bits(layout, z).cpu(), expected_rank(g).cpu()
+    kinds = {p.type: [i for i, q in enumerate(layout.projections) if q.type == p.type] for p in layout.adapted}
+    found = {
+        "task": config.task,
+        "backbone": config.backbone,
+        "method": config.method,
+        "prior": "+".join(config.prior_names),
+        "guide": config.guide,
+        "adapter": config.adapter,
+        "weights": {"law": config.weights, **_of_weights(parts)},
+        "seed": config.seed,
+        "n_train": program.n_train,
+        "n_eval": len(prediction.labels),
+        **scores_of(parts.task, prediction),
+        "draws": config.draws,
+        "averaging": _averaging(parts),
+        "deployed": deployed_scores(parts.task, prediction, at_mode),
+        "prior_state": program.prior.report() if hasattr(program.prior, "report") else {},
+        "elbo_per_example": (
+            float(evaluated.fitted.log_likelihood.mean()) - (kl_z + kl_g + kl_theta) / program.n_train
+        ),
+        "kl": {"z": kl_z, "g": kl_g, "theta": kl_theta},
+        "bops": {
+            "adapted_ratio": float(expected.adapted_ratio),
+            "model_ratio": float(expected.model_ratio),
+            "interval": [float(ratios.quantile(p)) for p in _INTERVAL],
+            "deployed": {"adapted_ratio": float(at.adapted_ratio), "model_ratio": float(at.model_ratio)},
+        },
+        "expected_bits": {
+            tensor: float(bits[program.z_mask.cpu()[:, t], t].mean()) for t, tensor in enumerate(layout.tensors)
+            if program.z_mask[:, t].any()
+        },
+        "expected_rank": {kind: float(ranks[rows].mean()) for kind, rows in kinds.items()},
+        "adapter_parameters": sum(
+            _parameters(p, layout.rank, 1 + int((g[i] > 0.5).sum()), config.adapter == "xs")
+            for i, p in enumerate(layout.projections) if p.adapted
+        ),
+        "trained_parameters": sum(p.numel() for p in learning),
+        "seconds": {"training": round(seconds, 2)},
+        "peak_memory_bytes": _peak_memory(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
+    }  # fmt: skip
+    found["calibration"] = calibration_of(evaluated.pairs)
+    for split, (predicted, _) in evaluated.pairs.items():
+        if split not in ("eval", "ood"):
+            found[split] = scores_of(parts.task, predicted)
+    if evaluated.by_rank:
+        found["by_rank"] = evaluated.by_rank
+    return found
+
+
+def _parameters(projection, rank: int, opened: int, core: bool) -> int:
+    """Learned parameters of an adapter that its open ranks use: of LoRA (m + n) r, of a core R r."""
+    return opened * (rank if core else projection.in_features + projection.out_features)
+
+
+def stored(program: BayesianLoRA) -> int:
+    """Numbers that are kept to draw an adapter: those of its weights' law, and its weights that are points."""
+    law = program.weights
+    return law.stored + sum(p.numel() for p in program.net.adapter_parameters()) - law.size
+
+
+def _of_weights(parts: Parts) -> dict:
+    """random: D; stored: numbers that are kept to draw the adapter; std: root mean square over all weights.
+
+    Of Laplace also its prior_precision; of an ensemble the law of its members, whose first this is.
+    """
+    law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
+    found = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
+    if parts.config.law_of_fits != parts.config.weights:
+        found["of"] = parts.config.law_of_fits
+    if law.random:
+        drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
+        found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
+    if law.curvature:
+        found["prior_precision"] = float(law.prior_precision)
+    return found
+
+
+def _averaging(parts: Parts) -> str:
+    config, program = parts.config, parts.program
+    drawn = {
+        "the gates": program.gates_are_random, "the weights": program.weights.random,
+        "dropout masks": config.average_over == "dropout",
+    }  # fmt: skip
+    names = " and of ".join(name for name, is_drawn in drawn.items() if is_drawn)
+    each = f"over {config.draws} draws of {names}" if names else ""
+    if config.weights == "ensemble":
+        fits = f"{config.fits} fits from seeds of their own"
+        return f"mean of predicted probabilities over {fits}{f', of each {each}' if each else ''}"
+    return f"mean of predicted probabilities {each}" if each else "one network, in which nothing is random,"
+
+
+def of_restart(folder: Path) -> dict:
+    """What of a restart's summary stands in that of the run."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    kept = ("seed", "metric", "nll", "ece", "elbo_per_example", "bops", "deployed", "beside")
+    return {key: summary[key] for key in kept if key in summary}  # older ones have no `beside`
+
+
+def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode: Prediction) -> pd.DataFrame:
+    """One line an example: its text, label, decision, and mean probability of each class (or mean and spread).
+
+    `log_likelihood` is the log of the density averaged over draws, as in `nll`; `deployed_*`: of the one allocation.
+    """
+    table = parts.rows[split].to_pandas()
+    table["decision"] = _column(prediction.decision)
+    for name, column in prediction.likelihood.columns(prediction.outputs).items():
+        table[name] = column
+    if split == "ood":  # another task's sentences: no answer is right
+        return table.drop(columns="label")
+    table["log_likelihood"] = prediction.log_score.numpy()
+    table["deployed_decision"] = _column(at_mode.decision)
+    table["deployed_log_likelihood"] = at_mode.log_score.numpy()
+    return table
+
+
+def _column(answers: torch.Tensor) -> np.ndarray | list:
+    """One value, or one list, an example."""
+    return answers.numpy() if answers.dim() == 1 else answers.tolist()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

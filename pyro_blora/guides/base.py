@@ -1,0 +1,139 @@
+"""Variational families of the gates, by name.
+
+A guide is an `nn.Module`, made by `(layout, prior, **settings)` where `prior` is a module that returns the prior's
+Gates when it is called, with
+
+    laws(temperature, hard) -> Gates    what is sampled in training: reparametrised, with a KL against NestedBernoulli
+    posterior() -> Gates                the exact marginal laws of the chains, discrete: what is reported and deployed
+    components() -> Gates               optional, for a family that is not mean field: discrete laws with a leading
+                                        dimension of M equally likely components, z (M, L, T, K), g (M, L, R - 1)
+    divergence(prior, z_mask, g_mask)   optional, Gates of KLs in nats, where it is no sum over chains
+    serves_every_rank                   optional: after training, the same rank everywhere is evaluated, from 1 to R
+    deployed() -> Gates                 optional, the allocation to export, where it is not where marginals exceed 1/2
+    each_law(temperature, hard)         optional, with components: the law of every component; training draws from each,
+                                        M forwards a step, as one alone would be M times noisier than a mean field
+    computed_once()                     optional, a context: one evaluation of the ELBO, in which parameters stay
+    start(evidence)                     optional, called if `starts_from_data`: set the laws from an estimate of what
+                                        the data say about each chain (starting.py)
+
+The families here hold *evidence*: q(depth d) = softmax over d of log prior(d) + e_1 + ... + e_d, as the posterior is
+prior times likelihood. What the data say is learned in nats, whatever the optimizer makes of gradients; what the prior
+says enters exactly, so that a prior that moves (a budget, a learned rate) moves the gates in the same step.
+Gates that the prior pins (probability 0 or 1) are held there: the posterior cannot differ. Register a guide with
+`@register_guide`, or name it as `--guide file.py:function`.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, log_at_least, pinned_logits
+from ..layout import AdapterLayout
+from ..registry import Registry
+
+GUIDES = Registry("guide")
+register_guide = GUIDES.register
+_OPEN = 6.0  # log-odds of a gate that waits for the data: q(1 - q) = 0.0025, enough gradient to come back
+_IMPOSSIBLE = -1e30  # in place of log 0 where a prior pins a gate, so that sums and gradients stay finite
+_SURE = 1e4  # nats, in place of infinite evidence
+
+
+def conditional_logits(depth_logits: Tensor) -> Tensor:
+    """Log-odds of opening each gate given its parent, from unnormalised log P(depth).  (..., K + 1) -> (..., K)"""
+    return log_at_least(depth_logits)[..., 1:] - depth_logits[..., :-1]
+
+
+class Evidence(nn.Module):
+    """Nats that the data add to each step of a chain's depth, for each component; the prior's pins laid over them."""
+
+    _shared: Gates | None = None
+
+    def __init__(self, layout: AdapterLayout, prior: nn.Module, open_logit: float | None, components: int = 1):
+        super().__init__()
+        self.prior = prior
+        laws = prior()
+        self.z_evidence = nn.Parameter(torch.zeros(components, *layout.z_shape))  # (M, L, T, K)
+        self.g_evidence = nn.Parameter(torch.zeros(components, *layout.g_shape))  # (M, L, R - 1)
+        for name, law, mask in (("z_pins", laws.z, layout.z_mask), ("g_pins", laws.g, layout.g_mask)):
+            pins = torch.where(mask[..., None], pinned_logits(law.log_probs.detach()), torch.inf)  # or does not exist
+            self.register_buffer(name, pins, persistent=False)
+        self.free = Gates(bool(self.z_pins.isnan().any()), bool(self.g_pins.isnan().any()))  # is anything random?
+        self.starts_from_data = any(self.free) and open_logit is None
+        self._open(laws, _OPEN if open_logit is None else float(open_logit))
+
+    @torch.no_grad()
+    def _open(self, prior: Gates, logit: float) -> None:
+        """Every gate at log-odds `logit`, whatever the prior."""
+        for parameter, law in zip((self.z_evidence, self.g_evidence), prior, strict=True):
+            odds = torch.full_like(law.log_probs, logit)
+            wanted = RelaxedNestedBernoulli(odds, 1.0, validate_args=False).discrete.depth_log_probs
+            parameter.copy_((wanted - law.depth_log_probs).diff(dim=-1).nan_to_num(0.0, 0.0, 0.0))
+
+    @contextlib.contextmanager
+    def computed_once(self) -> Iterator[None]:
+        """A block in which the parameters, and the prior, stay as they are: sampling and KL share the log-odds."""
+        self._shared = Evidence.logits(self)  # a family that changes them does so to each copy, once
+        try:
+            yield
+        finally:
+            self._shared = None
+
+    def logits(self) -> Gates:
+        """Conditional log-odds of every component.  z (M, L, T, K), g (M, L, R - 1)"""
+        if self._shared is not None:
+            return self._shared
+        return Gates(*map(self._site_logits, self.prior(), (self.z_evidence, self.g_evidence), self.free,
+                          (self.z_pins, self.g_pins)))  # fmt: skip
+
+    @staticmethod
+    def _site_logits(prior: NestedBernoulli, evidence: Tensor, free: bool, pins: Tensor) -> Tensor:
+        pinned = pins.expand(evidence.shape)
+        if not free:
+            return pinned
+        said = nn.functional.pad(evidence.cumsum(-1), (1, 0))
+        logits = conditional_logits(prior.depth_log_probs.clamp(min=_IMPOSSIBLE) + said)
+        return torch.where(pinned.isnan(), logits, pinned)
+
+    @torch.no_grad()
+    def start(self, evidence: Gates) -> None:
+        """Set the evidence to that of each depth, up to a constant.  z (L, T, K + 1), g (L, R), nats."""
+        for parameter, said in zip((self.z_evidence, self.g_evidence), evidence, strict=True):
+            parameter.copy_(said.diff(dim=-1).nan_to_num(0.0, _SURE, -_SURE))
+
+    def components(self) -> Gates:
+        return Gates(*(RelaxedNestedBernoulli(x, 1.0, validate_args=False).discrete for x in self.logits()))
+
+
+def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> nn.Module:
+    """The named guide on a layout and a prior.  Errors: ValueError for an unknown name, setting or a wrong kind."""
+    function = GUIDES.resolve(name)
+    guide = function(layout, prior, **GUIDES.settings(function, settings or {}))
+    missing = [method for method in ("laws", "posterior") if not hasattr(guide, method)]
+    if not isinstance(guide, nn.Module) or missing:
+        raise ValueError(f"guide {name!r} must return an nn.Module with laws() and posterior(); missing: {missing}")
+    return guide
+
+
+def components(guide: nn.Module) -> Gates:
+    """The discrete law as equally likely components, z (M, L, T, K), g (M, L, R - 1); one if it is mean field."""
+    if hasattr(guide, "components"):
+        return guide.components()
+    return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in guide.posterior()))
+
+
+def draw_gates(guide: nn.Module, draws: int) -> Gates:
+    """Joint discrete draws.  z (S, L, T, K), g (S, L, R - 1)."""
+    laws = components(guide)
+    m = torch.randint(len(laws.z.log_probs), (draws,), device=laws.z.log_probs.device)
+    return Gates(*(NestedBernoulli(law.log_probs[m], validate_args=False).sample() for law in laws))
+
+
+def log_prob(guide: nn.Module, gates: Gates, z_mask: Tensor, g_mask: Tensor) -> Tensor:
+    """log q of joint draws, in nats, over the chains that exist.  z (S, L, T, K), g (S, L, R - 1) -> (S,)."""
+    laws = components(guide)
+    z = torch.where(z_mask, laws.z.log_prob(gates.z[:, None]), 0.0).sum((-1, -2))  # (S, M)
+    g = torch.where(g_mask, laws.g.log_prob(gates.g[:, None]), 0.0).sum(-1)
+    return (z + g).logsumexp(-1) - math.log(len(laws.z.log_probs))

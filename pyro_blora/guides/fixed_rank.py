@@ -1,0 +1,100 @@
+"""Guides that learn nothing, for methods: the ranks are drawn from a known law, or allocated by somebody else.
+
+Every bit gate is open, so they go with a prior whose z is `off`. Source: see the functions.
+"""
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, NestedBernoulli
+from ..layout import AdapterLayout
+from .base import register_guide
+
+
+def _point(gates: Gates) -> Gates:
+    return Gates(*(dist.Delta(x, event_dim=1, validate_args=False) for x in gates))
+
+
+class UniformRank(nn.Module):
+    """One rank for all adapters, each with the same probability; the largest is deployed."""
+
+    serves_every_rank = True  # so every rank is evaluated
+
+    def __init__(self, layout: AdapterLayout):
+        super().__init__()
+        ranks = torch.arange(layout.rank)  # ranks - 1 of the components
+        opened = (ranks[:-1] < ranks[:, None, None]) | ~layout.g_mask[:, None]  # what does not exist is open
+        self.register_buffer("z", torch.ones(layout.rank, *layout.z_shape), persistent=False)  # (R, L, T, K)
+        self.register_buffer("g", opened.float(), persistent=False)  # (R, L, R - 1)
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        rank = int(torch.randint(len(self.z), ()))  # drawn on the host: no transfer
+        return _point(Gates(self.z[rank], self.g[rank]))
+
+    def components(self) -> Gates:
+        return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in (self.z, self.g)))
+
+    def posterior(self) -> Gates:
+        opened = torch.nn.functional.pad(self.g.mean(0), (1, 0), value=1.0)  # (L, R) marginals, none of them 0
+        conditional = opened[..., 1:] / opened[..., :-1]
+        return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in (self.z[0], conditional)))
+
+    def deployed(self) -> Gates:
+        return Gates(self.z[-1], self.g[-1])
+
+    def divergence(self, prior: Gates, z_mask: Tensor, g_mask: Tensor) -> Gates:
+        kl_z = torch.where(z_mask, -prior.z.log_prob(self.z), 0.0).sum((-1, -2)).mean()
+        kl_g = torch.where(g_mask, -prior.g.log_prob(self.g), 0.0).sum(-1).mean()
+        return Gates(kl_z, kl_g - math.log(len(self.g)))
+
+
+class Allocated(nn.Module):
+    """One rank for each adapter, as `allocate` was last told."""
+
+    def __init__(self, layout: AdapterLayout, target_rank: int):
+        super().__init__()
+        self.target_rank = target_rank
+        self.register_buffer("z", torch.ones(layout.z_shape), persistent=False)
+        self.register_buffer("ranks", torch.full(layout.g_shape[:1], layout.rank))  # (L,)
+        self.register_buffer("before", torch.arange(1, layout.rank), persistent=False)  # ranks before each gate
+
+    def allocate(self, ranks: Tensor) -> None:
+        """Open ranks of every projection, (L,); the first is always open, so 0 counts as 1."""
+        self.ranks.copy_(ranks)
+
+    def _chains(self) -> Gates:
+        return Gates(self.z, (self.before < self.ranks[:, None]).to(self.z))
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        return _point(self._chains())
+
+    def posterior(self) -> Gates:
+        return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in self._chains()))
+
+
+@register_guide("uniform_rank")
+def uniform_rank(layout: AdapterLayout, prior: nn.Module) -> UniformRank:
+    """One rank for all adapters, drawn uniformly in every step; for method `dylora`. No settings.
+
+    Source: Valipour et al., DyLoRA (2023), with the prior `depth` on the ranks.
+    """
+    return UniformRank(layout)
+
+
+@register_guide("allocated")
+def allocated(layout: AdapterLayout, prior: nn.Module, *, target_rank: int | None = None) -> Allocated:
+    """The ranks that AdaLoRA's allocator has left, a point; for method `adalora`.
+
+    Settings: target_rank, their average at the end (default: two thirds of `rank`, AdaLoRA's own ratio).
+    Source: Zhang et al., AdaLoRA (2023).
+    """
+    target_rank = max(1, 2 * layout.rank // 3) if target_rank is None else target_rank
+    if not 1 <= target_rank < layout.rank:
+        raise ValueError(
+            f"guide 'allocated': target_rank must be from 1 to {layout.rank - 1}, below the rank {layout.rank} where "
+            f"AdaLoRA starts, got {target_rank}: raise --rank"
+        )
+    return Allocated(layout, target_rank)

@@ -1,0 +1,54 @@
+"""Mean-field guides: independent ladders, relaxed nested Bernoullis or one allocation."""
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
+from ..layout import AdapterLayout
+from .base import Evidence, register_guide
+
+
+class MeanField(Evidence):
+    """Every chain has a law of its own; sampled as relaxed nested Bernoullis."""
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        return Gates(*(RelaxedNestedBernoulli(x[0], temperature, hard, validate_args=False) for x in self.logits()))
+
+    def posterior(self) -> Gates:
+        return Gates(*(RelaxedNestedBernoulli(x[0], 1.0, validate_args=False).discrete for x in self.logits()))
+
+
+class Point(Evidence):
+    """One chain for each tensor and adapter, gates open where their product exceeds 1/2; KL = -log prior."""
+
+    def _chain(self, logits: Tensor) -> Tensor:
+        soft = torch.sigmoid(logits[0]).cumprod(-1)
+        return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        return Gates(*(dist.Delta(self._chain(x), event_dim=1, validate_args=False) for x in self.logits()))
+
+    def posterior(self) -> Gates:
+        return Gates(*(NestedBernoulli(self._chain(x).detach().log(), validate_args=False) for x in self.logits()))
+
+    def components(self) -> Gates:
+        return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in self.posterior()))
+
+
+@register_guide("mean_field")
+def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> MeanField:
+    """Independent relaxed nested Bernoullis, one a chain; KL in closed form.
+
+    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
+    """
+    return MeanField(layout, prior, open_logit)
+
+
+@register_guide("point")
+def point(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> Point:
+    """A single allocation (maximum a posteriori), learned with straight-through gradients.
+
+    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
+    """
+    return Point(layout, prior, open_logit)

@@ -1,0 +1,79 @@
+"""The AdapterLayout of a Hugging Face model: which of its linear maps carry gates, and their MACs."""
+
+import re
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..layout import BATCH_SIZE, READ_ALIKE, SCOPES, AdapterLayout, Projection
+from .architectures import encoder_linears, matched, type_of
+from .macs import cost
+
+
+def layout_of(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    target_modules: str | Iterable[str] | None = None,
+    scope: str = "adapted",
+    sequence_length: int = 128,
+    share_inputs: bool = False,
+    batch_size: int = BATCH_SIZE,
+) -> AdapterLayout:
+    """The layout of a Hugging Face model.
+
+    target_modules: None for the architecture's preset (`TARGETS`), names (matched as the end of a module's path),
+    or one regular expression (matched against the whole path).
+    Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
+    if not hasattr(model, model.base_model_prefix):
+        raise ValueError(
+            f"{type(model).__name__} has no task head: load the backbone with a class such as "
+            "AutoModelForSequenceClassification"
+        )
+    architecture = getattr(model.config, "model_type", type(model).__name__)
+    linears, targets = encoder_linears(model), matched(model, target_modules, architecture)
+    for name in linears:
+        n, m = linears[name].in_features, linears[name].out_features
+        if name in targets and rank > min(n, m):
+            raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
+    tokens, model_macs, reaching = cost(model, sequence_length, batch_size)
+    _require_reached(targets, reaching)
+    projections = []
+    for name, linear in linears.items():
+        if name not in reaching or (name not in targets and scope != "encoder"):
+            continue
+        layer = re.search(r"\.(\d+)\.", name)
+        projections.append(
+            Projection(
+                name=name, type=type_of(name), layer=int(layer[1]) if layer else 0, in_features=linear.in_features,
+                out_features=linear.out_features, tokens=tokens[name], adapted=name in targets,
+            )
+        )  # fmt: skip
+    layout = AdapterLayout(
+        architecture=architecture, projections=tuple(projections), rank=rank, alpha=float(alpha), scope=scope,
+        sequence_length=sequence_length, model_macs=model_macs, share_inputs=share_inputs, batch_size=batch_size,
+    )  # fmt: skip
+    if share_inputs and len(layout.input_owner.unique()) == len(projections):
+        raise ValueError(
+            f"share_inputs shares nothing here: no layer has more than one of {', '.join(READ_ALIKE)} among its "
+            f"quantized projections ({', '.join(sorted({p.type for p in projections}))}): drop --share_inputs"
+        )
+    return layout
+
+
+def _require_reached(targets: set[str], reaching: frozenset[str]) -> None:
+    """Leave out targets that no logit depends on, with a warning.  Errors: ValueError where none is left."""
+    idle = sorted(targets - reaching)
+    if not idle:
+        return
+    names = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
+    if len(idle) == len(targets):
+        raise ValueError(f"the logits do not depend on {names}: nothing would be learned there, choose other targets")
+    warnings.warn(f"the logits do not depend on {names}: left out, as nothing would be learned there", stacklevel=4)

@@ -1,0 +1,158 @@
+"""What was learned: exact marginals, the deployed allocation, draws of gates, weights and rates, and KLs.
+
+Reported posteriors are those of the discrete law. Draws and the deployed allocation come from the same law that was
+trained; a gate is deployed open where its marginal exceeds one half.
+Shapes: S draws; z (S, L, T, K), g (S, L, R - 1).
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ..bops import BOPs, expected_bops
+from ..gates import Gates, NestedBernoulli
+from ..guides.base import components, draw_gates, log_prob
+from ..program import BayesianLoRA, GateProgram
+
+_KL_DRAWS = 100
+_OTHER_STREAM = 0x5EED_0F_7E7A  # of the weights' draws, whose seed differs from the gates' in these bits
+
+
+@torch.no_grad()
+def marginals(program: BayesianLoRA) -> Gates:
+    """Exact probabilities that each gate is open.  z (L, T, K), g (L, R - 1)."""
+    return Gates(*(law.mean for law in program.gate_guide.posterior()))
+
+
+@torch.no_grad()
+def bops(program: BayesianLoRA) -> BOPs:
+    """E[BOPs] under the guide, exact: chains are independent given the component."""
+    each = expected_bops(program.layout, *component_marginals(program))  # fields (M,)
+    return BOPs(*(x.mean(0) for x in each))
+
+
+@torch.no_grad()
+def component_marginals(program: BayesianLoRA) -> Gates:
+    """The same as `marginals` for each equally likely component.  z (M, L, T, K), g (M, L, R - 1)."""
+    return Gates(*(law.mean for law in components(program.gate_guide)))
+
+
+@torch.no_grad()
+def deployed(program: BayesianLoRA) -> Gates:
+    """The one allocation that is exported: open where the marginal exceeds one half.  z (L, T, K), g (L, R - 1).
+
+    Under a mixture, where of two gates that stand in for each other both may have marginals below one half, the most
+    probable of this rule's allocations for the whole law and for each component.
+    """
+    guide = program.gate_guide
+    if hasattr(guide, "deployed"):
+        return guide.deployed()
+    whole = Gates(*(law.mode for law in guide.posterior()))
+    each = Gates(*(law.mode for law in components(guide)))
+    if len(each.z) == 1:
+        return whole
+    candidates = Gates(*(torch.cat([x[None], y]) for x, y in zip(whole, each, strict=True)))
+    best = log_prob(guide, candidates, program.z_mask, program.g_mask).argmax()
+    return Gates(*(x[best] for x in candidates))
+
+
+@torch.no_grad()
+def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "posterior") -> Gates:
+    """Discrete draws of all gates, from the guide's `posterior` or from the `prior`.
+
+    The same seed gives the same draws on every process, and leaves the global generator as it was.
+    Errors: ValueError for fewer than one draw.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    with seeded(program, seed):
+        if law == "posterior":
+            return draw_gates(program.gate_guide, draws)
+        if hasattr(program.prior, "sample_prior"):
+            return Gates(*(x.sample() for x in program.prior.sample_prior(draws)))
+        return Gates(*(x.sample((draws,)) for x in program.prior()))
+
+
+@torch.no_grad()
+def draw_weights(program: GateProgram, draws: int, *, seed: int = 0) -> Tensor | None:
+    """(S, D) draws of the adapter's weights, independent of those of the gates; None where they are not random."""
+    if not program.weights.random:
+        return None
+    with seeded(program, seed ^ _OTHER_STREAM):
+        return program.weights.draw(draws)
+
+
+class Rates(NamedTuple):
+    """Draws of a prior's own rates: names (n), posterior and prior (S, n), log_ratio (S,) as in `rates`."""
+
+    names: tuple[str, ...]
+    posterior: Tensor
+    prior: Tensor
+    log_ratio: Tensor
+
+
+@torch.no_grad()
+def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
+    """Draws of the prior's random rates, from their guide and from their law; None where no rate is random.
+
+    log_ratio: log of p(rates) exp(-KL(guide of the gates || prior at these rates)) over the rates' guide, nats: it
+    would be constant if the guide were the best law of the rates. The Pareto k of its tail says how far it is off.
+    Source: Yao, Vehtari, Simpson and Gelman, Yes, but did it work? (2018).
+    """
+    prior, q = program.prior, components(program.gate_guide)
+    parts = {site: part for site, part in prior.named_children() if hasattr(part, "draw_rates")}
+    parts = {"zg": prior} if hasattr(prior, "draw_rates") else parts
+    if not parts:
+        return None
+    names, drawn, log_ratio = [], {"posterior": [], "prior": []}, torch.zeros(draws)
+    with seeded(program, seed):
+        for site, part in parts.items():
+            names += part.rate_names
+            for law, columns in drawn.items():
+                columns.append(part.draw_rates(draws, law))
+            here = drawn["posterior"][-1]
+            log_ratio = log_ratio.to(here) + part.log_ratio(here)
+            for each, laws, own, mask in zip(
+                "zg", q, part.gates_at(here), (program.z_mask, program.g_mask), strict=True
+            ):
+                if each in site:
+                    q_each = NestedBernoulli(
+                        laws.log_probs[:, None], validate_args=False
+                    )  # (M, 1, ...) against (S, ...)
+                    kl = torch.where(mask, kl_divergence(q_each, own), 0.0)
+                    log_ratio = log_ratio - kl.flatten(2).sum(-1).mean(0)
+    return Rates(tuple(names), *(torch.cat(columns, -1) for columns in drawn.values()), log_ratio)
+
+
+@contextlib.contextmanager
+def seeded(program: GateProgram, seed: int):
+    """Random numbers on the program's device from this seed, and then as if nothing had been drawn."""
+    device = program.log_scale.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def mean_kl(program: BayesianLoRA, *, seed: int = 0) -> tuple[float, float]:
+    """KL(guide || prior) of the bit gates and of the rank gates, in nats: the mean of 100 estimates.
+
+    They are all the same but for a guide or a prior whose KL is sampled. Seeded as `draw` is.
+    """
+    with seeded(program, seed):
+        estimates = torch.stack([torch.stack(program.kl()) for _ in range(_KL_DRAWS)])  # (draws, 2)
+    kl_z, kl_g = estimates.double().mean(0).tolist()
+    return kl_z, kl_g
+
+
+@torch.no_grad()
+def divergences(program: BayesianLoRA) -> Gates:
+    """KL(posterior || prior) of each chain in nats; 0 where a tensor does not exist.  z (L, T), g (L,)."""
+    q, p = program.gate_guide.posterior(), program.prior()
+    return Gates(
+        torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0),
+        torch.where(program.g_mask, kl_divergence(q.g, p.g), 0.0),
+    )

@@ -1,0 +1,290 @@
+"""What a posterior.nc says about the gates, exactly: from the laws that it holds, not from its draws.
+
+`Posterior(read(path))` needs neither model nor torch's random numbers: the laws of guide and prior over every tensor's
+bit width and every adapter's rank are in the file's constant_data, and bit operations are a function of them.
+Shapes: C chains (restarts), M equally likely components of the guide (1 for a mean field), L projections, T tensors,
+K + 1 widths, R ranks.   Units: nats; BOPs as ratios to 32 x 32 bit with all ranks, unless said.
+"""
+
+import functools
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..bops import BOPs, at_full_width, expected_bops, savings
+from ..gates import Gates, NestedBernoulli
+from ..layout import AdapterLayout
+from .arviz_compat import group, pareto_weights
+
+INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
+
+
+class WhatIf(NamedTuple):
+    """What is predicted if a gate were forced, the laws of all other chains as they are.
+
+    probability: of the forced state under the guide. elbo_loss: nats that the ELBO loses, -log probability, which is
+    exact for a guide at its optimum; nll_rise of them are the data's (negative where the data would rather), the rest
+    is the KL's. bops_adapted, bops_model: E[BOPs] then, against before_adapted and before_model.
+    """
+
+    gate: str
+    opened: bool
+    probability: float
+    elbo_loss: float
+    nll_rise: float
+    bops_adapted: float
+    bops_model: float
+    before_adapted: float
+    before_model: float
+
+
+class Reweighted(NamedTuple):
+    """Draws under another prior: weights (S,), Pareto k of their tail, E[BOPs] by them and by the mean field's form."""
+
+    weights: np.ndarray
+    pareto_k: float
+    bops_adapted: float
+    bops_exact: float
+
+
+class _Slopes(NamedTuple):
+    """E[BOPs] of every component, (M,) of either denominator, and their slopes in the marginals of all gates."""
+
+    adapted: Tensor
+    model: Tensor
+    of_adapted: Gates
+    of_model: Gates
+
+
+def layout_of(data) -> AdapterLayout:
+    """The layout that an opened posterior.nc was written for."""
+    return AdapterLayout.from_dict(json.loads(group(data, "constant_data").attrs["layout"]))
+
+
+class Posterior:
+    """The exact side of an opened posterior.nc (`arviz_data.read`).
+
+    log_q: z (C, M, L, T, K + 1), g (C, M, L, R), log probabilities of widths and ranks; log_prior: the same without M.
+    What does not exist counts as open. masks: z (L, T), g (L), whether it exists.
+    """
+
+    def __init__(self, data):
+        self.data, self.layout = data, layout_of(data)
+        self.constant = group(data, "constant_data")
+        self.masks = Gates(self.layout.z_mask, self.layout.g_mask)
+        self.log_q = Gates(self._law("log_q_width"), self._law("log_q_rank"))
+        self.log_prior = Gates(self._law("log_prior_width"), self._law("log_prior_rank"))
+        self.chains = len(self.log_q.z)
+        self.projections = [str(name) for name in self.constant["projection"].values]
+        self._slopes: dict[int, _Slopes] = {}
+
+    def _law(self, name: str) -> Tensor:
+        law = torch.tensor(self.constant[name].values, dtype=torch.float64)
+        opened = torch.full_like(law, -torch.inf)
+        opened[..., -1] = 0.0
+        return torch.where(law.isnan(), opened, law)
+
+    # --- laws -------------------------------------------------------------------------------------------------------
+
+    def depth_probs(self, chain: int = 0) -> Gates:
+        """Probabilities of widths (L, T, K + 1) and of ranks (L, R)."""
+        return Gates(*(x[chain].exp().mean(0) for x in self.log_q))
+
+    def slopes(self, chain: int = 0) -> "_Slopes":
+        """E[BOPs] of every component and its slopes in the marginals, computed once."""
+        if chain not in self._slopes:
+            with torch.enable_grad():
+                marginals = Gates(*(x.requires_grad_() for x in _marginals(Gates(*(x[chain] for x in self.log_q)))))
+                found = expected_bops(self.layout, *marginals)
+                ratios = found.adapted_ratio, found.model_ratio
+                each = [Gates(*torch.autograd.grad(x.sum(), marginals, retain_graph=True)) for x in ratios]
+            self._slopes[chain] = _Slopes(*(x.detach() for x in ratios), *each)
+        return self._slopes[chain]
+
+    def expected_bops(self, chain: int = 0) -> BOPs:
+        """Exact: chains are independent given the component."""
+        each = expected_bops(self.layout, *_marginals(Gates(*(x[chain] for x in self.log_q))))
+        return BOPs(*(x.mean(0) for x in each))
+
+    def moments(self) -> Gates:
+        """Means and variances over the law of bits (2, C, L, T) and of open ranks (2, C, L)."""
+        found = []
+        for log_q, values in zip(self.log_q, (self.layout.ladder, range(1, self.layout.rank + 1)), strict=True):
+            law, values = log_q.exp().mean(1), torch.tensor(list(values), dtype=torch.float64)
+            mean = law @ values
+            found.append(torch.stack([mean, (law @ values.square() - mean.square()).clamp(min=0.0)]))
+        return Gates(*found)
+
+    # --- bit operations ---------------------------------------------------------------------------------------------
+
+    def gates(self, chain: int = 0) -> pd.DataFrame:
+        """A line a gate that exists: its names, whether it is deployed open, and the probability that it is open; what
+        it contributes to the expected saving (of `adapted` where its projection is adapted, and of `model`); and the
+        WhatIf of forcing it to the other state than the deployed one.  nan where that is ruled out.
+        """
+        full = at_full_width(self.layout)
+        marginals = _marginals(Gates(*(x[chain] for x in self.log_q)))
+        each = [savings(self.layout, z, g) for z, g in zip(*marginals, strict=True)]
+        saved = Gates(*(torch.stack(x).mean(0) for x in zip(*each, strict=True)))
+        mean = Gates(*(x.mean(0) for x in marginals))
+        deployed = Gates(*(self.constant[f"{site}_deployed"].values[chain] > 0.5 for site in "zg"))
+        lines = []
+        for name, (site, index, depth) in self._known.items():
+            at = (*index, depth - 1)
+            is_open = bool(getattr(deployed, site)[at])
+            saving = float(getattr(saved, site)[at])
+            try:
+                forced = self.what_if(name, not is_open, chain)
+                after = {
+                    "forced": "closed" if is_open else "open", "elbo_loss": forced.elbo_loss,
+                    "nll_rise": forced.nll_rise, "bops_change": forced.bops_adapted - forced.before_adapted,
+                }  # fmt: skip
+            except ValueError:  # pinned, or a guide that is a single allocation
+                after = {"forced": "never", "elbo_loss": math.nan, "nll_rise": math.nan, "bops_change": math.nan}
+            projection = self.layout.projections[index[0]]
+            lines.append({
+                "gate": name, "site": site, "projection": self.projections[index[0]], "layer": projection.layer,
+                "type": projection.type, "tensor": self.layout.tensors[index[1]] if site == "z" else "rank",
+                "rung": self.layout.ladder[depth] if site == "z" else depth + 1,
+                "probability": float(getattr(mean, site)[at]), "deployed": is_open,
+                "saving_adapted": saving / float(full.adapted), "saving_model": saving / float(full.model), **after,
+            })  # fmt: skip
+        return pd.DataFrame(lines)
+
+    def what_if(self, gate: str, opened: bool, chain: int = 0) -> WhatIf:
+        """Force one gate, named as `7.value.lora_A.8` (bits) or `7.value.rank.5`; a chain opens and closes in order.
+
+        Errors: ValueError for a name that is none, naming near ones, and for a state that prior or guide rule out.
+        """
+        site, index, depth = self._find(gate)
+        log_q = getattr(self.log_q, site)[chain]  # (M, L, ..., D)
+        law = log_q[(slice(None), *index)]  # (M, D)
+        kept = torch.arange(law.shape[-1]) >= depth
+        kept = kept if opened else ~kept
+        mass = torch.where(kept, law, -torch.inf).logsumexp(-1)  # (M,)
+        log_probability = float(mass.logsumexp(0) - math.log(len(mass)))
+        if log_probability == -math.inf:
+            allowed = bool((getattr(self.log_prior, site)[(chain, *index)][kept] > -torch.inf).any())
+            why = "its guide is a single allocation" if allowed else "it is pinned by its prior"
+            raise ValueError(f"gate {gate} cannot be {'open' if opened else 'closed'}: {why}")
+        weights = mass.softmax(0)
+        alive = mass > -torch.inf
+        forced = torch.where(kept & alive[:, None], law - mass.clamp(min=-1e300)[:, None], -torch.inf)
+        forced = torch.where(alive[:, None], forced, law)  # of weight 0
+        adapted, model, *slopes = self.slopes(chain)
+        shift = _opening(forced) - _opening(law)  # (M, D - 1); E[BOPs] is linear in the marginals of one ladder
+        after = [
+            x + (getattr(slope, site)[(slice(None), *index)] * shift).sum(-1)
+            for x, slope in zip((adapted, model), slopes, strict=True)
+        ]
+        whole, then = law.exp().mean(0), weights @ forced.exp()
+        evidence = whole.log() - getattr(self.log_prior, site)[(chain, *index)]  # up to a constant
+        evidence = torch.where(whole > 0, evidence, 0.0)
+        return WhatIf(
+            gate, opened, math.exp(log_probability), -log_probability + 0.0, float(((whole - then) * evidence).sum()),
+            *(float(weights @ x) for x in after), float(adapted.mean()), float(model.mean()),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _known(self) -> dict[str, tuple[str, tuple, int]]:
+        """(site, index of the ladder, place in it from 1) of every gate that exists, by name."""
+        return {name: tuple(rest) for name, *rest in self._every_gate()}
+
+    def _every_gate(self):
+        """(name, site, index of the chain, place in it from 1) of every gate that exists."""
+        for i, projection in enumerate(self.projections):
+            for t, tensor in enumerate(self.layout.tensors):
+                if self.masks.z[i, t]:
+                    for k, bits in enumerate(self.layout.ladder[1:], 1):
+                        yield f"{projection}.{tensor}.{bits}", "z", (i, t), k
+            if self.masks.g[i]:
+                yield from ((f"{projection}.rank.{k + 1}", "g", (i,), k) for k in range(1, self.layout.rank))
+
+    def _find(self, gate: str) -> tuple[str, tuple, int]:
+        known = self._known
+        if gate not in known:
+            near = [name for name in known if name.rsplit(".", 1)[0] == gate.rsplit(".", 1)[0]]
+            near = near or [name for name in known if name.split(".")[:2] == gate.split(".")[:2]] or list(known)
+            raise ValueError(
+                f"there is no gate {gate!r}. A gate is PROJECTION.TENSOR.BITS or PROJECTION.rank.NUMBER, such as "
+                f"{', '.join(near[:4])}"
+            )
+        return known[gate]
+
+    # --- whether to believe it --------------------------------------------------------------------------------------
+
+    def kl(self, chain: int = 0) -> Gates:
+        """KL(guide || prior) of every chain of gates, nats.  z (L, T), g (L); 0 where there is none or it is pinned."""
+        return Gates(*(
+            torch.where(q.exp().mean(0) > 0, q.exp().mean(0) * (q.exp().mean(0).log() - p), 0.0).sum(-1).clamp(min=0.0)
+            for q, p in zip((x[chain] for x in self.log_q), (x[chain] for x in self.log_prior), strict=True)
+        ))  # fmt: skip
+
+    def free(self, chain: int = 0) -> Gates:
+        """Whether a chain of gates exists and its prior leaves it a choice.  z (L, T), g (L), bool"""
+        return Gates(*(
+            mask & ((p[chain] > -torch.inf).sum(-1) > 1) for mask, p in zip(self.masks, self.log_prior, strict=True)
+        ))  # fmt: skip
+
+    def rhat(self) -> Gates:
+        """R-hat of bits (L, T) and of ranks (L) between restarts, at infinitely many draws; nan for a single one.
+
+        1 where restarts have the same mean; infinite where each is sure of something else.
+        Source: Gelman and Rubin (1992), with each chain's moments from its law.
+        """
+        found = []
+        for mean, variance in self.moments():
+            between = mean.var(0) if len(mean) > 1 else torch.full_like(mean[0], torch.nan)
+            ratio = torch.where(between < 1e-12, 0.0, between / variance.mean(0))  # 0 / 0: sure, and of the same
+            found.append((1 + ratio).sqrt())
+        return Gates(*found)
+
+    def reweighted(self, factor: float, chain: int = 0) -> Reweighted:
+        """The posterior if every rate of the prior, -log p(open | the one before open), were `factor` times as large.
+
+        By importance weights of the draws, with Pareto-smoothed tails, and by the mean field's own form, q p' / p of
+        each chain, which holds as long as what the data say about a chain does not depend on the others.
+        Errors: ValueError for a factor that is not positive.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor must be a positive number, got {factor}: 2 doubles every rate")
+        drawn = group(self.data, "posterior")
+        log_ratio, laws, log_mass = 0.0, [], 0.0
+        for site, mask in zip("zg", self.masks, strict=True):
+            log_q, log_p = getattr(self.log_q, site)[chain], getattr(self.log_prior, site)[chain]
+            at_least = log_p.flip(-1).logcumsumexp(-1).flip(-1)
+            rates = (at_least[..., :-1] - at_least[..., 1:]).nan_to_num(0.0)  # below a pin: of no weight
+            moved = NestedBernoulli(-factor * rates, validate_args=False).depth_log_probs - log_p
+            moved = torch.where(log_p > -torch.inf, moved, 0.0)
+            gates = torch.tensor(np.nan_to_num(drawn[site].values[chain]))
+            depth = gates.sum(-1).long()  # (S, L, T) or (S, L)
+            change = moved.expand(len(depth), *moved.shape).gather(-1, depth[..., None]).squeeze(-1)
+            log_ratio = log_ratio + torch.where(mask, change, 0.0).flatten(1).sum(-1)
+            unnormalised = log_q + moved
+            mass = unnormalised.logsumexp(-1, keepdim=True)
+            laws.append(unnormalised - mass)
+            log_mass = log_mass + torch.where(mask, mass.squeeze(-1), 0.0).flatten(1).sum(-1)  # (M,)
+        weights, k = pareto_weights(log_ratio.numpy())
+        exact = expected_bops(self.layout, *_marginals(Gates(*laws))).adapted_ratio
+        return Reweighted(
+            weights, k, float(weights @ drawn["bops_adapted"].values[chain]), float(log_mass.softmax(0) @ exact)
+        )
+
+
+def marginals_of(posterior: Posterior, chain: int = 0) -> Gates:
+    """Probabilities that each gate is open under every component.  z (M, L, T, K), g (M, L, R - 1)"""
+    return _marginals(Gates(*(x[chain] for x in posterior.log_q)))
+
+
+def _marginals(log_laws: Gates) -> Gates:
+    """Probabilities that each gate is open, from log probabilities of the depths.  (..., D) -> (..., D - 1)"""
+    return Gates(*map(_opening, log_laws))
+
+
+def _opening(log_law: Tensor) -> Tensor:
+    return log_law.exp().flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(max=1.0)

@@ -1,0 +1,98 @@
+"""A prior whose rate is adapted in training so that the expected bit operations meet a target."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..bops import expected_bops
+from ..gates import Gates, NestedBernoulli
+from ..layout import AdapterLayout
+from .base import register_prior
+
+
+class Budget(nn.Module):
+    """p(z, g) proportional to exp(-rate * BOPs(z, g)), each chain's law taken at the others' expected bits and ranks.
+
+    BOPs are linear in each chain's gates, so the price of a gate is the derivative of E[BOPs] with respect to its
+    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and moves
+    asinh(rate) by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual ascent
+    that does not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs; below 0 where
+    the data use less than the target, which is met all the same.
+    """
+
+    GAIN = 0.3  # and the largest step of asinh(rate), which is that of log(rate) for all but small rates
+    LARGEST = 20.0  # asinh of 2e8 nats: where a guide does not follow, the way back stays short
+    FOLLOW = 0.2  # of the way to new prices: all the way, an input and its weight would turn dear and cheap in step
+
+    def __init__(self, layout: AdapterLayout, target: float, denominator: str, name: str = "budget"):
+        super().__init__()
+        if denominator not in ("adapted", "model"):
+            raise ValueError(f"prior {name!r}: denominator must be 'adapted' or 'model', got {denominator!r}")
+        self.layout, self.target, self.field = layout, target, f"{denominator}_ratio"
+        self.name, self.denominator = name, denominator
+        self.require_reach(*(Gates(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)))
+        self.register_buffer("asinh_rate", torch.tensor(math.asinh(1e3)))
+        self.register_buffer("z_price", torch.zeros(layout.z_shape))  # (L, T, K), ratio of BOPs a gate
+        self.register_buffer("g_price", torch.zeros(layout.g_shape))  # (L, R - 1)
+        self._follow(Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape)))
+
+    def require_reach(self, closed: Gates, opened: Gates) -> None:
+        """Refuse a target that is not between the least and the most that the gates can spend."""
+        least, most = self._ratio(*closed), self._ratio(*opened)
+        if not least < self.target < most:
+            raise ValueError(
+                f"prior {self.name!r}: bops must be between {least:.3g} (every gate closed) and {most:.3g} (open) of "
+                f"denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in scope "
+                "`encoder` more gates save bit operations"
+            )
+
+    def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
+        return getattr(expected_bops(self.layout, z, g), self.field)
+
+    def _follow(self, means: Gates, share: float = 1.0) -> Tensor:
+        """Move the prices a share of the way to those at these marginals; returns the expected ratio there."""
+        means = [mean.detach().double().requires_grad_() for mean in means]
+        with torch.enable_grad():
+            ratio = self._ratio(*means).mean()
+            prices = torch.autograd.grad(ratio, means)
+        for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
+            buffer.lerp_(price.sum_to_size(buffer.shape).to(buffer), share)
+        return ratio.detach()
+
+    def _variance(self, means: Gates) -> Tensor:
+        """Of the ratio at these prices, chains independent given the component: minus its slope, by the Gibbs form."""
+        total = 0.0
+        for price, mean in zip((self.z_price, self.g_price), means, strict=True):
+            cost = nn.functional.pad(price.double().cumsum(-1), (1, 0))  # of each depth
+            law = -nn.functional.pad(mean.double(), (1, 1)).diff(dim=-1)
+            law[..., 0] += 1
+            spread = (law * (cost - (law * cost).sum(-1, keepdim=True)).square()).sum(-1)
+            total = total + spread.reshape(-1, *price.shape[:-1]).mean(0).sum()
+        return total
+
+    @torch.no_grad()
+    def adapt(self, means: Gates) -> None:
+        """One step towards the target, at the marginals of M components.  z (M, L, T, K), g (M, L, R - 1)."""
+        ratio = self._follow(means, self.FOLLOW)
+        slope = self.asinh_rate.cosh() * self._variance(means) / ratio  # -d log E[BOPs] / d asinh(rate)
+        step = (ratio / self.target).log() / slope.clamp(min=1 / self.GAIN)
+        step = step.clamp(-self.GAIN, self.GAIN).to(self.asinh_rate)
+        self.asinh_rate.add_(step).clamp_(-self.LARGEST, self.LARGEST)
+
+    def forward(self) -> Gates:
+        costs = (self.asinh_rate.sinh() * price for price in (self.z_price, self.g_price))
+        depths = (-nn.functional.pad(cost.cumsum(-1), (1, 0)) for cost in costs)
+        return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in depths))
+
+    def report(self) -> dict[str, float]:
+        return {"rate": self.asinh_rate.sinh().item()}
+
+
+@register_prior("budget")
+def budget(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted") -> Budget:
+    """As `bops`, with the rate adapted in training so that the expected bit operations meet a target.
+
+    Settings: bops, the target as a fraction of the denominator; denominator, `adapted` or `model` (see bops.py).
+    """
+    return Budget(layout, bops, denominator)

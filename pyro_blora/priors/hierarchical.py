@@ -1,0 +1,102 @@
+"""A prior whose rates are random: Gamma distributions of the rates, learned with everything else."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates, NestedBernoulli
+from ..layout import AdapterLayout
+from .base import register_prior
+
+
+class Hierarchical(nn.Module):
+    """Nested gates whose rates have a Gamma law and a log-normal guide, learned with everything else."""
+
+    def __init__(self, layout: AdapterLayout, shape: float, rate: float):
+        super().__init__()
+        self.shape, self.rate, self.z_shape, self.g_shape = shape, rate, layout.z_shape, layout.g_shape
+        kinds = list(dict.fromkeys(p.type for p in layout.projections))
+        self.names = [*layout.tensors, *(f"rank_{kind}" for kind in kinds)]
+        self.register_buffer("kind", torch.tensor([kinds.index(p.type) for p in layout.projections]), persistent=False)
+        self.used = slice(0, len(self.names))
+        self.loc = nn.Parameter(torch.full((len(self.names),), math.log(shape / rate)))  # of log(rate)
+        self.log_sd = nn.Parameter(torch.full((len(self.names),), -1.0))
+
+    def only(self, site: str) -> None:
+        tensors = self.z_shape[1]
+        self.used = slice(0, tensors) if site == "z" else slice(tensors, len(self.names))
+
+    def _gates(self, rates: Tensor) -> Gates:
+        """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
+        T, lead = self.z_shape[1], rates.shape[:-1]
+        z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
+        return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g.expand(*lead, *self.g_shape))))
+
+    def _law(self, name: str) -> torch.distributions.Distribution:
+        """Of all rates (n,), used or not: their guide (`posterior`), or their Gamma law (`prior`)."""
+        if name == "posterior":
+            return torch.distributions.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
+        settings = (torch.full_like(self.loc, x) for x in (self.shape, self.rate))
+        return torch.distributions.Gamma(*settings, validate_args=False)
+
+    def forward(self) -> Gates:
+        """At the rates' posterior means."""
+        return self._gates(self._law("posterior").mean)
+
+    def sample(self) -> Gates:
+        """At one reparametrised draw of the rates from their posterior."""
+        return self._gates((self.loc + self.log_sd.exp() * torch.randn_like(self.loc)).exp())
+
+    @property
+    def rate_names(self) -> list[str]:
+        return self.names[self.used]
+
+    def draw_rates(self, draws: int, law: str = "posterior") -> Tensor:
+        """(S, n) rates in use, from their log-normal guide or from their Gamma law."""
+        return self._law(law).sample((draws,))[:, self.used]
+
+    def gates_at(self, rates: Tensor) -> Gates:
+        """Laws of the gates at given rates in use (S, n)."""
+        every = self._law("posterior").mean.expand(len(rates), -1).clone()
+        every[:, self.used] = rates
+        return self._gates(every)
+
+    def log_ratio(self, rates: Tensor) -> Tensor:
+        """log Gamma law - log guide of rates in use (S, n) -> (S,)"""
+        every = rates.new_ones(len(rates), len(self.names))
+        every[:, self.used] = rates
+        gap = self._law("prior").log_prob(every) - self._law("posterior").log_prob(every)
+        return gap[:, self.used].sum(-1)
+
+    def sample_prior(self, draws: int) -> Gates:
+        """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
+        return self._gates(self._law("prior").sample((draws,)))
+
+    def divergence(self) -> Tensor:
+        """KL of the rates' log-normal guide from their Gamma law, nats, closed form."""
+        sd = self.log_sd.exp()
+        entropy = self.loc + 0.5 + 0.5 * math.log(2 * math.pi) + self.log_sd
+        mean = (self.loc + sd.square() / 2).exp()
+        gamma = self.shape * math.log(self.rate) - math.lgamma(self.shape)
+        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean)[self.used].sum()
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """Posterior mean and central 94 % interval of every rate, nats a gate."""
+        law = self._law("posterior")
+        low, high = (law.icdf(torch.full_like(self.loc, p)) for p in (0.03, 0.97))
+        columns = {end: x[self.used].tolist() for end, x in (("", law.mean), ("_low", low), ("_high", high))}
+        return {f"rate_{name}{end}": x[i] for i, name in enumerate(self.rate_names) for end, x in columns.items()}
+
+
+@register_prior("hierarchical")
+def hierarchical(layout: AdapterLayout, *, shape: float = 1.0, rate: float = 1.0) -> Hierarchical:
+    """Rates that are random: one for the bit gates of each tensor role, one for the ranks of each projection type.
+
+    Settings: shape and rate of their Gamma hyperprior; its mean shape / rate is in nats a gate.
+    Source: the Gamma hyperprior of sparse Bayesian learning (Tipping, 2001) on the rates of Bayesian-LoRA.
+    """
+    if not (shape > 0 and rate > 0):
+        raise ValueError(f"prior 'hierarchical': shape and rate of the Gamma must be > 0, got {shape} and {rate}")
+    return Hierarchical(layout, float(shape), float(rate))

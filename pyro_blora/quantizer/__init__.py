@@ -1,0 +1,18 @@
+"""Fake quantization: the grids of a bit ladder, and a tensor rounded to a mixture of them, in PyTorch, C and Triton."""
+
+from .fake_quantize import kernels, quantize, quantize_mixture, quantize_on
+from .grid import LADDER, Grid, grids, integer_codes, mixture_weights, rounded, squared_errors
+
+__all__ = [
+    "LADDER",
+    "Grid",
+    "grids",
+    "integer_codes",
+    "kernels",
+    "mixture_weights",
+    "quantize",
+    "quantize_mixture",
+    "quantize_on",
+    "rounded",
+    "squared_errors",
+]

@@ -1,0 +1,138 @@
+"""The quantizer's loops on a CPU, quantizer_cpu.c, compiled once for a machine by its C compiler and kept in the cache.
+
+A third of a second of a C compiler, where torch.compile takes half a minute, and a call costs microseconds. Values are
+those of the eager functions to the bit; sums have the same bits with any number of threads.
+"""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..machine import cache_folder
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-std=c11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_NATIVE = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])  # what it knows
+_COMPILERS = ("cc", "gcc", "clang")
+_PATIENCE = 60.0  # seconds that the compiler may take
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_SUMS = 6  # gradients of the range and of five weights
+
+
+def serves(x: Tensor, constants: Tensor) -> bool:
+    """Whether the loops take these: plain tensors with values, in one of the precisions that are compiled."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and type(constants) is Tensor and constants.device == x.device
+    return plain and x.dtype in _KINDS and constants.dtype == torch.float32
+
+
+def forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """sum_b w_b Q_b(x), in x's dtype, or of float32 in bfloat16 where that is wanted.  x (n,), c the constants (20,)"""
+    x, c = x.contiguous(), c.contiguous()
+    out = torch.empty_like(x, dtype=dtype if x.dtype == torch.float32 and dtype in _KINDS else x.dtype)
+    loops().quantizer_forward(
+        _KINDS[x.dtype], _KINDS[out.dtype], x.data_ptr(), c.data_ptr(), out.data_ptr(), x.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out if dtype is None else out.to(dtype)
+
+
+def backward(grad: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dx (n,) and dL/d[range, w_2, ..., w_32] (6,)."""
+    of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return of_x, _sums(grad, x, c, of_x)
+
+
+def backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:
+    """dL/d[range, w_2, ..., w_32], (6,)."""
+    return _sums(grad, x, c, None)
+
+
+KERNELS = (forward, backward, backward_of_gates)
+
+
+def _sums(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
+    grad = grad if grad.dtype in _KINDS else grad.float()
+    grad, x, c, out = grad.contiguous(), x.contiguous(), c.contiguous(), c.new_empty(_SUMS)
+    failed = loops().quantizer_backward(
+        _KINDS[grad.dtype], _KINDS[x.dtype], grad.data_ptr(), x.data_ptr(), c.data_ptr(),
+        None if of_x is None else of_x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for the sums of {x.numel():,} elements")
+    return out
+
+
+@functools.cache
+def loops() -> ctypes.CDLL:
+    """The compiled loops, made if the cache has none.  Errors: OSError where that fails, with the reason."""
+    named = [shlex.split(name) for name in (os.environ.get("CC", ""), *_COMPILERS) if name]
+    compiler = next((words for words in named if shutil.which(words[0])), None)
+    if compiler is None:
+        raise OSError(f"no C compiler: none of {', '.join(words[0] for words in named)} is installed")
+    made_for = (_SOURCE.read_bytes(), repr(_FLAGS), repr(compiler), torch.__version__, _processor(), str(_openmp()))
+    name = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
+    try:
+        path = cache_folder() / "quantizer" / f"{name}.so"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, path)
+        found = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError):  # no home, a cache that cannot be written, or is damaged: for this process alone
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.so"
+            _compile(compiler, path)
+            found = ctypes.CDLL(str(path))
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.quantizer_forward.argtypes = [number, number, *[pointer] * 3, size, number]
+    found.quantizer_forward.restype = None
+    found.quantizer_backward.argtypes = [number, number, *[pointer] * 5, size, number]
+    return found
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Into another file of the folder first, and loaded there: several processes may do it at once."""
+    alone, openmp = (["-fopenmp-simd"], []), _openmp()
+    ways = [alone] if openmp is None else [(["-fopenmp"], [str(openmp)]), alone]  # clang's OpenMP is not GCC's
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made, linked = Path(folder) / "loops.o", Path(folder) / "loops.so"
+        for (parallel, library), native in itertools.product(ways, _NATIVE):
+            steps = (
+                [*compiler, *_FLAGS, *native, *parallel, "-c", str(_SOURCE), "-o", str(made)],
+                [*compiler, "-shared", str(made), *library, "-lm", "-o", str(linked)],
+            )
+            told = [subprocess.run(step, capture_output=True, text=True, timeout=_PATIENCE) for step in steps]
+            failed = next((each.stderr.strip() or "without a word" for each in told if each.returncode), None)
+            if failed is None:
+                try:
+                    ctypes.CDLL(str(linked))
+                except OSError as error:
+                    failed = str(error)
+                else:
+                    os.replace(linked, path)
+                    return
+    raise OSError(f"{compiler[0]} failed: {failed.splitlines()[0]}")
+
+
+def _openmp() -> Path | None:
+    """The OpenMP library that PyTorch brings: two of them in a process would fight for its processors."""
+    return next(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"), None)
+
+
+def _processor() -> str:
+    """What `native` means here: the same folder may serve machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "; ".join(dict.fromkeys(line for line in lines if line.startswith(("flags", "model name", "Features"))))

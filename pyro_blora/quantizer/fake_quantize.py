@@ -1,0 +1,166 @@
+"""The nested grid: one tensor at a random bit width, as a mixture of plain uniform grids. The hot path of a step.
+
+    s_b = 2 range / (2^b - 1),   Q_b(x) = s_b * round(clamp(x, -range, range) / s_b),   Q_32(x) = x
+    quantize(x) = sum_b w_b Q_b(x),   w_b = z_b - z_next(b)        for a chain z = [z_2, z_4, z_8, z_16, z_32]
+
+The scales have odd integer ratios (5, 17, 257), so the grids nest, and the published residual ladder
+x_2 + z_4 (e_4 + z_8 (e_8 + ...)) equals this mixture, which needs no residual, saves only x and reads no gate on the
+host. With binary gates one weight is 1 and the value is one rounding. Gradients are straight-through, with
+c = clamp(x, -range, range), e_b = Q_b(x) - c and W = sum of w_b over b < 32:
+
+    dL/dx     = g * (w_32 + W * 1[|x| < range])
+    dL/dw_b   = sum of g * c  +  sum of g * e_b            dL/dw_32 = sum of g * x
+    dL/drange = sum_b w_b * (sum of g * e_b) / range  +  W * sum over |x| >= range of g * sign(x)
+
+32 bit is the unquantized float: it is not clipped, so an open ladder is exactly the pretrained network and exactly
+plain LoRA, whatever the range. The clip is a few roundings inside the range, so that no code exceeds 2^(b-1) - 1: there
+are at most 2^b - 1 distinct values, an int8 at 8 bit. The grid is computed in float32 at least (x / s_16 needs 16 bits
+of mantissa), also under bf16 autocast.
+
+What depends on no element of x, its `Grid`, is computed for all tensors at once, so that a call is one kernel.
+Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equals.
+"""
+
+import functools
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .grid import (
+    BELOW_32,
+    EDGE,
+    EXACT,
+    GRIDS,
+    INVERSE,
+    LADDER,
+    RANGE,
+    SCALE,
+    WEIGHT,
+    WEIGHTED_SCALE,
+    Grid,
+    grids,
+    mixture_weights,
+)
+
+_PROBED = 1000  # elements on which compiled functions are compared with the eager ones
+log = logging.getLogger(__name__)
+
+
+# --- the kernels: each is one loop over the elements, in quantizer_cpu.c and quantizer_triton.py
+
+
+def _forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """sum_b w_b Q_b(x), in x's dtype or another.  x (n,), c the constants (20,)"""
+    exact = x.to(c.dtype)
+    clipped, out = exact.clamp(-c[EDGE], c[EDGE]), c[EXACT] * exact
+    for i in range(len(GRIDS)):
+        out = out + (clipped * c[INVERSE + i]).round() * c[WEIGHTED_SCALE + i]
+    return out.to(dtype or x.dtype)
+
+
+def _backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:
+    """dL/d[range, w_2, ..., w_32], (6,), from seven sums over the elements; those of Q_b for e_b would cancel."""
+    grad, exact = grad.to(c.dtype), x.to(c.dtype)
+    clipped = exact.clamp(-c[EDGE], c[EDGE])
+    whole, beyond = (grad * clipped).sum(), (grad * (exact - clipped)).sum()
+    to_range = c[BELOW_32] * torch.where(exact.abs() < c[RANGE], 0.0, grad * exact.sign()).sum()
+    to_weights = []
+    for i in range(len(GRIDS)):
+        error = (grad * ((clipped * c[INVERSE + i]).round() * c[SCALE + i] - clipped)).sum()
+        to_range = to_range + c[WEIGHT + i] * error / c[RANGE]
+        to_weights.append(whole + error)
+    return torch.stack([to_range, *to_weights, whole + beyond])
+
+
+def _backward(grad: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dx (n,), and the above, in the same pass over grad and x."""
+    inside = x.to(c.dtype).abs() < c[RANGE]
+    slope = c[EXACT] + torch.where(inside, c[BELOW_32], 0.0)
+    return (grad.to(c.dtype) * slope).to(x.dtype), _backward_of_gates(grad, x, c)
+
+
+_EAGER = (_forward, _backward, _backward_of_gates)
+
+
+@functools.cache
+def _kernels(device: str = "cpu") -> tuple:
+    """The three functions: Triton's on CUDA, else compiled from C; eager where no compiler works."""
+    if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
+        return _EAGER
+    try:
+        if device == "cuda":
+            from .triton import KERNELS as found
+        else:
+            from .cpu import KERNELS as found
+        _probe(found, device)
+    except Exception as error:  # a missing or broken compiler shows itself in many types; eager is always right
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("no working compiler for the quantizer (%s): running it eagerly, several times slower", reason)
+        return _EAGER
+    return found
+
+
+def _probe(found: tuple, device: str) -> None:
+    """Errors: RuntimeError where what was compiled computes something else."""
+    x = torch.linspace(-2, 2, _PROBED, device=device)
+    (grid,) = grids(torch.ones((), device=device), torch.full((len(LADDER),), 0.2, device=device))
+    of_x, sums = found[1](x, x, grid.constants)
+    right = torch.equal(found[0](x, grid.constants), _forward(x, grid.constants))
+    right &= torch.equal(of_x, _backward(x, x, grid.constants)[0])
+    if not (right and torch.allclose(sums, found[2](x, x, grid.constants), rtol=1e-3)):
+        raise RuntimeError("what was compiled computes something else")
+
+
+def kernels(x: Tensor, constants: Tensor) -> tuple:
+    """Those for x's device; eager where a whole network is being compiled, for tensors without values, in float64."""
+    if torch.compiler.is_compiling() or constants.dtype != torch.float32:
+        return _EAGER
+    if x.is_cuda:
+        return _kernels("cuda")
+    return _kernels("cpu") if x.device.type == "cpu" and cpu.serves(x, constants) else _EAGER
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, learned, constants):
+        ctx.save_for_backward(x, constants)
+        return kernels(x, constants)[0](x.data, constants)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, constants = ctx.saved_tensors
+        _, backward, of_gates = kernels(x, constants)
+        of_x, of_learned, _ = ctx.needs_input_grad
+        if of_x:
+            return *backward(grad.contiguous().data, x.data, constants), None
+        return None, of_gates(grad.contiguous().data, x.data, constants) if of_learned else None, None
+
+
+def quantize_on(x: Tensor, grid: Grid) -> Tensor:
+    """sum_b w_b Q_b(x), differentiable in x and in the grid.  x any shape; grid one of `grids`."""
+    return _Quantize.apply(x.contiguous().view(-1), *grid).view(x.shape)  # one dynamic dimension: the same kernels
+
+
+def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:
+    """sum_b w_b Q_b(x), differentiable in all three.  x any; value_range () > 0; weights (5,) of `mixture_weights`"""
+    (grid,) = grids(value_range, weights)
+    return quantize_on(x, grid)
+
+
+def quantize(x: Tensor, value_range: Tensor, gates: Tensor) -> Tensor:
+    """x on the grid that a chain of gates selects, differentiable in x, range and gates.
+
+    Shapes: x any; value_range a scalar > 0; gates (5,), the chain [z_2, z_4, z_8, z_16, z_32], each at most the one
+    before it; relaxed chains in [0, 1] mix the grids.
+    Errors: ValueError for a range that is not a positive scalar, or another length of the chain.
+    """
+    value_range = torch.as_tensor(value_range, dtype=gates.dtype, device=x.device)
+    if value_range.numel() != 1 or not bool(value_range > 0):
+        raise ValueError(f"the range of a quantizer must be one number > 0, got {value_range}")
+    if gates.shape != (len(LADDER),):
+        raise ValueError(f"gates must be the chain of {LADDER} bit, shape ({len(LADDER)},), got {tuple(gates.shape)}")
+    return quantize_mixture(x, value_range.reshape(()), mixture_weights(gates))

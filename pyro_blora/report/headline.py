@@ -1,0 +1,37 @@
+"""The first line of a run's page: its scores and bit operations."""
+
+from ..evaluation.verdicts import beside, nothing_learned, of_score
+
+
+def headline(summary: dict) -> list[tuple[str, str, str]]:
+    """(what, value, remark) of the page's first line."""
+    bops, metric = summary["bops"], summary["metric"]
+    low, high = bops["interval"]
+    name, ece, at_mode = metric["name"], summary["ece"]["value"], summary["deployed"]
+    chance = beside(summary, "ece", "chance")
+    remark = f"{summary['ece']['bins']} bins" + (f"; by chance up to {chance['high']:.4f}" if chance else "")
+    verdict = "; nothing was learned" if nothing_learned(summary) else ""
+    return [
+        (name, f"{metric['value']:.4f}",
+         f"{_error(summary, name)}{_constant(summary, name)}deployed {of_score(at_mode, name)}{verdict}"),
+        ("NLL", f"{summary['nll']:.4f}",
+         f"{_error(summary, 'nll')}{_constant(summary, 'nll')}deployed {of_score(at_mode, 'nll')}; nats per example"),
+        ("ECE", "-" if ece is None else f"{ece:.4f}", "regression: no confidence" if ece is None else remark),
+        (
+            "E[BOPs]",
+            f"{bops['adapted_ratio']:.2%}",
+            f"94 % interval {low:.2%} to {high:.2%}, of the adapted projections",
+        ),
+        ("E[BOPs], model", f"{bops['model_ratio']:.2%}", "of every matrix product of a forward"),
+        ("adapter", f"{summary['adapter_parameters']:,}", "parameters deployed"),
+    ]  # fmt: skip
+
+
+def _error(summary: dict, name: str) -> str:
+    error = beside(summary, name)
+    return "" if error is None else f"± {error:.4f}; "
+
+
+def _constant(summary: dict, name: str) -> str:
+    constant = beside(summary, name, "constant")
+    return "" if constant is None else f"constant answer {constant:.4f}; "

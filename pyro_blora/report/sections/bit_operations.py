@@ -1,0 +1,80 @@
+"""The section on bit operations: where they are spent, what the gates save, what if one were forced."""
+
+import pandas as pd
+import torch
+
+from ...bops import at_full_width, expected_bits, expected_rank
+from ...posterior.gate_posterior import Posterior, marginals_of
+from .. import charts
+from ..run_folder import RunFiles, Section
+
+_ROWS = 10  # of tables that name the most
+
+
+def bit_operations(run: RunFiles, title: str) -> Section:
+    posterior, summary = run.posterior, run.summary
+    gates, spent = posterior.gates(), spent_of(posterior)
+    low, high = summary["bops"]["interval"]
+    counted = [p.adapted for p in posterior.layout.projections]
+    counted = counted if any(counted) else [True] * len(counted)  # after full fine-tuning
+    names = [name for name, is_counted in zip(posterior.projections, counted, strict=True) if is_counted]
+    saved = gates[gates["projection"].isin(names)]
+    saved = saved.assign(gates=saved["rung"].astype(str).add(" bit").where(saved["site"] == "z", "ranks"))
+    text = [
+        f"E[BOPs] is {summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}] of the "
+        f"{float(at_full_width(posterior.layout).adapted):.3g} bit operations of the adapted projections. The saving, "
+        f"{saved['saving_adapted'].sum():.2%}, is divided among the gates by Shapley values: what each one adds, "
+        "averaged over the orders in which they could have closed.",
+        "What if a gate were forced to its other state? The tables predict it with all other gates as they are; "
+        "`pyro-blora what-if` answers for any gate.",
+    ]
+    most = gates.sort_values("saving_model", ascending=False).head(_ROWS)
+    cheap = gates[gates["deployed"] & (gates["bops_change"] < 0)].sort_values("elbo_loss").head(_ROWS)
+    dear = gates[~gates["deployed"] & gates["elbo_loss"].notna()].sort_values("nll_rise").head(_ROWS)
+    tables = [
+        ("The gates that save most", _shown(most), True),
+        ("What if: open gates that could be closed at the least loss of ELBO", _shown(cheap), True),
+        ("What if: closed gates that would lower the NLL most if they were open", _shown(dear), False),
+        ("Bit operations by part", spent.round(6), False),
+    ]
+    if not any(bool(mask.any()) for mask in posterior.free()):  # nothing can be forced
+        text, tables = text[:1], tables[-1:]
+    of = "Shares of the adapted projections at 32 x 32 bit with all ranks."
+    made = [(charts.bars(spent, "part", "share", "product", "spent"), f"Where bit operations are spent. {of}")]
+    if saved["saving_adapted"].abs().max() > 0:
+        made.append((charts.bars(saved, "tensor", "saving_adapted", "gates", "saved"), f"What the gates save. {of}"))
+    else:
+        text.append("Nothing is saved: every gate is open.")
+    return Section(title, text, charts=made, tables=tables)
+
+
+def _shown(gates: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `Posterior.gates` that a reader wants, formatted."""
+    return pd.DataFrame({
+        "gate": gates["gate"], "P(open)": gates["probability"].map("{:.3f}".format),
+        "saves": gates["saving_model"].map("{:.3%} of the model".format), "forced": gates["forced"],
+        "BOPs then": gates["bops_change"].map("{:+.3%}".format),
+        "ELBO loses (nat)": gates["elbo_loss"].map("{:.2f}".format),
+        "NLL rises (nat)": gates["nll_rise"].map("{:.2f}".format),
+    })  # fmt: skip
+
+
+def spent_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
+    """Expected bit operations by projection type and product, as shares of `adapted` and of `model`; exact."""
+    layout, full = posterior.layout, at_full_width(posterior.layout)
+    z, g = marginals_of(posterior, chain)  # (M, ...)
+    bits = dict(zip(layout.tensors, expected_bits(layout, z).unbind(-1), strict=True))
+    rank, (down, up) = expected_rank(g), layout.rank_macs.unbind(-1)
+    products = {
+        "W x": layout.macs * bits["input"] * bits["base"], "A x": rank * down * bits["input"] * bits["lora_A"],
+        "B h": rank * up * bits["hidden"] * bits["lora_B"],
+    }  # fmt: skip
+    lines = []
+    for part in dict.fromkeys(p.type for p in layout.projections):
+        mine = torch.tensor([p.type == part for p in layout.projections])
+        for product, each in products.items():
+            total = float(each.mean(0)[mine].sum())
+            if total > 0:
+                shares = {"share": total / float(full.adapted), "of model": total / float(full.model)}
+                lines.append({"part": part, "product": product, **shares})
+    return pd.DataFrame(lines)

@@ -1,0 +1,72 @@
+"""The sections of a report on the gates: the gate map, and the ranks."""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from ...bops import expected_bits, expected_rank
+from ...posterior.gate_posterior import INTERVAL, Posterior
+from .. import charts
+from ..run_folder import RunFiles, Section
+
+
+def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
+    """A line per tensor that exists: its place in the gate map, its distribution, and what is shown on hover."""
+    law, kl, rhat = posterior.depth_probs(chain).z, posterior.kl(chain).z, posterior.rhat().z
+    ladder = posterior.layout.ladder
+    bits = expected_bits(posterior.layout, law.flip(-1).cumsum(-1).flip(-1)[..., 1:])
+    opened = np.nan_to_num(posterior.constant["z_deployed"].isel(chain=chain).values).sum(-1).astype(int)
+    lines = []
+    for t, tensor in enumerate(posterior.layout.tensors):
+        for i, projection in enumerate(posterior.layout.projections):
+            if posterior.masks.z[i, t]:
+                width = ladder[opened[i, t]]
+                lines.append({
+                    "column": f"{projection.type} {tensor}", "layer": projection.layer, "width": width,
+                    "doubt": 1 - float(law[i, t, opened[i, t]]), "tensor": f"{posterior.projections[i]}.{tensor}",
+                    "deployed": f"{width} bit", "expected": f"{float(bits[i, t]):.1f} bit",
+                    "distribution": "  ".join(f"{b}: {float(p):.2f}" for b, p in zip(ladder, law[i, t], strict=True)),
+                    "KL to prior": f"{float(kl[i, t]):.2f} nat",
+                    "R-hat": "-" if math.isnan(rhat[i, t]) else f"{float(rhat[i, t]):.2f}",
+                })  # fmt: skip
+    types = list(dict.fromkeys(p.type for p in posterior.layout.projections))
+    table = pd.DataFrame(lines)
+    return table.sort_values(
+        "column", key=lambda c: c.map(lambda name: types.index(name.rsplit(" ", 1)[0])), kind="stable"
+    )
+
+
+def gate_map(run: RunFiles, title: str) -> Section:
+    cells = cells_of(run.posterior)
+    text = (
+        "A square is a tensor, its colour the bit width that is deployed. The white circle is as large as the doubt: "
+        "the probability of another width, from none to 80 % and more."
+    )
+    shown = cells[["tensor", "deployed", "expected", "distribution", "KL to prior", "R-hat"]]
+    return Section(title, [text], charts=[(charts.gate_map(cells), "Hover or touch a square for details.")],
+                   tables=[("The gate map as a table: probabilities of every width", shown, False)])  # fmt: skip
+
+
+def ranks(run: RunFiles, title: str) -> Section:
+    posterior = run.posterior
+    if not bool(posterior.masks.g.any()) or posterior.layout.rank == 1:
+        raise ValueError("There are no rank gates in this run.")
+    law = posterior.depth_probs().g
+    means = expected_rank(law.flip(-1).cumsum(-1).flip(-1)[..., 1:])
+    rows, points = [], []
+    for i, projection in enumerate(posterior.layout.projections):
+        if not posterior.masks.g[i]:
+            continue
+        low, high = (int((law[i].cumsum(-1) < p - 1e-9).sum()) + 1 for p in INTERVAL)
+        told = {"projection": posterior.projections[i], "mean": float(means[i]), "interval": f"{low} to {high}"}
+        points.append({**told, "layer": projection.layer, "type": projection.type, "low": low, "high": high})
+        rows += [{**told, "rank": r + 1, "probability": float(p)} for r, p in enumerate(law[i])]
+    table, points = pd.DataFrame(rows), pd.DataFrame(points)
+    shown = points[["projection", "mean", "low", "high"]].round(2)
+    return Section(
+        title, ["Open ranks of every adapter, exact. Intervals are central, 94 %."],
+        charts=[(charts.rank_means(points), "Mean and interval by layer."),
+                (charts.rank_map(table), "Probability of every rank.")],
+        tables=[("Ranks as a table", shown, False)],
+    )  # fmt: skip

@@ -1,0 +1,151 @@
+"""A task: which columns are text, what kind of outcome the labels are, and which number scores a prediction.
+
+Everything that depends on the task and not on the method is here, as plain data and four small functions. A new task
+is one `Task` given to `register_task`; nothing is subclassed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .categorical import Categorical
+from .likelihoods import Likelihood
+from .normal import Normal
+
+if TYPE_CHECKING:
+    import datasets
+    import evaluate
+
+SPLITS = ("train", "eval")  # what every `load` returns; further splits (MNLI's "eval_mismatched") are allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Texts with labels of one kind (likelihoods.py)."""
+
+    name: str
+    """The name on the command line, as on the hub: "sst2"."""
+    text_columns: tuple[str, ...]
+    """One column for single sentences, two for sentence pairs."""
+    labels: tuple[str, ...] = ()
+    """Class names in the order of their integers; empty for other kinds of outcome."""
+    metric_name: str
+    """The headline number among those the metric returns: "matthews_correlation"."""
+    load: Callable[..., dict[str, datasets.Dataset]]
+    """`load(*, glue_dir=None, seed=0, n_train=None)` -> {"train": ..., "eval": ...}, with the text columns and "label";
+    `n_train` limits the training rows (drawn with `seed`), None means the task's usual number."""
+    label_range: tuple[float, float] | None = None
+    """Lowest and highest label of a regression task, in the label's own units; None for classification."""
+    kind: Likelihood | None = None
+    """Of the outcome, such as `MultiLabel(names)`; None for that of labels (classes) or label_range (a number)."""
+    make_metric: Callable[[], evaluate.Metric] | None = None
+    """Builds the metric; None takes the `GlueScore` of the task's name, so a task of another name needs one."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text_columns, str) or len(self.text_columns) not in (1, 2):
+            raise ValueError(f"task {self.name!r} has text columns {self.text_columns!r}: name one, or two for pairs")
+        if (bool(self.labels), self.label_range is not None, self.kind is not None).count(True) != 1:
+            raise ValueError(
+                f"task {self.name!r}: give labels (classes) or label_range (regression) or a kind, and only one"
+            )
+        try:
+            self.likelihood  # noqa: B018 (it refuses labels that are none)
+        except ValueError as error:
+            raise ValueError(f"task {self.name!r} has {error}") from None
+
+    @functools.cached_property
+    def likelihood(self) -> Likelihood:
+        """The distribution of a label given the head's outputs, and all that follows from it."""
+        if self.kind is not None:
+            return self.kind
+        return Categorical(self.labels) if self.labels else Normal(*self.label_range)
+
+    def require_usable(self) -> None:
+        """Try what a training would use at its end: `load`'s arguments, and the metric on perfect predictions.
+
+        Errors: ValueError naming what is missing or fails, and the remedy.
+        """
+        from .glue_metric import SCORES  # now, as evaluate takes seconds to import
+
+        where = f"task {self.name!r}"
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"{where}: a name must be a word, as it is given to --task")
+        try:
+            inspect.signature(self.load).bind(glue_dir=None, seed=0, n_train=None)
+        except TypeError as error:
+            raise ValueError(f"{where}: load({error}): define load(*, glue_dir=None, seed=0, n_train=None)") from None
+        if self.make_metric is None and self.name not in SCORES:
+            raise ValueError(
+                f"{where} has no make_metric: give a function that returns an evaluate.Metric, such as "
+                f"make_metric=lambda: {self.likelihood.metric} with {self.likelihood.metric.partition('(')[0]} of "
+                "pyro_blora.tasks.glue_metric"
+            )
+        perfect = self.likelihood.examples
+        try:
+            scores = self.metric().compute(predictions=perfect, references=perfect)
+        except Exception as error:  # a user's function, which may raise anything
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"{where}: its metric fails on perfect predictions of its own labels: {said}") from error
+        value = scores.get(self.metric_name) if isinstance(scores, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            known = ", ".join(map(repr, scores)) if isinstance(scores, Mapping) else repr(scores)
+            raise ValueError(f"{where}: its metric gives no number {self.metric_name!r}, but {known}: set metric_name")
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the task head: one per class, one for regression."""
+        return self.likelihood.outputs
+
+    def metric(self) -> evaluate.Metric:
+        """A fresh metric; predictions are decisions, as the labels are."""
+        from .glue_metric import GlueScore
+
+        return self.make_metric() if self.make_metric else GlueScore(self.name)
+
+    def validate(
+        self, splits: Mapping[str, datasets.Dataset], *, source: str = "the data"
+    ) -> dict[str, datasets.Dataset]:
+        """The splits, unchanged, once every column is there and every label is one of the task's.
+
+        Errors: ValueError naming the source, the split, the row (from 0), the label and what is allowed.
+        """
+        for split in SPLITS:
+            if split not in splits:
+                raise ValueError(
+                    f"task {self.name!r}: {source} has no split {split!r}, only {sorted(splits)}: return both from load"
+                )
+        for split, rows in splits.items():
+            where = f"task {self.name!r}: {source}, split {split!r}"
+            missing = [column for column in (*self.text_columns, "label") if column not in rows.column_names]
+            if missing:
+                raise ValueError(f"{where} lacks the columns {missing}; it has {rows.column_names}: rename in load")
+            labels = rows.select_columns(["label"]).with_format("numpy")[:]["label"]
+            wrong = self._wrong(labels)
+            if wrong.size:
+                row = int(wrong[0])
+                raise ValueError(
+                    f"{where}, row {row} has label {labels[row]}; {self.allowed_labels}: correct it or drop it"
+                )
+        return dict(splits)
+
+    def _wrong(self, labels: Sequence) -> np.ndarray:
+        """Rows whose label is none."""
+        try:
+            return np.flatnonzero(~self.likelihood.allows(np.asarray(labels, dtype=np.float64)))
+        except ValueError:  # lists of several lengths, or words
+            lengths = [np.size(label) for label in labels]
+            usual = max(set(lengths), key=lengths.count)
+            other = [length != usual for length in lengths]
+            return np.flatnonzero(other if any(other) else np.ones(len(labels), dtype=bool))
+
+    @property
+    def allowed_labels(self) -> str:
+        """The labels in words, for messages."""
+        return self.likelihood.allowed_labels

@@ -1,0 +1,237 @@
+"""What the data say about every gate, estimated from one pass of gradients at the open network.
+
+Putting tensor c on the grid of b bits changes its value by a known amount, and the loss of example i changes by D_icb =
+<gradient_i, Q_b(x) - x>, to first order. With gradient_i that of the log-likelihood in a random direction of its Fisher
+metric, the mean of D^2 is the Fisher information along that change, its curvature; so an allocation a raises the NLL of
+N examples by
+
+    rise(a) = N / 2 * mean_i (sum_c D_ic,a_c)^2  ~  N / 2 * [sum_c m_c^2 + (sum_c u_c)^2 - sum_c u_c^2]      nats
+
+with m_c the root mean square of D_ic,a_c and u_c = sqrt(rho) m_c its part in common with the others. The square of the
+sum is what makes errors add up, and lets the gates see each other. Its many correlations are known too badly from a few
+hundred examples (a search over allocations finds those that cancel in the sample only), so all chains at one depth
+share one, rho, and other pairs have its geometric mean. The evidence for a depth of a chain is minus what it adds to
+the rise, at the mean of the others' laws; all laws are found together, as mean field does. Each m^2 is drawn towards
+that of its role (tensor and type of projection) as far as its own sampling error says. The first-order term, N mean D,
+is left out: over M examples its standard error is N sd(D) / sqrt(M), which exceeds every rise below 2 N / M nats; it
+would close gates on noise.
+
+Slopes are taken per example, so that M is the number of examples, not of batches: for an activation the sums run over
+its example, for a weight W the change of the output is x (Q_b(W) - W)', which has an example dimension. A further call
+without one (DeBERTa's positions) is not counted; where a layer has no call that leads with the example (a network that
+flattens tokens), examples are passed one by one. Ranks are closed in the same way.
+Source: Optimal Brain Damage (1990) with the Fisher for the Hessian; the constant correlation of Ledoit and Wolf (2004).
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ..adapters.example_axis import without_examples
+from ..adapters.gate_context import Observer, watched
+from ..adapters.gated_model import GatedModel, observed
+from ..gates import Gates
+from ..layout import AdapterLayout
+from ..program import BayesianLoRA
+from ..quantizer.grid import rounded
+
+_FINE = 8  # bits above which rounding is taken to cost nothing: at 8 bits it was measured as about 0 nats everywhere
+_UPDATES = 200  # of all laws together, each a tenth of the way: what is left to go is 1e-9 of it
+_STEP = 0.1
+log = logging.getLogger(__name__)
+
+
+class _Slopes(Observer):
+    """Slopes of moving every tensor by s (Q_b(x) - x) at s = 0, one s for each example, tensor and width; of each rank.
+
+    z (B, L, T, widths), g (B, L, R - 1): zeros, whose gradients the slopes are.
+    """
+
+    def __init__(self, layout: AdapterLayout, ranges: Tensor, batch: int):
+        self.ranges, self.batch = ranges, batch
+        self.widths = [i for i, bits in enumerate(layout.ladder) if bits <= _FINE]
+        self.bits, device = layout.ladder, ranges.device
+        self.z = torch.zeros(batch, *layout.z_shape[:2], len(self.widths), device=device, requires_grad=True)
+        self.g = torch.zeros(batch, *layout.g_shape, device=device, requires_grad=True)
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        if not self._has_examples(x):
+            return x
+
+        def slopes(grad: Tensor, x: Tensor) -> Tensor:
+            changes = self._changes(projection, tensor, x)
+            return torch.stack([self._by_example(grad, change) for change in changes], -1)
+
+        return watched(x, self.z[:, projection, tensor], slopes, x)
+
+    def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        if not self._has_examples(x):
+            return y
+
+        def slopes(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+            x, changes = x.to(self.z.dtype), self._changes(projection, tensor, weight)
+            return torch.stack([self._by_example(grad, F.linear(x, change)) for change in changes], -1)
+
+        return watched(y, self.z[:, projection, tensor], slopes, x, weight)
+
+    def ranks(self, projection: int, hidden: Tensor) -> Tensor:
+        if not self._has_examples(hidden):
+            return hidden
+
+        def slopes(grad: Tensor, hidden: Tensor) -> Tensor:
+            each = grad.to(self.g.dtype) * hidden  # (B, ..., R)
+            return each.reshape(self.batch, -1, each.shape[-1]).sum(1)[:, 1:]
+
+        return watched(hidden, self.g[:, projection], slopes, hidden)
+
+    def _has_examples(self, x: Tensor) -> bool:
+        """Of a batch of one, everything is that example's."""
+        return self.batch == 1 or len(x) == self.batch
+
+    def _changes(self, projection: int, tensor: int, x: Tensor) -> Iterable[Tensor]:
+        x = x.to(self.z.dtype)
+        for i in self.widths:
+            yield rounded(x, self.ranges[projection, tensor, i], self.bits[i]) - x
+
+    def _by_example(self, grad: Tensor, change: Tensor) -> Tensor:
+        """<grad, change> of each example, (B,)."""
+        return (grad.to(change.dtype) * change).reshape(self.batch, -1).sum(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """Change of an example's NLL at each depth of each chain: its root mean square, and the part shared by all chains.
+
+    alone, common: z (L, T, K + 1), g (L, R), nats; 0 at the open depth.
+    """
+
+    alone: Gates
+    common: Gates
+
+    @classmethod
+    def of(cls, z: Tensor, g: Tensor, kinds: Tensor) -> "Sensitivity":
+        """From the changes of M examples, z (M, L, T, K + 1) and g (M, L, R); kinds (L,) numbers the projections'."""
+        alone = Gates(*(_pooled(x.square(), kinds).sqrt() for x in (z, g)))
+        shared = (_correlation(x.flatten(1, -2)).sqrt() for x in (z, g))  # (K + 1,), (R,)
+        return cls(alone, Gates(*(root * rho for root, rho in zip(alone, shared, strict=True))))
+
+    def rise(self, depth_probs: Gates, n_train: float) -> Tensor:
+        """Expected rise of the NLL of `n_train` examples, nats, under laws of the depths.  z (L, T, K + 1), g (L, R)"""
+        squares = sum((m.square() * law).sum() for m, law in zip(self.alone, depth_probs, strict=True))
+        common = torch.cat([(u * law).sum(-1).flatten() for u, law in zip(self.common, depth_probs, strict=True)])
+        return n_train / 2 * (squares + common.sum().square() - common.square().sum())
+
+    def evidence(self, log_prior: Callable[[Gates], Gates], n_train: float) -> Gates:
+        """The data's part of each chain's mean-field law, in nats.  z (L, T, K + 1), g (L, R).
+
+        log_prior: from the current laws of the depths to the prior's log-probabilities of the depths, both Gates in
+        these shapes; called at every update, so that a prior that steers by the laws can.
+        """
+        evidence = Gates(*(-n_train / 2 * m.square() for m in self.alone))
+        laws = Gates(*(F.one_hot(torch.tensor(x.shape[-1] - 1), x.shape[-1]).to(x).expand_as(x) for x in self.alone))
+        for _ in range(_UPDATES):
+            prior = log_prior(laws)
+            laws = Gates(*((p + e).softmax(-1) for p, e in zip(prior, evidence, strict=True)))
+            means = Gates(*((u * law).sum(-1, keepdim=True) for u, law in zip(self.common, laws, strict=True)))
+            total = means.z.sum() + means.g.sum()
+            for said, m, u, mean in zip(evidence, self.alone, self.common, means, strict=True):
+                said.lerp_(-n_train / 2 * (m.square() + 2 * u * (total - mean)), _STEP)
+        return evidence
+
+
+def _pooled(squares: Tensor, kinds: Tensor) -> Tensor:
+    """Means over M, shrunk on the log scale towards their mean over projections of a kind: random effects.
+
+    squares (M, L, ...) >= 0 -> (L, ...); a mean of zero stays zero.   Source: DerSimonian and Laird (1986).
+    """
+    mean = squares.mean(0)
+    noise = squares.var(0) / len(squares) / mean.square().clamp(min=1e-30)  # variance of log(mean), (L, ...)
+    log_mean, noise, pooled = mean.clamp(min=1e-30).log(), noise.clamp(min=1e-6), mean.clone()
+    for kind in kinds.unique():
+        own, error = log_mean[kinds == kind], noise[kinds == kind]
+        weight = 1 / error
+        centre = (weight * own).sum(0) / weight.sum(0)
+        excess = (weight * (own - centre).square()).sum(0) - (len(own) - 1)
+        spread = excess / (weight.sum(0) - weight.square().sum(0) / weight.sum(0)).clamp(min=1e-30)
+        spread = spread.clamp(min=0.0) if len(own) > 1 else torch.full_like(spread, torch.inf)  # alone: nothing to pool
+        weight = 1 / (spread + error)
+        centre = (weight * own).sum(0) / weight.sum(0).clamp(min=1e-30)
+        keep = 1 / (1 + error / spread)
+        pooled[kinds == kind] = torch.exp(keep * own + (1 - keep) * centre)
+    return torch.where(mean > 0, pooled, 0.0)
+
+
+def _correlation(D: Tensor) -> Tensor:
+    """The one correlation of all pairs of chains that their sum's mean square shows.  (M, C, depths) -> (depths,)"""
+    own = D.square().mean(0)  # (C, depths)
+    crossed = D.sum(1).square().mean(0) - own.sum(0)
+    return (crossed / (own.sqrt().sum(0).square() - own.sum(0)).clamp(min=1e-30)).clamp(0.0, 1.0)
+
+
+def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], ranges: Tensor) -> Sensitivity:
+    """Slopes of the examples in `batches`; their labels are not looked at.
+
+    ranges (L, T, 5): of each tensor at each bit width.   Errors: ValueError without any batch.
+    """
+    z, g = [], []
+    for inputs, labels in _with_examples(program.net, batches):
+        observer = _Slopes(program.layout, ranges, len(labels))
+        with observed(program.net, observer):
+            logits = program.net(**inputs).logits.float()
+            slopes = (logits * _fisher_directions(program, logits.detach())).sum()
+            slope_z, slope_g = torch.autograd.grad(slopes, (observer.z, observer.g), materialize_grads=True)
+        z.append(F.pad(slope_z, (0, len(program.layout.ladder) - slope_z.shape[-1])))
+        g.append(F.pad(-slope_g.flip(-1).cumsum(-1).flip(-1), (0, 1)))
+    if not z:
+        raise ValueError("the gates start from at least one batch of training examples, got none")
+    types = [p.type for p in program.layout.projections]
+    kinds = torch.tensor([types.index(kind) for kind in types], device=ranges.device)
+    return Sensitivity.of(torch.cat(z), torch.cat(g), kinds)
+
+
+def _with_examples(net: GatedModel, batches: Iterable[tuple[dict, Tensor]]) -> Iterator[tuple[dict, Tensor]]:
+    """The batches, or their examples one by one where a layer sees tensors that do not lead with the example."""
+    for number, (inputs, labels) in enumerate(batches):
+        if number == 0:
+            together = not (apart := without_examples(net, inputs))
+            if not together:
+                log.info("slopes are taken example by example: %s mix the examples of a batch", ", ".join(apart))
+        for at in [slice(None)] if together else (slice(i, i + 1) for i in range(len(labels))):
+            yield {key: x[at] for key, x in inputs.items()}, labels[at]
+
+
+def _fisher_directions(program: BayesianLoRA, logits: Tensor) -> Tensor:
+    """Random v with E[v v'] = the Fisher information of the labels about each example's logits.  (B, C) -> (B, C)
+
+    Of signs in the eigenbasis: for two classes v v' is the Fisher information itself, without any noise.
+    """
+    with torch.enable_grad():
+        here, scale = logits.clone().requires_grad_(), program.log_scale.exp().detach()
+        divergence = kl_divergence(program.likelihood(logits, scale=scale), program.likelihood(here, scale=scale))
+        (slope,) = torch.autograd.grad(divergence.sum(), here, create_graph=True)
+        columns = [torch.autograd.grad(column.sum(), here, retain_graph=True)[0] for column in slope.unbind(-1)]
+    values, vectors = torch.linalg.eigh(torch.stack(columns, -1))
+    signs = torch.randint(0, 2, values.shape, device=values.device) * 2 - 1
+    return (vectors @ (values.clamp(min=0.0).sqrt() * signs)[..., None]).squeeze(-1)
+
+
+@torch.no_grad()
+def evidence(program: BayesianLoRA, data: Sensitivity, kl_weight: float = 1.0) -> Gates:
+    """Evidence for `guide.start`, while a prior that adapts follows the laws.  z (L, T, K + 1), g (L, R), nats.
+
+    kl_weight: of the KL in the loss; below 1 the examples count for more.
+    """
+    prior = program.prior
+
+    def log_prior(laws: Gates) -> Gates:
+        if hasattr(prior, "adapt"):
+            prior.adapt(Gates(*(law.flip(-1).cumsum(-1).flip(-1)[None, ..., 1:] for law in laws)))  # marginals
+        return Gates(*(law.depth_log_probs for law in prior()))
+
+    return data.evidence(log_prior, program.n_train / kl_weight)

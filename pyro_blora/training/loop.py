@@ -1,0 +1,289 @@
+"""fit(): stochastic variational inference of gates and adapters together, in a plain Accelerate loop.
+
+Two phases. While `kl_warmup` of the steps pass, adapter and head learn with the gates open. Then the guide starts from
+what the gradients say about every gate (starting.py) and gates, ranges and adapter learn together under the whole ELBO.
+The loss is -ELBO / N at any accumulation and on any number of processes. Every random number comes from a generator
+seeded by (seed, step, micro-batch, process), so a run that is cut off resumes to the same bits.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import math
+import time
+from pathlib import Path
+
+import accelerate
+import torch
+from tqdm.auto import tqdm
+
+from .. import adapters
+from ..adapters.input_pca import explained_variances, start_eva
+from ..build import Parts, build
+from ..checkpoint import saved_in
+from ..config.run_config import RunConfig
+from ..deploy.peft import require_exportable
+from ..distributed import any_of, average_gradients, on_main, shard, sharding_wanted
+from ..machine import release_freed_memory
+from ..posterior.draws import component_marginals
+from ..program import BayesianLoRA
+from ..signals import Interrupted, asked, deferred
+from ..tasks.batching import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
+from .best_epoch import Validation
+from .gate_init import evidence, sensitivity
+from .gradients import Gradients
+from .identity import identity
+from .laplace_fit import fit_run
+from .metrics_log import Logbook
+from .non_finite import FiniteSteps, unvalidated
+from .optimizer import make_optimizer
+from .range_calibration import range_errors
+from .resuming import DIVERGED, Checkpoints
+from .schedule import Schedule
+
+_CALIBRATION_BATCHES = 4  # for the starting ranges
+_EVA_BATCHES = 32  # passed over until the components have settled
+_STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square known to about a tenth
+_SHOWN = 16  # numbers of rows that an error lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `fit` returns: the parts with a trained program, the logged lines, and the seconds that training took."""
+
+    parts: Parts
+    metrics: list[dict]
+    seconds: float
+
+    @property
+    def program(self) -> BayesianLoRA:
+        return self.parts.program
+
+
+def step_seed(*numbers: int) -> int:
+    """A seed that differs whenever one of the numbers does."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+
+
+def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, until: int | None = None) -> Trained:
+    """Train the run that `config` describes.
+
+    folder: where metrics.jsonl and checkpoints/ are kept, and found again after an interruption; None keeps nothing.
+    until: leave after that many steps, with a checkpoint, from which the same call without it goes on.
+    Errors: ValueError, see `build`, before anything is written; where the training diverges; NotWritten for a full
+    disk. Interrupted after SIGTERM, SIGINT or SIGHUP, with a checkpoint of the step that was in progress.
+    """
+    if config.tracker and folder is None:
+        raise ValueError(f"tracker {config.tracker!r} needs a folder to write to: fit(config, folder=...)")
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.cuda.is_available(),  # exact BOPs are float64, which Apple's GPUs do not have
+        log_with=config.tracker,
+        project_dir=folder,
+    )
+    if config.tracker and not accelerator.log_with:
+        raise ValueError(
+            f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or drop --tracker"
+        )
+    parts = build(config)
+    schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
+    if hasattr(parts.program.weights, "require"):
+        parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
+    if folder is not None:
+        if not (folder / "checkpoints").exists():
+            rows = first_inputs(parts.tokens["train"], parts.tokenizer)
+            on_main(lambda: require_exportable(parts.program, folder / ".exportable", rows))
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+    return _Loop(accelerator, parts, schedule, folder, quiet).run(until)
+
+
+class _Loop:
+    """One training run: what the phases share."""
+
+    def __init__(self, accelerator, parts: Parts, schedule: Schedule, folder: Path | None, quiet: bool):
+        self.accelerator, self.parts, self.schedule, self.folder = accelerator, parts, schedule, folder
+        self.config, self.program = parts.config, parts.program
+        self.quiet = quiet or not accelerator.is_main_process
+        self.book = Logbook(accelerator, parts.program, schedule, folder)
+        self.validation = Validation(parts, schedule, folder, self.quiet)
+        self.lengths: list[int] | None = None  # of the training rows, where batches are grouped by them
+
+    def run(self, until: int | None = None) -> Trained:
+        config, accelerator, began = self.config, self.accelerator, time.perf_counter()
+        origin = identity(self.parts) if self.folder else {}  # before a backbone is sharded
+        if sharding_wanted():
+            shard(self.program.net.peft_model, accelerator)
+            self.program.net.handover.keeps_weights = False  # all layers' at once would be the whole backbone
+        self.program.to(accelerator.device)
+        self._calibrate()
+        release_freed_memory()
+        optimizer = make_optimizer(self.program, config)
+        total = self.schedule.steps
+        last = total if until is None else min(until, total)
+        self.finite = FiniteSteps(config.max_skipped_steps, total, accelerator.device)
+        self.checkpoints = Checkpoints(
+            self.folder, self.program, optimizer, total, origin, self.book, self.validation, self.finite
+        )
+        first = self.checkpoints.resume()
+        began -= self.book.lines[-1]["seconds"] if self.book.lines else 0.0
+        self.learning = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradients = Gradients(self.program, self.learning, sharded=sharding_wanted())
+        if config.tracker:
+            accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
+        bars = tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step", dynamic_ncols=True,
+                    mininterval=0.5)  # fmt: skip
+        with contextlib.ExitStack() as ending, deferred(), bars as bar:
+            for tracker in accelerator.trackers:  # also where a signal ends the loop
+                # not end_training, which ends the group: its processes have yet to evaluate
+                ending.callback(tracker.finish)
+            for step, micro_batches in itertools.islice(self._steps(first), max(0, last - first)):
+                if step == self.schedule.opening:
+                    self._open_phase(step, optimizer)
+                self._optimizer_step(step, micro_batches, optimizer)
+                if step + 1 == total == self.schedule.opening:
+                    self._open_phase(total, optimizer)
+                bar.update()
+                more = self.validation.after_epoch(step + 1) if (step + 1) % self.schedule.steps_per_epoch == 0 else {}
+                if more or (step + 1) % config.logging_steps == 0 or step + 1 == last:
+                    self.checkpoints.require_folder()
+                    more |= self._skipped()
+                    seconds = time.perf_counter() - began
+                    said = self.book.log(step + 1, seconds, self.last, self.grad_norm, optimizer, more)
+                    bar.set_postfix_str(said)
+                signum = any_of(asked() or 0, accelerator, step)
+                due = self.checkpoints.due(step + 1, config.checkpoint_steps, config.checkpoint_minutes)
+                if self.folder and (due or signum or step + 1 == last):
+                    self._save(step + 1)
+                if signum:
+                    raise Interrupted(signum, (self.folder and saved_in(self.folder)) or "nothing was kept")
+        if last == total:
+            self._finish()
+        self.program.eval()
+        return Trained(self.parts, self.book.lines, time.perf_counter() - began)
+
+    def _save(self, steps: int) -> None:
+        self._skipped()
+        self.checkpoints.save(steps)
+
+    def _skipped(self) -> dict[str, int]:
+        """For the log, how many steps were left out, if any.  Errors: ValueError where these are too many in a row."""
+        left_out, longest, step = self.finite.read()
+        if longest > self.finite.tolerated:
+            rows = self._rows_of(step)
+            listed = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+            what = (
+                f"the loss or a gradient was not finite for {longest} steps from there on, and at most "
+                f"{self.finite.tolerated} are left out in a row; the batch of that step is training rows {listed}"
+            )
+            raise ValueError(DIVERGED.format(step, what, self.checkpoints.kept()))
+        return {"skipped_steps": left_out} if left_out else {}
+
+    def _finish(self) -> None:
+        """What follows the last step; the same again whenever a finished training is taken up."""
+        weights = self.program.weights
+        self.validation.finish()
+        if hasattr(weights, "finish"):
+            weights.finish()
+        if weights.curvature:
+            fit_run(self.parts, quiet=self.quiet)
+
+    def _steps(self, first: int):
+        """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""
+        config, per_epoch, rows = self.config, self.schedule.steps_per_epoch, self.parts.tokens["train"]
+        for epoch in range(first // per_epoch, config.epochs):
+            done = max(0, first - epoch * per_epoch)
+            batches = iter(loader(rows, self.parts.tokenizer, self._order(epoch, done)))
+            for step in range(epoch * per_epoch + done, (epoch + 1) * per_epoch):
+                yield step, [next(batches) for _ in range(config.accumulation)]
+
+    def _order(self, epoch: int, done: int) -> list[list[int]]:
+        """The numbers of the rows in this process's batches of an epoch, from its step `done` on."""
+        config, rows, accelerator = self.config, self.parts.tokens["train"], self.accelerator
+        share = config.accumulation * accelerator.num_processes
+        if config.group_by_length and self.lengths is None:
+            self.lengths = lengths_of(rows)
+        order = epoch_order(len(rows), config.batch_size, share, config.seed, epoch, self.lengths)
+        return order[done * share :][accelerator.process_index :: accelerator.num_processes]
+
+    def _rows_of(self, step: int) -> list[int]:
+        epoch, done = divmod(step, self.schedule.steps_per_epoch)
+        return [row for batch in self._order(epoch, done)[: self.config.accumulation] for row in batch]
+
+    def _optimizer_step(self, step: int, micro_batches: list[dict], optimizer) -> None:
+        config, accelerator = self.config, self.accelerator
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(group["name"], step)
+        temperature, kl_weight = self.schedule.temperature(step), self.schedule.kl_weight(step)
+        self.program.train()
+        parts = []
+        for micro, batch in enumerate(micro_batches):
+            torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
+            batch = split_labels(batch, accelerator.device)
+            parts.append(self.gradients(*batch, temperature, kl_weight, config.kl_weight, len(micro_batches)))
+        net = self.program.net
+        average_gradients(self.learning, accelerator)
+        clipped = [*net.adapter_parameters(), *net.head_parameters()]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+        known = set(map(id, clipped))
+        others = [p for p in self.learning if id(p) not in known]
+        bad = self.finite.step(optimizer, step, self.grad_norm, others)
+        if hasattr(net, "allocate"):
+            for parameter in net.adapter_parameters():  # it reads their gradients
+                parameter.grad.masked_fill_(bad, 0.0)
+            guide = self.program.gate_guide
+            guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
+        optimizer.zero_grad()
+        if hasattr(self.program.weights, "collect"):
+            self.program.weights.collect(step + 1, self.schedule.steps)
+        if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
+            self.program.prior.adapt(component_marginals(self.program))
+        self.last = torch.stack(parts).mean(0)  # loss and the ELBO's parts of this process, read when a line is logged
+
+    def _calibrate(self) -> None:
+        if self.config.init_lora_weights == "eva":
+            net = self.program.net
+            start_eva(net, (inputs for inputs, _ in self._training_batches(_EVA_BATCHES, epoch=-3)))
+            self.program.weights.follow(
+                net.random_weights(), dict(enumerate(net.head_parameters()))
+            )  # PEFT made new ones
+        batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
+        adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
+
+    def _open_phase(self, step: int, optimizer) -> None:
+        """Start the gates.  Errors: ValueError where the network's answers give them no finite start."""
+        self.gradients.forget()
+        with unvalidated():
+            self._start_gates(optimizer)
+        started = (*self.program.gate_guide.parameters(), self.program.net.log_range)
+        if not all(bool(x.isfinite().all()) for x in started):
+            what = "the gates cannot start, as slopes of the loss are not finite"
+            raise ValueError(DIVERGED.format(step, what, self.checkpoints.kept()))
+
+    def _start_gates(self, optimizer) -> None:
+        """Set the guide to what the data say about the gates, and the ranges to the widths that it then gives."""
+        program, guide, config = self.program, self.program.gate_guide, self.config
+        if not program.net.layers():  # PEFT's own layers are not gated
+            return
+        if hasattr(program.prior, "explain"):
+            batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
+            program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
+        errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
+        torch.manual_seed(step_seed(config.seed, -1))
+        if getattr(guide, "starts_from_data", False):
+            batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
+            guide.start(evidence(program, sensitivity(program, batches, errors.best_by_width()), config.kl_weight))
+        with torch.no_grad():
+            widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
+        adapters.set_ranges(program.net, errors.best(widths))
+        for parameter in guide.parameters():
+            optimizer.state.pop(parameter, None)
+        if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
+            for parameter in (*guide.parameters(), *program.prior.buffers(), program.net.log_range):
+                accelerate.utils.broadcast(parameter.data)
+
+    def _training_batches(self, count: int, epoch: int):
+        """The first batches of an order of their own: the same on every process."""
+        rows, config = self.parts.tokens["train"], self.config
+        order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
+        return on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device)

@@ -1,0 +1,64 @@
+"""Learning rates, temperature and KL weight: pure functions of the step, so that a checkpoint need not hold them."""
+
+import dataclasses
+import math
+
+from ..config.run_config import RunConfig
+
+_SPREAD_RATE = 0.02  # first learning rate of log standard deviations, whatever that of their means
+_LAST_RATE = 0.01  # of the gates' learning rate, at the last step, of the first
+_COOLED_BY = 0.75  # the temperature reaches its end at this fraction of the steps, the rest trains at it
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Everything that changes with the optimizer step, as pure functions of it."""
+
+    config: RunConfig
+    steps: int  # in the whole run
+    steps_per_epoch: int
+    constant_from: float = 1.0  # the fraction of the steps from which the learning rate stays, where it does
+    plateau: float = 1.0  # what it then is, as a fraction of its peak
+
+    @classmethod
+    def of(cls, config: RunConfig, n_train: int, processes: int = 1, weights: object = None) -> "Schedule":
+        per_step = config.batch_size * config.accumulation * processes
+        if n_train < per_step:
+            raise ValueError(
+                f"{n_train} training examples do not fill one step of {per_step} (batch size x accumulation x "
+                "processes): lower --batch_size or raise --max_train"
+            )
+        law = {name: getattr(weights, name, 1.0) for name in ("constant_from", "plateau")}
+        return cls(config, config.epochs * (n_train // per_step), n_train // per_step, **law)
+
+    @property
+    def opening(self) -> int:
+        """The step at which the gates start."""
+        return int(self.config.kl_warmup * self.steps)
+
+    def kl_weight(self, step: int) -> float:
+        return self.config.kl_weight if step >= self.opening else 0.0
+
+    def temperature(self, step: int) -> float:
+        start, end = self.config.temperature_start, self.config.temperature_end
+        return start * (end / start) ** min(1.0, step / max(1.0, _COOLED_BY * self.steps))
+
+    def learning_rate(self, group: str, step: int) -> float:
+        """Adapter, weights and head: linear warm-up and decay, to 0 or (SWAG) to a plateau.
+
+        From the opening on, ranges are constant, gates fall to 1 %.
+        At a constant rate, Adam leaves the gates in a cloud of its own noise around their law: benchmarks/posterior.md.
+        """
+        if group in ("gates", "ranges"):
+            if step < self.opening:
+                return 0.0
+            gone = (step - self.opening) / max(1, self.steps - self.opening)
+            return self.config.lr_gates * _LAST_RATE**gone if group == "gates" else self.config.lr_ranges
+        peaks = {"head": self.config.lr if self.config.lr_head is None else self.config.lr_head, "spread": _SPREAD_RATE}
+        peak = peaks.get(group, self.config.lr)
+        warm = max(1, math.ceil(self.config.warmup * self.steps))
+        if self.constant_from < 1:
+            first = max(warm + 1, int(self.constant_from * self.steps))
+            gone = min(1.0, max(0, step - warm) / (first - warm))
+            return peak * min((step + 1) / warm, 1 - (1 - self.plateau) * gone)
+        return peak * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))

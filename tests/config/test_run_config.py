@@ -1,0 +1,305 @@
+"""Laws of the configuration: ranges, JSON there and back, a digest of what matters, presets."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyro_blora.config import METHODS, NOT_IN_DIGEST, PRESETS, RunConfig, field_names, load_preset, preset_names
+
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+# One other value for every field, so that a law can be asked of each.
+OTHER = {
+    "task": "sst2", "backbone": "bert-base-uncased", "backbone_revision": "v1", "glue_dir": "/glue", "prior": "nested",
+    "prior_settings": {"rate": 2}, "guide": "other", "guide_settings": {"scale": 0.1},
+    "method": "rank_gates", "init_lora_weights": "eva", "average_over": "dropout",
+    "estimator": "straight_through", "adapter": "lora", "rank": 4, "alpha": 8.0, "target_modules": ("query",),
+    "scope": "encoder", "max_train": 64, "epochs": 1, "batch_size": 8, "accumulation": 2, "lr": 1e-4, "lr_head": 1e-3,
+    "lr_gates": 1e-2, "lr_ranges": 1e-4, "weight_decay": 0.1, "warmup": 0.1, "kl_warmup": 0.5, "kl_weight": 0.5,
+    "temperature_start": 0.4, "temperature_end": 0.2, "clip_norm": 0.5, "precision": "bf16",
+    "group_by_length": True, "gradient_checkpointing": True, "share_inputs": True, "max_length": 64, "seed": 1,
+    "data_seed": 3, "restarts": 2, "draws": 30, "output_dir": "other",
+    "logging_steps": 1, "checkpoint_steps": 7, "checkpoint_minutes": 1.5, "max_skipped_steps": 3,
+    "tracker": "tensorboard",
+    "adapter_settings": {"svd": "randomized"}, "weights": "gaussian", "weights_settings": {"prior_std": 0.1},
+    "validation": 0.1, "choose_epoch": True, "ood_task": "rte",
+}  # fmt: skip
+NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
+
+
+def test_every_field_says_what_it_is():
+    assert all(field.metadata["help"] for field in dataclasses.fields(RunConfig))
+
+
+def test_every_field_is_in_the_table_of_this_test():
+    assert set(OTHER) == set(field_names())
+
+
+@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
+def test_json_there_and_back_is_the_same_configuration(values):
+    config = RunConfig(**values)
+    back = RunConfig.from_json(config.to_json())
+    assert back == config and back.digest == config.digest
+
+
+def test_json_is_read_from_a_run_folder_and_its_versions_are_left_alone(tmp_path):
+    config = RunConfig(seed=3)
+    written = config.to_json(versions={"torch": "2.13.0"}, threads=2)
+    (tmp_path / "config.json").write_text(written, encoding="utf-8")
+    assert json.loads(written)["versions"] == {"torch": "2.13.0"} and json.loads(written)["threads"] == 2
+    assert RunConfig.from_json(tmp_path / "config.json").digest == config.digest  # the machine is not the configuration
+    assert RunConfig.from_json(tmp_path / "config.json") == config
+
+
+def test_an_unknown_json_field_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown configuration field 'ranks': did you mean 'rank'"):
+        RunConfig.from_json('{"ranks": 4}')
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "must be a JSON object, got list")])
+def test_json_that_is_no_configuration_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OTHER if RunConfig.__dataclass_fields__[name].default != OTHER[name]]
+)
+def test_the_digest_depends_on_what_changes_results_and_on_nothing_else(name):
+    needed = NEEDED.get(name, {})
+    changed = RunConfig(**{name: OTHER[name]}, **needed).digest != RunConfig(**needed).digest
+    assert changed == (name not in NOT_IN_DIGEST)
+
+
+def test_fields_that_came_later_leave_the_folders_of_older_runs_their_names():
+    assert RunConfig().digest == "14745926" and RunConfig(task="sst2", method="lora", seed=3).digest == "4bbf442d"
+
+
+def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():
+    one = RunConfig(lr=1, alpha=16, rank="8", prior_settings={"a": 1, "b": 2}, target_modules=["query", "value"])
+    two = RunConfig(lr=1.0, alpha="16.0", rank=8.0, prior_settings={"b": 2.0, "a": 1.0}, target_modules="query, value")
+    assert one.digest == two.digest and len(one.digest) == 8 and int(one.digest, 16) >= 0
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant():
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(RunConfig(lr_head=1, weight_decay=0, clip_norm=1), field.name)
+        assert field.type is not float or type(value) is float, field.name
+
+
+@given(
+    lr=st.floats(1e-8, 10),
+    rank=st.integers(1, 512),
+    settings=st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False) | st.none()),
+)
+def test_any_valid_values_survive_json(lr, rank, settings):
+    config = RunConfig(lr=lr, rank=rank, prior_settings=settings)
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+@given(name=st.text(min_size=1, max_size=40))
+def test_a_folder_name_is_a_file_name_on_every_system(name):
+    parts = RunConfig(backbone=name, prior=name).folder_name.split("-")
+    assert len(parts) == 4
+    allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._"
+    assert all(part and set(part) <= set(allowed) for part in parts)
+
+
+def test_a_folder_name_shows_the_last_part_of_a_path():
+    config = RunConfig(task="sst2", backbone="microsoft/deberta-v3-base", prior="laws/my_priors.py:late")
+    assert config.folder_name == f"sst2-deberta_v3_base-my_priors.py_late-{config.digest}"
+    assert RunConfig(backbone="/models/mine/").folder_name.split("-")[1] == "mine"
+    assert RunConfig(backbone="..").folder_name.split("-")[1] == "local"
+
+
+def test_a_folder_name_says_the_method(tmp_path):
+    names = {method: RunConfig(method=method).folder_name for method in METHODS}
+    assert all(
+        name.startswith(f"acceptability-demo-{method}") for method, name in names.items() if method != "bayesian_lora"
+    )
+    assert names["bayesian_lora"].startswith("acceptability-demo-bops-")
+    assert names["lora"] == f"acceptability-demo-lora-{RunConfig(method='lora').digest}"
+    assert names["bayesian_bits"].startswith("acceptability-demo-bayesian_bits.bops+off-")
+
+
+@pytest.mark.parametrize("left", ["{}", ".{}.partial"], ids=["finished", "interrupted"])
+def test_a_run_of_an_older_version_is_found_by_the_name_it_has(tmp_path, left):
+    config = RunConfig(method="lora", output_dir=str(tmp_path))
+    older = f"acceptability-demo-fixed-{config.digest}"
+    assert config.folder == tmp_path / config.folder_name
+    (tmp_path / left.format(older)).mkdir()
+    assert config.folder == tmp_path / older
+    assert RunConfig(method="lora", seed=1, output_dir=str(tmp_path)).folder.name.startswith("acceptability-demo-lora-")
+    (tmp_path / config.folder_name).mkdir()
+    assert config.folder == tmp_path / config.folder_name
+
+
+def test_a_home_that_nobody_has_is_a_name_like_any_other():
+    assert RunConfig(prior="~nobody0/own.py:late").folder_name.split("-")[2] == "own.py_late"
+
+
+def test_sites_with_priors_of_their_own_are_in_the_name(tmp_path):
+    mixed = RunConfig(prior="bops", prior_settings={"g": "laws/own.py:late"})
+    assert mixed.folder_name == f"acceptability-demo-bops+own.py_late-{mixed.digest}"
+    assert RunConfig(prior="bops", prior_settings={"g": "bops", "z": "bops"}).prior_names == ["bops"]
+    file = tmp_path / "own.py"
+    config = RunConfig(prior_settings={"z": f"{file}:late"})
+    digests = [file.write_text(text) and config.digest for text in ("late = 1", "late = 2")]
+    assert digests[0] != digests[1]  # the law is what the file says
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank must be from 1 to 65,536, got 0: "),
+        ({"rank": 2.5}, "rank must be a whole number, got 2.5"),
+        ({"rank": True}, "rank must be a whole number, got True"),
+        ({"rank": None}, "rank must be a whole number, got None"),
+        ({"alpha": 0}, "alpha must be a positive number, got 0.0"),
+        ({"max_train": 0}, "max_train must be at least 1, got 0"),
+        ({"max_train": "x"}, "max_train must be a whole number or none, got 'x'"),
+        ({"epochs": 0}, "epochs must be from 1 to 100,000"),
+        ({"batch_size": -1}, "batch_size must be from 1 to 65,536"),
+        ({"accumulation": 0}, "accumulation must be from 1 to 65,536"),
+        ({"lr": 0}, "lr must be a positive number"),
+        ({"lr": float("inf")}, "lr must be a positive number"),
+        ({"lr": float("nan")}, "lr must be a number or none, got nan"),
+        ({"lr": "fast"}, "lr must be a number or none, got 'fast'"),
+        ({"lr_head": 0}, "lr_head must be a positive number"),
+        ({"lr_gates": -1}, "lr_gates must be 0 or a positive number"),
+        ({"lr_ranges": -1}, "lr_ranges must be 0 or a positive number"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or a positive number"),
+        ({"warmup": 100}, "warmup must be between 0 and 1, got 100.0: it is a fraction"),
+        ({"kl_warmup": -0.1}, "kl_warmup must be between 0 and 1"),
+        ({"kl_weight": 0}, "kl_weight must be a positive number, got 0.0: 1 is the ELBO"),
+        ({"temperature_end": 0}, "temperature_end must be a positive number"),
+        ({"temperature_start": 0.05}, "temperature_end must be at most temperature_start"),
+        ({"clip_norm": 0}, "clip_norm must be a positive number"),
+        ({"max_length": 3}, "max_length must be from 4 to 131,072"),
+        ({"seed": -1}, "seed must be between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed must be between 0 and 4294967295"),
+        ({"draws": 0}, "draws must be from 1 to 100,000"),
+        ({"logging_steps": 0}, "logging_steps must be at least 1"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1"),
+        ({"task": ""}, "task must be a name"),
+        ({"backbone": 3}, "backbone must be a word, got 3"),
+        ({"gradient_checkpointing": "maybe"}, "gradient_checkpointing must be true or false"),
+        ({"estimator": "relax"}, "unknown estimator 'relax': did you mean 'relaxed'"),
+        ({"scope": "encoders"}, "unknown scope 'encoders': did you mean 'encoder'"),
+        ({"adapter": "dora"}, "unknown adapter 'dora': did you mean 'lora'"),
+        ({"precision": "bf1"}, "unknown precision 'bf1': did you mean 'bf16'"),
+        ({"prior_settings": {"rate": {1, 2}}}, "prior_settings must hold plain numbers"),
+        ({"prior_settings": {"rate": float("nan")}}, "prior_settings must hold plain numbers"),
+        ({"prior_settings": 3}, "prior_settings must be a table of settings"),
+        ({"target_modules": ["query", 3]}, "target_modules must be names of modules"),
+        ({"target_modules": ()}, "target_modules must be names of modules"),
+        ({"target_modules": "(query"}, "is no regular expression"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(values, message):
+    with pytest.raises(ValueError) as error:
+        RunConfig(**values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fp16", "float16", "half"])
+def test_half_precision_is_refused_with_the_remedy(name):
+    with pytest.raises(ValueError, match=r"is refused: .* use bf16"):
+        RunConfig(precision=name)
+
+
+@pytest.mark.parametrize("values", [{"rank": 1}, {"seed": 2**32 - 1}, {"warmup": 1}, {"lr_gates": 0}, {"max_length": 4},
+                                    {"temperature_start": 0.1, "temperature_end": 0.1}])  # fmt: skip
+def test_the_edge_of_a_range_is_in_it(values):
+    config = RunConfig(**values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("given_value", "stored"),
+    [
+        ("query", ("query",)),
+        ("query, value", ("query", "value")),
+        (["query", "layer.0.value"], ("query", "layer.0.value")),
+        (r".*\.(query|value)", r".*\.(query|value)"),
+        (r".*layer\.\d{1,2}.*", r".*layer\.\d{1,2}.*"),
+        (None, None),
+    ],
+)
+def test_target_modules_are_names_or_one_regular_expression(given_value, stored):
+    assert RunConfig(target_modules=given_value).target_modules == stored
+
+
+def test_settings_are_copied_in():
+    settings = {"rate": 3}
+    config = RunConfig(prior_settings=settings)
+    settings["rate"] = 4
+    assert config.prior_settings == {"rate": 3}
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().rank = 4
+
+
+def test_there_is_a_preset_for_the_demo_and_for_every_glue_task():
+    assert preset_names() == sorted([*GLUE, "demo", "blora_xs", "protein_pairs"])
+
+
+@pytest.mark.parametrize("name", ["demo", *GLUE])
+def test_a_preset_is_a_valid_configuration_and_explains_itself(name):
+    config = RunConfig(**load_preset(name))
+    assert config.task == ("acceptability" if name == "demo" else name)
+    assert config.backbone == ("demo" if name == "demo" else "microsoft/deberta-v3-base")
+    lines = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert all("# " in line for line in lines)
+    assert any("Expected" in line or "Published, not measured here" in line for line in lines)
+    assert any("Hardware" in line for line in lines)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_preset_file_speaks_the_flags(tmp_path):
+    path = write(tmp_path / "mine.yaml", "task: rte\nprior.rate: 3\nlr: 1e-3\nguide.scale: 0.1\nmax_train: null\n")
+    fields = load_preset(path)
+    assert fields["prior_settings"] == {"rate": 3} and fields["guide_settings"] == {"scale": 0.1}
+    assert RunConfig(**fields).lr == 1e-3
+
+
+def test_an_empty_preset_sets_nothing(tmp_path):
+    assert load_preset(write(tmp_path / "empty.yaml", "# nothing yet\n")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: rte\nranks: 4\n", r"mine\.yaml, line 2: unknown key 'ranks': did you mean 'rank'"),
+        ("task: rte\nrank: 4\nrank: 8\n", r"mine\.yaml, line 3: 'rank' is given twice"),
+        ("task: [rte\n", r"mine\.yaml is not YAML"),
+        ("- rte\n", r"mine\.yaml must be a table"),
+        ("adapters.rate: 3\n", r"line 1: unknown key 'adapters\.rate'"),
+        ("task: !!python/object/apply:os.getcwd []\n", r"mine\.yaml, line 1: could not determine a constructor"),
+    ],
+)
+def test_a_preset_that_is_wrong_is_refused_by_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_preset(write(tmp_path / "mine.yaml", text))
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown preset 'colla': did you mean 'cola'"):
+        load_preset("colla")
+
+
+def test_the_digest_sees_the_file_of_a_users_law(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def law(layout): ...")
+    first = RunConfig(prior=f"{file}:law").digest
+    assert RunConfig(prior=f"{file}:law").digest == first
+    file.write_text("def law(layout): return None")
+    assert RunConfig(prior=f"{file}:law").digest != first

@@ -1,0 +1,284 @@
+"""Two processes on one machine, as torchrun starts them: gradients, draws, log, checkpoint, evaluation, sharding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tiny import save_tiny_backbone
+
+from pyro_blora import draw, load
+from pyro_blora.bops import expected_bits
+from pyro_blora.config import RunConfig
+from pyro_blora.posterior.arviz_compat import read
+
+ROOT = Path(__file__).resolve().parents[1]
+
+DECODER = '''
+import torch
+import transformers
+
+
+def decoder(num_labels):
+    """Llama of 2 layers, hidden size 32."""
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("TOKENIZER")
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return transformers.LlamaForSequenceClassification(config), tokenizer
+'''
+
+GRADIENTS = """
+import accelerate
+import torch
+from models import batch, tiny_bert
+
+from pyro_blora import attach
+from pyro_blora.adapters import gates
+from pyro_blora.gates import Gates
+from pyro_blora.guides import build_guide
+from pyro_blora.priors import build_prior
+from pyro_blora.distributed import average_gradients, gathered, leave
+from pyro_blora.program import BayesianLoRA
+from pyro_blora.tasks import get_task
+
+accelerator = accelerate.Accelerator(cpu=True)
+torch.manual_seed(0)
+net = attach(tiny_bert(dropout=0.0), rank=4, sequence_length=32)
+for parameter in net.adapter_parameters():
+    torch.nn.init.normal_(parameter, std=0.1)
+prior = build_prior("bops", net.layout)
+guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
+program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100)
+inputs, labels = batch(size=8)
+laws = guide.laws(0.5, False)
+drawn = Gates(*(law.rsample() for law in laws))  # the same everywhere, and differentiable
+learning = [p for p in program.parameters() if p.requires_grad]
+
+
+def gradients(rows, average):
+    nll = program.nll({key: x[rows] for key, x in inputs.items()}, labels[rows], *drawn)
+    for parameter, slope in zip(learning, torch.autograd.grad(nll, learning, retain_graph=True, allow_unused=True)):
+        parameter.grad = slope
+    if average:
+        average_gradients(learning, accelerator)
+    return [None if p.grad is None else p.grad.clone() for p in learning]
+
+
+union = gradients(slice(None), False)
+mine = gradients(slice(accelerator.process_index, None, 2), True)
+gap = max((a - b).norm() / b.norm() for a, b in zip(mine, union) if b is not None and b.norm() > 0)
+found = sum(b is not None for b in union)
+assert [a is None for a in mine] == [b is None for b in union] and found == 17  # LoRA, head, ranges, z, g
+gaps = gathered(float(gap))
+if accelerator.is_main_process:  # lines of two processes would mix
+    print(*gaps)
+leave()
+"""
+
+DRAWS = """
+import json, sys
+
+import accelerate
+import pytest
+import torch
+
+from pyro_blora import adapters, fit
+from pyro_blora.config import RunConfig
+from pyro_blora.distributed import gathered, leave
+from pyro_blora.program import BayesianLoRA
+
+seen, losses, examples, inner, forward = [], [], [], adapters.gates, BayesianLoRA.forward
+
+
+def watched(net, z, g, *theta, **more):
+    if torch.is_grad_enabled():  # else distributions are checked
+        seen.append(z.detach().clone())
+    return inner(net, z, g, *theta, **more)
+
+
+def weighed(program, inputs, *arguments):
+    loss, elbo = forward(program, inputs, *arguments)
+    if torch.is_grad_enabled():
+        examples.extend(tuple(row[row != 0].tolist()) for row in inputs["input_ids"])
+        losses.append(loss.item())
+    return loss, elbo
+
+
+adapters.gates, BayesianLoRA.forward = watched, weighed
+trained = fit(RunConfig.from_json(sys.argv[1]), quiet=True)
+z = gathered(torch.stack([x for x in seen if 0 < x.mean() < 1]))
+each, shares = gathered(losses), gathered(examples)
+parameters = gathered([p.detach() for p in trained.program.parameters() if p.requires_grad])
+if accelerate.PartialState().is_main_process:
+    logged = [line["loss"] for line in trained.metrics]
+    print("draws", [not torch.equal(a, b) for a, b in zip(*z)].count(True), len(z[0]))
+    rows = [tuple(row) for row in trained.parts.tokens["train"]["input_ids"]]
+    print("examples", *map(len, shares), sorted(sum(shares, [])) == sorted(rows))  # each once
+    print("logged", logged == pytest.approx([sum(pair) / 2 for pair in zip(*each)], rel=1e-5))
+    print("same", all(torch.equal(a, b) for a, b in zip(*parameters)))
+leave()
+"""
+
+
+def torchrun(*arguments: str, **variables: str) -> str:
+    """What two processes print.  Fails with what they say where they fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
+             "PYRO_BLORA_COMPILE": "0", "HF_HUB_OFFLINE": "1", **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return save_tiny_backbone(folder / "tiny")
+
+
+@pytest.fixture(scope="module")
+def decoder(folder, backbone):
+    path = folder / "small.py"
+    path.write_text(DECODER.replace("TOKENIZER", str(backbone)))
+    return f"{path}:decoder"
+
+
+def settings(backbone, output_dir, **changes) -> dict:
+    """A run of four steps of 2 x 8 examples."""
+    return {
+        "task": "acceptability", "backbone": str(backbone), "max_train": 64, "epochs": 1, "batch_size": 8, "rank": 4,
+        "kl_warmup": 0.25, "draws": 3, "logging_steps": 1, "checkpoint_steps": 2, "max_length": 32, "seed": 1,
+        "output_dir": str(output_dir), **changes,
+    }  # fmt: skip
+
+
+def train(config: dict, **variables: str) -> Path:
+    """The folder of a run that two processes train by the command line."""
+    flags = [part for key, value in config.items() for part in (f"--{key}", str(value))]
+    torchrun("-m", "pyro_blora", "train", *flags, **variables)
+    (found,) = Path(config["output_dir"]).glob("[!.]*")
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(folder, backbone):
+    return train(settings(backbone, folder / "runs", tracker="tensorboard"))
+
+
+def test_two_processes_have_the_gradients_of_the_union_of_their_batches(folder):
+    (folder / "gradients.py").write_text(GRADIENTS)
+    gaps = [float(word) for word in torchrun(str(folder / "gradients.py")).split()]
+    assert len(gaps) == 2 and max(gaps) <= 1e-5
+
+
+def test_every_process_draws_gates_of_its_own_and_learns_the_same(folder, backbone):
+    (folder / "draws.py").write_text(DRAWS)
+    config = RunConfig(**settings(backbone, folder / "unused"))
+    said = torchrun(str(folder / "draws.py"), config.to_json()).splitlines()
+    # of three steps with gates; every row on one process; the mean over processes
+    assert said == ["draws 3 3", "examples 32 32 True", "logged True", "same True"]
+
+
+def test_there_is_one_log_one_checkpoint_and_one_run(run):
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["state.safetensors"]
+    assert json.loads((run / "summary.json").read_text())["n_eval"] == len(pd.read_parquet(run / "predictions.parquet"))
+    assert (run / "report.html").exists()
+
+
+def test_evaluation_in_parts_is_that_of_one_process(run):
+    """Every process predicts some of the batches, all under the same draws."""
+    from pyro_blora.build import build
+    from pyro_blora.posterior import predict
+    from pyro_blora.tasks.batching import by_length, on_device
+
+    program = load(run)
+    config = RunConfig.from_json(run / "config.json")
+    parts = build(config)
+    rows, order = by_length(parts.tokens["eval"], parts.tokenizer, 16)
+    gates = draw(program, config.draws, seed=config.seed)
+    alone = predict(program, on_device(rows, torch.device("cpu")), gates=gates).restored(order)
+    table, data = pd.read_parquet(run / "predictions.parquet"), read(run / "posterior.nc")
+    names = [f"p_{label}" for label in parts.task.labels]
+    torch.testing.assert_close(torch.tensor(table[names].to_numpy()), alone.mean, atol=1e-6, rtol=0)
+    bits = torch.tensor(data["posterior"]["bits"].values)[0]  # (S, L, T)
+    assert bits.unique().numel() > 1 and torch.equal(bits.float(), expected_bits(program.layout, gates.z))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "xs"])
+def test_a_sharded_decoder_trains_as_a_whole_one(folder, decoder, adapter):
+    """The frozen weights are split over the processes by FSDP2; what is learned, saved and said is the same."""
+    changes = {"target_modules": "q_proj,k_proj,v_proj", "scope": "encoder", "adapter": adapter}
+    plain = train(settings(decoder, folder / f"plain-{adapter}", **changes))
+    fsdp = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    }  # fmt: skip
+    sharded = train(settings(decoder, folder / f"sharded-{adapter}", **changes), **fsdp)
+    for mine, true in zip(*((run / "metrics.jsonl").read_text().splitlines() for run in (sharded, plain)), strict=True):
+        mine, true = json.loads(mine), json.loads(true)
+        assert mine.keys() == true.keys()
+        for key in mine.keys() - {"seconds"}:
+            assert mine[key] == pytest.approx(true[key], rel=1e-4, abs=1e-6), key
+    tables = [pd.read_parquet(run / "predictions.parquet")["log_likelihood"] for run in (sharded, plain)]
+    assert (tables[0] - tables[1]).abs().max() < 1e-4
+    weights = [dict(load(run, allow_code=[decoder]).named_parameters()) for run in (sharded, plain)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=1e-4, rtol=1e-4)
+
+
+def test_another_version_of_fsdp_is_refused(monkeypatch):
+    from models import tiny_bert
+
+    from pyro_blora.distributed import shard
+
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="--fsdp_version 2"):
+        shard(tiny_bert(), None)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="nothing is frozen"):
+        shard(tiny_bert(), None)
+
+
+REFUSAL = """
+import accelerate
+
+from pyro_blora.distributed import leave, on_main
+
+state = accelerate.PartialState(cpu=True)
+
+
+def check():
+    assert state.is_main_process, "the other process has nothing to check"
+    raise ValueError("it cannot be exported")
+
+
+on_main(lambda: None)
+try:
+    on_main(check)
+except ValueError as error:
+    print(f"process {state.process_index}: {error}\\n", end="", flush=True)
+leave()
+"""
+
+
+def test_what_the_main_process_refuses_ends_them_all(folder):
+    script = folder / "refusal.py"
+    script.write_text(REFUSAL)
+    printed = torchrun(str(script))
+    assert all(f"process {i}: it cannot be exported" in printed for i in (0, 1))
