@@ -1,6 +1,8 @@
 """The public table: every name is importable, and is the thing itself rather than a module of the same name."""
 
+import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 
@@ -48,3 +50,15 @@ def test_names_are_imported_without_what_their_calls_need_later(names, lets):
     code = f"from pyro_blora import {names}\nimport sys\nprint([n for n in {HEAVY} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert set(eval(done.stdout)) <= set(lets)
+
+
+PACKAGES = [module.name for module in pkgutil.walk_packages(pyro_blora.__path__, "pyro_blora.") if module.ispkg]
+
+
+@pytest.mark.parametrize("package", ["pyro_blora", *PACKAGES])
+def test_what_a_package_offers_is_not_hidden_by_a_module_of_its_name(package):
+    found = importlib.import_module(package)
+    modules = {module.name for module in pkgutil.iter_modules(found.__path__)}
+    offered = set(getattr(found, "__all__", ()))
+    assert not offered & modules
+    assert all(hasattr(found, name) for name in offered)

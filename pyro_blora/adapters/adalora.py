@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import BATCH_SIZE, AdapterLayout
-from ..models.layout_of import layout_of
+from ..models.layout import layout_of
 from .gate_context import ADAPTER, Handover
 from .gated_model import GatedModel
 from .peft_config import freeze_pooler, lora_config, settle, wrapped

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..layout import BATCH_SIZE, AdapterLayout
-from ..models.layout_of import layout_of
+from ..models.layout import layout_of
 from .gate_context import Handover
 from .gated_model import GatedModel
 from .peft_config import freeze_pooler, lora_config, settle, wrapped

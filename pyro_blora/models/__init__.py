@@ -1,7 +1,7 @@
 """Hugging Face models: what they are made of, their costs, and how a backbone and its tokenizer are loaded."""
 
 from .architectures import TARGETS, head_modules
-from .layout_of import layout_of
+from .layout import layout_of
 from .loading import backbone_path, commit_of, load_backbone, load_tokenizer, public_name
 
 __all__ = [

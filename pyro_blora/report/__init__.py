@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazily(
         "Link": "run_folder",
         "RunFiles": "run_folder",
         "Section": "run_folder",
-        "headline": "headline",
+        "headline": "cards",
         "render": "page",
         "sections_of": "sections.contents",
         "show_run": "terminal",

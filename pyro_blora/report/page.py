@@ -9,8 +9,8 @@ import markupsafe
 import vl_convert
 
 from ..files import REPORT, replace_text
+from .cards import headline
 from .grid import grid_page
-from .headline import headline
 from .run_folder import Link, RunFiles, Section
 from .sections.contents import sections_of
 
