@@ -182,7 +182,7 @@ zero by chance, and differences that share a run are not independent. A negative
 Training seconds are not comparable: other work took turns on the same cores.
 
 What is not seen here: the conversion sets the layer norm of the distances' embeddings to zero, and training leaves it
-there, so what is projected of positions is zero and comes out as the biases (`tests/test_positions.py`). Its products
+there, so what is projected of positions is zero and comes out as the biases (`test_positions.py`). Its products
 are computed and counted as in any DeBERTaV3, and priors pay for them, but neither adapters nor bit widths act on
 anything in them. What rounding does to positions that carry something is a question for a published checkpoint.
 

@@ -5,7 +5,7 @@
 Prior `bops` on SST-2 with MiniLM, scope `encoder`, each run from the same LoRA:
 
     evidence    the gates start from the posterior that the data's Fisher information and the prior give, and hold what
-                the data say in nats (starting.py, guides.py): the default
+                the data say in nats (gate_init.py, guides/): the default
     blind       the same guide and loss, but every gate starts at log-odds 3 whatever prior and data say; so prior and
                 data act through Adam's steps only
     closed      blind, from log-odds -3: do closed gates come back?

@@ -5,11 +5,9 @@ torch and transformers are imported when a command needs them, so that `--help` 
 
 import argparse
 import dataclasses
-import difflib
 import os
 import sys
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +15,7 @@ from .config.command_line import preset_names, run_fields, take_settings
 from .config.methods import METHODS
 from .config.run_config import RunConfig, field_names
 from .machine import keep_freed_memory, spin_briefly
-from .registry import REQUIRED, Registry, registered
+from .registry import REQUIRED, Registry, nearest, registered, suggest
 from .signals import heeded
 
 COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights", "tasks", "doctor")
@@ -63,12 +61,13 @@ def _main(argv: list[str]) -> int:
 
 def _command(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise ValueError(f"unknown command {argv[0]!r}: {_suggest(argv[0], COMMANDS)}")
+        raise ValueError(f"unknown command {argv[0]!r}: {suggest(argv[0], COMMANDS)}")
     settings, rest = take_settings(argv) if argv[:1] == ["train"] else ({}, argv)
     arguments, unknown = _parser().parse_known_args(rest)
     if unknown:
         flags = [f"--{name}" for name in ("preset", "if_finished", *field_names())]
-        raise ValueError(f"unknown argument {unknown[0]!r}: {_suggest(unknown[0].partition('=')[0], flags)}")
+        hint = nearest(unknown[0].partition("=")[0], flags) or f"Known: {', '.join(flags)}"
+        raise ValueError(f"unknown argument {unknown[0]!r}: {hint}")
     if arguments.command == "train":
         return _train(arguments, settings)
     if arguments.command == "show":
@@ -221,11 +220,6 @@ def _print_registry(registry: Registry) -> None:
         for setting, default in settings.items():
             shown = "required" if default is REQUIRED else f"default: {default}"
             print(f"{'':14s}   --{registry.kind}.{setting} VALUE ({shown})")
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"
 
 
 if __name__ == "__main__":

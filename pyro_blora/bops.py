@@ -51,6 +51,34 @@ def expected_bits(layout: AdapterLayout, z_probs: Tensor) -> Tensor:
     return torch.cat([shared[..., None], bits[..., INPUT + 1 :]], -1)
 
 
+_PRODUCTS = {  # of a projection, and what their bit operations are proportional to
+    "W x": ("input", "base"),
+    "A x": ("rank", "input", "lora_A"),
+    "B h": ("rank", "hidden", "lora_B"),
+}
+
+
+def _macs(layout: AdapterLayout, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """(L,) MACs of each product of a projection, of A x and B h at one rank."""
+    macs, rank_macs = (layout.on(device, name) for name in ("macs", "rank_macs"))
+    return {"W x": macs, "A x": rank_macs[:, 0], "B h": rank_macs[:, 1]}
+
+
+def _per_rank(layout: AdapterLayout, z_probs: Tensor) -> dict[str, Tensor]:
+    """E[BOPs] of W x, and of A x and B h at one rank, of every projection.  z_probs (..., L, T, K) -> (..., L)"""
+    bits, macs = expected_bits(layout, z_probs).unbind(-1), _macs(layout, z_probs.device)
+    bits = dict(zip(layout.tensors, bits, strict=True)) | {"rank": 1}
+    return {name: math.prod((bits[factor] for factor in of), start=macs[name]) for name, of in _PRODUCTS.items()}
+
+
+def bops_by_product(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> dict[str, Tensor]:
+    """E[BOPs] of W x, and of A x and B h at the expected rank, of every projection.  Shapes as below -> (..., L)"""
+    rank = expected_rank(g_probs)
+    return {
+        name: each * rank if "rank" in _PRODUCTS[name] else each for name, each in _per_rank(layout, z_probs).items()
+    }
+
+
 def expected_rank(g_probs: Tensor) -> Tensor:
     """Expected number of open ranks.  g_probs (..., L, R - 1) marginals or draws -> (..., L)."""
     return 1 + g_probs.sum(-1)
@@ -81,14 +109,11 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
             f"expected (..., {layout.z_shape}) and (..., {layout.g_shape})"
         )
     z_probs, g_probs = z_probs.double(), g_probs.double()
-    bits = dict(zip(layout.tensors, expected_bits(layout, z_probs).unbind(-1), strict=True))
-    macs, rank_macs = (layout.on(z_probs.device, name) for name in ("macs", "rank_macs"))
-    base = macs * bits["input"] * bits["base"]
-    per_rank = rank_macs[:, 0] * bits["input"] * bits["lora_A"] + rank_macs[:, 1] * bits["hidden"] * bits["lora_B"]
-    gated = base + expected_rank(g_probs) * per_rank  # (..., L)
+    each = _per_rank(layout, z_probs)
+    gated = each["W x"] + expected_rank(g_probs) * (each["A x"] + each["B h"])  # (..., L)
     full = at_full_width(layout)
     adapted = gated.masked_fill(~_adapted(layout, z_probs.device), 0.0).sum(-1)
-    model = gated.sum(-1) + layout.ladder[-1] ** 2 * (layout.model_macs - macs.sum())
+    model = gated.sum(-1) + layout.ladder[-1] ** 2 * (layout.model_macs - layout.on(z_probs.device, "macs").sum())
     return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())
 
 
@@ -108,12 +133,8 @@ def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates:
     factors = {t: (torch.full_like(bits[:, i], most), bits[:, i]) for i, t in enumerate(layout.tensors)}
     factors["rank"] = (torch.full_like(bits[:, 0], rank), expected_rank(g_probs))
     saved = {name: torch.zeros_like(bits[:, 0]) for name in factors}
-    products = (
-        (layout.macs, ("input", "base")),
-        (layout.rank_macs[:, 0], ("rank", "input", "lora_A")),
-        (layout.rank_macs[:, 1], ("rank", "hidden", "lora_B")),
-    )
-    for macs, names in products:
+    for product, macs in _macs(layout).items():
+        names = _PRODUCTS[product]
         for order in itertools.permutations(names):
             for place, name in enumerate(order):
                 full, expected = factors[name]

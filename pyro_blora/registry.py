@@ -24,7 +24,7 @@ from typing import Any
 REQUIRED = inspect.Parameter.empty  # the "default" that `describe` reports for a setting without one
 _USER_MODULE = "pyro_blora_user_file_"
 _ALLOWED = contextvars.ContextVar("functions of files that may run", default=None)  # None: all, the user typed them
-_NOUNS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "none"}
+NOUNS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "none"}
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ class Registry:
             return self._functions[name]
         if ":" in name or name.endswith(".py"):
             return self._from_file(name)
-        raise ValueError(f"unknown {self.kind} {name!r}: {_suggest(name, self.names())}")
+        raise ValueError(f"unknown {self.kind} {name!r}: {suggest(name, self.names())}")
 
     def describe(self, name: str, *, skip: int | None = None) -> tuple[str, dict[str, Any]]:
         """The first docstring line of a function, and its settings with their defaults (`REQUIRED`: there is none)."""
@@ -101,7 +101,7 @@ class Registry:
         open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
         unknown = [key for key in given if key not in known]
         if unknown and not open_ended:
-            raise ValueError(f"{called}: unknown setting {unknown[0]!r}: {_suggest(unknown[0], list(known))}")
+            raise ValueError(f"{called}: unknown setting {unknown[0]!r}: {suggest(unknown[0], sorted(known))}")
         missing = [key for key, parameter in known.items() if parameter.default is REQUIRED and key not in given]
         if missing:
             raise ValueError(f"{called}: the setting {missing[0]!r} is required: give --{self.kind}.{missing[0]} VALUE")
@@ -131,7 +131,7 @@ class Registry:
         function = getattr(module, attribute, None)
         if function is None:
             own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-            raise ValueError(f"{self.kind} file {path} has no {attribute!r}: {_suggest(attribute, own)}")
+            raise ValueError(f"{self.kind} file {path} has no {attribute!r}: {suggest(attribute, sorted(own))}")
         if not callable(function):
             raise ValueError(f"{self.kind} {name!r} must be a function, got {type(function).__name__}")
         return function
@@ -143,10 +143,16 @@ def _origin(name: str) -> tuple[Path, str]:
     return Path(os.path.expanduser(path)).resolve(), attribute
 
 
-def _suggest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Known: {', '.join(sorted(known)) or '(none)'}"
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'lora'? `, or nothing where no known name is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """For a message about an unknown name: the nearest that is known, and all that are."""
+    known = list(known)
+    return f"{nearest(name, known)}Known: {', '.join(known) or '(none)'}"
 
 
 def _same_origin(old: Callable, new: Callable) -> bool:
@@ -207,7 +213,7 @@ def _coerce(value: Any, annotation: Any, default: Any, where: str) -> Any:
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     allowed = typing.get_args(annotation) if union else (annotation,)
     literals = [choice for a in allowed if typing.get_origin(a) is typing.Literal for choice in typing.get_args(a)]
-    plain = [a for a in allowed if a in _NOUNS]
+    plain = [a for a in allowed if a in NOUNS]
     if len(plain) + sum(typing.get_origin(a) is typing.Literal for a in allowed) < len(allowed):
         return value  # a richer type (a list, a callable): the function itself is the judge
     if literals and (match := [choice for choice in literals if choice == value and type(choice) is type(value)]):
@@ -216,15 +222,15 @@ def _coerce(value: Any, annotation: Any, default: Any, where: str) -> Any:
         return value
     for kind in (type(None), int, float, bool, str):
         if kind in plain:
-            converted = _convert(value, kind)
-            if converted is not REQUIRED:
-                return converted
+            found = converted(value, kind)
+            if found is not REQUIRED:
+                return found
     if literals:
         raise ValueError(f"{where} must be one of {', '.join(map(str, literals))}, got {value!r}")
-    raise ValueError(f"{where} must be {' or '.join(_NOUNS[kind] for kind in plain)}, got {value!r}")
+    raise ValueError(f"{where} must be {' or '.join(NOUNS[kind] for kind in plain)}, got {value!r}")
 
 
-def _convert(value: Any, kind: type) -> Any:
+def converted(value: Any, kind: type) -> Any:
     """The value as `kind` where nothing is lost on the way, else REQUIRED (no value at all)."""
     text = value.strip().lower() if isinstance(value, str) else None
     if kind is type(None):

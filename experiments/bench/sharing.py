@@ -4,7 +4,7 @@
     python -m experiments.bench.sharing --beside 8 --steps 3
 
 A step is plain LoRA of MiniLM's size on every processor, in a process of its own; the busy programs compute nothing
-and never sleep. Medians, taken in turn: `host.spin_briefly` is what the command line and the tests do.
+and never sleep. Medians, taken in turn: `machine.spin_briefly` is what the command line and the tests do.
 """
 
 import argparse

@@ -9,5 +9,5 @@
     rungs.py        the rungs, their thresholds, and what each measures
     figures.py      the figures
 
-`experiments/check_posterior.py` runs it all and writes the report; tests/test_ladder.py runs it in small.
+`experiments/check_posterior.py` runs it all and writes the report; tests/experiments/test_ladder.py runs it in small.
 """

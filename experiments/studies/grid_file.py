@@ -24,11 +24,12 @@ from typing import Any
 import yaml
 
 from pyro_blora.build import check_names
-from pyro_blora.config import RunConfig, field_names, suggest
+from pyro_blora.config import RunConfig, field_names
 from pyro_blora.config.command_line import EXPONENT, OWNED, gather_settings, read_preset
 from pyro_blora.config.methods import left_open, require_consistent
 from pyro_blora.guides import GUIDES, build_guide
 from pyro_blora.priors import PRIORS, build_prior, parts
+from pyro_blora.registry import suggest
 from pyro_blora.testing import example_layout
 from pyro_blora.training import Schedule
 from pyro_blora.user_files import compose_yaml, read_text, value_of

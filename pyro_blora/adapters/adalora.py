@@ -1,4 +1,4 @@
-"""AdaLoRA from PEFT inside our loop: its layers, and its allocator, which the guide `allocated` (given.py) follows.
+"""AdaLoRA from PEFT inside our loop: its layers, and its allocator, which the guide `allocated` follows.
 
 An adapted projection computes y = W0 x + b + (alpha / R) * B diag(E) A x, at 32 bit. After every optimizer step PEFT's
 allocator zeroes the entries of E that matter least, on its cubic schedule from R everywhere to `target_rank` on

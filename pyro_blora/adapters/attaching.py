@@ -48,7 +48,7 @@ def attach(
     sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
     adapter: `lora`; `xs` (B-LoRA-XS, with adapter_settings of xs.py); or `none`: no projection has an adapter, and the
     whole backbone learns.
-    init_lora_weights: `default`, as in PEFT, or `eva`: see spectra.py. share_inputs: see `AdapterLayout`.
+    init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
     """
     from .layers import GatedLinear, QuantizedLinear, XSLinear  # now, as PEFT takes seconds to import

@@ -2,7 +2,7 @@
 
 A layer asks its `Handover` for every quantized tensor and every product. Most of the time it answers with the gates of
 the draw; while an `Observer` is set, the network runs at 32 bit with all ranks open and the observer sees every tensor:
-to measure ranges (ranges.py) or how the loss answers to a coarser grid (starting.py).
+to measure ranges (range_calibration.py) or how the loss answers to a coarser grid (gate_init.py).
 """
 
 import contextlib

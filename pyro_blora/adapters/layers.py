@@ -1,6 +1,6 @@
 """The gated linear layers: LoRA as PEFT has it, B-LoRA-XS, and maps without an adapter; all ask their `Handover`.
 
-One adapted projection computes, with Q the mixture of nested grids (quantizer.py), g the rank gates, xq = Q(x):
+One adapted projection computes, with Q the mixture of nested grids (fake_quantize.py), g the rank gates, xq = Q(x):
 
     y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
 

@@ -3,7 +3,7 @@
 from .command_line import load_preset, preset_names, run_fields, take_settings
 from .fields import RANGES
 from .methods import METHODS
-from .run_config import NOT_IN_DIGEST, OWNERS, PRESETS, RunConfig, field_names, suggest
+from .run_config import NOT_IN_DIGEST, OWNERS, PRESETS, RunConfig, field_names
 
 __all__ = [
     "METHODS",
@@ -16,6 +16,5 @@ __all__ = [
     "load_preset",
     "preset_names",
     "run_fields",
-    "suggest",
     "take_settings",
 ]

@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..registry import suggest
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
 from .fields import shown
 from .methods import left_open, require_consistent
-from .run_config import OWNERS, PRESETS, RunConfig, field_names, suggest
+from .run_config import OWNERS, PRESETS, RunConfig, field_names
 
 _PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..registry import NOUNS, REQUIRED, converted
+
 _DEEPEST = 20  # levels of a setting
 _MOST_VALUES = 10_000  # of the settings of one law
 _LARGEST = 10**18  # a whole number that every reader of a file has
 _SHOWN = 80  # characters of a wrong value that are repeated
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", dict: "a table of settings"}
+_NOUNS = NOUNS | {dict: "a table of settings"}
 
 
 def _at_least(low: float) -> tuple:
@@ -90,17 +92,12 @@ def fit(name: str, annotation: Any, value: Any) -> Any:
             raise ValueError(f"{name} must hold plain numbers, words and lists, got {shown(value)}: {error}") from error
     if kind is str and isinstance(value, str | Path):
         return str(value)
-    if kind is bool and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
-        return str(value).lower() == "true"
-    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if kind is int and abs(number) > _LARGEST:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (bool, int, float) and (found := converted(value, kind)) is not REQUIRED:
+        if kind is int and abs(found) > _LARGEST:
             raise ValueError(f"{name} must be {_NOUNS[int]} of at most 18 digits, got {shown(value)}: lower it")
-        if not math.isnan(number) and (kind is float or number.is_integer()):
-            return kind(number)
+        return found
     raise ValueError(f"{name} must be {_NOUNS[kind]}{' or none' if optional else ''}, got {shown(value)}")
 
 

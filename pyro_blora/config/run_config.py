@@ -1,16 +1,15 @@
 """One run's configuration: a frozen dataclass with its checks, its JSON and its digest."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
 import re
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from ..registry import suggest
 from ..user_files import load_json, read_text
 from .fields import MOST_FITS, RANGES, fit, shown
 from .methods import METHODS, resolved
@@ -291,8 +290,3 @@ def _with_content(name: str) -> str:
 def _basename(name: str) -> str:
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return re.sub(r"[^A-Za-z0-9._]", "_", last).strip(".") or "local"
-
-
-def suggest(name: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}"

@@ -12,13 +12,13 @@ import torch
 
 from ..bops import expected_bits, expected_bops, expected_rank
 from ..build import Parts
+from ..interval import INTERVAL
 from ..posterior.draws import bops, deployed, draw, draw_weights, marginals, mean_kl
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
 from .evaluating import Evaluated
 from .metrics import calibration_of, deployed_scores, scores_of
 
-_INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
 _WEIGHT_DRAWS = 100  # for their mean standard deviation
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
 
@@ -58,7 +58,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         "bops": {
             "adapted_ratio": float(expected.adapted_ratio),
             "model_ratio": float(expected.model_ratio),
-            "interval": [float(ratios.quantile(p)) for p in _INTERVAL],
+            "interval": [float(ratios.quantile(p)) for p in INTERVAL],
             "deployed": {"adapted_ratio": float(at.adapted_ratio), "model_ratio": float(at.model_ratio)},
         },
         "expected_bits": {

@@ -14,7 +14,7 @@ Gates when it is called, with
                                         M forwards a step, as one alone would be M times noisier than a mean field
     computed_once()                     optional, a context: one evaluation of the ELBO, in which parameters stay
     start(evidence)                     optional, called if `starts_from_data`: set the laws from an estimate of what
-                                        the data say about each chain (starting.py)
+                                        the data say about each chain (gate_init.py)
 
 The families here hold *evidence*: q(depth d) = softmax over d of log prior(d) + e_1 + ... + e_d, as the posterior is
 prior times likelihood. What the data say is learned in nats, whatever the optimizer makes of gradients; what the prior

@@ -40,7 +40,7 @@ class Point(Evidence):
 def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> MeanField:
     """Independent relaxed nested Bernoullis, one a chain; KL in closed form.
 
-    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
+    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, gate_init.py).
     """
     return MeanField(layout, prior, open_logit)
 
@@ -49,6 +49,6 @@ def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | N
 def point(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> Point:
     """A single allocation (maximum a posteriori), learned with straight-through gradients.
 
-    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, starting.py).
+    Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, gate_init.py).
     """
     return Point(layout, prior, open_logit)

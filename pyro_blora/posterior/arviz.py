@@ -5,7 +5,7 @@ theta in the posterior where the weights are), sample_stats (log_q, log_prior; l
 (exact: the laws of guide and prior over widths and ranks, marginals, KL, and what is deployed; each projection's layer
 and type, to group by). Held-out rows are in predictions (label and probability, or mean; log_likelihood of the observed
 label) and predictions_constant_data (label, observed): there is no group log_likelihood, as `arviz.loo` would take its
-rows for training data and remove an influence that they never had. `arviz_data.held_out_elpd` scores them.
+rows for training data and remove an influence that they never had. `arviz_compat.held_out_elpd` scores them.
 Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection, tensor, rung, rank, width,
 open_rank, component, law, weight, example, class. Tensors that a projection does not have are nan.
 """
@@ -100,7 +100,7 @@ def to_arviz(
     """ArviZ data of a trained program: an InferenceData (ArviZ 0.x) or a DataTree (1.x), of one chain.
 
     draws: from `posterior.draw`. prediction: from `predict` with the same draws, for the example groups. labels: class
-    names. clipped (L, T): shares of values beyond their ranges, from `ranges.clipped`. theta (S, D): draws of the
+    names. clipped (L, T): shares of values beyond their ranges, from `adapters.clipped`. theta (S, D): draws of the
     weights, from `draw_weights`; more than 10,000 weights are left out. seed: of the prior's draws, of the rates and of
     the predicted labels.
     Errors: ValueError where the prediction has another number of draws.

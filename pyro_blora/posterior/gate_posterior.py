@@ -21,8 +21,6 @@ from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
 from .arviz_compat import group, pareto_weights
 
-INTERVAL = (0.03, 0.97)  # ArviZ's usual 94 %
-
 
 class WhatIf(NamedTuple):
     """What is predicted if a gate were forced, the laws of all other chains as they are.
@@ -67,7 +65,7 @@ def layout_of(data) -> AdapterLayout:
 
 
 class Posterior:
-    """The exact side of an opened posterior.nc (`arviz_data.read`).
+    """The exact side of an opened posterior.nc (`arviz_compat.read`).
 
     log_q: z (C, M, L, T, K + 1), g (C, M, L, R), log probabilities of widths and ranks; log_prior: the same without M.
     What does not exist counts as open. masks: z (L, T), g (L), whether it exists.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import Gates, NestedBernoulli
+from ..interval import INTERVAL
 from ..layout import AdapterLayout
 from .base import register_prior
 
@@ -83,9 +84,9 @@ class Hierarchical(nn.Module):
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
-        """Posterior mean and central 94 % interval of every rate, nats a gate."""
+        """Posterior mean and central interval (interval.py) of every rate, nats a gate."""
         law = self._law("posterior")
-        low, high = (law.icdf(torch.full_like(self.loc, p)) for p in (0.03, 0.97))
+        low, high = (law.icdf(torch.full_like(self.loc, p)) for p in INTERVAL)
         columns = {end: x[self.used].tolist() for end, x in (("", law.mean), ("_low", low), ("_high", high))}
         return {f"rate_{name}{end}": x[i] for i, name in enumerate(self.rate_names) for end, x in columns.items()}
 

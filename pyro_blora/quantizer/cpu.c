@@ -1,4 +1,4 @@
-/* The quantizer's loops on a CPU; quantizer_cpu.py compiles and calls them, quantizer.py has the equations.
+/* The quantizer's loops on a CPU; cpu.py compiles and calls them, fake_quantize.py has the equations.
 
    x and gradients are float (0) or bfloat16 (1), the arithmetic is float, operation by operation that of
    quantizer._EAGER (no product is fused with a sum). Sums are taken in blocks of one size, and those of the blocks in

@@ -1,4 +1,4 @@
-"""The quantizer's loops on a CPU, quantizer_cpu.c, compiled once for a machine by its C compiler and kept in the cache.
+"""The quantizer's loops on a CPU, cpu.c, compiled once for a machine by its C compiler and kept in the cache.
 
 A third of a second of a C compiler, where torch.compile takes half a minute, and a call costs microseconds. Values are
 those of the eager functions to the bit; sums have the same bits with any number of threads.

@@ -49,7 +49,7 @@ _PROBED = 1000  # elements on which compiled functions are compared with the eag
 log = logging.getLogger(__name__)
 
 
-# --- the kernels: each is one loop over the elements, in quantizer_cpu.c and quantizer_triton.py
+# --- the kernels: each is one loop over the elements, in cpu.c and triton.py
 
 
 def _forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -17,7 +17,7 @@ _PROGRAMS, _MOST_BLOCKS = 512, 64  # of a sum: programs from which on each takes
 _OUTPUTS = 6  # gradients of the range and of five weights
 _WITHOUT_FUSION = {"enable_fp_fusion": False}  # a product is rounded before it is added to, as in PyTorch
 
-# where each part of a grid's constants starts, as in quantizer.py
+# where each part of a grid's constants starts, as in fake_quantize.py
 _RANGE, _WEIGHT, _EXACT, _SCALE, _INVERSE, _WEIGHTED_SCALE, _BELOW_32, _EDGE = (
     tl.constexpr(i) for i in (0, 1, 5, 6, 10, 14, 18, 19)
 )

@@ -1,6 +1,7 @@
 """The first line of a run's page: its scores and bit operations."""
 
 from ..evaluation.verdicts import beside, nothing_learned, of_score
+from ..interval import PERCENT
 
 
 def headline(summary: dict) -> list[tuple[str, str, str]]:
@@ -20,7 +21,7 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
         (
             "E[BOPs]",
             f"{bops['adapted_ratio']:.2%}",
-            f"94 % interval {low:.2%} to {high:.2%}, of the adapted projections",
+            f"{PERCENT} interval {low:.2%} to {high:.2%}, of the adapted projections",
         ),
         ("E[BOPs], model", f"{bops['model_ratio']:.2%}", "of every matrix product of a forward"),
         ("adapter", f"{summary['adapter_parameters']:,}", "parameters deployed"),

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import altair as alt
 import pandas as pd
 
+from ..interval import PERCENT
+
 _TEXT, _LINES = "currentColor", "#88888855"
 _FONT = "system-ui, sans-serif"  # the page's; a name that Vega can measure, which "inherit" is not
 _ALIKE = 1e-6  # of the largest value: a smaller range is a rounding error
@@ -57,7 +59,7 @@ def _data(table: pd.DataFrame) -> alt.Data:
 
 
 def gate_map(cells: pd.DataFrame) -> dict:
-    """Deployed width as colour, a circle as large as the doubt; columns: see `gate_sections.cells_of`."""
+    """Deployed width as colour, a circle as large as the doubt; columns: see `sections.gates.cells_of`."""
     columns = list(dict.fromkeys(cells["column"]))
     tips = [name for name in cells.columns if name not in ("column", "layer", "doubt", "label", "width")]
     base = alt.Chart(_data(cells)).encode(
@@ -111,7 +113,7 @@ def rank_means(means: pd.DataFrame) -> dict:
     return _spec(
         (base.mark_rule(strokeWidth=2).encode(y=low, y2="high:Q")
          + base.mark_point(filled=True, size=45, opacity=1).encode(y=y)).properties(height=220),
-        "Mean rank of query, key and value by layer with 94 % intervals",
+        f"Mean rank of query, key and value by layer with {PERCENT} intervals",
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..interval import PERCENT
 from .run_folder import Section, docs_link
 
 GLOSSARY = {
@@ -17,7 +18,7 @@ GLOSSARY = {
     ),
     "BOPs, E[BOPs]": (
         "Bit operations of one forward: multiplications times the bits of both factors. E[BOPs] is their mean "
-        "under the posterior, its interval is central, 94 %."
+        f"under the posterior, its interval is central, {PERCENT}."
     ),
     "constant answer": (
         "The one answer for every example that scores best, seen with hindsight; for the NLL, the label "

@@ -8,6 +8,7 @@ import pandas as pd
 from ..evaluation.baselines import NOISE
 from ..evaluation.verdicts import beside, nothing_learned, of_score
 from ..files import REPORT
+from ..interval import PERCENT
 from . import charts
 from .glossary import glossary
 from .run_folder import Link, RunFiles, Section
@@ -159,7 +160,7 @@ def _of_task(task: str, runs: pd.DataFrame) -> Section:
         "run": runs["run"], "seed": runs["seed"], metric: [of_score(s, metric) for s in summaries],
         "deployed": [of_score(s["deployed"], metric) for s in summaries],
         "NLL": [of_score(s, "nll") for s in summaries], "ECE": [_ece(s) for s in summaries],
-        "E[BOPs]": runs["bops"].map("{:.2%}".format), "94 %": runs["interval"],
+        "E[BOPs]": runs["bops"].map("{:.2%}".format), PERCENT: runs["interval"],
         "parameters": runs["parameters"].map("{:,}".format),
         "folder": [
             Link.to_file(name, name, REPORT) if has_page else name

@@ -6,8 +6,7 @@ score.
 
 from __future__ import annotations
 
-import difflib
-
+from ..registry import suggest
 from .base import Task
 from .demo.acceptability import ACCEPTABILITY
 from .glue import GLUE
@@ -27,9 +26,7 @@ def get_task(name: str) -> Task:
     """The task of that name; ValueError with the nearest known name otherwise."""
     if name in _TASKS:
         return _TASKS[name]
-    near = difflib.get_close_matches(str(name), _TASKS, n=1, cutoff=0.5)
-    hint = f" did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown task {name!r}:{hint} Known: {', '.join(_TASKS)}")
+    raise ValueError(f"unknown task {name!r}: {suggest(name, _TASKS)}")
 
 
 def register_task(task: Task) -> Task:

@@ -1,10 +1,14 @@
-"""Tables in text files that a user gives: headers without twins, encodings, and rows that are broken."""
+"""Tables that a user gives: headers without twins, rows that are broken, and how many rows are taken."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets
 
 MOST_LEFT_OUT = 0.5  # of the rows, above which a file is not read, whatever its release's known faults
 
@@ -33,6 +37,19 @@ def require_mostly_whole(path: Path, left_out: Sequence[int], kept: int, remedy:
             f"{path}: {len(left_out):,} of {rows:,} rows are broken or have no label, the first of them in line "
             f"{left_out[0]}; {remedy}"
         )
+
+
+def require_rows(n_train: int | None, usual: str = "all") -> None:
+    """Refuse a limit of less than one training row."""
+    if n_train is not None and n_train < 1:
+        raise ValueError(f"n_train is {n_train}: ask for at least one training row, or None for {usual}")
+
+
+def limited(rows: datasets.Dataset, n_train: int | None, seed: int) -> datasets.Dataset:
+    """As many rows, drawn with the seed; all of them where there are no more, or for None."""
+    if n_train is None or n_train >= len(rows):
+        return rows
+    return rows.shuffle(seed=seed).select(range(n_train)).flatten_indices()
 
 
 def _shown(header: Sequence[str]) -> list[str]:

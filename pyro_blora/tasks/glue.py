@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..user_files import open_text
 from .base import Task
-from .files import require_header, require_mostly_whole
+from .files import limited, require_header, require_mostly_whole, require_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -74,12 +74,9 @@ def load_glue(
     `n_train` keeps that many training rows, drawn with `seed`. Errors: ValueError with the path, line or host and the
     remedy.
     """
-    if n_train is not None and n_train < 1:
-        raise ValueError(f"n_train is {n_train}: ask for at least one training row, or None for all")
+    require_rows(n_train)
     splits = _from_hub(name) if glue_dir is None else _from_release(name, Path(glue_dir))
-    if n_train is not None and n_train < len(splits["train"]):
-        splits["train"] = splits["train"].shuffle(seed=seed).select(range(n_train)).flatten_indices()
-    return splits
+    return {**splits, "train": limited(splits["train"], n_train, seed)}
 
 
 def _from_hub(name: str) -> dict[str, datasets.Dataset]:

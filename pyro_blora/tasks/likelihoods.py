@@ -37,9 +37,9 @@ class Likelihood(abc.ABC):
 
     names: ClassVar[tuple[str, ...]] = ()
     problem_type: ClassVar[str]  # in transformers
-    metric: ClassVar[str] = "GlueScore('sst2')"  # one of metric.py that serves, as a task would make it
+    metric: ClassVar[str] = "GlueScore('sst2')"  # one of glue_metric.py that serves, as a task would make it
     constant: ClassVar[str] = "label frequencies"  # in words, what the best constant answer says
-    observed: ClassVar[str] = "label"  # of ArviZ's constant data; inference_data.py has its dimensions
+    observed: ClassVar[str] = "label"  # of ArviZ's constant data; posterior/arviz.py has its dimensions
     has_confidence: ClassVar[bool] = False  # one probability of being right: ECE, temperature, selection mean something
     curvature: ClassVar[str | None] = None  # laplace-torch's name of the likelihood; None: it has none
 
@@ -93,7 +93,7 @@ class Likelihood(abc.ABC):
 
     @abc.abstractmethod
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Variables of ArviZ's group `predictions`, by a name that inference_data.py has dimensions for.  (S, E, C)"""
+        """Variables of ArviZ's group `predictions`, by a name that posterior/arviz.py has dimensions for.  (S, E, C)"""
 
     # --- scores -------------------------------------------------------------------------------------------------------
 

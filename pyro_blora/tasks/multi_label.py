@@ -1,7 +1,7 @@
 """Any of several labels: independent Bernoullis, one an output of the head.
 
 Such a task is `Task(kind=MultiLabel(("angry", "sad")), make_metric=LabelF1, metric_name="micro_f1", ...)` with
-LabelF1 of metric.py; its column `label` has a list of 0 and 1, one for every label, in their order.
+LabelF1 of glue_metric.py; its column `label` has a list of 0 and 1, one for every label, in their order.
 Shapes: S draws, E examples, C labels.
 """
 

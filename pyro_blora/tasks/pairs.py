@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..user_files import open_text
 from .base import Task
-from .files import require_header
+from .files import limited, require_header, require_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -37,12 +37,9 @@ def load_pairs(
     """
     if glue_dir is None:
         raise ValueError("task 'pairs' reads files of yours: pass --glue_dir FOLDER with train.csv and dev.csv")
-    if n_train is not None and n_train < 1:
-        raise ValueError(f"n_train is {n_train}: ask for at least one training row, or None for all")
+    require_rows(n_train)
     splits = {split: read_pairs(Path(glue_dir) / file) for split, file in _FILES.items()}
-    if n_train is not None and n_train < len(splits["train"]):
-        splits["train"] = splits["train"].shuffle(seed=seed).select(range(n_train)).flatten_indices()
-    return splits
+    return {**splits, "train": limited(splits["train"], n_train, seed)}
 
 
 def read_pairs(path: Path) -> datasets.Dataset:

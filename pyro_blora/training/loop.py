@@ -1,9 +1,9 @@
 """fit(): stochastic variational inference of gates and adapters together, in a plain Accelerate loop.
 
 Two phases. While `kl_warmup` of the steps pass, adapter and head learn with the gates open. Then the guide starts from
-what the gradients say about every gate (starting.py) and gates, ranges and adapter learn together under the whole ELBO.
-The loss is -ELBO / N at any accumulation and on any number of processes. Every random number comes from a generator
-seeded by (seed, step, micro-batch, process), so a run that is cut off resumes to the same bits.
+what the gradients say about every gate (gate_init.py) and gates, ranges and adapter learn together under the whole
+ELBO. The loss is -ELBO / N at any accumulation and on any number of processes. Every random number comes from a
+generator seeded by (seed, step, micro-batch, process), so a run that is cut off resumes to the same bits.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ _LARGEST_FULL = 2048  # weights whose full Laplace covariance is computed by def
 class Laplace(RandomWeights):
     """theta ~ Normal(mean, inverse of prior precision and Gauss-Newton curvature at the trained weights).
 
-    curvature.py fits it. full: the Cholesky factor of the covariance is kept; low_rank: the curvature's largest
+    laplace_fit.py fits it. full: the Cholesky factor of the covariance is kept; low_rank: the curvature's largest
     eigenvalues, with their eigenvectors; diag: of every weight by itself.
     """
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import torch
 
-from ...bops import at_full_width, expected_bits, expected_rank
+from ...bops import at_full_width, bops_by_product
 from ...posterior.gate_posterior import Posterior, marginals_of
 from .. import charts
 from ..run_folder import RunFiles, Section
@@ -63,16 +63,10 @@ def spent_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
     """Expected bit operations by projection type and product, as shares of `adapted` and of `model`; exact."""
     layout, full = posterior.layout, at_full_width(posterior.layout)
     z, g = marginals_of(posterior, chain)  # (M, ...)
-    bits = dict(zip(layout.tensors, expected_bits(layout, z).unbind(-1), strict=True))
-    rank, (down, up) = expected_rank(g), layout.rank_macs.unbind(-1)
-    products = {
-        "W x": layout.macs * bits["input"] * bits["base"], "A x": rank * down * bits["input"] * bits["lora_A"],
-        "B h": rank * up * bits["hidden"] * bits["lora_B"],
-    }  # fmt: skip
     lines = []
     for part in dict.fromkeys(p.type for p in layout.projections):
         mine = torch.tensor([p.type == part for p in layout.projections])
-        for product, each in products.items():
+        for product, each in bops_by_product(layout, z, g).items():
             total = float(each.mean(0)[mine].sum())
             if total > 0:
                 shares = {"share": total / float(full.adapted), "of model": total / float(full.model)}

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ...evaluation.verdicts import beside, of_chance, of_score, plus_minus
-from ...posterior.gate_posterior import INTERVAL
+from ...interval import INTERVAL, PERCENT
 from .. import charts
 from ..run_folder import RunFiles, Section
 from ..warnings import is_over_draws
@@ -46,7 +46,10 @@ def calibration(run: RunFiles, title: str) -> Section:
         f"The Brier score is {of_score(run.summary, 'brier')}.",
     ]
     made = [
-        (charts.reliability(bins), "A point is a bin, as large as its share of the examples. Bars: 94 % intervals.")
+        (
+            charts.reliability(bins),
+            f"A point is a bin, as large as its share of the examples. Bars: {PERCENT} intervals.",
+        )
     ]
     tables = [("The bins as a table", bins.round(4), False)]
     if found := run.summary.get("calibration"):  # older runs have none

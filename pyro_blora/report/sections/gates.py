@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from ...bops import expected_bits, expected_rank
-from ...posterior.gate_posterior import INTERVAL, Posterior
+from ...interval import INTERVAL, PERCENT
+from ...posterior.gate_posterior import Posterior
 from .. import charts
 from ..run_folder import RunFiles, Section
 
@@ -65,7 +66,7 @@ def ranks(run: RunFiles, title: str) -> Section:
     table, points = pd.DataFrame(rows), pd.DataFrame(points)
     shown = points[["projection", "mean", "low", "high"]].round(2)
     return Section(
-        title, ["Open ranks of every adapter, exact. Intervals are central, 94 %."],
+        title, [f"Open ranks of every adapter, exact. Intervals are central, {PERCENT}."],
         charts=[(charts.rank_means(points), "Mean and interval by layer."),
                 (charts.rank_map(table), "Probability of every rank.")],
         tables=[("Ranks as a table", shown, False)],

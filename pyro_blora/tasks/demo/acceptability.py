@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base import Task
+from ..files import require_rows
 from . import lexicon as lex
 from .lexicon import Words
 
@@ -117,9 +118,8 @@ def load_acceptability(
 ) -> dict[str, datasets.Dataset]:
     """`n_train` training rows (2000 where None) drawn with `seed`, and the 500 evaluation rows; `glue_dir` is not
     needed."""
+    require_rows(n_train, str(N_TRAIN))
     n_train = N_TRAIN if n_train is None else n_train
-    if n_train < 1:
-        raise ValueError(f"n_train is {n_train}: ask for at least one training row, or None for {N_TRAIN}")
     training, kept = lex.lexicon(held_out=False), lex.lexicon(held_out=True)
     seen: set[str] = set()
     evaluation = _draw("evaluation", N_EVAL, (training, kept), seen)
