@@ -2,8 +2,9 @@
 
 A page may link to any file of the repository by its relative path, as it must on a forge. Such a file becomes part of
 the site under its own path (a Markdown file as a page), and the link is rewritten, so that the site stands alone.
-`<!-- command line -->` becomes the reference of every flag, from the parser itself, and
-`<!-- output: pyro-blora priors -->` what that command prints.
+Markers are replaced: `<!-- command line -->` by the reference of every flag, from the parser itself,
+`<!-- output: pyro-blora priors -->` by what that command prints, and `<!-- modules: pyro_blora/priors -->` by the
+docstrings of all modules of that package.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")  # of a file: nothing with a scheme, nothing that is only an anchor
+MODULES = re.compile(r"<!-- modules: ([\w/]+) -->")
 OUTPUT = re.compile(r"<!-- output: pyro-blora ([^>]+?) -->")
 FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 
@@ -45,6 +47,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     markdown = "".join(part if part.startswith("```") else rewritten(part, repository) for part in parts)
     if "<!-- command line -->" in markdown:
         markdown = markdown.replace("<!-- command line -->", "\n\n".join(command_line()))
+    markdown = MODULES.sub(lambda match: "\n\n".join(modules(match[1])), markdown)
     return OUTPUT.sub(lambda match: f"```text\n{output_of(match[1].split())}\n```", markdown)
 
 
@@ -73,6 +76,16 @@ def of_site(path: str) -> str:
     return path.removeprefix("docs/")
 
 
+def modules(package: str) -> Iterator[str]:
+    """mkdocstrings' directives for a package and its modules; a name is shown where it is defined."""
+    for path in sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path.stem != "__init__", path)):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path.stem == "__init__":
+            yield f"::: {name.removesuffix('.__init__')}\n    options: {{members: false}}"
+        else:
+            yield f"::: {name}"
+
+
 def command_line() -> Iterator[str]:
     """A section for every command: how it is called, and its flags by group."""
     from pyro_blora.__main__ import _parser
@@ -92,13 +105,13 @@ def command_line() -> Iterator[str]:
 
 
 def table_of(title: str, actions: Iterable[argparse.Action], parser: argparse.ArgumentParser) -> Iterator[str]:
-    yield f"**{sentence(title).rstrip('.')}**"
-    lines = ["| | value | |", "|---|---|---|"]
+    lines = [f"| {sentence(title).rstrip('.')} | |", "|---|---|"]
     for action in actions:
-        names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
-        value = " \\| ".join(map(str, action.choices)) if action.choices else action.metavar or ""
+        value = action.metavar or ("" if action.nargs == 0 or action.choices else action.dest.upper())
+        names = " ".join([*action.option_strings[-1:], str(value)]).strip()
         text = parser._get_formatter()._expand_help(action) if action.help else ""
-        lines.append(f"| {names} | {value if action.option_strings else ''} | {text.replace('|', chr(92) + '|')} |")
+        choices = f"; one of {', '.join(map(str, action.choices))}" if action.choices else ""
+        lines.append(f"| `{names or action.dest}` | {(text + choices).removeprefix('; ').replace('|', '&#124;')} |")
     yield "\n".join(lines)
 
 
