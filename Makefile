@@ -1,4 +1,4 @@
-# make run | test | lint | bench | glue | clean. The environment in .venv is made once, and again when a pinned version changes.
+# make run | test | lint | docs | bench | glue | clean. The environment in .venv is made once, and again when a pinned version changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,10 +7,10 @@ LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch e
 INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
 ifndef OMP_WAIT_POLICY
-export GOMP_SPINCOUNT ?= 1000# OpenMP's threads sleep soon, so that processes can share the machine: docs/scaling.md
+export GOMP_SPINCOUNT ?= 1000# OpenMP's threads sleep soon, so that processes can share the machine: docs/how-to/scaling.md
 endif
 
-.PHONY: run test lint bench glue clean
+.PHONY: run test lint docs bench glue clean
 
 run: $(INSTALLED)
 	$(BIN)/pyro-blora train --preset demo --if_finished show
@@ -21,6 +21,10 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, in site/: it loads nothing from elsewhere. `.venv/bin/mkdocs serve` shows it, with its search, while you write.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmark.py
@@ -35,12 +39,12 @@ glue: $(INSTALLED)
 $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev,cluster]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev,docs,cluster]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps $(LAPLACE)
 	rm -f .venv/.installed-*
 	touch $@
 
 # Results in runs/ stay, and so does .venv: remove it by hand to make it anew.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find pyro_blora tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

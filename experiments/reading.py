@@ -1,4 +1,4 @@
-"""The pictures and numbers of docs/reading-the-posterior.md, from a finished run.
+"""The pictures and numbers of docs/tutorial/reading-the-posterior.md, from a finished run.
 
     python experiments/reading.py analysis/example/bops --figures docs/figures
 

@@ -38,8 +38,8 @@ def release_freed_memory() -> None:
 def spin_briefly() -> None:
     """Let OpenMP's threads sleep soon after a parallel part; call it before torch is imported, which loads libgomp.
 
-    By default they spin for milliseconds, which costs nothing on an idle machine, and beside other busy programs takes
-    the very processors that the others, and the thread all of them are waiting for, should run on: docs/scaling.md.
+    By default they spin for milliseconds, which costs nothing on an idle machine. Beside other busy programs they then
+    occupy processors that the others need, and a step takes as long as its slowest thread: docs/how-to/scaling.md.
     A choice of the user's, GOMP_SPINCOUNT or OMP_WAIT_POLICY, stays. Child processes inherit it.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():

@@ -1,4 +1,4 @@
-"""What README shows of one's own prior, guide and backbone works as it stands."""
+"""What README and docs/ show of one's own prior, guide and backbone works as it stands."""
 
 import re
 from pathlib import Path
@@ -11,9 +11,17 @@ from pyro_blora import fit
 from pyro_blora.run import train_run
 from pyro_blora.testing import check_prior, example_layout
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = {name: block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-          for name in re.findall(r"^def (\w+)", block, re.MULTILINE)}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def functions(page):
+    """The Python blocks of a page that define a function, by its name."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return {name: block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+            for name in re.findall(r"^def (\w+)", block, re.MULTILINE)}  # fmt: skip
+
+
+BLOCKS = functions("docs/how-to/own-parts.md")
 
 
 @pytest.fixture
@@ -34,6 +42,10 @@ def written(tmp_path):
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def test_readme_shows_the_same_prior():
+    assert functions("README.md")["late"] == BLOCKS["late"]
 
 
 def test_a_prior_takes_ten_lines():
@@ -71,7 +83,7 @@ def test_a_backbone_that_is_none_is_refused(tmp_path):
 def test_the_task_of_the_contributors_page_trains(tmp_path, monkeypatch):
     from pyro_blora import tasks
 
-    page = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
     exec(block, {})
@@ -80,7 +92,6 @@ def test_the_task_of_the_contributors_page_trains(tmp_path, monkeypatch):
 
 
 def test_what_the_contributors_page_names_is_there():
-    root = Path(__file__).resolve().parents[1]
-    page = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)]+)\)", page)
-    assert len(links) > 10 and [link for link in links if not (root / link).exists()] == []
+    assert len(links) > 10 and [link for link in links if not (ROOT / link).exists()] == []

@@ -55,5 +55,6 @@ def glossary(folder: Path, title: str = "Glossary") -> Section:
     """The words of a page in that folder, and where more is said of them."""
     table = pd.DataFrame({"word": list(GLOSSARY), "meaning": list(GLOSSARY.values())})
     link = docs_link(folder)
-    text = [] if link else ["`docs/reading-the-posterior.md` of the project reads a whole page from top to bottom."]
+    elsewhere = "`docs/tutorial/reading-the-posterior.md` of the project explains a whole page, section by section."
+    text = [] if link else [elsewhere]
     return Section(title, text, links=[link] if link else [], tables=[("What the words mean", table, False)])

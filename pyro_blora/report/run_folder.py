@@ -28,7 +28,7 @@ from ..tasks.normal import Normal
 from ..user_files import load_json, open_text, read_json
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
-_DOCS = "docs/reading-the-posterior.md"
+_DOCS = "docs/tutorial/reading-the-posterior.md"
 
 
 class Link(NamedTuple):

@@ -320,10 +320,10 @@ def test_a_page_leads_to_the_words_and_to_the_docs(run):
     assert "constant answer" in GLOSSARY and all(
         html.escape(meaning)[:30].split("`")[0] in page for meaning in GLOSSARY.values()
     )
-    assert "docs/reading-the-posterior.md" in page
+    assert "docs/tutorial/reading-the-posterior.md" in page
     checkout = Path(__file__).resolve().parents[2]
     link = docs_link(checkout / "runs" / "mine")
-    assert (checkout / "runs" / "mine" / link.href).resolve() == checkout / "docs" / "reading-the-posterior.md"
+    assert (checkout / "runs" / "mine" / link.href).resolve() == checkout / "docs/tutorial/reading-the-posterior.md"
     assert link.is_safe and (docs_link(Path("/")) is None or docs_link(Path("/")).is_safe)
 
 

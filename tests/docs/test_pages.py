@@ -1,0 +1,70 @@
+"""README and docs/: their links lead somewhere, README is short, its numbers are those of the page it names."""
+
+import posixpath
+import re
+
+import pytest
+from pages import GUIDES, PAGES, ROOT, anchors, prose, read
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
+    broken = []
+    for link in LINK.findall(prose(page)):
+        if re.match(r"https://[\w.]+/", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), path)) if path else page
+        is_there = (ROOT / target).exists() and not target.startswith("..")
+        if not is_there or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_paths_in_sentences_are_there(page):
+    paths = re.findall(r"`((?:pyro_blora|tests|experiments|benchmarks|analysis|docs)/[\w./]*)`", prose(page))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_links_are_found():
+    assert sum(len(LINK.findall(prose(page))) for page in PAGES) > 150
+    assert "estimators" in anchors("benchmarks/posterior.md")
+
+
+def test_readme_has_at_most_150_lines():
+    assert len(read("README.md").splitlines()) <= 150
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip(" `") for cell in line.split("|")[1:-1]]
+
+
+def test_the_results_in_readme_are_those_of_their_page():
+    lines = read("benchmarks/allocation.md").splitlines()
+    rows = [cells(line) for line in lines if line.startswith(("| sst2", "| stsb"))]
+    source = {tuple(row[:3]): row for row in rows if len(row) == 10}  # the first table
+    methods = {"LoRA": "lora", "**learned**": "budget", "quantization-aware": "uniform", "quantized after": "post"}
+    at = {"100 %": "32 bit", "8.8 %": "W8A8", "4.2 %": "W4A4"}
+    shown = [cells(line) for line in read("README.md").splitlines() if re.match(r"\| [\d.]+ %", line)]
+    assert len(shown) == 7
+    for bops, what, sst2, stsb in shown:
+        (method,) = (name for word, name in methods.items() if word in what)
+        for task, score in (("sst2", sst2), ("stsb", stsb)):
+            row = source[task, at[bops], method]
+            assert row[4] == score
+            assert float(row[6].rstrip("%")) == pytest.approx(float(bops.rstrip("% ")), rel=0.03)
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_terms_are_those_of_the_field(page):
+    """A distribution is no law, the gates of a tensor are a ladder, and a gate has a log Bayes factor."""
+    found = re.findall(r"\blaws?\b|\bchains? of (?:nested )?gates\b|evidence (?:of|for) a gate|surest", prose(page))
+    assert found == []
+
+
+def test_old_addresses_lead_on():
+    for page in ("docs/reading-the-posterior.md", "docs/scaling.md"):
+        assert len(LINK.findall(read(page))) == 1
