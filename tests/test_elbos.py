@@ -12,10 +12,10 @@ import torch
 from models import every_state, toy_layout
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
+from pyro_blora.estimators import ESTIMATORS, enumerate_states, score_function
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_blora.estimators import ESTIMATORS, enumerate_states, score_function
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, log_prob
 from pyro_blora.priors import build_prior
@@ -117,7 +117,7 @@ def of_every_state(program):
 @pytest.mark.parametrize("build", [chains, bits])
 def test_enumeration_is_the_sum_over_every_state(build, guide):
     program = build(guide=guide)
-    ours, exact = program.elbo(*data(program)).nll, of_every_state(program)
+    ours, exact = program.terms(*data(program)).nll, of_every_state(program)
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(slopes(ours, program), slopes(exact, program), rtol=1e-4, atol=1e-5)
 
@@ -150,7 +150,7 @@ def test_the_enumerated_elbo_is_that_of_pyro():
 
     model = poutine.infer_config(model, lambda site: {"enumerate": None})  # the guide's states are summed over
     theirs = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide) / N_TRAIN
-    ours = program.elbo(inputs, labels).loss(N_TRAIN)
+    ours = program.terms(inputs, labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(slopes(ours, program), slopes(theirs, program), rtol=1e-4, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_nothing_free_is_one_state():
     layout = toy_layout()
     program = program_of(layout, Pinned(layout, [], []), "enumerate", "mean_field")
     opened = Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape))
-    torch.testing.assert_close(program.elbo(*data(program)).nll, program.nll(*data(program), *opened))
+    torch.testing.assert_close(program.terms(*data(program)).nll, program.nll(*data(program), *opened))
 
 
 def test_components_that_are_sure_of_different_states_are_both_counted():
@@ -167,7 +167,7 @@ def test_components_that_are_sure_of_different_states_are_both_counted():
     with torch.no_grad():
         program.gate_guide.z_evidence[0].fill_(500.0)
         program.gate_guide.z_evidence[1].fill_(-500.0)
-    torch.testing.assert_close(program.elbo(*data(program)).nll, of_every_state(program))
+    torch.testing.assert_close(program.terms(*data(program)).nll, of_every_state(program))
 
 
 def test_too_many_states_are_refused_with_the_remedy():
@@ -236,7 +236,7 @@ def test_gates_that_are_pinned_have_no_slope():
     program = chains("score_function")
     free = [law.log_probs < 0 for law in program.prior()]
     for _ in range(20):
-        slope = torch.autograd.grad(program.elbo(*data(program)).nll, list(program.gate_guide.parameters()))
+        slope = torch.autograd.grad(program.terms(*data(program)).nll, list(program.gate_guide.parameters()))
         for site, where in zip(slope, free, strict=True):
             assert bool((site[0][~where].abs() < 1e-6).all())
         assert bool((slope[0][0][free[0]] != 0).any())
