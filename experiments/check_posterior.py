@@ -35,7 +35,7 @@ SEEDS = range(4)  # of the twelve gates
 STEPS = 4000  # of SVI in rungs c and d
 SIZES = (2, 4)
 CONSTANT_RATE = 0.02
-REINMAX = str(Path(__file__).parent / "ladder" / "rivals.py") + ":reinmax"
+REINMAX = str(Path(__file__).parent / "ladder" / "rivals.py") + ":ReinMax"
 
 
 class Ladder:

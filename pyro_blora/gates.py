@@ -94,8 +94,9 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
 
 def _refuse(gradient: Tensor) -> None:
     raise ValueError(
-        "the log-probability of a relaxed draw has no gradient: as a part of an ELBO it would close every gate. "
-        "Use pyro.infer.TraceMeanField_ELBO(), which takes the KL divergence in closed form, or pyro_blora.fit"
+        "the log-probability of a soft draw has no gradient: as a part of an ELBO it would close every gate. Use "
+        "program.elbo or pyro.infer.TraceMeanField_ELBO(), which have the KL divergence in closed form, or hard draws: "
+        "--estimator straight_through or score_function"
     )
 
 
@@ -208,8 +209,8 @@ class RelaxedNestedBernoulli(TorchDistribution):
     """A nested Bernoulli law with a reparametrised sample: binary Concrete gates, multiplied along the chain.
 
     `hard=True` thresholds each gate and passes the gradient straight through; then samples are exact draws of the
-    discrete law. `hard=False` returns soft chains in [0, 1]. Neither has a density here: `log_prob` is the discrete
-    law's, of the value rounded to a chain; differentiating it raises, and the ELBO uses the registered closed-form KL.
+    discrete law, and `log_prob` is its own. `hard=False` returns soft chains in [0, 1], which have no density here:
+    `log_prob` is that of the value rounded to a chain, and differentiating it raises; ELBOs use the closed-form KL.
 
     Shapes: logits (..., K), log-odds of opening given the parent; -inf, inf pin a gate. temperature > 0, number or ().
     Source: Maddison et al., Jang et al. (2017); straight-through: Bengio et al. (2013).
@@ -228,7 +229,7 @@ class RelaxedNestedBernoulli(TorchDistribution):
     def expand(self, batch_shape, _instance=None):
         new = self._get_checked_instance(RelaxedNestedBernoulli, _instance)
         new.logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
-        new.temperature, new.hard = self.temperature, self.hard
+        new.temperature, new.hard, new.has_rsample = self.temperature, self.hard, self.has_rsample
         super(RelaxedNestedBernoulli, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -255,6 +256,8 @@ class RelaxedNestedBernoulli(TorchDistribution):
         return _Nested.apply(gates)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if self.hard:
+            return self.discrete.log_prob(value)
         log_prob = self.discrete.log_prob((value > 0.5).to(self.logits.dtype))
         if log_prob.requires_grad:
             log_prob.register_hook(_refuse)

@@ -1,56 +1,39 @@
 """Bayesian-LoRA as a probabilistic program: the model, the guide, and the ELBO between them.
 
-    model:  z ~ prior_z,  g ~ prior_g,  theta ~ prior_theta,
+    model:  theta ~ prior_theta,  z ~ prior_z,  g ~ prior_g,
             logits = backbone(batch; z, g, theta),  label ~ likelihood(logits), scaled N / B
-    guide:  z ~ q_z,      g ~ q_g,      theta ~ q_theta
-    loss  = -ELBO / N  =  E_q[-log p(label | z, g, theta)] an example  +  (KL_z + KL_g + KL_theta) / N
+    guide:  theta ~ q_theta,      z ~ q_z,      g ~ q_g
+    loss  = -ELBO / N  =  E_q[-log p(label | z, g, theta)] per example  +  (KL_z + KL_g + KL_theta) / N
 
-theta are the adapter's weights, where their law (weights.py) is learned with the gates; else there is no such site.
+theta are the adapter's weights, where their distribution (weights.py) is learned with the gates; else there is no such
+site. A prior with random settings has sites of its own for them, in the model and in the guide (adaptive.py).
 
 All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is that of the discrete
-laws, in closed form (of a mixture: `Mixture.divergence`); a relaxation lives in the guide's sample only. Pyro's own
-`SVI(program.model, program.guide, optim, TraceMeanField_ELBO())` trains the same posterior: what learns is shown to its
-optimizer and never enters the global parameter store.
+distributions, in closed form; a relaxation lives in the guide's sample only. The pair is plain Pyro: training minimizes
+`program.elbo.differentiable_loss(program.model, program.guide, inputs, labels) / N`, and so does `pyro.infer.SVI` with
+`program.elbo` (elbos/) or Pyro's `TraceMeanField_ELBO`. Nothing is in the global parameter store.
 Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1), theta (D,).   Units: nats.
 """
 
 import abc
 import contextlib
-import copy
 import functools
-import math
-import warnings
-import weakref
-from typing import NamedTuple
+from collections.abc import Callable
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.runtime import _PYRO_STACK, effectful
-from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.ops.provenance import extract_provenance, track_provenance
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from . import adapters
-from .estimators import build_estimator
+from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
+from .elbos.evaluation import mean_nll, unused
 from .gates import Gates
 from .layout import AdapterLayout
+from .pyro_compat import require_kl, show_parameters, taking_soft_draws, without_singletons
 from .tasks.likelihoods import Likelihood
 from .weights.base import Point
-
-
-class Elbo(NamedTuple):
-    """One-sample estimate of the negative ELBO's parts: nll a batch mean (nats an example), KLs in nats."""
-
-    nll: Tensor
-    kl_z: Tensor
-    kl_g: Tensor
-    kl_theta: Tensor | float = 0.0
-
-    def loss(self, n_train: int, kl_weight: float = 1.0, theta_weight: float | None = None) -> Tensor:
-        """-ELBO / N, in nats an example; below weights of 1, that of a cold posterior. None: the gates' weight."""
-        of_theta = (kl_weight if theta_weight is None else theta_weight) * self.kl_theta
-        return self.nll + (kl_weight * (self.kl_z + self.kl_g) + of_theta) / n_train
 
 
 class GateProgram(nn.Module, abc.ABC):
@@ -58,8 +41,12 @@ class GateProgram(nn.Module, abc.ABC):
 
     prior: a module whose call returns Gates; what else it may have: see adaptive.py. guide: see guides.py. likelihood:
     a tasks.likelihoods.Likelihood, called with logits and a learned standard deviation. n_train: N.
-    estimator: a name of estimators.py. weights: see weights.py; None for weights that are not random.
+    estimator: a name of elbos/. weights: see weights.py; None for weights that are not random.
+    temperature: of the guide's relaxed draws. kl_weight: scales the KL of all latent sites; below 1: a cold posterior.
     """
+
+    temperature: float | Tensor = 1.0
+    kl_weight: float = 1.0
 
     def __init__(
         self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, *, n_train: int,
@@ -68,8 +55,7 @@ class GateProgram(nn.Module, abc.ABC):
         super().__init__()
         self.weights = Point({}) if weights is None else weights
         self.layout, self.prior, self.gate_guide, self.likelihood = layout, prior, guide, likelihood
-        self.n_train, self.estimator, self.temperature = n_train, build_estimator(estimator, guide), 1.0
-        self.hard = estimator != "relaxed"
+        self.n_train, self.elbo = n_train, build_elbo(estimator, guide)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)
@@ -100,53 +86,67 @@ class GateProgram(nn.Module, abc.ABC):
     def _log_probs(self) -> list[Tensor]:
         return [law.log_probs[mask] for law, mask in zip(self.prior(), (self.z_mask, self.g_mask), strict=True)]
 
+    @property
+    def hard(self) -> bool:
+        """Whether the guide's draws are allocations, as the posterior's are, and no mixtures of two widths."""
+        return self.elbo.draws != "soft"
+
     # --- the program ------------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:
-        self._show_parameters()
-        laws = self.prior()
-        gates = self._gate_sites(laws if self.hard else _of_soft_chains(laws))
-        theta = pyro.sample("theta", self.weights.prior()) if self.weights.in_training else None  # (D,)
-        logits = self.logits(inputs, gates, theta)  # (B, classes)
+        show_parameters(self)
+        with poutine.scale(scale=self.kl_weight):
+            theta = self._theta_site("prior")
+            gates = self._model_gates()
+        (gates, theta), sources = extract_provenance((gates, theta))  # a tensor that tracks it would cut the gradient
+        logits = track_provenance(self.logits(inputs, gates, theta), sources)  # (B, classes)
         with pyro.plate("example", self.n_train, subsample=torch.arange(len(logits), device=logits.device)):
             pyro.sample("label", self.likelihood(logits, scale=self.log_scale.exp()), obs=labels)
         return logits
 
-    def guide(self, inputs: dict, labels: Tensor | None = None) -> Gates:
-        self._show_parameters()
-        gates = self._gate_sites(self.gate_guide.laws(self.temperature, self.hard))
-        if self.weights.in_training:
-            pyro.sample("theta", self.weights.law())
+    def guide(self, inputs: dict, labels: Tensor | None = None, component: int | None = None) -> Gates:
+        """component: of a guide that has several (`each_law`), the one to draw from; None draws one."""
+        show_parameters(self)
+        with poutine.scale(scale=self.kl_weight):
+            self._theta_site("law")
+            return self._guide_gates(component)
+
+    def _model_gates(self) -> Gates:
+        laws = self._prior_laws()
+        return self._gate_sites(laws if self.hard else taking_soft_draws(laws))
+
+    def _guide_gates(self, component: int | None = None) -> Gates:
+        settings = self.prior.pyro_guide() if hasattr(self.prior, "pyro_guide") else {}
+        laws, components = self._guide_laws(component)
+        gates = self._gate_sites(laws)
+        if hasattr(self.gate_guide, "divergence"):
+            prior = poutine.block(poutine.condition(self._prior_laws, data=settings))
+            masks = Gates(self.z_mask, self.g_mask)
+            joint = JointDivergence(self.gate_guide, laws, prior, masks, components=components)
+            pyro.sample(JOINT, joint, obs=joint.sample(), infer={"is_auxiliary": True})
         return gates
 
-    def _show_parameters(self) -> None:
-        """Where Pyro collects parameters for an optimizer, as SVI.step does: all that learn, as `param` sites.
+    def _guide_laws(self, component: int | None) -> tuple[Gates, int]:
+        """What gates are drawn from, and the number of components that each ELBO draws from in turn."""
+        family, components = self.gate_guide, 1
+        if component is None or not hasattr(family, "each_law"):
+            laws = family.laws(self.temperature, self.hard)
+        else:
+            each = family.each_law(self.temperature, self.hard)
+            laws, components = each[component], len(each)
+        if self.elbo.draws == "discrete":
+            laws = Gates(*(law.has_rsample_(False) for law in laws))
+        return laws, components
 
-        Errors: ValueError where Pyro's ELBO is not the program's.
-        """
-        if not any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
-            return
-        self._require_an_elbo_of_pyro()
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                shown = parameter.detach()  # as Pyro's module-local parameters: a view that knows what is optimized
-                shown.unconstrained = weakref.ref(parameter)
-                effectful(lambda shown=shown: shown, type="param")(name=f"program.{name}")
+    def _prior_laws(self) -> Gates:
+        return self.prior.pyro_model() if hasattr(self.prior, "pyro_model") else self.prior()
 
-    def _require_an_elbo_of_pyro(self) -> None:
-        for what, part in (("guide", self.gate_guide), ("prior", self.prior)):
-            if hasattr(part, "divergence") or hasattr(part, "allocate"):
-                raise ValueError(
-                    f"the {what} {type(part).__name__} cannot be trained by pyro.infer.SVI: it has a KL divergence, or "
-                    "an allocator, that Pyro's ELBOs do not see. Use pyro_blora.fit, or minimize program.elbo(inputs, "
-                    "labels).loss(program.n_train)"
-                )
-        if hasattr(self.prior, "adapt"):
-            warnings.warn(
-                f"the prior {type(self.prior).__name__} adapts after every step: call program.prior.adapt(pyro_blora."
-                "posterior.component_marginals(program)) after svi.step, or it stays as it is",
-                stacklevel=2,
-            )
+    def _theta_site(self, law: str) -> Tensor | None:
+        if not self.weights.in_training:
+            return None
+        with poutine.scale(scale=self.weights.kl_weight):
+            theta = pyro.sample("theta", getattr(self.weights, law)())
+        return without_singletons(theta, (self.weights.size,))  # (D,)
 
     def _gate_sites(self, laws: Gates) -> Gates:
         L, T, _ = self.layout.z_shape
@@ -154,33 +154,30 @@ class GateProgram(nn.Module, abc.ABC):
             z = pyro.sample("z", laws.z)  # (L, T, K)
         with pyro.plate("g_projection", L, dim=-1), poutine.mask(mask=self.g_mask):
             g = pyro.sample("g", laws.g)  # (L, R - 1)
-        return Gates(_without_singletons(z, self.layout.z_shape), _without_singletons(g, self.layout.g_shape))
+        return Gates(without_singletons(z, self.layout.z_shape), without_singletons(g, self.layout.g_shape))
 
     # --- the ELBO ---------------------------------------------------------------------------------------------------
 
-    def elbo(self, inputs: dict, labels: Tensor) -> Elbo:
-        """NLL by the estimator, KL in closed form: of a reparametrised mean field, Pyro's TraceMeanField_ELBO."""
-        theta = self.draw_theta()
-        with getattr(self.gate_guide, "computed_once", contextlib.nullcontext)():
-            nll = self.estimator(
-                lambda gates: self.nll(inputs, labels, *gates, theta), self.gate_guide, self.temperature
-            )
-            return Elbo(nll, *self.kl(), self.weights.divergence())
+    def terms(self, inputs: dict, labels: Tensor) -> Terms:
+        """The terms of -ELBO / N at one draw; their `loss` is what training minimizes."""
+        return self._terms(self.model, self.guide, inputs, labels)
 
-    def draw_theta(self) -> Tensor | None:
-        """A reparametrised draw of the weights, (D,), where their law is learned."""
-        return self.weights.law().rsample() if self.weights.in_training else None
+    def _terms(self, model: Callable, guide: Callable, inputs: dict, labels: Tensor) -> Terms:
+        with getattr(self.gate_guide, "computed_once", contextlib.nullcontext)():
+            return self.elbo.terms(model, guide, inputs, labels)
 
     def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor, theta: Tensor | None = None) -> Tensor:
-        """Mean NLL of a batch at given gates (and weights), nats an example: the model, conditioned on them."""
+        """Mean NLL of a batch at given gates (and weights), nats per example: the model, conditioned on them."""
         data = {"z": z, "g": g} if theta is None else {"z": z, "g": g, "theta": theta}
-        conditioned = poutine.condition(self.model, data=data)
-        label = poutine.trace(conditioned).get_trace(inputs, labels).nodes["label"]
-        return -label["fn"].log_prob(label["value"]).mean()
+        return mean_nll(poutine.trace(poutine.condition(self.model, data=data)).get_trace(inputs, labels))
 
     def kl(self) -> Gates:
-        """KL(guide || prior) of all chains that exist, nats."""
-        return kl_of(self.gate_guide, self.prior, self.z_mask, self.g_mask, self.temperature, self.hard)
+        """KL(guide || prior) of all ladders that exist, nats; that of a prior's random settings counts with z."""
+        at = Evaluation(self._model_gates, self._guide_gates, draw=unused, component=0)
+        at.run_model(at.gates)
+        found = at.divergences()
+        kl_g = found.pop("g")
+        return Gates(sum(found.values()), kl_g)
 
 
 class BayesianLoRA(GateProgram):
@@ -218,68 +215,19 @@ class BayesianLoRA(GateProgram):
         return None if self.gates_are_random else adapters.exact_tensors(self.gate_guide.posterior().z.mode)
 
     def forward(
-        self,
-        inputs: dict,
-        labels: Tensor,
-        temperature: float,
-        kl_weight: float = 1.0,
-        theta_weight: float | None = None,
-    ) -> tuple[Tensor, Elbo]:
-        """The training loss and its parts, at a temperature of the relaxation.
+        self, inputs: dict, labels: Tensor, temperature: float, kl_weight: float = 1.0, held_open: bool = False
+    ) -> tuple[Tensor, Terms]:
+        """The training loss and its terms, at a temperature of the relaxation.
 
-        At kl_weight 0, before the gates start, they are held open: the loss is that of LoRA, with its weights' law.
+        held_open: before the gates start; the loss is that of LoRA, with its weights' distribution.
         """
-        self.temperature = temperature
-        if kl_weight == 0:
-            nll = self.nll(inputs, labels, *self.opened, self.draw_theta())
-            elbo = Elbo(nll, *self.kl(), self.weights.divergence())
-        else:
-            self._at_32 = self.pinned_at_32
-            try:
-                elbo = self.elbo(inputs, labels)
-            finally:
-                self._at_32 = None
-        theta_weight = (kl_weight if theta_weight is None else theta_weight) * self.weights.kl_weight
-        return elbo.loss(self.n_train, kl_weight, theta_weight) + self.net.penalty(), elbo
-
-
-def _without_singletons(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What Predictive replays has a dimension of 1 for every plate of the model that a site is not in."""
-    return x.reshape(shape) if x.dim() > len(shape) and x.numel() == math.prod(shape) else x
-
-
-def _of_soft_chains(laws: Gates) -> Gates:
-    """The same laws, which take a soft chain: Pyro asks for its log-probability, and then uses the KL instead."""
-    unchecked = Gates(*map(copy.copy, laws))
-    for law in unchecked:
-        law._validate_args = False
-    return unchecked
-
-
-def kl_of(guide: nn.Module, prior: nn.Module, z_mask: Tensor, g_mask: Tensor, temperature: float, hard: bool) -> Gates:
-    """KL(guide || prior) of the chains in the masks, nats; that of the prior's own settings counts with z."""
-    p = prior.sample() if hasattr(prior, "sample") else prior()
-    if hasattr(guide, "divergence"):
-        kl_z, kl_g = guide.divergence(p, z_mask, g_mask)
-    else:
-        q = guide.laws(temperature, hard)
-        kl_z = torch.where(z_mask, kl_divergence(q.z, p.z), 0.0).sum()
-        kl_g = torch.where(g_mask, kl_divergence(q.g, p.g), 0.0).sum()
-    return Gates(kl_z + prior.divergence() if hasattr(prior, "divergence") else kl_z, kl_g)
-
-
-def require_kl(q: Gates, p: Gates) -> None:
-    """Refuse laws without a closed-form KL: a Monte Carlo estimate of a relaxed law's divergence is not an ELBO.
-
-    Errors: ValueError naming the pair.
-    """
-    for site in ("z", "g"):
-        guide_law, prior_law = getattr(q, site), getattr(p, site)
+        self.temperature, self.kl_weight = temperature, kl_weight
+        model, guide = self.model, self.guide
+        if held_open:
+            model, guide = (poutine.condition(part, data=self.opened._asdict()) for part in (model, guide))
+        self._at_32 = None if held_open else self.pinned_at_32
         try:
-            kl_divergence(guide_law, prior_law)
-        except NotImplementedError:
-            raise ValueError(
-                f"site {site!r}: no KL divergence is registered for a guide law {type(guide_law).__name__} against a "
-                f"prior law {type(prior_law).__name__}. Use a guide whose laws are RelaxedNestedBernoulli, or register "
-                "the closed form over the discrete laws with torch.distributions.register_kl"
-            ) from None
+            terms = self._terms(model, guide, inputs, labels)
+        finally:
+            self._at_32 = None
+        return terms.loss + self.net.penalty(), terms

@@ -61,7 +61,7 @@ def fitted(name, data, *, steps, start=None, dropout=0.0, **settings):
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.002, steps)
     for _ in range(steps):
         optimizer.zero_grad()
-        program.elbo(inputs, labels).loss(len(labels)).backward()
+        program.terms(inputs, labels).loss.backward()
         optimizer.step()
         falling.step()
     return program

@@ -68,7 +68,7 @@ def test_elbo_equals_that_of_pyro(task, prior, guide, estimator):
     program = program_of(task=task, prior=prior, guide=guide, estimator=estimator)
     inputs, labels = batch(num_labels=program.net.peft_model.config.num_labels)
     torch.manual_seed(3)
-    ours = program.elbo(inputs, labels).loss(N_TRAIN)
+    ours = program.terms(inputs, labels).loss
     torch.manual_seed(3)
     theirs = pyro_loss(program, inputs, labels)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -83,7 +83,7 @@ def test_the_nll_of_a_mixture_is_the_mean_over_a_draw_of_each_component(estimato
     """Its KL is that of the joint law, which is no sum over sites: test_guides.py."""
     program, (inputs, labels) = program_of(guide="mixture", estimator=estimator), batch()
     torch.manual_seed(3)
-    elbo = program.elbo(inputs, labels)
+    elbo = program.terms(inputs, labels)
     torch.manual_seed(3)
     nlls = []
     for laws in program.gate_guide.each_law(program.temperature, estimator == "straight_through"):
@@ -101,7 +101,7 @@ def test_a_prior_with_random_settings_adds_their_kl_to_that_of_pyro():
     with torch.no_grad():
         program.prior.log_sd.fill_(-20.0)  # a draw of the settings is their mean
     torch.manual_seed(3)
-    ours = program.elbo(inputs, labels).loss(N_TRAIN)
+    ours = program.terms(inputs, labels).loss
     torch.manual_seed(3)
     theirs = pyro_loss(program, inputs, labels)
     torch.testing.assert_close(ours, theirs + program.prior.divergence() / N_TRAIN, atol=1e-5, rtol=1e-5)
@@ -148,11 +148,11 @@ def test_forward_returns_the_loss_at_its_temperature_and_weight():
 
 def test_gates_that_do_not_exist_cost_nothing():
     program, (inputs, labels) = program_of(), batch()
-    before = program.elbo(inputs, labels)
+    before = program.terms(inputs, labels)
     with torch.no_grad():
         program.gate_guide.z_evidence[:, ~program.z_mask] = -5.0
         program.gate_guide.g_evidence[:, ~program.g_mask] = -5.0
-    after = program.elbo(inputs, labels)
+    after = program.terms(inputs, labels)
     assert before.kl_z == after.kl_z > 0 and before.kl_g == after.kl_g > 0
     slopes = torch.autograd.grad(after.loss(N_TRAIN), [program.gate_guide.z_evidence, program.gate_guide.g_evidence])
     for slope, mask in zip(slopes, (program.z_mask, program.g_mask), strict=True):
@@ -161,7 +161,7 @@ def test_gates_that_do_not_exist_cost_nothing():
 
 def test_nothing_is_random_under_a_fixed_prior():
     program, (inputs, labels) = program_of(prior="fixed"), batch()
-    first, second = program.elbo(inputs, labels), program.elbo(inputs, labels)
+    first, second = program.terms(inputs, labels), program.terms(inputs, labels)
     assert first == second and first.kl_z == 0 and first.kl_g == 0
     with torch.no_grad(), adapters.gates(program.net, *adapters.open_gates(program.net.layout)):
         logits = program.net(**inputs).logits
@@ -176,7 +176,7 @@ def test_regression_is_a_normal_with_a_learned_scale():
         program.log_scale.fill_(0.4)
         with adapters.gates(program.net, *adapters.open_gates(program.net.layout)):
             mean = 2.5 + 2.5 * program.net(**inputs).logits[:, 0]
-    nll = program.elbo(inputs, labels).nll
+    nll = program.terms(inputs, labels).nll
     torch.testing.assert_close(nll, -dist.Normal(mean, torch.tensor(0.4).exp()).log_prob(labels).mean())
     (slope,) = torch.autograd.grad(nll, program.log_scale)
     torch.testing.assert_close(slope, 1 - ((labels - mean) ** 2).mean() * torch.tensor(-0.8).exp())
@@ -214,9 +214,9 @@ def test_deep_copies_learn_apart():
         for parameter in learning(twin):
             parameter.add_(0.1)
     torch.manual_seed(0)
-    ours = program.elbo(inputs, labels).nll
+    ours = program.terms(inputs, labels).nll
     torch.manual_seed(0)
-    assert twin.elbo(inputs, labels).nll != ours
+    assert twin.terms(inputs, labels).nll != ours
 
 
 class TwoFreeChains(torch.nn.Module):
@@ -252,9 +252,9 @@ def test_the_mean_of_many_estimates_is_the_enumerated_elbo():
                 log_q, log_p = q.log_prob(z).sum(), p.log_prob(z).sum()
                 exact += (log_q.exp() * (nll + (log_q - log_p) / 4)).item()
         torch.manual_seed(0)
-        draws = torch.stack([program.elbo(inputs, labels).loss(4) for _ in range(800)])
+        draws = torch.stack([program.terms(inputs, labels).loss for _ in range(800)])
         enumerated = BayesianLoRA(net, prior, guide, task.likelihood, n_train=4, estimator="enumerate").eval()
-        assert enumerated.elbo(inputs, labels).loss(4).item() == pytest.approx(exact, rel=1e-5)
+        assert enumerated.terms(inputs, labels).loss.item() == pytest.approx(exact, rel=1e-5)
     error = draws.std().item() / 800**0.5
     assert error > 0 and abs(draws.mean().item() - exact) < 4 * error
 
@@ -269,7 +269,7 @@ def trained(program, step):
     def mean_loss():
         with torch.no_grad():
             torch.manual_seed(11)
-            return sum(program.elbo(inputs, labels).loss(N_TRAIN).item() for _ in range(10)) / 10
+            return sum(program.terms(inputs, labels).loss.item() for _ in range(10)) / 10
 
     before = mean_loss()
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def test_a_script_with_svi_takes_our_own_steps(estimator, validated):
             loss = svi.step(inputs, labels)
             torch.manual_seed(step)
             optimizer.zero_grad()
-            ours = twin.elbo(inputs, labels).loss(N_TRAIN) * N_TRAIN  # Pyro's is the sum
+            ours = twin.terms(inputs, labels).loss * N_TRAIN  # Pyro's is the sum
             ours.backward()
             optimizer.step()
             assert loss == pytest.approx(ours.item(), rel=1e-4)

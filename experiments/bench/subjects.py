@@ -193,7 +193,7 @@ def program_overhead(setting: Setting, seconds: float) -> list[Row]:
         optimizer = torch.optim.AdamW(program.gate_guide.parameters(), lr=0.1, fused=True)
 
         def step():
-            program.elbo({}, labels).loss(N_TRAIN).backward()
+            program.terms({}, labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -32,7 +32,7 @@ def svi(
             optimizer.param_groups[0]["lr"] = schedule.learning_rate("gates", step) if lr is None else lr
             program.temperature = schedule.temperature(step) if temperature is None else temperature
             optimizer.zero_grad()
-            program.elbo(problem.inputs, problem.labels).loss(program.n_train).backward()
+            program.terms(problem.inputs, problem.labels).loss.backward()
             optimizer.step()
     return program
 
@@ -79,7 +79,7 @@ def step_ratio(problem: Problem, components: int, *, steps: int = 60) -> float:
     for _ in range(steps):
         for program, found in zip(programs, seconds, strict=True):
             began = time.perf_counter()
-            program.elbo(problem.inputs, problem.labels).loss(program.n_train).backward()
+            program.terms(problem.inputs, problem.labels).loss.backward()
             found.append(time.perf_counter() - began)
     plain, mixture = (torch.tensor(found).median().item() for found in seconds)
     return mixture / plain

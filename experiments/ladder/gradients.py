@@ -7,12 +7,12 @@ Shapes: P parameters of the guide, S estimates.   Units: nats an example.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 
 import torch
 from torch import Tensor
 
-from pyro_blora.estimators import ESTIMATORS
+from pyro_blora.elbos import ELBOS, Evaluation, GateELBO
 from pyro_blora.gates import Gates
 from pyro_blora.guides import components
 from pyro_blora.program import GateProgram
@@ -30,7 +30,7 @@ class Estimator:
     """forwards: of the network in one estimate; soft: whether the gradient goes through the network."""
 
     name: str
-    function: Callable
+    elbo: GateELBO
     temperature: float
     forwards: int
     soft: bool
@@ -38,13 +38,13 @@ class Estimator:
 
 def estimators() -> list[Estimator]:
     """Those of the package, at every temperature used, and the rivals."""
-    found = [Estimator(f"{name}, τ = {t:g}", ESTIMATORS.resolve(name), t, 1, True)
+    found = [Estimator(f"{name}, τ = {t:g}", ELBOS.resolve(name)(), t, 1, True)
              for name in ("relaxed", "straight_through") for t in TEMPERATURES]  # fmt: skip
-    found.append(Estimator("ReinMax", rivals.reinmax, 1.0, 1, True))
-    found.append(Estimator("score_function (DisARM)", ESTIMATORS.resolve("score_function"), 1.0, 2, False))
-    found.append(Estimator("DisARM, no parent mask", rivals.disarm_unmasked, 1.0, 2, False))
-    found.append(Estimator("RLOO, 2 draws", rivals.leave_one_out, 1.0, 2, False))
-    found.append(Estimator("REINFORCE, 2 draws", rivals.reinforce, 1.0, 2, False))
+    found.append(Estimator("ReinMax", rivals.ReinMax(), 1.0, 1, True))
+    found.append(Estimator("score_function (DisARM)", ELBOS.resolve("score_function")(), 1.0, 2, False))
+    found.append(Estimator("DisARM, no parent mask", rivals.UnmaskedDisarm(), 1.0, 2, False))
+    found.append(Estimator("RLOO, 2 draws", rivals.LeaveOneOut(), 1.0, 2, False))
+    found.append(Estimator("REINFORCE, 2 draws", rivals.Reinforce(), 1.0, 2, False))
     return found
 
 
@@ -86,16 +86,25 @@ def exact_gradient(program: GateProgram, problem: Problem) -> Tensor:
     return gradient(program, problem.table.expected_nll(log_law) / len(problem.labels))
 
 
+class _LookedUp(Evaluation):
+    """An evaluation whose NLL is found in the problem's table."""
+
+    def __init__(self, problem: Problem, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.problem = problem
+
+    def nll(self, gates: Gates) -> Tensor:
+        return self.problem.looked_up(gates)
+
+
 def sampled(estimator: Estimator, program: GateProgram, problem: Problem, draws: int) -> Tensor:
-    """(S, P) estimates. Where no gradient goes through the network, a score is looked up in the table."""
-
-    def through_network(gates: Gates) -> Tensor:
-        law = program.likelihood(program.logits(problem.inputs, gates), scale=1.0)
-        return -law.log_prob(problem.labels).mean()
-
-    score = through_network if estimator.soft else problem.looked_up
+    """(S, P) estimates. Where no gradient goes through the network, an NLL is looked up in the table."""
+    elbo, evaluation = estimator.elbo, Evaluation if estimator.soft else functools.partial(_LookedUp, problem)
+    program.elbo, program.temperature = elbo, estimator.temperature
+    pair, batch = (program.model, program.guide), (problem.inputs, problem.labels)
     return torch.stack([
-        gradient(program, estimator.function(score, program.gate_guide, estimator.temperature)) for _ in range(draws)
+        gradient(program, elbo.expected_nll(evaluation(*pair, batch, draw=elbo.draw, component=elbo.first)))
+        for _ in range(draws)
     ])  # fmt: skip
 
 

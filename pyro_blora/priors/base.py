@@ -7,9 +7,10 @@ same; the function returns the module. What else it may have, all optional:
 
     adapt(means)      called after every step with the marginals of M components, z (M, L, T, K) and g (M, L, R - 1)
     explain(ratios)   called when the gates start, with the explained variances of layer inputs (L, R), input_pca.py
-    sample()          if its own settings are random: the laws at a draw from their posterior, reparametrised
-    divergence()      ... and the KL of that posterior from their law, nats
-    sample_prior(S)   ... and the laws at S draws before any data
+    pyro_model()      if its own settings are random: samples them as Pyro sites and returns the laws of the gates there
+    pyro_guide()      ... samples the same sites from what is learned of them, reparametrised, and returns the draws by
+                      name; their KL must be registered with torch.distributions.register_kl
+    sample_prior(S)   ... the laws at S draws before any data
     report()          numbers for log and summary
     only(site)        called where it is the law of `z` or `g` alone: what it says of the other counts for nothing
 """
@@ -51,6 +52,11 @@ def build_one(name: str, settings: dict, layout: AdapterLayout) -> nn.Module:
     if not isinstance(prior(), Gates):
         raise ValueError(f"prior {name!r} must return Gates(z, g) when it is called, got {type(prior()).__name__}")
     checked(name, prior(), layout)
+    if not hasattr(prior, "pyro_guide") and (hasattr(prior, "sample") or hasattr(prior, "divergence")):
+        raise ValueError(
+            f"prior {name!r} has sample() or divergence(), which are not asked for any more: write pyro_model() and "
+            "pyro_guide() in their place, which sample its random settings as Pyro sites; see priors/base.py"
+        )
     return prior
 
 

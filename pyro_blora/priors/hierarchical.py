@@ -2,8 +2,11 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import register_kl
 
 from ..gates import Gates, NestedBernoulli
 from ..interval import INTERVAL
@@ -11,8 +14,20 @@ from ..layout import AdapterLayout
 from .base import register_prior
 
 
+@register_kl(dist.LogNormal, dist.Gamma)
+def _kl_log_normal_gamma(q: dist.LogNormal, p: dist.Gamma) -> Tensor:
+    entropy = q.loc + 0.5 + 0.5 * math.log(2 * math.pi) + q.scale.log()
+    gamma = p.concentration * p.rate.log() - p.concentration.lgamma()
+    return -entropy - gamma - (p.concentration - 1) * q.loc + p.rate * q.mean
+
+
 class Hierarchical(nn.Module):
-    """Nested gates whose rates have a Gamma law and a log-normal guide, learned with everything else."""
+    """Nested gates whose rates, site `rates`, have a Gamma prior and a log-normal guide, learned with everything else.
+
+    As the prior of z or g alone its site is `z_rates` or `g_rates`.
+    """
+
+    site = "rates"
 
     def __init__(self, layout: AdapterLayout, shape: float, rate: float):
         super().__init__()
@@ -27,6 +42,7 @@ class Hierarchical(nn.Module):
     def only(self, site: str) -> None:
         tensors = self.z_shape[1]
         self.used = slice(0, tensors) if site == "z" else slice(tensors, len(self.names))
+        self.site = f"{site}_rates"
 
     def _gates(self, rates: Tensor) -> Gates:
         """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
@@ -34,20 +50,34 @@ class Hierarchical(nn.Module):
         z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
         return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g.expand(*lead, *self.g_shape))))
 
-    def _law(self, name: str) -> torch.distributions.Distribution:
+    def _law(self, name: str) -> dist.TorchDistribution:
         """Of all rates (n,), used or not: their guide (`posterior`), or their Gamma law (`prior`)."""
         if name == "posterior":
-            return torch.distributions.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
+            return dist.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
         settings = (torch.full_like(self.loc, x) for x in (self.shape, self.rate))
-        return torch.distributions.Gamma(*settings, validate_args=False)
+        return dist.Gamma(*settings, validate_args=False)
+
+    def law_in_use(self, name: str) -> dist.TorchDistribution:
+        """Of the rates in use: what is learned of them (`posterior`), or their Gamma law (`prior`)."""
+        law = self._law(name)
+        settings = (getattr(law, key)[self.used] for key in law.arg_constraints)
+        return type(law)(*settings, validate_args=False)
 
     def forward(self) -> Gates:
         """At the rates' posterior means."""
         return self._gates(self._law("posterior").mean)
 
-    def sample(self) -> Gates:
-        """At one reparametrised draw of the rates from their posterior."""
-        return self._gates((self.loc + self.log_sd.exp() * torch.randn_like(self.loc)).exp())
+    def pyro_model(self) -> Gates:
+        return self.gates_at(self._rates("prior"))
+
+    def pyro_guide(self) -> dict[str, Tensor]:
+        return {self.site: self._rates("posterior")}
+
+    def _rates(self, law: str) -> Tensor:
+        """A sample site of the rates in use, (n,)."""
+        count = len(self.rate_names)
+        with pyro.plate(self.site.removesuffix("s"), count):
+            return pyro.sample(self.site, self.law_in_use(law)).reshape(count)
 
     @property
     def rate_names(self) -> list[str]:
@@ -58,10 +88,10 @@ class Hierarchical(nn.Module):
         return self._law(law).sample((draws,))[:, self.used]
 
     def gates_at(self, rates: Tensor) -> Gates:
-        """Laws of the gates at given rates in use (S, n)."""
-        every = self._law("posterior").mean.expand(len(rates), -1).clone()
-        every[:, self.used] = rates
-        return self._gates(every)
+        """Laws of the gates at given rates in use (..., n)."""
+        others = self._law("posterior").mean.expand(*rates.shape[:-1], -1)
+        before, after = others[..., : self.used.start], others[..., self.used.stop :]
+        return self._gates(torch.cat([before, rates, after], -1))
 
     def log_ratio(self, rates: Tensor) -> Tensor:
         """log Gamma law - log guide of rates in use (S, n) -> (S,)"""
@@ -73,14 +103,6 @@ class Hierarchical(nn.Module):
     def sample_prior(self, draws: int) -> Gates:
         """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
         return self._gates(self._law("prior").sample((draws,)))
-
-    def divergence(self) -> Tensor:
-        """KL of the rates' log-normal guide from their Gamma law, nats, closed form."""
-        sd = self.log_sd.exp()
-        entropy = self.loc + 0.5 + 0.5 * math.log(2 * math.pi) + self.log_sd
-        mean = (self.loc + sd.square() / 2).exp()
-        gamma = self.shape * math.log(self.rate) - math.lgamma(self.shape)
-        return (-entropy - gamma - (self.shape - 1) * self.loc + self.rate * mean)[self.used].sum()
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:

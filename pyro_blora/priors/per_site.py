@@ -13,7 +13,7 @@ from .base import PRIORS, build_one
 from .budget import Budget
 
 _OFF = ("fixed", {})  # what the word `off` means
-HOOKS = ("adapt", "explain", "sample", "divergence", "sample_prior", "report")
+HOOKS = ("adapt", "explain", "pyro_model", "pyro_guide", "sample_prior", "report")
 
 
 class Separate(nn.Module):
@@ -51,9 +51,13 @@ class Separate(nn.Module):
         for part in self._each("explain").values():
             part.explain(ratios)
 
-    def _sample(self) -> Gates:
-        z, g = (part.sample() if hasattr(part, "sample") else part() for part in (self.z, self.g))
+    def _pyro_model(self) -> Gates:
+        z, g = (part.pyro_model() if hasattr(part, "pyro_model") else part() for part in (self.z, self.g))
         return Gates(z.z, g.g)
+
+    def _pyro_guide(self) -> dict[str, Tensor]:
+        parts = self._each("pyro_guide").values()
+        return {name: value for part in parts for name, value in part.pyro_guide().items()}
 
     def _sample_prior(self, draws: int) -> Gates:
         laws = []
@@ -64,9 +68,6 @@ class Separate(nn.Module):
                 law = getattr(part(), site)
                 laws.append(law.expand((draws, *law.batch_shape)))
         return Gates(*laws)
-
-    def _divergence(self) -> Tensor:
-        return sum(part.divergence() for part in self._each("divergence").values())
 
     def _report(self) -> dict[str, float]:
         parts = self._each("report").items()

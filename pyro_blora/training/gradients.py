@@ -38,7 +38,7 @@ class Gradients:
         wanted = graphs and not sharded and os.environ.get("PYRO_BLORA_GRAPHS", "1") != "0"
         self.recording = wanted and device.type == "cuda"
         self.temperature = torch.ones((), device=device) if device.type == "cuda" else None
-        self.validated: set[float] = set()  # KL weights: one before the gates start, one from then on
+        self.validated: set[bool] = set()  # once before the gates start, once from then on
         self.graphs: dict[tuple, _Graph] = {}
         self.pool, self.moved = None, 0
         # one stream for all recordings, as memory is used again on the stream only that it was taken on
@@ -46,19 +46,21 @@ class Gradients:
         self.slopes: dict[nn.Parameter, Tensor] = {}  # where every recording leaves its gradients
 
     def __call__(
-        self, inputs: dict[str, Tensor], labels: Tensor, temperature: float, kl_weight: float,
-        theta_weight: float | None = None, micro_batches: int = 1,
+        self, inputs: dict[str, Tensor], labels: Tensor, temperature: float, kl_weight: float = 1.0,
+        held_open: bool = False, micro_batches: int = 1,
     ) -> Tensor:  # fmt: skip
         """(loss, nll, kl_z, kl_g, kl_theta), (5,), of the micro-batch; the gradient is of loss / micro_batches.
+
+        held_open: before the gates start.
 
         Errors: ValueError, at the first call of either phase, where a distribution refuses finite numbers.
         """
         here = temperature
         if self.temperature is not None:  # where a graph reads it
             here = self.temperature.fill_(temperature)
-        arguments = here, kl_weight, theta_weight, micro_batches
-        if kl_weight not in self.validated and not self.sharded:
-            self.validated.add(kl_weight)
+        arguments = here, kl_weight, held_open, micro_batches
+        if held_open not in self.validated and not self.sharded:
+            self.validated.add(held_open)
             self._validate(inputs, labels, arguments)
         if self.recording and (graph := self._graph(inputs, labels, arguments)):
             found = graph.replay(inputs, labels)
@@ -72,11 +74,12 @@ class Gradients:
         self.graphs.clear()
         self.pool = None  # without a graph it is gone
 
-    def _eager(self, inputs, labels, temperature, kl_weight, theta_weight, micro_batches) -> Tensor:
+    def _eager(self, inputs, labels, temperature, kl_weight, held_open, micro_batches) -> Tensor:
         with unvalidated():  # a loss that is not finite is for the step to leave out
-            loss, elbo = self.program(inputs, labels, temperature, kl_weight, theta_weight)
+            loss, terms = self.program(inputs, labels, temperature, kl_weight, held_open)
         (loss / micro_batches).backward()
-        return torch.stack([(x + loss.new_zeros(())).detach().float() for x in (loss, *elbo)])
+        parts = loss, terms.nll, terms.kl_z, terms.kl_g, terms.kl_theta
+        return torch.stack([(x + loss.new_zeros(())).detach().float() for x in parts])
 
     def _validate(self, inputs: dict, labels: Tensor, arguments: tuple) -> None:
         """One forward in which the distributions check what they get: a label that is none, a prior of the user's."""

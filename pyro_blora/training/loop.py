@@ -220,7 +220,7 @@ class _Loop:
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
             batch = split_labels(batch, accelerator.device)
-            parts.append(self.gradients(*batch, temperature, kl_weight, config.kl_weight, len(micro_batches)))
+            parts.append(self.gradients(*batch, temperature, config.kl_weight, kl_weight == 0, len(micro_batches)))
         net = self.program.net
         average_gradients(self.learning, accelerator)
         clipped = [*net.adapter_parameters(), *net.head_parameters()]

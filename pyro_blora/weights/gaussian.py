@@ -86,12 +86,11 @@ class LowRank(Gaussian):
     def law(self) -> dist.Distribution:
         return dist.LowRankMultivariateNormal(self.mean, self.factor, self.std.square(), validate_args=False)
 
-    def divergence(self) -> Tensor:
+    def prior(self) -> dist.Distribution:
+        """Written as the law is, so that their KL is in closed form."""
         scale = self.prior_scale()
-        prior = dist.LowRankMultivariateNormal(
-            torch.zeros_like(scale), torch.zeros_like(scale)[:, None], scale.square(), validate_args=False
-        )
-        return kl_divergence(self.law(), prior)
+        zeros = torch.zeros_like(scale)
+        return dist.LowRankMultivariateNormal(zeros, zeros[:, None], scale.square(), validate_args=False)
 
 
 @register_weights("gaussian")

@@ -123,7 +123,7 @@ def test_members_of_an_ensemble_agree_where_the_data_speak_and_keep_their_start_
         optimizer = torch.optim.SGD([program.core], lr=0.02)
         for _ in range(800):
             optimizer.zero_grad()
-            program.elbo({"features": X}, y).loss(2).backward()
+            program.terms({"features": X}, y).loss.backward()
             optimizer.step()
         members.append(program.weights.mean.detach())
     members = torch.stack(members)
@@ -285,7 +285,7 @@ def test_pyros_own_elbo_is_ours_with_random_weights():
     net = weighted_net("xs")
     program, (inputs, labels) = weighted_program(net, prior_std=0.5, prior="fixed"), batch()
     torch.manual_seed(0)
-    ours = torch.stack([program.elbo(inputs, labels).loss(100) for _ in range(200)]).mean()
+    ours = torch.stack([program.terms(inputs, labels).loss for _ in range(200)]).mean()
     torch.manual_seed(1)
     theirs = sum(TraceMeanField_ELBO().loss(program.model, program.guide, inputs, labels) for _ in range(200)) / 200
     assert ours.item() == pytest.approx(theirs / 100, rel=0.02)

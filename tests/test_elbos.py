@@ -1,4 +1,4 @@
-"""Estimators against the exact expectation, and the exact expectation against that of Pyro.
+"""ELBOs against the exact expectation, and the exact expectation against that of Pyro.
 
 The program is a regression whose features are multiplied by gates: small enough for all its states.
 """
@@ -11,11 +11,11 @@ import pytest
 import torch
 from models import every_state, toy_layout
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro_blora.elbos import ELBOS, Elbo, GateELBO, ScoreFunction, build_elbo, register_elbo
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_blora.estimators import ESTIMATORS, enumerate_states, score_function
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, log_prob
 from pyro_blora.priors import build_prior
@@ -117,7 +117,7 @@ def of_every_state(program):
 @pytest.mark.parametrize("build", [chains, bits])
 def test_enumeration_is_the_sum_over_every_state(build, guide):
     program = build(guide=guide)
-    ours, exact = program.elbo(*data(program)).nll, of_every_state(program)
+    ours, exact = program.terms(*data(program)).nll, of_every_state(program)
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(slopes(ours, program), slopes(exact, program), rtol=1e-4, atol=1e-5)
 
@@ -150,7 +150,7 @@ def test_the_enumerated_elbo_is_that_of_pyro():
 
     model = poutine.infer_config(model, lambda site: {"enumerate": None})  # the guide's states are summed over
     theirs = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide) / N_TRAIN
-    ours = program.elbo(inputs, labels).loss(N_TRAIN)
+    ours = program.terms(inputs, labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(slopes(ours, program), slopes(theirs, program), rtol=1e-4, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_nothing_free_is_one_state():
     layout = toy_layout()
     program = program_of(layout, Pinned(layout, [], []), "enumerate", "mean_field")
     opened = Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape))
-    torch.testing.assert_close(program.elbo(*data(program)).nll, program.nll(*data(program), *opened))
+    torch.testing.assert_close(program.terms(*data(program)).nll, program.nll(*data(program), *opened))
 
 
 def test_components_that_are_sure_of_different_states_are_both_counted():
@@ -167,7 +167,7 @@ def test_components_that_are_sure_of_different_states_are_both_counted():
     with torch.no_grad():
         program.gate_guide.z_evidence[0].fill_(500.0)
         program.gate_guide.z_evidence[1].fill_(-500.0)
-    torch.testing.assert_close(program.elbo(*data(program)).nll, of_every_state(program))
+    torch.testing.assert_close(program.terms(*data(program)).nll, of_every_state(program))
 
 
 def test_too_many_states_are_refused_with_the_remedy():
@@ -177,7 +177,7 @@ def test_too_many_states_are_refused_with_the_remedy():
         program_of(layout, prior, "enumerate", "mean_field")
     program = program_of(layout, prior, "relaxed", "mean_field")
     with pytest.raises(ValueError, match="would take 156,250 forwards"):
-        enumerate_states(lambda gates: gates.z.sum(), program.gate_guide, 1.0)
+        build_elbo("enumerate", program.gate_guide)
 
 
 def test_states_without_number_are_refused_with_their_power_of_ten():
@@ -192,14 +192,10 @@ def test_states_without_number_are_refused_with_their_power_of_ten():
 def estimates(program, count):
     """Values and slopes of so many estimates of the NLL, and the exact ones."""
     inputs, labels = data(program)
-
-    def score(gates):  # program.nll without its trace
-        return -program.likelihood(program.logits(inputs, gates), program.log_scale.exp()).log_prob(labels).mean()
-
     torch.manual_seed(0)
-    values = [program.estimator(score, program.gate_guide, program.temperature) for _ in range(count)]
-    exact = ESTIMATORS.resolve("enumerate")(score, program.gate_guide, 1.0)
+    values = [program.terms(inputs, labels).nll for _ in range(count)]
     gradients = torch.stack([slopes(value, program) for value in values])
+    exact = build_elbo("enumerate", program.gate_guide).terms(program.model, program.guide, inputs, labels).nll
     return torch.stack(values).detach(), gradients, exact.detach(), slopes(exact, program)
 
 
@@ -236,7 +232,7 @@ def test_gates_that_are_pinned_have_no_slope():
     program = chains("score_function")
     free = [law.log_probs < 0 for law in program.prior()]
     for _ in range(20):
-        slope = torch.autograd.grad(program.elbo(*data(program)).nll, list(program.gate_guide.parameters()))
+        slope = torch.autograd.grad(program.terms(*data(program)).nll, list(program.gate_guide.parameters()))
         for site, where in zip(slope, free, strict=True):
             assert bool((site[0][~where].abs() < 1e-6).all())
         assert bool((slope[0][0][free[0]] != 0).any())
@@ -245,12 +241,10 @@ def test_gates_that_are_pinned_have_no_slope():
 def test_antithetic_draws_keep_pins_at_the_edge_of_the_generator(monkeypatch):
     monkeypatch.setattr(torch, "rand_like", torch.zeros_like)  # one draw in 17 million is 0
     program = chains("score_function")
-    seen = []
-    score_function(lambda gates: seen.append(gates) or gates.z.sum(), program.gate_guide, 1.0)
-    assert len(seen) == 2
-    for gates in seen:
-        for law, value in zip(program.prior(), gates, strict=True):
-            assert bool((value[law.log_probs.cumsum(-1) == 0] == 1).all())
+    laws = program.gate_guide.laws(1.0, True)
+    for law, prior in zip(laws, program.prior(), strict=True):
+        for gates in ScoreFunction().draw(law).cumprod(-1):
+            assert bool((gates[prior.log_probs.cumsum(-1) == 0] == 1).all())
 
 
 def test_two_antithetic_draws_vary_less_than_two_independent_ones():
@@ -268,11 +262,12 @@ def test_a_guide_of_one_allocation_is_refused(estimator):
     with refused:
         bits(estimator, "point")
     with refused:
-        ESTIMATORS.resolve(estimator)(lambda gates: gates.z.sum(), bits("relaxed", "point").gate_guide, 1.0)
+        elbo, program = ELBOS.resolve(estimator)(), bits("relaxed", "point")
+        elbo.terms(program.model, program.guide, *data(program))
 
 
 def test_every_estimator_has_the_same_kl():
-    laws = {name: chains(name).kl() for name in ESTIMATORS.names()}
+    laws = {name: chains(name).kl() for name in ELBOS.names()}
     program = chains()
     q, p = program.gate_guide.posterior(), program.prior()
     expected = torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0).sum()
@@ -284,3 +279,110 @@ def test_every_estimator_has_the_same_kl():
 def test_an_unknown_estimator_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="unknown estimator 'enumerated': did you mean 'enumerate'"):
         bits("enumerated")
+
+
+# --- as ELBOs of Pyro -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "mixture"])
+@pytest.mark.parametrize("name", ELBOS.names())
+def test_every_one_is_a_pyro_elbo_whose_loss_over_n_is_that_of_training_to_the_bit(name, guide):
+    program, batch = chains(name, guide), data(chains())
+    assert isinstance(program.elbo, TraceMeanField_ELBO) and isinstance(program.elbo, Elbo)
+    program.n_train = 49  # in single precision, 49 * (1 / 49) is not 1
+    torch.manual_seed(1)
+    loss = program.elbo.differentiable_loss(program.model, program.guide, *batch)
+    torch.manual_seed(1)
+    terms = program.elbo.terms(program.model, program.guide, *batch)
+    assert (loss / 49).float() == terms.loss and terms.n_train == 49
+    assert torch.equal(slopes(loss / 49, program), slopes(terms.loss, program))
+    torch.testing.assert_close(terms.loss, terms.nll + (terms.kl_z + terms.kl_g) / 49)
+
+
+def of_pyro(elbo, program, count):
+    """Losses and slopes of so many estimates by an ELBO of Pyro, over N."""
+    losses, gradients = [], []
+    torch.manual_seed(0)
+    for _ in range(count):
+        for parameter in learning(program):
+            parameter.grad = None
+        with poutine.trace(param_only=True):  # as SVI does
+            losses.append(elbo.loss_and_grads(program.model, program.guide, *data(program)) / N_TRAIN)
+        gradients.append(torch.cat([p.grad.flatten() for p in learning(program)]) / N_TRAIN)
+    return torch.tensor(losses), torch.stack(gradients)
+
+
+@pytest.mark.parametrize(("elbo", "guide"), [(Trace_ELBO, "mixture"), (TraceGraph_ELBO, "mean_field")])
+def test_elbos_of_pyro_are_unbiased_with_discrete_draws(elbo, guide):
+    program = bits("score_function", guide)
+    losses, gradients = of_pyro(elbo(), program, 800)
+    exact = build_elbo("enumerate", program.gate_guide).terms(program.model, program.guide, *data(program)).loss
+    assert agree(losses, exact.detach()) and agree(gradients, slopes(exact, program))
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_elbos_of_pyro_know_the_divergence_of_a_mixture(elbo):
+    """One component is drawn; the site `joint` makes the sites' KLs that of the mixture."""
+    program = chains("straight_through", "mixture")
+    with torch.no_grad():
+        program.weight.zero_()  # the NLL is the same in every state
+        program.gate_guide.z_evidence[:2].add_(3.0)
+    losses, _ = of_pyro(elbo(), program, 500)
+    with torch.no_grad():
+        nll = build_elbo("enumerate", program.gate_guide).terms(program.model, program.guide, *data(program)).nll
+        exact = nll + torch.stack([sum(program.kl()) for _ in range(500)]) / N_TRAIN  # its information is sampled, too
+        each = zip(program.gate_guide.components(), program.prior(), strict=True)
+        of_components = nll + sum(kl_divergence(q, p).sum() for q, p in each) / 4 / N_TRAIN
+    error = math.sqrt((losses.var() + exact.var()) / 500)
+    assert abs(losses.mean() - exact.mean()) < 4 * error < 0.5 * (of_components - exact.mean())
+
+
+def test_a_kl_weight_is_a_scale_of_every_latent_site():
+    program = bits("straight_through")
+    program.kl_weight = 0.25
+    torch.manual_seed(1)
+    ours = program.terms(*data(program))
+    torch.manual_seed(1)
+    theirs = TraceMeanField_ELBO().differentiable_loss(program.model, program.guide, *data(program)) / N_TRAIN
+    torch.testing.assert_close(ours.loss, theirs)
+    torch.testing.assert_close(ours.loss, ours.nll + 0.25 * (ours.kl_z + ours.kl_g) / N_TRAIN)
+
+
+@pytest.mark.parametrize("name", ELBOS.names())
+def test_gates_that_are_given_are_not_drawn_and_pay_nothing(name):
+    program, opened = chains(name), Gates(*(torch.ones(x) for x in (toy_layout(rank=3).z_shape, (2, 2))))
+    model, guide = (poutine.condition(part, data=opened._asdict()) for part in (program.model, program.guide))
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    terms = program.elbo.terms(model, guide, *data(program))
+    assert torch.equal(torch.rand(3), expected)
+    torch.testing.assert_close(terms.nll, program.nll(*data(program), *opened))
+    assert torch.equal(terms.loss, terms.nll) and terms.kl_z == program.kl().z > 0
+
+
+class Twice(GateELBO):
+    """The mean of two straight-through draws."""
+
+    def expected_nll(self, at):
+        return (at.nll(at.gates) + at.nll(at.gates_of(0))) / 2
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(ELBOS, "_functions", dict(ELBOS._functions))
+    register_elbo("twice")(Twice)
+
+
+def test_an_elbo_of_ones_own_takes_a_method(registered):
+    values, *_ = estimates(chains("twice"), 400)
+    single, *_ = estimates(chains("straight_through"), 400)
+    assert 0.3 < values.var() / single.var() < 0.75
+
+
+def test_what_is_no_elbo_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("def old(score, guide, temperature): pass\ndef nothing(): pass\n")
+    with pytest.raises(ValueError, match="old' takes arguments: it must be a subclass of pyro_blora.elbos.GateELBO"):
+        bits(f"{tmp_path}/mine.py:old")
+    with pytest.raises(ValueError, match="nothing' makes a NoneType, which is no ELBO of gates"):
+        bits(f"{tmp_path}/mine.py:nothing")

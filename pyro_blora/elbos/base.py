@@ -1,0 +1,128 @@
+"""The negative ELBO of a model and a guide over gates as a `pyro.infer` ELBO, and ELBOs by name: `--estimator NAME`.
+
+`GateELBO` is a kind of Pyro's `TraceMeanField_ELBO`, with the KL divergence of the discrete distributions in closed
+form; a subclass says how the expected NLL and its gradient are estimated. Pyro's own reads the loss on the host, for
+which a GPU would wait, and does not say what its terms are. Register a subclass, or what keeps the protocol `Elbo`,
+with `@register_elbo`.
+Shapes: N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import pyro.distributions as dist
+from pyro.infer import TraceMeanField_ELBO
+from pyro.util import warn_if_nan
+from torch import Tensor, nn
+
+from ..registry import Registry
+from .evaluation import Evaluation
+
+ELBOS = Registry("estimator")  # as the flag is called
+register_elbo = ELBOS.register
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What an estimate of the negative ELBO is the sum of.
+
+    nll: the batch's mean, nats per example. kl_*: nats; a prior's random settings count with kl_z. n_train: N.
+    *_weight: of the KLs; below 1 the posterior is a cold one, at 0 the gates are held.
+    """
+
+    nll: Tensor
+    kl_z: Tensor
+    kl_g: Tensor
+    kl_theta: Tensor | float
+    n_train: int
+    gate_weight: float = 1.0
+    theta_weight: float = 1.0
+
+    @property
+    def loss(self) -> Tensor:
+        """-ELBO / N, nats per example."""
+        kl = self.gate_weight * (self.kl_z + self.kl_g) + self.theta_weight * self.kl_theta
+        return self.nll + kl / self.n_train
+
+
+@runtime_checkable
+class Elbo(Protocol):
+    """What `@register_elbo` registers the maker of: `pyro.infer.SVI` asks for the last three."""
+
+    draws: Literal["soft", "hard", "discrete"]  # of the guide: relaxed, straight-through, or without a gradient
+
+    def check(self, family: nn.Module) -> None:
+        """Refuse a guide (guides.py) that it cannot serve, before anything is trained.  Errors: ValueError."""
+
+    def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
+        """The terms at one draw, differentiable, without asking the host for a value."""
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """-ELBO, nats: N times the terms' loss."""
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float: ...
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float: ...
+
+
+class GateELBO(TraceMeanField_ELBO):
+    """-ELBO with the KL in closed form; a subclass says how the NLL is averaged over the gates.
+
+    For the model and the guide of a `GateProgram`. No value is read on the host before the loss itself.
+    """
+
+    draws: Literal["soft", "hard", "discrete"] = "hard"
+    first: int | None = None  # the component that is drawn from first; None: the guide draws one
+
+    def __init__(self):
+        super().__init__()
+
+    def check(self, family: nn.Module) -> None:
+        """Refuse a guide that it cannot serve.  Errors: ValueError."""
+
+    def draw(self, law: dist.Distribution) -> Tensor:
+        """The value of a gate site of the guide."""
+        return law()
+
+    def expected_nll(self, at: Evaluation) -> Tensor:
+        """E_q[NLL], nats per example, whose gradient reaches the guide and all that the NLL depends on."""
+        raise NotImplementedError
+
+    def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> Terms:
+        """See `Elbo`. Where the gates are given (`poutine.condition` of model and guide), their KL has weight 0."""
+        at = Evaluation(model, guide, args, kwargs, draw=self.draw, component=self.first)
+        nll = at.nll(at.gates) if at.held else self.expected_nll(at)
+        kl = at.divergences()
+        kl_g, kl_theta = kl.pop("g"), kl.pop("theta", 0.0)
+        return Terms(nll, sum(kl.values()), kl_g, kl_theta, at.examples, at.scale("z"), at.scale("theta"))
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
+        """-ELBO, nats, in double precision: divided by N it is the terms' loss to the bit, and so is its gradient."""
+        terms = self.terms(model, guide, *args, **kwargs)
+        return terms.loss.double() * terms.n_train
+
+    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        warn_if_nan(loss, "loss")
+        return loss.item()
+
+
+def build_elbo(name: str, family: nn.Module) -> Elbo:
+    """The named ELBO.  Errors: ValueError for an unknown name, for what is no ELBO, and for a guide it cannot serve."""
+    make = ELBOS.resolve(name)
+    wanted = "it must be a subclass of pyro_blora.elbos.GateELBO, or a function without arguments that makes one"
+    parameters = inspect.signature(make).parameters.values()
+    if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        raise ValueError(f"estimator {name!r} takes arguments: {wanted}")
+    elbo = make()
+    if not isinstance(elbo, Elbo):
+        raise ValueError(f"estimator {name!r} makes a {type(elbo).__name__}, which is no ELBO of gates: {wanted}")
+    elbo.check(family)
+    return elbo

@@ -1,0 +1,83 @@
+"""The exact expected NLL: the sum over all states of the gates."""
+
+import math
+from itertools import product
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..gates import Gates
+from ..guides.base import components
+from .base import GateELBO, register_elbo
+from .evaluation import Evaluation, unused
+
+_MOST_STATES = 1 << 14  # forwards in one exact expectation
+
+
+@register_elbo("enumerate")
+class Enumerate(GateELBO):
+    """The exact expectation, a forward for each state of the free ladders. The temperature plays no part.
+
+    Errors: ValueError for more than 16,384 states, and for a guide of one allocation, which would get no gradient.
+    """
+
+    draws = "discrete"
+
+    def check(self, family: nn.Module) -> None:
+        for law in family.laws(1.0, True):
+            _require_gradient(law)
+        _free(_depth_tables(components(family)))
+
+    def draw(self, law: dist.Distribution) -> Tensor:
+        _require_gradient(law)
+        return unused(law)
+
+    def expected_nll(self, at: Evaluation) -> Tensor:
+        tables, modes = _tables_of(at)
+        free, total = _free(tables), 0.0
+        for state in product(*(range(tables[site].shape[-1]) for site, _ in free)):
+            gates = [mode.detach().clone() for mode in modes]
+            weight = torch.ones_like(tables[0][:, 0, 0])  # (M,)
+            for (site, ladder), depth in zip(free, state, strict=True):
+                ladders = gates[site].view(-1, gates[site].shape[-1])
+                ladders[ladder] = (torch.arange(ladders.shape[-1], device=ladders.device) < depth).to(ladders.dtype)
+                weight = weight * tables[site][:, ladder, depth]
+            total = total + weight.mean() * at.nll(Gates(*gates))
+        return total
+
+
+def _require_gradient(law: dist.Distribution) -> None:
+    if isinstance(law, dist.Delta):
+        raise ValueError(
+            "estimator 'enumerate' has no gradient for a guide of one allocation: use --guide mean_field, or "
+            "--estimator straight_through"
+        )
+
+
+def _depth_tables(laws: Gates) -> list[Tensor]:
+    """The probability of each depth of each ladder, (M, ladders, K + 1), of z and of g."""
+    return [law.depth_probs.flatten(1, -2) for law in laws]
+
+
+def _tables_of(at: Evaluation) -> tuple[list[Tensor], list[Tensor]]:
+    """The same, and of each site a state, which is the only one of pinned ladders."""
+    if at.joint is not None:
+        laws = components(at.joint.family)
+        return _depth_tables(laws), [law.mode[0] for law in laws]
+    laws = [getattr(law, "discrete", law) for law in at.laws]
+    return [law.depth_probs.flatten(0, -2)[None] for law in laws], [law.mode for law in laws]
+
+
+def _free(tables: list[Tensor]) -> list[tuple[int, int]]:
+    """(site, ladder) of those that are free.  Errors: ValueError where they have too many states."""
+    free = [(site, ladder) for site, table in enumerate(tables) for ladder in range(table.shape[1])
+            if (table[:, ladder] > 0).any(0).sum() > 1]  # fmt: skip
+    states = math.prod(tables[site].shape[-1] for site, _ in free)
+    if states > _MOST_STATES:
+        given = f"{states:,}" if states < 1e12 else f"10^{int(math.log10(states))}"
+        raise ValueError(
+            f"estimator 'enumerate' would take {given} forwards a step, more than {_MOST_STATES:,}: use "
+            "--estimator relaxed, or a prior that leaves fewer gates free"
+        )
+    return free

@@ -1,0 +1,163 @@
+"""One evaluation of an ELBO: a guide that has been run, and a model that can be, at any gates.
+
+Shapes: M components of the guide; z (L, T, K), g (L, R - 1).   Units: nats.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from ..gates import Gates
+
+JOINT = "joint"  # the guide's auxiliary site where its gates are dependent
+_GATES = ("z", "g")
+
+
+class JointDivergence(dist.TorchDistribution):
+    """Of a guide whose gates are dependent: the auxiliary site by which ELBOs know its KL.
+
+    The sites have the distributions that were drawn, of a mixture those of one component. This one has no value; its
+    log-density is the guide's KL less the sites', so that any ELBO of Pyro ends up with the guide's.
+    family: the guide, with a `divergence`; laws: the sites'; components: that each ELBO draws from in turn.
+    """
+
+    has_rsample = True
+    arg_constraints = {}  # noqa: RUF012
+
+    def __init__(
+        self, family: nn.Module, laws: Gates, prior: Callable[[], Gates], masks: Gates, *, components: int = 1
+    ):
+        self.family, self.laws, self.prior, self.masks, self.components = family, laws, prior, masks, components
+        super().__init__(event_shape=torch.Size((0,)), validate_args=False)
+
+    def divergence(self, prior: Gates) -> Gates:
+        """KL(guide || prior) of each site, nats; their sum is that of all gates."""
+        return self.family.divergence(prior, *self.masks)
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        return torch.empty(sample_shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        prior = self.prior()
+        sites = zip(self.laws, prior, self.masks, strict=True)
+        return sum(self.divergence(prior)) - sum(_masked(kl_divergence(q, p), mask) for q, p, mask in sites)
+
+
+def _masked(kl: Tensor, mask: Tensor | None) -> Tensor:
+    return (kl if mask is None else torch.where(mask, kl, 0.0)).sum()
+
+
+class _Drawn(Messenger):
+    """Gate sites get their values from `draw(distribution)`."""
+
+    def __init__(self, draw: Callable):
+        super().__init__()
+        self.draw = draw
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["name"] in _GATES and msg["value"] is None:
+            msg["value"] = self.draw(msg["fn"])
+
+
+class Evaluation:
+    """One evaluation of an ELBO: the guide has been run, and the model can be, at any gates.
+
+    args, kwargs: of both. draw: how a gate site of the guide gets its value. component: of a guide that has several,
+    the first to draw from; None where the guide draws one.
+    """
+
+    def __init__(
+        self, model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping = MappingProxyType({}), *,
+        draw: Callable, component: int | None,
+    ):  # fmt: skip
+        self.model, self.guide, self.args, self.kwargs, self.draw = model, guide, args, kwargs, draw
+        self.drawn = self._run_guide(guide, component)
+        latent = {name: site for name, site in self.drawn.nodes.items() if _is_latent(site)}
+        self.shared = {name: site["value"] for name, site in latent.items() if name not in _GATES}
+        self.names = list(dict.fromkeys([*_GATES, *self.shared]))
+        self.scored: Trace | None = None  # the model's trace
+
+    def _run_guide(self, guide: Callable, component: int | None) -> Trace:
+        more = {} if component is None else {"component": component}
+        return poutine.trace(_Drawn(self.draw)(guide)).get_trace(*self.args, **self.kwargs, **more)
+
+    @property
+    def joint(self) -> JointDivergence | None:
+        """Where gates are dependent, how."""
+        return self.drawn.nodes[JOINT]["fn"] if JOINT in self.drawn else None
+
+    @property
+    def held(self) -> bool:
+        """Whether the gates were given (`poutine.condition`)."""
+        return self.drawn.nodes["z"]["is_observed"]
+
+    @property
+    def laws(self) -> Gates:
+        """The distributions that the guide's gate sites have."""
+        return Gates(*(self.drawn.nodes[site]["fn"] for site in _GATES))
+
+    @property
+    def gates(self) -> Gates:
+        """What was drawn."""
+        return Gates(*(self.drawn.nodes[site]["value"] for site in _GATES))
+
+    def gates_of(self, component: int) -> Gates:
+        """A draw from another component, at the same weights and settings of the prior."""
+        trace = self._run_guide(poutine.condition(self.guide, data=self.shared), component)
+        return Gates(*(trace.nodes[site]["value"] for site in _GATES))
+
+    def run_model(self, gates: Gates) -> Trace:
+        """At given gates, and else at what the guide drew."""
+        given = poutine.condition(self.model, data={**self.shared, **gates._asdict()})
+        self.scored = poutine.trace(given).get_trace(*self.args, **self.kwargs)
+        return self.scored
+
+    def nll(self, gates: Gates) -> Tensor:
+        """Mean NLL of the batch at given gates, nats per example."""
+        return mean_nll(self.run_model(gates))
+
+    def divergences(self) -> dict[str, Tensor]:
+        """KL(guide || prior) by site, nats, after a run of the model."""
+        found, model = {}, self.scored.nodes
+        if self.joint is not None:
+            found = self.joint.divergence(Gates(*(model[site]["fn"] for site in _GATES)))._asdict()
+        for name in self.names:
+            if name not in found:
+                site = self.drawn.nodes[name]
+                found[name] = _masked(kl_divergence(site["fn"], model[name]["fn"]), site["mask"])
+        return found
+
+    def scale(self, name: str) -> float:
+        """What the KL of a site of the guide is multiplied by; 0 for gates that were given."""
+        if name in _GATES and self.held:
+            return 0.0
+        return self.drawn.nodes[name]["scale"] if name in self.drawn else 1.0
+
+    @property
+    def examples(self) -> int:
+        """N, as the model's plate of examples has it."""
+        (plate,) = self.scored.nodes["label"]["cond_indep_stack"]
+        return plate.full_size
+
+
+def unused(law: dist.Distribution) -> Tensor:
+    """The value of a gate site on which nothing depends: no random number is drawn."""
+    return torch.zeros(law.shape())
+
+
+def _is_latent(site: dict) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+
+
+def mean_nll(model: Trace) -> Tensor:
+    """Mean NLL of the batch in a trace of the model, nats per example."""
+    label = model.nodes["label"]
+    return -label["fn"].log_prob(label["value"]).mean()

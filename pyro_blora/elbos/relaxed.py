@@ -1,0 +1,29 @@
+"""One reparametrized draw of the gates: Pyro's `TraceMeanField_ELBO` where the guide is a mean field.
+
+Of a mixture every component is drawn from, as one alone would be M times noisier.
+"""
+
+from torch import Tensor
+
+from .base import GateELBO, register_elbo
+from .evaluation import Evaluation
+
+
+@register_elbo("relaxed")
+class Relaxed(GateELBO):
+    """One soft draw of each component. Source: Maddison et al., Jang et al. (2017)."""
+
+    draws, first = "soft", 0
+
+    def expected_nll(self, at: Evaluation) -> Tensor:
+        total, count = at.nll(at.gates), 1 if at.joint is None else at.joint.components
+        for component in range(1, count):
+            total = total + at.nll(at.gates_of(component))
+        return total / count
+
+
+@register_elbo("straight_through")
+class StraightThrough(Relaxed):
+    """One hard draw of each component with the gradient of the soft one. Source: Bengio et al. (2013)."""
+
+    draws = "hard"

@@ -1,0 +1,72 @@
+"""What Pyro's inference asks of a program beyond its model and its guide."""
+
+import copy
+import math
+import warnings
+import weakref
+
+from pyro.poutine.runtime import _PYRO_STACK, effectful
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from .gates import Gates
+
+
+def show_parameters(program: nn.Module) -> None:
+    """Where SVI collects parameters for its optimizer: all that learn, as `param` sites that no global store keeps.
+
+    Errors: ValueError for a guide that SVI cannot train. Warns where a prior adapts, which SVI does not do.
+    """
+    if not any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
+        return
+    _require_svi(program)
+    for name, parameter in program.named_parameters():
+        if parameter.requires_grad:
+            shown = parameter.detach()  # as Pyro's module-local parameters: a view that knows what is optimized
+            shown.unconstrained = weakref.ref(parameter)
+            effectful(lambda shown=shown: shown, type="param")(name=f"program.{name}")
+
+
+def _require_svi(program: nn.Module) -> None:
+    if hasattr(program.gate_guide, "allocate"):
+        raise ValueError(
+            f"the guide {type(program.gate_guide).__name__} cannot be trained by pyro.infer.SVI: an allocator sets its "
+            "ranks after every step. Use pyro_blora.fit, or another guide"
+        )
+    if hasattr(program.prior, "adapt"):
+        warnings.warn(
+            f"the prior {type(program.prior).__name__} adapts after every step: call program.prior.adapt(pyro_blora."
+            "posterior.component_marginals(program)) after svi.step, or it stays as it is",
+            stacklevel=2,
+        )
+
+
+def without_singletons(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What Predictive replays has a dimension of 1 for every plate of the model that a site is not in."""
+    return x.reshape(shape) if x.dim() > len(shape) and x.numel() == math.prod(shape) else x
+
+
+def taking_soft_draws(laws: Gates) -> Gates:
+    """The same without a check of values: Pyro asks for the log-probability of a soft draw, and then uses the KL."""
+    unchecked = Gates(*map(copy.copy, laws))
+    for law in unchecked:
+        law._validate_args = False
+    return unchecked
+
+
+def require_kl(q: Gates, p: Gates) -> None:
+    """Refuse a pair without a closed-form KL: Pyro would estimate it, and of a relaxed draw that is not an ELBO.
+
+    Errors: ValueError naming the pair.
+    """
+    for site in ("z", "g"):
+        of_guide, of_prior = getattr(q, site), getattr(p, site)
+        try:
+            kl_divergence(of_guide, of_prior)
+        except NotImplementedError:
+            raise ValueError(
+                f"site {site!r}: no KL divergence is registered for a guide law {type(of_guide).__name__} against a "
+                f"prior law {type(of_prior).__name__}. Use a guide whose laws are RelaxedNestedBernoulli, or register "
+                "the closed form over the discrete laws with torch.distributions.register_kl"
+            ) from None
