@@ -11,11 +11,11 @@ import pytest
 import torch
 from models import every_state, toy_layout
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro_blora.elbos import ELBOS, Elbo, GateELBO, ScoreFunction, build_elbo, register_elbo
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.distributions import kl_divergence
 
+from pyro_blora.elbos import ELBOS, Elbo, GateELBO, ScoreFunction, build_elbo, register_elbo
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, log_prob
 from pyro_blora.priors import build_prior
@@ -320,6 +320,27 @@ def test_elbos_of_pyro_are_unbiased_with_discrete_draws(elbo, guide):
     assert agree(losses, exact.detach()) and agree(gradients, slopes(exact, program))
 
 
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
+@pytest.mark.parametrize("estimator", ["straight_through", "score_function"])
+def test_without_data_hard_draws_leave_the_gates_at_their_prior(elbo, estimator):
+    """Where the density of a soft draw would have closed them."""
+    program, (inputs, labels) = bits(estimator), data(bits())
+    with torch.no_grad():
+        program.weight.zero_()  # every label has density 1 in every state
+        program.log_scale.fill_(-math.log(2 * math.pi) / 2)
+    for parameter in (program.weight, program.log_scale):
+        parameter.requires_grad_(False)
+    rates = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.99}
+    optimizer = pyro.optim.ExponentialLR(rates)
+    svi = SVI(program.model, program.guide, optimizer, elbo())
+    torch.manual_seed(0)
+    for _ in range(400):
+        svi.step(inputs, torch.zeros_like(labels))
+        optimizer.step()
+    for q, p in zip(program.gate_guide.posterior(), program.prior(), strict=True):
+        torch.testing.assert_close(q.mean, p.mean, atol=0.1, rtol=0)
+
+
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
 def test_elbos_of_pyro_know_the_divergence_of_a_mixture(elbo):
     """One component is drawn; the site `joint` makes the sites' KLs that of the mixture."""
@@ -382,7 +403,7 @@ def test_an_elbo_of_ones_own_takes_a_method(registered):
 
 def test_what_is_no_elbo_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text("def old(score, guide, temperature): pass\ndef nothing(): pass\n")
-    with pytest.raises(ValueError, match="old' takes arguments: it must be a subclass of pyro_blora.elbos.GateELBO"):
+    with pytest.raises(ValueError, match=r"old' takes arguments: it must be a subclass of pyro_blora\.elbos\.GateELBO"):
         bits(f"{tmp_path}/mine.py:old")
     with pytest.raises(ValueError, match="nothing' makes a NoneType, which is no ELBO of gates"):
         bits(f"{tmp_path}/mine.py:nothing")

@@ -1,6 +1,7 @@
 """The program is the ELBO that Pyro computes from it."""
 
 import copy
+import dataclasses
 
 import pyro
 import pyro.distributions as dist
@@ -9,19 +10,20 @@ import torch
 from contracts import LEARNING
 from models import batch, tiny_bert
 from pyro import poutine
-from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import TraceMeanField_ELBO
 
 from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate
+from pyro_blora.elbos import Terms
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide
 from pyro_blora.priors import PRIORS, build_prior
-from pyro_blora.program import BayesianLoRA, Elbo, require_kl
+from pyro_blora.program import BayesianLoRA
+from pyro_blora.pyro_compat import require_kl
 from pyro_blora.tasks import get_task
 
 N_TRAIN = 50
 SUMS = [name for name in LEARNING if name != "mixture"]  # guides whose KL is a sum over chains
-PLAIN = [name for name in PRIORS.names() if name != "hierarchical"]  # priors without random settings of their own
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -61,7 +63,7 @@ def learning(program):
 
 
 @pytest.mark.parametrize("guide", SUMS)
-@pytest.mark.parametrize("prior", PLAIN)
+@pytest.mark.parametrize("prior", PRIORS.names())
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 @pytest.mark.parametrize("estimator", ["straight_through", "relaxed"])
 def test_elbo_equals_that_of_pyro(task, prior, guide, estimator):
@@ -83,7 +85,7 @@ def test_the_nll_of_a_mixture_is_the_mean_over_a_draw_of_each_component(estimato
     """Its KL is that of the joint law, which is no sum over sites: test_guides.py."""
     program, (inputs, labels) = program_of(guide="mixture", estimator=estimator), batch()
     torch.manual_seed(3)
-    elbo = program.terms(inputs, labels)
+    terms = program.terms(inputs, labels)
     torch.manual_seed(3)
     nlls = []
     for laws in program.gate_guide.each_law(program.temperature, estimator == "straight_through"):
@@ -91,20 +93,9 @@ def test_the_nll_of_a_mixture_is_the_mean_over_a_draw_of_each_component(estimato
         model = poutine.trace(poutine.condition(program.model, data=gates)).get_trace(inputs, labels)
         model.compute_log_prob()
         nlls.append(-model.nodes["label"]["log_prob_sum"] / N_TRAIN)
-    torch.testing.assert_close(elbo.nll, torch.stack(nlls).mean())
-    slope = torch.autograd.grad(elbo.nll, program.gate_guide.z_evidence)[0]
+    torch.testing.assert_close(terms.nll, torch.stack(nlls).mean())
+    slope = torch.autograd.grad(terms.nll, program.gate_guide.z_evidence)[0]
     assert len(nlls) == 4 and bool(slope.flatten(1).any(-1).all())  # every component learns at every step
-
-
-def test_a_prior_with_random_settings_adds_their_kl_to_that_of_pyro():
-    program, (inputs, labels) = program_of(prior="hierarchical"), batch()
-    with torch.no_grad():
-        program.prior.log_sd.fill_(-20.0)  # a draw of the settings is their mean
-    torch.manual_seed(3)
-    ours = program.terms(inputs, labels).loss
-    torch.manual_seed(3)
-    theirs = pyro_loss(program, inputs, labels)
-    torch.testing.assert_close(ours, theirs + program.prior.divergence() / N_TRAIN, atol=1e-5, rtol=1e-5)
 
 
 def test_sites_and_plates_are_those_of_the_method():
@@ -129,21 +120,42 @@ def test_sites_and_plates_are_those_of_the_method():
 
 
 def test_the_loss_weighs_the_kl_per_example():
-    elbo = Elbo(torch.tensor(0.5), torch.tensor(20.0), torch.tensor(5.0))
-    assert elbo.loss(100) == 0.75 and elbo.loss(100, 0.2) == pytest.approx(0.55) and elbo.loss(100, 0.0) == 0.5
+    terms = Terms(torch.tensor(0.5), torch.tensor(20.0), torch.tensor(5.0), 0.0, 100)
+    assert terms.loss == 0.75
+    cold, held = (dataclasses.replace(terms, gate_weight=weight) for weight in (0.2, 0.0))
+    assert cold.loss == pytest.approx(0.55) and held.loss == 0.5
 
 
 def test_forward_returns_the_loss_at_its_temperature_and_weight():
     program, (inputs, labels) = program_of(), batch()
     torch.manual_seed(0)
-    loss, parts = program(inputs, labels, 0.3, 0.25)
+    loss, terms = program(inputs, labels, 0.3, 0.25)
     assert program.temperature == 0.3 and program.guide(inputs).z.shape == program.net.layout.z_shape
-    torch.testing.assert_close(loss, parts.nll + 0.25 * (parts.kl_z + parts.kl_g) / N_TRAIN)
+    torch.testing.assert_close(loss, terms.nll + 0.25 * (terms.kl_z + terms.kl_g) / N_TRAIN)
     torch.manual_seed(0)
     hotter, _ = program(inputs, labels, 3.0, 0.25)
     torch.testing.assert_close(loss, hotter)  # the value of a hard draw does not depend on the temperature
     slopes = [torch.autograd.grad(v, program.gate_guide.z_evidence)[0] for v in (loss, hotter)]
     assert not torch.allclose(*slopes)
+
+
+def test_the_loss_of_training_is_that_of_its_elbo_over_n():
+    program, (inputs, labels) = program_of(estimator="relaxed"), batch()
+    torch.manual_seed(0)
+    loss, _ = program(inputs, labels, 0.3, 0.25)
+    torch.manual_seed(0)
+    theirs = program.elbo.differentiable_loss(program.model, program.guide, inputs, labels) / program.n_train
+    assert loss == theirs.float()
+
+
+def test_gates_are_held_open_before_they_start():
+    program, (inputs, labels) = program_of(estimator="relaxed"), batch()
+    loss, terms = program(inputs, labels, 0.3, held_open=True)
+    opened = Gates(*adapters.open_gates(program.net.layout))
+    assert torch.equal(loss, program.nll(inputs, labels, *opened)) and torch.equal(loss, terms.nll)
+    assert terms.kl_z == program.kl().z > 0  # for the log
+    (slope,) = torch.autograd.grad(loss, program.gate_guide.z_evidence)
+    assert not bool(slope.any())
 
 
 def test_gates_that_do_not_exist_cost_nothing():
@@ -154,7 +166,7 @@ def test_gates_that_do_not_exist_cost_nothing():
         program.gate_guide.g_evidence[:, ~program.g_mask] = -5.0
     after = program.terms(inputs, labels)
     assert before.kl_z == after.kl_z > 0 and before.kl_g == after.kl_g > 0
-    slopes = torch.autograd.grad(after.loss(N_TRAIN), [program.gate_guide.z_evidence, program.gate_guide.g_evidence])
+    slopes = torch.autograd.grad(after.loss, [program.gate_guide.z_evidence, program.gate_guide.g_evidence])
     for slope, mask in zip(slopes, (program.z_mask, program.g_mask), strict=True):
         assert bool((slope[:, ~mask] == 0).all()) and bool((slope[:, mask] != 0).any())
 
@@ -289,74 +301,6 @@ def test_svi_of_pyro_lowers_the_loss():
 
     before, after = trained(program, step)
     assert after < 0.8 * before
-
-
-def svi_of(program, elbo):
-    return SVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.02}), elbo)
-
-
-@pytest.mark.parametrize("validated", [True, False])
-@pytest.mark.parametrize("estimator", ["straight_through", "relaxed"])
-def test_a_script_with_svi_takes_our_own_steps(estimator, validated):
-    """With pyro's validation and without: all that learns moves, to where torch's optimizer on our loss takes it."""
-    program, (inputs, labels) = program_of(scope="adapted", estimator=estimator), batch(size=8)
-    twin = copy.deepcopy(program)
-    start = [p.detach().clone() for p in learning(program)]
-    optimizer = torch.optim.Adam(learning(twin), lr=0.02)
-    with pyro.validation_enabled(validated):
-        svi = svi_of(program, TraceMeanField_ELBO())
-        for step in range(5):
-            torch.manual_seed(step)
-            loss = svi.step(inputs, labels)
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            ours = twin.terms(inputs, labels).loss * N_TRAIN  # Pyro's is the sum
-            ours.backward()
-            optimizer.step()
-            assert loss == pytest.approx(ours.item(), rel=1e-4)
-    names = [name for name, p in program.named_parameters() if p.requires_grad]
-    moved = [not torch.equal(p, old) for p, old in zip(learning(program), start, strict=True)]
-    assert [name for name, is_moved in zip(names, moved, strict=True) if not is_moved] == ["log_scale"]
-    for mine, theirs in zip(learning(program), learning(twin), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("validated", [True, False])
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO, RenyiELBO])
-@pytest.mark.parametrize("estimator", ["straight_through", "relaxed"])
-def test_an_elbo_that_differentiates_a_relaxed_density_is_refused(estimator, elbo, validated):
-    program, (inputs, labels) = program_of(scope="adapted", estimator=estimator), batch()
-    before = [p.detach().clone() for p in learning(program)]
-    with pyro.validation_enabled(validated), pytest.raises(ValueError, match=r"Use pyro\.infer\.TraceMeanField_ELBO"):
-        svi_of(program, elbo()).step(inputs, labels)
-    assert all(map(torch.equal, before, learning(program)))
-
-
-@pytest.mark.parametrize(("part", "settings"), [("guide", {"guide": "mixture"}), ("prior", {"prior": "hierarchical"})])
-def test_svi_refuses_what_has_a_divergence_of_its_own(part, settings):
-    program, (inputs, labels) = program_of(scope="adapted", **settings), batch()
-    with pytest.raises(ValueError, match=rf"the {part} \w+ cannot be trained by pyro.infer.SVI.* Use pyro_blora.fit"):
-        svi_of(program, TraceMeanField_ELBO()).step(inputs, labels)
-
-
-def test_svi_says_that_a_budget_does_not_follow_by_itself():
-    net = attach(tiny_bert(), rank=3, sequence_length=10)
-    prior = build_prior("budget", net.layout, {"bops": 0.3})
-    guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
-    program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=N_TRAIN)
-    with pytest.warns(UserWarning, match=r"call program\.prior\.adapt"):
-        svi_of(program, TraceMeanField_ELBO()).step(*batch())
-
-
-def test_traces_and_predictive_see_no_parameters():
-    program, (inputs, labels) = program_of(scope="adapted", estimator="relaxed"), batch()
-    trace = poutine.trace(program.guide).get_trace(inputs, labels)
-    assert not trace.param_nodes and bool(torch.isfinite(trace.log_prob_sum()))
-    with pytest.raises(ValueError, match="no gradient"):
-        trace.log_prob_sum().backward()
-    by_guide = Predictive(program.model, guide=program.guide, num_samples=3)(inputs)
-    by_prior = Predictive(program.model, num_samples=3)(inputs)
-    assert by_guide["label"].numel() == by_prior["label"].numel() == 3 * 4
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "relaxed", "score_function"])
