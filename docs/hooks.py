@@ -1,15 +1,18 @@
 """What `mkdocs build` does beside rendering docs/: pages of the repository join the site, references are generated.
 
 A page may link to any file of the repository by its relative path, as it must on a forge. Such a file becomes part of
-the site under its own path (a Markdown file as a page), and the link is rewritten, so that the site stands alone.
+the site under its own path (a Markdown file or a notebook as a page), and the link is rewritten, so that the site
+stands alone.
 Markers are replaced: `<!-- command line -->` by the reference of every flag, from the parser itself,
 `<!-- output: pyro-blora priors -->` by what that command prints, and `<!-- modules: pyro_blora/priors -->` by the
 docstrings of all modules of that package.
 """
 
 import argparse
+import base64
 import contextlib
 import io
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -34,7 +37,12 @@ def on_files(files: Files, config) -> Files:
         found.update(new)
         pages += [path for path in new if path.endswith(".md")]
     for path in sorted(found):
-        if not path.startswith("docs/") and (ROOT / path).is_file():
+        if path.startswith("docs/") or not (ROOT / path).is_file():
+            continue
+        if path.endswith(".ipynb"):
+            for name, content in notebook(path).items():
+                files.append(File.generated(config, name, content=content))
+        else:
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
@@ -73,12 +81,43 @@ def of_repository(page: str, link: str) -> str:
 
 
 def of_site(path: str) -> str:
-    return path.removeprefix("docs/")
+    """Where a file of the repository is in the site, before Markdown becomes HTML."""
+    path = path.removeprefix("docs/")
+    return f"{path.removesuffix('.ipynb')}.md" if path.endswith(".ipynb") else path
+
+
+def notebook(path: str) -> dict[str, str | bytes]:
+    """An executed notebook as files of the site: a page, and its pictures beside it."""
+    page, files = [], {}
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        page.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.removesuffix('.ipynb')}-{len(files) + 1}.png"
+                files[name] = base64.b64decode("".join(data["image/png"]))
+                page.append(f"![]({posixpath.basename(name)})")
+            elif "text/html" in data:
+                table = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+                page.append(re.sub(r"<(table|tr)\b[^>]*>", r"<\1>", table))  # in the site's own style
+            else:
+                page.append("```text\n" + "".join(data.get("text/plain", output.get("text", []))) + "\n```")
+    return {of_site(path): "\n\n".join(page), **files}
 
 
 def modules(package: str) -> Iterator[str]:
-    """mkdocstrings' directives for a package and its modules; a name is shown where it is defined."""
-    for path in sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path.stem != "__init__", path)):
+    """mkdocstrings' directives for a package and its modules; a name is shown where it is defined.
+
+    Of pyro_blora itself: the modules beside its packages that no page names and that are not how it imports.
+    """
+    paths = sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path.stem != "__init__", path))
+    if package == "pyro_blora":
+        named = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md"))
+        internal = {"__init__", "__main__", "lazily", "old_names"}
+        paths = [path for path in (ROOT / package).glob("*.py") if path.stem not in internal]
+        paths = sorted(path for path in paths if f"::: pyro_blora.{path.stem}\n" not in named)
+    for path in paths:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if path.stem == "__init__":
             yield f"::: {name.removesuffix('.__init__')}\n    options: {{members: false}}"
