@@ -94,9 +94,8 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
 
 def _refuse(gradient: Tensor) -> None:
     raise ValueError(
-        "the log-probability of a soft draw has no gradient: as a part of an ELBO it would close every gate. Use "
-        "program.elbo or pyro.infer.TraceMeanField_ELBO(), which have the KL divergence in closed form, or hard draws: "
-        "--estimator straight_through or score_function"
+        "the log-probability of a soft draw has no gradient: in an ELBO it would close every gate. Use program.elbo or "
+        "pyro.infer.TraceMeanField_ELBO(), whose KL is in closed form, or hard draws: --estimator straight_through"
     )
 
 
@@ -256,10 +255,8 @@ class RelaxedNestedBernoulli(TorchDistribution):
         return _Nested.apply(gates)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self.hard:
-            return self.discrete.log_prob(value)
-        log_prob = self.discrete.log_prob((value > 0.5).to(self.logits.dtype))
-        if log_prob.requires_grad:
+        log_prob = self.discrete.log_prob(value if self.hard else (value > 0.5).to(self.logits.dtype))
+        if log_prob.requires_grad and not self.hard:
             log_prob.register_hook(_refuse)
         return log_prob
 

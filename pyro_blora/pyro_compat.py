@@ -8,7 +8,6 @@ import weakref
 from pyro.poutine.runtime import _PYRO_STACK, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from .gates import Gates
 
@@ -53,20 +52,3 @@ def taking_soft_draws(laws: Gates) -> Gates:
     for law in unchecked:
         law._validate_args = False
     return unchecked
-
-
-def require_kl(q: Gates, p: Gates) -> None:
-    """Refuse a pair without a closed-form KL: Pyro would estimate it, and of a relaxed draw that is not an ELBO.
-
-    Errors: ValueError naming the pair.
-    """
-    for site in ("z", "g"):
-        of_guide, of_prior = getattr(q, site), getattr(p, site)
-        try:
-            kl_divergence(of_guide, of_prior)
-        except NotImplementedError:
-            raise ValueError(
-                f"site {site!r}: no KL divergence is registered for a guide law {type(of_guide).__name__} against a "
-                f"prior law {type(of_prior).__name__}. Use a guide whose laws are RelaxedNestedBernoulli, or register "
-                "the closed form over the discrete laws with torch.distributions.register_kl"
-            ) from None

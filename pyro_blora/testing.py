@@ -62,8 +62,8 @@ def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, sett
     return built
 
 
-class _GatesAlone(GateProgram):
-    """The model and the guide of the gates, without a network."""
+class GatesAlone(GateProgram):
+    """The model and the guide of the gates without a network: of use where only their KL is asked for."""
 
     def logits(self, inputs, gates, theta=None):
         raise NotImplementedError
@@ -88,7 +88,10 @@ _REGISTER = "hold its tensors with self.register_buffer or nn.Parameter, and mak
 def _check_gradients(prior: nn.Module, layout: AdapterLayout, refuse: Callable) -> None:
     """The KL of a guide reaches whatever the prior learns."""
     guide = build_guide("mean_field", layout, prior, {"open_logit": 1.0})
-    divergence = sum(_GatesAlone(layout, prior, guide, None, n_train=1, estimator="straight_through").kl())
+    try:
+        divergence = sum(GatesAlone(layout, prior, guide, None, n_train=1, estimator="straight_through").kl())
+    except KeyError as error:
+        refuse(f"pyro_guide() samples the site {error}, which pyro_model() does not: sample the same sites in both")
     if not bool(divergence.isfinite()):
         refuse("the KL of a guide from it is not finite: keep log-probabilities at 0 or above -1e30, or pin with -inf")
     learned = {name: parameter for name, parameter in prior.named_parameters() if parameter.requires_grad}

@@ -352,8 +352,28 @@ def test_the_straight_through_gradient_is_that_of_the_relaxed_gates():
 
 def test_log_prob_and_mean_of_a_relaxed_law_are_the_discrete_ones():
     value = torch.tensor([0.9, 0.6, 0.2], dtype=torch.float64)
-    torch.testing.assert_close(relaxed(PROBS[0]).log_prob(value), law(PROBS[0]).log_prob(value.round()))
+    soft, expected = relaxed(PROBS[0], hard=False), law(PROBS[0]).log_prob(value.round())
+    torch.testing.assert_close(soft.log_prob(value), expected)
+    torch.testing.assert_close(relaxed(PROBS[0]).log_prob(value.round()), expected)
     torch.testing.assert_close(relaxed().mean, law().mean)
+
+
+def test_the_log_probability_of_a_hard_draw_has_a_gradient_and_that_of_a_soft_one_none():
+    logits = PROBS[0].logit().requires_grad_()
+    hard, soft = (RelaxedNestedBernoulli(logits, 0.5, hard) for hard in (True, False))
+    value = hard.rsample()
+    (slope,) = torch.autograd.grad(hard.log_prob(value.detach()), logits)
+    (expected,) = torch.autograd.grad(hard.discrete.log_prob(value.detach()), logits)
+    torch.testing.assert_close(slope, expected)
+    (through,) = torch.autograd.grad(hard.log_prob(value) - law(PROBS[0]).log_prob(value), logits)
+    torch.testing.assert_close(through, expected)  # guide and prior agree: nothing comes through the draw
+    with pytest.raises(ValueError, match=r"Use program\.elbo or pyro\.infer\.TraceMeanField_ELBO\(\).*or hard draws"):
+        soft.log_prob(soft.rsample()).backward()
+
+
+def test_a_law_without_reparametrised_draws_stays_so_in_a_plate():
+    wide = relaxed().has_rsample_(False).expand((3, *relaxed().batch_shape))
+    assert not wide.has_rsample and not wide().requires_grad and relaxed().has_rsample
 
 
 @pytest.mark.parametrize("hard", [True, False])

@@ -51,6 +51,21 @@ class JointDivergence(dist.TorchDistribution):
         return sum(self.divergence(prior)) - sum(_masked(kl_divergence(q, p), mask) for q, p, mask in sites)
 
 
+def closed_form_kl(site: str, guide: dist.Distribution, prior: dist.Distribution) -> Tensor:
+    """KL(guide || prior), nats.
+
+    Errors: ValueError where none is registered: an estimate of it from relaxed draws would not make an ELBO.
+    """
+    try:
+        return kl_divergence(guide, prior)
+    except NotImplementedError:
+        raise ValueError(
+            f"site {site!r}: no KL divergence is registered for a guide's {type(guide).__name__} against a prior's "
+            f"{type(prior).__name__}. Register the closed form with torch.distributions.register_kl (of relaxed gates "
+            "that of the discrete ones), or use a guide whose gates are RelaxedNestedBernoulli"
+        ) from None
+
+
 def _masked(kl: Tensor, mask: Tensor | None) -> Tensor:
     return (kl if mask is None else torch.where(mask, kl, 0.0)).sum()
 
@@ -132,7 +147,7 @@ class Evaluation:
         for name in self.names:
             if name not in found:
                 site = self.drawn.nodes[name]
-                found[name] = _masked(kl_divergence(site["fn"], model[name]["fn"]), site["mask"])
+                found[name] = _masked(closed_form_kl(name, site["fn"], model[name]["fn"]), site["mask"])
         return found
 
     def scale(self, name: str) -> float:

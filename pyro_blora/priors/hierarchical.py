@@ -14,8 +14,8 @@ from ..layout import AdapterLayout
 from .base import register_prior
 
 
-@register_kl(dist.LogNormal, dist.Gamma)
-def _kl_log_normal_gamma(q: dist.LogNormal, p: dist.Gamma) -> Tensor:
+@register_kl(torch.distributions.LogNormal, torch.distributions.Gamma)
+def _kl_log_normal_gamma(q: torch.distributions.LogNormal, p: torch.distributions.Gamma) -> Tensor:
     entropy = q.loc + 0.5 + 0.5 * math.log(2 * math.pi) + q.scale.log()
     gamma = p.concentration * p.rate.log() - p.concentration.lgamma()
     return -entropy - gamma - (p.concentration - 1) * q.loc + p.rate * q.mean
@@ -50,18 +50,17 @@ class Hierarchical(nn.Module):
         z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
         return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g.expand(*lead, *self.g_shape))))
 
-    def _law(self, name: str) -> dist.TorchDistribution:
+    def _law(self, name: str) -> torch.distributions.Distribution:
         """Of all rates (n,), used or not: their guide (`posterior`), or their Gamma law (`prior`)."""
         if name == "posterior":
-            return dist.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
+            return torch.distributions.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
         settings = (torch.full_like(self.loc, x) for x in (self.shape, self.rate))
-        return dist.Gamma(*settings, validate_args=False)
+        return torch.distributions.Gamma(*settings, validate_args=False)
 
     def law_in_use(self, name: str) -> dist.TorchDistribution:
-        """Of the rates in use: what is learned of them (`posterior`), or their Gamma law (`prior`)."""
-        law = self._law(name)
-        settings = (getattr(law, key)[self.used] for key in law.arg_constraints)
-        return type(law)(*settings, validate_args=False)
+        """The same as a distribution of Pyro's, of the rates in use."""
+        law, kind = self._law(name), {"posterior": dist.LogNormal, "prior": dist.Gamma}[name]
+        return kind(*(getattr(law, key)[self.used] for key in law.arg_constraints), validate_args=False)
 
     def forward(self) -> Gates:
         """At the rates' posterior means."""

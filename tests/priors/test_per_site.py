@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pyro import poutine
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora.bops import expected_bops
@@ -76,18 +77,20 @@ def test_a_budget_of_the_bits_is_followed_with_the_ranks_as_they_are(layout):
 
 def test_only_what_a_part_can_do_is_offered(layout):
     plain = build_prior("nested", layout, {"g": "depth"})
-    assert not any(hasattr(plain, hook) for hook in ("adapt", "explain", "sample", "divergence", "report"))
+    assert not any(hasattr(plain, hook) for hook in ("adapt", "explain", "pyro_model", "pyro_guide", "report"))
     learned = copy.deepcopy(build_prior("nested", layout, {"g": "hierarchical"}))
     assert not hasattr(learned, "adapt") and hasattr(learned, "report")
     torch.manual_seed(0)
-    first, second = learned.sample(), learned.sample()
+    first, second = (poutine.condition(learned.pyro_model, data=learned.pyro_guide())() for _ in range(2))
     assert same(first.z, second.z) and not same(first.g, second.g)
     many = learned.sample_prior(7)
     assert many.z.sample().shape == (7, *layout.z_shape) and many.g.sample().shape == (7, *layout.g_shape)
     whole = build_prior("hierarchical", layout)
     tensors = len(layout.tensors)
-    each = torch.stack([whole.divergence() / len(whole.names)] * (len(whole.names) - tensors))
-    torch.testing.assert_close(learned.divergence(), each.sum())  # of the ranks' rates only: all start alike
+    assert learned.pyro_guide()["g_rates"].shape == (len(whole.names) - tensors,)  # of the ranks' rates only
+    both = build_prior("nested", layout, {"z": "hierarchical", "g": "hierarchical"}).pyro_guide()
+    ranks = len(whole.names) - tensors
+    assert {name: len(rates) for name, rates in both.items()} == {"z_rates": tensors, "g_rates": ranks}
     assert learned.report() and all(name.startswith("g_rate_rank_") for name in learned.report())
     assert not build_prior("nested", layout, {"z": "eva"}).report()
 

@@ -97,7 +97,7 @@ def test_a_step_asks_the_host_for_nothing(name, monkeypatch, eager):
     # while a graph is recorded, transformers does not read its masks
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with HostReads() as reads:
-        gradients._eager(inputs, labels, torch.tensor(0.5), 1.0, None, 1)
+        gradients._eager(inputs, labels, torch.tensor(0.5), 1.0, False, 1)
     assert reads.count == 0
     program.to("meta")
     for module in program.modules():
@@ -106,7 +106,7 @@ def test_a_step_asks_the_host_for_nothing(name, monkeypatch, eager):
     inputs = {key: x.to("meta") for key, x in inputs.items()}
     labels, temperature = labels.to("meta"), torch.ones((), device="meta")
     with Transfers() as transfers:
-        gradients._eager(inputs, labels, temperature, 1.0, None, 1)
+        gradients._eager(inputs, labels, temperature, 1.0, False, 1)
     assert transfers.found == []
 
 
@@ -132,8 +132,8 @@ def test_it_is_the_gradient_of_the_loss_and_adds_up(eager):
     parts = gradients(inputs, labels, 0.5, 1.0)
     found = [p.grad.clone() for p in learning(program) if p.grad is not None]
     torch.manual_seed(1)
-    loss, elbo = program(inputs, labels, 0.5)
-    assert torch.equal(parts[:4], torch.stack([loss, elbo.nll, elbo.kl_z, elbo.kl_g]))
+    loss, terms = program(inputs, labels, 0.5)
+    assert torch.equal(parts[:4], torch.stack([loss, terms.nll, terms.kl_z, terms.kl_g]))
     slopes = torch.autograd.grad(loss, [p for p in learning(program) if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(found, slopes, strict=True))
     torch.manual_seed(1)
@@ -147,7 +147,7 @@ def test_distributions_check_once_and_leave_numbers_that_are_not_finite_to_the_s
     with pytest.raises(ValueError, match="within the support"):
         Gradients(program, learning(program))(inputs, labels + 0.5, 0.5, 1.0)
     gradients = Gradients(program, learning(program))
-    gradients(inputs, labels, 0.5, 0.0)
+    gradients(inputs, labels, 0.5, 1.0, True)
     with pytest.raises(ValueError, match="within the support"):  # the gates start: once more
         gradients(inputs, labels + 0.5, 0.5, 1.0)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def both(program, batches, temperatures, micro_batches=1):
         for step, temperature in enumerate(temperatures):
             for micro in range(micro_batches):
                 torch.manual_seed(100 * step + micro)
-                parts = gradients(*batches[step % len(batches)], temperature, 1.0, None, micro_batches)
+                parts = gradients(*batches[step % len(batches)], temperature, 1.0, False, micro_batches)
             steps.append([parts, *(p.grad.clone() for p in learning(program) if p.grad is not None)])
             for p in learning(program):
                 p.grad = None
