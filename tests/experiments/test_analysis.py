@@ -153,7 +153,7 @@ def test_a_notebook_is_a_script_too(run, monkeypatch, tmp_path, capsys):
 
 
 def test_the_page_about_reading_quotes_what_the_stored_run_says():
-    page = (ANALYSIS.parent / "docs" / "reading-the-posterior.md").read_text(encoding="utf-8")
+    page = (ANALYSIS.parent / "docs" / "tutorial" / "reading-the-posterior.md").read_text(encoding="utf-8")
     summary = summary_of("bops")
     for one in [summary, *summary["restarts"]]:
         row = f"| {one['metric']['value']:.4f} | {one['nll']:.4f} | {one['bops']['adapted_ratio']:.2%} |"
@@ -164,8 +164,8 @@ def test_the_page_about_reading_quotes_what_the_stored_run_says():
     beside = RunFiles(ANALYSIS / "example" / "bops").summary["beside"]
     assert f"accuracy {beside['accuracy']['constant']:.4f}" in page and f"NLL {beside['nll']['constant']:.4f}" in page
     chance = beside["ece"]["chance"]
-    assert re.search(rf"ECE of {chance['mean']:.3f} by\schance, and below {chance['high']:.3f} in 95 %", page)
+    assert re.search(rf"ECE of {chance['mean']:.3f}\sby\schance, and below {chance['high']:.3f} in 95 %", page)
     elpd, error = held_out_elpd(read(ANALYSIS / "example" / "bops"))
     assert f"held_out_elpd(data)  # ({elpd:.4f}, {error:.4f})" in page
     for link in re.findall(r"\]\(([^)#]+)\)", page):
-        assert (ANALYSIS.parent / "docs" / link).exists(), link
+        assert (ANALYSIS.parent / "docs" / "tutorial" / link).exists(), link
