@@ -201,8 +201,12 @@ def pareto_weights(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     if len(log_ratios) >= _TAIL_DRAWS and IS_TREE:
         from arviz_stats.base import array_stats
 
-        log_weights, k = array_stats.psislw(log_ratios, axis=-1)
+        try:  # it takes log-likelihoods, whose negatives are the ratios of leaving out
+            log_weights, k = array_stats.psislw(-log_ratios, axis=-1)
+        except ValueError:  # the largest are all alike: a tail that is bounded and needs no smoothing
+            k = float("-inf")
     elif len(log_ratios) >= _TAIL_DRAWS:
         log_weights, k = arviz_itself().psislw(log_ratios)
+    k = float("inf") if np.isnan(k) else k  # too few distinct values for a fit
     weights = np.exp(np.asarray(log_weights) - np.max(log_weights))
     return weights / weights.sum(), float(k)

@@ -196,7 +196,14 @@ def test_few_draws_have_plain_weights_and_no_shape_to_trust():
     weights, k = pareto_weights(log_ratios)
     assert k == np.inf
     np.testing.assert_allclose(weights, np.exp(log_ratios) / np.exp(log_ratios).sum())
-    assert np.isfinite(pareto_weights(np.random.default_rng(0).normal(size=25))[1])
+    assert not np.isnan(pareto_weights(np.random.default_rng(0).normal(size=25))[1])
+
+
+def test_largest_ratios_that_are_alike_have_plain_weights():
+    log_ratios = np.log(np.where(np.arange(400) % 2, 1.0, 3.0))  # of two states
+    weights, k = pareto_weights(log_ratios)
+    np.testing.assert_allclose(weights, np.exp(log_ratios) / np.exp(log_ratios).sum())
+    assert not np.isnan(k)
 
 
 @pytest.mark.parametrize("draws", [1, 10, 100])
@@ -267,7 +274,7 @@ def test_arviz_does_not_leave_out_what_was_held_out(opened):
     data, _, _ = opened
     with pytest.raises(Exception, match=r"log.likelihood"):
         arviz.loo(data, pointwise=True)
-    with pytest.raises(Exception, match=r"log.likelihood|ELPD computation"):
+    with pytest.raises(Exception, match=r"log.likelihood|ELPD"):
         arviz.compare({"one": data, "other": data_of(seed=9, draws=40)})
 
 
@@ -284,9 +291,12 @@ def test_held_out_rows_are_scored_by_their_averaged_probability(opened):
     other = data_of(seed=9, draws=40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one model may get all the weight
-        table = arviz.compare({name: held_out(held_out_scores(x), 40) for name, x in (("a", data), ("b", other))})
+        settings = {"round_to": "none"} if arviz_compat.IS_TREE else {}
+        table = arviz.compare(
+            {name: held_out(held_out_scores(x), 40) for name, x in (("a", data), ("b", other))}, **settings
+        )
     column = "elpd" if arviz_compat.IS_TREE else "elpd_loo"
-    assert float(table.loc["a", column]) == pytest.approx(held_out_scores(data).sum(), abs=0.1)  # tables are rounded
+    assert float(table.loc["a", column]) == pytest.approx(held_out_scores(data).sum(), abs=0.1)
 
 
 def test_a_file_of_an_older_version_has_its_held_out_rows_where_they_are_now(tmp_path):
