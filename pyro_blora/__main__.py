@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config.command_line import run_fields, take_settings
+from .config.completion import complete
 from .config.flags import add_run_flags
 from .config.methods import METHODS
 from .config.run_config import RunConfig, field_names
@@ -42,22 +43,24 @@ def main(argv: list[str] | None = None) -> int:
     """
     spin_briefly()
     code = _main(sys.argv[1:] if argv is None else argv)
-    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's processes end together
+    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1" and "torch" in sys.modules:
         from .distributed import leave
 
-        leave(code)
+        leave(code)  # torchrun's processes end together
     return code
 
 
 def _main(argv: list[str]) -> int:
     try:
         return _command(argv)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
+    except (ValueError, OSError, ImportError) as error:
+        ours = isinstance(error, ImportError) and (error.name or "").startswith("pyro_blora")
+        if ours or os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
             raise
-        if not is_main():  # what the main process fails by, too, is its to say
+        if not is_main():  # where the main process fails, too, its sentence is enough
             time.sleep(_LAUNCHERS_PATIENCE)
-        print(f"pyro-blora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        remedy = ": `pyro-blora doctor` lists what is missing" if isinstance(error, ImportError) else ""
+        print(f"pyro-blora: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_main():
@@ -70,7 +73,9 @@ def _command(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise ValueError(f"unknown command {argv[0]!r}: {suggest(argv[0], COMMANDS)}")
     settings, rest = take_settings(argv) if argv[:1] == ["train"] else ({}, argv)
-    arguments, unknown = _parser().parse_known_args(rest)
+    parser = _parser()
+    complete(parser)
+    arguments, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = [f"--{name}" for name in ("preset", "if_finished", "quiet", *field_names())]
         hint = nearest(unknown[0].partition("=")[0], flags) or f"Known: {', '.join(flags)}"

@@ -154,7 +154,8 @@ class _Log(_Silent):
     def write(self, phase: Phase, rest: str) -> None:
         phase.shown_at, phase.shown_done = time.monotonic(), phase.done
         with contextlib.suppress(OSError):  # a reader that has gone, or a full disk, does not end the work
-            print(f"{time.strftime('%H:%M:%S')} {phase.name}{rest}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {phase.name}{rest}\n")  # in one piece
+            sys.stderr.flush()
 
 
 class _Notebook(_Silent):
