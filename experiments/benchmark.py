@@ -22,7 +22,6 @@ from pyro_blora.machine import spin_briefly
 spin_briefly()  # before anything imports torch
 
 import torch
-from tqdm.auto import tqdm
 
 from experiments.bench import page, quantizers, subjects
 from experiments.bench.networks import Setting
@@ -65,8 +64,8 @@ def main() -> None:
     chosen = {name: part for name, part in parts(options.device, options.seconds).items()
               if options.only is None or name in options.only}  # fmt: skip
     rows = []
-    for name, part in (bar := tqdm(chosen.items(), unit="part")):
-        bar.set_description(name)
+    for name, part in chosen.items():
+        print(f"measuring {name}", file=sys.stderr)  # a bar's thread would be measured, too
         rows += part()
     command = shlex.join(["python", "experiments/benchmark.py", *sys.argv[1:]])
     report = options.report or options.output_dir / "benchmark.md"

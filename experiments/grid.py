@@ -21,11 +21,11 @@ from pyro_blora.machine import spin_briefly
 spin_briefly()  # before anything imports torch
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from experiments.studies.grid_file import Cell, read_grid
 from experiments.studies.launchers import Cluster, Processes
 from pyro_blora.files import REPORT, replace
+from pyro_blora.progress import phase
 from pyro_blora.report import write_report
 from pyro_blora.signals import Interrupted, heeded
 from pyro_blora.training import Schedule
@@ -67,7 +67,7 @@ def run_all(cells: list[Cell], launcher, at_a_time: int) -> list[Cell]:
     """Train what is not finished, some at a time; returns the cells that failed."""
     waiting = [cell for cell in cells if not is_finished(cell)]
     running, failed = [], []
-    with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run", dynamic_ncols=True) as bar:
+    with phase("training the grid", len(cells), unit="runs", first=len(cells) - len(waiting)) as shown:
         try:
             while waiting or running:
                 while waiting and len(running) < at_a_time:
@@ -77,15 +77,15 @@ def run_all(cells: list[Cell], launcher, at_a_time: int) -> list[Cell]:
                     except (OSError, RuntimeError) as error:  # the cluster does not take it
                         log_file(cell).write_text(f"not started: {' '.join(str(error).split())}\n", encoding="utf-8")
                         failed.append(cell)
-                        bar.update()
+                        shown.advance()
                 time.sleep(_LOOK)
                 for cell, run in [(cell, run) for cell, run in running if run.ended()]:
                     running.remove((cell, run))
                     if not is_finished(cell):
                         failed.append(cell)
-                        bar.write(f"failed: {cell.name}: {last_line(log_file(cell))}")
-                    bar.update()
-                bar.set_postfix_str(", ".join(f"{cell.name} step {step(cell)}" for cell, _ in running))
+                        print(f"failed: {cell.name}: {last_line(log_file(cell))}", file=sys.stderr)
+                    shown.advance()
+                shown.advance(0, note=", ".join(f"{cell.name} step {step(cell)}" for cell, _ in running))
         finally:  # interrupted: a run that is stopped goes on from the checkpoint that it then writes
             for _, run in running:
                 run.stop()

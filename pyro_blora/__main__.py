@@ -4,21 +4,27 @@ torch and transformers are imported when a command needs them, so that `--help` 
 """
 
 import argparse
-import dataclasses
+import functools
 import os
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config.command_line import preset_names, run_fields, take_settings
+from .config.command_line import run_fields, take_settings
+from .config.completion import complete
+from .config.flags import add_run_flags
 from .config.methods import METHODS
 from .config.run_config import RunConfig, field_names
 from .machine import keep_freed_memory, spin_briefly
+from .progress import is_main, phase, prepare, silenced
 from .registry import REQUIRED, Registry, nearest, registered, suggest
 from .signals import heeded
 
 COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights", "tasks", "doctor")
+_LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
+_HELP_COLUMN = 34  # of `train --help`: beside most flags with their values
 _SITES = (
     "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a prior of their own, --prior.z.SETTING "
     "VALUE its settings; the name `off` opens them for good."
@@ -37,23 +43,27 @@ def main(argv: list[str] | None = None) -> int:
     """
     spin_briefly()
     code = _main(sys.argv[1:] if argv is None else argv)
-    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's processes end together
+    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1" and "torch" in sys.modules:
         from .distributed import leave
 
-        leave(code)
+        leave(code)  # torchrun's processes end together
     return code
 
 
 def _main(argv: list[str]) -> int:
     try:
         return _command(argv)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
+    except (ValueError, OSError, ImportError) as error:
+        ours = isinstance(error, ImportError) and (error.name or "").startswith("pyro_blora")
+        if ours or os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
             raise
-        print(f"pyro-blora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not is_main():  # where the main process fails, too, its sentence is enough
+            time.sleep(_LAUNCHERS_PATIENCE)
+        remedy = ": `pyro-blora doctor` lists what is missing" if isinstance(error, ImportError) else ""
+        print(f"pyro-blora: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main():
             kept = f"; {interruption}" if str(interruption) else ""
             print(f"pyro-blora: interrupted{kept}", file=sys.stderr)
         return getattr(interruption, "exit_code", 130)
@@ -63,9 +73,11 @@ def _command(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise ValueError(f"unknown command {argv[0]!r}: {suggest(argv[0], COMMANDS)}")
     settings, rest = take_settings(argv) if argv[:1] == ["train"] else ({}, argv)
-    arguments, unknown = _parser().parse_known_args(rest)
+    parser = _parser()
+    complete(parser)
+    arguments, unknown = parser.parse_known_args(rest)
     if unknown:
-        flags = [f"--{name}" for name in ("preset", "if_finished", *field_names())]
+        flags = [f"--{name}" for name in ("preset", "if_finished", "quiet", *field_names())]
         hint = nearest(unknown[0].partition("=")[0], flags) or f"Known: {', '.join(flags)}"
         raise ValueError(f"unknown argument {unknown[0]!r}: {hint}")
     if arguments.command == "train":
@@ -76,11 +88,7 @@ def _command(argv: list[str]) -> int:
         show_run(Path(arguments.run))
         return 0
     if arguments.command == "report":
-        from .report.page import write_report
-
-        for folder in arguments.folders:
-            print(write_report(Path(folder)))
-        return 0
+        return _report(arguments)
     if arguments.command == "what-if":
         from .report.terminal import show_what_if
 
@@ -110,24 +118,42 @@ def _command(argv: list[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
-    config = RunConfig(**run_fields(arguments, settings))
+    config, quiet = RunConfig(**run_fields(arguments, settings)), arguments.quiet
     folder = config.folder
     if arguments.if_finished == "show" and (folder / "summary.json").is_file():
+        if quiet:
+            print(folder)
+            return 0
         from .report.terminal import show_run
 
         print(f"finished already: {folder}")
         show_run(folder)
         return 0
+    prepare(quiet=quiet)
     with heeded():
-        from .distributed import leave
-        from .run import train_run
+        with silenced(quiet), phase("importing PyTorch, Pyro and transformers"):
+            from .distributed import leave
+            from .run import train_run
 
         keep_freed_memory()
-        folder = train_run(config)
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts one process a device: one of them speaks
+        folder = train_run(config, quiet=quiet)
+    if is_main():  # torchrun starts one process a device: one of them speaks
         print(folder)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         leave()
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    prepare(quiet=arguments.quiet)
+    with silenced(arguments.quiet):
+        with phase("importing what draws"):
+            from .report.page import write_report
+
+        for folder in arguments.folders:
+            with phase(f"drawing the report of {folder}"):
+                path = write_report(Path(folder))
+            print(path)
     return 0
 
 
@@ -141,27 +167,19 @@ def _parser() -> _Parser:
         "train",
         help="train, or resume, one run",
         description="Train one run, or resume it: a flag overrides the preset, the preset overrides the defaults.",
+        usage="pyro-blora train [--preset NAME] [--FLAG VALUE ...] [--prior.SETTING VALUE ...]",
         epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=_HELP_COLUMN),
         allow_abbrev=False,
     )
-    train.add_argument("--preset", help=f"a YAML file, or one of {', '.join(preset_names())}")
-    train.add_argument(
+    output = add_run_flags(train)["output"]
+    output.add_argument(
         "--if_finished",
         choices=("error", "show"),
         default="error",
         help="what to do when this very run is finished already: refuse, or show its result (default: error)",
     )
-    for field in dataclasses.fields(RunConfig):
-        if field.default is not dataclasses.MISSING:  # settings have flags of their own
-            default = "none" if field.default is None else field.default
-            train.add_argument(
-                f"--{field.name}",
-                default=argparse.SUPPRESS,
-                metavar="VALUE",
-                help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
-                **({"nargs": "?", "const": "true"} if field.type is bool else {}),
-            )
+    output.add_argument("--quiet", action="store_true", help="print nothing but the run's folder, warnings and errors")
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     commands.add_parser("priors", help="list the registered priors and their settings", allow_abbrev=False)
     commands.add_parser("guides", help="list the registered guides and their settings", allow_abbrev=False)
@@ -175,6 +193,7 @@ def _parser() -> _Parser:
     report = commands.add_parser(
         "report", help="write report.html into runs, or into a grid's folder", allow_abbrev=False
     )
+    report.add_argument("--quiet", action="store_true", help="print nothing but the paths of the pages")
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="a finished run, or the folder of a grid's runs")
     what_if = commands.add_parser(
         "what-if", help="predict what forcing one gate would cost and save", allow_abbrev=False

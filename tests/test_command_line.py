@@ -248,7 +248,7 @@ def test_a_command_that_trained_leaves_the_group_of_its_processes(monkeypatch, c
     from pyro_blora import run
 
     within = []
-    monkeypatch.setattr(run, "train_run", lambda config: within.append(dist.is_initialized()) or tmp_path)
+    monkeypatch.setattr(run, "train_run", lambda config, **_: within.append(dist.is_initialized()) or tmp_path)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert main(["train", "--preset", "demo", "--output_dir", str(tmp_path)]) == 0
     assert within == [True] and not dist.is_initialized() and capsys.readouterr().out == f"{tmp_path}\n"

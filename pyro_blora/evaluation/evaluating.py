@@ -4,10 +4,8 @@ from math import nan
 from pathlib import Path
 from typing import NamedTuple
 
-import accelerate
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..adapters.ranges import clipped
 from ..bops import expected_bops
@@ -16,6 +14,7 @@ from ..distributed import gathered, own_share
 from ..gates import Gates
 from ..posterior.draws import deployed, draw, draw_weights
 from ..posterior.prediction import Prediction, predict
+from ..progress import phase
 from ..tasks.batching import batches_by_length, by_length, loader, on_device, take
 from .metrics import scores_of
 
@@ -47,7 +46,8 @@ def evaluate(parts: Parts) -> Evaluated:
     fitted = predicted(parts, "train", few, random, rows=train)
     rows = take(parts.tokens["train"], _RANGE_EXAMPLES, config.seed)
     load, _ = by_length(rows, parts.tokenizer, 2 * config.batch_size)
-    beyond = clipped(program.net, on_device(load, program.log_scale.device))
+    with phase("counting clipped values", len(load), unit="batches") as shown:
+        beyond = clipped(program.net, shown.over(on_device(load, program.log_scale.device)))
     by_rank = _by_rank(parts) if getattr(program.gate_guide, "serves_every_rank", False) else []
     return Evaluated(draws, theta, pairs, fitted, beyond, by_rank)
 
@@ -104,15 +104,13 @@ def _by_rank(parts: Parts) -> list[dict]:
 
 def predicted(
     parts: Parts, split: str, draws: Gates, theta: Tensor | None = None, *, rows=None, dropout_seed: int | None = None,
-    quiet: bool = False,
 ) -> Prediction:  # fmt: skip
     """Of all rows of a split (or of `rows`), on every process, which each predicts some of; see `posterior.predict`."""
     rows = parts.tokens[split] if rows is None else rows
     mine = own_share(batches_by_length(rows, 2 * parts.config.batch_size))
     load = on_device(loader(rows, parts.tokenizer, mine), parts.program.log_scale.device)
-    bar = tqdm(load, desc=f"predict {split}", total=len(mine), leave=False, dynamic_ncols=True,
-               disable=quiet or not accelerate.PartialState().is_main_process)  # fmt: skip
-    prediction = predict(parts.program, bar, gates=draws, weights=theta, dropout_seed=dropout_seed)
+    with phase(f"predicting {split}", len(mine), unit="batches") as shown:
+        prediction = predict(parts.program, shown.over(load), gates=draws, weights=theta, dropout_seed=dropout_seed)
     found = gathered((prediction, [i for batch in mine for i in batch]))
     order = torch.tensor([i for _, numbers in found for i in numbers])
     return Prediction.joined([part for part, _ in found]).restored(order)

@@ -73,13 +73,19 @@ def _sums(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
     return out
 
 
+def c_compiler() -> list[str]:
+    """The words that call the C compiler, $CC or the first that is there.  Errors: OSError where none is."""
+    named = [shlex.split(name) for name in (os.environ.get("CC", ""), *_COMPILERS) if name]
+    for words in named:
+        if shutil.which(words[0]):
+            return words
+    raise OSError(f"no C compiler: none of {', '.join(words[0] for words in named)} is installed")
+
+
 @functools.cache
 def loops() -> ctypes.CDLL:
     """The compiled loops, made if the cache has none.  Errors: OSError where that fails, with the reason."""
-    named = [shlex.split(name) for name in (os.environ.get("CC", ""), *_COMPILERS) if name]
-    compiler = next((words for words in named if shutil.which(words[0])), None)
-    if compiler is None:
-        raise OSError(f"no C compiler: none of {', '.join(words[0] for words in named)} is installed")
+    compiler = c_compiler()
     made_for = (_SOURCE.read_bytes(), repr(_FLAGS), repr(compiler), torch.__version__, _processor(), str(_openmp()))
     name = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
     try:

@@ -1,12 +1,16 @@
-"""The result of a finished run, and what forcing a gate would do, as tables in a terminal."""
+"""The result of a finished run with what can be done next, and what forcing a gate would do, in a terminal."""
 
+import contextlib
+import dataclasses
+import shlex
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from ..config.command_line import command_line
 from ..evaluation.verdicts import beside, nothing_learned, of_chance, of_score
-from ..files import require_whole
+from ..files import REPORT, require_whole
 from ..posterior.arviz_compat import read
 from ..posterior.gate_posterior import Posterior
 from .run_folder import RunFiles
@@ -14,10 +18,11 @@ from .warnings import is_over_draws, law_of_weights
 
 
 def show_run(folder: str | Path) -> None:
-    """Print the result table of a finished run.  Errors: ValueError for a folder that is none."""
+    """Print the result of a finished run, and what can be done next.  Errors: ValueError for a folder that is none."""
     folder = Path(folder)
     require_whole(folder, ["summary.json"])
-    summary = RunFiles(folder).summary
+    run = RunFiles(folder)
+    summary = run.summary
     try:
         tables, sentences = result_tables(summary), result_sentences(summary)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -30,7 +35,27 @@ def show_run(folder: str | Path) -> None:
         console.print(table)
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False)
-    console.print(f"Run folder: {folder}", soft_wrap=True)
+    console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False)
+    for purpose, how in next_steps(run):
+        console.print(f"  {purpose:32s}  {how}", soft_wrap=True, highlight=False)
+
+
+def next_steps(run: RunFiles) -> list[tuple[str, str]]:
+    """(purpose, the page to open, or the line to give) of what can be done with a finished run."""
+    folder, summary, found = run.folder, run.summary, {}
+    if (folder / REPORT).is_file():
+        found["open its page in a browser"] = str(folder / REPORT)
+    found["print this again"] = shlex.join(["pyro-blora", "show", str(folder)])
+    if summary.get("kl", {}).get("z") and summary["expected_rank"]:  # bit gates are random
+        gate = f"0.{next(iter(summary['expected_rank']))}.base.8"
+        found["ask what forcing a gate costs"] = shlex.join(["pyro-blora", "what-if", str(folder), gate, "closed"])
+    if (folder / "adapter" / "README.md").is_file():
+        found["use the exported adapter"] = f"the code in {folder / 'adapter' / 'README.md'}"
+    found["go on in Python"] = f"from pyro_blora import load; program = load({str(folder)!r})"
+    with contextlib.suppress(ValueError, OSError):  # a folder without a readable config.json
+        again = dataclasses.replace(run.config, seed=run.config.seed + 1)
+        found["repeat it from another seed"] = command_line(again)
+    return list(found.items())
 
 
 def show_what_if(folder: Path, gate: str, opened: bool) -> None:

@@ -26,8 +26,8 @@ class Validation:
     folder: where the best epoch is kept, so that a run that is cut off finds it again; None keeps it in memory only.
     """
 
-    def __init__(self, parts: Parts, schedule: Schedule, folder: Path | None, quiet: bool):
-        self.parts, self.path, self.quiet = parts, folder / "checkpoints" / _FILE if folder else None, quiet
+    def __init__(self, parts: Parts, schedule: Schedule, folder: Path | None):
+        self.parts, self.path = parts, folder / "checkpoints" / _FILE if folder else None
         self.first = schedule.opening if parts.program.gates_close else 0
         self.best: tuple[float, int, dict] | None = None  # NLL, step, what was trained
         self.origin: Mapping[str, str] = {}
@@ -63,7 +63,7 @@ class Validation:
             drawn = [make(program, _DRAWS, seed=config.seed) for make in (draw, draw_weights)]
         else:
             drawn = [Gates(*(x[None] for x in deployed(program)))]
-        nll = predicted(self.parts, "validation", *drawn, quiet=self.quiet).nll
+        nll = predicted(self.parts, "validation", *drawn).nll
         if config.choose_epoch and step > self.first and nll < (self.best[0] if self.best else math.inf):
             self._keep(nll, step)
         return {"validation_nll": nll}

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..build import Parts
 from ..gates import Gates
@@ -21,6 +20,7 @@ from ..posterior.calibration import nll
 from ..posterior.draws import deployed
 from ..posterior.jacobians import jacobians
 from ..program import GateProgram
+from ..progress import phase
 from ..tasks.batching import by_length, on_device, take
 from ..weights.laplace import PRECISIONS, Laplace
 
@@ -35,16 +35,11 @@ _TINY, _RELATIVE = 1e-12, 1e-10  # eigenvalues that are 0, by themselves and bes
 
 
 class _Loader(list):
-    """Batches (inputs, labels) as laplace-torch asks for them, with a progress bar."""
-
-    quiet = True
+    """Batches (inputs, labels) as laplace-torch asks for them; passes over them are shown."""
 
     def __iter__(self):
-        bar = tqdm(total=len(self), desc="curvature", unit="batch", leave=False, dynamic_ncols=True, disable=self.quiet)
-        with bar:
-            for batch in super().__iter__():
-                yield batch
-                bar.update()
+        with phase("computing the curvature", len(self), unit="batches") as shown:
+            yield from shown.over(super().__iter__())
 
     @property
     def dataset(self) -> range:
@@ -137,7 +132,7 @@ def _spectrum(approximation, structure: str) -> tuple[Tensor | None, Tensor]:
     return vectors, values.clamp(min=0)
 
 
-def fit_run(parts: Parts, *, quiet: bool = True) -> None:
+def fit_run(parts: Parts) -> None:
     """Fit the Laplace law of a run to its training rows, and the prior precision to rows held out, if there are any."""
     program = parts.program
 
@@ -147,12 +142,13 @@ def fit_run(parts: Parts, *, quiet: bool = True) -> None:
 
     held_out = parts.tokens.get("validation")
     chosen = [] if held_out is None else batches(take(held_out, _HELD_OUT, parts.config.seed))
-    fit_laplace(program, batches(parts.tokens["train"]), deployed(program), chosen, quiet=quiet)
+    with phase("fitting Laplace's approximation"):
+        fit_laplace(program, batches(parts.tokens["train"]), deployed(program), chosen)
 
 
 def fit_laplace(
     program: GateProgram, batches: Iterable[tuple[dict, Tensor]], gates: Gates,
-    held_out: Iterable[tuple[dict, Tensor]] = (), *, quiet: bool = True,
+    held_out: Iterable[tuple[dict, Tensor]] = (),
 ) -> None:  # fmt: skip
     """Set the scale of the program's Laplace law from training examples, all of them.
 
@@ -199,7 +195,6 @@ def fit_laplace(
     program.eval()
     shape = (-1,) if noise is None else (-1, 1)
     loader = _Loader((BatchEncoding(inputs), labels.view(shape)) for inputs, labels in batches)
-    loader.quiet = quiet
     approximation.fit(loader)
     held_out = list(held_out)
     if law.given_precision is not None:

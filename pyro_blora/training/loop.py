@@ -16,7 +16,6 @@ from pathlib import Path
 
 import accelerate
 import torch
-from tqdm.auto import tqdm
 
 from .. import adapters
 from ..adapters.input_pca import explained_variances, start_eva
@@ -28,6 +27,7 @@ from ..distributed import any_of, average_gradients, on_main, shard, sharding_wa
 from ..machine import release_freed_memory
 from ..posterior.draws import component_marginals
 from ..program import BayesianLoRA
+from ..progress import phase, silenced
 from ..signals import Interrupted, asked, deferred
 from ..tasks.batching import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
 from .best_epoch import Validation
@@ -74,6 +74,11 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
     Errors: ValueError, see `build`, before anything is written; where the training diverges; NotWritten for a full
     disk. Interrupted after SIGTERM, SIGINT or SIGHUP, with a checkpoint of the step that was in progress.
     """
+    with silenced(quiet):
+        return _fit(config, folder, until)
+
+
+def _fit(config: RunConfig, folder: Path | None, until: int | None) -> Trained:
     if config.tracker and folder is None:
         raise ValueError(f"tracker {config.tracker!r} needs a folder to write to: fit(config, folder=...)")
     accelerator = accelerate.Accelerator(
@@ -92,21 +97,21 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
     if folder is not None:
         if not (folder / "checkpoints").exists():
             rows = first_inputs(parts.tokens["train"], parts.tokenizer)
-            on_main(lambda: require_exportable(parts.program, folder / ".exportable", rows))
+            with phase("checking that it can be exported"):
+                on_main(lambda: require_exportable(parts.program, folder / ".exportable", rows))
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-    return _Loop(accelerator, parts, schedule, folder, quiet).run(until)
+    return _Loop(accelerator, parts, schedule, folder).run(until)
 
 
 class _Loop:
     """One training run: what the phases share."""
 
-    def __init__(self, accelerator, parts: Parts, schedule: Schedule, folder: Path | None, quiet: bool):
+    def __init__(self, accelerator, parts: Parts, schedule: Schedule, folder: Path | None):
         self.accelerator, self.parts, self.schedule, self.folder = accelerator, parts, schedule, folder
         self.config, self.program = parts.config, parts.program
-        self.quiet = quiet or not accelerator.is_main_process
         self.book = Logbook(accelerator, parts.program, schedule, folder)
-        self.validation = Validation(parts, schedule, folder, self.quiet)
+        self.validation = Validation(parts, schedule, folder)
         self.lengths: list[int] | None = None  # of the training rows, where batches are grouped by them
 
     def run(self, until: int | None = None) -> Trained:
@@ -131,9 +136,7 @@ class _Loop:
         self.gradients = Gradients(self.program, self.learning, sharded=sharding_wanted())
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-        bars = tqdm(total=total, initial=first, disable=self.quiet, desc=config.task, unit="step", dynamic_ncols=True,
-                    mininterval=0.5)  # fmt: skip
-        with contextlib.ExitStack() as ending, deferred(), bars as bar:
+        with contextlib.ExitStack() as ending, deferred(), phase("training", last, unit="steps", first=first) as shown:
             for tracker in accelerator.trackers:  # also where a signal ends the loop
                 # not end_training, which ends the group: its processes have yet to evaluate
                 ending.callback(tracker.finish)
@@ -143,14 +146,14 @@ class _Loop:
                 self._optimizer_step(step, micro_batches, optimizer)
                 if step + 1 == total == self.schedule.opening:
                     self._open_phase(total, optimizer)
-                bar.update()
+                note = None
                 more = self.validation.after_epoch(step + 1) if (step + 1) % self.schedule.steps_per_epoch == 0 else {}
                 if more or (step + 1) % config.logging_steps == 0 or step + 1 == last:
                     self.checkpoints.require_folder()
                     more |= self._skipped()
                     seconds = time.perf_counter() - began
-                    said = self.book.log(step + 1, seconds, self.last, self.grad_norm, optimizer, more)
-                    bar.set_postfix_str(said)
+                    note = self.book.log(step + 1, seconds, self.last, self.grad_norm, optimizer, more)
+                shown.advance(note=note)
                 signum = any_of(asked() or 0, accelerator, step)
                 due = self.checkpoints.due(step + 1, config.checkpoint_steps, config.checkpoint_minutes)
                 if self.folder and (due or signum or step + 1 == last):
@@ -186,7 +189,7 @@ class _Loop:
         if hasattr(weights, "finish"):
             weights.finish()
         if weights.curvature:
-            fit_run(self.parts, quiet=self.quiet)
+            fit_run(self.parts)
 
     def _steps(self, first: int):
         """(step, its micro-batches) from step `first` on: the same rows whenever and wherever a run goes on."""
@@ -243,12 +246,14 @@ class _Loop:
     def _calibrate(self) -> None:
         if self.config.init_lora_weights == "eva":
             net = self.program.net
-            start_eva(net, (inputs for inputs, _ in self._training_batches(_EVA_BATCHES, epoch=-3)))
+            with phase("finding principal components"):
+                start_eva(net, (inputs for inputs, _ in self._training_batches(_EVA_BATCHES, epoch=-3)))
             self.program.weights.follow(
                 net.random_weights(), dict(enumerate(net.head_parameters()))
             )  # PEFT made new ones
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
-        adapters.calibrate(self.program.net, (inputs for inputs, _ in batches))
+        with phase("calibrating ranges", len(batches), unit="batches") as shown:
+            adapters.calibrate(self.program.net, (inputs for inputs, _ in shown.over(batches)))
 
     def _open_phase(self, step: int, optimizer) -> None:
         """Start the gates.  Errors: ValueError where the network's answers give them no finite start."""
@@ -267,12 +272,16 @@ class _Loop:
             return
         if hasattr(program.prior, "explain"):
             batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
-            program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
-        errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
+            with phase("explaining variances"):
+                program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
+        with phase("fitting ranges"):
+            errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
         torch.manual_seed(step_seed(config.seed, -1))
         if getattr(guide, "starts_from_data", False):
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
-            guide.start(evidence(program, sensitivity(program, batches, errors.best_by_width()), config.kl_weight))
+            with phase("initializing gates", len(batches), unit="batches") as shown:
+                slopes = sensitivity(program, shown.over(batches), errors.best_by_width())
+                guide.start(evidence(program, slopes, config.kl_weight))
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))
@@ -282,8 +291,8 @@ class _Loop:
             for parameter in (*guide.parameters(), *program.prior.buffers(), program.net.log_range):
                 accelerate.utils.broadcast(parameter.data)
 
-    def _training_batches(self, count: int, epoch: int):
+    def _training_batches(self, count: int, epoch: int) -> list[tuple[dict, torch.Tensor]]:
         """The first batches of an order of their own: the same on every process."""
         rows, config = self.parts.tokens["train"], self.config
         order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
-        return on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device)
+        return list(on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device))

@@ -1,0 +1,252 @@
+"""What a command is doing, on stderr: one live line in a terminal, lines with the time in a log, nothing if silenced.
+
+This is the only module that decides which. Work is cut into phases, `with phase("predicting eval", total=32): ...`; one
+inside another takes its place until it ends. Of several processes, the main one alone speaks.
+"""
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
+
+_LONG = 2.0  # seconds from which a finished phase leaves a line
+_APART, _SHARE, _AT_MOST = 5.0, 0.1, 60.0  # a log's lines: seconds and share of the work between two; seconds, whatever
+_IN_PLACE = 0.5  # seconds between two states of a notebook's line
+_BAR = 24  # columns
+
+
+class Phase:
+    """A part of the work: `advance` counts what is done of `total`, `note` says how it goes."""
+
+    def __init__(self, name: str, total: int | None, unit: str, first: int):
+        self.name, self.total, self.unit, self.first, self.done = name, total, unit, first, first
+        self.began = self.shown_at = time.monotonic()
+        self.shown_done, self.note = first, ""
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def advance(self, count: int = 1, *, note: str | None = None) -> None:
+        """note: how it goes, until another one is given."""
+        self.done += count
+        self.note = self.note if note is None else note
+        _State.form.changed(self)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each counted when the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def state(self) -> str:
+        """What is done and in which time, how long the rest will take, and the note; without the name."""
+        counted = f"{self.done:,}/{self.total:,} {self.unit}".rstrip() if self.total is not None else ""
+        parts = [counted, _clock(self.seconds)]
+        if self.total is not None and self.first < self.done < self.total:
+            left = self.seconds / (self.done - self.first) * (self.total - self.done)
+            parts.append(f"{_clock(left)} left")
+        return ", ".join(filter(None, parts)) + (f": {self.note}" if self.note else "")
+
+
+@contextlib.contextmanager
+def phase(name: str, total: int | None = None, *, unit: str = "", first: int = 0) -> Iterator[Phase]:
+    """Show that this is being done, until the block ends.
+
+    total: how much there is to count, in units (a plural); None where that is not known. first: done before.
+    """
+    this = Phase(": ".join([*filter(None, _State.labels), name]), total, unit, first)
+    if not _State.open:
+        _State.form = _form()
+    form = _State.form
+    _State.open.append(this)
+    try:
+        form.begin(this)
+        yield this
+        form.end(this)
+    finally:
+        if this in _State.open:  # with those inside it that an error has left open
+            del _State.open[_State.open.index(this) :]
+        if not _State.open:
+            form.close()
+
+
+@contextlib.contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Within, the names of phases begin with this: of which run among several they are; "" changes nothing."""
+    _State.labels.append(label)
+    try:
+        yield
+    finally:
+        _State.labels.remove(label)
+
+
+@contextlib.contextmanager
+def silenced(wanted: bool = True) -> Iterator[None]:
+    """Within, nothing is shown of phases, if that is wanted."""
+    _State.silenced += wanted
+    try:
+        yield
+    finally:
+        _State.silenced -= wanted
+
+
+def prepare(*, quiet: bool) -> None:
+    """Hold other libraries to the same: no bars where there is no terminal, and each warning by one process only.
+
+    Call it before they are imported.
+    """
+    if quiet or not is_main() or not is_terminal():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported
+    if not is_main():
+        warnings.simplefilter("ignore")
+
+
+def is_main() -> bool:
+    """Whether this is the main process of those that torchrun or `accelerate launch` has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal on which a line can be written again."""
+    return bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
+
+
+class _Silent:
+    def begin(self, phase: Phase) -> None: ...
+
+    def changed(self, phase: Phase) -> None: ...
+
+    def end(self, phase: Phase) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Log(_Silent):
+    """A line when a phase begins, some on its way, one when its count is full. A repeated inner phase is named once."""
+
+    def __init__(self):
+        self.named: set[str] = set()
+
+    def begin(self, phase: Phase) -> None:
+        if phase.name not in self.named:
+            self.named.add(phase.name)
+            rest = "" if phase.total is None else f": {phase.total - phase.first:,} {phase.unit}".rstrip()
+            self.write(phase, rest + (f" from {phase.first:,} on" if phase.first else ""))
+
+    def changed(self, phase: Phase) -> None:
+        waited = time.monotonic() - phase.shown_at
+        share = (phase.done - phase.shown_done) / max(1, phase.total or 0)
+        unfinished = phase.done != phase.total
+        if unfinished and (waited >= _AT_MOST or (waited >= _APART and phase.total and share >= _SHARE)):
+            self.write(phase, f": {phase.state()}")
+
+    def end(self, phase: Phase) -> None:
+        if phase.total is not None and phase.seconds >= _LONG:
+            self.write(phase, f": {phase.state()}")
+
+    def write(self, phase: Phase, rest: str) -> None:
+        phase.shown_at, phase.shown_done = time.monotonic(), phase.done
+        with contextlib.suppress(OSError):  # a reader that has gone, or a full disk, does not end the work
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {phase.name}{rest}\n")  # in one piece
+            sys.stderr.flush()
+
+
+class _Notebook(_Silent):
+    """A line in the output of a cell, written again in its place; what is stored is its last state."""
+
+    def __init__(self):
+        self.lines: dict[int, object] = {}
+
+    def begin(self, phase: Phase) -> None:
+        from IPython.display import display
+
+        self.lines[id(phase)] = display(_plain(phase), raw=True, display_id=True)
+
+    def changed(self, phase: Phase) -> None:
+        if time.monotonic() - phase.shown_at >= _IN_PLACE:
+            self.end(phase)
+
+    def end(self, phase: Phase) -> None:
+        phase.shown_at = time.monotonic()
+        self.lines[id(phase)].update(_plain(phase), raw=True)
+
+
+class _Live(_Silent):
+    """One line at the foot of a terminal, drawn again by a thread; long phases leave a line when they end."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        self.console, self.spinner = Console(stderr=True, highlight=False, markup=False), Spinner("line")
+        self.live = Live(
+            console=self.console, get_renderable=self.line, transient=True,
+            redirect_stdout=bool(sys.stdout and sys.stdout.isatty()),  # what others print goes above the line
+        )  # fmt: skip
+
+    def begin(self, phase: Phase) -> None:
+        if not self.live.is_started:
+            self.live.start()
+            self.console.show_cursor(True)  # a process that is killed would leave the terminal without
+
+    def line(self):
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        if not _State.open:
+            return Text()
+        phase, grid = _State.open[-1], Table.grid(padding=(0, 1))
+        cells = [self.spinner, Text(phase.name, style="bold")]
+        if phase.total is not None:
+            cells.append(ProgressBar(phase.total, phase.done, width=_BAR))
+        for _ in range(len(cells)):
+            grid.add_column(no_wrap=True)
+        grid.add_column(no_wrap=True, overflow="crop")
+        grid.add_row(*cells, Text(phase.state()))
+        return grid
+
+    def end(self, phase: Phase) -> None:
+        if phase.seconds >= _LONG:
+            self.console.print(f"{phase.name}: {phase.state()}", soft_wrap=True)
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+def _plain(phase: Phase) -> dict[str, str]:
+    return {"text/plain": f"{phase.name}: {phase.state()}"}
+
+
+def _form() -> _Silent:
+    if _State.silenced or not is_main():
+        return _Silent()
+    if _in_notebook():
+        return _Notebook()
+    return _Live() if is_terminal() else _Log()
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class _State:
+    """Of this process: it has one terminal."""
+
+    open: ClassVar[list[Phase]] = []
+    labels: ClassVar[list[str]] = []
+    silenced = 0
+    form: _Silent = _Silent()
