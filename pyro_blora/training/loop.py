@@ -91,7 +91,7 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
         parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
     if folder is not None:
         if not (folder / "checkpoints").exists():
-            rows = first_inputs(parts.tokens["train"], parts.tokenizer)
+            rows = first_inputs(parts.tokens["train"], parts.collate)
             on_main(lambda: require_exportable(parts.program, folder / ".exportable", rows))
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ class _Loop:
         config, per_epoch, rows = self.config, self.schedule.steps_per_epoch, self.parts.tokens["train"]
         for epoch in range(first // per_epoch, config.epochs):
             done = max(0, first - epoch * per_epoch)
-            batches = iter(loader(rows, self.parts.tokenizer, self._order(epoch, done)))
+            batches = iter(loader(rows, self.parts.collate, self._order(epoch, done)))
             for step in range(epoch * per_epoch + done, (epoch + 1) * per_epoch):
                 yield step, [next(batches) for _ in range(config.accumulation)]
 
@@ -286,4 +286,4 @@ class _Loop:
         """The first batches of an order of their own: the same on every process."""
         rows, config = self.parts.tokens["train"], self.config
         order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
-        return on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device)
+        return on_device(loader(rows, self.parts.collate, order), self.accelerator.device)
