@@ -16,7 +16,6 @@ from .quantized_linear import remember_sources
 if TYPE_CHECKING:
     import peft
 
-_PEFT_HEADS = ("classifier", "score")  # names that PEFT takes for a head in a sequence classification
 _PEFT_NAMES = ("lora_dropout", "lora_A", "lora_B", "lora_E", "base_layer", "default")  # of what PEFT puts into a layer
 
 
@@ -53,7 +52,8 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, head: Head = SEQUENC
 
     last = {name: name.rsplit(".", 1)[-1] for name in learned}
     saved = [f"model.{name}" if ends(last[name], name) else last[name] for name in learned]
-    above, added = saved != [*last.values()], any(ends(name, *learned) for name in _PEFT_HEADS)
+    above = saved != [*last.values()]
+    added = any(ends(name, *learned) for name in (SEQUENCE if above else head).peft_heads)
     if above and added:
         raise ValueError(
             f"PEFT cannot tell the head of {type(backbone).__name__} ({', '.join(learned)}) from other modules: rename "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..tasks.heads import Head
+from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears, example_rows, settle_attention
 
 _LONGEST = 2048  # tokens of a forward that is counted; costs of longer ones follow from a half, a quarter and 3/4 of it
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
     reaching: frozenset[str]
 
 
-def cost(model: nn.Module, sequence_length: int, batch_size: int, head: Head) -> Cost:
+def cost(model: nn.Module, sequence_length: int, batch_size: int, head: Head = SEQUENCE) -> Cost:
     """What a forward of `batch_size` examples of `sequence_length` tokens (each of their rows) costs an example.
 
     Every count is a part of the batch plus a part of each example, so forwards of one and of two rows give it at any

@@ -24,6 +24,8 @@ class Head:
     """Class of transformers that puts the head on a pretrained model."""
     task_type: str | None = "SEQ_CLS"
     """PEFT's name of such models, whose wrapper it selects; None: PEFT has none for them."""
+    peft_heads: tuple[str, ...] = ("classifier", "score")
+    """Names of modules that this wrapper takes for the head."""
     pipeline: str | None = "text-classification"
     """transformers' pipeline that takes such a model, which is also the hub's tag; None: there is none."""
     is_new: bool = True
