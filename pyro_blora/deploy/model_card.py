@@ -40,7 +40,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     name, head, outputs = public_name(model), outcome.head, outcome.head_settings.get("num_labels", 0)
-    labels = [str(model.config.id2label[index]) for index in range(outputs)] if outputs > 1 else []
+    labels = [str(model.config.id2label.get(index, label)) for index, label in enumerate(outcome.names)]
     code = (_MODEL if head.pipeline else _MODEL_OF_NO_PIPELINE).format(
         pipeline=head.pipeline, auto_class=head.auto_class
     )
