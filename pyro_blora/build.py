@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from .program import BayesianLoRA
 from .progress import phase
 from .registry import Registry
 from .tasks import Task, get_task
-from .tasks.batching import held_out, tokenize, unlabelled
+from .tasks.batching import Collate, held_out, tokenize, unlabelled
 from .weights.base import WEIGHTS, build_weights
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     program: BayesianLoRA
 
+    @functools.cached_property
+    def collate(self) -> Collate:
+        """What makes a batch of tokenized rows."""
+        return self.task.likelihood.collator(self.tokenizer)
+
 
 def check_names(config: RunConfig) -> Task:
     """The task; everything that can be wrong with a name or a setting is found here, before anything is loaded."""
@@ -58,11 +64,13 @@ def check_names(config: RunConfig) -> Task:
     if config.adapter != "xs" and config.adapter_settings:
         raise ValueError(f"adapter {config.adapter!r} has no settings: drop --adapter.{min(config.adapter_settings)}")
     _ADAPTERS.settings(xs_settings, config.adapter_settings)
-    if config.ood_task is not None and (not task.likelihood.has_confidence or get_task(config.ood_task) == task):
-        raise ValueError(
-            f"ood_task {config.ood_task!r} must be another task than {config.task!r}, which must be a classification: "
-            "drop it, or name a task of other sentences"
-        )
+    if config.ood_task is not None:
+        other, kind = get_task(config.ood_task), task.likelihood
+        if not kind.has_confidence or other == task or other.likelihood.head != kind.head:
+            raise ValueError(
+                f"ood_task {config.ood_task!r} must be another task than {config.task!r}, of texts of the same form, "
+                f"and answers to {config.task!r} must have a confidence: drop it, or name a task of other sentences"
+            )
     return task
 
 
@@ -90,25 +98,23 @@ def build(config: RunConfig) -> Parts:
     tokens = {}
     for split, table in rows.items():
         with phase(f"tokenizing {len(table):,} rows of {split}"):
-            tokens[split] = tokenize(table, tokenizer, task.text_columns, config.max_length)
+            tokens[split] = tokenize(table, tokenizer, task, config.max_length)
     require_readable(tokens["train"], tokenizer, program.net.backbone, config.backbone)
     if config.ood_task is not None:
         other = get_task(config.ood_task)
         foreign = other.load(glue_dir=glue_dir, seed=seed, n_train=1)["eval"]
         rows["ood"] = unlabelled(foreign, other.text_columns)
-        tokens["ood"] = tokenize(rows["ood"], tokenizer, other.text_columns, config.max_length)
+        tokens["ood"] = tokenize(rows["ood"], tokenizer, other, config.max_length)
     return Parts(config, task, rows, tokens, tokenizer, program)
 
 
 def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int = BATCH_SIZE) -> BayesianLoRA:
     """counted_at: batch size at which MACs are counted per example: of older runs, 1."""
-    backbone = load_backbone(
-        config.backbone, task.num_labels, labels=task.likelihood.names, revision=config.backbone_revision,
-        problem_type=task.likelihood.problem_type,
-    )  # fmt: skip
+    kind = task.likelihood
+    backbone = load_backbone(config.backbone, kind, revision=config.backbone_revision)
     settings = {
         "rank": config.rank, "alpha": config.alpha, "target_modules": config.target_modules, "scope": config.scope,
-        "sequence_length": config.max_length, "batch_size": counted_at,
+        "sequence_length": config.max_length, "batch_size": counted_at, "head": kind.head,
     }  # fmt: skip
     if config.adapter == "adalora":
         net = attach_adalora(backbone, **settings)
@@ -128,11 +134,9 @@ def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int =
     guide = build_guide(config.guide, net.layout, prior, config.guide_settings)
     head = dict(enumerate(net.head_parameters()))
     weights = build_weights(config.weights, net.random_weights(), head, config.weights_settings)
-    if weights.curvature and task.likelihood.curvature is None:
+    if weights.curvature and kind.curvature is None:
         raise ValueError(
-            f"weights 'laplace' has no curvature for {task.likelihood.problem_type}, the kind of task {config.task!r}: "
-            "choose other --weights"
+            f"weights 'laplace' has no curvature for {kind.title}, the kind of task {config.task!r}: choose other "
+            "--weights"
         )
-    return BayesianLoRA(
-        net, prior, guide, task.likelihood, n_train=n_train, estimator=config.estimator, weights=weights
-    )
+    return BayesianLoRA(net, prior, guide, kind, n_train=n_train, estimator=config.estimator, weights=weights)

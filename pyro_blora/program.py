@@ -18,7 +18,7 @@ Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1
 import abc
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pyro
 import torch
@@ -64,15 +64,15 @@ class GateProgram(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
-        """What the likelihood takes, (B, classes), at given gates and weights.
+        """What the likelihood takes, (B, *, C), at given gates and weights.
 
         theta: (D,), or (B, D) for each example its own; None for their mean, which is all that a program without random
         weights gets.
         """
 
-    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> list[Tensor]:
+    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> Iterator[Tensor]:
         """The same for several batches at the same gates and weights."""
-        return [self.logits(inputs, gates, theta) for inputs in batches]
+        return (self.logits(inputs, gates, theta) for inputs in batches)
 
     @property
     def gates_are_random(self) -> bool:
@@ -100,7 +100,7 @@ class GateProgram(nn.Module, abc.ABC):
             theta = self._theta_site("prior")
             gates = self._model_gates()
         (gates, theta), sources = extract_provenance((gates, theta))  # a tensor that tracks it would cut the gradient
-        logits = track_provenance(self.logits(inputs, gates, theta), sources)  # (B, classes)
+        logits = track_provenance(self.logits(inputs, gates, theta), sources)  # (B, *, C)
         with pyro.plate("example", self.n_train, subsample=torch.arange(len(logits), device=logits.device)):
             pyro.sample("label", self.likelihood(logits, scale=self.log_scale.exp()), obs=labels)
         return logits
@@ -202,13 +202,18 @@ class BayesianLoRA(GateProgram):
         return self._opened
 
     def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
-        return self.each_logits([inputs], gates, theta)[0]
+        with self._gated(gates, theta):
+            return self.net.logits(**inputs)
 
-    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> list[Tensor]:
-        """Without gradients, weights are rounded once for all batches."""
+    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> Iterator[Tensor]:
+        """Without gradients, weights are rounded once for all batches. Read it to the end: gates are set until then."""
+        with self._gated(gates, theta):
+            for inputs in batches:
+                yield self.net.logits(**inputs)
+
+    def _gated(self, gates: Gates, theta: Tensor | None) -> contextlib.AbstractContextManager:
         weights = None if theta is None else self.weights.split(theta)
-        with adapters.gates(self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32):
-            return [self.net(**inputs).logits.float() for inputs in batches]
+        return adapters.gates(self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32)
 
     @functools.cached_property
     def pinned_at_32(self) -> list[bool] | None:

@@ -186,8 +186,8 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
     with phase("saving the posterior"):
         data = to_arviz(
-            program, evaluated.draws, evaluated.pairs["eval"][0], labels=parts.task.likelihood.names,
-            clipped=evaluated.beyond, theta=evaluated.theta, seed=config.seed,
+            program, evaluated.draws, evaluated.pairs["eval"][0], clipped=evaluated.beyond, theta=evaluated.theta,
+            seed=config.seed,
         )  # fmt: skip
         if restarts:
             data = concatenate([data, *map(read, restarts)], [config.seed, *(one.seed for one in each_restart(config))])
@@ -195,7 +195,7 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
             save(data, folder / "posterior.nc")
     with phase("exporting the adapter"), writing(folder / "adapter"):
         export(
-            _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.tokenizer),
+            _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.collate),
             tokenizer=parts.tokenizer, config=config,
         )  # fmt: skip
     if config.weights == "ensemble":

@@ -210,7 +210,7 @@ def test_evaluation_in_parts_is_that_of_one_process(run):
     program = load(run)
     config = RunConfig.from_json(run / "config.json")
     parts = build(config)
-    rows, order = by_length(parts.tokens["eval"], parts.tokenizer, 16)
+    rows, order = by_length(parts.tokens["eval"], parts.collate, 16)
     gates = draw(program, config.draws, seed=config.seed)
     alone = predict(program, on_device(rows, torch.device("cpu")), gates=gates).restored(order)
     table, data = pd.read_parquet(run / "predictions.parquet"), read(run / "posterior.nc")

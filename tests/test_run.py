@@ -62,7 +62,7 @@ def flags(config: RunConfig, **changes) -> list[str]:
 
 def evaluation(program, config, count=40):
     parts = build(config)
-    rows, order = by_length(parts.tokens["eval"].select(range(count)), parts.tokenizer, 16)
+    rows, order = by_length(parts.tokens["eval"].select(range(count)), parts.collate, 16)
     return list(on_device(rows, torch.device("cpu"))), order
 
 

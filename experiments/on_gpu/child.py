@@ -53,7 +53,7 @@ def _reloaded(folder: Path, config: dict) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     program.to(device)
     parts = build(RunConfig(**config))
-    load_, order = by_length(parts.tokens["eval"], parts.tokenizer, 2 * config["batch_size"])
+    load_, order = by_length(parts.tokens["eval"], parts.collate, 2 * config["batch_size"])
     found = predict(program, on_device(load_, torch.device(device))).restored(order)
     table = pd.read_parquet(folder / "predictions.parquet")
     gap = abs(found.log_score.numpy() - table["deployed_log_likelihood"].to_numpy()).max()

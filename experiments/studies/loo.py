@@ -32,7 +32,7 @@ def loo_of_run(folder: Path, examples: int, draws: int, allow_code: Iterable[str
     gates = draw(program, draws, seed=parts.config.seed)
     if len(torch.unique(torch.cat([x.flatten(1) for x in gates], -1), dim=0)) == 1:
         return None
-    batches, _ = by_length(rows, parts.tokenizer, 2 * parts.config.batch_size)
+    batches, _ = by_length(rows, parts.collate, 2 * parts.config.batch_size)
     scores = predict(program, on_device(batches, torch.device("cpu")), gates=gates).log_likelihood.double()  # (S, E)
     prior, masks = program.prior(), (program.z_mask, program.g_mask)
     log_prior = sum(

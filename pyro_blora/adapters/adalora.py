@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layout import BATCH_SIZE, AdapterLayout
 from ..models.layout import layout_of
+from ..tasks.heads import SEQUENCE, Head
 from .gate_context import ADAPTER, Handover
 from .gated_model import GatedModel
 from .peft_config import freeze_pooler, lora_config, settle, wrapped
@@ -35,8 +36,8 @@ class AdaLoRAModel(GatedModel):
     Buffers: the allocator's running sensitivities, so that a checkpoint has them.
     """
 
-    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout):
-        super().__init__(peft_model, layout, Handover())
+    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, head: Head = SEQUENCE):
+        super().__init__(peft_model, layout, Handover(), head)
         self.allocation = nn.ModuleDict()  # by kind: a buffer for each parameter
         for kind in ("exp_avg_ipt", "exp_avg_unc"):
             self.allocation[kind] = module = nn.Module()
@@ -100,7 +101,7 @@ class AdaLoRAModel(GatedModel):
 
 def attach_adalora(
     backbone: nn.Module, *, rank: int, alpha: float, target_modules=None, scope: str = "adapted",
-    sequence_length: int = 128, batch_size: int = BATCH_SIZE,
+    sequence_length: int = 128, batch_size: int = BATCH_SIZE, head: Head = SEQUENCE,
 ) -> AdaLoRAModel:  # fmt: skip
     """Put PEFT's AdaLoRA layers of `rank` ranks into a Hugging Face backbone; arguments as of `attach`.
 
@@ -112,12 +113,12 @@ def attach_adalora(
         raise ValueError(f"adalora quantizes nothing, so it has no scope {scope!r}: drop --scope")
     layout = layout_of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, sequence_length=sequence_length,
-        batch_size=batch_size,
+        batch_size=batch_size, head=head,
     )  # fmt: skip
     settle(backbone)
-    plain = lora_config(backbone, layout)
+    plain = lora_config(backbone, layout, head)
     config = peft.AdaLoraConfig(
         task_type=plain.task_type, target_modules=plain.target_modules, modules_to_save=plain.modules_to_save,
         init_r=rank, target_r=rank, lora_alpha=alpha, total_step=1,
     )  # fmt: skip
-    return AdaLoRAModel(freeze_pooler(wrapped(backbone, config)), layout)
+    return AdaLoRAModel(freeze_pooler(wrapped(backbone, config)), layout, head)

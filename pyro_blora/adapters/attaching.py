@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layout import BATCH_SIZE, AdapterLayout
 from ..models.layout import layout_of
+from ..tasks.heads import SEQUENCE, Head
 from .gate_context import Handover
 from .gated_model import GatedModel
 from .peft_config import freeze_pooler, lora_config, settle, wrapped
@@ -39,6 +40,7 @@ def attach(
     share_inputs: bool = False,
     adapter_settings: dict | None = None,
     batch_size: int = BATCH_SIZE,
+    head: Head = SEQUENCE,
 ) -> GatedModel:
     """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
 
@@ -48,6 +50,7 @@ def attach(
     sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
     adapter: `lora`; `xs` (B-LoRA-XS, with adapter_settings of xs.py); or `none`: no projection has an adapter, and the
     whole backbone learns.
+    head: of a task's `likelihood`, how the backbone is called and read.
     init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
     """
@@ -57,7 +60,7 @@ def attach(
         raise ValueError(f"unknown adapter {adapter!r}: known adapters are {', '.join(ADAPTERS)}")
     layout = layout_of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length,
-        share_inputs=share_inputs, batch_size=batch_size,
+        share_inputs=share_inputs, batch_size=batch_size, head=head,
     )  # fmt: skip
     settle(backbone)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
@@ -66,7 +69,8 @@ def attach(
         layout = layout.without_adapters()
         model = backbone.requires_grad_(True)
     else:
-        model = _with_lora(backbone, layout, init_lora_weights, XSLinear if adapter == "xs" else GatedLinear)
+        layer = XSLinear if adapter == "xs" else GatedLinear
+        model = _with_lora(backbone, layout, head, init_lora_weights, layer)
     modules = dict(backbone.named_modules())
     for index, projection in enumerate(layout.projections):
         module = modules[projection.name]
@@ -79,17 +83,19 @@ def attach(
         else:
             parent, _, child = projection.name.rpartition(".")
             setattr(modules[parent], child, QuantizedLinear(module, handover, index))
-    net = GatedModel(model, layout, handover)
+    net = GatedModel(model, layout, handover, head)
     start_ranges(net, {})
     if checkpointing:
         net.gradient_checkpointing_enable()
     return net
 
 
-def _with_lora(backbone: nn.Module, layout: AdapterLayout, init_lora_weights: str, layer: type) -> peft.PeftModel:
+def _with_lora(
+    backbone: nn.Module, layout: AdapterLayout, head: Head, init_lora_weights: str, layer: type
+) -> peft.PeftModel:
     import peft
 
     eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if init_lora_weights == "eva" else {}
-    config = lora_config(backbone, layout, **eva)
+    config = lora_config(backbone, layout, head, **eva)
     config._register_custom_module({nn.Linear: layer})
     return freeze_pooler(wrapped(backbone, config))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layout import AdapterLayout
 from ..quantizer.grid import grids, mixture_weights
+from ..tasks.heads import SEQUENCE, Head
 from .gate_context import Gated, Handover, Observer, handed_over
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class GatedModel(nn.Module):
-    """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's.
+    """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's;
+    `head` how it is called and read.
 
     Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
     `autocast`: dtype of the backbone's arithmetic, None for the caller's.
@@ -37,9 +39,9 @@ class GatedModel(nn.Module):
     autocast: torch.dtype | None = None
     leads_with_examples: bool | None = None
 
-    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: Handover):
+    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: Handover, head: Head = SEQUENCE):
         super().__init__()
-        self.peft_model, self.layout, self.handover = peft_model, layout, handover
+        self.peft_model, self.layout, self.handover, self.head = peft_model, layout, handover, head
         device = next(peft_model.parameters()).device
         self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2], device=device))
 
@@ -50,6 +52,10 @@ class GatedModel(nn.Module):
             return self.peft_model(**batch)
         with torch.autocast(self.log_range.device.type, self.autocast):
             return self.peft_model(**batch)
+
+    def logits(self, **batch) -> Tensor:
+        """What the likelihood takes, in float32, (B, *, C)."""
+        return self.head.read(self(**batch)).float()
 
     @functools.cached_property
     def has_cache(self) -> bool:

@@ -10,12 +10,12 @@ from torch import nn
 from ..layout import AdapterLayout
 from ..models.architectures import head_modules, settle_attention
 from ..models.relative_positions import remember_positions
+from ..tasks.heads import SEQUENCE, Head
 from .quantized_linear import remember_sources
 
 if TYPE_CHECKING:
     import peft
 
-_PEFT_HEADS = ("classifier", "score")  # names that PEFT takes for a head in a sequence classification
 _PEFT_NAMES = ("lora_dropout", "lora_A", "lora_B", "lora_E", "base_layer", "default")  # of what PEFT puts into a layer
 
 
@@ -36,30 +36,32 @@ def freeze_pooler(model: peft.PeftModel) -> peft.PeftModel:
     return model
 
 
-def lora_config(backbone: nn.Module, layout: AdapterLayout, **patterns) -> peft.LoraConfig:
-    """The plain PEFT configuration of a layout: exact names as targets, head and pooler saved with the adapter.
+def lora_config(backbone: nn.Module, layout: AdapterLayout, head: Head = SEQUENCE, **patterns) -> peft.LoraConfig:
+    """The plain PEFT configuration of a layout: exact names as targets, saved with a head that learns.
 
     PEFT finds what is saved by the end of its path. Where other modules end so too, as `dropout` does for a head called
-    `out`, the head goes by its path in a sequence classifier of PEFT, which looks a second time, from further above.
+    `out`, the head goes by its path in PEFT's sequence classifier, which looks a second time, from further above.
     Errors: ValueError where the names that such a classifier adds are in the way.
     """
     import peft
 
-    head, paths = head_modules(backbone), [name for name, _ in backbone.named_modules()]
+    learned, paths = head_modules(backbone) if head.is_new else (), [name for name, _ in backbone.named_modules()]
 
     def ends(name: str, *found: str) -> bool:
         return any(path.endswith(name) for path in (*_PEFT_NAMES, *(path for path in paths if path not in found)))
 
-    last = {name: name.rsplit(".", 1)[-1] for name in head}
-    saved = [f"model.{name}" if ends(last[name], name) else last[name] for name in head]
-    above, added = saved != [*last.values()], any(ends(name, *head) for name in _PEFT_HEADS)
+    last = {name: name.rsplit(".", 1)[-1] for name in learned}
+    saved = [f"model.{name}" if ends(last[name], name) else last[name] for name in learned]
+    above = saved != [*last.values()]
+    added = any(ends(name, *learned) for name in (SEQUENCE if above else head).peft_heads)
     if above and added:
         raise ValueError(
-            f"PEFT cannot tell the head of {type(backbone).__name__} ({', '.join(head)}) from other modules: rename it "
-            "to `classifier`, and modules of the encoder that end in `classifier` or `score`"
+            f"PEFT cannot tell the head of {type(backbone).__name__} ({', '.join(learned)}) from other modules: rename "
+            "it to `classifier`, and modules of the encoder that end in `classifier` or `score`"
         )
+    task_type = head.task_type if head.is_of(backbone) and not added else None
     return peft.LoraConfig(
-        task_type="SEQ_CLS" if above or ("SequenceClassification" in type(backbone).__name__ and not added) else None,
+        task_type=SEQUENCE.task_type if above else task_type,
         r=layout.rank, lora_alpha=layout.alpha, target_modules=[p.name for p in layout.adapted],
         modules_to_save=saved, **patterns,
     )  # fmt: skip

@@ -5,56 +5,65 @@ from pathlib import Path
 from torch import nn
 
 from ..models.loading import DEMO_DEBERTA, DEMO_ON_THE_HUB, public_name
-from ..tasks import Task
+from ..tasks.likelihoods import Likelihood
 
 _MODEL = """import transformers
 
-answer = transformers.pipeline("text-classification", model="this folder")
+answer = transformers.pipeline("{pipeline}", model="this folder")
+"""
+_MODEL_OF_NO_PIPELINE = """import transformers
+
+model = transformers.{auto_class}.from_pretrained("this folder").eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 """
 _ADAPTER = """import peft
 import transformers
 
-labels = {labels}
-backbone = transformers.AutoModelForSequenceClassification.from_pretrained(
-    "{name}",
-    num_labels={outputs},{settings}
-    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's
+{labels}backbone = transformers.{auto_class}.from_pretrained(
+    "{name}",{settings}
 )
 model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 """
+_OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
+_NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
 
 
-def write_card(folder: Path, model: nn.Module, ranks: dict[str, int], task: Task | None) -> None:
-    """model: the backbone as transformers made it. ranks: of adapted projections; none: the folder is a whole model."""
+def write_card(
+    folder: Path, model: nn.Module, ranks: dict[str, int], outcome: Likelihood, *, task: str | None = None
+) -> None:
+    """model: the backbone as transformers made it. ranks: of adapted projections; none: the folder is a whole model.
+
+    outcome: its kind. task: its name.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
-    name, outputs = public_name(model), model.config.num_labels
-    labels = [str(model.config.id2label[index]) for index in range(outputs)] if outputs > 1 else []
-    code = _MODEL
+    name, head, outputs = public_name(model), outcome.head, outcome.head_settings.get("num_labels", 0)
+    labels = [str(model.config.id2label.get(index, label)) for index, label in enumerate(outcome.names)]
+    code = (_MODEL if head.pipeline else _MODEL_OF_NO_PIPELINE).format(
+        pipeline=head.pipeline, auto_class=head.auto_class
+    )
     if ranks:
-        code = _ADAPTER.format(labels=labels, name=name, outputs=outputs, settings=_NAMED if labels else "")
+        settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if labels else "")
+        code = _ADAPTER.format(
+            labels=f"labels = {labels}\n" if outputs else "", name=name, auto_class=head.auto_class,
+            settings=settings + (_NEW if head.is_new else ""),
+        )  # fmt: skip
     kind = f"A LoRA adapter of {name or 'a model of its own'}" if ranks else f"{name or 'A model'}, fully fine-tuned"
     text = [
         f"# {kind}",
-        f"Trained by pyro_blora{f' on the task {task.name}' if task else ''}. {_outputs(labels, task)}",
+        f"Trained by pyro_blora{f' on the task {task}' if task else ''}. {outcome.card(labels)}",
         *([_ranks(ranks), _where(name)] if ranks else []),
         f"```python\n{code}```",
         "`gates.safetensors` is the posterior in full rank, which `pyro_blora.load` reads with the run's config.json.",
     ]
     card = ModelCardData(
-        library_name="peft" if ranks else "transformers", pipeline_tag="text-classification",
+        library_name="peft" if ranks else "transformers", pipeline_tag=head.pipeline,
         tags=["lora", "bayesian"] if ranks else ["bayesian"], **({"base_model": name} if name else {}),
     )  # fmt: skip
     content = "\n\n".join(part for part in text if part)
     ModelCard(f"---\n{card.to_yaml()}\n---\n\n{content}\n").save(folder / "README.md")
-
-
-def _outputs(labels: list[str], task: Task | None) -> str:
-    if labels:
-        return "Its outputs are the logits of " + ", ".join(f"`{label}`" for label in labels) + ", in this order."
-    return task.likelihood.card if task else ""
 
 
 def _ranks(ranks: dict[str, int]) -> str:

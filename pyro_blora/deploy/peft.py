@@ -23,13 +23,12 @@ from ..adapters.gate_context import ADAPTER, Gated
 from ..checkpoint import trainable, write_tensors
 from ..config.run_config import RunConfig
 from ..files import NotWritten, writing
-from ..layout import LORA_A, LORA_B, AdapterLayout
+from ..layout import LORA_A, LORA_B
 from ..models.loading import commit_of, public_name, quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
 from ..provenance import notes_of
 from ..quantizer import mixture_weights, quantize_mixture
-from ..tasks import get_task
 from .model_card import write_card
 from .verify import copied, read_back, verify
 
@@ -58,7 +57,7 @@ def export(
         plain, ranks = plain_backbone(program.net), {}
         if program.net.layout.adapted:
             ranks, weights = _deployed_weights(program)
-            _save_peft(plain, program.net.layout, ranks, weights, partial)
+            _save_peft(plain, program.net, ranks, weights, partial)
             reloaded = read_back(plain, ranks, partial)
         else:
             with quiet():
@@ -73,7 +72,7 @@ def export(
             "labels": json.dumps(plain.config.id2label), **notes_of(program, partial, config),
         }  # fmt: skip
         write_tensors(partial / GATES_FILE, tensors, notes)
-        write_card(partial, plain, ranks, get_task(config.task) if config else None)
+        write_card(partial, plain, ranks, program.likelihood, task=config.task if config else None)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,9 +123,10 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
     return ranks, weights
 
 
-def _save_peft(plain: nn.Module, layout: AdapterLayout, ranks: dict, weights: dict, folder: Path) -> None:
+def _save_peft(plain: nn.Module, net: adapters.GatedModel, ranks: dict, weights: dict, folder: Path) -> None:
+    layout = net.layout
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
-    config = peft_config.lora_config(plain, layout, rank_pattern=dict(ranks), alpha_pattern=alphas)
+    config = peft_config.lora_config(plain, layout, net.head, rank_pattern=dict(ranks), alpha_pattern=alphas)
     with torch.random.fork_rng(devices=[]):
         model = peft_config.wrapped(copied(plain), config)
     modules = dict(model.base_model.model.named_modules())

@@ -42,13 +42,15 @@ def verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] |
     z, g = deployed(program)
     z = z.clone()
     z[:, [INPUT, BASE, HIDDEN]] = 1.0
-    rows = rows or example_rows(net.backbone, 2, min(32, net.layout.sequence_length), varied=True)
+    tokens = min(32, net.layout.sequence_length)
+    rows = rows or net.head.example(example_rows(net.backbone, 2, tokens, varied=True))
     batch = {key: value.to(device) for key, value in rows.items()}
     training = program.training
     program.eval()
     with adapters.gates(net, z, g):
-        expected = net.peft_model(**batch).logits.float()  # not under autocast, as PEFT will run it
+        expected = net.head.read(net.peft_model(**batch)).float()  # not under autocast, as PEFT will run it
     program.train(training)
-    gap = (reloaded(**batch).logits.float() - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+    found = net.head.read(reloaded(**batch)).float()
+    gap = (found - expected).abs().max().item() / max(1.0, expected.abs().max().item())
     if not gap <= _GAP:
         raise RuntimeError(f"the exported adapter's logits differ by {gap:.2g} from the program's: please report this")

@@ -45,7 +45,7 @@ def evaluate(parts: Parts) -> Evaluated:
     random = draw_weights(program, _ELBO_DRAWS, seed=config.seed) if program.weights.in_training else None
     fitted = predicted(parts, "train", few, random, rows=train)
     rows = take(parts.tokens["train"], _RANGE_EXAMPLES, config.seed)
-    load, _ = by_length(rows, parts.tokenizer, 2 * config.batch_size)
+    load, _ = by_length(rows, parts.collate, 2 * config.batch_size)
     with phase("counting clipped values", len(load), unit="batches") as shown:
         beyond = clipped(program.net, shown.over(on_device(load, program.log_scale.device)))
     by_rank = _by_rank(parts) if getattr(program.gate_guide, "serves_every_rank", False) else []
@@ -108,7 +108,7 @@ def predicted(
     """Of all rows of a split (or of `rows`), on every process, which each predicts some of; see `posterior.predict`."""
     rows = parts.tokens[split] if rows is None else rows
     mine = own_share(batches_by_length(rows, 2 * parts.config.batch_size))
-    load = on_device(loader(rows, parts.tokenizer, mine), parts.program.log_scale.device)
+    load = on_device(loader(rows, parts.collate, mine), parts.program.log_scale.device)
     with phase(f"predicting {split}", len(mine), unit="batches") as shown:
         prediction = predict(parts.program, shown.over(load), gates=draws, weights=theta, dropout_seed=dropout_seed)
     found = gathered((prediction, [i for batch in mine for i in batch]))

@@ -30,6 +30,7 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
         "brier": found["brier"],
         "beside": beside,
         "constant_answer": kind.constant,
+        **({} if kind.has_confidence else {"no_confidence": kind.no_confidence}),
         **kind.details(prediction.mean, labels),
     }
 

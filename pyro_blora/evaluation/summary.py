@@ -6,7 +6,6 @@ import platform
 import resource
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -16,6 +15,7 @@ from ..interval import INTERVAL
 from ..posterior.draws import bops, deployed, draw, draw_weights, marginals, mean_kl
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
+from ..tasks.outcomes import described
 from .evaluating import Evaluated
 from .metrics import calibration_of, deployed_scores, scores_of
 
@@ -37,6 +37,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
     kinds = {p.type: [i for i, q in enumerate(layout.projections) if q.type == p.type] for p in layout.adapted}
     found = {
         "task": config.task,
+        "outcome": described(parts.task.likelihood),
         "backbone": config.backbone,
         "method": config.method,
         "prior": "+".join(config.prior_names),
@@ -118,12 +119,13 @@ def _averaging(parts: Parts) -> str:
         "the gates": program.gates_are_random, "the weights": program.weights.random,
         "dropout masks": config.average_over == "dropout",
     }  # fmt: skip
+    averages = program.likelihood.averages
     names = " and of ".join(name for name, is_drawn in drawn.items() if is_drawn)
     each = f"over {config.draws} draws of {names}" if names else ""
     if config.weights == "ensemble":
         fits = f"{config.fits} fits from seeds of their own"
-        return f"mean of predicted probabilities over {fits}{f', of each {each}' if each else ''}"
-    return f"mean of predicted probabilities {each}" if each else "one network, in which nothing is random,"
+        return f"mean of {averages} over {fits}{f', of each {each}' if each else ''}"
+    return f"mean of {averages} {each}" if each else "one network, in which nothing is random,"
 
 
 def of_restart(folder: Path) -> dict:
@@ -134,25 +136,20 @@ def of_restart(folder: Path) -> dict:
 
 
 def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode: Prediction) -> pd.DataFrame:
-    """One line an example: its text, label, decision, and mean probability of each class (or mean and spread).
+    """One line an example: its text, label, decision, and what its kind of outcome adds, such as probabilities.
 
     `log_likelihood` is the log of the density averaged over draws, as in `nll`; `deployed_*`: of the one allocation.
     """
-    table = parts.rows[split].to_pandas()
-    table["decision"] = _column(prediction.decision)
-    for name, column in prediction.likelihood.columns(prediction.outputs).items():
+    table, kind = parts.rows[split].to_pandas(), prediction.likelihood
+    table["decision"] = kind.cells(prediction.decision)
+    for name, column in kind.columns(prediction.outputs).items():
         table[name] = column
     if split == "ood":  # another task's sentences: no answer is right
         return table.drop(columns="label")
     table["log_likelihood"] = prediction.log_score.numpy()
-    table["deployed_decision"] = _column(at_mode.decision)
+    table["deployed_decision"] = kind.cells(at_mode.decision)
     table["deployed_log_likelihood"] = at_mode.log_score.numpy()
     return table
-
-
-def _column(answers: torch.Tensor) -> np.ndarray | list:
-    """One value, or one list, an example."""
-    return answers.numpy() if answers.dim() == 1 else answers.tolist()
 
 
 def _peak_memory() -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..layout import BATCH_SIZE, READ_ALIKE, SCOPES, AdapterLayout, Projection
+from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears, matched, type_of
 from .macs import cost
 
@@ -21,11 +22,13 @@ def layout_of(
     sequence_length: int = 128,
     share_inputs: bool = False,
     batch_size: int = BATCH_SIZE,
+    head: Head = SEQUENCE,
 ) -> AdapterLayout:
     """The layout of a Hugging Face model.
 
     target_modules: None for the architecture's preset (`TARGETS`), names (matched as the end of a module's path),
-    or one regular expression (matched against the whole path).
+    or one regular expression (matched against the whole path). head: how the model is called and read, of a task's
+    `likelihood`.
     Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope.
     """
     if scope not in SCOPES:
@@ -34,8 +37,7 @@ def layout_of(
         raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
     if not hasattr(model, model.base_model_prefix):
         raise ValueError(
-            f"{type(model).__name__} has no task head: load the backbone with a class such as "
-            "AutoModelForSequenceClassification"
+            f"{type(model).__name__} has no task head: load the backbone with a class such as {head.auto_class}"
         )
     architecture = getattr(model.config, "model_type", type(model).__name__)
     linears, targets = encoder_linears(model), matched(model, target_modules, architecture)
@@ -43,7 +45,7 @@ def layout_of(
         n, m = linears[name].in_features, linears[name].out_features
         if name in targets and rank > min(n, m):
             raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
-    tokens, model_macs, reaching = cost(model, sequence_length, batch_size)
+    tokens, model_macs, reaching = cost(model, sequence_length, batch_size, head)
     _require_reached(targets, reaching)
     projections = []
     for name, linear in linears.items():

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..registry import Registry
+from ..tasks.heads import SEQUENCE, Head
+from ..tasks.likelihoods import Likelihood
 from .architectures import head_modules
 from .deberta_from_bert import CACHED, converted_folder
 from .tokenization import require_vocabulary
@@ -59,30 +61,30 @@ def public_name(model: nn.Module) -> str:
     return Path(path).resolve().name if path and is_local else path
 
 
-def load_backbone(
-    name: str, num_labels: int, *, labels: tuple[str, ...] = (), revision: str | None = None,
-    problem_type: str | None = None,
-) -> nn.Module:  # fmt: skip
-    """A pretrained encoder with a head of `num_labels` outputs, in float32.
+def load_backbone(name: str, kind: int | Likelihood, *, revision: str | None = None) -> nn.Module:
+    """A pretrained model with the head of a kind of outcome, in float32.
 
     The head is untrained, or a pretrained one of as many outputs: one with the same labels in another order has its
-    outputs put into this order. labels: their names, for the model's `id2label`. revision: of a name on the hub.
-    problem_type: of the likelihood, in transformers' words.
+    outputs put into this order.
+    kind: a task's `likelihood`; a number is that of outputs of a sequence classifier without names. revision: of a
+    name on the hub.
     Errors: ValueError for a name that neither the hub nor the disk has, a hub out of reach, and for files that are
-    damaged or hold another encoder.
+    damaged or hold another model.
     """
-    from transformers import AutoModelForSequenceClassification  # now, as it takes seconds
+    import transformers  # now, as it takes seconds
 
+    head, outputs, labels, settings = SEQUENCE, kind, (), {"num_labels": kind, "problem_type": None}
+    if isinstance(kind, Likelihood):
+        head, outputs, labels, settings = kind.head, kind.outputs, kind.names, kind.head_settings
     if is_function(name):
         _refuse_revision(name, revision)
-        model, _OWN_TOKENIZERS[name] = _own(name, num_labels)
+        model, _OWN_TOKENIZERS[name] = _own(name, outputs)
     else:
         model, report = _load(
-            AutoModelForSequenceClassification, name, revision, num_labels=num_labels,
-            problem_type=problem_type, dtype="float32", output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head of another task is replaced
+            getattr(transformers, head.auto_class), name, revision, **settings, dtype="float32",
+            output_loading_info=True, ignore_mismatched_sizes=True,  # a head of another task is replaced
         )  # fmt: skip
-        _require_pretrained(model, report, name)
+        _require_pretrained(model, report, name, head)
         model.config._commit_hash = _commit(name, revision)
     _require_finite(model, name)
     if labels:
@@ -216,11 +218,11 @@ def _instead(adapter: Path) -> str:
     return f"give --backbone the model that it adapts{f', {base}' if base else ''}{goes_on}"
 
 
-def _require_pretrained(model: nn.Module, report: dict, name: str) -> None:
+def _require_pretrained(model: nn.Module, report: dict, name: str, head: Head) -> None:
     """Errors: ValueError where anything but the head and the pooler is new, of another shape, or left over."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"backbone {name!r} is an adapter, not a model: give --backbone the model that it adapts")
-    head, base = tuple(f"{path}." for path in head_modules(model)), model.base_model
+    new, base = tuple(f"{path}." for path in head_modules(model) if head.is_new), model.base_model
     prefix = f"{model.base_model_prefix}."
     buffers = {key.removeprefix(prefix) for key, _ in model.named_buffers()}  # files of old versions hold them
 
@@ -231,8 +233,8 @@ def _require_pretrained(model: nn.Module, report: dict, name: str) -> None:
 
     left_over = report["unexpected_keys"]  # heads of other tasks are
     found = {
-        "missing": [key for key in report["missing_keys"] if not key.startswith(head)],
-        "of another shape": [key for key, *_ in report["mismatched_keys"] if not key.startswith(head)],
+        "missing": [key for key in report["missing_keys"] if not key.startswith(new)],
+        "of another shape": [key for key, *_ in report["mismatched_keys"] if not key.startswith(new)],
         "of no layer": [key for key in left_over if is_of_encoder(key)],
     }
     wrong = [f"{_some(keys)} {'is' if len(keys) == 1 else 'are'} {what}" for what, keys in found.items() if keys]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears, example_rows, settle_attention
 
 _LONGEST = 2048  # tokens of a forward that is counted; costs of longer ones follow from a half, a quarter and 3/4 of it
@@ -42,22 +43,22 @@ class Cost(NamedTuple):
     reaching: frozenset[str]
 
 
-def cost(model: nn.Module, sequence_length: int, batch_size: int) -> Cost:
-    """What a forward of `batch_size` rows of `sequence_length` tokens costs an example.
+def cost(model: nn.Module, sequence_length: int, batch_size: int, head: Head = SEQUENCE) -> Cost:
+    """What a forward of `batch_size` examples of `sequence_length` tokens (each of their rows) costs an example.
 
     Every count is a part of the batch plus a part of each example, so forwards of one and of two rows give it at any
     size; of sequences longer than is cheap, it is the parabola through three shorter lengths.
     Errors: ValueError for a sequence longer than the model takes, naming the longest.
     """
     with _evaluated(model):
-        _require_length(model, sequence_length)
+        _require_length(model, sequence_length, head)
         lengths = (sequence_length,)
         if sequence_length > _LONGEST:
             lengths = _LONGEST // 4, _LONGEST // 2, 3 * _LONGEST // 4
         total: dict[str, float] = {}
         for length, share in zip(lengths, _lagrange(lengths, sequence_length), strict=True):
-            one, reaching = _count(model, length, 1, reach=True)
-            two, _ = _count(model, length, 2)
+            one, reaching = _count(model, length, 1, head, reach=True)
+            two, _ = _count(model, length, 2, head)
             for name, first in one.items():
                 each = two[name] - first
                 total[name] = total.get(name, 0.0) + share * (each + (first - each) / batch_size)
@@ -76,7 +77,9 @@ def _lagrange(nodes: tuple[int, ...], at: int) -> list[float]:
     return weights
 
 
-def _count(model: nn.Module, length: int, size: int, *, reach: bool = False) -> tuple[dict[str, int], frozenset[str]]:
+def _count(
+    model: nn.Module, length: int, size: int, head: Head, *, reach: bool = False
+) -> tuple[dict[str, int], frozenset[str]]:
     """Vectors through each linear map of the encoder, and under "" MACs of the whole; the maps that reach the logits.
 
     A map reaches them if a zero that is added to its output does: the graph is followed, nothing is kept for a backward
@@ -102,7 +105,7 @@ def _count(model: nn.Module, length: int, size: int, *, reach: bool = False) -> 
     counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
     try:
         with counter, torch.set_grad_enabled(reach), keeping_nothing:
-            logits = model(**example_rows(model, size, length)).logits
+            logits = head.read(model(**head.example(example_rows(model, size, length))))
     finally:
         for hook in hooks:
             hook.remove()
@@ -164,7 +167,7 @@ class _Arrived(Exception):
 
 
 @torch.no_grad()
-def _refusal(model: nn.Module, length: int) -> Exception | None:
+def _refusal(model: nn.Module, length: int, head: Head) -> Exception | None:
     """Why a forward of `length` tokens fails, None if it does not; of long ones up to the first layer only."""
     hooks = []
     if length > _LONGEST:
@@ -172,7 +175,7 @@ def _refusal(model: nn.Module, length: int) -> Exception | None:
         in_layers = [linears[name] for name in linears if re.search(r"\.\d+\.", name)] or linears.values()
         hooks = [linear.register_forward_hook(_arrive) for linear in in_layers]
     try:
-        model(**example_rows(model, 1, length))
+        model(**head.example(example_rows(model, 1, length)))
     except _Arrived:
         return None
     except (IndexError, RuntimeError, ValueError, AssertionError) as error:
@@ -187,20 +190,20 @@ def _arrive(*_) -> None:
     raise _Arrived
 
 
-def _require_length(model: nn.Module, length: int) -> None:
+def _require_length(model: nn.Module, length: int, head: Head) -> None:
     """Refuse a sequence that a forward refuses, with the longest that it takes."""
-    error = _refusal(model, length)
+    error = _refusal(model, length, head)
     if error is None:
         return
     works, fails = min(8, length // 2), length
-    if works < 1 or _refusal(model, works) is not None:
+    if works < 1 or _refusal(model, works, head) is not None:
         raise ValueError(
             f"{type(model).__name__} cannot be run on {length} tokens ({str(error).splitlines()[0]}): check its "
             "configuration, and that it takes input_ids"
         ) from error
     while fails - works > 1:
         middle = (works + fails) // 2
-        if _refusal(model, middle) is None:
+        if _refusal(model, middle, head) is None:
             works = middle
         else:
             fails = middle

@@ -61,7 +61,7 @@ def require_readable(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase,
     chosen = rows.select(range(0, len(rows), -(-len(rows) // _LOOKED_AT)))
     types = getattr(model.config, "type_vocab_size", None)
     if types and _TYPES in chosen.column_names:
-        largest = max(max(row, default=0) for row in chosen[_TYPES])
+        largest = int(_values(chosen, _TYPES).max(initial=0))
         if largest >= types:
             raise ValueError(
                 f"the tokenizer of backbone {name!r} gives token type {largest}, its model has {types}: they are of "
@@ -69,7 +69,7 @@ def require_readable(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase,
             )
     if tokenizer.unk_token_id is None:
         return
-    ids = np.concatenate([np.asarray(row) for row in chosen["input_ids"]])
+    ids = _values(chosen, "input_ids")
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     ids = ids[~np.isin(ids, list(special))]
     share = float((ids == tokenizer.unk_token_id).mean()) if len(ids) else 0.0
@@ -78,6 +78,14 @@ def require_readable(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase,
             f"{share:.0%} of the words of the training texts are unknown to the tokenizer of backbone {name!r} (more "
             f"than {UNKNOWN_SHARE:.0%}): it is of another model or another language; give a backbone that reads them"
         )
+
+
+def _values(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """All numbers of a column of lists, of lists of them, too."""
+    found = rows.with_format("arrow")[:][column].combine_chunks()
+    while hasattr(found, "value_lengths"):
+        found = found.flatten()
+    return found.to_numpy(zero_copy_only=False)
 
 
 def _embedding(model: nn.Module) -> nn.Embedding | None:

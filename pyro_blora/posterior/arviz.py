@@ -3,11 +3,13 @@
 Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random, and
 theta in the posterior where the weights are), sample_stats (log_q, log_prior; log_ratio of the rates), constant_data
 (exact: the laws of guide and prior over widths and ranks, marginals, KL, and what is deployed; each projection's layer
-and type, to group by). Held-out rows are in predictions (label and probability, or mean; log_likelihood of the observed
-label) and predictions_constant_data (label, observed): there is no group log_likelihood, as `arviz.loo` would take its
-rows for training data and remove an influence that they never had. `arviz_compat.held_out_elpd` scores them.
+and type, to group by). Held-out rows are in predictions (what the kind of outcome predicts: label and probability, or
+mean; log_likelihood of the observed label) and predictions_constant_data (label, observed): there is no group
+log_likelihood, as `arviz.loo` would take its rows for training data and remove an influence that they never had.
+`arviz_compat.held_out_elpd` scores them.
 Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection, tensor, rung, rank, width,
-open_rank, component, law, weight, example, class. Tensors that a projection does not have are nan.
+open_rank, component, law, weight, example, and those of the kind of outcome (class). Tensors that a projection does not
+have are nan.
 """
 
 import json
@@ -34,10 +36,6 @@ _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "ranks": ("projection",),
     "rate": ("law",),
     "theta": ("weight",),
-    "probability": ("example", "class"),
-    "mean": ("example",),
-    "label": ("example",),
-    "labels": ("example", "class"),
     "log_likelihood": ("example",),
     "log_q_width": ("chain", "component", "projection", "tensor", "width"),
     "log_q_rank": ("chain", "component", "projection", "open_rank"),
@@ -55,7 +53,6 @@ _DIMS = {  # of a variable, after (chain, draw) where it is sampled
     "type": ("projection",),
 }
 _MOST_WEIGHTS = 10_000  # in a posterior.nc
-_NUMBERED = ("chain", "draw", "component")
 _SAID = {  # (long_name, units)
     "z": ("bit gate: 1 where the rung is open", ""),
     "g": ("rank gate: 1 where the rank is open", ""),
@@ -100,9 +97,9 @@ def to_arviz(
     """ArviZ data of a trained program: an InferenceData (ArviZ 0.x) or a DataTree (1.x), of one chain.
 
     draws: from `posterior.draw`. prediction: from `predict` with the same draws, for the example groups. labels: class
-    names. clipped (L, T): shares of values beyond their ranges, from `adapters.clipped`. theta (S, D): draws of the
-    weights, from `draw_weights`; more than 10,000 weights are left out. seed: of the prior's draws, of the rates and of
-    the predicted labels.
+    names, in place of the likelihood's. clipped (L, T): shares of values beyond their ranges, from `adapters.clipped`.
+    theta (S, D): draws of the weights, from `draw_weights`; more than 10,000 weights are left out. seed: of the prior's
+    draws, of the rates and of the predicted labels.
     Errors: ValueError where the prediction has another number of draws.
     """
     layout, S = program.net.layout, len(draws.z)
@@ -114,7 +111,7 @@ def to_arviz(
     }
     if clipped is not None:
         groups["constant_data"]["clipped"] = _array(clipped)[None]
-    coords = coordinates(layout)
+    coords, dims = coordinates(layout), dict(_DIMS)
     if (found := rates(program, S, seed=seed)) is not None:
         groups["posterior"]["rate"], groups["prior"]["rate"] = _chain(found.posterior), _chain(found.prior)
         groups["sample_stats"]["log_ratio"] = _chain(found.log_ratio)
@@ -129,19 +126,21 @@ def to_arviz(
         if len(prediction.outputs) != S:
             raise ValueError(f"prediction has {len(prediction.outputs)} draws, the gates {S}: use the same")
         groups |= _example_groups(prediction, seed)
-        coords["example"] = list(range(len(prediction.labels)))
-        coords["class"] = list(labels) or list(range(prediction.outputs.shape[-1]))
-    datasets = {name: _dataset(name, arrays, coords) for name, arrays in groups.items()}
+        coords |= {"example": list(range(len(prediction.labels)))} | prediction.likelihood.coords
+        coords |= {"class": list(labels)} if labels else {}
+        dims |= prediction.likelihood.dims
+    datasets = {name: _dataset(name, arrays, dims, coords) for name, arrays in groups.items()}
     datasets["constant_data"].attrs["layout"] = json.dumps(layout.to_dict())
     return container(datasets, {"created_by": "pyro_blora"})
 
 
-def _dataset(group: str, arrays: dict[str, np.ndarray], coords: dict[str, list]) -> xarray.Dataset:
+def _dataset(group: str, arrays: dict[str, np.ndarray], dims_of: dict, coords: dict[str, list]) -> xarray.Dataset:
+    """dims_of: dimensions by variable. Those without coordinates are numbered."""
     lead = ("chain", "draw") if group in SAMPLED else ()
     found = {}
     for name, array in arrays.items():
-        dims = lead + _DIMS.get(name, ())
-        known = {dim: range(array.shape[i]) if dim in _NUMBERED else coords[dim] for i, dim in enumerate(dims)}
+        dims = lead + dims_of.get(name, ())
+        known = {dim: coords.get(dim, range(array.shape[i])) for i, dim in enumerate(dims)}
         attrs = dict(zip(("long_name", "units"), _SAID.get(name, ()), strict=False))
         found[name] = xarray.DataArray(array, coords=known, dims=dims, attrs={k: v for k, v in attrs.items() if v})
     return xarray.Dataset(found)
@@ -203,10 +202,7 @@ def _constants(program: BayesianLoRA, layout: AdapterLayout) -> dict[str, np.nda
 
 def _example_groups(prediction: Prediction, seed: int) -> dict[str, dict[str, np.ndarray]]:
     generator = torch.Generator().manual_seed(seed)
-    found = prediction.likelihood.predicted(prediction.outputs, generator)
-    predicted = {name: _chain(x) for name, x in found.items()}
+    kind = prediction.likelihood
+    predicted = {name: _chain(x) for name, x in kind.predicted(prediction.outputs, generator).items()}
     predicted["log_likelihood"] = _chain(prediction.log_likelihood)
-    return {
-        "predictions": predicted,
-        "predictions_constant_data": {prediction.likelihood.observed: _array(prediction.labels)},
-    }
+    return {"predictions": predicted, "predictions_constant_data": {kind.observed: _array(prediction.labels)}}

@@ -1,6 +1,6 @@
 """A program linearized in its random weights at their mean: for Laplace, and for predictions under it.
 
-Shapes: B batch, C outputs, D random weights; Jacobians (B, C, D).
+Shapes: B batch, D random weights; `*` the outputs of an example, (C,) of a sequence; Jacobians (B, *, D).
 """
 
 import torch
@@ -12,10 +12,10 @@ from ..program import GateProgram
 
 
 def jacobians(program: GateProgram, inputs: dict, gates: Gates) -> tuple[Tensor, Tensor]:
-    """(Jacobians of the logits in theta at its mean (B, C, D), logits (B, C)), at given gates.
+    """(Jacobians of the logits in theta at its mean (B, *, D), logits (B, *)), at given gates.
 
-    theta is handed over once for each example, so that one backward pass a class gives all of them; where a projection
-    sees tensors that do not lead with the example (DeBERTa's positions), example by example.
+    theta is handed over once for each example, so that one backward pass an output gives all of them; where a
+    projection sees tensors that do not lead with the example (DeBERTa's positions), example by example.
     """
     B = len(next(iter(inputs.values())))
     if B > 1 and not _together(program, inputs):
@@ -24,8 +24,9 @@ def jacobians(program: GateProgram, inputs: dict, gates: Gates) -> tuple[Tensor,
     with torch.enable_grad():
         theta = program.weights.mean.detach().expand(B, -1).clone().requires_grad_()
         logits = program.logits(inputs, gates, theta)
-        each = [torch.autograd.grad(column.sum(), theta, retain_graph=True)[0] for column in logits.unbind(-1)]
-    return torch.stack(each, 1), logits.detach()
+        columns = logits.flatten(1).unbind(-1)
+        each = [torch.autograd.grad(column.sum(), theta, retain_graph=True)[0] for column in columns]
+    return torch.stack(each, 1).unflatten(1, logits.shape[1:]), logits.detach()
 
 
 def _together(program: GateProgram, inputs: dict) -> bool:

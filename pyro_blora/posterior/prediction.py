@@ -1,16 +1,20 @@
-"""Predictions averaged over draws of the gates and weights. Shapes: S draws, E examples, C classes."""
+"""Predictions averaged over draws of the gates and weights.
+
+Shapes: S draws, E examples; `*` what an example's answer has beyond that, see tasks/likelihoods.py.
+"""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..gates import Gates
 from ..program import GateProgram
-from ..tasks.likelihoods import Likelihood
+from ..tasks.likelihoods import IGNORED, Likelihood
 from .calibration import BINS, brier, ece
 from .draws import deployed, seeded
 from .jacobians import jacobians
@@ -23,8 +27,8 @@ _TOGETHER = 16  # batches that are asked for at the same gates, one after the ot
 class Prediction:
     """Predictions for E examples under S draws of the gates (or under the deployed allocation, S = 1).
 
-    outputs (S, E, C): what the likelihood averages over draws, probabilities or means; log_likelihood (S, E) in nats;
-    labels (E,), or as the likelihood has them.
+    outputs (S, E, *): what the likelihood averages over draws, probabilities or means; log_likelihood (S, E) in nats;
+    labels (E, *), as the likelihood scores them.
     """
 
     outputs: Tensor
@@ -43,8 +47,8 @@ class Prediction:
     @classmethod
     def joined(cls, parts: list["Prediction"]) -> "Prediction":
         """Examples of several predictions under the same draws, one after the other."""
-        outputs, log_likelihood = (torch.cat([getattr(p, x) for p in parts], 1) for x in ("outputs", "log_likelihood"))
-        return cls(outputs, log_likelihood, torch.cat([p.labels for p in parts]), parts[0].likelihood)
+        outputs, log_likelihood = (_joined([getattr(p, x) for p in parts], 1) for x in ("outputs", "log_likelihood"))
+        return cls(outputs, log_likelihood, _joined([p.labels for p in parts], 0, IGNORED), parts[0].likelihood)
 
     def of_draws(self, which: slice) -> "Prediction":
         """The same for some of the draws only."""
@@ -52,12 +56,12 @@ class Prediction:
 
     @property
     def mean(self) -> Tensor:
-        """(E, C) averaged over draws."""
+        """(E, *) averaged over draws."""
         return self.outputs.mean(0)
 
     @property
     def decision(self) -> Tensor:
-        """The answers, (E,) or as a label is."""
+        """The answers, (E, *) as the labels are."""
         return self.likelihood.decision(self.mean)
 
     @property
@@ -100,19 +104,47 @@ def predict(
     firsts = [(which == i).nonzero()[0].item() for i in range(int(which.max()) + 1)]
     first = Gates(gates.z[firsts], gates.g[firsts]), None if weights is None else weights[firsts]
     training, batches = program.training, iter(batches)
+    kind, scale = program.likelihood, program.log_scale.exp()
     parts, logits_of = [], _linearized if weights is not None and program.weights.linearized else _logits
     program.train(dropout_seed is not None)
     with seeded(program, dropout_seed or 0):
         while chunk := list(itertools.islice(batches, _TOGETHER)):
-            inputs, labels = [x for x, _ in chunk], torch.cat([y for _, y in chunk])
-            law = program.likelihood(logits_of(program, inputs, *first), scale=program.log_scale.exp())
-            outputs = program.likelihood.averaged(law)  # (distinct, E, C)
-            outputs, log_likelihood = outputs[which].cpu(), law.log_prob(labels)[which].cpu()
-            parts.append(Prediction(outputs, log_likelihood, labels.cpu(), program.likelihood))
+            inputs, labels = zip(*chunk, strict=True)
+            outputs, log_likelihood = _answers(kind, scale, logits_of(program, inputs, *first), labels)
+            scored = _joined([kind.scored(y) for y in labels], 0, IGNORED)
+            parts.append(Prediction(outputs[which].cpu(), log_likelihood[which].cpu(), scored.cpu(), kind))
     program.train(training)
     if not parts:
         raise ValueError("there are no examples to predict")
     return Prediction.joined(parts)
+
+
+def _answers(
+    kind: Likelihood, scale: Tensor, logits: Iterator[Iterable[Tensor]], labels: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(what is averaged (S, E, *), log-likelihood (S, E)) of the logits of each batch at each draw."""
+
+    def of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        law = kind(x, scale=scale)
+        return kind.averaged(law, y), law.log_prob(y)
+
+    if kind.one_row:
+        return of(torch.stack([torch.cat([*each]) for each in logits]), torch.cat([*labels]))
+    found = []  # batch by batch: those of a vocabulary are large
+    for each in logits:
+        outputs, scores = zip(*(of(x, y) for x, y in zip(each, labels, strict=True)), strict=True)
+        found.append((_joined(outputs, 0), torch.cat(scores)))
+    return tuple(torch.stack(x) for x in zip(*found, strict=True))
+
+
+def _joined(parts: Sequence[Tensor], dim: int, fill: float = 0.0) -> Tensor:
+    """One after the other along a dimension, the others filled up to the longest."""
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in parts), strict=True)]
+    missing = [[(0, n - m) for n, m in zip(shape, x.shape, strict=True)] for x in parts]
+    for pairs in missing:
+        pairs[dim] = (0, 0)
+    pads = ([end for pair in reversed(pairs) for end in pair] for pairs in missing)
+    return torch.cat([F.pad(x, pad, value=fill) if any(pad) else x for x, pad in zip(parts, pads, strict=True)], dim)
 
 
 def _distinct(*draws: Tensor) -> Tensor:
@@ -120,19 +152,26 @@ def _distinct(*draws: Tensor) -> Tensor:
     return torch.unique(torch.cat([x.flatten(1).float() for x in draws], -1), dim=0, return_inverse=True)[1]
 
 
-def _logits(program: GateProgram, batches: list[dict], gates: Gates, weights: Tensor | None) -> Tensor:
-    """(S, E, C) at each draw."""
-    each = zip(*gates, [None] * len(gates.z) if weights is None else weights, strict=True)
-    return torch.stack([torch.cat(program.each_logits(batches, Gates(z, g), w)) for z, g, w in each])
+def _logits(
+    program: GateProgram, batches: Sequence[dict], gates: Gates, weights: Tensor | None
+) -> Iterator[Iterable[Tensor]]:
+    """At each draw those of each batch, (B, *)."""
+    for z, g, theta in zip(*gates, [None] * len(gates.z) if weights is None else weights, strict=True):
+        yield program.each_logits(batches, Gates(z, g), theta)
 
 
-def _linearized(program: GateProgram, batches: list[dict], gates: Gates, weights: Tensor) -> Tensor:
-    """(S, E, C) of the network linearized in its weights at their mean, at each draw's gates."""
-    shift, which, found = weights - program.weights.mean, _distinct(*gates), []
+def _linearized(
+    program: GateProgram, batches: Sequence[dict], gates: Gates, weights: Tensor
+) -> Iterator[Iterable[Tensor]]:
+    """The same of the network linearized in its weights at their mean, at each draw's gates."""
+    shift, which = weights - program.weights.mean, _distinct(*gates)
+    found: list[list[Tensor]] = [[] for _ in which]
     for i in range(int(which.max()) + 1):
         mine = (which == i).nonzero().squeeze(-1)
         at = Gates(gates.z[mine[0]], gates.g[mine[0]])
-        pairs = (jacobians(program, inputs, at) for inputs in batches)
-        found.append((mine, torch.cat([f + torch.einsum("bcd,sd->sbc", J, shift[mine]) for J, f in pairs], 1)))
-    order = torch.cat([mine for mine, _ in found]).argsort()
-    return torch.cat([logits for _, logits in found])[order]
+        for inputs in batches:
+            J, logits = jacobians(program, inputs, at)
+            moved = torch.einsum("bcd,sd->sbc", J.flatten(1, -2), shift[mine])
+            for draw, change in zip(mine.tolist(), moved, strict=True):
+                found[draw].append(logits + change.view_as(logits))
+    yield from found

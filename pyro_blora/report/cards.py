@@ -10,6 +10,7 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
     low, high = bops["interval"]
     name, ece, at_mode = metric["name"], summary["ece"]["value"], summary["deployed"]
     chance = beside(summary, "ece", "chance")
+    none = summary.get("no_confidence", "no confidence")  # older ones do not say why
     remark = f"{summary['ece']['bins']} bins" + (f"; by chance up to {chance['high']:.4f}" if chance else "")
     verdict = "; nothing was learned" if nothing_learned(summary) else ""
     return [
@@ -17,7 +18,7 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
          f"{_error(summary, name)}{_constant(summary, name)}deployed {of_score(at_mode, name)}{verdict}"),
         ("NLL", f"{summary['nll']:.4f}",
          f"{_error(summary, 'nll')}{_constant(summary, 'nll')}deployed {of_score(at_mode, 'nll')}; nats per example"),
-        ("ECE", "-" if ece is None else f"{ece:.4f}", "regression: no confidence" if ece is None else remark),
+        ("ECE", "-" if ece is None else f"{ece:.4f}", none if ece is None else remark),
         (
             "E[BOPs]",
             f"{bops['adapted_ratio']:.2%}",

@@ -3,6 +3,7 @@
 Summaries of older versions have no `beside` (what every score is read beside): it is computed from the predictions.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -22,9 +23,8 @@ from ..files import require_whole
 from ..posterior.arviz_compat import group, read
 from ..posterior.calibration import chance_level
 from ..posterior.gate_posterior import Posterior
-from ..tasks.categorical import Categorical
 from ..tasks.likelihoods import Likelihood
-from ..tasks.normal import Normal
+from ..tasks.outcomes import kind_of, older_kind
 from ..user_files import load_json, open_text, read_json
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -129,11 +129,14 @@ class RunFiles:
                 self._complete()
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):  # none, or of other types
                 self.summary.pop("beside", None)
+        if "constant_answer" not in self.summary:
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                self.summary["constant_answer"] = self.likelihood.constant
 
     def _complete(self) -> None:
         """What newer versions have in a summary: `beside`, of what is averaged and of what is deployed."""
         summary, table = self.summary, self.predictions
-        labels, kind = table["label"].to_numpy(), _likelihood_of(table)
+        labels, kind = table["label"].to_numpy(), self.likelihood
         mean = kind.read(table).numpy() if kind.has_confidence else None
         decision, log_scores = table["decision"].to_numpy(), table["log_likelihood"].to_numpy()
         found = baselines.beside(
@@ -190,13 +193,18 @@ class RunFiles:
     @property
     def probabilities(self) -> pd.DataFrame:
         """(E, C), a column a class in the order of the labels.  Errors: ValueError for a task without classes."""
-        columns = [name for name in self.predictions if name.startswith("p_")]
-        if not columns:
+        found = None if self.likelihood is None else self.likelihood.probabilities(self.predictions)
+        if found is None:
             raise ValueError("This task has no classes: there is no confidence to calibrate.")
-        return self.predictions[columns]
+        return found
 
+    @cached_property
+    def likelihood(self) -> Likelihood | None:
+        """The kind of its outcome; None for one that is not registered in this process."""
+        return kind_of(self.summary["outcome"]) if "outcome" in self.summary else older_kind(self.predictions)
 
-def _likelihood_of(table: pd.DataFrame) -> Likelihood:
-    """Of the predictions of an older run, which had one of two."""
-    names = tuple(name.removeprefix("p_") for name in table if name.startswith("p_"))
-    return Categorical(names) if names else Normal(float(table["label"].min()) - 1, float(table["label"].max()) + 1)
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Titles of sections that mean nothing for it."""
+        kind = kind_of(self.summary.get("outcome", {}))
+        return () if kind is None else kind.left_out

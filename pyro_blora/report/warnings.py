@@ -82,8 +82,7 @@ def _beside_constant(summary: dict, name: str) -> str:
 
 def _frequencies(summary: dict) -> str:
     constant = beside(summary, "nll", "constant")
-    older = "label frequencies" if _has_ece(summary) else "one normal distribution for all"  # which did not say it
-    what = summary.get("constant_answer", older)
+    what = summary.get("constant_answer", "label frequencies")
     return "" if constant is None else f" ({what}: {constant:.3f})"
 
 

@@ -12,8 +12,9 @@ from .demo.acceptability import ACCEPTABILITY
 from .glue import GLUE
 from .multi_label import MultiLabel
 from .pairs import PAIRS
+from .token_labels import TokenLabels
 
-__all__ = ["MultiLabel", "Task", "get_task", "register_task", "task_names"]
+__all__ = ["MultiLabel", "Task", "TokenLabels", "get_task", "register_task", "task_names"]
 
 _TASKS: dict[str, Task] = {task.name: task for task in (ACCEPTABILITY, *GLUE, PAIRS)}
 

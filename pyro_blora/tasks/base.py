@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ class Task:
     kind: Likelihood | None = None
     """Of the outcome, such as `MultiLabel(names)`; None for that of labels (classes) or label_range (a number)."""
     make_metric: Callable[[], evaluate.Metric] | None = None
-    """Builds the metric; None takes the `GlueScore` of the task's name, so a task of another name needs one."""
+    """Builds the metric; None takes the `GlueScore` of the task's name, and for other names that of the kind."""
 
     def __post_init__(self) -> None:
         if isinstance(self.text_columns, str) or len(self.text_columns) not in (1, 2):
@@ -72,8 +72,6 @@ class Task:
 
         Errors: ValueError naming what is missing or fails, and the remedy.
         """
-        from .glue_metric import SCORES  # now, as evaluate takes seconds to import
-
         where = f"task {self.name!r}"
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"{where}: a name must be a word, as it is given to --task")
@@ -81,12 +79,6 @@ class Task:
             inspect.signature(self.load).bind(glue_dir=None, seed=0, n_train=None)
         except TypeError as error:
             raise ValueError(f"{where}: load({error}): define load(*, glue_dir=None, seed=0, n_train=None)") from None
-        if self.make_metric is None and self.name not in SCORES:
-            raise ValueError(
-                f"{where} has no make_metric: give a function that returns an evaluate.Metric, such as "
-                f"make_metric=lambda: {self.likelihood.metric} with {self.likelihood.metric.partition('(')[0]} of "
-                "pyro_blora.tasks.glue_metric"
-            )
         perfect = self.likelihood.examples
         try:
             scores = self.metric().compute(predictions=perfect, references=perfect)
@@ -105,9 +97,11 @@ class Task:
 
     def metric(self) -> evaluate.Metric:
         """A fresh metric; predictions are decisions, as the labels are."""
-        from .glue_metric import GlueScore
+        if self.make_metric:
+            return self.make_metric()
+        from .glue_metric import SCORES, GlueScore  # now, as evaluate takes seconds to import
 
-        return self.make_metric() if self.make_metric else GlueScore(self.name)
+        return GlueScore(self.name) if self.name in SCORES else self.likelihood.metric()
 
     def validate(
         self, splits: Mapping[str, datasets.Dataset], *, source: str = "the data"
@@ -127,23 +121,13 @@ class Task:
             if missing:
                 raise ValueError(f"{where} lacks the columns {missing}; it has {rows.column_names}: rename in load")
             labels = rows.select_columns(["label"]).with_format("numpy")[:]["label"]
-            wrong = self._wrong(labels)
+            wrong = np.flatnonzero(~self.likelihood.allows(labels))
             if wrong.size:
                 row = int(wrong[0])
                 raise ValueError(
                     f"{where}, row {row} has label {labels[row]}; {self.allowed_labels}: correct it or drop it"
                 )
         return dict(splits)
-
-    def _wrong(self, labels: Sequence) -> np.ndarray:
-        """Rows whose label is none."""
-        try:
-            return np.flatnonzero(~self.likelihood.allows(np.asarray(labels, dtype=np.float64)))
-        except ValueError:  # lists of several lengths, or words
-            lengths = [np.size(label) for label in labels]
-            usual = max(set(lengths), key=lengths.count)
-            other = [length != usual for length in lengths]
-            return np.flatnonzero(other if any(other) else np.ones(len(labels), dtype=bool))
 
     @property
     def allowed_labels(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,21 +12,25 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_PAD_TO = 8  # lengths in steps of eight: few shapes, and what tensor cores like
+    from .base import Task
+
+Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
 _POOL = 50  # batches that are sorted by length together, or a quarter of the epoch's, as in transformers' Trainer
 
 
-def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int):
-    """Token ids and labels, sentences cut at max_length tokens; sentence pairs are joined as the tokenizer does."""
+def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int):
+    """Token ids and labels, as the task's kind of outcome has them (`Likelihood.encode`)."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+    columns, kind = list(task.text_columns), task.likelihood
+
     def encode(batch: dict) -> dict:
-        return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+        return kind.encode(tokenizer, batch, task.text_columns, max_length)
 
     kept, bars = rows.select_columns([*columns, "label"]), is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        return kept.map(encode, batched=True, remove_columns=list(columns), keep_in_memory=True)
+        return kept.map(encode, batched=True, remove_columns=columns, keep_in_memory=True)
     finally:
         if bars:
             enable_progress_bar()
@@ -78,31 +82,27 @@ def epoch_order(
     return batches if lengths is None else [batches[i] for i in torch.randperm(count, generator=generator).tolist()]
 
 
-def loader(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batches: list[list[int]]) -> DataLoader:
-    from transformers import DataCollatorWithPadding
-
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=_PAD_TO)
+def loader(rows: datasets.Dataset, collate: Collate, batches: list[list[int]]) -> DataLoader:
+    """collate: of the task's kind of outcome, `Likelihood.collator(tokenizer)`."""
     # pinned memory is copied to a GPU while the host goes on
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
 
 
-def first_inputs(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, count: int = 4) -> dict[str, torch.Tensor]:
+def first_inputs(rows: datasets.Dataset, collate: Collate, count: int = 4) -> dict[str, torch.Tensor]:
     """What the backbone takes of the first rows, as one batch."""
-    batch = next(iter(loader(rows, tokenizer, [[*range(min(count, len(rows)))]])))
+    batch = next(iter(loader(rows, collate, [[*range(min(count, len(rows)))]])))
     return split_labels(batch, torch.device("cpu"))[0]
 
 
-def by_length(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> tuple[DataLoader, torch.Tensor]:
+def by_length(rows: datasets.Dataset, collate: Collate, batch_size: int) -> tuple[DataLoader, torch.Tensor]:
     """Every row once, long ones first so that little is padded, for evaluation; and the rows' numbers in that order."""
     batches = batches_by_length(rows, batch_size)
-    return loader(rows, tokenizer, batches), torch.tensor([i for batch in batches for i in batch])
+    return loader(rows, collate, batches), torch.tensor([i for batch in batches for i in batch])
 
 
 def lengths_of(rows: datasets.Dataset) -> list[int]:
-    """Tokens of each row."""
-    return [len(tokens) for tokens in rows["input_ids"]]
+    """Tokens of each row; of its longest part, where it has several."""
+    return [max(map(len, row)) if row and isinstance(row[0], list) else len(row) for row in rows["input_ids"]]
 
 
 def batches_by_length(rows: datasets.Dataset, batch_size: int) -> list[list[int]]:
@@ -113,7 +113,7 @@ def batches_by_length(rows: datasets.Dataset, batch_size: int) -> list[list[int]
 
 
 def split_labels(batch: dict, device: torch.device) -> tuple[dict, torch.Tensor]:
-    """(what the backbone takes, labels (B,)), on a device."""
+    """(what the backbone takes, labels (B, *)), on a device."""
     inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return inputs, inputs.pop("labels")
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .likelihoods import Likelihood, register_likelihood
+from .likelihoods import Likelihood, numbers, register_likelihood
 
 if TYPE_CHECKING:
     import datasets
+    import evaluate
     import pandas as pd
 
 
@@ -25,6 +27,7 @@ class Categorical(Likelihood):
     names: tuple[str, ...]
     problem_type = "single_label_classification"
     has_confidence = True
+    dims: ClassVar = {"label": ("example",), "probability": ("example", "class")}
     curvature = "classification"
 
     def __post_init__(self) -> None:
@@ -46,7 +49,7 @@ class Categorical(Likelihood):
         return dist.Categorical(logits=logits.float())
 
     def allows(self, labels: np.ndarray) -> np.ndarray:
-        return np.isin(labels, np.arange(self.outputs))
+        return np.isin(numbers(labels), np.arange(self.outputs))
 
     @property
     def allowed_labels(self) -> str:
@@ -62,7 +65,12 @@ class Categorical(Likelihood):
     def examples(self) -> list:
         return [*range(self.outputs)] * 2
 
-    def averaged(self, distribution: dist.Distribution) -> Tensor:
+    def reader(self, by_name: bool) -> tuple[Callable[[str], int], str]:
+        written = self.names if by_name else map(str, range(self.outputs))
+        allowed = "allowed are " + ", ".join(self.names) if by_name else self.allowed_labels
+        return {label: index for index, label in enumerate(written)}.__getitem__, allowed
+
+    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
         return distribution.probs
 
     def decision(self, mean: Tensor) -> Tensor:
@@ -73,11 +81,17 @@ class Categorical(Likelihood):
         return {f"p_{label}": mean[:, index].numpy() for index, label in enumerate(self.names)}
 
     def read(self, table: pd.DataFrame) -> Tensor:
-        return torch.tensor(table[[name for name in table if name.startswith("p_")]].to_numpy())
+        return torch.tensor(self.probabilities(table).to_numpy())
 
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         label = torch.multinomial(outputs.flatten(0, 1), 1, generator=generator).view(outputs.shape[:2]).short()
         return {"label": label, "probability": outputs}
+
+    def metric(self) -> evaluate.Metric:
+        """The accuracy."""
+        from .glue_metric import GlueScore  # now, as evaluate takes seconds
+
+        return GlueScore("sst2")
 
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
         return [np.full(len(labels), c) for c in np.flatnonzero(np.bincount(labels, minlength=self.classes))]
@@ -87,6 +101,22 @@ class Categorical(Likelihood):
 
     def right(self, decision: Tensor, labels: Tensor) -> float | None:
         return float((decision == labels).double().mean())
+
+    def probabilities(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table[[f"p_{label}" for label in self.names]]
+
+    def worst(self, table: pd.DataFrame, count: int) -> tuple[str, pd.DataFrame]:
+        answers = ("idx", "label", "decision", "deployed_decision")
+        text = [name for name in table if table[name].dtype.kind not in "fiub" and name not in answers]
+        confidence = self.probabilities(table).max(axis=1)
+        wrong = table.assign(confidence=confidence)[table["decision"] != table["label"]]
+        worst = wrong.sort_values("confidence", ascending=False).head(count)
+        label, answer = (worst[column].map(lambda i: self.names[int(i)]) for column in ("label", "decision"))
+        shown = worst[text].assign(label=label, answer=answer, confidence=worst["confidence"].map("{:.3f}".format))
+        return f"{len(wrong)} of {len(table)} answers are wrong; these are the most confident.", shown
+
+    def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        return self.in_eigenbasis(logits, scale)
 
     def gauss_newton_rows(self, J: Tensor, logits: Tensor) -> Tensor:
         """H of softmax probabilities p is diag(p) - p p^T."""

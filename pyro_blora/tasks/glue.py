@@ -9,7 +9,7 @@ two.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,7 @@ def read_release_file(name: str, path: Path) -> datasets.Dataset:
 
     task, release = TASKS[name], RELEASES[name]
     texts, labels, malformed, left_out = {column: [] for column in task.text_columns}, [], 0, []
-    read_label = _label_reader(task, release)
+    read_label, allowed = task.likelihood.reader(release.words)
     with open_text(path) as file:
         rows = ((number, line.rstrip("\n").split("\t")) for number, line in enumerate(file, start=1) if line != "\n")
         width, (*text_places, label_place) = _locate(release, path, rows)
@@ -136,7 +136,7 @@ def read_release_file(name: str, path: Path) -> datasets.Dataset:
             try:
                 labels.append(read_label(written))
             except (KeyError, ValueError):
-                fault = f"label {written!r}; {_allowed(task, release)}"
+                fault = f"label {written!r}; {allowed}"
                 if len(fields) != width:
                     fault = f"{len(fields)} fields, expected {width}"
                 raise ValueError(f"{path}, line {number}: {fault}; {REMEDY}") from None
@@ -156,25 +156,6 @@ def _locate(release: Release, path: Path, rows: Iterator[tuple[int, list[str]]])
     label = next((column for column in release.label if column in header), release.label[0])
     require_header(path, header, (*release.texts, label), REMEDY)
     return len(header), [header.index(column) for column in (*release.texts, label)]
-
-
-def _label_reader(task: Task, release: Release) -> Callable[[str], int | float]:
-    """Turns a label as written into the task's; raises KeyError or ValueError for any other."""
-    if not task.labels:
-        return partial(_number_within, *task.label_range)
-    written = task.labels if release.words else map(str, range(task.num_labels))
-    return {label: index for index, label in enumerate(written)}.__getitem__
-
-
-def _number_within(low: float, high: float, text: str) -> float:
-    value = float(text)
-    if not low <= value <= high:  # NaN too
-        raise ValueError(text)
-    return value
-
-
-def _allowed(task: Task, release: Release) -> str:
-    return "allowed are " + ", ".join(task.labels) if release.words else task.allowed_labels
 
 
 def _features(task: Task) -> datasets.Features:

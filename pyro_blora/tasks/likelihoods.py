@@ -1,47 +1,57 @@
 """Kinds of outcome: everything that depends on what is predicted is asked of one object, a `Likelihood`.
 
-    categorical.py   one of several classes
-    normal.py        a number in a range
-    multi_label.py   any of several labels
+    categorical.py    one of several classes
+    normal.py         a number in a range
+    multi_label.py    any of several labels
 
-A task has one; a kind of one's own is a subclass with `@register_likelihood("name")`. Nothing outside this folder asks
-which kind it is.
-Shapes: S draws, E examples, B batch, C outputs of the head.
+A task has one; a kind of one's own is a subclass with `@register_likelihood("name")`, in a file of its own. Nothing
+outside this folder asks which kind it is.
+Shapes: S draws, E examples, B batch, C outputs of the head. `*` stands for what an example has beyond that: nothing for
+one class, (C,) for several labels, (T,) for a label of every token.
 """
 
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from ..registry import Registry
+from .heads import Head
 
 if TYPE_CHECKING:
     import datasets
     import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
 LIKELIHOODS = Registry("likelihood")
 register_likelihood = LIKELIHOODS.register
+IGNORED = -100  # a label where nothing is asked, as in transformers; labels are padded with it
+PAD_TO = 8  # lengths in steps of eight: few shapes, and what tensor cores like
 
 
 class Likelihood(abc.ABC):
-    """The distribution of a label given the head's outputs, and what follows from it.
+    """The distribution of an example's label given the network's output, and what follows from it.
 
     names: of the head's outputs, which are the model's `id2label`; () where they have none.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
-    problem_type: ClassVar[str]  # in transformers
-    metric: ClassVar[str] = "GlueScore('sst2')"  # one of glue_metric.py that serves, as a task would make it
+    head: ClassVar[Head] = Head()
+    problem_type: ClassVar[str | None] = None  # in transformers, where it has a word for it
     constant: ClassVar[str] = "label frequencies"  # in words, what the best constant answer says
-    observed: ClassVar[str] = "label"  # of ArviZ's constant data; posterior/arviz.py has its dimensions
+    averages: ClassVar[str] = "predicted probabilities"  # in words, what is averaged over draws
     has_confidence: ClassVar[bool] = False  # one probability of being right: ECE, temperature, selection mean something
+    no_confidence: ClassVar[str] = "no single confidence"  # in words, why not
     curvature: ClassVar[str | None] = None  # laplace-torch's name of the likelihood; None: it has none
+
+    one_row: ClassVar[bool] = True  # whether an example has one row of logits, (C,), as many in every batch
 
     @property
     @abc.abstractmethod
@@ -50,13 +60,35 @@ class Likelihood(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
-        """Of the labels, in float32 whatever the autocast.  logits (..., C), scale () > 0 -> batch shape (...)"""
+        """Of the labels, in float32 whatever the autocast.  logits (..., B, *, C), scale () > 0 -> batch shape (..., B)
+
+        Its `log_prob` takes labels as the collator makes them, and leaves out those that are IGNORED.
+        """
+
+    # --- head ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        """The kind in a word, for messages."""
+        return self.problem_type or type(self).__name__
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        """Fields of the model's configuration that its head is built from."""
+        return {"num_labels": self.outputs, "problem_type": self.problem_type}
+
+    def card(self, labels: Sequence[str]) -> str:
+        """How the outputs of an exported model are read, in a sentence; labels: their names in the exported model."""
+        return f"Its outputs are the logits of {', '.join(f'`{x}`' for x in labels)}, in this order." if labels else ""
 
     # --- labels -------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def allows(self, labels: np.ndarray) -> np.ndarray:
-        """(E, ...) -> (E,) bool, False for whatever is no label; nan never is one."""
+        """(E,) bool, False for whatever is no label; nan never is one.
+
+        labels: the column `label` of a task's rows; of lists of several lengths, an array of them.
+        """
 
     @property
     @abc.abstractmethod
@@ -73,35 +105,86 @@ class Likelihood(abc.ABC):
     def examples(self) -> list:
         """Some labels, every kind of them, to try a metric on."""
 
+    def reader(self, by_name: bool) -> tuple[Callable[[str], Any], str]:
+        """(what turns a label as a text file has it into one, the allowed ones in words).
+
+        by_name: labels are written as names; else as the numbers that they are. The function raises KeyError or
+        ValueError for any other text. Errors: NotImplementedError where a label is no single word.
+        """
+        raise NotImplementedError(f"a label of kind {self.title} is not read from one column of text")
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, list], columns: tuple[str, ...], max_length: int
+    ) -> dict[str, list]:
+        """Token ids of rows, cut at max_length; sentence pairs are joined as the tokenizer does.
+
+        Where labels belong to tokens, also the column `label` anew.
+        """
+        return tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], dict[str, Tensor]]:
+        """What makes a batch of encoded rows: the network's inputs, and `labels`."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO)
+
     # --- predictions --------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def averaged(self, distribution: dist.Distribution) -> Tensor:
-        """What is averaged over draws: probabilities, or a mean.  -> (..., C)"""
+    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
+        """What is kept of every draw and averaged over draws: probabilities, or a mean.  -> (..., B, *)
+
+        labels: of the batch, which say where something is asked. Sizes of `*` may differ between batches: shorter ones
+        are padded with 0.
+        """
+
+    def scored(self, labels: Tensor) -> Tensor:
+        """A batch's labels, laid out as `averaged` is; shorter ones are padded with IGNORED."""
+        return labels
 
     @abc.abstractmethod
     def decision(self, mean: Tensor) -> Tensor:
-        """The answer at averages (E, C) -> (E,), or as a label is."""
+        """The answer at averages (E, *), as `scored` labels are."""
+
+    def cells(self, answers: Tensor) -> np.ndarray | list:
+        """Decisions as a column of predictions.parquet: one value, or one list, an example."""
+        return answers.numpy() if answers.dim() == 1 else answers.tolist()
 
     @abc.abstractmethod
-    def columns(self, outputs: Tensor) -> dict[str, np.ndarray]:
-        """Columns of predictions.parquet beside the decision.  (S, E, C)"""
+    def columns(self, outputs: Tensor) -> dict[str, np.ndarray | list]:
+        """Columns of predictions.parquet beside the decision.  (S, E, *)"""
 
     @abc.abstractmethod
     def read(self, table: pd.DataFrame) -> Tensor:
-        """The averages (E, C) from such a table."""
+        """The averages (E, *) from such a table."""
+
+    # --- ArviZ --------------------------------------------------------------------------------------------------------
+
+    observed: ClassVar[str] = "label"  # variable of predictions_constant_data: the labels
+    dims: ClassVar[dict[str, tuple[str, ...]]]  # of `observed`, and after (chain, draw) of what `predicted` returns
 
     @abc.abstractmethod
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Variables of ArviZ's group `predictions`, by a name that posterior/arviz.py has dimensions for.  (S, E, C)"""
+        """Variables of ArviZ's group `predictions`.  (S, E, *)"""
+
+    @property
+    def coords(self) -> dict[str, list]:
+        """Coordinates of those dimensions that have names; others are numbered."""
+        return {"class": list(self.names)} if self.names else {}
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
     classes: ClassVar[int] = 0  # of scores that baselines.py computes itself; 0: values
 
     @abc.abstractmethod
+    def metric(self) -> Any:
+        """What scores decisions where a task names nothing else: it has compute(predictions=, references=)."""
+
+    @abc.abstractmethod
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Answers that are the same for every example, among which is the best one: each as the labels."""
+        """Answers that are the same for every example, among which is the best one: each as the scored labels."""
 
     @abc.abstractmethod
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
@@ -112,8 +195,52 @@ class Likelihood(abc.ABC):
         return None
 
     def details(self, mean: Tensor, labels: Tensor) -> dict:
-        """What else a summary says of predictions."""
+        """What else a summary says of predictions.  (E, *)
+
+        `tables` among it, rows by caption, are shown in the report: {"Scores by label": [{"label": ..., "f1": ...}]}.
+        """
         return {}
+
+    # --- report -------------------------------------------------------------------------------------------------------
+
+    left_out: ClassVar[tuple[str, ...]] = ()  # titles of the report's sections that mean nothing here
+
+    def probabilities(self, table: pd.DataFrame) -> pd.DataFrame | None:
+        """(E, C) of predictions.parquet, a column a class in the order of the labels; None without a confidence."""
+        return None
+
+    def worst(self, table: pd.DataFrame, count: int) -> tuple[str, pd.DataFrame]:
+        """(a sentence, the examples of predictions.parquet that went most wrong)."""
+        return least_expected(table, count)
+
+    # --- the gates' start ---------------------------------------------------------------------------------------------
+
+    def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        """Random v, of the logits' shape, with E[v v'] = the Fisher information of an example's label about its logits.
+
+        labels: where something is asked; what they are is not looked at. Here v is the slope of the log-probability of
+        a label that is drawn from the distribution itself; a kind whose outputs are independent groups along the last
+        dimension has less noise in `in_eigenbasis`.
+        """
+        with torch.enable_grad():
+            here = logits.detach().clone().requires_grad_()
+            law = self(here, scale=scale)
+            (slope,) = torch.autograd.grad(law.log_prob(law.sample()).sum(), here)
+        return slope
+
+    def in_eigenbasis(self, logits: Tensor, scale: Tensor) -> Tensor:
+        """Such directions where groups of outputs along the last dimension are independent.  (..., C) -> (..., C)
+
+        Of signs in the eigenbasis: for two classes v v' is the Fisher information itself, without any noise.
+        """
+        with torch.enable_grad():
+            here = logits.clone().requires_grad_()
+            divergence = kl_divergence(self(logits, scale=scale), self(here, scale=scale))
+            (slope,) = torch.autograd.grad(divergence.sum(), here, create_graph=True)
+            columns = [torch.autograd.grad(column.sum(), here, retain_graph=True)[0] for column in slope.unbind(-1)]
+        values, vectors = torch.linalg.eigh(torch.stack(columns, -1))
+        signs = torch.randint(0, 2, values.shape, device=values.device) * 2 - 1
+        return (vectors @ (values.clamp(min=0.0).sqrt() * signs)[..., None]).squeeze(-1)
 
     # --- curvature (Laplace) ------------------------------------------------------------------------------------------
 
@@ -130,14 +257,9 @@ class Likelihood(abc.ABC):
 
         J (B, C, D), logits (B, C).   Errors: ValueError where laplace-torch has no such likelihood.
         """
-        raise ValueError(f"weights 'laplace' has no curvature for {self.problem_type}: choose other --weights")
+        raise ValueError(f"weights 'laplace' has no curvature for {self.title}: choose other --weights")
 
-    # --- words --------------------------------------------------------------------------------------------------------
-
-    @property
-    def card(self) -> str:
-        """How the outputs of an exported model are read; empty where their names say it."""
-        return ""
+    # --- checks -------------------------------------------------------------------------------------------------------
 
     def require_outputs(self, logits: Tensor) -> None:
         if logits.shape[-1] != self.outputs:
@@ -145,3 +267,21 @@ class Likelihood(abc.ABC):
                 f"the likelihood needs logits of shape (..., {self.outputs}), not {tuple(logits.shape)}: build the "
                 f"head with num_labels={self.outputs}"
             )
+
+
+def numbers(labels: np.ndarray) -> np.ndarray:
+    """(E,) float64 of labels that should be one number each; nan for those that are something else."""
+    try:
+        found = np.asarray(labels, dtype=np.float64)
+    except (TypeError, ValueError):  # words, or lists of several lengths
+        found = np.array([x if isinstance(x, int | float | np.number) else np.nan for x in labels], dtype=np.float64)
+    return found if found.ndim == 1 else np.full(len(found), np.nan)
+
+
+def least_expected(table: pd.DataFrame, count: int) -> tuple[str, pd.DataFrame]:
+    """The examples of predictions.parquet whose labels had the lowest probability, of whatever kind they are."""
+    answers = ("idx", "label", "decision", "deployed_decision")
+    own = table.columns[: list(table.columns).index("decision")]
+    text = [name for name in own if table[name].dtype.kind not in "fiub" and name not in answers]
+    worst = table.sort_values("log_likelihood").head(count)
+    return "The examples whose value was least expected.", worst[[*text, "label", "decision"]].round(2)

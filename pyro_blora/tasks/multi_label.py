@@ -1,14 +1,14 @@
 """Any of several labels: independent Bernoullis, one an output of the head.
 
-Such a task is `Task(kind=MultiLabel(("angry", "sad")), make_metric=LabelF1, metric_name="micro_f1", ...)` with
-LabelF1 of glue_metric.py; its column `label` has a list of 0 and 1, one for every label, in their order.
+Such a task is `Task(kind=MultiLabel(("angry", "sad")), metric_name="micro_f1", ...)`; its column `label` has a list of
+0 and 1, one for every label, in their order.
 Shapes: S draws, E examples, C labels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
@@ -19,6 +19,7 @@ from .likelihoods import Likelihood, register_likelihood
 
 if TYPE_CHECKING:
     import datasets
+    import evaluate
     import pandas as pd
 
 _SMOOTHED = 0.5  # of an example, for frequencies of labels that all or none have: Jeffreys
@@ -36,8 +37,10 @@ class MultiLabel(Likelihood):
 
     names: tuple[str, ...]
     problem_type = "multi_label_classification"
+    no_confidence = "several labels: no single confidence"
+    left_out = ("Calibration",)
     observed = "labels"
-    metric = "LabelF1()"
+    dims: ClassVar = {"labels": ("example", "class"), "probability": ("example", "class")}
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or len(self.names) < 2 or len(set(self.names)) < len(self.names):
@@ -52,9 +55,9 @@ class MultiLabel(Likelihood):
         return dist.Independent(_Bernoulli(logits=logits.float()), 1)
 
     def allows(self, labels: np.ndarray) -> np.ndarray:
-        if labels.ndim != 2 or labels.shape[1] != self.outputs:
-            return np.zeros(len(labels), dtype=bool)
-        return np.isin(labels, (0, 1)).all(1)
+        if labels.ndim == 2 and labels.shape[1] == self.outputs:
+            return np.isin(labels, (0, 1)).all(1)
+        return np.array([np.shape(x) == (self.outputs,) and bool(np.isin(x, (0, 1)).all()) for x in labels])
 
     @property
     def allowed_labels(self) -> str:
@@ -71,7 +74,7 @@ class MultiLabel(Likelihood):
         each = np.eye(self.outputs, dtype=int)
         return [*each.tolist(), *(1 - each).tolist()]
 
-    def averaged(self, distribution: dist.Distribution) -> Tensor:
+    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
         return distribution.base_dist.probs
 
     def decision(self, mean: Tensor) -> Tensor:
@@ -87,6 +90,12 @@ class MultiLabel(Likelihood):
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {"labels": torch.bernoulli(outputs, generator=generator).short(), "probability": outputs}
 
+    def metric(self) -> evaluate.Metric:
+        """Micro and macro F1, and the share of exact matches."""
+        from .glue_metric import LabelF1  # now, as evaluate takes seconds
+
+        return LabelF1()
+
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
         """Every number of the most frequent labels: the best for F1 is among them, and that of each label alone."""
         order = np.argsort(-labels.mean(0), kind="stable")
@@ -96,6 +105,9 @@ class MultiLabel(Likelihood):
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
         shares = (labels.sum(0) + _SMOOTHED) / (len(labels) + 2 * _SMOOTHED)
         return (labels * np.log(shares) + (1 - labels) * np.log1p(-shares)).sum(1)
+
+    def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        return self.in_eigenbasis(logits, scale)
 
     def details(self, mean: Tensor, labels: Tensor) -> dict:
         """nll_per_label: of each label's averaged probability, nats an example."""

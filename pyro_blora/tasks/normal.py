@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .likelihoods import Likelihood, register_likelihood
+from .likelihoods import Likelihood, numbers, register_likelihood
 
 if TYPE_CHECKING:
     import datasets
+    import evaluate
     import pandas as pd
 
 
@@ -32,8 +34,10 @@ class Normal(Likelihood):
     low: float
     high: float
     problem_type = "regression"
-    metric = "GlueScore('stsb')"
     constant = "one normal distribution for all"
+    averages = "predicted means"
+    no_confidence = "regression: no confidence"
+    dims: ClassVar = {"label": ("example",), "mean": ("example",)}
     curvature = "regression"
     outputs = 1
 
@@ -49,7 +53,8 @@ class Normal(Likelihood):
         return dist.Normal(middle + half * logits.squeeze(-1).float(), scale.float())
 
     def allows(self, labels: np.ndarray) -> np.ndarray:
-        return (labels >= self.low) & (labels <= self.high)
+        found = numbers(labels)
+        return (found >= self.low) & (found <= self.high)
 
     @property
     def allowed_labels(self) -> str:
@@ -65,7 +70,16 @@ class Normal(Likelihood):
     def examples(self) -> list:
         return [self.low, (self.low + self.high) / 2, self.high]
 
-    def averaged(self, distribution: dist.Distribution) -> Tensor:
+    def reader(self, by_name: bool) -> tuple[Callable[[str], float], str]:
+        return self._within, self.allowed_labels
+
+    def _within(self, text: str) -> float:
+        value = float(text)
+        if not self.low <= value <= self.high:  # nan too
+            raise ValueError(text)
+        return value
+
+    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
         return distribution.mean[..., None]
 
     def decision(self, mean: Tensor) -> Tensor:
@@ -80,12 +94,21 @@ class Normal(Likelihood):
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {"mean": outputs.squeeze(-1)}
 
+    def metric(self) -> evaluate.Metric:
+        """Pearson's and Spearman's correlations."""
+        from .glue_metric import GlueScore  # now, as evaluate takes seconds
+
+        return GlueScore("stsb")
+
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
         return [np.full(len(labels), labels.mean())]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
         variance = max(labels.var(), 1e-12)
         return -0.5 * (np.log(2 * np.pi * variance) + np.square(labels - labels.mean()) / variance)
+
+    def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        return self.in_eigenbasis(logits, scale)
 
     def linearized(self, logits: Tensor, scale: Tensor) -> Tensor:
         return self(logits, scale=scale).mean[:, None]
@@ -97,7 +120,6 @@ class Normal(Likelihood):
         """H of a squared error is 1."""
         return J.flatten(0, 1)
 
-    @property
-    def card(self) -> str:
+    def card(self, labels: Sequence[str]) -> str:
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
         return f"It predicts {middle:g} + {half:g} * its one output, from {self.low:g} to {self.high:g}."

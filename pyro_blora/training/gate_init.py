@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from ..adapters.example_axis import without_examples
 from ..adapters.gate_context import Observer, watched
@@ -175,7 +174,7 @@ def _correlation(D: Tensor) -> Tensor:
 
 
 def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], ranges: Tensor) -> Sensitivity:
-    """Slopes of the examples in `batches`; their labels are not looked at.
+    """Slopes of the examples in `batches`; what their labels are is not looked at.
 
     ranges (L, T, 5): of each tensor at each bit width.   Errors: ValueError without any batch.
     """
@@ -183,8 +182,9 @@ def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], r
     for inputs, labels in _with_examples(program.net, batches):
         observer = _Slopes(program.layout, ranges, len(labels))
         with observed(program.net, observer):
-            logits = program.net(**inputs).logits.float()
-            slopes = (logits * _fisher_directions(program, logits.detach())).sum()
+            logits = program.net.logits(**inputs)
+            directions = program.likelihood.fisher_directions(logits.detach(), labels, program.log_scale.exp().detach())
+            slopes = (logits * directions).sum()
             slope_z, slope_g = torch.autograd.grad(slopes, (observer.z, observer.g), materialize_grads=True)
         z.append(F.pad(slope_z, (0, len(program.layout.ladder) - slope_z.shape[-1])))
         g.append(F.pad(-slope_g.flip(-1).cumsum(-1).flip(-1), (0, 1)))
@@ -204,21 +204,6 @@ def _with_examples(net: GatedModel, batches: Iterable[tuple[dict, Tensor]]) -> I
                 log.info("slopes are taken example by example: %s mix the examples of a batch", ", ".join(apart))
         for at in [slice(None)] if together else (slice(i, i + 1) for i in range(len(labels))):
             yield {key: x[at] for key, x in inputs.items()}, labels[at]
-
-
-def _fisher_directions(program: BayesianLoRA, logits: Tensor) -> Tensor:
-    """Random v with E[v v'] = the Fisher information of the labels about each example's logits.  (B, C) -> (B, C)
-
-    Of signs in the eigenbasis: for two classes v v' is the Fisher information itself, without any noise.
-    """
-    with torch.enable_grad():
-        here, scale = logits.clone().requires_grad_(), program.log_scale.exp().detach()
-        divergence = kl_divergence(program.likelihood(logits, scale=scale), program.likelihood(here, scale=scale))
-        (slope,) = torch.autograd.grad(divergence.sum(), here, create_graph=True)
-        columns = [torch.autograd.grad(column.sum(), here, retain_graph=True)[0] for column in slope.unbind(-1)]
-    values, vectors = torch.linalg.eigh(torch.stack(columns, -1))
-    signs = torch.randint(0, 2, values.shape, device=values.device) * 2 - 1
-    return (vectors @ (values.clamp(min=0.0).sqrt() * signs)[..., None]).squeeze(-1)
 
 
 @torch.no_grad()

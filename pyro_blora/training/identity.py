@@ -30,7 +30,7 @@ def _of_rows(tokens: dict[str, datasets.Dataset]) -> str:
         for name in sorted(table.column_names):
             column = table[name].combine_chunks()
             digest.update(f"{split} {name} {len(column)} ".encode())
-            if hasattr(column, "flatten") and hasattr(column, "value_lengths"):
+            while hasattr(column, "flatten") and hasattr(column, "value_lengths"):
                 digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
                 column = column.flatten()
             digest.update(column.to_numpy(zero_copy_only=False).tobytes())

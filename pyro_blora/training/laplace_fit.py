@@ -137,7 +137,7 @@ def fit_run(parts: Parts) -> None:
     program = parts.program
 
     def batches(rows):
-        load, _ = by_length(rows, parts.tokenizer, parts.config.batch_size)
+        load, _ = by_length(rows, parts.collate, parts.config.batch_size)
         return on_device(load, program.log_scale.device)
 
     held_out = parts.tokens.get("validation")
@@ -186,7 +186,7 @@ def fit_laplace(
     law, batches = program.weights, list(batches)
     likelihood = program.likelihood
     if likelihood.curvature is None:
-        raise ValueError(f"weights 'laplace' has no curvature for {likelihood.problem_type}: choose other --weights")
+        raise ValueError(f"weights 'laplace' has no curvature for {likelihood.title}: choose other --weights")
     noise = likelihood.noise_std(program.log_scale.exp())
     kind = {"full": FullLaplace, "low_rank": LowRank, "diag": DiagLaplace}[law.curvature]
     settings = {} if noise is None else {"sigma_noise": noise.item()}

@@ -96,7 +96,7 @@ def _fit(config: RunConfig, folder: Path | None, until: int | None) -> Trained:
         parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
     if folder is not None:
         if not (folder / "checkpoints").exists():
-            rows = first_inputs(parts.tokens["train"], parts.tokenizer)
+            rows = first_inputs(parts.tokens["train"], parts.collate)
             with phase("checking that it can be exported"):
                 on_main(lambda: require_exportable(parts.program, folder / ".exportable", rows))
         if accelerator.is_main_process:
@@ -196,7 +196,7 @@ class _Loop:
         config, per_epoch, rows = self.config, self.schedule.steps_per_epoch, self.parts.tokens["train"]
         for epoch in range(first // per_epoch, config.epochs):
             done = max(0, first - epoch * per_epoch)
-            batches = iter(loader(rows, self.parts.tokenizer, self._order(epoch, done)))
+            batches = iter(loader(rows, self.parts.collate, self._order(epoch, done)))
             for step in range(epoch * per_epoch + done, (epoch + 1) * per_epoch):
                 yield step, [next(batches) for _ in range(config.accumulation)]
 
@@ -295,4 +295,4 @@ class _Loop:
         """The first batches of an order of their own: the same on every process."""
         rows, config = self.parts.tokens["train"], self.config
         order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
-        return list(on_device(loader(rows, self.parts.tokenizer, order), self.accelerator.device))
+        return list(on_device(loader(rows, self.parts.collate, order), self.accelerator.device))

@@ -87,7 +87,7 @@ def range_errors(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) 
     sample = _Sample(_SAMPLE // max(1, len(batches)), net.log_range.device)
     for inputs, labels in batches:
         with observed(net, sample):
-            logits = net(**inputs).logits.float()
+            logits = net.logits(**inputs)
             nll = -program.likelihood(logits, scale=program.log_scale.exp()).log_prob(labels).sum()
             torch.autograd.grad(nll, sample.anchor)
     candidates = _CANDIDATES.to(net.log_range.device)

@@ -11,7 +11,7 @@ from pyro_blora.guides import build_guide
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
-from pyro_blora.training.gate_init import _fisher_directions, _Slopes, sensitivity
+from pyro_blora.training.gate_init import _Slopes, sensitivity
 from pyro_blora.training.range_calibration import _Sample, range_errors
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -146,7 +146,8 @@ def test_the_start_of_the_gates_keeps_no_more_than_a_training_step(build, checkp
         observer = _Slopes(program.layout, ranges, len(labels))
         with observed(program.net, observer):
             logits = program.net(**inputs).logits.float()
-            (logits * _fisher_directions(program, logits.detach())).sum()
+            kind, scale = program.likelihood, program.log_scale.exp().detach()
+            (logits * kind.fisher_directions(logits.detach(), labels, scale)).sum()
     assert start.bytes <= step.bytes
     with Saved(program) as fitted, observed(program.net, _Sample(64, torch.device("cpu"))):
         program.net(**inputs).logits.sum()

@@ -324,7 +324,7 @@ def test_rows_held_out_choose_laplaces_prior_precision(backbone, tmp_path):
     config = tiny_config(backbone, adapter="xs", lr=2e-2, weights="laplace", validation=0.25)
     parts = fit(config, quiet=True).parts
     law, train, held_out = parts.program.weights, *(
-        on_device(by_length(parts.tokens[split], parts.tokenizer, 16)[0], "cpu") for split in ("train", "validation")
+        on_device(by_length(parts.tokens[split], parts.collate, 16)[0], "cpu") for split in ("train", "validation")
     )  # fmt: skip
     found = law.prior_precision.item()
     fit_laplace(parts.program, list(train), deployed(parts.program), held_out)

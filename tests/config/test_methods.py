@@ -65,7 +65,7 @@ def test_a_run_has_its_method_its_report_and_what_is_loaded_predicts_the_same(ru
     assert result_tables(told)
     config = RunConfig.from_json(folder / "config.json")
     parts = build(config)
-    rows, order = by_length(parts.tokens["eval"], parts.tokenizer, 2 * config.batch_size)
+    rows, order = by_length(parts.tokens["eval"], parts.collate, 2 * config.batch_size)
     predicted = predict(load(folder), on_device(rows, torch.device("cpu"))).restored(order)
     table = pd.read_parquet(folder / "predictions.parquet")
     assert np.allclose(predicted.log_score.numpy(), table["deployed_log_likelihood"], atol=1e-6)
@@ -218,7 +218,7 @@ def test_dropout_masks_differ_between_draws_and_not_in_what_is_deployed(runs, ba
     assert not np.allclose(tables[0]["log_likelihood"], tables[1]["log_likelihood"])
     assert "dropout masks" in summary(folder)["averaging"]
     parts = build(RunConfig.from_json(folder / "config.json"))
-    rows, _ = by_length(parts.tokens["eval"].select(range(32)), parts.tokenizer, 16)
+    rows, _ = by_length(parts.tokens["eval"].select(range(32)), parts.collate, 16)
     program = load(folder)
     gates = draw(program, 3)
     one, two, other = (predict(program, on_device(rows, torch.device("cpu")), gates=gates, dropout_seed=s)

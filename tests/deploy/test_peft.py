@@ -18,6 +18,7 @@ from pyro_blora.deploy.verify import copied
 from pyro_blora.models import backbone_path, load_backbone, public_name
 from pyro_blora.run import train_run
 from pyro_blora.tasks import get_task
+from pyro_blora.tasks.categorical import Categorical
 
 pytestmark = pytest.mark.usefixtures("eager")
 LABELS = ("unacceptable", "acceptable")
@@ -48,12 +49,12 @@ def runs(backbone, tmp_path_factory):
 
 def test_a_head_with_the_tasks_labels_in_another_order_is_put_into_theirs(backbone):
     before = transformers.AutoModelForSequenceClassification.from_pretrained(backbone)
-    after = load_backbone(str(backbone), 2, labels=LABELS)
+    after = load_backbone(str(backbone), Categorical(LABELS))
     assert after.config.id2label == dict(enumerate(LABELS)) and after.config.label2id["acceptable"] == 1
     inputs = {"input_ids": torch.arange(4, 24).view(2, 10)}
     with torch.no_grad():
         assert torch.equal(after.eval()(**inputs).logits, before.eval()(**inputs).logits.flip(-1))
-    other = load_backbone(str(backbone), 2, labels=("no", "yes"))  # another question: a start like any other
+    other = load_backbone(str(backbone), Categorical(("no", "yes")))  # another question: a start like any other
     assert torch.equal(other.classifier.weight, before.classifier.weight) and other.config.label2id == {
         "no": 0,
         "yes": 1,
@@ -64,7 +65,7 @@ def test_an_order_of_three_labels_is_not_taken_for_its_inverse(tmp_path):
     before = tiny_bert(num_labels=3).eval()
     before.config.id2label = {0: "CONTRADICTION", 1: "ENTAILMENT", 2: "NEUTRAL"}
     before.save_pretrained(tmp_path)
-    after = load_backbone(str(tmp_path), 3, labels=get_task("mnli").labels).eval()
+    after = load_backbone(str(tmp_path), get_task("mnli").likelihood).eval()
     assert after.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
     inputs = {"input_ids": torch.arange(4, 24).view(2, 10)}
     with torch.no_grad():
@@ -132,7 +133,7 @@ def test_the_folder_of_full_fine_tuning_is_a_backbone(runs, tmp_path, method):
 def test_an_export_without_its_run_needs_neither_tokenizer_nor_configuration(runs, backbone, tmp_path):
     folder = export(load(runs["lora"]), tmp_path / "again")
     assert not (folder / "tokenizer.json").exists() and "tokenizer" not in (folder / "adapter_config.json").read_text()
-    base = load_backbone(str(backbone), 2, labels=LABELS)
+    base = load_backbone(str(backbone), Categorical(LABELS))
     assert peft.PeftModel.from_pretrained(base, folder).peft_config["default"].r == 4
 
 

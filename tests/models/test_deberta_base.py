@@ -77,7 +77,7 @@ def test_it_is_killed_resumed_exported_and_predicts(config, request):
     assert not config.folder.exists() and checkpoint.is_file()
     folder = train_run(config)
     program, parts = load(folder, allow_code=[config.backbone]), build(config)
-    batches, order = by_length(parts.tokens["eval"], parts.tokenizer, 4)
+    batches, order = by_length(parts.tokens["eval"], parts.collate, 4)
     found = predict(program, on_device(batches, torch.device("cpu"))).restored(order)
     table = pd.read_parquet(folder / "predictions.parquet")
     assert found.log_score.numpy() == pytest.approx(table["deployed_log_likelihood"].to_numpy(), abs=1e-6)

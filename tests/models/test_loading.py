@@ -15,6 +15,7 @@ from pyro_blora.__main__ import main
 from pyro_blora.build import build
 from pyro_blora.models import commit_of, load_backbone, load_tokenizer
 from pyro_blora.run import train_run
+from pyro_blora.tasks.categorical import Categorical
 
 pytestmark = pytest.mark.usefixtures("eager")
 WEIGHTS = "model.safetensors"
@@ -148,7 +149,7 @@ def test_the_head_and_the_pooler_may_be_new(tmp_path, saved):
     model = kinds[saved]()
     model.save_pretrained(tmp_path)
     encoder = model.state_dict() if saved == "base" else model.bert.state_dict()
-    loaded = load_backbone(str(tmp_path), 3, labels=("a", "b", "c"))
+    loaded = load_backbone(str(tmp_path), Categorical(("a", "b", "c")))
     assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"} and loaded.classifier.out_features == 3
     found = loaded.bert.state_dict()
     assert len(encoder) > 30 and all(torch.equal(found[key], x) for key, x in encoder.items())

@@ -17,7 +17,7 @@ from pyro_blora.priors import PRIORS, build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.quantizer import rounded
 from pyro_blora.tasks import get_task
-from pyro_blora.training.gate_init import Sensitivity, _fisher_directions, _pooled, _Slopes, evidence, sensitivity
+from pyro_blora.training.gate_init import Sensitivity, _pooled, _Slopes, evidence, sensitivity
 from pyro_blora.training.range_calibration import range_errors
 
 N_TRAIN = 500
@@ -166,9 +166,13 @@ def test_a_chain_changes_by_its_slope_in_the_fisher_metric():
 # --- the Fisher information -------------------------------------------------------------------------------------------
 
 
+def directions(program, logits):
+    return program.likelihood.fisher_directions(logits, torch.zeros(len(logits)), program.log_scale.exp().detach())
+
+
 def test_two_classes_have_their_fisher_information_without_noise(bert):
     logits = 3 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    v, p = _fisher_directions(program_of(bert), logits), logits.softmax(-1)
+    v, p = directions(program_of(bert), logits), logits.softmax(-1)
     expected = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     torch.testing.assert_close(v[:, :, None] * v[:, None], expected, rtol=1e-3, atol=3e-4)  # roots of 1e-8, which is 0
 
@@ -176,7 +180,7 @@ def test_two_classes_have_their_fisher_information_without_noise(bert):
 def test_three_classes_have_it_on_average():
     program, draws = program_of(net_of(tiny_bert(num_labels=3), scope="adapted"), task="mnli"), 20000
     logits = torch.tensor([0.5, -1.0, 1.2])
-    v, p = _fisher_directions(program, logits.expand(draws, 3)), logits.softmax(-1)
+    v, p = directions(program, logits.expand(draws, 3)), logits.softmax(-1)
     outer = v[:, :, None] * v[:, None]
     error = outer.std(0) / draws**0.5
     assert bool(((outer.mean(0) - (p.diag() - p[:, None] * p)).abs() <= 4 * error + 1e-6).all())
@@ -187,7 +191,7 @@ def test_a_normal_has_that_of_its_mean():
     with torch.no_grad():
         program.log_scale.fill_(0.4)
     scale = torch.tensor(0.4).exp()
-    v = _fisher_directions(program, torch.randn(20, 1))
+    v = directions(program, torch.randn(20, 1))
     torch.testing.assert_close(v.square(), (2.5 / scale).square().expand(20, 1))  # mean = 2.5 + 2.5 logit
 
 

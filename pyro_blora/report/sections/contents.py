@@ -12,6 +12,7 @@ from ..run_folder import RunFiles, Section
 from .bit_operations import bit_operations
 from .calibration import calibration
 from .confidently_wrong import confidently_wrong
+from .details import details
 from .gates import gate_map, ranks
 from .plain_words import plain_words
 from .repeat import repeat
@@ -20,11 +21,13 @@ from .training import training
 
 
 def sections_of(run: RunFiles) -> list[Section]:
-    """All sections in order; one that cannot be made says why."""
+    """All sections in order but those that mean nothing for the run's outcome; one that cannot be made says why."""
     found = []
     for title, make in _SECTIONS.items():
         try:
-            section = make(run, title)
+            section = None if title in run.left_out else make(run, title)
+            if section is None:
+                continue
             json.dumps([spec for spec, _ in section.charts], allow_nan=False)  # a chart of something else is none
             found.append(section)
         except Exception as error:  # whatever pandas, Altair and we make of files that somebody has edited
@@ -38,11 +41,12 @@ def _glossary(run: RunFiles, title: str) -> Section:
     return glossary(run.folder, title)
 
 
-_SECTIONS: dict[str, Callable[[RunFiles, str], Section]] = {
+_SECTIONS: dict[str, Callable[[RunFiles, str], Section | None]] = {
     "In plain words": plain_words,
     "Gate map": gate_map,
     "Ranks": ranks,
     "Calibration": calibration,
+    "In detail": details,
     "Bit operations": bit_operations,
     "Training": training,
     "Restarts": restarts,
