@@ -1,4 +1,4 @@
-# make run | test | lint | docs | bench | glue | clean. The environment in .venv is made once, and again when a pinned version changes.
+# make run | test | lint | docs | bench | notebooks | glue | clean. The environment in .venv is made once, and again when a pinned version changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000# OpenMP's threads sleep soon, so that processes can share the machine: docs/how-to/scaling.md
 endif
 
-.PHONY: run test lint docs bench glue clean
+.PHONY: run test lint docs bench notebooks glue clean
 
 run: $(INSTALLED)
 	$(BIN)/pyro-blora train --preset demo --if_finished show
@@ -28,6 +28,10 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmark.py
+
+# Executes the scripts of analysis/ into notebooks with tables and pictures: the script is the source, the notebook its copy.
+notebooks: $(INSTALLED)
+	$(BIN)/python experiments/notebooks.py
 
 # GLUE on DeBERTaV3-base, which takes a GPU and a network: 200 runs, resumed by the same command. Runs that failed are listed.
 glue: $(INSTALLED)
