@@ -117,7 +117,7 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
     return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())
 
 
-def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates:
+def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates[Tensor]:
     """What each gate contributes to the expected saving, in BOPs: Shapley values, which sum to full minus expected.
 
     BOPs are sums of products such as bits * bits * rank, so what one factor saves depends on the others; a Shapley
