@@ -21,6 +21,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The site, in site/: it loads nothing from elsewhere. `.venv/bin/mkdocs serve` shows it, with its search, while you write.
 docs: $(INSTALLED)
@@ -50,5 +51,5 @@ $(INSTALLED):
 
 # Results in runs/ stay, and so does .venv: remove it by hand to make it anew.
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find pyro_blora tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
