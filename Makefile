@@ -1,4 +1,4 @@
-# make run | test | lint | docs | bench | glue | clean. The environment in .venv is made once, and again when a pinned version changes.
+# make run | test | lint | docs | bench | notebooks | glue | clean. The environment in .venv is made once, and again when a pinned version changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000# OpenMP's threads sleep soon, so that processes can share the machine: docs/how-to/scaling.md
 endif
 
-.PHONY: run test lint docs bench glue clean
+.PHONY: run test lint docs bench notebooks glue clean
 
 run: $(INSTALLED)
 	$(BIN)/pyro-blora train --preset demo --if_finished show
@@ -21,6 +21,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The site, in site/: it loads nothing from elsewhere. `.venv/bin/mkdocs serve` shows it, with its search, while you write.
 docs: $(INSTALLED)
@@ -28,6 +29,10 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/benchmark.py
+
+# Executes the scripts of analysis/ into notebooks with tables and pictures: the script is the source, the notebook its copy.
+notebooks: $(INSTALLED)
+	$(BIN)/python experiments/notebooks.py
 
 # GLUE on DeBERTaV3-base, which takes a GPU and a network: 200 runs, resumed by the same command. Runs that failed are listed.
 glue: $(INSTALLED)
@@ -46,5 +51,5 @@ $(INSTALLED):
 
 # Results in runs/ stay, and so does .venv: remove it by hand to make it anew.
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find pyro_blora tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,10 +11,15 @@
 #
 # Runs that differ in their prior, side by side; and one run's draws, reweighted to other rates without training. The
 # stored runs are SST-2 on MiniLM (2,000 examples, two epochs, 50 draws, one seed) under `bops`, `nested` and `depth`,
-# made by `python experiments/grid.py experiments/grids/reading.yaml --glue_dir path/to/glue`. For others, set
-# `PYRO_BLORA_RUNS` to their folders, absolute or as seen from this file, with `:` between them (`;` on Windows).
+# made by `python experiments/grid.py experiments/grids/reading.yaml --glue_dir path/to/glue`. To read others, set
+# `PYRO_BLORA_RUNS` to their folders, absolute or relative to this file, with `:` between them (`;` on Windows).
+# `python ablation.py` runs as it is; `make notebooks` executes it into `ablation.ipynb`.
+#
+# `bops` prices a gate by the bit operations that it adds, `nested` charges every gate the same, and `depth` makes every
+# width of a tensor, and every rank of an adapter, equally probable.
 
 # %%
+import itertools
 import json
 import os
 import warnings
@@ -23,6 +28,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ announces its next version, tqdm misses a widget
@@ -32,6 +38,7 @@ with warnings.catch_warnings():
     from pyro_blora.posterior.arviz_compat import group, held_out, held_out_elpd, held_out_scores, read
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+plt.style.use(["default", HERE / "pictures.mplstyle"])
 STORED = os.pathsep.join(f"example/{name}" for name in ("bops", "nested", "depth"))
 RUNS = [HERE / name for name in os.environ.get("PYRO_BLORA_RUNS", STORED).split(os.pathsep)]
 summaries = [json.loads((run / "summary.json").read_text()) for run in RUNS]
@@ -62,7 +69,7 @@ table.T.round(4)
 # %% [markdown]
 # On the stored runs accuracy is 0.845, 0.835 and 0.834: a point apart, less than the standard error of 872 examples
 # (1.2 points). Bit operations are fourfold apart: `depth`, which has no price for bits, spends 23 %, the others 6 %.
-# `bops` and `nested` come to the same total in different ways, the adapters at 30 and at 4 bit: the price list decides.
+# `bops` and `nested` reach the same total in different ways, with the adapters at 30 and at 4 bit, as they price them.
 #
 # ## Metric against bit operations
 #
@@ -71,12 +78,15 @@ table.T.round(4)
 
 # %%
 metric = summaries[0]["metric"]["name"]
-for (name, row), summary in zip(table.iterrows(), summaries, strict=True):
-    width = [[row["E[BOPs]"] - row["low"]], [row["high"] - row["E[BOPs]"]]]
+for (name, row), summary, marker in zip(table.iterrows(), summaries, itertools.cycle("os^Dv")):
+    spent, low, high = 100 * row["E[BOPs]"], 100 * row["low"], 100 * row["high"]
     noise = 1.88 * np.sqrt(row[metric] * (1 - row[metric]) / summary["n_eval"]) if metric == "accuracy" else None
-    plt.errorbar(row["E[BOPs]"], row[metric], yerr=noise, xerr=width, fmt="o", capsize=3, label=name)
-plt.gca().set(xscale="log", xlabel="E[BOPs], of the adapted projections at 32 x 32 bit", ylabel=metric)
-plt.legend()
+    plt.errorbar(spent, row[metric], noise, [[spent - low], [high - spent]], fmt=marker, capsize=3, label=name)
+apart, times = np.ptp(table[metric]), table["E[BOPs]"].max() / table["E[BOPs]"].min()
+plt.gca().set(xscale="log", xlabel="E[BOPs], % of the adapted projections at 32 x 32 bit", ylabel=metric,
+              title=f"E[BOPs] differ by a factor of {times:.1f}, {metric} by {apart:.3f}")  # fmt: skip
+plt.gca().xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+plt.legend(title="prior")
 plt.show()
 
 # %% [markdown]
@@ -99,12 +109,12 @@ pd.DataFrame(elpd, index=["held-out elpd", "standard error"]).T.round(4)
 #
 # The runs were scored on the same rows, so their differences are paired and have smaller standard errors. `held_out`
 # hands the scores to `az.compare` as they are, in nats of all examples (ArviZ calls the column `loo`). `az.loo` itself
-# is for rows that were trained on: of held-out ones it would remove an influence that they never had. So such rows are
-# not in a group `log_likelihood`, and it refuses them.
+# is for rows that were trained on: it removes their influence on the posterior, and held-out rows had none. So held-out
+# rows are not in the group `log_likelihood`, and `az.loo` refuses the file.
 
 # %%
 scores = {name: held_out(held_out_scores(one), group(one, "predictions").sizes["draw"]) for name, one in data.items()}
-az.compare(scores) if len(scores) > 1 else None
+az.compare(scores).round(3) if len(scores) > 1 else None
 
 # %% [markdown]
 # On the stored runs `bops` is ahead of `depth` by 5.4 nats (standard error of the difference 4.2) and of `nested` by
@@ -112,9 +122,10 @@ az.compare(scores) if len(scores) > 1 else None
 #
 # ## Other rates, without training
 #
-# If every rate of the prior, -log p(open | the one before is open), were `factor` times as large: E[BOPs] by importance
-# weights of the draws (hollow where Pareto k exceeds 0.7), the line by the mean field's own form q p_new / p, which
-# needs no draws, and the metric under the same weights. `effective` is how many draws the weights leave.
+# A rate of the prior is -log p(a gate is open | the one before is open). If every rate were `factor` times as large,
+# what would E[BOPs] be? The line is exact for a mean-field guide, whose posterior becomes q p_new / p up to a constant;
+# it needs no draws. The points are importance weights of the draws (hollow where Pareto k exceeds 0.7), and the number
+# beside each is `effective`, how many draws the weights leave. The metric is under the same weights.
 
 # %%
 name, factors = names[0], [0.5, 0.8, 1.0, 1.25, 1.5, 2.0]
@@ -128,11 +139,22 @@ if "probability" in predictive:
     observed = group(data[name], "predictions_constant_data")["label"].values
     draws = predictive["probability"].isel(chain=0).values  # draw, example, class
     rows["accuracy"] = [(np.tensordot(one.weights, draws, 1).argmax(-1) == observed).mean() for one in found]
-plt.plot(rows.index, 100 * rows["exact"], color="black", label="mean field's form")
+plt.plot(rows.index, 100 * rows["exact"], color="black", marker="|", label="exact, mean field")
 trusted = rows["Pareto k"] <= 0.7
-for mine, fill, label in ((rows[trusted], "C0", "by weights"), (rows[~trusted], "none", "by weights, k > 0.7")):
+for mine, fill, label in (
+    (rows[trusted], "C0", "weighted draws, and how many are left"),
+    (rows[~trusted], "none", "the same, not to be trusted: k > 0.7"),
+):
     plt.plot(mine.index, 100 * mine["by weights"], "o", color="C0", mfc=fill, label=label)
-plt.gca().set(xlabel="factor of every rate", ylabel="E[BOPs], % of the adapted projections at 32 x 32", title=name)
+for factor, row in rows.iterrows():
+    away = 10 if row["by weights"] > row["exact"] else -10  # from the line
+    plt.annotate(f"{row['effective']:.0f}", (factor, 100 * row["by weights"]), xytext=(0, away),
+                 textcoords="offset points", ha="center", va="center")  # fmt: skip
+half, twice = 100 * rows["exact"].iloc[[0, -1]]
+plt.gca().set(xscale="log", xlabel="factor of every rate of the prior", ylim=(0, None),
+              ylabel="E[BOPs], % of the adapted projections at 32 x 32 bit",
+              title=f"{name}: E[BOPs] {half:.1f} % at half the rates, {twice:.1f} % at twice the rates")  # fmt: skip
+plt.gca().xaxis.set(major_locator=FixedLocator(factors), major_formatter="{x:g}", minor_locator=NullLocator())
 plt.legend()
 plt.show()
 rows.round(4)
@@ -140,6 +162,6 @@ rows.round(4)
 # %% [markdown]
 # On the stored run under `bops` k is above 0.7 at factor 0.5 only, 0.74 (7.0 for 11.8 %). But for a mean field the line
 # is what the weights estimate, and they miss it at 1.5 (5.1 for 4.4 %) and at 2 (5.0 for 3.6 %) too, where k is 0.32
-# and 0.56: they leave 7 and 4 of 50 draws, too few to show a tail, and none is as cheap. Believe the line, and the
+# and 0.56: they leave 7 and 4 of 50 draws, too few to show a tail, and no draw is as cheap. Believe the line, and the
 # weights near 1. Accuracy is 0.835 to 0.846, less than its standard error apart; at 0.5, 1.5 and 2 it rests on 4 to 7
 # draws.

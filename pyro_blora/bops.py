@@ -66,9 +66,12 @@ def _macs(layout: AdapterLayout, device: torch.device | str = "cpu") -> dict[str
 
 def _per_rank(layout: AdapterLayout, z_probs: Tensor) -> dict[str, Tensor]:
     """E[BOPs] of W x, and of A x and B h at one rank, of every projection.  z_probs (..., L, T, K) -> (..., L)"""
-    bits, macs = expected_bits(layout, z_probs).unbind(-1), _macs(layout, z_probs.device)
-    bits = dict(zip(layout.tensors, bits, strict=True)) | {"rank": 1}
-    return {name: math.prod((bits[factor] for factor in of), start=macs[name]) for name, of in _PRODUCTS.items()}
+    widths, macs = expected_bits(layout, z_probs).unbind(-1), _macs(layout, z_probs.device)
+    bits = dict(zip(layout.tensors, widths, strict=True))
+    return {
+        name: math.prod((bits[factor] for factor in of if factor != "rank"), start=macs[name])
+        for name, of in _PRODUCTS.items()
+    }
 
 
 def bops_by_product(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> dict[str, Tensor]:
@@ -117,7 +120,7 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
     return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())
 
 
-def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates:
+def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates[Tensor]:
     """What each gate contributes to the expected saving, in BOPs: Shapley values, which sum to full minus expected.
 
     BOPs are sums of products such as bits * bits * rank, so what one factor saves depends on the others; a Shapley

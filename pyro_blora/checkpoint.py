@@ -92,7 +92,7 @@ def _hash(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(notes), sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

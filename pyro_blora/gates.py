@@ -16,14 +16,19 @@ Shapes: K gates a chain is the event, (..., K); everything to the left is batch.
 Source: van Baalen et al., Bayesian Bits (2020); Bayesian-LoRA, equations 7 and 8.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.distributions.utils import lazy_property
+from torch.types import _size
 
+from .ladder_math import log1mexp, log_at_least, nested, parents, weighted
+
+_Site = TypeVar("_Site")  # what `Gates` has two of: tensors, or their laws
 _IMPOSSIBLE = -1e30  # log of 0, in sums that have to stay finite
 _NONPOSITIVE = constraints.independent(constraints.interval(-torch.inf, 0.0), 1)
 
@@ -38,70 +43,11 @@ class _Chain(constraints.Constraint):
         return ((value == 0) | (value == 1)).all(-1) & (value[..., 1:] <= value[..., :-1]).all(-1)
 
 
-def _log1mexp(log_prob: Tensor) -> Tensor:
-    """log(1 - exp(log_prob)) for log_prob <= 0, finite wherever the result is, with finite gradients."""
-    near_one = log_prob > -0.6931
-    small = torch.where(near_one, log_prob, -1.0).clamp(max=-torch.finfo(log_prob.dtype).tiny)
-    large = torch.where(near_one, -1.0, log_prob)
-    value = torch.where(near_one, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
-    return torch.where(log_prob < 0, value, -torch.inf)
-
-
-class _Nested(torch.autograd.Function):
-    """cumprod over a chain. PyTorch's own backward asks the host whether a gate is 0, and a GPU would wait for that."""
-
-    @staticmethod
-    def forward(ctx, gates):
-        chain = gates.cumprod(-1)
-        ctx.save_for_backward(gates, chain)
-        return chain
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gates, chain = ctx.saved_tensors
-        after = torch.ones(gates.shape[-1:] * 2, dtype=torch.bool, device=gates.device).triu(1)
-        later = torch.where(after, gates[..., None, :], 1.0).cumprod(-1).triu()  # product of the gates after i up to k
-        return _shifted(chain) * (grad[..., None, :] * later).sum(-1)
-
-
-class _LogAtLeast(torch.autograd.Function):
-    """log P(d >= k) from log P(d), up to a constant, (..., K + 1); PyTorch's own backward is slower and hides nan."""
-
-    @staticmethod
-    def forward(ctx, log_probs):
-        at_least = log_probs.flip(-1).logcumsumexp(-1).flip(-1)
-        ctx.save_for_backward(log_probs, at_least)
-        return at_least
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        log_probs, at_least = ctx.saved_tensors
-        share = log_probs[..., None, :] - at_least.nan_to_num(neginf=0.0)[..., :, None]
-        share = share.triu_().exp().triu()  # P(d) / P(d >= k), (k, d)
-        return (grad[..., :, None] * share).sum(-2)
-
-
-log_at_least = _LogAtLeast.apply
-
-
-def _weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """weight * value with 0 * inf = 0, and no gradient through infinite values."""
-    finite = value.isfinite()
-    return torch.where(finite, weight * torch.where(finite, value, 0.0), torch.where(weight > 0, value, 0.0))
-
-
 def _refuse(gradient: Tensor) -> None:
     raise ValueError(
         "the log-probability of a soft draw has no gradient: in an ELBO it would close every gate. Use program.elbo or "
         "pyro.infer.TraceMeanField_ELBO(), whose KL is in closed form, or hard draws: --estimator straight_through"
     )
-
-
-def _shifted(chain: Tensor) -> Tensor:
-    """Each gate's parent: the chain moved by one, with an open gate in front. (..., K) -> (..., K)"""
-    return torch.cat([torch.ones_like(chain[..., :1]), chain], -1)[..., :-1]
 
 
 class NestedBernoulli(TorchDistribution):
@@ -135,8 +81,8 @@ class NestedBernoulli(TorchDistribution):
         opening = at_least[..., 1:] - torch.where(reachable, at_least[..., :-1], 0.0)
         return cls(torch.where(reachable, opening, -torch.inf).clamp(max=0.0), validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(NestedBernoulli, _instance)
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        new: Self = self._get_checked_instance(NestedBernoulli, _instance)
         new.log_probs = self.log_probs.expand(torch.Size(batch_shape) + self.event_shape)
         super(NestedBernoulli, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -145,9 +91,9 @@ class NestedBernoulli(TorchDistribution):
     @lazy_property
     def log_probs_closed(self) -> Tensor:
         """log p(closed | parent open), (..., K)."""
-        return _log1mexp(self.log_probs)
+        return log1mexp(self.log_probs)
 
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+    def sample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
             uniform = torch.rand(shape, dtype=self.log_probs.dtype, device=self.log_probs.device)
@@ -161,8 +107,8 @@ class NestedBernoulli(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        step_down = _shifted(value) - value
-        terms = _weighted(value, self.log_probs) + _weighted(step_down, self.log_probs_closed)
+        step_down = parents(value) - value
+        terms = weighted(value, self.log_probs) + weighted(step_down, self.log_probs_closed)
         return torch.where((step_down >= 0).all(-1), terms.sum(-1), -torch.inf)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -199,9 +145,9 @@ class NestedBernoulli(TorchDistribution):
 
     def entropy(self) -> Tensor:
         """In nats, of the whole chain, (...)."""
-        closed = _weighted(self.log_probs_closed.exp(), self.log_probs_closed)
-        per_gate = _weighted(self.log_probs.exp(), self.log_probs) + closed
-        return -(_shifted(self.mean) * per_gate).sum(-1)
+        closed = weighted(self.log_probs_closed.exp(), self.log_probs_closed)
+        per_gate = weighted(self.log_probs.exp(), self.log_probs) + closed
+        return -(parents(self.mean) * per_gate).sum(-1)
 
 
 class RelaxedNestedBernoulli(TorchDistribution):
@@ -219,14 +165,16 @@ class RelaxedNestedBernoulli(TorchDistribution):
     support = constraints.independent(constraints.unit_interval, 1)
     has_rsample = True
 
-    def __init__(self, logits: Tensor, temperature: float | Tensor, hard: bool = True, validate_args=None):
+    def __init__(
+        self, logits: Tensor, temperature: float | Tensor, hard: bool = True, validate_args: bool | None = None
+    ):
         if not isinstance(temperature, Tensor) and not temperature > 0:  # a tensor is not read on the host
             raise ValueError(f"temperature must be > 0, got {temperature}")
         self.logits, self.temperature, self.hard = logits, temperature, hard
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(RelaxedNestedBernoulli, _instance)
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        new: Self = self._get_checked_instance(RelaxedNestedBernoulli, _instance)
         new.logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
         new.temperature, new.hard, new.has_rsample = self.temperature, self.hard, self.has_rsample
         super(RelaxedNestedBernoulli, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
@@ -245,14 +193,14 @@ class RelaxedNestedBernoulli(TorchDistribution):
         """Exact marginals of the discrete law, (..., K)."""
         return self.discrete.mean
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         shape = self._extended_shape(sample_shape)
         uniform = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
         noisy = self.logits + torch.logit(uniform, eps=torch.finfo(self.logits.dtype).eps)
         gates = torch.sigmoid(noisy / self.temperature)
         if self.hard:
             gates = (noisy > 0).to(gates.dtype) + (gates - gates.detach())  # in this order: exactly 0 or 1
-        return _Nested.apply(gates)
+        return nested(gates)
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_prob = self.discrete.log_prob(value if self.hard else (value > 0.5).to(self.logits.dtype))
@@ -261,24 +209,23 @@ class RelaxedNestedBernoulli(TorchDistribution):
         return log_prob
 
 
-def _kl(log_q, log_q_closed, log_p, log_p_closed) -> Tensor:
+def _kl(log_q: Tensor, log_q_closed: Tensor, log_p: Tensor, log_p_closed: Tensor) -> Tensor:
     """sum_k P_q(parent open) * [q (log q - log p) + (1 - q)(log(1 - q) - log(1 - p))], nats; METHOD §3.
 
     An impossible event has a large finite log-probability here, so that 0 log 0 is 0 without a case of its own.
     """
     q, closed = log_q.exp(), log_q_closed.exp()
-    parents = _shifted(log_q.cumsum(-1).exp())
     q_1, q_0, p_1, p_0 = (x.clamp(min=_IMPOSSIBLE) for x in (log_q, log_q_closed, log_p, log_p_closed))
-    kl = (parents * (q * (q_1 - p_1) + closed * (q_0 - p_0))).sum(-1)
+    kl = (parents(log_q.cumsum(-1).exp()) * (q * (q_1 - p_1) + closed * (q_0 - p_0))).sum(-1)
     return torch.where(kl < -1e-12 * _IMPOSSIBLE, kl, torch.inf)  # 1e-12 of probability where the prior has none
 
 
-@register_kl(NestedBernoulli, NestedBernoulli)
+@register_kl(NestedBernoulli, NestedBernoulli)  # type: ignore[untyped-decorator]  # torch's own
 def _kl_nested_nested(q: NestedBernoulli, p: NestedBernoulli) -> Tensor:
     return _kl(q.log_probs, q.log_probs_closed, p.log_probs, p.log_probs_closed)
 
 
-@register_kl(RelaxedNestedBernoulli, NestedBernoulli)
+@register_kl(RelaxedNestedBernoulli, NestedBernoulli)  # type: ignore[untyped-decorator]
 def _kl_relaxed_nested(q: RelaxedNestedBernoulli, p: NestedBernoulli) -> Tensor:
     opening, closing = torch.nn.functional.logsigmoid(q.logits), torch.nn.functional.logsigmoid(-q.logits)
     return _kl(opening, closing, p.log_probs, p.log_probs_closed)
@@ -290,11 +237,11 @@ def pinned_logits(log_probs: Tensor) -> Tensor:
     return torch.where(log_probs == 0, torch.inf, torch.where(log_probs == -torch.inf, -torch.inf, free))
 
 
-class Gates(NamedTuple):
+class Gates(NamedTuple, Generic[_Site]):
     """The two sites of the program: laws, draws or marginals of the bit gates and of the rank gates.
 
     Shapes: z (..., L, T, K), g (..., L, R - 1); the lowest rung and the first rank are always open and not listed.
     """
 
-    z: object
-    g: object
+    z: _Site
+    g: _Site

@@ -13,6 +13,7 @@ length there. The batch size is a constant, not the run's own, so that figures o
 import dataclasses
 import importlib
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +69,17 @@ class AdapterLayout:
     batch_size: int = BATCH_SIZE
 
     @classmethod
-    def of(cls, model: nn.Module, **settings) -> "AdapterLayout":
+    def of(cls, model: nn.Module, **settings: Any) -> "AdapterLayout":
         """The layout of a Hugging Face model, see `models.layout_of`, which has the settings."""
         models = importlib.import_module(".models", __package__)  # by name, as models builds on this module
-        return models.layout_of(model, **settings)
+        layout: AdapterLayout = models.layout_of(model, **settings)
+        return layout
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> "AdapterLayout":
+    def from_dict(cls, data: dict[str, Any]) -> "AdapterLayout":
         projections = tuple(Projection(**p) for p in data["projections"])
         tuples = {"tensors": tuple(data["tensors"]), "ladder": tuple(data["ladder"]), "projections": projections}
         return cls(**{"batch_size": 1, **data, **tuples})  # older layouts were counted at batch 1
@@ -110,7 +112,8 @@ class AdapterLayout:
     @cached_property
     def input_owner(self) -> Tensor:
         """(L,) the projection that has the input's chain: itself, or with `share_inputs` the first of its layer."""
-        first, owners = {}, []
+        first: dict[tuple[str, int], int] = {}
+        owners = []
         for i, p in enumerate(self.projections):
             module = p.name.rpartition(".")[0], p.in_features
             owners.append(first.setdefault(module, i) if self.share_inputs and p.type in READ_ALIKE else i)
@@ -141,9 +144,9 @@ class AdapterLayout:
         """(K,) bits that each open gate adds to the first rung's."""
         return torch.tensor(self.ladder, dtype=torch.float64).diff()
 
-    def on(self, device: torch.device, name: str) -> Tensor:
+    def on(self, device: torch.device | str, name: str) -> Tensor:
         """One of this layout's tensors by name on a device, copied there once: every copy makes the host wait."""
-        copies = self.__dict__.setdefault("_copies", {})
+        copies: dict[tuple[torch.device | str, str], Tensor] = self.__dict__.setdefault("_copies", {})
         if (device, name) not in copies:
             copies[device, name] = getattr(self, name).to(device)
         return copies[device, name]

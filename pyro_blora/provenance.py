@@ -83,7 +83,7 @@ def frozen_hash(program: torch.nn.Module) -> str:
     """
     learned = {id(p) for p in trainable(program).values()}
     frozen = {
-        name: p for name, p in sorted(program.net.named_parameters())
+        name: p for name, p in sorted(program.get_submodule("net").named_parameters())
         if id(p) not in learned and ".original_module." not in name
     }  # fmt: skip
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:  # hashing lets other threads run
@@ -93,4 +93,4 @@ def frozen_hash(program: torch.nn.Module) -> str:
 
 
 def _of_tensor(x: torch.Tensor) -> str:
-    return hashlib.sha256(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()

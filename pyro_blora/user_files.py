@@ -75,8 +75,8 @@ def compose_yaml(text: str, where: str) -> yaml.Node | None:
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
-                line = event.start_mark.line + 1
-                raise ValueError(f"{where}, line {line}: more than {DEEPEST} levels inside each other: flatten it")
+                line = f", line {event.start_mark.line + 1}" if event.start_mark else ""
+                raise ValueError(f"{where}{line}: more than {DEEPEST} levels inside each other: flatten it")
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None

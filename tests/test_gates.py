@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import kl_divergence
 
-from pyro_blora.gates import NestedBernoulli, RelaxedNestedBernoulli, _Nested, log_at_least, pinned_logits
+from pyro_blora.gates import NestedBernoulli, RelaxedNestedBernoulli, pinned_logits
+from pyro_blora.ladder_math import log_at_least, nested
 
 PROBS = torch.tensor([[0.9, 0.5, 0.25], [0.3, 0.99, 0.6]], dtype=torch.float64)  # (2, K), conditional
 OTHER = torch.tensor([[0.2, 0.7, 0.4], [0.8, 0.1, 0.95]], dtype=torch.float64)
@@ -406,7 +407,7 @@ def test_the_slope_of_a_chain_is_that_of_the_product_with_closed_gates_too(gates
     x[0, gates // 2], x[1, 0], x[1, -1], x[2] = 0.0, 0.0, 0.0, 0.0
     x.requires_grad_()
     upstream = torch.randn_like(x)
-    ours, theirs = (torch.autograd.grad(chain, x, upstream)[0] for chain in (_Nested.apply(x), x.cumprod(-1)))
+    ours, theirs = (torch.autograd.grad(chain, x, upstream)[0] for chain in (nested(x), x.cumprod(-1)))
     torch.testing.assert_close(ours, theirs, atol=1e-14, rtol=1e-12)
 
 

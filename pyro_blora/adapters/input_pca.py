@@ -18,15 +18,15 @@ class _Moments(Observer):
     def __init__(self, wanted: set[int]):
         self.wanted = wanted
         self.counts: dict[int, int] = dict.fromkeys(wanted, 0)
-        self.sums: dict[int, Tensor | float] = dict.fromkeys(wanted, 0.0)  # (n,)
-        self.products: dict[int, Tensor | float] = dict.fromkeys(wanted, 0.0)  # (n, n)
+        self.sums: dict[int, Tensor] = {}  # (n,)
+        self.products: dict[int, Tensor] = {}  # (n, n)
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         if tensor == INPUT and projection in self.wanted:
             rows = x.detach().flatten(0, -2).double()  # a mean's square is taken off; autocast leaves it alone
             self.counts[projection] += len(rows)
-            self.sums[projection] = self.sums[projection] + rows.sum(0)
-            self.products[projection] = self.products[projection] + rows.mT @ rows
+            self.sums[projection] = self.sums.get(projection, 0.0) + rows.sum(0)
+            self.products[projection] = self.products.get(projection, 0.0) + rows.mT @ rows
         return x
 
     def ratios(self, projection: int, components: int) -> Tensor:

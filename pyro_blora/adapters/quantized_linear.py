@@ -42,7 +42,8 @@ def _mark(module: nn.Module, inputs: tuple, output: Tensor) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(inputs) != 1 or type(output) is not Tensor:
         return
     if output is not inputs[0] and not (output.is_inference() or inputs[0].is_inference()):
-        output.source = Source(module, inputs[0], (inputs[0]._version, output._version))
+        source = Source(module, inputs[0], (inputs[0]._version, output._version))
+        output.source = source  # type: ignore[attr-defined]  # our mark on a tensor
 
 
 def source_of(x: Tensor) -> Source | None:
@@ -76,7 +77,8 @@ class _Products(torch.autograd.Function):
         if ctx.source is not None if torch.compiler.is_compiling() else is_source.numpy():
             x = ctx.source.forward(x)
         weights, of_weights = saved[: len(grads)], saved[len(grads) :]
-        needs, found, of_rounded_x = ctx.needs_input_grad[1:], [], None
+        needs, found = ctx.needs_input_grad[1:], []
+        of_rounded_x: Tensor | None = None
         frozen = not any(needs[4::4])
         coarse = frozen and all(_is_coarse(grad, x) for grad in grads)
         rounded_x = _on(x, constants, torch.bfloat16 if coarse else ctx.dtype).flatten(0, -2)
@@ -85,7 +87,9 @@ class _Products(torch.autograd.Function):
             grad = grad.flatten(0, -2)  # (tokens, m)
             if needs[1] or needs[2]:
                 rounded_weight = _on(weight, c, ctx.dtype)
-                of_rounded_x = grad @ rounded_weight if i == 0 else of_rounded_x.addmm_(grad, rounded_weight)
+                of_rounded_x = (
+                    grad @ rounded_weight if of_rounded_x is None else of_rounded_x.addmm_(grad, rounded_weight)
+                )
             slope = None
             if learns_weight or learns_grid:
                 slope = grad.T @ rounded_x if learns_weight else _of_frozen(grad, rounded_x)

@@ -8,11 +8,11 @@ Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Brown, C
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 
 from ..posterior.calibration import share_error
+from ..tasks.likelihoods import Likelihood
 
 NOISE = 2.0  # standard errors, within which a difference is noise
 _RESAMPLES = 1000
@@ -22,19 +22,9 @@ _KEYS = ("constant", "standard_error", "gain_error")
 _AT_ONCE = 4_000_000  # numbers of a block of resamples
 
 
-class Outcome(Protocol):
-    """What is asked of a likelihood: see tasks/likelihoods.py."""
-
-    classes: int
-
-    def constants(self, labels: np.ndarray) -> list[np.ndarray]: ...
-
-    def constant_log_scores(self, labels: np.ndarray) -> np.ndarray: ...
-
-
 def beside(
     scores: Mapping[str, float], decision: np.ndarray, labels: np.ndarray, log_scores: np.ndarray, *,
-    kind: Outcome, probabilities: np.ndarray | None = None, compute: Callable[..., Mapping] | None = None,
+    kind: Likelihood, probabilities: np.ndarray | None = None, compute: Callable[..., Mapping] | None = None,
 ) -> dict[str, dict[str, float | None]]:  # fmt: skip
     """constant, standard_error and gain_error of every score, of `nll`, and with `probabilities` (E, C) of `brier`.
 
@@ -43,10 +33,10 @@ def beside(
     gain_error: standard error of score minus constant. None where an error cannot be estimated.
     """
     decision, labels = np.asarray(decision), np.asarray(labels)
-    found = {name: _of_score(name, value, decision, labels, kind) for name, value in scores.items()}
-    if compute is not None and None in found.values():
-        found |= _by_calls([name for name, held in found.items() if held is None], decision, labels, kind, compute)
-    found = {name: held or dict.fromkeys(_KEYS) for name, held in found.items()}
+    known = {name: _of_score(name, value, decision, labels, kind) for name, value in scores.items()}
+    if compute is not None and None in known.values():
+        known |= _by_calls([name for name, held in known.items() if held is None], decision, labels, kind, compute)
+    found = {name: held or dict.fromkeys(_KEYS) for name, held in known.items()}
     found["nll"] = _of_means(-np.asarray(log_scores, float), -kind.constant_log_scores(labels))
     if probabilities is not None:
         unit, shares = np.eye(kind.classes)[labels], np.bincount(labels, minlength=kind.classes) / len(labels)
@@ -55,7 +45,9 @@ def beside(
     return found
 
 
-def difference_error(name: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, kind: Outcome) -> float | None:
+def difference_error(
+    name: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, kind: Likelihood
+) -> float | None:
     """Standard error of a score's difference between two sets of decisions on the same examples, where it is known."""
     if name not in (_OF_CLASSES if kind.classes else _OF_VALUES):
         return None
@@ -70,7 +62,7 @@ def _of_means(each: np.ndarray, constant: np.ndarray) -> dict[str, float | None]
     return {"constant": float(constant.mean()), "standard_error": errors[0], "gain_error": errors[1]}
 
 
-def _of_score(name: str, value: float, decision, labels, kind: Outcome) -> dict | None:
+def _of_score(name: str, value: float, decision, labels, kind: Likelihood) -> dict | None:
     """None for a score that is not known here, or by that name is another one there."""
 
     def score(answers) -> float:
@@ -84,7 +76,7 @@ def _of_score(name: str, value: float, decision, labels, kind: Outcome) -> dict 
     return dict(zip(_KEYS, (constant, error, float((each[0] - each[1]).std())), strict=True))
 
 
-def _by_calls(names: list[str], decision, labels, kind: Outcome, compute: Callable) -> dict[str, dict]:
+def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Callable) -> dict[str, dict]:
     """Of a metric that is a function of predictions and references only."""
 
     def scores(x, y=labels) -> np.ndarray:

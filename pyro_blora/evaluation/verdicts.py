@@ -17,6 +17,11 @@ def beside(scores: dict, name: str, what: str = "standard_error") -> float | Non
     return scores.get("beside", {}).get(name, {}).get(what)
 
 
+def ece_by_chance(scores: dict) -> dict[str, float] | None:
+    """`mean` and `high` of the ECE that calibrated predictions have by chance; None where that is not known."""
+    return scores.get("beside", {}).get("ece", {}).get("chance")
+
+
 def of_score(scores: dict, name: str, digits: int = 4) -> str:
     """`0.8452 ± 0.0123`: a summary's metric, or its `nll`."""
     value = scores[name] if name in ("nll", "brier") else scores["metric"]["value"]
@@ -51,7 +56,7 @@ def nothing_learned(summary: dict) -> str | None:
 
 def of_chance(scores: dict) -> str | None:
     """How an ECE compares with what calibrated predictions have by chance; None where that is not known."""
-    chance = beside(scores, "ece", "chance")
+    chance = ece_by_chance(scores)
     if chance is None:
         return None
     verdict = "no evidence of" if scores["ece"]["value"] <= chance["high"] else "more than chance, so evidence of"

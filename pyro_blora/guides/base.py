@@ -30,7 +30,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, log_at_least, pinned_logits
+from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, pinned_logits
+from ..ladder_math import log_at_least
 from ..layout import AdapterLayout
 from ..registry import Registry
 

@@ -6,6 +6,7 @@ Nothing is read off an architecture's name but the preset of targets.
 import inspect
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import regex  # its matches have a time limit
 import torch
@@ -31,7 +32,7 @@ _TYPES = {
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Paths of the task head, which stays at 32 bit: what stands beside the base model, and a pooler inside it."""
-    prefix = model.base_model_prefix
+    prefix = str(model.base_model_prefix)
     beside = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
     pooler = getattr(getattr(model, prefix, model), "pooler", None)
     return (*beside, f"{prefix}.pooler") if pooler is not None else tuple(beside)
@@ -122,7 +123,8 @@ def example_rows(model: nn.Module, size: int, length: int, *, varied: bool = Fal
 
     varied: many tokens of the vocabulary in place of one.
     """
-    config, device = model.config, model.device
+    config: Any = model.config
+    device = next(model.parameters()).device
     special = {getattr(config, name, None) for name in vars(config) if name.endswith("_token_id")}
     vocabulary = getattr(config, "vocab_size", None) or 256
     ordinary = [token for token in range(min(vocabulary, 1000)) if token not in special][-512:] or [0]
@@ -144,10 +146,11 @@ def settle_attention(model: nn.Module) -> bool:
 
     Returns whether it was sparse. Else a network would change within a training, at a step that its batches decide.
     """
-    base = model.base_model
+    base: Any = model.base_model
+    config: Any = model.config
     if not hasattr(base, "set_attention_type") or getattr(base, "attention_type", None) != "block_sparse":
         return False
     with torch.random.fork_rng(devices=[]):  # its modules are made anew, with weights that are then replaced
         base.set_attention_type("original_full")
-    model.config.attention_type = "original_full"
+    config.attention_type = "original_full"
     return True

@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,16 +39,17 @@ def deberta_from_bert(bert: BertModel) -> DebertaV2Model:
     from transformers import DebertaV2Config, DebertaV2Model
 
     was = bert.config
-    config = DebertaV2Config(
+    settings: dict[str, Any] = {
         **{name: getattr(was, name) for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
             "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
             "initializer_range", "layer_norm_eps", "pad_token_id",
         )},
-        relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
-        position_buckets=256, max_relative_positions=-1, position_biased_input=True,
-        pooler_hidden_size=was.hidden_size, pooler_hidden_act="gelu",
-    )  # fmt: skip
+        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "position_buckets": 256, "max_relative_positions": -1, "position_biased_input": True,
+        "pooler_hidden_size": was.hidden_size, "pooler_hidden_act": "gelu",
+    }  # fmt: skip
+    config = DebertaV2Config(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the distances' embeddings, which the layer norm at zero hides
         deberta = DebertaV2Model(config)

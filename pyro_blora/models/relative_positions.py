@@ -6,6 +6,7 @@ those of a short input are a corner of a long one's.
 """
 
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ class _Positions:
     """In the place of `DebertaV2Encoder.get_rel_pos`, with the same values."""
 
     def __init__(self, encoder: nn.Module):
-        self.compute = type(encoder).get_rel_pos
+        kind: Any = type(encoder)
+        self.compute = kind.get_rel_pos
         plain = {name: x for name, x in vars(encoder).items() if isinstance(x, bool | int)}
         self.settings = types.SimpleNamespace(**plain)  # not the encoder: it holds this object
         self.tables: dict[tuple[torch.device, int], Tensor] = {}  # all are kept, as a CUDA graph reads where they are
@@ -39,4 +41,4 @@ def remember_positions(backbone: nn.Module) -> None:
     """Let every DeBERTaV2 or V3 encoder of a backbone keep its relative positions; others are left as they are."""
     for module in backbone.modules():
         if getattr(module, "relative_attention", False) and hasattr(type(module), "get_rel_pos"):
-            module.get_rel_pos = _Positions(module)
+            module.get_rel_pos = _Positions(module)  # type: ignore[assignment]  # in the place of its method

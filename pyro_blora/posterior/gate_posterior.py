@@ -101,7 +101,7 @@ class Posterior:
                 found = expected_bops(self.layout, *marginals)
                 ratios = found.adapted_ratio, found.model_ratio
                 each = [Gates(*torch.autograd.grad(x.sum(), marginals, retain_graph=True)) for x in ratios]
-            self._slopes[chain] = _Slopes(*(x.detach() for x in ratios), *each)
+            self._slopes[chain] = _Slopes(found.adapted_ratio.detach(), found.model_ratio.detach(), *each)
         return self._slopes[chain]
 
     def expected_bops(self, chain: int = 0) -> BOPs:
@@ -113,9 +113,9 @@ class Posterior:
         """Means and variances over the law of bits (2, C, L, T) and of open ranks (2, C, L)."""
         found = []
         for log_q, values in zip(self.log_q, (self.layout.ladder, range(1, self.layout.rank + 1)), strict=True):
-            law, values = log_q.exp().mean(1), torch.tensor(list(values), dtype=torch.float64)
-            mean = law @ values
-            found.append(torch.stack([mean, (law @ values.square() - mean.square()).clamp(min=0.0)]))
+            law, each = log_q.exp().mean(1), torch.tensor(list(values), dtype=torch.float64)
+            mean = law @ each
+            found.append(torch.stack([mean, (law @ each.square() - mean.square()).clamp(min=0.0)]))
         return Gates(*found)
 
     # --- bit operations ---------------------------------------------------------------------------------------------
@@ -176,16 +176,16 @@ class Posterior:
         forced = torch.where(alive[:, None], forced, law)  # of weight 0
         adapted, model, *slopes = self.slopes(chain)
         shift = _opening(forced) - _opening(law)  # (M, D - 1); E[BOPs] is linear in the marginals of one ladder
-        after = [
-            x + (getattr(slope, site)[(slice(None), *index)] * shift).sum(-1)
+        adapted_then, model_then = (
+            float(weights @ (x + (getattr(slope, site)[(slice(None), *index)] * shift).sum(-1)))
             for x, slope in zip((adapted, model), slopes, strict=True)
-        ]
+        )
         whole, then = law.exp().mean(0), weights @ forced.exp()
         evidence = whole.log() - getattr(self.log_prior, site)[(chain, *index)]  # up to a constant
         evidence = torch.where(whole > 0, evidence, 0.0)
         return WhatIf(
             gate, opened, math.exp(log_probability), -log_probability + 0.0, float(((whole - then) * evidence).sum()),
-            *(float(weights @ x) for x in after), float(adapted.mean()), float(model.mean()),
+            adapted_then, model_then, float(adapted.mean()), float(model.mean()),
         )  # fmt: skip
 
     @functools.cached_property
@@ -252,7 +252,7 @@ class Posterior:
         if not 0 < factor < math.inf:
             raise ValueError(f"factor must be a positive number, got {factor}: 2 doubles every rate")
         drawn = group(self.data, "posterior")
-        log_ratio, laws, log_mass = 0.0, [], 0.0
+        log_ratio, laws, log_mass = torch.zeros((), dtype=torch.float64), [], torch.zeros((), dtype=torch.float64)
         for site, mask in zip("zg", self.masks, strict=True):
             log_q, log_p = getattr(self.log_q, site)[chain], getattr(self.log_prior, site)[chain]
             at_least = log_p.flip(-1).logcumsumexp(-1).flip(-1)

@@ -23,7 +23,8 @@ from ..machine import cache_folder
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-std=c11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-_NATIVE = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])  # what it knows
+_WIDE = ["-march=native", "-mprefer-vector-width=512"]
+_NATIVE: tuple[list[str], ...] = (_WIDE, ["-march=native"], ["-mcpu=native"], [])  # what it knows
 _COMPILERS = ("cc", "gcc", "clang")
 _PATIENCE = 60.0  # seconds that the compiler may take
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -108,7 +109,8 @@ def loops() -> ctypes.CDLL:
 
 def _compile(compiler: list[str], path: Path) -> None:
     """Into another file of the folder first, and loaded there: several processes may do it at once."""
-    alone, openmp = (["-fopenmp-simd"], []), _openmp()
+    openmp, failed = _openmp(), ""
+    alone: tuple[list[str], list[str]] = (["-fopenmp-simd"], [])
     ways = [alone] if openmp is None else [(["-fopenmp"], [str(openmp)]), alone]  # clang's OpenMP is not GCC's
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "loops.o", Path(folder) / "loops.so"
@@ -118,8 +120,8 @@ def _compile(compiler: list[str], path: Path) -> None:
                 [*compiler, "-shared", str(made), *library, "-lm", "-o", str(linked)],
             )
             told = [subprocess.run(step, capture_output=True, text=True, timeout=_PATIENCE) for step in steps]
-            failed = next((each.stderr.strip() or "without a word" for each in told if each.returncode), None)
-            if failed is None:
+            failed = next((each.stderr.strip() or "without a word" for each in told if each.returncode), "")
+            if not failed:
                 try:
                     ctypes.CDLL(str(linked))
                 except OSError as error:

@@ -24,6 +24,8 @@ Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equal
 import functools
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,12 @@ from .grid import (
     mixture_weights,
 )
 
+# forward (x, constants, dtype), backward and the backward of range and weights (grad, x, constants)
+Kernels = tuple[
+    Callable[..., Tensor],
+    Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    Callable[[Tensor, Tensor, Tensor], Tensor],
+]
 _PROBED = 1000  # elements on which compiled functions are compared with the eager ones
 log = logging.getLogger(__name__)
 
@@ -86,7 +94,7 @@ _EAGER = (_forward, _backward, _backward_of_gates)
 
 
 @functools.cache
-def _kernels(device: str = "cpu") -> tuple:
+def _kernels(device: str = "cpu") -> Kernels:
     """The three functions: Triton's on CUDA, else compiled from C; eager where no compiler works."""
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _EAGER
@@ -103,7 +111,7 @@ def _kernels(device: str = "cpu") -> tuple:
     return found
 
 
-def _probe(found: tuple, device: str) -> None:
+def _probe(found: Kernels, device: str) -> None:
     """Errors: RuntimeError where what was compiled computes something else."""
     x = torch.linspace(-2, 2, _PROBED, device=device)
     (grid,) = grids(torch.ones((), device=device), torch.full((len(LADDER),), 0.2, device=device))
@@ -114,7 +122,7 @@ def _probe(found: tuple, device: str) -> None:
         raise RuntimeError("what was compiled computes something else")
 
 
-def kernels(x: Tensor, constants: Tensor) -> tuple:
+def kernels(x: Tensor, constants: Tensor) -> Kernels:
     """Those for x's device; eager where a whole network is being compiled, for tensors without values, in float64."""
     if torch.compiler.is_compiling() or constants.dtype != torch.float32:
         return _EAGER
@@ -125,13 +133,13 @@ def kernels(x: Tensor, constants: Tensor) -> tuple:
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, learned, constants):
+    def forward(ctx: Any, x: Tensor, learned: Tensor, constants: Tensor) -> Tensor:
         ctx.save_for_backward(x, constants)
         return kernels(x, constants)[0](x.data, constants)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, constants = ctx.saved_tensors
         _, backward, of_gates = kernels(x, constants)
         of_x, of_learned, _ = ctx.needs_input_grad
@@ -142,7 +150,8 @@ class _Quantize(torch.autograd.Function):
 
 def quantize_on(x: Tensor, grid: Grid) -> Tensor:
     """sum_b w_b Q_b(x), differentiable in x and in the grid.  x any shape; grid one of `grids`."""
-    return _Quantize.apply(x.contiguous().view(-1), *grid).view(x.shape)  # one dynamic dimension: the same kernels
+    out: Tensor = _Quantize.apply(x.contiguous().view(-1), *grid)  # one dynamic dimension: the same kernels
+    return out.view(x.shape)
 
 
 def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:

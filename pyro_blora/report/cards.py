@@ -1,6 +1,6 @@
 """The first line of a run's page: its scores and bit operations."""
 
-from ..evaluation.verdicts import beside, nothing_learned, of_score
+from ..evaluation.verdicts import beside, ece_by_chance, nothing_learned, of_score
 from ..interval import PERCENT
 
 
@@ -9,7 +9,7 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
     bops, metric = summary["bops"], summary["metric"]
     low, high = bops["interval"]
     name, ece, at_mode = metric["name"], summary["ece"]["value"], summary["deployed"]
-    chance = beside(summary, "ece", "chance")
+    chance = ece_by_chance(summary)
     none = summary.get("no_confidence", "no confidence")  # older ones do not say why
     remark = f"{summary['ece']['bins']} bins" + (f"; by chance up to {chance['high']:.4f}" if chance else "")
     verdict = "; nothing was learned" if nothing_learned(summary) else ""

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.baselines import NOISE
-from ..evaluation.verdicts import beside, nothing_learned, of_score
+from ..evaluation.verdicts import beside, ece_by_chance, nothing_learned, of_score
 from ..files import REPORT
 from ..interval import PERCENT
 from . import charts
@@ -118,14 +118,14 @@ def _compared(task: str, runs: pd.DataFrame) -> list[str]:
     """The lowest NLL and the fewest bit operations among the runs of a task, at the seeds that all of them have."""
     if runs["run"].nunique() == 1:
         return [f"{task}: only {runs['run'].iloc[0]} has a result, nothing to compare it with."]
-    by_seed = runs.pivot(index="run", columns="seed", values="nll").reindex(dict.fromkeys(runs["run"]))
+    by_seed = runs.pivot(index="run", columns="seed", values="nll").reindex(runs["run"].unique())
     seeds = list(by_seed.columns[by_seed.notna().all()])
     if not seeds:
         return [f"{task}: no seed has a result of every run, so they are not compared."]
     same = runs[runs["seed"].isin(seeds)].groupby("run", sort=False)
     means = same[["nll", "bops"]].mean()
-    best, cheapest = means["nll"].idxmin(), means["bops"].idxmin()
-    after = means["nll"].drop(best).idxmin()
+    best, cheapest = str(means["nll"].idxmin()), str(means["bops"].idxmin())
+    after = str(means["nll"].drop(best).idxmin())
     gap = means["nll"][after] - means["nll"][best]
     at = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}, means"
     sentences = [
@@ -182,7 +182,7 @@ def _constants(summary: dict, metric: str) -> list[str]:
 
 
 def _ece(summary: dict) -> str:
-    value, chance = summary["ece"]["value"], beside(summary, "ece", "chance")
+    value, chance = summary["ece"]["value"], ece_by_chance(summary)
     if value is None:
         return "-"
     return f"{value:.4f}" + (f" (by chance up to {chance['high']:.4f})" if chance else "")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config.command_line import command_line
-from ..evaluation.verdicts import beside, nothing_learned, of_chance, of_score
+from ..evaluation.verdicts import beside, ece_by_chance, nothing_learned, of_chance, of_score
 from ..files import REPORT, require_whole
 from ..posterior.arviz_compat import read
 from ..posterior.gate_posterior import Posterior
@@ -87,7 +87,7 @@ def result_tables(summary: dict) -> list[Table]:
     head.add_row("NLL (nats per example)", *(of_score(x, "nll") for x in both), _constant(summary, "nll"))
     if summary["ece"]["value"] is not None:
         head.add_row(f"ECE ({summary['ece']['bins']} bins)", *(_number(x["ece"]["value"]) for x in both))
-        if beside(summary, "ece", "chance"):
+        if ece_by_chance(summary):
             head.add_row("ECE by chance (95 %)", *map(_chance, both))
     held_out = summary.get("calibration", {})
     if "scaled" in held_out.get("averaged", {}):
@@ -137,7 +137,7 @@ def _constant(summary: dict, name: str) -> str:
 
 
 def _chance(scores: dict) -> str:
-    chance = beside(scores, "ece", "chance")
+    chance = ece_by_chance(scores)
     return _number(chance["high"]) if chance else ""
 
 

@@ -11,6 +11,8 @@ positive was predicted or present.
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -66,13 +68,13 @@ SCORES = {
 }
 
 
-class GlueScore(evaluate.Metric):
+class GlueScore(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """The score of one GLUE task (or of the demo task); predictions stay in memory, no cache file is written.
 
     Errors: ValueError for an unknown configuration, and for `compute` on nothing or on non-finite values.
     """
 
-    def __init__(self, config_name: str, *, keep_in_memory: bool = True, **settings) -> None:
+    def __init__(self, config_name: str, *, keep_in_memory: bool = True, **settings: Any) -> None:
         if config_name not in SCORES:
             raise ValueError(f"no GLUE score is called {config_name!r}; known: {', '.join(SCORES)}")
         super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **settings)
@@ -102,13 +104,13 @@ class GlueScore(evaluate.Metric):
         return SCORES[self.config_name](predictions, references)
 
 
-class LabelF1(evaluate.Metric):
+class LabelF1(evaluate.Metric):  # type: ignore[misc]
     """Of several labels an example, lists of 0 and 1: micro_f1, macro_f1, and the share of exact_match.
 
     A label that nobody has and no answer names counts 0.
     """
 
-    def __init__(self, *, keep_in_memory: bool = True, **settings) -> None:
+    def __init__(self, *, keep_in_memory: bool = True, **settings: Any) -> None:
         super().__init__(keep_in_memory=keep_in_memory, **settings)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -118,7 +120,7 @@ class LabelF1(evaluate.Metric):
             features=datasets.Features({"predictions": value, "references": value}),
         )  # fmt: skip
 
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+    def _compute(self, predictions: list[list[int]], references: list[list[int]]) -> dict[str, float]:
         x, y = np.asarray(predictions), np.asarray(references)
         scores = {f"{kind}_f1": float(f1_score(y, x, average=kind, zero_division=0.0)) for kind in ("micro", "macro")}
         return scores | {"exact_match": float((x == y).all(1).mean())}

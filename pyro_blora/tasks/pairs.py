@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..user_files import open_text
 from .base import Task
@@ -48,7 +48,7 @@ def read_pairs(path: Path) -> datasets.Dataset:
 
     if not path.is_file():
         raise ValueError(f"task 'pairs': there is no file {path}: it has the columns first, second and label")
-    rows: dict[str, list] = {name: [] for name in (*COLUMNS, "label")}
+    rows: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "label")}
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:

@@ -5,10 +5,12 @@ graph is recorded once for every shape of batch and launched as a whole. It comp
 the temperature are copied to where it reads them, and its random numbers come from the seed that is set before.
 """
 
+import functools
 import logging
 import os
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +42,8 @@ class Gradients:
         self.temperature = torch.ones((), device=device) if device.type == "cuda" else None
         self.validated: set[bool] = set()  # once before the gates start, once from then on
         self.graphs: dict[tuple, _Graph] = {}
-        self.pool, self.moved = None, 0
-        # one stream for all recordings, as memory is used again on the stream only that it was taken on
-        self.stream = torch.cuda.Stream(device) if self.recording else None
+        self.pool: Any = None  # torch's handle
+        self.moved = 0
         self.slopes: dict[nn.Parameter, Tensor] = {}  # where every recording leaves its gradients
 
     def __call__(
@@ -55,7 +56,7 @@ class Gradients:
 
         Errors: ValueError, at the first call of either phase, where a distribution refuses finite numbers.
         """
-        here = temperature
+        here: float | Tensor = temperature
         if self.temperature is not None:  # where a graph reads it
             here = self.temperature.fill_(temperature)
         arguments = here, kl_weight, held_open, micro_batches
@@ -68,6 +69,11 @@ class Gradients:
             found = self._eager(inputs, labels, *arguments)
         self.program.temperature = temperature
         return found
+
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Of all recordings, as memory is used again on the stream only that it was taken on."""
+        return torch.cuda.Stream(self.program.log_scale.device)
 
     def forget(self) -> None:
         """Drop what was recorded: the program is another one from now on."""
@@ -125,7 +131,7 @@ class Gradients:
         log.warning("a step is not recorded as a CUDA graph (%s): its kernels are launched one by one", reason)
         torch.cuda.synchronize()
         with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that ends well frees the generator of the broken one
-            torch.zeros((), device=self.temperature.device)
+            torch.zeros((), device=self.program.log_scale.device)
 
 
 class _Graph:
@@ -147,12 +153,13 @@ class _Graph:
             with torch.cuda.stream(stream):
                 learning = [p for p in self.parameters if p.grad is not None]
                 for parameter in learning:
-                    gradients.slopes.setdefault(parameter, torch.empty_like(parameter.grad))
+                    gradients.slopes.setdefault(parameter, torch.empty_like(parameter))
             self._forget_gradients()  # those of the recording are its own, until they are copied
             self.gradients = [(p, gradients.slopes[p]) for p in learning]
             with torch.cuda.graph(self.graph, pool=gradients.pool, stream=stream, capture_error_mode="thread_local"):
                 self.parts = gradients._eager(self.inputs, self.labels, *arguments)
-                torch._foreach_copy_([slope for _, slope in self.gradients], [p.grad for p in learning])
+                found = [p.grad for p in learning if p.grad is not None]
+                torch._foreach_copy_([slope for _, slope in self.gradients], found)
                 self._forget_gradients()
         finally:
             torch.cuda.current_stream(device).wait_stream(stream)

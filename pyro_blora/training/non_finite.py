@@ -44,7 +44,8 @@ class FiniteSteps:
         slopes = [p.grad for p in others if p.grad is not None]
         norms = torch._foreach_norm(slopes, torch.inf) if slopes else []  # largest values: their squares could overflow
         bad = ~torch.stack([norm, *norms]).isfinite().all()
-        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by a gradient scaler, whose place this takes
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.step()
         self._count(step, bad)
         return bad

@@ -1,5 +1,7 @@
 """The optimizer of a training: AdamW over groups that have learning rates of their own."""
 
+from typing import Any
+
 import torch
 
 from ..config.run_config import RunConfig
@@ -12,7 +14,7 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
     random = program.weights.parameters_of_net
     fixed = [p for p in net.adapter_parameters() if all(p is not other for other in random)]
     gates = list(dict.fromkeys([*program.gate_guide.parameters(), *program.prior.parameters()]))
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "adapter", "params": fixed, "weight_decay": decay},
         {"name": "weights", "params": random, "weight_decay": 0},  # their prior does it
         {"name": "spread", "params": [*program.weights.parameters()], "weight_decay": 0},

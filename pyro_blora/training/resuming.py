@@ -27,7 +27,7 @@ class Checkpoints:
         self.book, self.validation, self.finite = book, validation, finite
         self.saved = time.monotonic()
         self.writes = folder is not None and accelerate.PartialState().is_main_process
-        self.require_folder = same_folder(folder) if self.writes else lambda: None
+        self.require_folder = same_folder(folder) if folder is not None and self.writes else lambda: None
 
     def resume(self) -> int:
         """Take up the checkpoint, if there is one; returns the step that is next."""
@@ -46,7 +46,7 @@ class Checkpoints:
     def save(self, steps: int) -> None:
         """By the main process.  Errors: ValueError for numbers that are not finite, or a lost folder; NotWritten."""
         self.saved = time.monotonic()
-        if not self.writes:
+        if self.folder is None or not self.writes:
             return
         self.require_folder()
         self.book.sync()

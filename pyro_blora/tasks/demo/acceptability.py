@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base import Task
 from ..files import require_rows
@@ -132,7 +132,7 @@ def _draw(seed: str, n: int, lexicons: tuple[Words, ...], seen: set[str]) -> dat
     import datasets  # now, as it takes a second
 
     rng = random.Random(seed)  # a string seed goes through SHA-512, whatever Python's hash seed
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     for block in _blocks(rng, lexicons, seen):
         rows += block
         if len(rows) >= n:
@@ -145,7 +145,7 @@ def _draw(seed: str, n: int, lexicons: tuple[Words, ...], seen: set[str]) -> dat
     return datasets.Dataset.from_list(rows, features=features)
 
 
-def _blocks(rng: random.Random, lexicons: tuple[Words, ...], seen: set[str]) -> Iterator[list[dict]]:
+def _blocks(rng: random.Random, lexicons: tuple[Words, ...], seen: set[str]) -> Iterator[list[dict[str, Any]]]:
     """Blocks of new rows without end: the phenomena in turn, and the lexicons in turn after each round of phenomena."""
     while True:
         for held_out, words in enumerate(lexicons):

@@ -7,10 +7,11 @@ shared.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 HELD_OUT_EVERY = 3
 
-Words = Mapping[str, list]
+Words = Mapping[str, list[Any]]
 """Kind of noun or verb -> its words; a couple is a pair of words."""
 
 
