@@ -4,6 +4,7 @@ torch and transformers are imported when a command needs them, so that `--help` 
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -20,7 +21,7 @@ from .config.run_config import RunConfig, field_names
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
 from .registry import REQUIRED, Registry, nearest, registered, suggest
-from .signals import heeded
+from .signals import Interrupted, asked, heeded
 
 COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights", "tasks", "doctor")
 _LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
@@ -131,10 +132,11 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         return 0
     prepare(quiet=quiet)
     with heeded():
-        with silenced(quiet), phase("importing PyTorch, Pyro and transformers"):
+        with contextlib.suppress(Interrupted), silenced(quiet), phase("importing PyTorch, Pyro and transformers"):
             from .distributed import leave
             from .run import train_run
-
+        if signum := asked():  # also where a library has caught it
+            raise Interrupted(signum, "nothing had begun: the same command starts the run")
         keep_freed_memory()
         folder = train_run(config, quiet=quiet)
     if is_main():  # torchrun starts one process a device: one of them speaks

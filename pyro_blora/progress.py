@@ -18,14 +18,14 @@ T = TypeVar("T")
 _LONG = 2.0  # seconds from which a finished phase leaves a line
 _APART, _SHARE, _AT_MOST = 5.0, 0.1, 60.0  # a log's lines: seconds and share of the work between two; seconds, whatever
 _IN_PLACE = 0.5  # seconds between two states of a notebook's line
-_BAR = 24  # columns
+_BAR, _TURNING = 12, "|/-\\"  # columns of a bar; a sign of life
 
 
 class Phase:
     """A part of the work: `advance` counts what is done of `total`, `note` says how it goes."""
 
-    def __init__(self, name: str, total: int | None, unit: str, first: int):
-        self.name, self.total, self.unit, self.first, self.done = name, total, unit, first, first
+    def __init__(self, name: str, total: int | None, unit: str, first: int, still: bool):
+        self.name, self.total, self.unit, self.first, self.done, self.still = name, total, unit, first, first, still
         self.began = self.shown_at = time.monotonic()
         self.shown_done, self.note = first, ""
 
@@ -47,21 +47,24 @@ class Phase:
 
     def state(self) -> str:
         """What is done and in which time, how long the rest will take, and the note; without the name."""
-        counted = f"{self.done:,}/{self.total:,} {self.unit}".rstrip() if self.total is not None else ""
-        parts = [counted, _clock(self.seconds)]
-        if self.total is not None and self.first < self.done < self.total:
-            left = self.seconds / (self.done - self.first) * (self.total - self.done)
-            parts.append(f"{_clock(left)} left")
-        return ", ".join(filter(None, parts)) + (f": {self.note}" if self.note else "")
+        text = _clock(self.seconds)
+        if self.total is not None:
+            text = f"{self.done:,}/{self.total:,} {self.unit} in {text}"
+            if self.first < self.done < self.total:
+                text += f", {_clock(self.seconds / (self.done - self.first) * (self.total - self.done))} left"
+        return f"{text}: {self.note}" if self.note else text
 
 
 @contextlib.contextmanager
-def phase(name: str, total: int | None = None, *, unit: str = "", first: int = 0) -> Iterator[Phase]:
+def phase(
+    name: str, total: int | None = None, *, unit: str = "steps", first: int = 0, still: bool = False
+) -> Iterator[Phase]:
     """Show that this is being done, until the block ends.
 
-    total: how much there is to count, in units (a plural); None where that is not known. first: done before.
+    total: how much there is to count, in units (a plural); None where that is not known. first: done before. still:
+    only name it, as libraries may draw bars of their own meanwhile, of a download.
     """
-    this = Phase(": ".join([*filter(None, _State.labels), name]), total, unit, first)
+    this = Phase(": ".join([*filter(None, _State.labels), name]), total, unit, first, still)
     if not _State.open:
         _State.form = _form()
     form = _State.form
@@ -115,7 +118,7 @@ def is_main() -> bool:
 
 def is_terminal() -> bool:
     """Whether stderr is a terminal on which a line can be written again."""
-    return bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") != "dumb"
+    return bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 class _Silent:
@@ -137,14 +140,14 @@ class _Log(_Silent):
     def begin(self, phase: Phase) -> None:
         if phase.name not in self.named:
             self.named.add(phase.name)
-            rest = "" if phase.total is None else f": {phase.total - phase.first:,} {phase.unit}".rstrip()
-            self.write(phase, rest + (f" from {phase.first:,} on" if phase.first else ""))
+            done = f", {phase.first:,} done" if phase.first else ""
+            counts = phase.total is not None and phase.total > 1
+            self.write(phase, f": {phase.total:,} {phase.unit}{done}" if counts else "")
 
     def changed(self, phase: Phase) -> None:
-        waited = time.monotonic() - phase.shown_at
-        share = (phase.done - phase.shown_done) / max(1, phase.total or 0)
-        unfinished = phase.done != phase.total
-        if unfinished and (waited >= _AT_MOST or (waited >= _APART and phase.total and share >= _SHARE)):
+        waited, total = time.monotonic() - phase.shown_at, phase.total
+        moved = bool(total) and phase.done - phase.shown_done >= _SHARE * total
+        if phase.done != total and (waited >= _AT_MOST or (waited >= _APART and moved)):
             self.write(phase, f": {phase.state()}")
 
     def end(self, phase: Phase) -> None:
@@ -184,38 +187,37 @@ class _Live(_Silent):
     def __init__(self):
         from rich.console import Console
         from rich.live import Live
-        from rich.spinner import Spinner
 
-        self.console, self.spinner = Console(stderr=True, highlight=False, markup=False), Spinner("line")
+        self.console = Console(stderr=True, force_terminal=True, highlight=False, markup=False)
         self.live = Live(
             console=self.console, get_renderable=self.line, transient=True,
             redirect_stdout=bool(sys.stdout and sys.stdout.isatty()),  # what others print goes above the line
         )  # fmt: skip
 
     def begin(self, phase: Phase) -> None:
-        if not self.live.is_started:
+        if phase.still:
+            self.console.print(phase.name, soft_wrap=True)
+        elif not self.live.is_started:
             self.live.start()
             self.console.show_cursor(True)  # a process that is killed would leave the terminal without
 
     def line(self):
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
         from rich.text import Text
 
-        if not _State.open:
+        last = _State.open[-1:]  # in one piece: this is another thread
+        if not last:
             return Text()
-        phase, grid = _State.open[-1], Table.grid(padding=(0, 1))
-        cells = [self.spinner, Text(phase.name, style="bold")]
-        if phase.total is not None:
-            cells.append(ProgressBar(phase.total, phase.done, width=_BAR))
-        for _ in range(len(cells)):
-            grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True, overflow="crop")
-        grid.add_row(*cells, Text(phase.state()))
-        return grid
+        (phase,) = last
+        text = Text(f"{_TURNING[int(4 * phase.seconds) % len(_TURNING)]} ", no_wrap=True, overflow="crop")
+        text.append(f"{phase.name} ", style="bold")
+        if phase.total:
+            full, empty = "#-" if self.console.options.ascii_only else "━─"
+            filled = _BAR * phase.done // phase.total
+            text.append(full * filled, style="green").append(f"{empty * (_BAR - filled)} ", style="dim")
+        return text.append(phase.state())
 
     def end(self, phase: Phase) -> None:
-        if phase.seconds >= _LONG:
+        if phase.seconds >= _LONG and not phase.still:
             self.console.print(f"{phase.name}: {phase.state()}", soft_wrap=True)
 
     def close(self) -> None:
@@ -240,7 +242,7 @@ def _in_notebook() -> bool:
 
 
 def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")  # 01:27, 1:02:03
 
 
 class _State:

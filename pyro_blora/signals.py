@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from .progress import is_main, is_terminal
+
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 _TOGETHER = 1.0  # seconds within which signals are one
 
@@ -84,6 +86,8 @@ def _hear(signum: int, frame: FrameType | None) -> None:
         _State.asked, _State.since = signum, time.monotonic()
         if not _State.deferring:
             raise Interrupted(signum)
+        if signum == signal.SIGINT and is_main() and is_terminal():  # somebody waits
+            os.write(2, b"\npyro-blora: ending after this step, with a checkpoint; once more to end at once\n")
     elif time.monotonic() - _State.since > _TOGETHER:
         os.write(2, b"\npyro-blora: stopped at once, by a second signal\n")
         os._exit(128 + signum)

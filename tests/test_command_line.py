@@ -11,6 +11,7 @@ import pytest
 from pyro_blora import __main__ as command_line
 from pyro_blora.__main__ import main
 from pyro_blora.config import RunConfig, field_names, run_fields, take_settings
+from pyro_blora.config.flags import GROUPS
 from pyro_blora.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,25 @@ def test_every_field_is_a_flag_with_its_help(name, capsys):
     assert f"--{name} " in capsys.readouterr().out
     value = getattr(RunConfig(), name)
     assert getattr(fields(f"--{name}", str(value)), name) == value
+
+
+def test_every_field_is_in_one_group_of_flags():
+    grouped = [name for _, units in GROUPS.values() for name in units]
+    assert sorted(grouped) == sorted(name for name in field_names() if not name.endswith("_settings"))
+
+
+def test_help_shows_groups_units_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n{title}:\n") for title in GROUPS]
+    assert places == sorted(places)
+    for flag in (
+        "--lr RATE", "--max_length TOKENS", "--scope {adapted,encoder}", "--choose_epoch [{true,false}]",
+        "--output_dir FOLDER", "--prior bops --prior.rate 3",
+    ):  # fmt: skip
+        assert flag in shown
+    assert "VALUE  " not in shown  # every flag says of what
 
 
 def test_a_flag_takes_the_type_of_its_field():

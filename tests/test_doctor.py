@@ -1,12 +1,15 @@
 """`pyro-blora doctor`, `tasks` and `--version`."""
 
+import importlib.metadata
 import os
+import shutil
+import sys
 
 import pytest
 
 from pyro_blora import __version__, doctor
 from pyro_blora.__main__ import main
-from pyro_blora.quantizer import fake_quantize
+from pyro_blora.quantizer import cpu, fake_quantize
 from pyro_blora.tasks import task_names
 
 
@@ -23,6 +26,36 @@ def test_it_says_what_there_is_and_how_to_get_what_is_missing(capsys, monkeypatc
     assert not found["hub"].fine and "HF_HUB_OFFLINE" in found["hub"].found  # as the tests set it
     assert f"of {os.cpu_count()} processors" in found["threads"].found
     assert all(finding.fine or finding.remedy or finding.what == "GPU" for finding in found.values())
+
+
+def test_what_a_training_needs_and_lacks_is_said_in_the_end(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "A training can begin: pyro-blora train --preset demo"
+    required = ["torch>=9999", "no-such-package>=2", 'wandb; extra == "dev"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: required)
+    found = {finding.what: finding for finding in doctor.examine()}
+    assert found["torch"].found.endswith(", too old") and found["torch"].remedy == "pip install -U 'torch>=9999'"
+    assert found["no-such-package"].remedy == "pip install 'no-such-package>=2'" and "wandb" not in found
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Missing for a training: torch, no-such-package"
+
+
+def test_it_goes_on_where_torch_cannot_be_imported(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("pyro_blora.quantizer")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = {finding.what: finding for finding in doctor.examine()}
+    unknown = {what for what, finding in found.items() if finding.found.startswith("not known: ")}
+    assert unknown == {"devices", "compiler", "quantizer", "threads"} and "cache" in found
+
+
+def test_the_compiler_is_named(monkeypatch):
+    found = doctor._compiler()
+    assert found.fine and shutil.which(found.found.split()[0])
+    monkeypatch.setattr(cpu, "_COMPILERS", ("no-such-compiler",))
+    monkeypatch.delenv("CC", raising=False)
+    found = doctor._compiler()
+    assert not found.fine and "no-such-compiler" in found.found and "gcc" in found.remedy
 
 
 def test_a_cache_that_cannot_be_written_is_one(monkeypatch, tmp_path):

@@ -323,13 +323,16 @@ def cut_off(config, function, monkeypatch):
             train_run(config)
 
 
-def test_a_run_that_is_cut_off_in_its_restart_goes_on(backbone, restarted, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_off_in_its_restart_goes_on(backbone, restarted, tmp_path, monkeypatch, capsys):
     """After the restart has trained, and before its folder has its name."""
     config = tiny_config(backbone, restarts=2, output_dir=str(tmp_path / "cut"))
     cut_off(config, "export", monkeypatch)
     left = Path(config.output_dir) / f".{config.folder_name}.partial"
     assert [path.name for path in (left / "restarts").iterdir()] == [".seed-1.partial"]
+    capsys.readouterr()
     folder = train_run(config)
+    said = capsys.readouterr().err
+    assert "fit 1 of 2, seed 1: training: 8 steps, 8 done" in said and "fit 2 of 2, seed 0: training: 8 steps" in said
     assert [path.name for path in (folder / "restarts").iterdir()] == ["seed-1"]
     names = {path.name for path in (folder / "restarts" / "seed-1").iterdir()}
     assert names == {path.name for path in folder.iterdir()} - {"restarts"}

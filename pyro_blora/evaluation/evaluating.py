@@ -14,7 +14,7 @@ from ..distributed import gathered, own_share
 from ..gates import Gates
 from ..posterior.draws import deployed, draw, draw_weights
 from ..posterior.prediction import Prediction, predict
-from ..progress import phase
+from ..progress import labelled, phase
 from ..tasks.batching import batches_by_length, by_length, loader, on_device, take
 from .metrics import scores_of
 
@@ -92,7 +92,8 @@ def _by_rank(parts: Parts) -> list[dict]:
     ranks = torch.arange(layout.rank, device=z.device)
     g = (ranks[:-1] < ranks[:, None, None]).float().expand(-1, *layout.g_shape)  # (R, L, R - 1)
     gates = Gates(z.expand(layout.rank, *z.shape), g)
-    prediction, bops = predicted(parts, "eval", gates), expected_bops(layout, *gates)
+    with labelled("every rank"):
+        prediction, bops = predicted(parts, "eval", gates), expected_bops(layout, *gates)
     return [
         {
             "rank": i + 1, **scores_of(parts.task, prediction.of_draws(slice(i, i + 1))),

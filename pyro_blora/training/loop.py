@@ -136,7 +136,7 @@ class _Loop:
         self.gradients = Gradients(self.program, self.learning, sharded=sharding_wanted())
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-        with contextlib.ExitStack() as ending, deferred(), phase("training", last, unit="steps", first=first) as shown:
+        with contextlib.ExitStack() as ending, deferred(), phase("training", last, first=first) as shown:
             for tracker in accelerator.trackers:  # also where a signal ends the loop
                 # not end_training, which ends the group: its processes have yet to evaluate
                 ending.callback(tracker.finish)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a logging step, and what the bar and the trackers show of it."""
+"""metrics.jsonl: one line a logging step, and what the terminal and the trackers show of it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Logbook:
         self.lines: list[dict] = []
 
     def log(self, step: int, seconds: float, last: torch.Tensor, grad_norm: torch.Tensor, optimizer, more: dict) -> str:
-        """Write a line; returns what the bar shows of it. last: loss and its parts, of this process's step."""
+        """Write a line; returns what is shown of it. last: loss and its parts, of this process's step."""
         line = {"step": step, **self._measure(last), **self._gradients(step, grad_norm, optimizer), **more}
         line["seconds"] = round(seconds, 3)
         if not self.accelerator.is_main_process:
@@ -40,8 +40,8 @@ class Logbook:
                 file.seek(0, os.SEEK_END)
                 file.write(json.dumps(line) + "\n")
         return (
-            f"loss {line['loss']:.3f} nll {line['nll']:.3f} kl {line['kl_z'] + line['kl_g']:.0f} "
-            f"bits {line['expected_bits']:.1f} rank {line['expected_rank']:.1f} BOPs {line['bops_adapted']:.1%}"
+            f"loss {line['loss']:.3f} BOPs {line['bops_adapted']:.1%} bits {line['expected_bits']:.1f} "
+            f"rank {line['expected_rank']:.1f} nll {line['nll']:.3f} kl {line['kl_z'] + line['kl_g']:.0f}"
         )
 
     @torch.no_grad()

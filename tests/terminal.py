@@ -1,0 +1,57 @@
+"""A terminal for commands under test: what they draw on it, and keys that are pressed."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import termios
+import time
+
+_PATIENCE = 300.0  # seconds
+_CODES = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|(\r)|(\n)|([^\x1b\r\n]+)")
+
+
+def on_terminal(command, *, environment=None, columns=120, press=None):
+    """(exit code, all that was written to the terminal).  press: (a text to wait for, the keys that follow it)."""
+    child, terminal = pty.fork()
+    if child == 0:
+        kept = {**os.environ, "TERM": "xterm", **(environment or {})}  # not what readline has set, COLUMNS
+        os.execvpe(command[0], [str(word) for word in command], kept)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    written, pressed, ends = "", press is None, time.monotonic() + _PATIENCE
+    with contextlib.suppress(OSError):  # the other side has gone
+        while time.monotonic() < ends:
+            if select.select([terminal], [], [], 0.1)[0]:
+                found = os.read(terminal, 1 << 16)
+                if not found:
+                    break
+                written += found.decode(errors="replace")
+            if not pressed and press[0] in written:
+                os.write(terminal, press[1].encode())
+                pressed = True
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written
+
+
+def screen(written):
+    """The lines that stand on an endless terminal in the end, without trailing blanks and empty lines."""
+    lines, row, column = [""], 0, 0
+    for code, letter, returned, fed, text in _CODES.findall(written):
+        if text:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+        elif returned:
+            column = 0
+        elif fed:
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif letter == "A":
+            row = max(0, row - int(code or 1))
+        elif letter == "K":
+            lines[row] = ""
+        else:
+            assert letter in "mhl", f"the terminal of these tests does not know ESC [ {code} {letter}"
+    return [line.rstrip() for line in lines if line.strip()]
