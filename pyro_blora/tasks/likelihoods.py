@@ -3,11 +3,12 @@
     categorical.py    one of several classes
     normal.py         a number in a range
     multi_label.py    any of several labels
+    token_labels.py   a label of every word
 
 A task has one; a kind of one's own is a subclass with `@register_likelihood("name")`, in a file of its own. Nothing
 outside this folder asks which kind it is.
-Shapes: S draws, E examples, B batch, C outputs of the head. `*` stands for what an example has beyond that: nothing for
-one class, (C,) for several labels, (T,) for a label of every token.
+Shapes: S draws, E examples, B batch, C outputs of the head. `*` stands for the further dimensions of an example,
+whichever they are: of a label none for one class, (C,) for several labels, (T,) for one of every token.
 """
 
 from __future__ import annotations
