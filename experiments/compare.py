@@ -76,10 +76,10 @@ def differences(table: pd.DataFrame, axis: str, against: str) -> str:
         if pairs.empty:
             lines.append(f"| {task} | `{entry}` | none in common | | | | |")
             continue
-        sides = [[{"examples": x} for x in pairs[column]] for column in ("examples", "examples_theirs")]
+        ours, theirs = ([{"examples": x} for x in pairs[column]] for column in ("examples", "examples_theirs"))
         told = []
         for prefix in ("deployed_", ""):
-            result = paired(*sides, runs["metric"].iloc[0], prefix=prefix)
+            result = paired(ours, theirs, runs["metric"].iloc[0], prefix=prefix)
             told += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values()]
         lines.append(f"| {task} | `{entry}` | {len(pairs)} | {' | '.join(told)} |")
     return "\n".join(lines)

@@ -53,13 +53,12 @@ def _main(subject: str, setting: str) -> None:
     from .networks import Setting
 
     values = json.loads(setting)
-    step = subjects.STEPS[subject]
     keep_freed_memory()
     on_gpu = values.get("device") == "cuda"
     if not on_gpu:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = _memory("VmRSS")
-    step = step(Setting(**values))
+    step = subjects.STEPS[subject](Setting(**values))
     for i in range(_STEPS):
         step()
         if i == 0:

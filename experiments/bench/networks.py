@@ -58,20 +58,20 @@ class Setting:
 
 
 def minilm(setting: Setting) -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=setting.layers or 6, num_attention_heads=12,
+    config = transformers.AutoConfig.for_model(
+        "bert", vocab_size=30522, hidden_size=384, num_hidden_layers=setting.layers or 6, num_attention_heads=12,
         intermediate_size=1536, max_position_embeddings=512, num_labels=CLASSES,
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)
 
 
 def deberta(setting: Setting) -> nn.Module:
-    config = transformers.DebertaV2Config(
-        vocab_size=128100, hidden_size=768, num_hidden_layers=setting.layers or 12, num_attention_heads=12,
-        intermediate_size=3072, max_position_embeddings=512, max_relative_positions=-1, position_buckets=256,
-        pooler_hidden_size=768, type_vocab_size=0, relative_attention=True, norm_rel_ebd="layer_norm",
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, pooler_hidden_act="gelu",
-        layer_norm_eps=1e-7, num_labels=CLASSES,
+    config = transformers.AutoConfig.for_model(
+        "deberta-v2", vocab_size=128100, hidden_size=768, num_hidden_layers=setting.layers or 12,
+        num_attention_heads=12, intermediate_size=3072, max_position_embeddings=512, max_relative_positions=-1,
+        position_buckets=256, pooler_hidden_size=768, type_vocab_size=0, relative_attention=True,
+        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+        pooler_hidden_act="gelu", layer_norm_eps=1e-7, num_labels=CLASSES,
     )  # fmt: skip
     return transformers.DebertaV2ForSequenceClassification(config)
 
@@ -130,7 +130,7 @@ def gated_step(setting: Setting, *, compiled: bool = False, graphs: bool = True,
     return step
 
 
-def lora_model(setting: Setting, config: peft.PeftConfig | None = None) -> peft.PeftModel:
+def lora_model(setting: Setting, config: peft.LoraConfig | None = None) -> peft.PeftModel:
     network = setting.network()
     targets = [p.name for p in AdapterLayout.of(network, sequence_length=setting.length).projections]
     config = config or peft.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank)

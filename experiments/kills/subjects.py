@@ -53,18 +53,15 @@ def save_backbones(folder: Path) -> None:
     rows = get_task("acceptability").load(n_train=400)["train"]["sentence"]
     words = sorted({word for row in rows for word in row.split()})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    bert = transformers.BertConfig(vocab_size=len(vocabulary), **_SMALL)
-    deberta = transformers.DebertaV2Config(
-        vocab_size=len(vocabulary), type_vocab_size=0, relative_attention=True, norm_rel_ebd="layer_norm",
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, pooler_hidden_act="gelu",
-        layer_norm_eps=1e-7, pooler_hidden_size=32, position_buckets=8, **_SMALL,
-    )  # fmt: skip
-    for name, config, kind in (
-        ("bert", bert, transformers.BertForSequenceClassification),
-        ("deberta", deberta, transformers.DebertaV2ForSequenceClassification),
-    ):
+    relative = {
+        "type_vocab_size": 0, "relative_attention": True, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "pooler_hidden_act": "gelu",
+        "layer_norm_eps": 1e-7, "pooler_hidden_size": 32, "position_buckets": 8,
+    }  # fmt: skip
+    for name, model_type, more in (("bert", "bert", {}), ("deberta", "deberta-v2", relative)):
+        config = transformers.AutoConfig.for_model(model_type, vocab_size=len(vocabulary), **_SMALL, **more)
         torch.manual_seed(0)
-        kind(config).save_pretrained(folder / name)
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
         _tokenizer(vocabulary).save_pretrained(folder / name)
 
 

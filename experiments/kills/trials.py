@@ -31,7 +31,7 @@ _AGAIN = 4  # runs of the same command after the kills, of which one has to fini
 class Process:
     """A forked child that ends with `act`'s exit code; what it prints goes to a file."""
 
-    def __init__(self, act: Callable[[], int], log: Path):
+    def __init__(self, act: Callable[[], int | None], log: Path):
         self.number = os.fork()
         if self.number:
             return
@@ -40,7 +40,7 @@ class Process:
             with open(log, "ab", buffering=0) as file:
                 os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            code = act()
+            code = act() or 0
         except BaseException:
             traceback.print_exc()
         finally:

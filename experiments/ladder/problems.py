@@ -210,7 +210,7 @@ class Network:
 
 def _tiny_bert() -> transformers.BertForSequenceClassification:
     """BERT of 2 layers with weights large enough that a changed layer shows in the labels."""
-    return transformers.BertForSequenceClassification(transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+    return transformers.BertForSequenceClassification(transformers.AutoConfig.for_model(
+        "bert", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=LENGTH, initializer_range=0.4, num_labels=2,
     ))  # fmt: skip

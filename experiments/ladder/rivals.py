@@ -47,7 +47,7 @@ class UnmaskedDisarm(ScoreFunction):
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         first, second = (at.nll(Gates(*(pair[i].cumprod(-1) for pair in at.gates))).detach() for i in range(2))
-        surrogate = 0.0
+        surrogate = first.new_zeros(())
         for law, pair in zip(at.laws, at.gates, strict=True):
             finite = torch.where(law.logits.isfinite(), law.logits, 0.0)
             weight = (pair[0] - pair[1]) * torch.sigmoid(finite.detach().abs())

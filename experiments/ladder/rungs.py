@@ -220,9 +220,9 @@ def reported_elbo(program: GateProgram, problem: Problem, *, repeats: int = 100,
         gates = draw_gates(program.gate_guide, draws)
         places = [problem.table.states.index(type(gates)(z, g)) for z, g in zip(*gates, strict=True)]
         reported.append(problem.table.log_likelihood[places].mean() - sum(program.kl()).double())
-    reported = torch.stack(reported)
-    error = (reported.std() / repeats**0.5).clamp(min=1e-3)  # float32 of a KL of hundreds of nats
-    return reported.mean().item(), error.item()
+    all_reported = torch.stack(reported)
+    error = (all_reported.std() / repeats**0.5).clamp(min=1e-3)  # float32 of a KL of hundreds of nats
+    return all_reported.mean().item(), error.item()
 
 
 def rung_f(problems: dict[str, Problem], *, guides: int = 40, steps: int = 1000) -> list[Check]:

@@ -29,8 +29,8 @@ def minilm_as_deberta(num_labels: int):
 
 
 def _deberta(num_labels: int, **sizes):
-    config = transformers.DebertaV2Config(
-        vocab_size=128100, max_position_embeddings=512, max_relative_positions=-1, position_buckets=256,
+    config = transformers.AutoConfig.for_model(
+        "deberta-v2", vocab_size=128100, max_position_embeddings=512, max_relative_positions=-1, position_buckets=256,
         pooler_hidden_size=sizes["hidden_size"], type_vocab_size=0, relative_attention=True,
         norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
         pooler_hidden_act="gelu", layer_norm_eps=1e-7, num_labels=num_labels, **sizes,

@@ -11,7 +11,9 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def train(config: dict) -> dict:
@@ -67,7 +69,7 @@ def bench(name: str, setting: dict, seconds: float) -> dict:
 
     from . import fast
 
-    rows = fast.MEASURES[name](Setting(**setting), seconds)
+    rows: Iterable[Any] = fast.MEASURES[name](Setting(**setting), seconds)
     return {"rows": [dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in rows]}
 
 

@@ -58,7 +58,9 @@ class Worker:
     """
 
     def __init__(self, environment: dict | None = None):
-        self.environment, self.process, self.log = environment or {}, None, None
+        self.environment = environment or {}
+        self.process: subprocess.Popen[str] | None = None
+        self.log = Path()
 
     def ask(
         self, session: Session, function: str, arguments: dict, *, seconds: float,
@@ -70,14 +72,12 @@ class Worker:
         result = Path(name)
         result.unlink()
         limit = time.monotonic() + min(seconds, session.left)
-        if self.process is None:
-            self._start(session, result.with_suffix(".log"))
-        self.process.stdin.write(json.dumps([function, arguments, str(result)]) + "\n")
-        self.process.stdin.flush()
+        process = self.process or self._start(session, result.with_suffix(".log"))
+        print(json.dumps([function, arguments, str(result)]), file=process.stdin, flush=True)
         while not result.exists():
-            if self.process.poll() is not None:
-                code, self.process = self.process.returncode, None
-                raise RuntimeError(f"exit code {code}: {_end(self.log)}")
+            if process.poll() is not None:
+                self.process = None
+                raise RuntimeError(f"exit code {process.returncode}: {_end(self.log)}")
             if kill_when is not None and kill_when():
                 self.end()
                 return None
@@ -94,7 +94,7 @@ class Worker:
             self.process.wait()
             self.process = None
 
-    def _start(self, session: Session, log: Path) -> None:
+    def _start(self, session: Session, log: Path) -> subprocess.Popen[str]:
         variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
                      "PYRO_BLORA_MINILM": str(session.minilm), **self.environment}  # fmt: skip
         variables.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin beside other processes slow all of them down
@@ -108,6 +108,7 @@ class Worker:
                 command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=output, stderr=output,
                 start_new_session=True, text=True,
             )  # fmt: skip
+        return self.process
 
 
 def _end(log: Path) -> str:

@@ -107,5 +107,5 @@ def same(one: dict, other: dict) -> dict:
 
 def _same_tensors(one: Path, other: Path) -> bool:
     """To the bit; the notes beside them name the folder that a run was written to."""
-    one, other = load_file(one), load_file(other)
-    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(torch.equal(x, right[name]) for name, x in left.items())

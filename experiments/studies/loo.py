@@ -5,6 +5,7 @@ The weights are those that were trained on the example too, so this is about the
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from pyro_blora.tasks.batching import by_length, on_device, take
 
 
 @torch.no_grad()
-def loo_of_run(folder: Path, examples: int, draws: int, allow_code: Iterable[str] = ()) -> tuple[object, bool] | None:
+def loo_of_run(folder: Path, examples: int, draws: int, allow_code: Iterable[str] = ()) -> tuple[Any, bool] | None:
     """ArviZ's result for `examples` of the training set under `draws` draws; whether it is corrected for the guide.
 
     None where all draws are the same allocation. allow_code: as in `load`.
@@ -35,10 +36,11 @@ def loo_of_run(folder: Path, examples: int, draws: int, allow_code: Iterable[str
     batches, _ = by_length(rows, parts.collate, 2 * parts.config.batch_size)
     scores = predict(program, on_device(batches, torch.device("cpu")), gates=gates).log_likelihood.double()  # (S, E)
     prior, masks = program.prior(), (program.z_mask, program.g_mask)
-    log_prior = sum(
+    of_sites = (
         torch.where(mask, law.log_prob(x), 0.0).flatten(1).sum(-1)
         for law, x, mask in zip(prior, gates, masks, strict=True)
     )
+    log_prior = torch.stack([*of_sites]).sum(0)  # (S,)
     log_joint = log_prior.double() + scores.sum(-1) * program.n_train / len(rows)
     log_q = log_prob(program.gate_guide, gates, *masks).double()
     return leave_one_out(*(np.asarray(x) for x in (scores, log_joint, log_q)))

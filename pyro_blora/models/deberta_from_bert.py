@@ -36,20 +36,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 def deberta_from_bert(bert: BertModel) -> DebertaV2Model:
     """The same function in DeBERTaV3's architecture; `bert` is left as it is."""
-    from transformers import DebertaV2Config, DebertaV2Model
+    from transformers import AutoConfig, DebertaV2Model
 
     was = bert.config
-    settings: dict[str, Any] = {
+    config: Any = AutoConfig.for_model(
+        "deberta-v2",
         **{name: getattr(was, name) for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
             "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
             "initializer_range", "layer_norm_eps", "pad_token_id",
         )},
-        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
-        "position_buckets": 256, "max_relative_positions": -1, "position_biased_input": True,
-        "pooler_hidden_size": was.hidden_size, "pooler_hidden_act": "gelu",
-    }  # fmt: skip
-    config = DebertaV2Config(**settings)
+        relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
+        position_buckets=256, max_relative_positions=-1, position_biased_input=True,
+        pooler_hidden_size=was.hidden_size, pooler_hidden_act="gelu",
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the distances' embeddings, which the layer norm at zero hides
         deberta = DebertaV2Model(config)
