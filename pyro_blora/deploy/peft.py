@@ -73,7 +73,7 @@ def export(
             "labels": json.dumps(plain.config.id2label), **notes_of(program, partial, config),
         }  # fmt: skip
         write_tensors(partial / GATES_FILE, tensors, notes)
-        write_card(partial, plain, ranks, get_task(config.task) if config else None)
+        write_card(partial, plain, ranks, get_task(config.task, config.task_settings) if config else None)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

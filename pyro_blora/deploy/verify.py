@@ -46,7 +46,7 @@ def verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] |
     batch = {key: value.to(device) for key, value in rows.items()}
     training = program.training
     program.eval()
-    with adapters.gates(net, z, g):
+    with adapters.use_gates(net, z, g):
         expected = net.peft_model(**batch).logits.float()  # not under autocast, as PEFT will run it
     program.train(training)
     gap = (reloaded(**batch).logits.float() - expected).abs().max().item() / max(1.0, expected.abs().max().item())

@@ -48,7 +48,7 @@ def evaluate(parts: Parts) -> Evaluated:
     rows = take(parts.tokens["train"], _RANGE_EXAMPLES, config.seed)
     load, _ = by_length(rows, parts.tokenizer, 2 * config.batch_size)
     beyond = clipped(program.net, on_device(load, program.log_scale.device))
-    by_rank = _by_rank(parts) if getattr(program.gate_guide, "serves_every_rank", False) else []
+    by_rank = _by_rank(parts) if program.gate_guide.serves_every_rank else []
     return Evaluated(draws, theta, pairs, fitted, beyond, by_rank)
 
 

@@ -15,7 +15,6 @@ from urllib.parse import quote
 import pandas as pd
 import torch
 
-from ..config.fields import shown
 from ..config.run_config import RunConfig
 from ..evaluation import baselines
 from ..files import require_whole
@@ -26,6 +25,7 @@ from ..tasks.categorical import Categorical
 from ..tasks.likelihoods import Likelihood
 from ..tasks.normal import Normal
 from ..user_files import load_json, open_text, read_json
+from ..user_values import shown
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _DOCS = "docs/tutorial/reading-the-posterior.md"

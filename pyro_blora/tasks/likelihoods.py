@@ -19,14 +19,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..registry import Registry
+from ..registries import LIKELIHOODS, register_likelihood  # noqa: F401 (for the files of kinds)
 
 if TYPE_CHECKING:
     import datasets
     import pandas as pd
-
-LIKELIHOODS = Registry("likelihood")
-register_likelihood = LIKELIHOODS.register
 
 
 class Likelihood(abc.ABC):

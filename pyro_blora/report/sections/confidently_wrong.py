@@ -1,11 +1,14 @@
 """The section of the wrong answers that were the most confident."""
 
+from ...registries import register_section
 from ..run_folder import RunFiles, Section
 
 _ROWS = 10  # of the examples that are named
 
 
+@register_section("Confidently wrong", place=80)
 def confidently_wrong(run: RunFiles, title: str) -> Section:
+    """The wrong answers that were the most confident."""
     table = run.predictions
     answers = ("idx", "label", "decision", "deployed_decision")
     text = [n for n in table if table[n].dtype.kind not in "fiub" and n not in answers]
