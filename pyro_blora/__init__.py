@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
+        "Gates": "gates",
+        "NestedBernoulli": "gates",
         "RunConfig": "config",
         "attach": "adapters",
         "draw": "posterior",
@@ -15,9 +17,15 @@ __getattr__, __dir__, __all__ = lazily(
         "fit": "training",
         "load": "deploy",
         "predict": "posterior",
-        "register_guide": "guides",
-        "register_prior": "priors",
+        "register_adapter": "registries",
+        "register_elbo": "registries",
+        "register_guide": "registries",
+        "register_prior": "registries",
+        "register_section": "registries",
+        "register_task": "tasks",
+        "register_weights": "registries",
         "to_arviz": "posterior",
+        "use_gates": "adapters",
     },
 )
 old_names.install()

@@ -20,10 +20,18 @@ from .config.methods import METHODS
 from .config.run_config import RunConfig, field_names
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
-from .registry import REQUIRED, Registry, nearest, registered, suggest
+from .registries import CHOSEN, LISTED
+from .registry import REQUIRED
 from .signals import Interrupted, asked, heeded
+from .user_values import nearest, suggest
 
-COMMANDS = ("train", "show", "report", "what-if", "methods", "priors", "guides", "weights", "tasks", "doctor")
+COMMANDS = ("train", "show", "report", "what-if", "methods", *LISTED, "doctor")
+_LISTS = {  # of LISTED, what each is a list of
+    "priors": "priors of the gates", "guides": "guides, variational families of the gates",
+    "adapters": "adapters, what learns beside the head", "weights": "distributions of the adapter's weights",
+    "elbos": "ELBOs, whose names --estimator takes", "tasks": "tasks, with texts, labels and metrics",
+    "likelihoods": "likelihoods, kinds of outcome that a task may have", "sections": "sections of a report",
+}  # fmt: skip
 _LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
 _HELP_COLUMN = 34  # of `train --help`: beside most flags with their values
 _SITES = (
@@ -79,8 +87,8 @@ def _command(argv: list[str]) -> int:
     arguments, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = [f"--{name}" for name in ("preset", "if_finished", "quiet", *field_names())]
-        hint = nearest(unknown[0].partition("=")[0], flags) or f"Known: {', '.join(flags)}"
-        raise ValueError(f"unknown argument {unknown[0]!r}: {hint}")
+        given = unknown[0].partition("=")[0]
+        raise ValueError(f"unknown argument {unknown[0]!r}: {nearest(given, flags) or suggest(given, flags)}")
     if arguments.command == "train":
         return _train(arguments, settings)
     if arguments.command == "show":
@@ -98,28 +106,18 @@ def _command(argv: list[str]) -> int:
     if arguments.command == "methods":
         _print_methods()
         return 0
-    if arguments.command == "tasks":
-        _print_tasks()
-        return 0
     if arguments.command == "doctor":
         from .doctor import show
 
         show()
         return 0
-    if arguments.command == "priors":
-        from .priors.base import PRIORS as registry
-    elif arguments.command == "weights":
-        from .weights.base import WEIGHTS as registry
-    else:
-        from .guides.base import GUIDES as registry  # with those of all modules
-    _print_registry(registry)
-    if arguments.command == "priors":
-        print(_SITES)
+    _print_list(arguments.command)
     return 0
 
 
 def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     config, quiet = RunConfig(**run_fields(arguments, settings)), arguments.quiet
+    config.require_known()
     folder = config.folder
     if arguments.if_finished == "show" and (folder / "summary.json").is_file():
         if quiet:
@@ -154,7 +152,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
         for folder in arguments.folders:
             with phase(f"drawing the report of {folder}"):
-                path = write_report(Path(folder))
+                path = write_report(Path(folder), sections=arguments.section)
             print(path)
     return 0
 
@@ -183,10 +181,8 @@ def _parser() -> _Parser:
     )
     output.add_argument("--quiet", action="store_true", help="print nothing but the run's folder, warnings and errors")
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
-    commands.add_parser("priors", help="list the registered priors and their settings", allow_abbrev=False)
-    commands.add_parser("guides", help="list the registered guides and their settings", allow_abbrev=False)
-    commands.add_parser("weights", help="list the laws of the adapter's weights and their settings", allow_abbrev=False)
-    commands.add_parser("tasks", help="list the tasks, their texts, labels and metrics", allow_abbrev=False)
+    for name, what in _LISTS.items():
+        commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)
     commands.add_parser(
         "doctor", help="say what this machine has for a training, and how to get what is missing", allow_abbrev=False
     )
@@ -197,6 +193,9 @@ def _parser() -> _Parser:
     )
     report.add_argument("--quiet", action="store_true", help="print nothing but the paths of the pages")
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="a finished run, or the folder of a grid's runs")
+    report.add_argument(
+        "--section", action="append", default=[], metavar="FILE.PY:FUNCTION", help="a section of your own; repeatable"
+    )
     what_if = commands.add_parser(
         "what-if", help="predict what forcing one gate would cost and save", allow_abbrev=False
     )
@@ -209,13 +208,14 @@ def _parser() -> _Parser:
 
 
 def _epilog() -> str:
-    """What can be chosen by name, read from the modules' text: importing them would take seconds."""
+    """What can be chosen by name."""
     lines = ["methods:", *(f"  {name:14s} {method.line}" for name, method in METHODS.items())]
-    for kind in ("prior", "guide", "weights"):
-        kinds = kind.removesuffix("s") + "s"
-        lines += ["", f"{kinds}, with their settings (--{kind}.NAME VALUE; `pyro-blora {kinds}` lists them):"]
-        found = [pair for path in Path(__file__).with_name(kinds).glob("*.py") for pair in registered(path, kind)]
-        lines += [f"  {name:14s} {line}" for name, line in sorted(found)]
+    for kind, registry in CHOSEN.items():
+        command = next(name for name, listed in LISTED.items() if listed is registry)
+        lines += ["", f"{command}, with their settings (--{kind}.NAME VALUE; `pyro-blora {command}` lists them):"]
+        for entry in registry.entries():
+            shown = ", ".join(f"{name}={default!r}" for name, default in entry.settings.items())
+            lines.append(f"  {entry.name:14s} {entry.line}{f' ({shown})' if shown else ''}")
     return "\n".join([*lines, "", *textwrap.wrap(_SITES, 100)])
 
 
@@ -227,20 +227,17 @@ def _print_methods() -> None:
                 print(f"{'':14s}   {verb} {' '.join(f'--{flag} {value}' for flag, value in flags.items())}")
 
 
-def _print_tasks() -> None:
-    from .tasks import get_task, task_names
-
-    for task in map(get_task, task_names()):
-        print(f"{task.name:14s} {' and '.join(task.text_columns)}; {task.metric_name}; {task.allowed_labels}")
-
-
-def _print_registry(registry: Registry) -> None:
-    for name in registry.names():
-        line, settings = registry.describe(name)
-        print(f"{name:14s} {line}")
-        for setting, default in settings.items():
+def _print_list(command: str) -> None:
+    """The names of a kind, with their settings."""
+    registry = LISTED[command]
+    width = max(14, *map(len, registry.names()))
+    for entry in registry.entries():
+        print(f"{entry.name:{width}s} {entry.line}")
+        for setting, default in entry.settings.items():
             shown = "required" if default is REQUIRED else f"default: {default}"
             print(f"{'':14s}   --{registry.kind}.{setting} VALUE ({shown})")
+    if command == "priors":
+        print(_SITES)
 
 
 if __name__ == "__main__":

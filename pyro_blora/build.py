@@ -10,29 +10,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .adapters.adalora import attach_adalora
 from .adapters.attaching import attach
-from .adapters.xs import xs_settings
 from .config.run_config import RunConfig
-from .guides import fixed_rank  # noqa: F401 (its guides join the table)
-from .guides.base import GUIDES, build_guide
+from .guides.base import build_guide
 from .layout import BATCH_SIZE
 from .models.loading import is_function, load_backbone, load_tokenizer
 from .models.tokenization import require_readable, suit
 from .priors import build_prior, parts
 from .program import BayesianLoRA
 from .progress import phase
-from .registry import Registry
+from .registries import ADAPTERS, ELBOS, GUIDES, WEIGHTS
 from .tasks import Task, get_task
 from .tasks.batching import Collate, held_out, tokenize, unlabelled
-from .weights.base import WEIGHTS, build_weights
+from .weights.base import build_weights
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
-
-_ADAPTERS = Registry("adapter")  # those that have settings
-_ADAPTERS.register("xs")(xs_settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +51,15 @@ class Parts:
 
 def check_names(config: RunConfig) -> Task:
     """The task; everything that can be wrong with a name or a setting is found here, before anything is loaded."""
-    task = get_task(config.task)
+    config.require_known()
+    task = get_task(config.task, config.task_settings)
     parts(config.prior, config.prior_settings)
-    GUIDES.settings(GUIDES.resolve(config.guide), config.guide_settings)
-    WEIGHTS.settings(WEIGHTS.resolve(config.weights), config.weights_settings)
-    if config.adapter != "xs" and config.adapter_settings:
-        raise ValueError(f"adapter {config.adapter!r} has no settings: drop --adapter.{min(config.adapter_settings)}")
-    _ADAPTERS.settings(xs_settings, config.adapter_settings)
+    for registry, name, settings in (
+        (GUIDES, config.guide, config.guide_settings), (WEIGHTS, config.weights, config.weights_settings),
+        (ADAPTERS, config.adapter, config.adapter_settings), (ELBOS, config.estimator, config.estimator_settings),
+    ):  # fmt: skip
+        registry.settings(registry.resolve(name), settings)
+    WEIGHTS.resolve(config.law_of_fits)
     if config.ood_task is not None:
         other, kind = get_task(config.ood_task), task.likelihood
         if not kind.has_confidence or other == task or other.likelihood.head != kind.head:
@@ -113,18 +109,11 @@ def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int =
     """counted_at: batch size at which MACs are counted per example: of older runs, 1."""
     kind = task.likelihood
     backbone = load_backbone(config.backbone, kind, revision=config.backbone_revision)
-    settings = {
-        "rank": config.rank, "alpha": config.alpha, "target_modules": config.target_modules, "scope": config.scope,
-        "sequence_length": config.max_length, "batch_size": counted_at, "head": kind.head,
-    }  # fmt: skip
-    if config.adapter == "adalora":
-        net = attach_adalora(backbone, **settings)
-    else:
-        settings |= {
-            "init_lora_weights": config.init_lora_weights, "share_inputs": config.share_inputs,
-            "adapter_settings": config.adapter_settings,
-        }  # fmt: skip
-        net = attach(backbone, adapter=config.adapter, **settings)
+    net = attach(
+        backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
+        adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,
+        share_inputs=config.share_inputs, sequence_length=config.max_length, batch_size=counted_at, head=kind.head,
+    )  # fmt: skip
     net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()
@@ -137,7 +126,15 @@ def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int =
     weights = build_weights(config.weights, net.random_weights(), head, config.weights_settings)
     if weights.curvature and kind.curvature is None:
         raise ValueError(
-            f"weights 'laplace' has no curvature for {kind.title}, the kind of task {config.task!r}: choose other "
-            "--weights"
+            f"weights {config.law_of_fits!r} has no curvature for {kind.title}, the kind of task "
+            f"{config.task!r}: choose other --weights"
         )
-    return BayesianLoRA(net, prior, guide, kind, n_train=n_train, estimator=config.estimator, weights=weights)
+    if net.allocates and not guide.is_allocated:
+        raise ValueError(
+            f"adapter {config.adapter!r} allocates ranks, which guide {config.guide!r} does not take: choose a guide "
+            "with `allocate`"
+        )
+    return BayesianLoRA(
+        net, prior, guide, kind, n_train=n_train, estimator=config.estimator,
+        estimator_settings=config.estimator_settings, weights=weights,
+    )  # fmt: skip

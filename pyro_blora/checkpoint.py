@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import replace
+from .weights.base import Weights
 
 NEWEST, OLDER = "state.safetensors", "state.previous.safetensors"
 WHAT = {  # a training starts from, by the name of its hash in the notes
@@ -49,7 +50,8 @@ def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torc
     of_adapters = {id(p) for x in layers for part in x.adapter_layer_names for p in getattr(x, part).parameters()}
     found = {name: p for name, p in module.named_parameters() if p.requires_grad or id(p) in of_adapters}
     parts = dict(module.named_modules())
-    if in_training and getattr(parts.get("weights"), "curvature", None):
+    weights = parts.get("weights")
+    if in_training and isinstance(weights, Weights) and weights.curvature:
         del parts["weights"]
     for name in ("prior", "gate_guide", "weights", "net.allocation"):
         state = parts[name].state_dict(keep_vars=True) if name in parts else {}

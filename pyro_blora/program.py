@@ -5,8 +5,8 @@
     guide:  theta ~ q_theta,      z ~ q_z,      g ~ q_g
     loss  = -ELBO / N  =  E_q[-log p(label | z, g, theta)] per example  +  (KL_z + KL_g + KL_theta) / N
 
-theta are the adapter's weights, where their distribution (weights.py) is learned with the gates; else there is no such
-site. A prior with random settings has sites of its own for them, in the model and in the guide (adaptive.py).
+theta are the adapter's weights, where their distribution (weights/) is learned with the gates; else there is no such
+site. A prior with random settings has sites of its own for them, in the model and in the guide (priors/base.py).
 
 All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is that of the discrete
 distributions, in closed form; a relaxation lives in the guide's sample only. The pair is plain Pyro: training minimizes
@@ -27,21 +27,25 @@ from pyro.ops.provenance import extract_provenance, track_provenance
 from torch import Tensor, nn
 
 from . import adapters
+from .adapters.example_axis import leads_with_examples
 from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
 from .elbos.evaluation import closed_form_kl, mean_nll, unused
 from .gates import Gates
+from .guides.base import Guide
 from .layout import AdapterLayout
+from .priors.base import Prior
 from .pyro_compat import show_parameters, taking_soft_draws, without_singletons
+from .registry import adopted
 from .tasks.likelihoods import Likelihood
-from .weights.base import Point
+from .weights.base import Point, Weights
 
 
 class GateProgram(nn.Module, abc.ABC):
     """A model/guide pair over the gates of a layout; a subclass says what the labels' logits are at given gates.
 
-    prior: a module whose call returns Gates; what else it may have: see adaptive.py. guide: see guides.py. likelihood:
-    a tasks.likelihoods.Likelihood, called with logits and a learned standard deviation. n_train: N.
-    estimator: a name of elbos/. weights: see weights.py; None for weights that are not random.
+    prior: a Prior, or a plain nn.Module with what it must have; guide: a Guide, likewise. likelihood: a
+    tasks.likelihoods.Likelihood, called with logits and a learned standard deviation. n_train: N.
+    estimator: a name of elbos/, with its settings. weights: None for weights that are not random.
     temperature: of the guide's relaxed draws. kl_weight: scales the KL of all latent sites; below 1: a cold posterior.
     """
 
@@ -50,16 +54,17 @@ class GateProgram(nn.Module, abc.ABC):
 
     def __init__(
         self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, *, n_train: int,
-        estimator: str = "relaxed", weights: nn.Module | None = None,
+        estimator: str = "relaxed", estimator_settings: dict | None = None, weights: Weights | None = None,
     ):  # fmt: skip
         super().__init__()
         self.weights = Point({}) if weights is None else weights
-        self.layout, self.prior, self.gate_guide, self.likelihood = layout, prior, guide, likelihood
-        self.n_train, self.elbo = n_train, build_elbo(estimator, guide)
+        self.layout, self.likelihood, self.n_train = layout, likelihood, n_train
+        self.prior, self.gate_guide = adopted(prior, Prior), adopted(guide, Guide)
+        self.elbo = build_elbo(estimator, self.gate_guide, estimator_settings)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)
-        for site, q, p in zip("zg", guide.laws(self.temperature, self.hard), prior(), strict=True):
+        for site, q, p in zip("zg", self.gate_guide.laws(self.temperature, self.hard), self.prior(), strict=True):
             closed_form_kl(site, q, p)  # which refuses a pair without one
 
     @abc.abstractmethod
@@ -73,6 +78,10 @@ class GateProgram(nn.Module, abc.ABC):
     def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> Iterator[Tensor]:
         """The same for several batches at the same gates and weights."""
         return (self.logits(inputs, gates, theta) for inputs in batches)
+
+    def leads_with_examples(self, inputs: dict) -> bool:
+        """Whether each example of a batch may have weights of its own in one call of `logits`."""
+        return True
 
     @property
     def gates_are_random(self) -> bool:
@@ -113,15 +122,15 @@ class GateProgram(nn.Module, abc.ABC):
             return self._guide_gates(component)
 
     def _model_gates(self) -> Gates:
-        laws = self._prior_laws()
+        laws = self.prior.pyro_model()
         return self._gate_sites(laws if self.hard else taking_soft_draws(laws))
 
     def _guide_gates(self, component: int | None = None) -> Gates:
-        settings = self.prior.pyro_guide() if hasattr(self.prior, "pyro_guide") else {}
+        settings = self.prior.pyro_guide()
         laws, components = self._guide_laws(component)
         gates = self._gate_sites(laws)
-        if hasattr(self.gate_guide, "divergence"):
-            prior = poutine.block(poutine.condition(self._prior_laws, data=settings))
+        if self.gate_guide.has_divergence:
+            prior = poutine.block(poutine.condition(self.prior.pyro_model, data=settings))
             masks = Gates(self.z_mask, self.g_mask)
             joint = JointDivergence(self.gate_guide, laws, prior, masks, components=components)
             pyro.sample(JOINT, joint, obs=joint.sample(), infer={"is_auxiliary": True})
@@ -129,18 +138,14 @@ class GateProgram(nn.Module, abc.ABC):
 
     def _guide_laws(self, component: int | None) -> tuple[Gates, int]:
         """What gates are drawn from, and the number of components that each ELBO draws from in turn."""
-        family, components = self.gate_guide, 1
-        if component is None or not hasattr(family, "each_law"):
-            laws = family.laws(self.temperature, self.hard)
+        if component is None:
+            laws, components = self.gate_guide.laws(self.temperature, self.hard), 1
         else:
-            each = family.each_law(self.temperature, self.hard)
+            each = self.gate_guide.each_law(self.temperature, self.hard)
             laws, components = each[component], len(each)
         if self.elbo.draws == "discrete":
             laws = Gates(*(law.has_rsample_(False) for law in laws))
         return laws, components
-
-    def _prior_laws(self) -> Gates:
-        return self.prior.pyro_model() if hasattr(self.prior, "pyro_model") else self.prior()
 
     def _theta_site(self, law: str) -> Tensor | None:
         if not self.weights.in_training:
@@ -164,7 +169,7 @@ class GateProgram(nn.Module, abc.ABC):
         return self._terms(self.model, self.guide, inputs, labels)
 
     def _terms(self, model: Callable, guide: Callable, inputs: dict, labels: Tensor) -> Terms:
-        with getattr(self.gate_guide, "computed_once", contextlib.nullcontext)():
+        with self.gate_guide.computed_once():
             return self.elbo.terms(model, guide, inputs, labels)
 
     def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor, theta: Tensor | None = None) -> Tensor:
@@ -205,6 +210,9 @@ class BayesianLoRA(GateProgram):
         with self._gated(gates, theta):
             return self.net.logits(**inputs)
 
+    def leads_with_examples(self, inputs: dict) -> bool:
+        return leads_with_examples(self.net, inputs)
+
     def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> Iterator[Tensor]:
         """Without gradients, weights are rounded once for all batches. Read it to the end: gates are set until then."""
         with self._gated(gates, theta):
@@ -213,7 +221,7 @@ class BayesianLoRA(GateProgram):
 
     def _gated(self, gates: Gates, theta: Tensor | None) -> contextlib.AbstractContextManager:
         weights = None if theta is None else self.weights.split(theta)
-        return adapters.gates(self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32)
+        return adapters.use_gates(self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32)
 
     @functools.cached_property
     def pinned_at_32(self) -> list[bool] | None:

@@ -28,12 +28,12 @@ def show_parameters(program: nn.Module) -> None:
 
 
 def _require_svi(program: nn.Module) -> None:
-    if hasattr(program.gate_guide, "allocate"):
+    if program.gate_guide.is_allocated:
         raise ValueError(
             f"the guide {type(program.gate_guide).__name__} cannot be trained by pyro.infer.SVI: an allocator sets its "
             "ranks after every step. Use pyro_blora.fit, or another guide"
         )
-    if hasattr(program.prior, "adapt"):
+    if program.prior.adapts:
         warnings.warn(
             f"the prior {type(program.prior).__name__} adapts after every step: call program.prior.adapt(pyro_blora."
             "posterior.component_marginals(program)) after svi.step, or it stays as it is",

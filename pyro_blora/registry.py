@@ -1,67 +1,85 @@
-"""A table of named functions (priors, guides) that a user's own file can join without touching this package.
+"""Parts that are chosen by name: a table of functions a kind (priors, guides, ...), which users' own can join.
 
-A name is either registered with the decorator or given as `path/to/file.py:function`, so a law tried out in a scratch
-file needs no installation. Settings are checked here against the function's own signature, because a misspelt setting
-that is ignored silently makes a wrong experiment look finished.
+A name is that of a function with a decorator, or `path/to/file.py:function`, so that a part that is tried out in a
+scratch file needs no installation. The package's own names are read from the text of its modules, and a module is
+imported when one of its names is asked for: lists and help need no torch. Settings are checked against the function's
+own signature, because a misspelt setting that is ignored silently makes a wrong experiment look finished.
+`registries.py` has the tables.
 """
 
 import ast
 import contextlib
-import contextvars
-import difflib
-import hashlib
-import importlib.util
+import dataclasses
+import importlib
 import inspect
-import math
-import os
-import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-REQUIRED = inspect.Parameter.empty  # the "default" that `describe` reports for a setting without one
-_USER_MODULE = "pyro_blora_user_file_"
-_ALLOWED = contextvars.ContextVar("functions of files that may run", default=None)  # None: all, the user typed them
-NOUNS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "none"}
+from .user_code import file_of, is_of_file, module_of, replaces, require_allowed
+from .user_values import as_word, coerce, suggest
+
+REQUIRED = inspect.Parameter.empty  # the "default" of a setting without one
+_PACKAGE = Path(__file__).parent
+Base = typing.TypeVar("Base")
 
 
-@contextlib.contextmanager
-def only_code(allowed: Iterable[str], source: Path) -> Iterator[None]:
-    """Within the block no function of a file runs but those named: the names come from `source`, not from the user.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is known of a name without importing what it stands for.
 
-    Errors (in the block): ValueError for another one, before its file is imported.
+    line: the first of the docstring. settings: their defaults, REQUIRED where there is none. The decorator may say:
+    proposes: values of flags where neither the user nor the method says anything. sets: values of flags that follow.
+    excludes: flags that must keep their default, each with the sentence that says why and the remedy.
+    fits, each: the settings that say how many fits a run has, and the name by which each of them is chosen.
+    place: in a list that has an order, the report's sections, whose last ones have 100 and 110.
     """
-    allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
-    before = _ALLOWED.set((frozenset(map(_origin, allowed)), source))
-    try:
-        yield
-    finally:
-        _ALLOWED.reset(before)
+
+    name: str
+    module: str = ""
+    line: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    proposes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    excludes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fits: str = ""
+    each: str = ""
+    place: float = 90.0
 
 
 class Registry:
-    """Named callables of one kind, e.g. `Registry("prior")`; the kind is used in messages only."""
+    """Named functions of one kind: `Registry("prior", "priors")` has those under `@register_prior` in priors/.
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    kind: the word in messages, and the flag. modules: files or folders of this package that have some. decorator: its
+    name, where it is not register_KIND.
+    """
+
+    def __init__(self, kind: str, *modules: str, decorator: str = ""):
+        self.kind, self._modules, self._decorator = kind, modules, decorator or f"register_{kind}"
         self._functions: dict[str, Callable] = {}
+        self._entries: dict[str, Entry] = {}
 
-    def register(self, name: str | Callable | None = None) -> Callable:
-        """Add a function, as `@registry.register` (its own name is used) or `@registry.register("name")`.
+    def register(self, name: str | Callable | None = None, **declared: Any) -> Callable:
+        """Add a function, as `@register_KIND` (its own name is used) or `@register_KIND("name")`.
 
+        declared: what else `Entry` has.
         Errors: ValueError where another function has the name. The same function defined again by a notebook cell, or
         by a user's file that was edited and loaded again, replaces the old one.
         """
         if callable(name):
-            return self.register(None)(name)
+            return self.register(None, **declared)(name)
 
         def add(function: Callable) -> Callable:
             key = name or function.__name__
-            held = self._functions.get(key)
-            if held is not None and not _same_origin(held, function):
-                raise ValueError(f"{self.kind} {key!r} is registered already by {held.__module__}: choose another name")
+            held = self._functions[key].__module__ if key in self._functions else self.entry(key).module
+            again = key in self._functions and replaces(function, self._functions[key])
+            first = key not in self._functions and held in ("", function.__module__)
+            if not first and not again:
+                raise ValueError(f"{self.kind} {key!r} is registered already by {held}: choose another name")
+            line = (inspect.getdoc(function) or "").strip().partition("\n")[0]
+            self._entries[key] = Entry(key, function.__module__, line, _settings(function), **declared)
             self._functions[key] = function
             return function
 
@@ -69,7 +87,25 @@ class Registry:
 
     def names(self) -> list[str]:
         """The registered names, sorted."""
-        return sorted(self._functions)
+        return sorted({*self._own, *self._functions})
+
+    def entries(self) -> list[Entry]:
+        """What is known of every name, by place and name."""
+        return sorted(map(self.entry, self.names()), key=lambda entry: entry.place)
+
+    def entry(self, name: str) -> Entry:
+        """What is known of a name; of a function in a file, what the text says, which is not run."""
+        known = self._entries.get(name) or self._own.get(name)
+        if known is None and is_of_file(name) and file_of(name)[0].is_file():
+            with contextlib.suppress(Exception):  # whatever is wrong with it, `resolve` says
+                found = _written(file_of(name)[0], "", self._decorator)
+                known = next((entry for function, entry in found if function == file_of(name)[1]), None)
+        return known or Entry(name)
+
+    def require_known(self, name: str) -> None:
+        """Errors: ValueError for a name that is neither registered nor that of a function in a file."""
+        if name not in self._functions and name not in self._own and not is_of_file(name):
+            raise ValueError(f"unknown {self.kind} {name!r}: {suggest(name, self.names())}")
 
     def resolve(self, name: str | Callable) -> Callable:
         """The function behind a registered name, or behind `path/to/file.py:function`; a function is itself.
@@ -78,121 +114,116 @@ class Registry:
         """
         if callable(name):
             return name
-        if name in self._functions:
-            return self._functions[name]
-        if ":" in name or name.endswith(".py"):
-            return self._from_file(name)
-        raise ValueError(f"unknown {self.kind} {name!r}: {suggest(name, self.names())}")
+        self.require_known(name)
+        if name not in self._functions and name in self._own:
+            importlib.import_module(self._own[name].module)
+        return self._functions[name] if name in self._functions else self._from_file(name)
 
-    def describe(self, name: str, *, skip: int | None = None) -> tuple[str, dict[str, Any]]:
-        """The first docstring line of a function, and its settings with their defaults (`REQUIRED`: there is none)."""
-        function = self.resolve(name)
-        line = (inspect.getdoc(function) or "").strip().partition("\n")[0]
-        return line, {key: parameter.default for key, parameter in _parameters(function, skip).items()}
-
-    def settings(self, function: Callable, given: Mapping[str, Any], *, skip: int | None = None) -> dict[str, Any]:
+    def settings(self, function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
         """The given settings, checked against the function's parameters and coerced to their types; ready for `**`.
 
-        The first `skip` positional parameters are the library's (the layout); with None, those without a default are.
+        Settings are the keyword-only parameters, and those with a default that are not positional-only.
         Errors: ValueError for an unknown setting, a missing one, and a value of the wrong type.
         """
-        called = self._name_of(function)
-        known = _parameters(function, skip)
+        called, known = f"{self.kind} {self.called(function)!r}", _settings(function)
         open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-        unknown = [key for key in given if key not in known]
-        if unknown and not open_ended:
-            raise ValueError(f"{called}: unknown setting {unknown[0]!r}: {suggest(unknown[0], sorted(known))}")
-        missing = [key for key, parameter in known.items() if parameter.default is REQUIRED and key not in given]
+        unknown = [key for key in given if key not in known and not open_ended]
+        if unknown:
+            remedy = suggest(unknown[0], sorted(known)) if known else f"it has none, drop --{self.kind}.{unknown[0]}"
+            raise ValueError(f"{called}: unknown setting {unknown[0]!r}: {remedy}")
+        missing = [key for key, default in known.items() if default is REQUIRED and key not in given]
         if missing:
             raise ValueError(f"{called}: the setting {missing[0]!r} is required: give --{self.kind}.{missing[0]} VALUE")
-        hints = _hints(function)
-        checked = dict(given)
+        hints, checked = _hints(function), dict(given)
         for key in known.keys() & given.keys():
-            checked[key] = _coerce(given[key], hints.get(key, REQUIRED), known[key].default, f"{called}: {key}")
+            default = known[key]
+            guess = object if default is REQUIRED or default is None else type(default)  # object takes anything
+            annotation = hints.get(key, guess)
+            checked[key] = coerce(as_word(given[key], annotation), annotation, f"{called}: {key}")
         return checked
 
-    def _name_of(self, function: Callable) -> str:
-        for name, held in self._functions.items():
-            if held is function:
-                return f"{self.kind} {name!r}"
-        return f"{self.kind} {getattr(function, '__name__', str(function))!r}"
+    def called(self, part: str | Callable) -> str:
+        """What messages call a part."""
+        if isinstance(part, str):
+            return part
+        names = [name for name, held in self._functions.items() if held is part]
+        return names[0] if names else getattr(part, "__name__", str(part))
+
+    @cached_property
+    def _own(self) -> dict[str, Entry]:
+        """The package's own, from the text of its modules."""
+        paths = (path for module in self._modules for path in _files(module))
+        each = (entry for path in paths for _, entry in _written(path, _dotted(path), self._decorator))
+        return {entry.name: entry for entry in each}
 
     def _from_file(self, name: str) -> Callable:
-        path, colon, attribute = name.rpartition(":")
-        if not colon or not attribute:
-            raise ValueError(f"{self.kind} {name!r} names a file but no function: write path/to/file.py:function")
-        allowed, source = _ALLOWED.get() or (None, None)
-        if allowed is not None and _origin(name) not in allowed:
-            raise ValueError(
-                f"{source} names code, {self.kind} {name!r}, and code never runs because a file names it: look at it, "
-                f"and if you trust it name it again, load(folder, allow_code=[{name!r}])"
-            )
-        module = _load(path, self.kind)
-        function = getattr(module, attribute, None)
+        require_allowed(name, self.kind)
+        (_, attribute), path = file_of(name), name.rpartition(":")[0]
+        module = module_of(name, self.kind)
+        function = vars(module).get(attribute)
         if function is None:
             own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-            raise ValueError(f"{self.kind} file {path} has no {attribute!r}: {suggest(attribute, sorted(own))}")
+            raise ValueError(f"{self.kind} file {path} has no {attribute!r}: {suggest(attribute, own)}")
         if not callable(function):
             raise ValueError(f"{self.kind} {name!r} must be a function, got {type(function).__name__}")
         return function
 
 
-def _origin(name: str) -> tuple[Path, str]:
-    """The file and the function that `path/to/file.py:function` names, however the path is written."""
-    path, _, attribute = str(name).rpartition(":")
-    return Path(os.path.expanduser(path)).resolve(), attribute
+def _files(module: str) -> Iterable[Path]:
+    """The Python files of a folder or of a module of this package."""
+    folder = _PACKAGE / module
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else filter(Path.is_file, [folder.with_suffix(".py")])
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'lora'? `, or nothing where no known name is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
+def _dotted(path: Path) -> str:
+    return ".".join([_PACKAGE.name, *path.relative_to(_PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """For a message about an unknown name: the nearest that is known, and all that are."""
-    known = list(known)
-    return f"{nearest(name, known)}Known: {', '.join(known) or '(none)'}"
+def _written(path: Path, module: str, decorator: str) -> Iterator[tuple[str, Entry]]:
+    """(function, entry) of what has the decorator in a module's text."""
+    text = path.read_text(encoding="utf-8")
+    for node in ast.parse(text).body if f"@{decorator}" in text else ():
+        for by in node.decorator_list if isinstance(node, ast.FunctionDef | ast.ClassDef) else ():
+            call = by if isinstance(by, ast.Call) else ast.Call(by, [], [])
+            if isinstance(call.func, ast.Name) and call.func.id == decorator:
+                name = _value(call.args[0]) if call.args else node.name
+                declared = {keyword.arg: _value(keyword.value) for keyword in call.keywords if keyword.arg}
+                line = (ast.get_docstring(node) or "").partition("\n")[0]
+                yield node.name, Entry(name, module, line, _written_settings(node), **declared)
 
 
-def _same_origin(old: Callable, new: Callable) -> bool:
-    """Whether both come from the same notebook or the same user's file, so that the newer one may replace the older."""
-    reloadable = new.__module__ == "__main__" or new.__module__.startswith(_USER_MODULE)
-    return reloadable and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+def _written_settings(node: ast.FunctionDef | ast.ClassDef) -> dict[str, Any]:
+    """As `_settings`, from the text."""
+    if isinstance(node, ast.ClassDef):
+        made = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+        own = {argument.arg for part in made for argument in part.args.kwonlyargs}
+        return {key: default for part in made for key, default in _written_settings(part).items() if key in own}
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    with_default = zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True)
+    found = {argument: value for argument, value in with_default if argument in arguments.args}
+    found |= zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return {argument.arg: REQUIRED if value is None else _value(value) for argument, value in found.items()}
 
 
-def _load(path: str, kind: str) -> types.ModuleType:
-    """Import a user's file once per content, so that a run that asks twice gets the same function."""
-    file = Path(os.path.expanduser(path)).resolve()
-    if not file.is_file():
-        raise ValueError(f"{kind} file {path} does not exist (looked for {file})")
-    content = hashlib.sha256(file.read_bytes()).hexdigest()
-    name = _USER_MODULE + hashlib.sha256(str(file).encode()).hexdigest()[:12]
-    loaded = sys.modules.get(name)
-    if loaded is not None and getattr(loaded, "__content__", None) == content:
-        return loaded
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{kind} file {path} is not a Python file: its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    module.__content__ = content
-    sys.modules[name] = module  # before the import: dataclasses look their module up while they are made
+def _value(node: ast.expr) -> Any:
+    """What a literal stands for; of anything else its text."""
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        sys.modules.pop(name, None)
-        raise ValueError(f"{kind} file {path} fails to import: {type(error).__name__}: {error}") from error
-    return module
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
 
 
-def _parameters(function: Callable, skip: int | None) -> dict[str, inspect.Parameter]:
-    """The parameters that are settings: keyword-only ones, and positional ones that the library does not fill."""
+def _settings(function: Callable) -> dict[str, Any]:
+    """The defaults of the parameters that are settings: what the library fills has none, or is positional-only.
+
+    Of a class, the keyword-only ones.
+    """
     found = {}
-    for index, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
-        positional = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        library = parameter.default is REQUIRED if skip is None else index < skip
-        if parameter.kind is parameter.KEYWORD_ONLY or (positional and not library):
-            found[name] = parameter
+    for name, parameter in inspect.signature(function).parameters.items():
+        by_name = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not REQUIRED
+        if parameter.kind is parameter.KEYWORD_ONLY or (by_name and not inspect.isclass(function)):
+            found[name] = parameter.default
     return found
 
 
@@ -204,60 +235,13 @@ def _hints(function: Callable) -> dict[str, Any]:
         return {}
 
 
-def _coerce(value: Any, annotation: Any, default: Any, where: str) -> Any:
-    """The value as one of the annotated types (the default's type without an annotation); ValueError if none fits."""
-    if annotation is REQUIRED:
-        if default is REQUIRED or default is None:
-            return value
-        annotation = type(default)
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    allowed = typing.get_args(annotation) if union else (annotation,)
-    literals = [choice for a in allowed if typing.get_origin(a) is typing.Literal for choice in typing.get_args(a)]
-    plain = [a for a in allowed if a in NOUNS]
-    if len(plain) + sum(typing.get_origin(a) is typing.Literal for a in allowed) < len(allowed):
-        return value  # a richer type (a list, a callable): the function itself is the judge
-    if literals and (match := [choice for choice in literals if choice == value and type(choice) is type(value)]):
-        return match[0]
-    if type(value) in plain and not (isinstance(value, float) and math.isnan(value)):
-        return value
-    for kind in (type(None), int, float, bool, str):
-        if kind in plain:
-            found = converted(value, kind)
-            if found is not REQUIRED:
-                return found
-    if literals:
-        raise ValueError(f"{where} must be one of {', '.join(map(str, literals))}, got {value!r}")
-    raise ValueError(f"{where} must be {' or '.join(NOUNS[kind] for kind in plain)}, got {value!r}")
+def adopted(part: Any, base: type[Base]) -> Base:
+    """The part itself as one of `base`, whose defaults it gets for what its own class lacks.
 
-
-def converted(value: Any, kind: type) -> Any:
-    """The value as `kind` where nothing is lost on the way, else REQUIRED (no value at all)."""
-    text = value.strip().lower() if isinstance(value, str) else None
-    if kind is type(None):
-        return None if text in ("none", "null") else REQUIRED
-    if kind is bool:
-        return {"true": True, "false": False}.get(text, REQUIRED)
-    if kind is str:
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else REQUIRED
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return REQUIRED
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return REQUIRED
-    if math.isnan(number) or (kind is int and not number.is_integer()):  # is_integer is False for infinities
-        return REQUIRED
-    return kind(number)
-
-
-def registered(path: Path, kind: str) -> list[tuple[str, str]]:
-    """Name and a line for each function under `@register_<kind>("name")` in a module's text, which is not run."""
-    found = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        for decorator in getattr(node, "decorator_list", ()):
-            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == f"register_{kind}":
-                settings = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-                shown = ", ".join(f"{arg.arg}={ast.unparse(default)}" for arg, default in settings)
-                line = (ast.get_docstring(node) or "").partition("\n")[0]
-                found.append((decorator.args[0].value, f"{line} ({shown})" if shown else line))
-    return sorted(found)
+    So a user's plain nn.Module serves as a subclass of `Prior` or `Guide` does, and keeps its attributes and state.
+    """
+    if not isinstance(part, base):
+        own = type(part)
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+        part.__class__ = type(own.__name__, (own, base), names)
+    return part

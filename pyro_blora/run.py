@@ -158,7 +158,7 @@ def each_restart(config: RunConfig) -> list[RunConfig]:
     """
     rows = config.seed if config.data_seed is None else config.data_seed
     seeds = range(config.seed + 1, config.seed + config.fits)
-    alone = {"weights": config.law_of_fits, "weights_settings": {}} if config.weights == "ensemble" else {}
+    alone = {"weights": config.law_of_fits, "weights_settings": {}} if config.is_ensemble else {}
     return [dataclasses.replace(config, seed=seed, data_seed=rows, restarts=1, **alone) for seed in seeds]
 
 
@@ -198,7 +198,7 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
             _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.collate),
             tokenizer=parts.tokenizer, config=config,
         )  # fmt: skip
-    if config.weights == "ensemble":
+    if config.is_ensemble:
         pairs = {
             split: (with_members(averaged, split, restarts), at_mode)
             for split, (averaged, at_mode) in evaluated.pairs.items()

@@ -61,6 +61,18 @@ def eager():
         yield
 
 
+@pytest.fixture
+def forget():
+    """Names that a test registers are taken out again."""
+    from pyro_blora.registries import LISTED
+
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in LISTED.values():
+            patch.setattr(registry, "_functions", dict(registry._functions))
+            patch.setattr(registry, "_entries", dict(registry._entries))
+        yield
+
+
 @pytest.fixture(scope="module", params=["bert", "deberta-encoder", "rank-1"])
 def layout(request):
     """Layouts of both scopes, with and without rank gates."""

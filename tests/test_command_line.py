@@ -289,9 +289,9 @@ def spin_count(module, **environment):
 
 
 def test_threads_spin_briefly_unless_the_user_chose():
-    priors = ("-m", "pyro_blora", "priors")  # imports torch
-    assert spin_count(priors) == "1000"
-    assert spin_count(priors, GOMP_SPINCOUNT="77") == "77"
+    tasks = ("-m", "pyro_blora", "tasks")  # imports torch
+    assert spin_count(tasks) == "1000"
+    assert spin_count(tasks, GOMP_SPINCOUNT="77") == "77"
     assert spin_count(("experiments/grid.py", "nothing.yaml")) == "1000"
 
 

@@ -95,7 +95,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.distributed import gathered, leave
 from pyro_blora.program import BayesianLoRA
 
-seen, losses, examples, inner, forward = [], [], [], adapters.gates, BayesianLoRA.forward
+seen, losses, examples, inner, forward = [], [], [], adapters.use_gates, BayesianLoRA.forward
 
 
 def watched(net, z, g, *theta, **more):
@@ -112,7 +112,7 @@ def weighed(program, inputs, *arguments):
     return loss, elbo
 
 
-adapters.gates, BayesianLoRA.forward = watched, weighed
+adapters.use_gates, BayesianLoRA.forward = watched, weighed
 trained = fit(RunConfig.from_json(sys.argv[1]), quiet=True)
 z = gathered(torch.stack([x for x in seen if 0 < x.mean() < 1]))
 each, shares = gathered(losses), gathered(examples)

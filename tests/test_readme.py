@@ -80,12 +80,9 @@ def test_a_backbone_that_is_none_is_refused(tmp_path):
         fit(tiny_config(f"{tmp_path}/wrong.py:other"), quiet=True)
 
 
-def test_the_task_of_the_contributors_page_trains(tmp_path, monkeypatch):
-    from pyro_blora import tasks
-
+def test_the_task_of_the_contributors_page_trains(tmp_path, forget):
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
     exec(block, {})
     backbone = save_tiny_backbone(tmp_path, letters=True)  # it spells the words
     assert len(fit(tiny_config(backbone, task="films", max_train=None, batch_size=10), quiet=True).metrics) == 8

@@ -63,14 +63,12 @@ def test_an_empty_registry_says_so():
         Registry("guide").resolve("any")
 
 
-def test_describe_gives_the_first_line_and_the_defaults(priors):
-    assert priors.describe("bops") == (
-        "Cost in proportion to bit operations.",
-        {"rate": 1.0, "ranks": 8, "shared": False, "mode": "all", "target": None},
-    )
-    assert priors.describe("fixed")[1] == {"bits": REQUIRED, "name": None}
-    assert priors.describe("nested") == ("", {"rate": 2.0})
-    assert priors.describe("nested", skip=1)[1] == {"gates": REQUIRED, "rate": 2.0}
+def test_an_entry_has_the_first_line_and_the_defaults(priors):
+    entry = priors.entry("bops")
+    assert entry.line == "Cost in proportion to bit operations."
+    assert entry.settings == {"rate": 1.0, "ranks": 8, "shared": False, "mode": "all", "target": None}
+    assert priors.entry("fixed").settings == {"bits": REQUIRED, "name": None}
+    assert (priors.entry("nested").line, priors.entry("nested").settings) == ("", {"rate": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -135,10 +133,13 @@ def test_a_function_that_takes_anything_is_given_anything(priors):
 
 
 def test_what_the_library_fills_is_no_setting(priors):
-    with pytest.raises(ValueError, match="unknown setting 'gates'"):
-        priors.settings(nested, {"gates": 1}, skip=2)
-    with pytest.raises(ValueError, match="unknown setting 'rate'"):
-        priors.settings(nested, {"rate": 1.0}, skip=3)
+    def lora(backbone, layout, start="default", /, *, alpha: float = 1.0):
+        return start
+
+    for function, filled in ((nested, "gates"), (lora, "start")):
+        with pytest.raises(ValueError, match=f"unknown setting '{filled}'"):
+            priors.settings(function, {filled: 1})
+    assert priors.settings(lora, {"alpha": 2}) == {"alpha": 2.0}
 
 
 def test_without_an_annotation_the_default_decides(priors):
@@ -166,7 +167,7 @@ def test_a_function_comes_from_a_users_file(priors, tmp_path):
     )
     law = priors.resolve(name)
     assert law is priors.resolve(name), "a file is loaded once"
-    assert priors.describe(name) == ("Mine.", {"rate": 3})
+    assert (priors.entry(name).line, priors.entry(name).settings) == ("", {}), "without the decorator"
     assert law(None, **priors.settings(law, {"rate": 2})) == 2.0
 
 

@@ -29,10 +29,10 @@ from pyro_blora.config.command_line import EXPONENT, OWNED, gather_settings, rea
 from pyro_blora.config.methods import left_open, require_consistent
 from pyro_blora.guides import GUIDES, build_guide
 from pyro_blora.priors import PRIORS, build_prior, parts
-from pyro_blora.registry import suggest
 from pyro_blora.testing import example_layout
 from pyro_blora.training import Schedule
 from pyro_blora.user_files import compose_yaml, read_text, value_of
+from pyro_blora.user_values import suggest
 
 _OF_THE_MODEL = ("budget", "random")  # priors whose settings only the model itself can refuse
 _preset = functools.cache(read_preset)  # once a grid, not once a cell

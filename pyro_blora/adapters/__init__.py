@@ -1,22 +1,27 @@
 """Gated, quantized low-rank adapters inside a Hugging Face backbone."""
 
-from .adalora import attach_adalora
-from .attaching import ADAPTERS, attach
+from ..registries import ADAPTERS, register_adapter
+from .adalora import AdaLoRAModel
+from .attaching import attach
 from .gate_context import Observer
-from .gated_model import GatedModel, exact_tensors, gates, observed, open_gates
+from .gated_model import GatedModel, exact_tensors, gates, observed, open_gates, use_gates
+from .lora import gated
 from .ranges import calibrate, clipped, set_ranges
 
 __all__ = [
     "ADAPTERS",
+    "AdaLoRAModel",
     "GatedModel",
     "Observer",
     "attach",
-    "attach_adalora",
     "calibrate",
     "clipped",
     "exact_tensors",
+    "gated",
     "gates",
     "observed",
     "open_gates",
+    "register_adapter",
     "set_ranges",
+    "use_gates",
 ]

@@ -10,13 +10,14 @@ Source: Zhang et al., AdaLoRA (2023); its schedule is in fractions of the steps 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..layout import BATCH_SIZE, AdapterLayout
-from ..models.layout import layout_of
+from ..layout import AdapterLayout
+from ..registries import register_adapter
 from ..tasks.heads import SEQUENCE, Head
 from .gate_context import ADAPTER, Handover
 from .gated_model import GatedModel
@@ -66,6 +67,8 @@ class AdaLoRAModel(GatedModel):
         names = (f"{p.name}.lora_E.{ADAPTER}" for p in self.layout.projections)
         return {name: self.backbone.get_parameter(name) for name in names}
 
+    allocates = True
+
     def penalty(self) -> Tensor:
         """The weighted mean distance of A A^T and B^T B from the identity."""
         distances = []
@@ -99,26 +102,27 @@ class AdaLoRAModel(GatedModel):
         return opened.sum(-1)
 
 
-def attach_adalora(
-    backbone: nn.Module, *, rank: int, alpha: float, target_modules=None, scope: str = "adapted",
-    sequence_length: int = 128, batch_size: int = BATCH_SIZE, head: Head = SEQUENCE,
-) -> AdaLoRAModel:  # fmt: skip
-    """Put PEFT's AdaLoRA layers of `rank` ranks into a Hugging Face backbone; arguments as of `attach`.
+@register_adapter(
+    "adalora",
+    excludes={
+        "init_lora_weights": "--init_lora_weights eva is for LoRA, which --method adalora does not have: drop one",
+    },
+)
+def adalora(backbone: nn.Module, layout: AdapterLayout, head: Head) -> AdaLoRAModel:
+    """PEFT's AdaLoRA at 32 bit, from R ranks everywhere to as many on average as its guide says.
 
-    Errors: ValueError, see `layout_of`, and for scope `encoder`: nothing is quantized here.
+    Errors: ValueError for scope `encoder`: nothing is quantized here.
+    Source: Zhang et al., AdaLoRA (2023).
     """
     import peft
 
-    if scope != "adapted":
-        raise ValueError(f"adalora quantizes nothing, so it has no scope {scope!r}: drop --scope")
-    layout = layout_of(
-        backbone, rank=rank, alpha=alpha, target_modules=target_modules, sequence_length=sequence_length,
-        batch_size=batch_size, head=head,
-    )  # fmt: skip
+    if layout.scope != "adapted":
+        raise ValueError(f"adalora quantizes nothing, so it has no scope {layout.scope!r}: drop --scope")
+    layout = dataclasses.replace(layout, share_inputs=False)  # of which it has no gates
     settle(backbone)
     plain = lora_config(backbone, layout, head)
     config = peft.AdaLoraConfig(
         task_type=plain.task_type, target_modules=plain.target_modules, modules_to_save=plain.modules_to_save,
-        init_r=rank, target_r=rank, lora_alpha=alpha, total_step=1,
+        init_r=layout.rank, target_r=layout.rank, lora_alpha=layout.alpha, total_step=1,
     )  # fmt: skip
     return AdaLoRAModel(freeze_pooler(wrapped(backbone, config)), layout, head)

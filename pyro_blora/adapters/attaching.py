@@ -1,4 +1,9 @@
-"""Gated, quantized LoRA put into a Hugging Face backbone by PEFT; the only file with its custom-module hook.
+"""attach(): an adapter, chosen by name, into a Hugging Face backbone.
+
+An adapter is a function `(backbone, layout, head, **settings) -> GatedModel` that puts what learns into the backbone,
+in place: `lora.gated` does most of it for one whose layers are gated. What the net must and may have is in
+gated_model.py.
+Register it with `@register_adapter("name")`, or name it as `--adapter file.py:function`.
 
 Scope `encoder` also quantizes input and weight of every other linear map of the encoder, without an adapter. The task
 head stays at 32 bit, and a pooler inside the base model is frozen.
@@ -6,25 +11,16 @@ head stays at 32 bit, and a pooler inside the base model is frozen.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..layout import BATCH_SIZE, AdapterLayout
+from ..layout import BATCH_SIZE
 from ..models.layout import layout_of
+from ..registries import ADAPTERS
 from ..tasks.heads import SEQUENCE, Head
-from .gate_context import Handover
 from .gated_model import GatedModel
-from .peft_config import freeze_pooler, lora_config, settle, wrapped
-from .ranges import start_ranges
-from .xs import xs_settings
-
-if TYPE_CHECKING:
-    import peft
-
-
-ADAPTERS = ("lora", "xs", "none")
 
 
 def attach(
@@ -48,54 +44,24 @@ def attach(
     target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
     scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
     sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
-    adapter: `lora`; `xs` (B-LoRA-XS, with adapter_settings of xs.py); or `none`: no projection has an adapter, and the
-    whole backbone learns.
+    adapter: a name that `pyro-blora adapters` lists, or `file.py:function`, with adapter_settings.
     head: of a task's `likelihood`, how the backbone is called and read.
     init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
     """
-    from .layers import GatedLinear, QuantizedLinear, XSLinear  # now, as PEFT takes seconds to import
-
-    if adapter not in ADAPTERS:
-        raise ValueError(f"unknown adapter {adapter!r}: known adapters are {', '.join(ADAPTERS)}")
+    make = ADAPTERS.resolve(adapter)
+    settings = ADAPTERS.settings(make, adapter_settings or {})
+    if init_lora_weights != "default" and "init_lora_weights" not in inspect.signature(make).parameters:
+        raise ValueError(f"init_lora_weights {init_lora_weights!r} is for LoRA, not for adapter {adapter!r}: drop one")
     layout = layout_of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length,
         share_inputs=share_inputs, batch_size=batch_size, head=head,
     )  # fmt: skip
-    settle(backbone)
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    handover = Handover(layout.input_owner.tolist() if share_inputs else None)
-    if adapter == "none":
-        layout = layout.without_adapters()
-        model = backbone.requires_grad_(True)
-    else:
-        layer = XSLinear if adapter == "xs" else GatedLinear
-        model = _with_lora(backbone, layout, head, init_lora_weights, layer)
-    modules = dict(backbone.named_modules())
-    for index, projection in enumerate(layout.projections):
-        module = modules[projection.name]
-        if projection.adapted:
-            if not isinstance(module, GatedLinear):
-                raise RuntimeError(f"PEFT put a {type(module).__name__} at {projection.name} instead of a gated layer")
-            module.handover, module.index = handover, index
-            if adapter == "xs":
-                module.start(xs_settings(**(adapter_settings or {})))
-        else:
-            parent, _, child = projection.name.rpartition(".")
-            setattr(modules[parent], child, QuantizedLinear(module, handover, index))
-    net = GatedModel(model, layout, handover, head)
-    start_ranges(net, {})
-    if checkpointing:
-        net.gradient_checkpointing_enable()
+    start = () if init_lora_weights == "default" else (init_lora_weights,)
+    net = make(backbone, layout, head, *start, **settings)
+    if not isinstance(net, GatedModel):
+        raise ValueError(
+            f"adapter {ADAPTERS.called(adapter)!r} must return a pyro_blora.adapters.GatedModel, got "
+            f"{type(net).__name__}: pyro_blora.adapters.gated makes one"
+        )
     return net
-
-
-def _with_lora(
-    backbone: nn.Module, layout: AdapterLayout, head: Head, init_lora_weights: str, layer: type
-) -> peft.PeftModel:
-    import peft
-
-    eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if init_lora_weights == "eva" else {}
-    config = lora_config(backbone, layout, head, **eva)
-    config._register_custom_module({nn.Linear: layer})
-    return freeze_pooler(wrapped(backbone, config))

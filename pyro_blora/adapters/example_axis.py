@@ -26,6 +26,13 @@ class _Trace(Observer):
         return super().product(projection, tensor, x, weight, bias)
 
 
+def leads_with_examples(net: GatedModel, inputs: dict) -> bool:
+    """Whether every call of every projection leads with the example; asked once for a network."""
+    if net.leads_with_examples is None:
+        net.leads_with_examples = not without_examples(net, inputs, every_call=True)
+    return net.leads_with_examples
+
+
 def without_examples(net: GatedModel, inputs: dict, *, every_call: bool = False) -> list[str]:
     """The projections, by name, whose input mixes the examples or has none of them.
 

@@ -152,8 +152,8 @@ class Handover:
     def _grid(self, projection: int, tensor: int) -> Grid | None:
         if self.gates is None:
             raise RuntimeError(
-                "a gated layer was called without gates: wrap the call, `with adapters.gates(net, z, g): net(**batch)`;"
-                " for the deployed allocation use z, g = the modes of the guide's posterior"
+                "a gated layer was called without gates: wrap the call, `with use_gates(net, z, g): net(**batch)`; for "
+                "the deployed allocation use z, g = the modes of the guide's posterior"
             )
         return self.gates[0][projection * len(TENSORS) + tensor]
 

@@ -1,6 +1,6 @@
 """A backbone with gated adapters, and the context in which its layers compute with given gates.
 
-Gates are drawn once at the top of the program and handed to the layers by the context manager `gates`, which clears
+Gates are drawn once at the top of the program and handed to the layers by the context manager `use_gates`, which clears
 them when it ends: no draw survives a call, and a projection that is called twice in one forward (DeBERTa's content and
 positions) sees the same gates both times. Ranges are one (L, T) parameter, learned as log(range), which `calibrate`
 (ranges.py) sets from data.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import AdapterLayout
+from ..layout import AdapterLayout, Projection
 from ..quantizer.grid import grids, mixture_weights
 from ..tasks.heads import SEQUENCE, Head
 from .gate_context import Gated, Handover, Observer, handed_over
@@ -28,16 +28,24 @@ if TYPE_CHECKING:
 
 
 class GatedModel(nn.Module):
-    """A backbone with gated adapters: call it inside `gates`. `layout` says what carries gates; `peft_model` is PEFT's;
+    """A backbone with an adapter: call it inside `use_gates`. `layout` says what carries gates; `peft_model` is PEFT's;
     `head` how it is called and read.
 
+    It is what an adapter's function returns. One with gated layers is made by `lora.gated`, and its layers say what
+    its `low_rank` is; one without must have a `low_rank` of its own (adalora.py). May have: `penalty`, `allocate`,
+    `parameters_per_rank` and `start_from_inputs`, whose defaults stand here.
+
     Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
-    `autocast`: dtype of the backbone's arithmetic, None for the caller's.
-    `leads_with_examples`: a fact about the network, once somebody has asked (example_axis.py).
     """
 
     autocast: torch.dtype | None = None
+    """Of the backbone's arithmetic; None for the caller's."""
     leads_with_examples: bool | None = None
+    """A fact about the network, once somebody has asked (example_axis.py)."""
+    allocates = False
+    """Whether `allocate` is called after every step, for a guide that takes its ranks."""
+    start_from_inputs: Callable[[GatedModel, Iterable[dict]], None] | None = None
+    """Called once, before the first step, with the net and batches of training inputs; it may make new parameters."""
 
     def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: Handover, head: Head = SEQUENCE):
         super().__init__()
@@ -85,8 +93,19 @@ class GatedModel(nn.Module):
         return [(p, id(p) in inside) for p in self.peft_model.parameters() if p.requires_grad]
 
     def penalty(self) -> Tensor | float:
-        """What the adapter method adds to the loss, nats an example."""
+        """What the adapter method adds to the loss, nats per example."""
         return 0.0
+
+    def allocate(self, step: int, steps: int, target_rank: int) -> Tensor:
+        """The open ranks of every projection, (L,), after optimizer step `step` (from 1) of `steps`.
+
+        Gradients are in place. target_rank: what the guide wants on average at the end. State is to be in buffers.
+        """
+        raise NotImplementedError
+
+    def parameters_per_rank(self, projection: Projection) -> int:
+        """Learned parameters that one open rank of an adapted projection uses."""
+        return projection.in_features + projection.out_features
 
     def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
         """(lora_A (R, n), lora_B (m, R)) of an adapted projection, by its name in the layout."""
@@ -108,7 +127,7 @@ class GatedModel(nn.Module):
 
 
 @contextlib.contextmanager
-def gates(
+def use_gates(
     net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None, *, opened: bool = False,
     at_32: list[bool] | None = None,
 ) -> Iterator[GatedModel]:  # fmt: skip
@@ -128,6 +147,9 @@ def gates(
     kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
     with handed_over(net.handover, (*_handed(net, z, g, opened, at_32), kept, weights or {})):
         yield net
+
+
+gates = use_gates  # its older name
 
 
 def _handed(net: GatedModel, z: Tensor, g: Tensor, opened: bool, at_32: list[bool] | None) -> tuple[list, list | None]:

@@ -4,7 +4,7 @@ One adapted projection computes, with Q the mixture of nested grids (fake_quanti
 
     y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
 
-A layer has no state of its own: gates and drawn weights are handed over for one call (adapters.gates).
+A layer has no state of its own: gates and drawn weights are handed over for one call (adapters.use_gates).
 """
 
 import torch
@@ -39,6 +39,9 @@ class GatedLinear(LoraLinear, Gated):
         """(lora_A (R, n), lora_B (m, R)): the parameters, or what was drawn in their place."""
         return tuple(self.handover.drawn(self.index, name, p) for name, p in self.random_weights().items())
 
+    def start(self) -> None:
+        """Called once, when PEFT has made the layer; its ranges start from what this leaves."""
+
     def random_weights(self) -> dict[str, nn.Parameter]:
         """What a law of the weights may draw, by name."""
         return {"lora_A": self.lora_A[ADAPTER].weight, "lora_B": self.lora_B[ADAPTER].weight}
@@ -48,7 +51,7 @@ class XSLinear(GatedLinear):
     """B-LoRA-XS: lora_A = S Q^T and P, in PEFT's lora_B, are frozen; lora_B = P M with the core M (R, R) learned."""
 
     @torch.no_grad()
-    def start(self, settings: dict) -> None:
+    def start(self, **settings: str) -> None:
         """Frozen factors of the base weight, and a core of zeros: step 0 is the pretrained model."""
         rank = self.r[ADAPTER]
         right, left = factors(self.get_base_layer().weight, rank, **settings)

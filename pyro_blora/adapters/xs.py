@@ -14,7 +14,7 @@ Source: Balazy et al., LoRA-XS (2024); Marszalek et al., Minimal Ranks, Maximum 
 import contextlib
 import hashlib
 import os
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,13 +31,6 @@ class Factors(NamedTuple):
 
     right: Tensor
     left: Tensor
-
-
-def xs_settings(
-    *, singular_values: Literal["input", "split"] = "input", svd: Literal["exact", "randomized"] = "exact"
-) -> dict:
-    """The settings of adapter `xs`, for the registry to check."""
-    return {"singular_values": singular_values, "svd": svd}
 
 
 def factors(weight: Tensor, rank: int, *, singular_values: str = "input", svd: str = "exact") -> Factors:

@@ -3,7 +3,8 @@
 from .command_line import load_preset, preset_names, run_fields, take_settings
 from .fields import RANGES
 from .methods import METHODS
-from .run_config import NOT_IN_DIGEST, OWNERS, PRESETS, RunConfig, field_names
+from .naming import NOT_IN_DIGEST
+from .run_config import OWNERS, PRESETS, RunConfig, field_names
 
 __all__ = [
     "METHODS",

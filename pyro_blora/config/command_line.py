@@ -1,9 +1,9 @@
 """From presets and command-line words to the fields of a RunConfig.
 
 The presets are package data, in `pyro_blora/config/presets/`, so that an installed `pyro-blora train --preset demo`
-finds them without a checkout. A setting of prior, guide, adapter or weights has a dot in its name: `--prior.rate 3` on
-the line, `prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own, `--prior.g.NAME` its
-settings.
+finds them without a checkout. A setting of a part that is chosen by name (prior, guide, ...) has a dot in its own:
+`--prior.rate 3` on the line, `prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own,
+`--prior.g.NAME` its settings.
 """
 
 import argparse
@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..registry import suggest
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
-from .fields import shown
+from ..user_values import shown, suggest
 from .methods import left_open, require_consistent
 from .run_config import OWNERS, PRESETS, RunConfig, field_names
 
@@ -91,7 +90,7 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     for owner in OWNERS:
         chosen = preset.get(owner, RunConfig.__dataclass_fields__[owner].default)
         if given.get(owner, chosen) != chosen:
-            preset.pop(f"{owner}_settings", None)  # they belong to the law that the line has replaced
+            preset.pop(f"{owner}_settings", None)  # they belong to the part that the line has replaced
     require_consistent(given.get("method", preset.get("method", "bayesian_lora")), {**given, **settings})
     line = gather_settings(settings)
     for key in line.keys() & preset.keys():

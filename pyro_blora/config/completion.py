@@ -9,14 +9,12 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-from ..registry import registered
+from ..registries import CHOSEN
 from .command_line import preset_names, read_preset
 from .methods import METHODS
 from .run_config import CHOICES, OWNERS, RunConfig
 
-_PACKAGE = Path(__file__).parents[1]
 _FLAG = re.compile(r"--(\w+)[ =]+([^-\s]\S*)")  # of a line, with its value
 
 
@@ -72,6 +70,4 @@ def _registered(kind: str) -> dict[str, list[str]]:
     """The settings of every name of a kind."""
     if kind == "method":
         return {name: [] for name in METHODS}
-    paths = (_PACKAGE / (kind.removesuffix("s") + "s")).glob("*.py")
-    found = (pair for path in paths for pair in registered(path, kind))
-    return {name: re.findall(r"(\w+)=", line.rpartition(" (")[2]) for name, line in found}
+    return {entry.name: [*entry.settings] for entry in CHOSEN[kind].entries()} if kind in CHOSEN else {}

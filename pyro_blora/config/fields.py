@@ -1,20 +1,19 @@
 """What the value of one field of a run's configuration may be: types, ranges, and the remedy where it is neither."""
 
+import functools
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..registry import NOUNS, REQUIRED, converted
+from ..user_values import LARGEST, coerce, shown
 
 _DEEPEST = 20  # levels of a setting
-_MOST_VALUES = 10_000  # of the settings of one law
-_LARGEST = 10**18  # a whole number that every reader of a file has
-_SHOWN = 80  # characters of a wrong value that are repeated
-_NOUNS = NOUNS | {dict: "a table of settings"}
+_MOST_VALUES = 10_000  # of the settings of one part
 
 
 def _at_least(low: float) -> tuple:
@@ -66,11 +65,11 @@ RANGES = {  # field: (check, what is expected, remedy)
     "checkpoint_steps": (*_at_least(1), "a number beyond the last step writes none in between"),
     "checkpoint_minutes": (*_positive(), "5 is usual; a large number leaves it to checkpoint_steps"),
     "max_skipped_steps": (*_at_least(0), "0 stops at the first one"),
-    "task": (bool, "a name", "acceptability needs no download"),
+    "task": (bool, "a name or file.py:function", "`pyro-blora tasks` lists the names"),
     "backbone": (bool, "a name or a folder", "demo needs no download"),
     "prior": (bool, "a name or file.py:function", "`pyro-blora priors` lists the names"),
     "guide": (bool, "a name or file.py:function", "`pyro-blora guides` lists the names"),
-    "weights": (bool, "a name", "`pyro-blora weights` lists them"),
+    "weights": (bool, "a name or file.py:function", "`pyro-blora weights` lists the names"),
     "output_dir": (bool, "a folder", "runs is the default"),
 }
 
@@ -78,44 +77,46 @@ RANGES = {  # field: (check, what is expected, remedy)
 def fit(name: str, annotation: Any, value: Any) -> Any:
     """The value as the field's type: whole numbers become floats where floats are meant, so that digests are stable."""
     allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    optional = types.NoneType in allowed
-    if value is None and optional:
-        return None
-    (kind, *more) = (a for a in allowed if a is not types.NoneType)
-    if isinstance(value, list | tuple) and tuple in more:
+    if isinstance(value, list | tuple) and tuple in allowed:
         return tuple(value)
-    if kind is dict and isinstance(value, Mapping):
-        _require_small(name, value)
-        try:
-            return json.loads(json.dumps(dict(value), allow_nan=False))  # a copy, and proof that it can be stored
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must hold plain numbers, words and lists, got {shown(value)}: {error}") from error
-    if kind is str and isinstance(value, str | Path):
-        return str(value)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind in (bool, int, float) and (found := converted(value, kind)) is not REQUIRED:
-        if kind is int and abs(found) > _LARGEST:
-            raise ValueError(f"{name} must be {_NOUNS[int]} of at most 18 digits, got {shown(value)}: lower it")
-        return found
-    raise ValueError(f"{name} must be {_NOUNS[kind]}{' or none' if optional else ''}, got {shown(value)}")
+    if dict in allowed:
+        return _table(name, value)
+    if int in allowed:
+        _require_short(name, value)
+    plain = functools.reduce(operator.or_, (kind for kind in allowed if kind is not tuple))
+    return coerce(str(value) if isinstance(value, Path) else value, plain, name)
 
 
-def shown(value: Any) -> str:
-    """A wrong value in a message, cut where it is long."""
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        return f"a whole number of {value.bit_length() * 3 // 10 + 1} digits or so"
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def _table(name: str, value: Any) -> dict:
+    """A copy of a table of settings."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a table of settings, got {shown(value)}")
+    _require_small(name, value)
+    try:
+        return json.loads(json.dumps(dict(value), allow_nan=False))  # a copy, and proof that it can be stored
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold plain numbers, words and lists, got {shown(value)}: {error}") from error
+
+
+def _require_short(name: str, value: Any) -> None:
+    """Refuse a number that not every reader of a file has."""
+    try:
+        long = not isinstance(value, bool) and abs(float(value)) > LARGEST
+    except OverflowError:
+        long = True
+    except (TypeError, ValueError):  # no number, which `coerce` says
+        return
+    if long:
+        raise ValueError(f"{name} must be a whole number of at most 18 digits, got {shown(value)}: lower it")
 
 
 def _require_small(name: str, settings: Mapping) -> None:
-    """Refuse settings that no law has: a file whose aliases multiply, lists in lists without end, giant numbers."""
+    """Refuse settings that no part has: a file whose aliases multiply, lists in lists without end, giant numbers."""
     count, level = 0, [settings]
     for _ in range(_DEEPEST):
         below = []
         for value in level:
-            if isinstance(value, int) and abs(value) > _LARGEST:
+            if isinstance(value, int) and abs(value) > LARGEST:
                 raise ValueError(f"{name}: a whole number must have at most 18 digits, got {shown(value)}: lower it")
             if isinstance(value, Mapping | list | tuple):
                 below += value.values() if isinstance(value, Mapping) else value

@@ -2,7 +2,8 @@
 
 `bayesian_lora` is everything as configured. The others are what it is compared with, in the same loop, data order, head
 and report. Most are a prior/guide pair of the same program; AdaLoRA and EVA's initialization are PEFT's.
-Keys are the command line's flags: `prior.bits` is a setting of the prior.
+Keys are the command line's flags: `prior.bits` is a setting of the prior. A method is data, as a preset is: what else
+goes with a part that it names is said where that part is registered.
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ METHODS = {
         {**_LORA, "average_over": "dropout"},
     ),
 }  # fmt: skip
-ADAPTERS = {method.fixes["adapter"]: name for name, method in METHODS.items() if "adapter" in method.fixes}
+_OWNERS = {method.fixes["adapter"]: name for name, method in METHODS.items() if "adapter" in method.fixes}
 
 
 def require_consistent(name: str, stated: Mapping[str, Any]) -> None:
@@ -84,11 +85,9 @@ def resolved(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     method = METHODS[name]
     require_consistent(name, given)
-    owner = ADAPTERS.get(given.get("adapter"), name)
+    owner = _OWNERS.get(given.get("adapter"), name)
     if owner != name:
         raise ValueError(f"adapter {given['adapter']!r} is part of a method: give --method {owner} in its place")
-    if given.get("init_lora_weights") == "eva" and "adapter" in method.fixes:
-        raise ValueError(f"--init_lora_weights eva is for LoRA, which --method {name} does not have: drop one")
     return {flag: value for flag, value in {**method.proposes, **method.fixes}.items() if flag not in given}
 
 

@@ -1,40 +1,30 @@
 """One run's configuration: a frozen dataclass with its checks, its JSON and its digest."""
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..registry import suggest
+from ..registries import CHOSEN, WEIGHTS
+from ..registry import Entry
 from ..user_files import load_json, read_text
-from .fields import MOST_FITS, RANGES, fit, shown
+from ..user_values import shown, suggest
+from .fields import MOST_FITS, RANGES, fit
 from .methods import METHODS, resolved
+from .naming import basename, digest
 
 PRESETS = Path(__file__).parent / "presets"
-CHOICES = {
-    "estimator": ("relaxed", "straight_through", "score_function", "enumerate"),
+CHOICES = {  # of what cannot be added to
     "method": tuple(METHODS),
-    "adapter": ("lora", "xs", "adalora", "none"),
     "init_lora_weights": ("default", "eva"),
     "average_over": ("gates", "dropout"),
     "scope": ("adapted", "encoder"),
     "precision": ("float32", "bf16"),
 }
-# Left out of the digest: they say where and how a run is watched and saved, not what it computes.
-NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps", "checkpoint_minutes")
-# Later than runs whose folders are to keep their names.
-_ADDED = (
-    ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
-    ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
-    ("group_by_length", False), ("backbone_revision", None), ("max_skipped_steps", 10),
-)  # fmt: skip
-OWNERS = ("prior", "guide", "adapter", "weights")  # fields that have settings of their own, in NAME_settings
-_USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method says anything
-_XS_RATE = 5e-3  # a core's: of the rates tried on SST-2, from 1e-3 to 5e-2, the one that learned; LoRA's was not tuned
+OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
+_USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method nor a part says anything
 
 
 def _field(default: Any, description: str) -> Any:
@@ -49,7 +39,8 @@ class RunConfig:
     Errors: ValueError naming the field, what was given, what was expected and the remedy.
     """
 
-    task: str = _field("acceptability", "task to learn: acceptability needs no download; the GLUE tasks by name")
+    task: str = _field("acceptability", "task to learn: a name that `pyro-blora tasks` lists, or file.py:function")
+    task_settings: dict = _field(dict, "settings of the task, on the command line as --task.NAME VALUE")
     backbone: str = _field(
         "demo", "demo (a packaged MiniLM), demo-deberta, a folder, a name on the hub, or file.py:function"
     )
@@ -60,10 +51,15 @@ class RunConfig:
     prior_settings: dict = _field(dict, "settings of the prior, on the command line as --prior.rate 3")
     guide: str = _field("mean_field", "variational family: a name that `pyro-blora guides` lists, or file.py:function")
     guide_settings: dict = _field(dict, "settings of the guide, on the command line as --guide.NAME VALUE")
-    estimator: str = _field("relaxed", "gradient of the gates: relaxed, straight_through, score_function, enumerate")
-    adapter: str = _field("lora", "what learns beside the head: lora, xs (B-LoRA-XS); adalora and none are methods'")
-    adapter_settings: dict = _field(dict, "settings of the adapter xs, on the command line as --adapter.NAME VALUE")
-    weights: str = _field("point", "distribution of the adapter's weights: a name that `pyro-blora weights` lists")
+    estimator: str = _field("relaxed", "gradient of the gates: a name that `pyro-blora elbos` lists, or file.py:name")
+    estimator_settings: dict = _field(dict, "settings of the estimator, on the command line as --estimator.NAME VALUE")
+    adapter: str = _field(
+        "lora", "what learns beside the head: a name that `pyro-blora adapters` lists, or file.py:function"
+    )
+    adapter_settings: dict = _field(dict, "settings of the adapter, on the command line as --adapter.NAME VALUE")
+    weights: str = _field(
+        "point", "distribution of the adapter's weights: a name that `pyro-blora weights` lists, or file.py:function"
+    )
     weights_settings: dict = _field(dict, "settings of the weights' law, on the command line as --weights.NAME VALUE")
     init_lora_weights: str = _field("default", "how lora_A starts: default (as in PEFT) or eva (principal components)")
     rank: int = _field(8, "largest rank R of every adapter")
@@ -120,8 +116,9 @@ class RunConfig:
             object.__setattr__(self, field.name, fit(field.name, field.type, getattr(self, field.name)))
         if self.method in METHODS:  # an unknown one is refused below
             self._follow_method()
-        if self.weights == "dropout":
-            object.__setattr__(self, "average_over", "dropout")
+        for part in self._parts:
+            for flag, value in part.sets.items():
+                object.__setattr__(self, flag, value)
         object.__setattr__(self, "target_modules", _targets(self.target_modules))
         if self.precision in ("fp16", "float16", "half"):
             raise ValueError(
@@ -146,7 +143,9 @@ class RunConfig:
         given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
         for owner in OWNERS:
             given |= {f"{owner}.{key}": value for key, value in given.pop(f"{owner}_settings").items()}
-        usual = _USUAL | ({"lr": _XS_RATE} if self.adapter == "xs" else {})
+        usual = _USUAL.copy()
+        for part in self._parts:
+            usual |= part.proposes
         usual = {flag: value for flag, value in usual.items() if flag not in given}
         for flag, value in {**usual, **resolved(self.method, given)}.items():
             owner, dot, setting = flag.partition(".")
@@ -163,27 +162,53 @@ class RunConfig:
                 "gates that are set after training (kl_warmup 1) leave no epoch for --choose_epoch to choose: drop it, "
                 "or lower --kl_warmup"
             )
-        if self.choose_epoch and self.law_of_fits == "swag":
-            raise ValueError("--weights swag averages over the epochs among which --choose_epoch chooses: drop one")
-        if self.average_over == "dropout" and self.law_of_fits == "laplace":
-            raise ValueError("--weights laplace predicts by a network without dropout: drop --average_over dropout")
-        if self.adapter == "xs" and self.init_lora_weights != "default":
-            raise ValueError(f"--init_lora_weights {self.init_lora_weights} is for LoRA, --adapter xs starts from W0")
-        if self.weights == "ensemble" and self.restarts > 1:
-            raise ValueError("the members of --weights ensemble are restarts already: drop --restarts")
-        members = self.weights_settings.get("members", 3)
-        if self.weights == "ensemble" and isinstance(members, int | float) and not members <= MOST_FITS:
-            raise ValueError(f"weights.members must be at most {MOST_FITS:,}, got {members}: 3 to 10 are usual")
+        of_fits = WEIGHTS.entry(self.law_of_fits)
+        for flag, sentence in [pair for part in (*self._parts, of_fits) for pair in part.excludes.items()]:
+            if getattr(self, flag) != type(self).__dataclass_fields__[flag].default:
+                raise ValueError(sentence)
+        if not self.is_ensemble:
+            return
+        weights = WEIGHTS.entry(self.weights)
+        if of_fits.fits or of_fits.sets:
+            known = [entry.name for entry in WEIGHTS.entries() if not (entry.fits or entry.sets)]
+            raise ValueError(
+                f"weights {self.weights!r}: {weights.each} must be one of {', '.join(known)}, or file.py:function, got "
+                f"{of_fits.name!r}"
+            )
+        count = self._of_weights(weights.fits)
+        if isinstance(count, int | float) and not count <= MOST_FITS:
+            raise ValueError(f"weights.{weights.fits} must be at most {MOST_FITS:,}, got {count}: 3 to 10 are usual")
+
+    @property
+    def _parts(self) -> list[Entry]:
+        """What is known of the parts that were chosen."""
+        return [registry.entry(getattr(self, kind)) for kind, registry in CHOSEN.items()]
+
+    def require_known(self) -> None:
+        """Errors: ValueError for a part that nobody has registered, with the nearest name; nothing is imported."""
+        for kind, registry in CHOSEN.items():
+            for name in self.prior_names if kind == "prior" else [getattr(self, kind)]:
+                if name != "off":  # of a site
+                    registry.require_known(name)
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether the fits are members of one, whose predictions are averaged."""
+        return bool(WEIGHTS.entry(self.weights).fits)
 
     @property
     def fits(self) -> int:
         """Fits of the run from seeds of their own: its restarts, or the members of an ensemble."""
-        return int(self.weights_settings.get("members", 3)) if self.weights == "ensemble" else self.restarts
+        return int(self._of_weights(WEIGHTS.entry(self.weights).fits)) if self.is_ensemble else self.restarts
 
     @property
     def law_of_fits(self) -> str:
         """The law of the weights of every fit: an ensemble's members have one of their own."""
-        return self.weights_settings.get("of", "point") if self.weights == "ensemble" else self.weights
+        return str(self._of_weights(WEIGHTS.entry(self.weights).each)) if self.is_ensemble else self.weights
+
+    def _of_weights(self, setting: str) -> Any:
+        """A setting of the weights, or its default."""
+        return self.weights_settings.get(setting, WEIGHTS.entry(self.weights).settings[setting])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -217,16 +242,7 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that two configurations share only if they compute the same."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_IN_DIGEST}
-        values = {key: value for key, value in values.items() if (key, value) not in _ADDED}
-        for owner in (f"{owner}_settings" for owner in OWNERS):  # 3 and 3.0 are the same setting
-            if owner in values:
-                values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
-        values |= {x: _with_content(values[x]) for x in ("prior", "guide", "weights", "backbone") if x in values}
-        own = values["prior_settings"]
-        own |= {site: _with_content(own[site]) for site in ("z", "g") if isinstance(own.get(site), str)}
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+        return digest(dataclasses.asdict(self))
 
     @property
     def prior_names(self) -> list[str]:
@@ -254,10 +270,10 @@ class RunConfig:
 
     @property
     def _prior(self) -> str:
-        return "+".join(map(_basename, self.prior_names))
+        return "+".join(map(basename, self.prior_names))
 
     def _named(self, law: str) -> str:
-        return "-".join([_basename(self.task), _basename(self.backbone), law, self.digest])
+        return "-".join([basename(self.task), basename(self.backbone), law, self.digest])
 
 
 def field_names() -> list[str]:
@@ -279,14 +295,3 @@ def _targets(value: str | tuple | None) -> str | tuple[str, ...] | None:
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"target_modules {shown(value)} is no regular expression ({error})") from error
     return value
-
-
-def _with_content(name: str) -> str:
-    """A law in a user's file is what the file says, not what it is called."""
-    file = Path(os.path.expanduser(name.rpartition(":")[0]))
-    return f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" if file.is_file() else name
-
-
-def _basename(name: str) -> str:
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return re.sub(r"[^A-Za-z0-9._]", "_", last).strip(".") or "local"

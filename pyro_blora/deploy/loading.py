@@ -14,7 +14,7 @@ from ..config.run_config import RunConfig
 from ..layout import AdapterLayout
 from ..program import BayesianLoRA
 from ..provenance import require_backbone, require_belonging, warn_unchecked
-from ..registry import only_code
+from ..user_code import only_code
 from .peft import GATES_FILE
 
 

@@ -47,7 +47,7 @@ def verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] |
     batch = {key: value.to(device) for key, value in rows.items()}
     training = program.training
     program.eval()
-    with adapters.gates(net, z, g):
+    with adapters.use_gates(net, z, g):
         expected = net.head.read(net.peft_model(**batch)).float()  # not under autocast, as PEFT will run it
     program.train(training)
     found = net.head.read(reloaded(**batch)).float()

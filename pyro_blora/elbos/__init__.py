@@ -12,7 +12,8 @@ Each is a `pyro.infer` ELBO, which plain SVI accepts:
 Measured bias and variance: benchmarks/posterior.md.
 """
 
-from .base import ELBOS, Elbo, GateELBO, Terms, build_elbo, register_elbo
+from ..registries import ELBOS, register_elbo
+from .base import Elbo, GateELBO, Terms, build_elbo
 from .enumeration import Enumerate
 from .evaluation import JOINT, Evaluation, JointDivergence
 from .relaxed import Relaxed, StraightThrough

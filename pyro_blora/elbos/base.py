@@ -15,13 +15,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import pyro.distributions as dist
 from pyro.infer import TraceMeanField_ELBO
 from pyro.util import warn_if_nan
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..registry import Registry
+from ..guides.base import Guide
+from ..registries import ELBOS
 from .evaluation import Evaluation
-
-ELBOS = Registry("estimator")  # as the flag is called
-register_elbo = ELBOS.register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +51,8 @@ class Elbo(Protocol):
 
     draws: Literal["soft", "hard", "discrete"]  # of the guide: relaxed, straight-through, or without a gradient
 
-    def check(self, family: nn.Module) -> None:
-        """Refuse a guide (guides.py) that it cannot serve, before anything is trained.  Errors: ValueError."""
+    def check(self, family: Guide) -> None:
+        """Refuse a guide that it cannot serve, before anything is trained.  Errors: ValueError."""
 
     def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
         """The terms at one draw, differentiable, without asking the host for a value."""
@@ -79,7 +77,7 @@ class GateELBO(TraceMeanField_ELBO):
     def __init__(self):
         super().__init__()
 
-    def check(self, family: nn.Module) -> None:
+    def check(self, family: Guide) -> None:
         """Refuse a guide that it cannot serve.  Errors: ValueError."""
 
     def draw(self, law: dist.Distribution) -> Tensor:
@@ -114,14 +112,18 @@ class GateELBO(TraceMeanField_ELBO):
         return loss.item()
 
 
-def build_elbo(name: str, family: nn.Module) -> Elbo:
-    """The named ELBO.  Errors: ValueError for an unknown name, for what is no ELBO, and for a guide it cannot serve."""
+def build_elbo(name: str, family: Guide, settings: dict | None = None) -> Elbo:
+    """The named ELBO.
+
+    Errors: ValueError for an unknown name or setting, for what is no ELBO, and for a guide that it cannot serve.
+    """
     make = ELBOS.resolve(name)
-    wanted = "it must be a subclass of pyro_blora.elbos.GateELBO, or a function without arguments that makes one"
+    name = ELBOS.called(name)
+    wanted = "it must be a subclass of pyro_blora.elbos.GateELBO, or a function of settings alone that makes one"
     parameters = inspect.signature(make).parameters.values()
     if any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
         raise ValueError(f"estimator {name!r} takes arguments: {wanted}")
-    elbo = make()
+    elbo = make(**ELBOS.settings(make, settings or {}))
     if not isinstance(elbo, Elbo):
         raise ValueError(f"estimator {name!r} makes a {type(elbo).__name__}, which is no ELBO of gates: {wanted}")
     elbo.check(family)

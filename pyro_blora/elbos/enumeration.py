@@ -5,11 +5,12 @@ from itertools import product
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gates import Gates
-from ..guides.base import components
-from .base import GateELBO, register_elbo
+from ..guides.base import Guide, components
+from ..registries import register_elbo
+from .base import GateELBO
 from .evaluation import Evaluation, unused
 
 _MOST_STATES = 1 << 14  # forwards in one exact expectation
@@ -24,7 +25,7 @@ class Enumerate(GateELBO):
 
     draws = "discrete"
 
-    def check(self, family: nn.Module) -> None:
+    def check(self, family: Guide) -> None:
         for law in family.laws(1.0, True):
             _require_gradient(law)
         _free(_depth_tables(components(family)))

@@ -5,7 +5,8 @@ Of a mixture every component is drawn from, as one alone would be M times noisie
 
 from torch import Tensor
 
-from .base import GateELBO, register_elbo
+from ..registries import register_elbo
+from .base import GateELBO
 from .evaluation import Evaluation
 
 

@@ -2,10 +2,12 @@
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gates import Gates
-from .base import GateELBO, register_elbo
+from ..guides.base import Guide
+from ..registries import register_elbo
+from .base import GateELBO
 from .evaluation import Evaluation
 
 
@@ -21,7 +23,7 @@ class ScoreFunction(GateELBO):
 
     draws = "discrete"
 
-    def check(self, family: nn.Module) -> None:
+    def check(self, family: Guide) -> None:
         for law in family.laws(1.0, True):
             _require_logits(law)
 

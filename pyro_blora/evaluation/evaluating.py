@@ -48,7 +48,7 @@ def evaluate(parts: Parts) -> Evaluated:
     load, _ = by_length(rows, parts.collate, 2 * config.batch_size)
     with phase("counting clipped values", len(load), unit="batches") as shown:
         beyond = clipped(program.net, shown.over(on_device(load, program.log_scale.device)))
-    by_rank = _by_rank(parts) if getattr(program.gate_guide, "serves_every_rank", False) else []
+    by_rank = _by_rank(parts) if program.gate_guide.serves_every_rank else []
     return Evaluated(draws, theta, pairs, fitted, beyond, by_rank)
 
 

@@ -51,7 +51,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         "draws": config.draws,
         "averaging": _averaging(parts),
         "deployed": deployed_scores(parts.task, prediction, at_mode),
-        "prior_state": program.prior.report() if hasattr(program.prior, "report") else {},
+        "prior_state": program.prior.report(),
         "elbo_per_example": (
             float(evaluated.fitted.log_likelihood.mean()) - (kl_z + kl_g + kl_theta) / program.n_train
         ),
@@ -68,7 +68,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         },
         "expected_rank": {kind: float(ranks[rows].mean()) for kind, rows in kinds.items()},
         "adapter_parameters": sum(
-            _parameters(p, layout.rank, 1 + int((g[i] > 0.5).sum()), config.adapter == "xs")
+            net.parameters_per_rank(p) * (1 + int((g[i] > 0.5).sum()))
             for i, p in enumerate(layout.projections) if p.adapted
         ),
         "trained_parameters": sum(p.numel() for p in learning),
@@ -85,11 +85,6 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
     return found
 
 
-def _parameters(projection, rank: int, opened: int, core: bool) -> int:
-    """Learned parameters of an adapter that its open ranks use: of LoRA (m + n) r, of a core R r."""
-    return opened * (rank if core else projection.in_features + projection.out_features)
-
-
 def stored(program: BayesianLoRA) -> int:
     """Numbers that are kept to draw an adapter: those of its weights' law, and its weights that are points."""
     law = program.weights
@@ -101,7 +96,7 @@ def _of_weights(parts: Parts) -> dict:
 
     Of Laplace also its prior_precision; of an ensemble the law of its members, whose first this is.
     """
-    law, fits = parts.program.weights, parts.config.fits if parts.config.weights == "ensemble" else 1
+    law, fits = parts.program.weights, parts.config.fits if parts.config.is_ensemble else 1
     found = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
     if parts.config.law_of_fits != parts.config.weights:
         found["of"] = parts.config.law_of_fits
@@ -122,7 +117,7 @@ def _averaging(parts: Parts) -> str:
     averages = program.likelihood.averages
     names = " and of ".join(name for name, is_drawn in drawn.items() if is_drawn)
     each = f"over {config.draws} draws of {names}" if names else ""
-    if config.weights == "ensemble":
+    if config.is_ensemble:
         fits = f"{config.fits} fits from seeds of their own"
         return f"mean of {averages} over {fits}{f', of each {each}' if each else ''}"
     return f"mean of {averages} {each}" if each else "one network, in which nothing is random,"

@@ -1,12 +1,13 @@
 """Variational families of the gates, by name."""
 
-from . import fixed_rank  # noqa: F401 (its registrations)
-from .base import GUIDES, build_guide, components, draw_gates, log_prob, register_guide
+from ..registries import GUIDES, register_guide
+from .base import Guide, build_guide, components, draw_gates, log_prob
 from .mean_field import MeanField, Point
 from .mixture import Mixture
 
 __all__ = [
     "GUIDES",
+    "Guide",
     "MeanField",
     "Mixture",
     "Point",

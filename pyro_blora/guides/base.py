@@ -1,26 +1,12 @@
-"""Variational families of the gates, by name.
+"""What a guide is: the variational family of the gates, made from layout and prior by a function with a name.
 
-A guide is an `nn.Module`, made by `(layout, prior, **settings)` where `prior` is a module that returns the prior's
-Gates when it is called, with
-
-    laws(temperature, hard) -> Gates    what is sampled in training: reparametrised, with a KL against NestedBernoulli
-    posterior() -> Gates                the exact marginal laws of the chains, discrete: what is reported and deployed
-    components() -> Gates               optional, for a family that is not mean field: discrete laws with a leading
-                                        dimension of M equally likely components, z (M, L, T, K), g (M, L, R - 1)
-    divergence(prior, z_mask, g_mask)   optional, Gates of KLs in nats, where it is no sum over chains
-    serves_every_rank                   optional: after training, the same rank everywhere is evaluated, from 1 to R
-    deployed() -> Gates                 optional, the allocation to export, where it is not where marginals exceed 1/2
-    each_law(temperature, hard)         optional, with components: the law of every component; training draws from each,
-                                        M forwards a step, as one alone would be M times noisier than a mean field
-    computed_once()                     optional, a context: one evaluation of the ELBO, in which parameters stay
-    start(evidence)                     optional, called if `starts_from_data`: set the laws from an estimate of what
-                                        the data say about each chain (gate_init.py)
+The function takes `(layout, prior, **settings)`, where the prior is a module whose call returns its Gates, and returns
+a `Guide`. Register it with `@register_guide("name")`, or name it as `--guide file.py:function`.
 
 The families here hold *evidence*: q(depth d) = softmax over d of log prior(d) + e_1 + ... + e_d, as the posterior is
 prior times likelihood. What the data say is learned in nats, whatever the optimizer makes of gradients; what the prior
 says enters exactly, so that a prior that moves (a budget, a learned rate) moves the gates in the same step.
-Gates that the prior pins (probability 0 or 1) are held there: the posterior cannot differ. Register a guide with
-`@register_guide`, or name it as `--guide file.py:function`.
+Gates that the prior pins (probability 0 or 1) are held there: the posterior cannot differ.
 """
 
 import contextlib
@@ -33,10 +19,86 @@ from torch import Tensor, nn
 from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, pinned_logits
 from ..ladder_math import log_at_least
 from ..layout import AdapterLayout
-from ..registry import Registry
+from ..registries import GUIDES
+from ..registry import adopted
 
-GUIDES = Registry("guide")
-register_guide = GUIDES.register
+
+class Guide(nn.Module):
+    """The variational family of the gates.
+
+    Must have: `laws` and `posterior`. May have: everything else, whose defaults stand here. A plain nn.Module with
+    these methods serves as well.
+
+    Shapes: L projections, T tensors, K gates of a ladder, R ranks, M components; z (L, T, K), g (L, R - 1).
+    Units: KLs and evidence in nats.
+    """
+
+    serves_every_rank = False
+    """Whether, after training, the same rank everywhere is evaluated, from 1 to R."""
+    starts_from_data = False
+    """Whether `start` is called when the gates start."""
+    target_rank = 0
+    """Of a guide that is allocated: the average that the allocator is to end at."""
+
+    def laws(self, temperature: float, hard: bool) -> Gates:
+        """What is sampled in training: reparametrized distributions of batch shapes (L, T) and (L,).
+
+        They need a KL against NestedBernoulli, registered with torch.distributions.register_kl. hard: draws are
+        ladders of 0 and 1. temperature > 0: of the relaxation, which falls in training; a number or a tensor ().
+        """
+        raise NotImplementedError
+
+    def posterior(self) -> Gates:
+        """The exact marginal distributions of the ladders, two NestedBernoulli: what is reported and deployed."""
+        raise NotImplementedError
+
+    # --- a family that is not mean field ------------------------------------------------------------------------------
+
+    def components(self) -> Gates:
+        """Equally likely discrete components, given which ladders are independent: z (M, L, T, K), g (M, L, R - 1)."""
+        return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in self.posterior()))
+
+    def each_law(self, temperature: float, hard: bool) -> list[Gates]:
+        """What training draws from, each in a forward of its own: of every component its distribution.
+
+        One alone would be M times noisier than a mean field.
+        """
+        return [self.laws(temperature, hard)]
+
+    def divergence(self, prior: Gates, z_mask: Tensor, g_mask: Tensor) -> Gates:
+        """KLs of all z and of all g that exist, (), where their sum is none over ladders."""
+        raise NotImplementedError
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether `divergence` is asked; else the KLs of `laws` are summed over the ladders."""
+        return type(self).divergence is not Guide.divergence
+
+    def deployed(self) -> Gates | None:
+        """The allocation to export, z and g of 0 and 1; None: where marginals exceed 1/2."""
+        return None
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def computed_once(self) -> contextlib.AbstractContextManager[None]:
+        """A block of one evaluation of the ELBO, in which the parameters and the prior stay as they are."""
+        return contextlib.nullcontext()
+
+    def start(self, evidence: Gates) -> None:
+        """Set the distributions from an estimate of each depth's log-likelihood, up to a constant, nats.
+
+        evidence: z (L, T, K + 1), g (L, R).
+        """
+
+    def allocate(self, ranks: Tensor) -> None:
+        """Take the ranks that the adapter's own allocator has left.  (L,)"""
+        raise NotImplementedError
+
+    @property
+    def is_allocated(self) -> bool:
+        return type(self).allocate is not Guide.allocate
+
+
 _OPEN = 6.0  # log-odds of a gate that waits for the data: q(1 - q) = 0.0025, enough gradient to come back
 _IMPOSSIBLE = -1e30  # in place of log 0 where a prior pins a gate, so that sums and gradients stay finite
 _SURE = 1e4  # nats, in place of infinite evidence
@@ -47,7 +109,7 @@ def conditional_logits(depth_logits: Tensor) -> Tensor:
     return log_at_least(depth_logits)[..., 1:] - depth_logits[..., :-1]
 
 
-class Evidence(nn.Module):
+class Evidence(Guide):
     """Nats that the data add to each step of a chain's depth, for each component; the prior's pins laid over them."""
 
     _shared: Gates | None = None
@@ -108,31 +170,34 @@ class Evidence(nn.Module):
         return Gates(*(RelaxedNestedBernoulli(x, 1.0, validate_args=False).discrete for x in self.logits()))
 
 
-def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> nn.Module:
+def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> Guide:
     """The named guide on a layout and a prior.  Errors: ValueError for an unknown name, setting or a wrong kind."""
     function = GUIDES.resolve(name)
     guide = function(layout, prior, **GUIDES.settings(function, settings or {}))
-    missing = [method for method in ("laws", "posterior") if not hasattr(guide, method)]
-    if not isinstance(guide, nn.Module) or missing:
-        raise ValueError(f"guide {name!r} must return an nn.Module with laws() and posterior(); missing: {missing}")
+    if isinstance(guide, nn.Module):
+        guide = adopted(guide, Guide)
+    missing = [must.__name__ for must in (Guide.laws, Guide.posterior)
+               if getattr(type(guide), must.__name__, must) is must]  # fmt: skip
+    if missing:
+        raise ValueError(
+            f"guide {GUIDES.called(name)!r} must return an nn.Module with laws() and posterior(); missing: {missing}"
+        )
     return guide
 
 
-def components(guide: nn.Module) -> Gates:
-    """The discrete law as equally likely components, z (M, L, T, K), g (M, L, R - 1); one if it is mean field."""
-    if hasattr(guide, "components"):
-        return guide.components()
-    return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in guide.posterior()))
+def components(guide: Guide) -> Gates:
+    """The discrete distribution as equally likely components, z (M, L, T, K), g (M, L, R - 1); one if mean field."""
+    return guide.components()
 
 
-def draw_gates(guide: nn.Module, draws: int) -> Gates:
+def draw_gates(guide: Guide, draws: int) -> Gates:
     """Joint discrete draws.  z (S, L, T, K), g (S, L, R - 1)."""
     laws = components(guide)
     m = torch.randint(len(laws.z.log_probs), (draws,), device=laws.z.log_probs.device)
     return Gates(*(NestedBernoulli(law.log_probs[m], validate_args=False).sample() for law in laws))
 
 
-def log_prob(guide: nn.Module, gates: Gates, z_mask: Tensor, g_mask: Tensor) -> Tensor:
+def log_prob(guide: Guide, gates: Gates, z_mask: Tensor, g_mask: Tensor) -> Tensor:
     """log q of joint draws, in nats, over the chains that exist.  z (S, L, T, K), g (S, L, R - 1) -> (S,)."""
     laws = components(guide)
     z = torch.where(z_mask, laws.z.log_prob(gates.z[:, None]), 0.0).sum((-1, -2))  # (S, M)

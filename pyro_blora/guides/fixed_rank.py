@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
-from .base import register_guide
+from ..registries import register_guide
+from .base import Guide
 
 
 def _point(gates: Gates) -> Gates:
     return Gates(*(dist.Delta(x, event_dim=1, validate_args=False) for x in gates))
 
 
-class UniformRank(nn.Module):
+class UniformRank(Guide):
     """One rank for all adapters, each with the same probability; the largest is deployed."""
 
     serves_every_rank = True  # so every rank is evaluated
@@ -51,7 +52,7 @@ class UniformRank(nn.Module):
         return Gates(kl_z, kl_g - math.log(len(self.g)))
 
 
-class Allocated(nn.Module):
+class Allocated(Guide):
     """One rank for each adapter, as `allocate` was last told."""
 
     def __init__(self, layout: AdapterLayout, target_rank: int):

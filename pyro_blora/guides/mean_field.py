@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from ..layout import AdapterLayout
-from .base import Evidence, register_guide
+from ..registries import register_guide
+from .base import Evidence
 
 
 class MeanField(Evidence):

@@ -8,7 +8,8 @@ from torch.distributions import kl_divergence
 
 from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from ..layout import AdapterLayout
-from .base import Evidence, register_guide
+from ..registries import register_guide
+from .base import Evidence
 
 _SPREAD = 0.5  # nats between the components of a mixture at its start: equal ones would stay equal
 _INFORMATION_DRAWS = 64  # of the gates, for what the component tells about them; no forward of the backbone

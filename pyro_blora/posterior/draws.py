@@ -48,8 +48,9 @@ def deployed(program: BayesianLoRA) -> Gates:
     probable of this rule's allocations for the whole law and for each component.
     """
     guide = program.gate_guide
-    if hasattr(guide, "deployed"):
-        return guide.deployed()
+    chosen = guide.deployed()
+    if chosen is not None:
+        return chosen
     whole = Gates(*(law.mode for law in guide.posterior()))
     each = Gates(*(law.mode for law in components(guide)))
     if len(each.z) == 1:
@@ -71,9 +72,7 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
     with seeded(program, seed):
         if law == "posterior":
             return draw_gates(program.gate_guide, draws)
-        if hasattr(program.prior, "sample_prior"):
-            return Gates(*(x.sample() for x in program.prior.sample_prior(draws)))
-        return Gates(*(x.sample((draws,)) for x in program.prior()))
+        return Gates(*(law.sample() for law in program.prior.sample_prior(draws)))
 
 
 @torch.no_grad()
@@ -103,8 +102,7 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
     Source: Yao, Vehtari, Simpson and Gelman, Yes, but did it work? (2018).
     """
     prior, q = program.prior, components(program.gate_guide)
-    parts = {site: part for site, part in prior.named_children() if hasattr(part, "draw_rates")}
-    parts = {"zg": prior} if hasattr(prior, "draw_rates") else parts
+    parts = prior.rate_parts()
     if not parts:
         return None
     names, drawn, log_ratio = [], {"posterior": [], "prior": []}, torch.zeros(draws)

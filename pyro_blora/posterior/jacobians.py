@@ -6,7 +6,6 @@ Shapes: B batch, D random weights; `*` the outputs of an example, (C,) of a sequ
 import torch
 from torch import Tensor
 
-from ..adapters.example_axis import without_examples
 from ..gates import Gates
 from ..program import GateProgram
 
@@ -18,7 +17,7 @@ def jacobians(program: GateProgram, inputs: dict, gates: Gates) -> tuple[Tensor,
     projection sees tensors that do not lead with the example (DeBERTa's positions), example by example.
     """
     B = len(next(iter(inputs.values())))
-    if B > 1 and not _together(program, inputs):
+    if B > 1 and not program.leads_with_examples(inputs):
         rows = [jacobians(program, {k: x[i : i + 1] for k, x in inputs.items()}, gates) for i in range(B)]
         return torch.cat([J for J, _ in rows]), torch.cat([logits for _, logits in rows])
     with torch.enable_grad():
@@ -27,13 +26,3 @@ def jacobians(program: GateProgram, inputs: dict, gates: Gates) -> tuple[Tensor,
         columns = logits.flatten(1).unbind(-1)
         each = [torch.autograd.grad(column.sum(), theta, retain_graph=True)[0] for column in columns]
     return torch.stack(each, 1).unflatten(1, logits.shape[1:]), logits.detach()
-
-
-def _together(program: GateProgram, inputs: dict) -> bool:
-    """Whether every call of every projection leads with the example; asked once for a network."""
-    net = getattr(program, "net", None)
-    if net is None:
-        return True
-    if net.leads_with_examples is None:
-        net.leads_with_examples = not without_examples(net, inputs, every_call=True)
-    return net.leads_with_examples

@@ -1,7 +1,7 @@
 """Priors of the gates, by name."""
 
-from . import static  # noqa: F401 (its registrations)
-from .base import PRIORS, register_prior
+from ..registries import PRIORS, register_prior
+from .base import Prior
 from .budget import Budget
 from .explained_variance import ExplainedVariance
 from .hierarchical import Hierarchical
@@ -12,6 +12,7 @@ __all__ = [
     "Budget",
     "ExplainedVariance",
     "Hierarchical",
+    "Prior",
     "Separate",
     "build_prior",
     "parts",

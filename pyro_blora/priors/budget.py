@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from ..bops import expected_bops
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
-from .base import register_prior
+from ..registries import register_prior
+from .base import Prior
 
 
-class Budget(nn.Module):
+class Budget(Prior):
     """p(z, g) proportional to exp(-rate * BOPs(z, g)), each chain's law taken at the others' expected bits and ranks.
 
     BOPs are linear in each chain's gates, so the price of a gate is the derivative of E[BOPs] with respect to its

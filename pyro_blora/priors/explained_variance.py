@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
-from .base import register_prior
+from ..registries import register_prior
+from .base import Prior
 
 
-class ExplainedVariance(nn.Module):
+class ExplainedVariance(Prior):
     """Depths of bits are equally likely; a rank's log-odds say how much of its layer's input it explains.
 
     log-odds of rank r = strength * log(ratio_r / cut), with ratio_r the share of the input's variance along its r-th

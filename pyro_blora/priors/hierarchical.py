@@ -11,7 +11,8 @@ from torch.distributions import register_kl
 from ..gates import Gates, NestedBernoulli
 from ..interval import INTERVAL
 from ..layout import AdapterLayout
-from .base import register_prior
+from ..registries import register_prior
+from .base import Prior
 
 
 @register_kl(torch.distributions.LogNormal, torch.distributions.Gamma)
@@ -21,7 +22,7 @@ def _kl_log_normal_gamma(q: torch.distributions.LogNormal, p: torch.distribution
     return -entropy - gamma - (p.concentration - 1) * q.loc + p.rate * q.mean
 
 
-class Hierarchical(nn.Module):
+class Hierarchical(Prior):
     """Nested gates whose rates, site `rates`, have a Gamma prior and a log-normal guide, learned with everything else.
 
     As the prior of z or g alone its site is `z_rates` or `g_rates`.

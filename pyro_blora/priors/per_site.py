@@ -5,28 +5,27 @@ Either site can have a prior of its own: the settings `z` and `g` name it, `z.NA
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gates import Gates
 from ..layout import AdapterLayout
-from .base import PRIORS, build_one
+from ..registries import PRIORS
+from .base import Prior, build_one
 from .budget import Budget
 
 _OFF = ("fixed", {})  # what the word `off` means
-HOOKS = ("adapt", "explain", "pyro_model", "pyro_guide", "sample_prior", "report")
 
 
-class Separate(nn.Module):
-    """The z of one prior and the g of another; what only one of them can do is done by it alone."""
+class Separate(Prior):
+    """The z of one prior and the g of another; each adapts, learns and reports as it does alone."""
 
-    def __init__(self, z: nn.Module, g: nn.Module):
+    def __init__(self, z: Prior, g: Prior):
         super().__init__()
         if isinstance(z, Budget) and isinstance(g, Budget):
             raise ValueError("z and g cannot both have prior 'budget', whose targets are of the same bit operations")
         self.z, self.g = z, g
         for site, part in (("z", z), ("g", g)):
-            if hasattr(part, "only"):
-                part.only(site)
+            part.only(site)
             if isinstance(part, Budget):  # as far as this site's gates reach, with the other's as they are
                 means = Gates(*(law.mean for law in self()))
                 ends = (means._replace(**{site: torch.full_like(getattr(means, site), v)}) for v in (0.0, 1.0))
@@ -35,46 +34,40 @@ class Separate(nn.Module):
     def forward(self) -> Gates:
         return Gates(self.z().z, self.g().g)
 
-    def __getattr__(self, name: str):
-        if name in HOOKS and any(hasattr(part, name) for part in (self.z, self.g)):
-            return getattr(type(self), f"_{name}").__get__(self)
-        return super().__getattr__(name)
+    @property
+    def adapts(self) -> bool:
+        return self.z.adapts or self.g.adapts
 
-    def _each(self, name: str) -> dict[str, nn.Module]:
-        return {site: part for site, part in (("z", self.z), ("g", self.g)) if hasattr(part, name)}
+    def adapt(self, means: Gates) -> None:
+        self.z.adapt(means)
+        self.g.adapt(means)
 
-    def _adapt(self, means: Gates) -> None:
-        for part in self._each("adapt").values():
-            part.adapt(means)
+    @property
+    def explains(self) -> bool:
+        return self.z.explains or self.g.explains
 
-    def _explain(self, ratios: Tensor) -> None:
-        for part in self._each("explain").values():
-            part.explain(ratios)
+    def explain(self, ratios: Tensor) -> None:
+        self.z.explain(ratios)
+        self.g.explain(ratios)
 
-    def _pyro_model(self) -> Gates:
-        z, g = (part.pyro_model() if hasattr(part, "pyro_model") else part() for part in (self.z, self.g))
-        return Gates(z.z, g.g)
+    def pyro_model(self) -> Gates:
+        return Gates(self.z.pyro_model().z, self.g.pyro_model().g)
 
-    def _pyro_guide(self) -> dict[str, Tensor]:
-        parts = self._each("pyro_guide").values()
-        return {name: value for part in parts for name, value in part.pyro_guide().items()}
+    def pyro_guide(self) -> dict[str, Tensor]:
+        return self.z.pyro_guide() | self.g.pyro_guide()
 
-    def _sample_prior(self, draws: int) -> Gates:
-        laws = []
-        for site, part in (("z", self.z), ("g", self.g)):
-            if hasattr(part, "sample_prior"):
-                laws.append(getattr(part.sample_prior(draws), site))
-            else:
-                law = getattr(part(), site)
-                laws.append(law.expand((draws, *law.batch_shape)))
-        return Gates(*laws)
+    def sample_prior(self, draws: int) -> Gates:
+        return Gates(self.z.sample_prior(draws).z, self.g.sample_prior(draws).g)
 
-    def _report(self) -> dict[str, float]:
-        parts = self._each("report").items()
+    def rate_parts(self) -> dict[str, Prior]:
+        return {site: part for site, part in (("z", self.z), ("g", self.g)) if part.rate_names}
+
+    def report(self) -> dict[str, float]:
+        parts = (("z", self.z), ("g", self.g))
         return {f"{site}_{name}": value for site, part in parts for name, value in part.report().items()}
 
 
-def build_prior(name: str, layout: AdapterLayout, settings: dict | None = None) -> nn.Module:
+def build_prior(name: str, layout: AdapterLayout, settings: dict | None = None) -> Prior:
     """The named prior on a layout, as a module that returns Gates when called; settings `z` and `g` replace a site.
 
     Errors: ValueError for an unknown name or setting, and for a law of the wrong kind or shape.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
-from .base import register_prior
+from ..registries import register_prior
 from .budget import Budget
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
@@ -18,23 +19,24 @@ _CODE = re.compile(r"`([^`]+)`|(?<![\w-])(--[a-z]\w*(?:\.\w+)*)")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, *, sections: Iterable[str] = ()) -> Path:
     """Write report.html into the folder of a finished run, or of a grid of them; an older page is replaced.
 
+    sections: of a run's page, beside those that are registered: functions in files, `file.py:function`.
     Errors: ValueError for a folder that is neither; NotWritten, which leaves the older page.
     """
     folder = Path(folder)
-    page = _run_page(RunFiles(folder)) if (folder / "summary.json").is_file() else _grid_page(folder)
+    page = _run_page(RunFiles(folder), sections) if (folder / "summary.json").is_file() else _grid_page(folder)
     replace_text(folder / REPORT, page)
     return folder / REPORT
 
 
-def _run_page(run: RunFiles) -> str:
+def _run_page(run: RunFiles, more: Iterable[str]) -> str:
     summary = run.summary
     method = summary.get("method", "bayesian_lora")
     law = f"prior {summary['prior']}" if method == "bayesian_lora" else method
     title = f"{summary['task']} · {summary['backbone']} · {law}"
-    return render(title, run.folder.resolve().name, headline(summary), sections_of(run))
+    return render(title, run.folder.resolve().name, headline(summary), sections_of(run, more))
 
 
 def _grid_page(folder: Path) -> str:

@@ -16,7 +16,6 @@ from urllib.parse import quote
 import pandas as pd
 import torch
 
-from ..config.fields import shown
 from ..config.run_config import RunConfig
 from ..evaluation import baselines
 from ..files import require_whole
@@ -26,6 +25,7 @@ from ..posterior.gate_posterior import Posterior
 from ..tasks.likelihoods import Likelihood
 from ..tasks.outcomes import kind_of, older_kind
 from ..user_files import load_json, open_text, read_json
+from ..user_values import shown
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _DOCS = "docs/tutorial/reading-the-posterior.md"

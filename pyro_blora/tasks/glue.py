@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ..user_files import open_text
 from .base import Task
 from .files import limited, require_header, require_mostly_whole, require_rows
+from .names import register_task
 
 if TYPE_CHECKING:
     import datasets
@@ -172,15 +173,70 @@ def _task(
     return Task(name=name, text_columns=text_columns, labels=labels, metric_name=metric_name, load=load, **settings)
 
 
-GLUE = (  # labels in the hub's order; the headline number is the one that LoRA and AdaLoRA tabulate
-    _task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation"),
-    _task("sst2", ("sentence",), ("negative", "positive")),
-    _task("mrpc", PAIR, ("not_equivalent", "equivalent")),
-    _task("stsb", PAIR, (), "pearson", label_range=(0.0, 5.0)),
-    _task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate")),
-    _task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    _task("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
-    _task("rte", PAIR, ("entailment", "not_entailment")),
-    _task("wnli", PAIR, ("not_entailment", "entailment")),
-)
-TASKS = {task.name: task for task in GLUE}
+TASKS = {  # labels in the hub's order; the headline number is the one that LoRA and AdaLoRA tabulate
+    task.name: task for task in (
+        _task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation"),
+        _task("sst2", ("sentence",), ("negative", "positive")),
+        _task("mrpc", PAIR, ("not_equivalent", "equivalent")),
+        _task("stsb", PAIR, (), "pearson", label_range=(0.0, 5.0)),
+        _task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate")),
+        _task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+        _task("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
+        _task("rte", PAIR, ("entailment", "not_entailment")),
+        _task("wnli", PAIR, ("not_entailment", "entailment")),
+    )
+}  # fmt: skip
+
+
+@register_task("cola")
+def cola() -> Task:
+    """Is a sentence acceptable English?"""
+    return TASKS["cola"]
+
+
+@register_task("sst2")
+def sst2() -> Task:
+    """Is a phrase from a film review positive?"""
+    return TASKS["sst2"]
+
+
+@register_task("mrpc")
+def mrpc() -> Task:
+    """Do two sentences from the news say the same?"""
+    return TASKS["mrpc"]
+
+
+@register_task("stsb")
+def stsb() -> Task:
+    """How similar are two sentences?"""
+    return TASKS["stsb"]
+
+
+@register_task("qqp")
+def qqp() -> Task:
+    """Do two questions ask the same?"""
+    return TASKS["qqp"]
+
+
+@register_task("mnli")
+def mnli() -> Task:
+    """Does a premise entail a hypothesis, contradict it, or neither?"""
+    return TASKS["mnli"]
+
+
+@register_task("qnli")
+def qnli() -> Task:
+    """Does a sentence answer a question?"""
+    return TASKS["qnli"]
+
+
+@register_task("rte")
+def rte() -> Task:
+    """Does the first sentence entail the second?"""
+    return TASKS["rte"]
+
+
+@register_task("wnli")
+def wnli() -> Task:
+    """Does a sentence follow when a pronoun of the first is resolved?"""
+    return TASKS["wnli"]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ..registry import Registry
+from ..registries import LIKELIHOODS, register_likelihood  # noqa: F401 (for the files of kinds)
 from .heads import Head
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
-LIKELIHOODS = Registry("likelihood")
-register_likelihood = LIKELIHOODS.register
 IGNORED = -100  # a label where nothing is asked, as in transformers; labels are padded with it
 PAD_TO = 8  # lengths in steps of eight: few shapes, and what tensor cores like
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..user_files import open_text
 from .base import Task
 from .files import limited, require_header, require_rows
+from .names import register_task
 
 if TYPE_CHECKING:
     import datasets
@@ -75,6 +76,9 @@ def read_pairs(path: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
-PAIRS = Task(
-    name="pairs", text_columns=COLUMNS, labels=LABELS, metric_name="matthews_correlation", load=load_pairs
-)  # fmt: skip
+@register_task("pairs")
+def pairs() -> Task:
+    """A yes/no question about pairs of texts from CSV files of one's own."""
+    return Task(
+        name="pairs", text_columns=COLUMNS, labels=LABELS, metric_name="matthews_correlation", load=load_pairs
+    )  # fmt: skip

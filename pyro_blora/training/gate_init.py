@@ -215,7 +215,7 @@ def evidence(program: BayesianLoRA, data: Sensitivity, kl_weight: float = 1.0) -
     prior = program.prior
 
     def log_prior(laws: Gates) -> Gates:
-        if hasattr(prior, "adapt"):
+        if prior.adapts:
             prior.adapt(Gates(*(law.flip(-1).cumsum(-1).flip(-1)[None, ..., 1:] for law in laws)))  # marginals
         return Gates(*(law.depth_log_probs for law in prior()))
 

@@ -18,7 +18,7 @@ import accelerate
 import torch
 
 from .. import adapters
-from ..adapters.input_pca import explained_variances, start_eva
+from ..adapters.input_pca import explained_variances
 from ..build import Parts, build
 from ..checkpoint import saved_in
 from ..config.run_config import RunConfig
@@ -43,7 +43,7 @@ from .resuming import DIVERGED, Checkpoints
 from .schedule import Schedule
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
-_EVA_BATCHES = 32  # passed over until the components have settled
+_START_BATCHES = 32  # for an adapter that starts from its inputs, as EVA does
 _STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square known to about a tenth
 _SHOWN = 16  # numbers of rows that an error lists
 
@@ -92,8 +92,7 @@ def _fit(config: RunConfig, folder: Path | None, until: int | None) -> Trained:
         )
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
-    if hasattr(parts.program.weights, "require"):
-        parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
+    parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
     if folder is not None:
         if not (folder / "checkpoints").exists():
             rows = first_inputs(parts.tokens["train"], parts.collate)
@@ -186,8 +185,7 @@ class _Loop:
         """What follows the last step; the same again whenever a finished training is taken up."""
         weights = self.program.weights
         self.validation.finish()
-        if hasattr(weights, "finish"):
-            weights.finish()
+        weights.finish()
         if weights.curvature:
             fit_run(self.parts)
 
@@ -231,29 +229,26 @@ class _Loop:
         known = set(map(id, clipped))
         others = [p for p in self.learning if id(p) not in known]
         bad = self.finite.step(optimizer, step, self.grad_norm, others)
-        if hasattr(net, "allocate"):
+        if net.allocates:
             for parameter in net.adapter_parameters():  # it reads their gradients
                 parameter.grad.masked_fill_(bad, 0.0)
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
         optimizer.zero_grad()
-        if hasattr(self.program.weights, "collect"):
-            self.program.weights.collect(step + 1, self.schedule.steps)
-        if kl_weight > 0 and hasattr(self.program.prior, "adapt"):
+        self.program.weights.collect(step + 1, self.schedule.steps)
+        if kl_weight > 0 and self.program.prior.adapts:
             self.program.prior.adapt(component_marginals(self.program))
         self.last = torch.stack(parts).mean(0)  # loss and the ELBO's parts of this process, read when a line is logged
 
     def _calibrate(self) -> None:
-        if self.config.init_lora_weights == "eva":
-            net = self.program.net
+        net = self.program.net
+        if net.start_from_inputs is not None:
             with phase("finding principal components"):
-                start_eva(net, (inputs for inputs, _ in self._training_batches(_EVA_BATCHES, epoch=-3)))
-            self.program.weights.follow(
-                net.random_weights(), dict(enumerate(net.head_parameters()))
-            )  # PEFT made new ones
+                net.start_from_inputs(net, (inputs for inputs, _ in self._training_batches(_START_BATCHES, epoch=-3)))
+            self.program.weights.follow(net.random_weights(), dict(enumerate(net.head_parameters())))  # may be new ones
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         with phase("calibrating ranges", len(batches), unit="batches") as shown:
-            adapters.calibrate(self.program.net, (inputs for inputs, _ in shown.over(batches)))
+            adapters.calibrate(net, (inputs for inputs, _ in shown.over(batches)))
 
     def _open_phase(self, step: int, optimizer) -> None:
         """Start the gates.  Errors: ValueError where the network's answers give them no finite start."""
@@ -270,14 +265,14 @@ class _Loop:
         program, guide, config = self.program, self.program.gate_guide, self.config
         if not program.net.layers():  # PEFT's own layers are not gated
             return
-        if hasattr(program.prior, "explain"):
+        if program.prior.explains:
             batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
             with phase("explaining variances"):
                 program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
         with phase("fitting ranges"):
             errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
         torch.manual_seed(step_seed(config.seed, -1))
-        if getattr(guide, "starts_from_data", False):
+        if guide.starts_from_data:
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
             with phase("initializing gates", len(batches), unit="batches") as shown:
                 slopes = sensitivity(program, shown.over(batches), errors.best_by_width())

@@ -59,8 +59,7 @@ class Logbook:
         }
         if not program.weights.in_training:
             numbers.pop("kl_theta")
-        told = program.prior.report() if hasattr(program.prior, "report") else {}
-        return {key: float(value) for key, value in (numbers | told).items()}
+        return {key: float(value) for key, value in (numbers | program.prior.report()).items()}
 
     def _gradients(self, step: int, grad_norm: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict:
         """Temperature, the norm of the adapter's and head's gradient before clipping, and how noisy the gates' one is.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from ..config.run_config import RunConfig
+from ..weights.base import Weights
 
 _SPREAD_RATE = 0.02  # first learning rate of log standard deviations, whatever that of their means
 _LAST_RATE = 0.01  # of the gates' learning rate, at the last step, of the first
@@ -21,15 +22,15 @@ class Schedule:
     plateau: float = 1.0  # what it then is, as a fraction of its peak
 
     @classmethod
-    def of(cls, config: RunConfig, n_train: int, processes: int = 1, weights: object = None) -> "Schedule":
+    def of(cls, config: RunConfig, n_train: int, processes: int = 1, weights: Weights | None = None) -> "Schedule":
         per_step = config.batch_size * config.accumulation * processes
         if n_train < per_step:
             raise ValueError(
                 f"{n_train} training examples do not fill one step of {per_step} (batch size x accumulation x "
                 "processes): lower --batch_size or raise --max_train"
             )
-        law = {name: getattr(weights, name, 1.0) for name in ("constant_from", "plateau")}
-        return cls(config, config.epochs * (n_train // per_step), n_train // per_step, **law)
+        own = () if weights is None else (weights.constant_from, weights.plateau)
+        return cls(config, config.epochs * (n_train // per_step), n_train // per_step, *own)
 
     @property
     def opening(self) -> int:

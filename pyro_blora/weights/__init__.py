@@ -1,6 +1,7 @@
 """Distributions of the adapter's weights, by name."""
 
-from .base import WEIGHTS, Parameters, Point, RandomWeights, build_weights, register_weights
+from ..registries import WEIGHTS, register_weights
+from .base import Parameters, Point, RandomWeights, Weights, build_weights
 from .gaussian import Gaussian, LowRank
 from .laplace import Laplace
 from .swag import Swag
@@ -14,6 +15,7 @@ __all__ = [
     "Point",
     "RandomWeights",
     "Swag",
+    "Weights",
     "build_weights",
     "register_weights",
 ]

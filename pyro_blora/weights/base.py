@@ -1,25 +1,13 @@
-"""Distributions of the adapter's weights theta, one vector of D numbers, by name.
+"""What distributions of the adapter's weights are: of theta, one vector of D numbers, by name.
 
-They are chosen as `--weights NAME --weights.SETTING VALUE`.
-
-One is made by `(weights, head, **settings)`: the parameters of adapter and task head, by key. It is an `nn.Module`. The
-mean of theta is the net's own parameters, so that what trains is what is exported; the task head is a point.
-
-    random                      the keys of theta's parts, in order; none: theta is a point
-    law() and prior()           if `in_training`: the guide's law of theta and its prior, of one event dimension
-    divergence()                KL(law || prior), nats; 0 where training has a point
-    kl_weight                   its weight in the loss; below 1: a cold posterior of the weights
-    draw(S)                     (S, D) draws of what was learned
-    stored                      numbers that are kept to draw from it, the mean included
-    constant_from, plateau      SWAG: from which fraction of the steps the learning rate stays, and at which of its peak
-    require(steps, opening)     SWAG: called before the first step, to refuse what is too short
-    collect(step, steps)        SWAG: called after each step
-    finish()                    SWAG: called after the last
-    curvature                   Laplace: the structure that laplace_fit.py fits when training has ended
-    linearized                  predictions are those of the network linearized at the mean
+They are chosen as `--weights NAME --weights.SETTING VALUE`. One is made by a function `(weights, head, **settings)`, of
+the parameters of adapter and task head by key, which returns a `Weights`. The mean of theta is the net's own
+parameters, so that what trains is what is exported; the task head is a point. Register the function with
+`@register_weights("name")`, or name it as `--weights file.py:function`. The decorator may say what else of the
+configuration goes with it (`registry.Entry`).
 
 `ensemble` and `dropout` are random in more than theta, and what makes them so is in the configuration (run_config.py).
-Register a distribution with `@register_weights`. Shapes: D random weights, S draws, K deviations.
+Shapes: D random weights, S draws, K deviations.
 """
 
 from collections.abc import Mapping
@@ -28,25 +16,41 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..registry import Registry
+from ..registries import WEIGHTS, register_weights
 
 Parameters = Mapping[tuple[int, str], nn.Parameter]  # by (projection, "lora_A", "lora_B" or "core")
-WEIGHTS = Registry("weights")
-register_weights = WEIGHTS.register
 Sides = Literal["lora_A", "both"]
-Members = Literal["point", "gaussian", "low_rank", "swag", "laplace"]
 
 
-class Point(nn.Module):
-    """Nothing is random."""
+class Weights(nn.Module):
+    """theta and its distribution; a subclass has what is not a point's.
 
-    in_training = linearized = False
-    constant_from, curvature, kl_weight = 1.0, None, 1.0
+    Where theta is random (`RandomWeights`): `draw` and `stored`. Where its distribution is learned by SVI
+    (`in_training`): `law`, `prior` and `divergence`, too. Where it is fitted to the path of the training: `collect` and
+    `finish`. What is learned or fitted is in parameters and buffers, so that it is in checkpoints.
 
-    def __init__(self, weights: Parameters, head: Parameters | None = None):
+    Units: KLs in nats.
+    """
+
+    in_training = False
+    """Whether theta is a site of the program: drawn in every step, from `law`."""
+    linearized = False
+    """Whether predictions are those of the network linearized at theta's mean."""
+    curvature: str | None = None
+    """Laplace: the structure that laplace_fit.py fits when training has ended."""
+    kl_weight = 1.0
+    """Of the divergence in the loss; below 1: a cold posterior of the weights."""
+    constant_from = 1.0
+    """The fraction of the steps from which the learning rate stays."""
+    plateau = 1.0
+    """The fraction of its peak at which it then stays."""
+
+    def __init__(self, weights: Parameters, head: Mapping | None = None):
         super().__init__()
         self.follow(weights, head or {})
         self.size = sum(p.numel() for p in weights.values())
+
+    # --- theta --------------------------------------------------------------------------------------------------------
 
     def follow(self, weights: Parameters, head: Mapping) -> None:
         """Take these parameters, which are the net's, for theta's mean and the head."""
@@ -56,16 +60,13 @@ class Point(nn.Module):
 
     @property
     def parameters_of_net(self) -> list[nn.Parameter]:
-        """theta's mean, where its law is learned."""
+        """theta's mean, where its distribution is learned."""
         return list(self._parts.values()) if self.in_training else []
 
     @property
     def random(self) -> tuple:
+        """The keys of theta's parts, in order; none: theta is a point."""
         return ()
-
-    @property
-    def stored(self) -> int:
-        return self.size
 
     @property
     def mean(self) -> Tensor:
@@ -78,11 +79,46 @@ class Point(nn.Module):
         parts = zip(self._parts.items(), theta.split(sizes, -1), strict=True)
         return {key: part.unflatten(-1, p.shape) for (key, p), part in parts}
 
+    # --- its distribution ---------------------------------------------------------------------------------------------
+
+    def law(self) -> torch.distributions.Distribution:
+        """The guide's distribution of theta, of one event dimension (D,), reparametrized."""
+        raise NotImplementedError
+
+    def prior(self) -> torch.distributions.Distribution:
+        """Its prior, as `law`."""
+        raise NotImplementedError
+
     def divergence(self) -> Tensor | float:
+        """KL(law || prior), nats; 0 where training has a point."""
         return 0.0
 
+    def draw(self, draws: int) -> Tensor:
+        """(S, D) draws of what was learned or fitted."""
+        raise NotImplementedError
 
-class RandomWeights(Point):
+    @property
+    def stored(self) -> int:
+        """Numbers that are kept to draw from it, the mean included."""
+        return self.size
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def require(self, steps: int, opening: int) -> None:
+        """Called before the first step, to refuse a training of `steps` steps, whose gates start at `opening`."""
+
+    def collect(self, step: int, steps: int) -> None:
+        """Called after each step, from 1 to `steps`."""
+
+    def finish(self) -> None:
+        """Called after the last one, and again where a finished training is taken up."""
+
+
+class Point(Weights):
+    """Nothing is random."""
+
+
+class RandomWeights(Weights):
     """All weights that are given are random."""
 
     def __init__(self, weights: Parameters, head: Parameters | None = None):
@@ -108,12 +144,15 @@ def point(weights: Parameters, head: Parameters) -> Point:
     return Point(weights)
 
 
-@register_weights("ensemble")
-def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: Members = "point") -> Point:
+@register_weights(
+    "ensemble", fits="members", each="of",
+    excludes={"restarts": "the members of --weights ensemble are restarts already: drop --restarts"},
+)  # fmt: skip
+def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: str = "point") -> Weights:
     """Fits from several seeds, whose predicted probabilities are averaged; the first is exported.
 
-    Settings: members; of, the law of each of them, with its own default settings: of laplace a mixture of Laplace
-    approximations, of swag MultiSWAG; of dropout masks with --average_over dropout.
+    Settings: members; of, the distribution of each of them, with its own default settings: of laplace a mixture of
+    Laplace approximations, of swag MultiSWAG; of dropout masks with --average_over dropout.
     Source: Lakshminarayanan et al., Deep ensembles (2017); Eschenhagen et al., Mixtures of Laplace approximations
     (2021); Wilson and Izmailov (2020).
     """
@@ -122,7 +161,7 @@ def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: Mem
     return build_weights(of, weights, head)
 
 
-@register_weights("dropout")
+@register_weights("dropout", sets={"average_over": "dropout"})
 def dropout(weights: Parameters, head: Parameters) -> Point:
     """Predictions average over dropout masks, the same as --average_over dropout.
 
@@ -131,11 +170,13 @@ def dropout(weights: Parameters, head: Parameters) -> Point:
     return Point(weights)
 
 
-def build_weights(name: str, weights: Parameters, head: Parameters, settings: dict | None = None) -> Point:
-    """The named law of the weights.  Errors: ValueError for an unknown name or setting, or for nothing to be random."""
+def build_weights(name: str, weights: Parameters, head: Parameters, settings: dict | None = None) -> Weights:
+    """The named distribution.  Errors: ValueError for an unknown name or setting, or for nothing to be random."""
     function = WEIGHTS.resolve(name)
-    checked = WEIGHTS.settings(function, settings or {})
-    law = function(weights, head, **checked)
-    if not isinstance(law, nn.Module) or not hasattr(law, "random"):
-        raise ValueError(f"weights {name!r} must return an nn.Module as in weights/base.py, got {type(law).__name__}")
+    law = function(weights, head, **WEIGHTS.settings(function, settings or {}))
+    if not isinstance(law, Weights):
+        raise ValueError(
+            f"weights {WEIGHTS.called(name)!r} must return a pyro_blora.weights.Weights, got {type(law).__name__}: "
+            "subclass it, or RandomWeights"
+        )
     return law

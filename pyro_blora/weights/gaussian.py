@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from .base import Parameters, RandomWeights, Sides, random_sides, register_weights
+from ..registries import register_weights
+from .base import Parameters, RandomWeights, Sides, random_sides
 
 _COLUMN = 10.0  # starting standard deviations in a unit of a factor's column: it has further to go than the diagonal
 _TINY = 1e-12  # least variance of a scale that is learned in closed form

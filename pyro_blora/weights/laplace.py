@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Parameters, RandomWeights, register_weights
+from ..registries import register_weights
+from .base import Parameters, RandomWeights
 
 PRECISIONS = (-5.0, 13.0)  # natural logarithms of the prior precisions that are tried on held-out rows: from, to
 _LARGEST_FULL = 2048  # weights whose full Laplace covariance is computed by default
@@ -55,7 +56,12 @@ class Laplace(RandomWeights):
         return self.mean + noise * self.prior_precision.rsqrt()
 
 
-@register_weights("laplace")
+@register_weights(
+    "laplace",
+    excludes={
+        "average_over": "--weights laplace predicts by a network without dropout: drop --average_over dropout",
+    },
+)
 def laplace(
     weights: Parameters, head: Parameters, *, structure: Literal["full", "low_rank", "diag"] | None = None,
     rank: int = 100, prior_precision: float | None = None, linearized: bool = True,

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Parameters, RandomWeights, register_weights
+from ..registries import register_weights
+from .base import Parameters, RandomWeights
 
 
 class Swag(RandomWeights):
@@ -107,7 +108,10 @@ class Swag(RandomWeights):
         return (self.centre + noise).float()
 
 
-@register_weights("swag")
+@register_weights(
+    "swag",
+    excludes={"choose_epoch": "--weights swag averages over the epochs among which --choose_epoch chooses: drop one"},
+)
 def swag(
     weights: Parameters, head: Parameters, *, rank: int = 10, burn_in: float = 0.5, snapshots: int = 20,
     plateau: float = 0.5,

@@ -407,7 +407,10 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
     [
         ({"adapter": "xs", "init_lora_weights": "eva"}, "is for LoRA, --adapter xs starts from W0"),
         ({"adapter": "xs", "adapter_settings": {"svd": "fast"}}, "svd must be one of exact, randomized"),
-        ({"adapter_settings": {"svd": "exact"}}, "adapter 'lora' has no settings: drop --adapter.svd"),
+        (
+            {"adapter_settings": {"svd": "exact"}},
+            "adapter 'lora': unknown setting 'svd': it has none, drop --adapter.svd",
+        ),
         ({"choose_epoch": True}, "choose_epoch needs rows to choose by"),
         ({"method": "ptq", "validation": 0.1, "choose_epoch": True}, "leave no epoch for --choose_epoch"),
         ({"weights": "swag", "weights_settings": {"rank": 10}}, "fewer than the 10 snapshots that it needs"),
@@ -417,7 +420,10 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
             {"weights": "ensemble", "weights_settings": {"of": "swag"}, "validation": 0.1, "choose_epoch": True},
             "averages over the epochs",
         ),
-        ({"weights": "ensemble", "weights_settings": {"of": "ensemble"}}, "of must be one of point, gaussian"),
+        (
+            {"weights": "ensemble", "weights_settings": {"of": "ensemble"}},
+            "of must be one of gaussian, laplace, low_rank, point, swag, or",
+        ),
         ({"weights": "ensemble", "restarts": 2}, "members of --weights ensemble are restarts already"),
         ({"validation": 1.0}, "validation must be a fraction from 0 to below 1"),
         ({"validation": 0.001}, "leaves 64 to train on and 0 to validate on"),

@@ -14,7 +14,6 @@ from tiny import save_tiny_backbone, tiny_config
 from transformers import AutoModelForSequenceClassification
 
 from pyro_blora import attach, draw, fit, load
-from pyro_blora.adapters import attach_adalora
 from pyro_blora.adapters.input_pca import start_eva
 from pyro_blora.build import build
 from pyro_blora.config import METHODS, RunConfig
@@ -306,7 +305,7 @@ def test_adalora_is_what_peft_does_in_its_own_loop():
     """Twenty steps of PEFT's AdaLoRA with its own loss, and of ours, whose state goes through buffers."""
     steps, target = 20, 2
     torch.manual_seed(0)
-    ours = attach_adalora(tiny_bert(dropout=0.0), rank=4, alpha=8.0, sequence_length=16)
+    ours = attach(tiny_bert(dropout=0.0), adapter="adalora", rank=4, alpha=8.0, sequence_length=16)
     torch.manual_seed(0)
     config = peft.AdaLoraConfig(
         task_type="SEQ_CLS", init_r=4, target_r=target, lora_alpha=8.0, total_step=steps, tinit=2, tfinal=6, deltaT=1,
@@ -363,7 +362,7 @@ def test_adalora_refuses_what_it_cannot_do(backbone, changes, message):
 
 
 def test_a_copy_of_adalora_allocates_for_itself():
-    net = attach_adalora(tiny_bert(dropout=0.0), rank=4, alpha=8.0, sequence_length=16)
+    net = attach(tiny_bert(dropout=0.0), adapter="adalora", rank=4, alpha=8.0, sequence_length=16)
     twin = copy.deepcopy(net)
     twin(input_ids=torch.ones(2, 4, dtype=torch.long)).logits.sum().backward()
     twin.allocate(10, 10, 2)

@@ -24,7 +24,8 @@ OTHER = {
     "logging_steps": 1, "checkpoint_steps": 7, "checkpoint_minutes": 1.5, "max_skipped_steps": 3,
     "tracker": "tensorboard",
     "adapter_settings": {"svd": "randomized"}, "weights": "gaussian", "weights_settings": {"prior_std": 0.1},
-    "validation": 0.1, "choose_epoch": True, "ood_task": "rte",
+    "validation": 0.1, "choose_epoch": True, "ood_task": "rte", "task_settings": {"column": "text"},
+    "estimator_settings": {"draws": 2},
 }  # fmt: skip
 NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
 
@@ -186,9 +187,7 @@ def test_sites_with_priors_of_their_own_are_in_the_name(tmp_path):
         ({"task": ""}, "task must be a name"),
         ({"backbone": 3}, "backbone must be a word, got 3"),
         ({"gradient_checkpointing": "maybe"}, "gradient_checkpointing must be true or false"),
-        ({"estimator": "relax"}, "unknown estimator 'relax': did you mean 'relaxed'"),
         ({"scope": "encoders"}, "unknown scope 'encoders': did you mean 'encoder'"),
-        ({"adapter": "dora"}, "unknown adapter 'dora': did you mean 'lora'"),
         ({"precision": "bf1"}, "unknown precision 'bf1': did you mean 'bf16'"),
         ({"prior_settings": {"rate": {1, 2}}}, "prior_settings must hold plain numbers"),
         ({"prior_settings": {"rate": float("nan")}}, "prior_settings must hold plain numbers"),
@@ -230,6 +229,27 @@ def test_the_edge_of_a_range_is_in_it(values):
 )
 def test_target_modules_are_names_or_one_regular_expression(given_value, stored):
     assert RunConfig(target_modules=given_value).target_modules == stored
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"estimator": "relax"}, "unknown estimator 'relax': did you mean 'relaxed'"),
+        ({"adapter": "dora"}, "unknown adapter 'dora': did you mean 'lora'"),
+        ({"prior": "bop"}, "unknown prior 'bop': did you mean 'bops'"),
+        ({"prior_settings": {"g": "dept"}}, "unknown prior 'dept': did you mean 'depth'"),
+        ({"guide": "meanfield"}, "unknown guide 'meanfield': did you mean 'mean_field'"),
+        ({"weights": "swagg"}, "unknown weights 'swagg': did you mean 'swag'"),
+        ({"task": "sst"}, "unknown task 'sst': did you mean 'sst2'"),
+    ],
+)
+def test_a_part_that_nobody_registered_is_refused_with_the_nearest(values, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**values).require_known()
+
+
+def test_parts_in_files_and_closed_sites_are_known():
+    RunConfig(prior="own.py:late", prior_settings={"g": "off"}, estimator="own.py:mine").require_known()
 
 
 def test_settings_are_copied_in():

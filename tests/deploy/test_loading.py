@@ -16,8 +16,9 @@ from pyro_blora.__main__ import main
 from pyro_blora.checkpoint import read_tensors, write_tensors
 from pyro_blora.config import RunConfig
 from pyro_blora.provenance import frozen_hash
-from pyro_blora.registry import Registry, only_code
+from pyro_blora.registry import Registry
 from pyro_blora.run import train_run
+from pyro_blora.user_code import only_code
 
 pytestmark = pytest.mark.usefixtures("eager")
 MARKING = """

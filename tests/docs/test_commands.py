@@ -13,7 +13,7 @@ from pages import GUIDES, ROOT, blocks, prose
 from pyro_blora.__main__ import COMMANDS as COMMAND_NAMES
 from pyro_blora.__main__ import _parser
 from pyro_blora.build import check_names
-from pyro_blora.config import RunConfig
+from pyro_blora.config import OWNERS, RunConfig
 from pyro_blora.config.command_line import run_fields, take_settings
 
 
@@ -50,7 +50,7 @@ def test_a_command_line_is_understood(page, words):
     assert unknown == []
     if arguments.command == "train":
         config = RunConfig(**run_fields(arguments, settings))
-        if not any(".py:" in name for name in (config.prior, config.guide)):  # a file that the reader writes
+        if not any(".py:" in getattr(config, kind) for kind in OWNERS):  # a file that the reader writes
             check_names(config)
 
 

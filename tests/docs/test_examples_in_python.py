@@ -10,7 +10,6 @@ import transformers
 from pages import GUIDES, ROOT, blocks
 from tiny import save_tiny_backbone, tiny_config
 
-from pyro_blora import tasks
 from pyro_blora.run import train_run
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -47,10 +46,9 @@ def names(things):
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
-def test_the_blocks_of_a_page_run(page, things, names, tmp_path, monkeypatch):
+def test_the_blocks_of_a_page_run(page, things, names, tmp_path, monkeypatch, forget):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "analysis").symlink_to(ROOT / "analysis")
-    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
     for number, block in enumerate(blocks(page, "python")):
         for shown, smaller in SMALLER.items():
             block = block.replace(shown, smaller)

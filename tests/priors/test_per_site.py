@@ -77,9 +77,9 @@ def test_a_budget_of_the_bits_is_followed_with_the_ranks_as_they_are(layout):
 
 def test_only_what_a_part_can_do_is_offered(layout):
     plain = build_prior("nested", layout, {"g": "depth"})
-    assert not any(hasattr(plain, hook) for hook in ("adapt", "explain", "pyro_model", "pyro_guide", "report"))
+    assert not (plain.adapts or plain.explains or plain.pyro_guide() or plain.rate_parts() or plain.report())
     learned = copy.deepcopy(build_prior("nested", layout, {"g": "hierarchical"}))
-    assert not hasattr(learned, "adapt") and hasattr(learned, "report")
+    assert not learned.adapts and set(learned.pyro_guide()) == {"g_rates"} and list(learned.rate_parts()) == ["g"]
     torch.manual_seed(0)
     first, second = (poutine.condition(learned.pyro_model, data=learned.pyro_guide())() for _ in range(2))
     assert same(first.z, second.z) and not same(first.g, second.g)

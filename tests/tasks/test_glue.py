@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pyro_blora.tasks import get_task, register_task, task_names
-from pyro_blora.tasks.glue import GLUE, REMEDY
+from pyro_blora.tasks.glue import REMEDY, TASKS
 from pyro_blora.tasks.glue_metric import GlueScore
 
 ROWS = {  # the data folder's README
@@ -251,7 +251,7 @@ def test_no_training_rows_are_refused(n_train):
         get_task("sst2").load(n_train=n_train)
 
 
-@pytest.mark.parametrize("task", GLUE, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_an_unreachable_hub_says_so_in_one_sentence(task, tmp_path, monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # a user's cached copy would be read, rightly
@@ -267,7 +267,7 @@ def test_an_unreachable_hub_says_so_in_one_sentence(task, tmp_path, monkeypatch)
 
 
 def test_an_unknown_task_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown task 'sst': did you mean 'sst2'\? Known: acceptability, cola, sst2"):
+    with pytest.raises(ValueError, match=r"unknown task 'sst': did you mean 'sst2'\? Known: acceptability, cola, mnli"):
         get_task("sst")
 
 
@@ -276,9 +276,8 @@ def test_the_demo_and_the_nine_tasks_are_known():
     assert all(get_task(name).name == name for name in task_names())
 
 
-def test_a_registered_task_is_found_and_its_name_is_given_once(monkeypatch):
-    monkeypatch.setattr("pyro_blora.tasks._TASKS", {})
-    mine = replace(GLUE[0], name="mine", make_metric=partial(GlueScore, "cola"))
+def test_a_registered_task_is_found_and_its_name_is_given_once(forget):
+    mine = replace(TASKS["cola"], name="mine", make_metric=partial(GlueScore, "cola"))
     assert register_task(mine) is mine
     assert get_task("mine") is mine
     assert register_task(mine) is mine
@@ -313,30 +312,71 @@ def broken():
     ],
     ids=["no-metric", "no-metric-of-a-regression", "metric-fails", "other-metric", "load", "name"],
 )
-def test_what_a_training_would_fail_on_is_refused_at_registration(monkeypatch, changes, message):
-    monkeypatch.setattr("pyro_blora.tasks._TASKS", {})
-    cola = next(task for task in GLUE if task.name == "cola")
+def test_what_a_training_would_fail_on_is_refused_at_registration(forget, changes, message):
     with pytest.raises(ValueError, match=message) as error:
-        register_task(replace(cola, **{"name": "mine", "make_metric": None, **changes}))
-    assert "\n" not in str(error.value) and not task_names()
-    with pytest.raises(ValueError, match="takes a Task, got str"):
-        register_task("cola")
+        register_task(replace(TASKS["cola"], **{"name": "mine", "make_metric": None, **changes}))
+    assert "\n" not in str(error.value) and "mine" not in task_names()
+    with pytest.raises(ValueError, match="takes a Task, got int"):
+        register_task(3)
+
+
+FILMS = """
+import datasets
+from pyro_blora.tasks import Task
+from pyro_blora.tasks.glue_metric import GlueScore
+
+def load(*, glue_dir=None, seed=0, n_train=None):
+    table = datasets.Dataset.from_dict({"text": ["fine", "dull"], "label": [1, 0]})
+    return {"train": table, "eval": table}
+
+def films(*, column: str = "text"):
+    return Task(name="films", text_columns=(column,), labels=("dull", "fine"), metric_name="accuracy",
+                make_metric=lambda: GlueScore("sst2"), load=load)
+
+def unusable():
+    return Task(name="films", text_columns=("text",), labels=("dull", "fine"), metric_name="accuracy", load=load)
+
+def nothing():
+    return 3
+"""
+
+
+def test_a_task_is_a_function_in_a_file_with_settings(tmp_path):
+    (tmp_path / "films.py").write_text(FILMS, encoding="utf-8")
+    task = get_task(f"{tmp_path}/films.py:films")
+    assert task is get_task(f"{tmp_path}/films.py:films") and task.text_columns == ("text",)
+    assert get_task(f"{tmp_path}/films.py:films", {"column": "said"}).text_columns == ("said",)
+    for name, settings, message in (
+        ("films", {"colum": "text"}, "task 'films': unknown setting 'colum': did you mean 'column'"),
+        ("unusable", {}, "has no make_metric"),
+        ("nothing", {}, "must return a Task, got int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_task(f"{tmp_path}/films.py:{name}", settings)
+
+
+def test_a_task_is_registered_as_the_function_that_returns_it(forget):
+    @register_task("mine")
+    def own():
+        return replace(TASKS["cola"], name="mine", make_metric=partial(GlueScore, "cola"))
+
+    assert get_task("mine").name == "mine" and "mine" in task_names()
 
 
 def test_the_parts_of_a_task_are_tuples_that_make_sense():
     with pytest.raises(ValueError, match="different class names"):
-        replace(GLUE[0], labels=("yes", "yes"))
+        replace(TASKS["cola"], labels=("yes", "yes"))
     with pytest.raises(ValueError, match="text columns 'sentence'"):
-        replace(GLUE[0], text_columns="sentence")
+        replace(TASKS["cola"], text_columns="sentence")
     with pytest.raises(ValueError, match=r"label_range \(5.0, 0.0\)"):
-        replace(GLUE[0], labels=(), label_range=(5.0, 0.0))
+        replace(TASKS["cola"], labels=(), label_range=(5.0, 0.0))
 
 
 def test_a_task_is_classes_or_a_range():
     with pytest.raises(ValueError, match=r"labels .* or label_range"):
-        replace(GLUE[0], label_range=(0.0, 1.0))
+        replace(TASKS["cola"], label_range=(0.0, 1.0))
     with pytest.raises(ValueError, match=r"labels .* or label_range"):
-        replace(GLUE[0], labels=())
+        replace(TASKS["cola"], labels=())
 
 
 # Labels and their law

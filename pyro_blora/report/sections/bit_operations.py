@@ -5,13 +5,16 @@ import torch
 
 from ...bops import at_full_width, bops_by_product
 from ...posterior.gate_posterior import Posterior, marginals_of
+from ...registries import register_section
 from .. import charts
 from ..run_folder import RunFiles, Section
 
 _ROWS = 10  # of tables that name the most
 
 
+@register_section("Bit operations", place=50)
 def bit_operations(run: RunFiles, title: str) -> Section:
+    """Where bit operations are spent, what the gates save, what forcing one would cost."""
     posterior, summary = run.posterior, run.summary
     gates, spent = posterior.gates(), spent_of(posterior)
     low, high = summary["bops"]["interval"]

@@ -5,6 +5,7 @@ import pandas as pd
 
 from ...evaluation.verdicts import beside, of_chance, of_score, plus_minus
 from ...interval import INTERVAL, PERCENT
+from ...registries import register_section
 from .. import charts
 from ..run_folder import RunFiles, Section
 from ..warnings import is_over_draws
@@ -36,7 +37,9 @@ def reliability_bins(run: RunFiles) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+@register_section("Calibration", place=40)
 def calibration(run: RunFiles, title: str) -> Section:
+    """Reliability, and scores of averaged, deployed and temperature-scaled predictions."""
     bins = reliability_bins(run)
     gap = (bins["examples"] * (bins["accuracy"] - bins["confidence"]).abs()).sum() / bins["examples"].sum()
     chance = of_chance(run.summary)

@@ -1,29 +1,24 @@
 """The sections of a run's report, in order.
 
-Every section is a function of `RunFiles` and its title; where what it needs is missing or damaged it raises ValueError
-with a sentence, which the page shows in its place.
+Every section is a function `(run, title) -> Section` under `@register_section("Title", place=NUMBER)`, in a file of
+this folder or of a user's (`file.py:function`); sections stand in the order of their places. Where what a section needs
+is missing or damaged it raises ValueError with a sentence, which the page shows in its place.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from ..glossary import glossary
+from ...registries import SECTIONS
 from ..run_folder import RunFiles, Section
-from .bit_operations import bit_operations
-from .calibration import calibration
-from .confidently_wrong import confidently_wrong
-from .details import details
-from .gates import gate_map, ranks
-from .plain_words import plain_words
-from .repeat import repeat
-from .restarts import restarts
-from .training import training
 
 
-def sections_of(run: RunFiles) -> list[Section]:
-    """All sections in order but those that mean nothing for the run's outcome; one that cannot be made says why."""
+def sections_of(run: RunFiles, more: Iterable[str] = ()) -> list[Section]:
+    """All sections in order but those that mean nothing for the run's outcome; one that cannot be made says why.
+
+    more: functions in files, `file.py:function`.   Errors: ValueError for one of these that cannot be found.
+    """
     found = []
-    for title, make in _SECTIONS.items():
+    for title, make in contents(more):
         try:
             section = None if title in run.left_out else make(run, title)
             if section is None:
@@ -37,20 +32,9 @@ def sections_of(run: RunFiles) -> list[Section]:
     return found
 
 
-def _glossary(run: RunFiles, title: str) -> Section:
-    return glossary(run.folder, title)
-
-
-_SECTIONS: dict[str, Callable[[RunFiles, str], Section | None]] = {
-    "In plain words": plain_words,
-    "Gate map": gate_map,
-    "Ranks": ranks,
-    "Calibration": calibration,
-    "In detail": details,
-    "Bit operations": bit_operations,
-    "Training": training,
-    "Restarts": restarts,
-    "Confidently wrong": confidently_wrong,
-    "Repeat this run": repeat,
-    "Glossary": _glossary,
-}
+def contents(more: Iterable[str] = ()) -> list[tuple[str, Callable[[RunFiles, str], Section]]]:
+    """The titles and functions of all sections, in order."""
+    for make in map(SECTIONS.resolve, more):
+        if make not in map(SECTIONS.resolve, SECTIONS.names()):  # with the decorator it is registered already
+            SECTIONS.register(make.__name__.replace("_", " ").capitalize())(make)
+    return [(entry.name, SECTIONS.resolve(entry.name)) for entry in SECTIONS.entries()]

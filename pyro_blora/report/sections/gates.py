@@ -8,6 +8,7 @@ import pandas as pd
 from ...bops import expected_bits, expected_rank
 from ...interval import INTERVAL, PERCENT
 from ...posterior.gate_posterior import Posterior
+from ...registries import register_section
 from .. import charts
 from ..run_folder import RunFiles, Section
 
@@ -38,7 +39,9 @@ def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
     )
 
 
+@register_section("Gate map", place=20)
 def gate_map(run: RunFiles, title: str) -> Section:
+    """The deployed bit width of every tensor, and the doubt about it."""
     cells = cells_of(run.posterior)
     text = (
         "A square is a tensor, its colour the bit width that is deployed. The white circle is as large as the doubt: "
@@ -49,7 +52,9 @@ def gate_map(run: RunFiles, title: str) -> Section:
                    tables=[("The gate map as a table: probabilities of every width", shown, False)])  # fmt: skip
 
 
+@register_section("Ranks", place=30)
 def ranks(run: RunFiles, title: str) -> Section:
+    """Open ranks of every adapter, with their intervals."""
     posterior = run.posterior
     if not bool(posterior.masks.g.any()) or posterior.layout.rank == 1:
         raise ValueError("There are no rank gates in this run.")

@@ -1,10 +1,13 @@
 """The section in plain words, with the warnings."""
 
+from ...registries import register_section
 from ..run_folder import RunFiles, Section
 from ..warnings import in_words, warnings
 
 
+@register_section("In plain words", place=10)
 def plain_words(run: RunFiles, title: str) -> Section:
+    """What the run shows in a few sentences, and what speaks against believing it."""
     try:
         posterior = run.posterior
     except ValueError as error:

@@ -3,10 +3,13 @@
 import pandas as pd
 
 from ...evaluation.verdicts import of_score
+from ...registries import register_section
 from ..run_folder import RunFiles, Section
 
 
+@register_section("Restarts", place=70)
 def restarts(run: RunFiles, title: str) -> Section:
+    """Whether fits from several seeds agree."""
     others = run.summary.get("restarts", [])
     if not others:
         raise ValueError("One fit: --restarts 3 adds two more from other seeds, and R-hat says whether they agree.")

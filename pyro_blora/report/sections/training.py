@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ...registries import register_section
 from .. import charts
 from ..run_folder import RunFiles, Section
 from ..warnings import of_training
@@ -18,7 +19,9 @@ _CURVES = (  # logged numbers, title of their axis, caption, whether the axis is
 )  # fmt: skip
 
 
+@register_section("Training", place=60)
 def training(run: RunFiles, title: str) -> Section:
+    """The curves of the training."""
     log = run.log
     if log.empty:
         raise ValueError("metrics.jsonl has no lines: no curves.")

@@ -1,40 +1,21 @@
-"""What a prior of your own must keep, checked one promise at a time: put `check_prior` into your tests.
-
-from pyro_blora.testing import check_prior
-
-check_prior("late.py:late", settings={"rate": 2.0})
-"""
+"""What a prior must keep."""
 
 import copy
 from collections.abc import Callable
 
 import torch
-from pyro.distributions import validation_enabled
-from torch import nn
 
-from .gates import Gates
-from .guides.base import build_guide
-from .layout import AdapterLayout, Projection
-from .priors import build_prior
-from .program import GateProgram
-
-
-def example_layout(*, layers: int = 2, rank: int = 4) -> AdapterLayout:
-    """Query, key and value of a small encoder, and a feed-forward map without an adapter: all that a law can meet."""
-    kinds = {"query": (8, 8), "key": (8, 8), "value": (8, 8), "intermediate": (8, 32)}
-    projections = tuple(
-        Projection(name=f"{layer}.{kind}", type=kind, layer=layer, in_features=n, out_features=m, tokens=16,
-                   adapted=kind != "intermediate")
-        for layer in range(layers) for kind, (n, m) in kinds.items()
-    )  # fmt: skip
-    macs = sum(p.in_features * p.out_features * p.tokens for p in projections)
-    return AdapterLayout(
-        architecture="example", projections=projections, rank=rank, alpha=2.0 * rank, scope="encoder",
-        sequence_length=16, model_macs=2 * macs,
-    )  # fmt: skip
+from ..gates import Gates
+from ..guides.base import build_guide
+from ..layout import AdapterLayout
+from ..priors.base import Prior
+from ..priors.per_site import build_prior
+from ..program import GateProgram
+from ..registries import PRIORS
+from .promises import MOVES, REGISTER, Refuse, example_layout, refusing, when_moved
 
 
-def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, settings: dict | None = None) -> nn.Module:
+def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, settings: dict | None = None) -> Prior:
     """Refuse a prior that breaks a promise, with a sentence that says which; returns the built module.
 
     prior: a registered name, `file.py:function`, or the function itself. layout: what to build it on (default:
@@ -43,10 +24,7 @@ def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, sett
     """
     layout = example_layout() if layout is None else layout
     built = build_prior(prior, layout, settings)  # refuses wrong kinds, shapes and positive log-probabilities
-
-    def refuse(what: str) -> None:
-        raise ValueError(f"prior {getattr(prior, '__name__', prior)!r}: {what}")
-
+    refuse = refusing(PRIORS, prior)
     laws = built()
     for site, law, again in zip("zg", laws, built(), strict=True):
         if law.log_probs.dtype != torch.float32:
@@ -69,23 +47,17 @@ class GatesAlone(GateProgram):
         raise NotImplementedError
 
 
-def _check_moves(prior: nn.Module, refuse: Callable) -> None:
-    for move, expected in (({"device": "meta"}, "device"), ({"dtype": torch.float64}, "dtype")):
-        try:
-            with validation_enabled(False):  # it reads values, which the meta device does not have
-                laws = copy.deepcopy(prior).to(**move)()
-        except RuntimeError as error:  # of tensors on two devices, or of two types: the prior's fault, said as such
-            refuse(f"it fails after .to({move[expected]}) ({str(error).splitlines()[0]}): {_REGISTER}")
+def _check_moves(prior: Prior, refuse: Refuse) -> None:
+    for move in MOVES:
+        (to,) = move.values()
+        laws = when_moved(prior, move, lambda prior: prior(), refuse)
         for site, law in zip("zg", laws, strict=True):
-            found = law.log_probs.device.type if expected == "device" else law.log_probs.dtype
-            if found != move[expected]:
-                refuse(f"{site} stays on {found} when the module moves to {move[expected]}: {_REGISTER}")
+            found = law.log_probs.device.type if "device" in move else law.log_probs.dtype
+            if found != to:
+                refuse(f"{site} stays on {found} when the module moves to {to}: {REGISTER}")
 
 
-_REGISTER = "hold its tensors with self.register_buffer or nn.Parameter, and make new ones from those"
-
-
-def _check_gradients(prior: nn.Module, layout: AdapterLayout, refuse: Callable) -> None:
+def _check_gradients(prior: Prior, layout: AdapterLayout, refuse: Refuse) -> None:
     """The KL of a guide reaches whatever the prior learns."""
     guide = build_guide("mean_field", layout, prior, {"open_logit": 1.0})
     try:
@@ -105,16 +77,14 @@ def _check_gradients(prior: nn.Module, layout: AdapterLayout, refuse: Callable) 
             refuse(f"the gradient of its parameter {name!r} is not finite: compute with logarithms")
 
 
-def _check_adapts(prior: nn.Module, rebuilt: Callable[[], nn.Module], refuse: Callable) -> None:
+def _check_adapts(prior: Prior, rebuilt: Callable[[], Prior], refuse: Refuse) -> None:
     """What `adapt` and `explain` change is in the state_dict, or a run that is resumed would forget it."""
     with torch.no_grad():
         moved = copy.deepcopy(prior)
         means = Gates(*(law.mean[None] for law in moved()))
-        if hasattr(moved, "adapt"):
-            moved.adapt(means)
-        if hasattr(moved, "explain"):
-            L, ranks = means.g.shape[1:]
-            moved.explain(torch.linspace(0.5, 0.1, ranks + 1).expand(L, -1))
+        moved.adapt(means)
+        L, ranks = means.g.shape[1:]
+        moved.explain(torch.linspace(0.5, 0.1, ranks + 1).expand(L, -1))
         for site, law in zip("zg", moved(), strict=True):
             if not bool((law.log_probs <= 0).all()):
                 refuse(f"after adapt() or explain() the log-probabilities of {site} must be <= 0 and not nan")
@@ -123,6 +93,6 @@ def _check_adapts(prior: nn.Module, rebuilt: Callable[[], nn.Module], refuse: Ca
         for site, law, restored in zip("zg", moved(), fresh(), strict=True):
             if not torch.equal(law.log_probs, restored.log_probs):
                 refuse(f"what it changes in {site} is not in its state_dict: hold it with self.register_buffer")
-    for name, value in (moved.report() if hasattr(moved, "report") else {}).items():
+    for name, value in moved.report().items():
         if not isinstance(value, int | float):
             refuse(f"report()[{name!r}] must be a number, got {type(value).__name__}: use .item()")

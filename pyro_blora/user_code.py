@@ -1,0 +1,100 @@
+"""Functions in Python files of a user's, `path/to/file.py:function`: imported when they are named, and only then."""
+
+import contextlib
+import contextvars
+import hashlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_MODULE = "pyro_blora_user_file_"  # and a hash of the path: the name under which a file is imported
+
+
+class _Limit(NamedTuple):
+    allowed: frozenset[tuple[Path, str]]
+    source: Path
+
+
+_LIMIT: contextvars.ContextVar[_Limit | None] = contextvars.ContextVar("functions of files that may run", default=None)
+
+
+@contextlib.contextmanager
+def only_code(allowed: Iterable[str], source: Path) -> Iterator[None]:
+    """Within the block no function of a file runs but those named: the names come from `source`, not from the user.
+
+    Errors (in the block): ValueError for another one, before its file is imported.
+    """
+    allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
+    before = _LIMIT.set(_Limit(frozenset(map(_origin, allowed)), source))
+    try:
+        yield
+    finally:
+        _LIMIT.reset(before)
+
+
+def is_of_file(name: str) -> bool:
+    """Whether a name is that of a function in a file."""
+    return ":" in name or name.endswith(".py")
+
+
+def file_of(name: str) -> tuple[Path, str]:
+    """The file and the function that `path/to/file.py:function` names."""
+    path, _, attribute = str(name).rpartition(":")
+    return Path(os.path.expanduser(path)), attribute
+
+
+def require_allowed(name: str, kind: str) -> None:
+    """Errors: ValueError where a name without a function, or a function that may not run here, is to be imported."""
+    path, attribute = file_of(name)
+    if path == Path() or not attribute:
+        raise ValueError(f"{kind} {name!r} names a file but no function: write path/to/file.py:function")
+    limit = _LIMIT.get()
+    if limit is not None and _origin(name) not in limit.allowed:
+        raise ValueError(
+            f"{limit.source} names code, {kind} {name!r}, and code never runs because a file names it: look at it, "
+            f"and if you trust it name it again, load(folder, allow_code=[{name!r}])"
+        )
+
+
+def module_of(name: str, kind: str) -> types.ModuleType:
+    """The file's module, imported once per content, so that a run that asks twice gets the same function.
+
+    Errors: ValueError for a file that is missing, that is no Python file, or that fails to import.
+    """
+    path = str(name).rpartition(":")[0]
+    file = file_of(name)[0].resolve()
+    if not file.is_file():
+        raise ValueError(f"{kind} file {path} does not exist (looked for {file})")
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    imported_as = _MODULE + hashlib.sha256(str(file).encode()).hexdigest()[:12]
+    loaded = sys.modules.get(imported_as)
+    if loaded is not None and vars(loaded).get("__content__") == content:
+        return loaded
+    spec = importlib.util.spec_from_file_location(imported_as, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{kind} file {path} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    vars(module)["__content__"] = content
+    sys.modules[imported_as] = module  # before the import: dataclasses look their module up while they are made
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(imported_as, None)
+        raise ValueError(f"{kind} file {path} fails to import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def replaces(new: Callable, old: Callable) -> bool:
+    """Whether `new` is `old` from a notebook's cell that ran again, or from a user's file that was edited."""
+    reloadable = new.__module__ == "__main__" or new.__module__.startswith(_MODULE)
+    return reloadable and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+
+
+def _origin(name: str) -> tuple[Path, str]:
+    """The same however the path is written."""
+    path, attribute = file_of(name)
+    return path.resolve(), attribute
