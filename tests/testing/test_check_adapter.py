@@ -148,7 +148,7 @@ def few_ranks(backbone, layout, head):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (lambda backbone, layout: backbone, "must return a pyro_blora.adapters.GatedModel, got BertFor"),
+        (lambda backbone, layout, head: backbone, "must return a pyro_blora.adapters.GatedModel, got BertFor"),
         (of(Started), "with every gate open, it changes the logits by .*%: start it where its update is 0"),
         (of(Frozen), "no parameter of the adapter learns: leave requires_grad on"),
         (of(Unused), "its parameters do not change the logits"),
