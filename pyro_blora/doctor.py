@@ -57,7 +57,7 @@ def _packages() -> Iterator[Finding]:
     yield own
     required = importlib.metadata.requires("pyro-blora") or [] if own.fine else _NAMED
     for line in (line for line in required if "extra ==" not in line):
-        name = re.match(r"[\w.-]+", line)[0]
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
         found = _package(name, name, f"pip install '{line}'", needed=True)
         if found.fine and not _fits(line, found.found):
             found = found._replace(fine=False, found=f"{found.found}, too old", remedy=f"pip install -U '{line}'")

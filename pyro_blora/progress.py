@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ class _Log(_Silent):
 
     def changed(self, phase: Phase) -> None:
         waited, total = time.monotonic() - phase.shown_at, phase.total
-        moved = bool(total) and phase.done - phase.shown_done >= _SHARE * total
+        moved = total is not None and phase.done - phase.shown_done >= _SHARE * total
         if phase.done != total and (waited >= _AT_MOST or (waited >= _APART and moved)):
             self.write(phase, f": {phase.state()}")
 
@@ -165,7 +165,7 @@ class _Notebook(_Silent):
     """A line in the output of a cell, written again in its place; what is stored is its last state."""
 
     def __init__(self):
-        self.lines: dict[int, object] = {}
+        self.lines: dict[int, Any] = {}  # handles of IPython, by phase
 
     def begin(self, phase: Phase) -> None:
         from IPython.display import display

@@ -23,7 +23,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
     if "_ARGCOMPLETE" not in os.environ:
         return
     import argcomplete
-    from argcomplete.completers import DirectoriesCompleter, FilesCompleter
+    from argcomplete.completers import ChoicesCompleter, DirectoriesCompleter, FilesCompleter
 
     def named(values: Iterable[str]) -> Callable:
         """Names, or else files that have some."""
@@ -37,7 +37,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
             action.completer = named(values)
         elif action.metavar == "FOLDER" or action.dest == "run":
             action.completer = DirectoriesCompleter()
-    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=lambda **_: ())
+    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=ChoicesCompleter({}))
 
 
 def _values(action: argparse.Action) -> Iterable[str]:
