@@ -125,8 +125,8 @@ def _answers(
     """(what is averaged (S, E, *), log-likelihood (S, E)) of the logits of each batch at each draw."""
 
     def of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        law = kind(x, scale=scale)
-        return kind.averaged(law, y), law.log_prob(y)
+        distribution = kind(x, scale=scale)
+        return kind.averaged(distribution, y), distribution.log_prob(y)
 
     if kind.one_row:
         return of(torch.stack([torch.cat([*each]) for each in logits]), torch.cat([*labels]))

@@ -10,7 +10,7 @@ import math
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
@@ -131,15 +131,15 @@ class RunFiles:
                 self.summary.pop("beside", None)
         if "constant_answer" not in self.summary:
             with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-                self.summary["constant_answer"] = self.likelihood.constant
+                self.summary["constant_answer"] = older_kind(self.predictions).constant
 
     def _complete(self) -> None:
         """What newer versions have in a summary: `beside`, of what is averaged and of what is deployed."""
         summary, table = self.summary, self.predictions
-        labels, kind = table["label"].to_numpy(), self.likelihood
+        labels, kind = table["label"].to_numpy(), older_kind(table)
         mean = kind.read(table).numpy() if kind.has_confidence else None
         decision, log_scores = table["decision"].to_numpy(), table["log_likelihood"].to_numpy()
-        found = baselines.beside(
+        found: dict[str, Any] = baselines.beside(
             summary["scores"], decision, labels, log_scores, kind=kind, probabilities=mean
         )  # fmt: skip
         if mean is not None:

@@ -65,7 +65,7 @@ class Task:
         """The distribution of a label given the head's outputs, and all that follows from it."""
         if self.kind is not None:
             return self.kind
-        return Categorical(self.labels) if self.labels else Normal(*self.label_range)
+        return Normal(*self.label_range) if self.label_range is not None else Categorical(self.labels)
 
     def require_usable(self) -> None:
         """Try what a training would use at its end: `load`'s arguments, and the metric on perfect predictions.

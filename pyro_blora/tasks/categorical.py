@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .likelihoods import Likelihood, numbers, register_likelihood
 
@@ -31,8 +32,8 @@ class Categorical(Likelihood):
     curvature = "classification"
 
     def __post_init__(self) -> None:
-        if len(self.names) == 1:
-            raise ValueError(f"the single label {self.names[0]!r}: classification needs two or more")
+        if len(self.names) < 2:
+            raise ValueError(f"the single label {''.join(self.names)!r}: classification needs two or more")
         if isinstance(self.names, str) or len(set(self.names)) < len(self.names):
             raise ValueError(f"labels {self.names!r}: give a tuple of different class names")
 
@@ -44,7 +45,7 @@ class Categorical(Likelihood):
     def classes(self) -> int:
         return len(self.names)
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
         self.require_outputs(logits)
         return dist.Categorical(logits=logits.float())
 
@@ -70,7 +71,7 @@ class Categorical(Likelihood):
         allowed = "allowed are " + ", ".join(self.names) if by_name else self.allowed_labels
         return {label: index for index, label in enumerate(written)}.__getitem__, allowed
 
-    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
         return distribution.probs
 
     def decision(self, mean: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def read_release_file(name: str, path: Path) -> datasets.Dataset:
     import datasets
 
     task, release = TASKS[name], RELEASES[name]
-    texts, labels, malformed, left_out = {column: [] for column in task.text_columns}, [], 0, []
+    texts: dict[str, list[str]] = {column: [] for column in task.text_columns}
+    labels, malformed, left_out = [], 0, []
     read_label, allowed = task.likelihood.reader(release.words)
     with open_text(path) as file:
         rows = ((number, line.rstrip("\n").split("\t")) for number, line in enumerate(file, start=1) if line != "\n")

@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from ..registries import LIKELIHOODS, register_likelihood  # noqa: F401 (for the files of kinds)
 from .heads import Head
@@ -41,7 +40,7 @@ class Likelihood(abc.ABC):
     names: of the head's outputs, which are the model's `id2label`; () where they have none.
     """
 
-    names: ClassVar[tuple[str, ...]] = ()
+    names: tuple[str, ...] = ()
     head: ClassVar[Head] = Head()
     problem_type: ClassVar[str | None] = None  # in transformers, where it has a word for it
     constant: ClassVar[str] = "label frequencies"  # in words, what the best constant answer says
@@ -58,7 +57,7 @@ class Likelihood(abc.ABC):
         """Of the head, C."""
 
     @abc.abstractmethod
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
         """Of the labels, in float32 whatever the autocast.  logits (..., B, *, C), scale () > 0 -> batch shape (..., B)
 
         Its `log_prob` takes labels as the collator makes them, and leaves out those that are IGNORED.
@@ -132,11 +131,11 @@ class Likelihood(abc.ABC):
     # --- predictions --------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
         """What is kept of every draw and averaged over draws: probabilities, or a mean.  -> (..., B, *)
 
-        labels: of the batch, which say where something is asked. Sizes of `*` may differ between batches: shorter ones
-        are padded with 0.
+        distribution: what the object itself returned. labels: of the batch, which say where something is asked. Sizes
+        of `*` may differ between batches: shorter ones are padded with 0.
         """
 
     def scored(self, labels: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ class Likelihood(abc.ABC):
         return answers.numpy() if answers.dim() == 1 else answers.tolist()
 
     @abc.abstractmethod
-    def columns(self, outputs: Tensor) -> dict[str, np.ndarray | list]:
+    def columns(self, outputs: Tensor) -> Mapping[str, np.ndarray | list]:
         """Columns of predictions.parquet beside the decision.  (S, E, *)"""
 
     @abc.abstractmethod
@@ -175,7 +174,10 @@ class Likelihood(abc.ABC):
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
-    classes: ClassVar[int] = 0  # of scores that baselines.py computes itself; 0: values
+    @property
+    def classes(self) -> int:
+        """Of an answer that is one class, C; 0 for other answers."""
+        return 0
 
     @abc.abstractmethod
     def metric(self) -> Any:
@@ -223,8 +225,8 @@ class Likelihood(abc.ABC):
         """
         with torch.enable_grad():
             here = logits.detach().clone().requires_grad_()
-            law = self(here, scale=scale)
-            (slope,) = torch.autograd.grad(law.log_prob(law.sample()).sum(), here)
+            distribution = self(here, scale=scale)
+            (slope,) = torch.autograd.grad(distribution.log_prob(distribution.sample()).sum(), here)
         return slope
 
     def in_eigenbasis(self, logits: Tensor, scale: Tensor) -> Tensor:

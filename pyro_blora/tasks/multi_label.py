@@ -8,12 +8,13 @@ Shapes: S draws, E examples, C labels.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .likelihoods import Likelihood, register_likelihood
 
@@ -50,13 +51,13 @@ class MultiLabel(Likelihood):
     def outputs(self) -> int:
         return len(self.names)
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
         self.require_outputs(logits)
         return dist.Independent(_Bernoulli(logits=logits.float()), 1)
 
     def allows(self, labels: np.ndarray) -> np.ndarray:
         if labels.ndim == 2 and labels.shape[1] == self.outputs:
-            return np.isin(labels, (0, 1)).all(1)
+            return np.asarray(np.isin(labels, (0, 1)).all(1))
         return np.array([np.shape(x) == (self.outputs,) and bool(np.isin(x, (0, 1)).all()) for x in labels])
 
     @property
@@ -74,7 +75,7 @@ class MultiLabel(Likelihood):
         each = np.eye(self.outputs, dtype=int)
         return [*each.tolist(), *(1 - each).tolist()]
 
-    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
         return distribution.base_dist.probs
 
     def decision(self, mean: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .likelihoods import Likelihood, numbers, register_likelihood
 
@@ -39,13 +40,16 @@ class Normal(Likelihood):
     no_confidence = "regression: no confidence"
     dims: ClassVar = {"label": ("example",), "mean": ("example",)}
     curvature = "regression"
-    outputs = 1
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"label_range {(self.low, self.high)}: give (lowest, highest), finite")
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
         self.require_outputs(logits)
         if scale is None:
             raise ValueError("the likelihood needs scale: pass the standard deviation of a label as a 0-d tensor")
@@ -79,7 +83,7 @@ class Normal(Likelihood):
             raise ValueError(text)
         return value
 
-    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
         return distribution.mean[..., None]
 
     def decision(self, mean: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .categorical import Categorical
 from .likelihoods import LIKELIHOODS, Likelihood
+from .multi_label import MultiLabel
 from .normal import Normal
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def described(kind: Likelihood) -> dict[str, Any]:
     """{"kind": its registered name, **its fields}; of one that is not registered, the name alone is None."""
     names = [name for name in LIKELIHOODS.names() if LIKELIHOODS.resolve(name) is type(kind)]
-    fields = dataclasses.asdict(kind) if dataclasses.is_dataclass(kind) else {}
+    fields: dict[str, Any] = dataclasses.asdict(kind) if dataclasses.is_dataclass(kind) else {}
     return {"kind": names[0] if names else None, **fields}
 
 
@@ -30,7 +31,9 @@ def kind_of(outcome: dict[str, Any]) -> Likelihood | None:
 
 
 def older_kind(predictions: pd.DataFrame) -> Likelihood:
-    """That of a run whose summary has none, by the columns of its predictions: one of two."""
-    names = tuple(name.removeprefix("p_") for name in predictions if name.startswith("p_"))
+    """That of a run whose summary has none, by the columns of its predictions: there were three."""
+    for kind, prefix in ((Categorical, "p_"), (MultiLabel, "probability_")):
+        if names := tuple(name.removeprefix(prefix) for name in map(str, predictions) if name.startswith(prefix)):
+            return kind(names)
     label = predictions["label"]
-    return Categorical(names) if names else Normal(float(label.min()) - 1, float(label.max()) + 1)
+    return Normal(float(label.min()) - 1, float(label.max()) + 1)

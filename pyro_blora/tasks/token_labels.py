@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .heads import Head
 from .likelihoods import IGNORED, PAD_TO, Likelihood, register_likelihood
@@ -55,7 +56,7 @@ class TokenLabels(Likelihood):
     def outputs(self) -> int:
         return len(self.names)
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
         self.require_outputs(logits)
         return _OfTokens(dist.Categorical(logits=logits.float()), 1)
 
@@ -109,7 +110,7 @@ class TokenLabels(Likelihood):
         padded = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=PAD_TO, label_pad_token_id=IGNORED)
         return lambda rows: padded([{"labels": row["label"], **_without(row, "label")} for row in rows])
 
-    def averaged(self, distribution: dist.Distribution, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
         """Probabilities at the words, (..., B, W, C)."""
         places, asked = _asked_first(labels)
         probs = torch.take_along_dim(distribution.base_dist.probs, places[..., None], -2)
