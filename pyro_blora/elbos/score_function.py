@@ -42,12 +42,14 @@ class ScoreFunction(GateELBO):
         return (first + second) / 2 + surrogate - surrogate.detach()
 
 
-def _require_logits(law: dist.Distribution) -> None:
-    if not hasattr(law, "logits"):
+def _require_logits(law: dist.Distribution) -> Tensor:
+    try:
+        return law.logits
+    except AttributeError:
         raise ValueError(
             f"estimator 'score_function' needs a guide with logits, not one of {type(law).__name__} distributions: use "
             "--guide mean_field, or --estimator straight_through"
-        )
+        ) from None
 
 
 def _disarm(logits: Tensor, pair: Tensor, difference: Tensor) -> Tensor:
