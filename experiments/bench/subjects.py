@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributions import kl_divergence
 
+from pyro_blora.elbos import Terms
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.layout import AdapterLayout, Projection
@@ -160,11 +162,15 @@ class _Gates(GateProgram):
 
 
 class _ByHand(_Gates):
-    """The same without Pyro: the likelihood at the drawn gates."""
+    """The same without Pyro: draws, likelihood and KL from the distributions themselves."""
 
-    def nll(self, inputs: dict, labels: torch.Tensor, z, g, theta: torch.Tensor | None = None) -> torch.Tensor:
-        law = self.likelihood(self.logits(inputs, Gates(z, g)), scale=self.log_scale.exp())
-        return -law.log_prob(labels).mean()
+    def terms(self, inputs: dict, labels: torch.Tensor) -> Terms:
+        laws = self.gate_guide.laws(self.temperature, self.hard)
+        gates = Gates(*(law.rsample() for law in laws))
+        label = self.likelihood(self.logits(inputs, gates), scale=self.log_scale.exp())
+        sites = zip(laws, self.prior(), (self.z_mask, self.g_mask), strict=True)
+        kl_z, kl_g = (torch.where(mask, kl_divergence(q, p), 0.0).sum() for q, p, mask in sites)
+        return Terms(-label.log_prob(labels).mean(), kl_z, kl_g, 0.0, self.n_train)
 
 
 def _projections(count: int, rank: int) -> AdapterLayout:
