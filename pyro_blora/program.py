@@ -49,6 +49,8 @@ class GateProgram(nn.Module, abc.ABC):
     temperature: of the guide's relaxed draws. kl_weight: scales the KL of all latent sites; below 1: a cold posterior.
     """
 
+    z_mask: Tensor  # (L, T) bool, the bit ladders that exist
+    g_mask: Tensor  # (L,) bool, the rank ladders
     temperature: float | Tensor = 1.0
     kl_weight: float = 1.0
 

@@ -37,7 +37,8 @@ class Evaluated(NamedTuple):
 
 def evaluate(parts: Parts) -> Evaluated:
     program, config = parts.program, parts.config
-    draws, theta = (make(program, config.draws, seed=config.seed) for make in (draw, draw_weights))
+    draws = draw(program, config.draws, seed=config.seed)
+    theta = draw_weights(program, config.draws, seed=config.seed)
     splits = [split for split in parts.tokens if split != "train"]
     pairs = {split: _averaged_and_deployed(parts, split, draws, theta) for split in splits}
     train = take(parts.tokens["train"], _ELBO_EXAMPLES, config.seed)
@@ -62,8 +63,8 @@ def with_members(prediction: Prediction, split: str, members: list[Path]) -> Pre
     for table in tables:  # of another task's sentences, to which no answer is right, nothing is scored
         scored = "log_likelihood" in table
         scores.append(torch.tensor(table["log_likelihood"].to_numpy()) if scored else torch.full_like(scores[0], nan))
-    together = (torch.stack([x.to(parts[0].dtype) for x in parts]) for parts in (outputs, scores))
-    return Prediction(*together, prediction.labels, prediction.likelihood)
+    means, log_scores = (torch.stack([x.to(parts[0].dtype) for x in parts]) for parts in (outputs, scores))
+    return Prediction(means, log_scores, prediction.labels, prediction.likelihood)
 
 
 def predictions_file(split: str) -> str:

@@ -15,7 +15,7 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
     scores = metric.compute(predictions=decision.tolist(), references=labels.tolist())
     found = prediction.calibration()
     mean = prediction.mean if kind.has_confidence else None
-    beside = baselines.beside(
+    beside: dict[str, dict] = baselines.beside(
         scores, decision.numpy(), labels.numpy(), prediction.log_score.numpy(), kind=kind,
         probabilities=None if mean is None else mean.numpy(), compute=metric.compute,
     )  # fmt: skip
@@ -37,8 +37,8 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
 
 def deployed_scores(task: Task, averaged: Prediction, at_mode: Prediction) -> dict:
     """`scores_of` what is deployed, and the standard error of its metric's difference from the averaged one."""
-    arrays = (x.numpy() for x in (averaged.labels, averaged.decision, at_mode.decision))
-    error = baselines.difference_error(task.metric_name, *arrays, averaged.likelihood)
+    labels, one, other = (x.numpy() for x in (averaged.labels, averaged.decision, at_mode.decision))
+    error = baselines.difference_error(task.metric_name, labels, one, other, averaged.likelihood)
     return {**scores_of(task, at_mode), "difference_error": error}
 
 

@@ -35,7 +35,7 @@ def layout_of(
         raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
-    if not hasattr(model, model.base_model_prefix):
+    if not hasattr(model, str(model.base_model_prefix)):
         raise ValueError(
             f"{type(model).__name__} has no task head: load the backbone with a class such as {head.auto_class}"
         )

@@ -27,7 +27,7 @@ from .deberta_from_bert import CACHED, converted_folder
 from .tokenization import require_vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO, DEMO_DEBERTA = "demo", "demo-deberta"
 DEMO_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -43,7 +43,7 @@ def backbone_path(name: str) -> str:
     if name not in (DEMO, DEMO_DEBERTA):
         return name
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ValueError("the demo backbone is not installed: pip install 'pyro-blora[demo]'")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     return str(folder if name == DEMO else converted_folder(folder))
@@ -73,9 +73,10 @@ def load_backbone(name: str, kind: int | Likelihood, *, revision: str | None = N
     """
     import transformers  # now, as it takes seconds
 
-    head, outputs, labels, settings = SEQUENCE, kind, (), {"num_labels": kind, "problem_type": None}
     if isinstance(kind, Likelihood):
         head, outputs, labels, settings = kind.head, kind.outputs, kind.names, kind.head_settings
+    else:
+        head, outputs, labels, settings = SEQUENCE, kind, (), {"num_labels": kind, "problem_type": None}
     if is_function(name):
         _refuse_revision(name, revision)
         model, _OWN_TOKENIZERS[name] = _own(name, outputs)
@@ -218,7 +219,7 @@ def _instead(adapter: Path) -> str:
     return f"give --backbone the model that it adapts{f', {base}' if base else ''}{goes_on}"
 
 
-def _require_pretrained(model: nn.Module, report: dict, name: str, head: Head) -> None:
+def _require_pretrained(model: PreTrainedModel, report: dict, name: str, head: Head) -> None:
     """Errors: ValueError where anything but the head and the pooler is new, of another shape, or left over."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"backbone {name!r} is an adapter, not a model: give --backbone the model that it adapts")
@@ -264,10 +265,11 @@ def _require_finite(model: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def _name_labels(model: nn.Module, labels: tuple[str, ...]) -> None:
+def _name_labels(model: PreTrainedModel, labels: tuple[str, ...]) -> None:
     """Put the task's labels into the configuration, and a head that knows them into their order."""
     words = [_word(label) for label in labels]
-    before = [_word(str(model.config.id2label.get(index))) for index in range(len(labels))]
+    known: dict = model.config.id2label or {}
+    before = [_word(str(known.get(index))) for index in range(len(labels))]
     if before != words and sorted(before) == sorted(words) and len(set(words)) == len(words):
         last = [m for path in head_modules(model) for m in model.get_submodule(path).modules()
                 if isinstance(m, nn.Linear) and m.out_features == len(labels)][-1:]  # fmt: skip

@@ -10,7 +10,7 @@ What a layer does once a batch (DeBERTa's positions) is shared by the examples o
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def cost(model: nn.Module, sequence_length: int, batch_size: int, head: Head = S
     """
     with _evaluated(model):
         _require_length(model, sequence_length, head)
-        lengths = (sequence_length,)
+        lengths: tuple[int, ...] = (sequence_length,)
         if sequence_length > _LONGEST:
             lengths = _LONGEST // 4, _LONGEST // 2, 3 * _LONGEST // 4
         total: dict[str, float] = {}
@@ -101,7 +101,8 @@ def _count(
     for name, linear in encoder_linears(model).items():
         tokens[name] = 0
         hooks.append(linear.register_forward_hook(after(name, linear)))
-    keeping_nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None)
+    nothing: Any = None  # in the place of tensors that no backward pass will ask for
+    keeping_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
     counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
     try:
         with counter, torch.set_grad_enabled(reach), keeping_nothing:
@@ -137,14 +138,15 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     before = [
         (m, {k: v for k, v in vars(m).items() if isinstance(v, plain)}, dict(m._modules)) for m in model.modules()
     ]
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    own: Any = model.config
+    configs: list[Any] = [*{id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()]
     fields = [(config, dict(vars(config))) for config in configs]
     for config in configs:
         if getattr(config, "_attn_implementation", None) not in (None, *_COUNTED):
             config._attn_implementation = "eager"
-    if getattr(model.config, "pad_token_id", None) is None or model.device.type == "meta":
+    if getattr(own, "pad_token_id", None) is None or model.device.type == "meta":
         # a decoder wants one to find the last token by; on meta a warning would read the tokens to look for it
-        model.config.pad_token_id = None if model.device.type == "meta" else -1
+        own.pad_token_id = None if model.device.type == "meta" else -1
     learning = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     settle_attention(model)

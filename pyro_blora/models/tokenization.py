@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -88,7 +88,7 @@ def _values(rows: datasets.Dataset, column: str) -> np.ndarray:
     return found.to_numpy(zero_copy_only=False)
 
 
-def _embedding(model: nn.Module) -> nn.Embedding | None:
+def _embedding(model: Any) -> nn.Embedding | None:
     """The table of words; None where ids are hashed, as in CANINE."""
     try:
         table = model.get_input_embeddings()

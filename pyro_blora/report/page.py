@@ -52,7 +52,8 @@ def render(title: str, name: str, cards: list[tuple[str, str, str]], sections: l
     environment.filters["marked"] = marked
     environment.tests["link"] = lambda cell: isinstance(cell, Link) and cell.is_safe
     specs = {f"chart-{i}-{j}": spec for i, s in enumerate(sections) for j, (spec, _) in enumerate(s.charts)}
-    script = vl_convert.javascript_bundle().replace("</script", "<\\/script") if specs else ""
+    bundle = vl_convert.javascript_bundle() if specs else ""  # type: ignore[call-arg]  # a default that is not declared
+    script = bundle.replace("</script", "<\\/script")
     return environment.get_template("report.html.jinja").render(
         title=title, name=name, cards=cards, sections=sections, specs=as_script(specs), script=script
     )

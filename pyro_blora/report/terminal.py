@@ -80,8 +80,9 @@ def result_tables(summary: dict) -> list[Table]:
     name = f"prior {summary['prior']}" if method == "bayesian_lora" else method
     head = Table(title=f"{summary['task']} · {summary['backbone']} · {name}", title_justify="left")
     averaged = f"{summary['draws']} draws" if is_over_draws(summary) else "prediction"
-    for column, justify in (("", "left"), (averaged, "right"), ("deployed", "right"), ("constant answer", "right")):
-        head.add_column(column, justify=justify)
+    head.add_column("")
+    for column in (averaged, "deployed", "constant answer"):
+        head.add_column(column, justify="right")
     both, metric = (summary, summary["deployed"]), summary["metric"]["name"]
     head.add_row(metric, *(of_score(x, metric) for x in both), _constant(summary, metric))
     head.add_row("NLL (nats per example)", *(of_score(x, "nll") for x in both), _constant(summary, "nll"))
@@ -91,8 +92,8 @@ def result_tables(summary: dict) -> list[Table]:
             head.add_row("ECE by chance (95 %)", *map(_chance, both))
     held_out = summary.get("calibration", {})
     if "scaled" in held_out.get("averaged", {}):
-        both = (held_out[name]["scaled"]["nll"] for name in ("averaged", "deployed"))
-        head.add_row("NLL at temperature", *map(_number, both))
+        scaled = (held_out[name]["scaled"]["nll"] for name in ("averaged", "deployed"))
+        head.add_row("NLL at temperature", *map(_number, scaled))
     gates = Table(title="What the gates learned", title_justify="left")
     for column in ("", "expected"):
         gates.add_column(column, justify="left" if not column else "right")

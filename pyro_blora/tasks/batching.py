@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .base import Task
+    from .likelihoods import Collate, Rows
 
-Collate = Callable[[list[dict]], dict[str, torch.Tensor]]
 _POOL = 50  # batches that are sorted by length together, or a quarter of the epoch's, as in transformers' Trainer
 
 
-def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int):
+def tokenize(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int
+) -> datasets.Dataset:
     """Token ids and labels, as the task's kind of outcome has them (`Likelihood.encode`)."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     columns, kind = list(task.text_columns), task.likelihood
 
-    def encode(batch: dict) -> dict:
+    def encode(batch: Rows) -> Rows:
         return kind.encode(tokenizer, batch, task.text_columns, max_length)
 
     kept, bars = rows.select_columns([*columns, "label"]), is_progress_bar_enabled()
@@ -82,7 +84,7 @@ def epoch_order(
     return batches if lengths is None else [batches[i] for i in torch.randperm(count, generator=generator).tolist()]
 
 
-def loader(rows: datasets.Dataset, collate: Collate, batches: list[list[int]]) -> DataLoader:
+def loader(rows: datasets.Dataset, collate: Collate, batches: list[list[int]]) -> DataLoader[Any]:
     """collate: of the task's kind of outcome, `Likelihood.collator(tokenizer)`."""
     # pinned memory is copied to a GPU while the host goes on
     return DataLoader(rows, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available())
@@ -94,7 +96,7 @@ def first_inputs(rows: datasets.Dataset, collate: Collate, count: int = 4) -> di
     return split_labels(batch, torch.device("cpu"))[0]
 
 
-def by_length(rows: datasets.Dataset, collate: Collate, batch_size: int) -> tuple[DataLoader, torch.Tensor]:
+def by_length(rows: datasets.Dataset, collate: Collate, batch_size: int) -> tuple[DataLoader[Any], torch.Tensor]:
     """Every row once, long ones first so that little is padded, for evaluation; and the rows' numbers in that order."""
     batches = batches_by_length(rows, batch_size)
     return loader(rows, collate, batches), torch.tensor([i for batch in batches for i in batch])
@@ -112,12 +114,14 @@ def batches_by_length(rows: datasets.Dataset, batch_size: int) -> list[list[int]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def split_labels(batch: dict, device: torch.device) -> tuple[dict, torch.Tensor]:
+def split_labels(
+    batch: Mapping[str, torch.Tensor], device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(what the backbone takes, labels (B, *)), on a device."""
     inputs = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return inputs, inputs.pop("labels")
 
 
-def on_device(batches: DataLoader, device: torch.device) -> Iterator[tuple[dict, torch.Tensor]]:
+def on_device(batches: DataLoader[Any], device: torch.device) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     for batch in batches:
         yield split_labels(batch, device)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..user_files import open_text
 from .base import Task
@@ -168,7 +168,7 @@ def _features(task: Task) -> datasets.Features:
 
 
 def _task(
-    name: str, text_columns: tuple[str, ...], labels: tuple[str, ...], metric_name: str = "accuracy", **settings
+    name: str, text_columns: tuple[str, ...], labels: tuple[str, ...], metric_name: str = "accuracy", **settings: Any
 ) -> Task:
     load = partial(load_glue, name)
     return Task(name=name, text_columns=text_columns, labels=labels, metric_name=metric_name, load=load, **settings)

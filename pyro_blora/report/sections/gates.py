@@ -68,11 +68,11 @@ def ranks(run: RunFiles, title: str) -> Section:
         told = {"projection": posterior.projections[i], "mean": float(means[i]), "interval": f"{low} to {high}"}
         points.append({**told, "layer": projection.layer, "type": projection.type, "low": low, "high": high})
         rows += [{**told, "rank": r + 1, "probability": float(p)} for r, p in enumerate(law[i])]
-    table, points = pd.DataFrame(rows), pd.DataFrame(points)
-    shown = points[["projection", "mean", "low", "high"]].round(2)
+    table, means_of_all = pd.DataFrame(rows), pd.DataFrame(points)
+    shown = means_of_all[["projection", "mean", "low", "high"]].round(2)
     return Section(
         title, [f"Open ranks of every adapter, exact. Intervals are central, {PERCENT}."],
-        charts=[(charts.rank_means(points), "Mean and interval by layer."),
+        charts=[(charts.rank_means(means_of_all), "Mean and interval by layer."),
                 (charts.rank_map(table), "Probability of every rank.")],
         tables=[("Ranks as a table", shown, False)],
     )  # fmt: skip
