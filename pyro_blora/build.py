@@ -21,7 +21,8 @@ from .program import BayesianLoRA
 from .progress import phase
 from .registries import ADAPTERS, ELBOS, GUIDES, WEIGHTS
 from .tasks import Task, get_task
-from .tasks.batching import Collate, held_out, tokenize, unlabelled
+from .tasks.batching import held_out, tokenize, unlabelled
+from .tasks.likelihoods import Collate
 from .weights.base import build_weights
 
 if TYPE_CHECKING:

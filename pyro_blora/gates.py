@@ -28,7 +28,7 @@ from torch.types import _size
 
 from .ladder_math import log1mexp, log_at_least, nested, parents, weighted
 
-_Site = TypeVar("_Site")  # what `Gates` has two of: tensors, or their laws
+_Site = TypeVar("_Site", covariant=True)  # what `Gates` has two of: tensors, or their laws
 _IMPOSSIBLE = -1e30  # log of 0, in sums that have to stay finite
 _NONPOSITIVE = constraints.independent(constraints.interval(-torch.inf, 0.0), 1)
 

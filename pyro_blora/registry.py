@@ -24,6 +24,7 @@ from .user_values import as_word, coerce, suggest
 REQUIRED = inspect.Parameter.empty  # the "default" of a setting without one
 _PACKAGE = Path(__file__).parent
 Base = typing.TypeVar("Base")
+Maker = typing.TypeVar("Maker", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,13 @@ class Registry:
         self._functions: dict[str, Callable] = {}
         self._entries: dict[str, Entry] = {}
 
-    def register(self, name: str | Callable | None = None, **declared: Any) -> Callable:
+    @typing.overload
+    def register(self, name: str | None = None, **declared: Any) -> Callable[[Maker], Maker]: ...
+
+    @typing.overload
+    def register(self, name: Maker, **declared: Any) -> Maker: ...
+
+    def register(self, name: Any = None, **declared: Any) -> Any:
         """Add a function, as `@register_KIND` (its own name is used) or `@register_KIND("name")`.
 
         declared: what else `Entry` has.
@@ -71,7 +78,7 @@ class Registry:
         if callable(name):
             return self.register(None, **declared)(name)
 
-        def add(function: Callable) -> Callable:
+        def add(function: Maker) -> Maker:
             key = name or function.__name__
             held = self._functions[key].__module__ if key in self._functions else self.entry(key).module
             again = key in self._functions and replaces(function, self._functions[key])

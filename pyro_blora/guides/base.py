@@ -11,9 +11,11 @@ Gates that the prior pins (probability 0 or 1) are held there: the posterior can
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, pinned_logits
@@ -40,7 +42,7 @@ class Guide(nn.Module):
     target_rank = 0
     """Of a guide that is allocated: the average that the allocator is to end at."""
 
-    def laws(self, temperature: float, hard: bool) -> Gates:
+    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
         """What is sampled in training: reparametrized distributions of batch shapes (L, T) and (L,).
 
         They need a KL against NestedBernoulli, registered with torch.distributions.register_kl. hard: draws are
@@ -48,24 +50,24 @@ class Guide(nn.Module):
         """
         raise NotImplementedError
 
-    def posterior(self) -> Gates:
+    def posterior(self) -> Gates[NestedBernoulli]:
         """The exact marginal distributions of the ladders, two NestedBernoulli: what is reported and deployed."""
         raise NotImplementedError
 
     # --- a family that is not mean field ------------------------------------------------------------------------------
 
-    def components(self) -> Gates:
+    def components(self) -> Gates[NestedBernoulli]:
         """Equally likely discrete components, given which ladders are independent: z (M, L, T, K), g (M, L, R - 1)."""
         return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in self.posterior()))
 
-    def each_law(self, temperature: float, hard: bool) -> list[Gates]:
+    def each_law(self, temperature: float | Tensor, hard: bool) -> list[Gates[TorchDistribution]]:
         """What training draws from, each in a forward of its own: of every component its distribution.
 
         One alone would be M times noisier than a mean field.
         """
         return [self.laws(temperature, hard)]
 
-    def divergence(self, prior: Gates, z_mask: Tensor, g_mask: Tensor) -> Gates:
+    def divergence(self, prior: Gates[NestedBernoulli], z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
         """KLs of all z and of all g that exist, (), where their sum is none over ladders."""
         raise NotImplementedError
 
@@ -74,7 +76,7 @@ class Guide(nn.Module):
         """Whether `divergence` is asked; else the KLs of `laws` are summed over the ladders."""
         return type(self).divergence is not Guide.divergence
 
-    def deployed(self) -> Gates | None:
+    def deployed(self) -> Gates[Tensor] | None:
         """The allocation to export, z and g of 0 and 1; None: where marginals exceed 1/2."""
         return None
 
@@ -84,7 +86,7 @@ class Guide(nn.Module):
         """A block of one evaluation of the ELBO, in which the parameters and the prior stay as they are."""
         return contextlib.nullcontext()
 
-    def start(self, evidence: Gates) -> None:
+    def start(self, evidence: Gates[Tensor]) -> None:
         """Set the distributions from an estimate of each depth's log-likelihood, up to a constant, nats.
 
         evidence: z (L, T, K + 1), g (L, R).
@@ -112,12 +114,14 @@ def conditional_logits(depth_logits: Tensor) -> Tensor:
 class Evidence(Guide):
     """Nats that the data add to each step of a chain's depth, for each component; the prior's pins laid over them."""
 
-    _shared: Gates | None = None
+    z_pins: Tensor  # (L, T, K), log-odds at which the prior holds a gate, nan where it is free
+    g_pins: Tensor  # (L, R - 1)
+    _shared: Gates[Tensor] | None = None
 
     def __init__(self, layout: AdapterLayout, prior: nn.Module, open_logit: float | None, components: int = 1):
         super().__init__()
         self.prior = prior
-        laws = prior()
+        laws: Gates[NestedBernoulli] = prior()
         self.z_evidence = nn.Parameter(torch.zeros(components, *layout.z_shape))  # (M, L, T, K)
         self.g_evidence = nn.Parameter(torch.zeros(components, *layout.g_shape))  # (M, L, R - 1)
         for name, law, mask in (("z_pins", laws.z, layout.z_mask), ("g_pins", laws.g, layout.g_mask)):
@@ -128,7 +132,7 @@ class Evidence(Guide):
         self._open(laws, _OPEN if open_logit is None else float(open_logit))
 
     @torch.no_grad()
-    def _open(self, prior: Gates, logit: float) -> None:
+    def _open(self, prior: Gates[NestedBernoulli], logit: float) -> None:
         """Every gate at log-odds `logit`, whatever the prior."""
         for parameter, law in zip((self.z_evidence, self.g_evidence), prior, strict=True):
             odds = torch.full_like(law.log_probs, logit)
@@ -144,12 +148,15 @@ class Evidence(Guide):
         finally:
             self._shared = None
 
-    def logits(self) -> Gates:
+    def logits(self) -> Gates[Tensor]:
         """Conditional log-odds of every component.  z (M, L, T, K), g (M, L, R - 1)"""
         if self._shared is not None:
             return self._shared
-        return Gates(*map(self._site_logits, self.prior(), (self.z_evidence, self.g_evidence), self.free,
-                          (self.z_pins, self.g_pins)))  # fmt: skip
+        prior: Gates[NestedBernoulli] = self.prior()
+        return Gates(
+            self._site_logits(prior.z, self.z_evidence, self.free.z, self.z_pins),
+            self._site_logits(prior.g, self.g_evidence, self.free.g, self.g_pins),
+        )
 
     @staticmethod
     def _site_logits(prior: NestedBernoulli, evidence: Tensor, free: bool, pins: Tensor) -> Tensor:
@@ -161,16 +168,18 @@ class Evidence(Guide):
         return torch.where(pinned.isnan(), logits, pinned)
 
     @torch.no_grad()
-    def start(self, evidence: Gates) -> None:
+    def start(self, evidence: Gates[Tensor]) -> None:
         """Set the evidence to that of each depth, up to a constant.  z (L, T, K + 1), g (L, R), nats."""
         for parameter, said in zip((self.z_evidence, self.g_evidence), evidence, strict=True):
             parameter.copy_(said.diff(dim=-1).nan_to_num(0.0, _SURE, -_SURE))
 
-    def components(self) -> Gates:
+    def components(self) -> Gates[NestedBernoulli]:
         return Gates(*(RelaxedNestedBernoulli(x, 1.0, validate_args=False).discrete for x in self.logits()))
 
 
-def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> Guide:
+def build_guide(
+    name: str | Callable[..., Any], layout: AdapterLayout, prior: nn.Module, settings: dict | None = None
+) -> Guide:
     """The named guide on a layout and a prior.  Errors: ValueError for an unknown name, setting or a wrong kind."""
     function = GUIDES.resolve(name)
     guide = function(layout, prior, **GUIDES.settings(function, settings or {}))
@@ -185,19 +194,19 @@ def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: di
     return guide
 
 
-def components(guide: Guide) -> Gates:
+def components(guide: Guide) -> Gates[NestedBernoulli]:
     """The discrete distribution as equally likely components, z (M, L, T, K), g (M, L, R - 1); one if mean field."""
     return guide.components()
 
 
-def draw_gates(guide: Guide, draws: int) -> Gates:
+def draw_gates(guide: Guide, draws: int) -> Gates[Tensor]:
     """Joint discrete draws.  z (S, L, T, K), g (S, L, R - 1)."""
     laws = components(guide)
     m = torch.randint(len(laws.z.log_probs), (draws,), device=laws.z.log_probs.device)
     return Gates(*(NestedBernoulli(law.log_probs[m], validate_args=False).sample() for law in laws))
 
 
-def log_prob(guide: Guide, gates: Gates, z_mask: Tensor, g_mask: Tensor) -> Tensor:
+def log_prob(guide: Guide, gates: Gates[Tensor], z_mask: Tensor, g_mask: Tensor) -> Tensor:
     """log q of joint draws, in nats, over the chains that exist.  z (S, L, T, K), g (S, L, R - 1) -> (S,)."""
     laws = components(guide)
     z = torch.where(z_mask, laws.z.log_prob(gates.z[:, None]), 0.0).sum((-1, -2))  # (S, M)

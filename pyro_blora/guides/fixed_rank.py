@@ -15,7 +15,7 @@ from ..registries import register_guide
 from .base import Guide
 
 
-def _point(gates: Gates) -> Gates:
+def _point(gates: Gates[Tensor]) -> Gates[dist.TorchDistribution]:
     return Gates(*(dist.Delta(x, event_dim=1, validate_args=False) for x in gates))
 
 
@@ -24,29 +24,32 @@ class UniformRank(Guide):
 
     serves_every_rank = True  # so every rank is evaluated
 
+    z: Tensor  # (R, L, T, K), all ones
+    g: Tensor  # (R, L, R - 1), a component for each rank
+
     def __init__(self, layout: AdapterLayout):
         super().__init__()
         ranks = torch.arange(layout.rank)  # ranks - 1 of the components
         opened = (ranks[:-1] < ranks[:, None, None]) | ~layout.g_mask[:, None]  # what does not exist is open
-        self.register_buffer("z", torch.ones(layout.rank, *layout.z_shape), persistent=False)  # (R, L, T, K)
-        self.register_buffer("g", opened.float(), persistent=False)  # (R, L, R - 1)
+        self.register_buffer("z", torch.ones(layout.rank, *layout.z_shape), persistent=False)
+        self.register_buffer("g", opened.float(), persistent=False)
 
-    def laws(self, temperature: float, hard: bool) -> Gates:
+    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         rank = int(torch.randint(len(self.z), ()))  # drawn on the host: no transfer
         return _point(Gates(self.z[rank], self.g[rank]))
 
-    def components(self) -> Gates:
+    def components(self) -> Gates[NestedBernoulli]:
         return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in (self.z, self.g)))
 
-    def posterior(self) -> Gates:
+    def posterior(self) -> Gates[NestedBernoulli]:
         opened = torch.nn.functional.pad(self.g.mean(0), (1, 0), value=1.0)  # (L, R) marginals, none of them 0
         conditional = opened[..., 1:] / opened[..., :-1]
         return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in (self.z[0], conditional)))
 
-    def deployed(self) -> Gates:
+    def deployed(self) -> Gates[Tensor]:
         return Gates(self.z[-1], self.g[-1])
 
-    def divergence(self, prior: Gates, z_mask: Tensor, g_mask: Tensor) -> Gates:
+    def divergence(self, prior: Gates[NestedBernoulli], z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
         kl_z = torch.where(z_mask, -prior.z.log_prob(self.z), 0.0).sum((-1, -2)).mean()
         kl_g = torch.where(g_mask, -prior.g.log_prob(self.g), 0.0).sum(-1).mean()
         return Gates(kl_z, kl_g - math.log(len(self.g)))
@@ -55,24 +58,28 @@ class UniformRank(Guide):
 class Allocated(Guide):
     """One rank for each adapter, as `allocate` was last told."""
 
+    z: Tensor  # (L, T, K), all ones
+    ranks: Tensor  # (L,)
+    before: Tensor  # (R - 1,), ranks before each gate
+
     def __init__(self, layout: AdapterLayout, target_rank: int):
         super().__init__()
         self.target_rank = target_rank
         self.register_buffer("z", torch.ones(layout.z_shape), persistent=False)
-        self.register_buffer("ranks", torch.full(layout.g_shape[:1], layout.rank))  # (L,)
-        self.register_buffer("before", torch.arange(1, layout.rank), persistent=False)  # ranks before each gate
+        self.register_buffer("ranks", torch.full(layout.g_shape[:1], layout.rank))
+        self.register_buffer("before", torch.arange(1, layout.rank), persistent=False)
 
     def allocate(self, ranks: Tensor) -> None:
         """Open ranks of every projection, (L,); the first is always open, so 0 counts as 1."""
         self.ranks.copy_(ranks)
 
-    def _chains(self) -> Gates:
+    def _chains(self) -> Gates[Tensor]:
         return Gates(self.z, (self.before < self.ranks[:, None]).to(self.z))
 
-    def laws(self, temperature: float, hard: bool) -> Gates:
+    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         return _point(self._chains())
 
-    def posterior(self) -> Gates:
+    def posterior(self) -> Gates[NestedBernoulli]:
         return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in self._chains()))
 
 

@@ -13,10 +13,10 @@ from .base import Evidence
 class MeanField(Evidence):
     """Every chain has a law of its own; sampled as relaxed nested Bernoullis."""
 
-    def laws(self, temperature: float, hard: bool) -> Gates:
+    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         return Gates(*(RelaxedNestedBernoulli(x[0], temperature, hard, validate_args=False) for x in self.logits()))
 
-    def posterior(self) -> Gates:
+    def posterior(self) -> Gates[NestedBernoulli]:
         return Gates(*(RelaxedNestedBernoulli(x[0], 1.0, validate_args=False).discrete for x in self.logits()))
 
 
@@ -27,13 +27,13 @@ class Point(Evidence):
         soft = torch.sigmoid(logits[0]).cumprod(-1)
         return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1
 
-    def laws(self, temperature: float, hard: bool) -> Gates:
+    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         return Gates(*(dist.Delta(self._chain(x), event_dim=1, validate_args=False) for x in self.logits()))
 
-    def posterior(self) -> Gates:
+    def posterior(self) -> Gates[NestedBernoulli]:
         return Gates(*(NestedBernoulli(self._chain(x).detach().log(), validate_args=False) for x in self.logits()))
 
-    def components(self) -> Gates:
+    def components(self) -> Gates[NestedBernoulli]:
         return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in self.posterior()))
 
 

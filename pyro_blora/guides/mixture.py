@@ -3,6 +3,7 @@
 import math
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -23,31 +24,31 @@ class Mixture(Evidence):
     KL of the one component that `laws` draws.
     """
 
-    def laws(self, temperature: float, hard: bool) -> Gates:
+    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
         each = self.each_law(temperature, hard)
         return each[int(torch.randint(len(each), ()))]  # drawn on the host: no transfer
 
-    def each_law(self, temperature: float, hard: bool) -> list[Gates]:
+    def each_law(self, temperature: float | Tensor, hard: bool) -> list[Gates[TorchDistribution]]:
         pairs = zip(*self.logits(), strict=True)  # of (z, g), a component each
         return [Gates(*(RelaxedNestedBernoulli(x, temperature, hard, validate_args=False) for x in p)) for p in pairs]
 
-    def posterior(self) -> Gates:
+    def posterior(self) -> Gates[NestedBernoulli]:
         mixed = (law.depth_log_probs.logsumexp(0) - math.log(len(law.log_probs)) for law in self.components())
         return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in mixed))
 
     @torch.no_grad()
-    def start(self, evidence: Gates) -> None:
+    def start(self, evidence: Gates[Tensor]) -> None:
         super().start(evidence)
         for parameter in (self.z_evidence, self.g_evidence):
             parameter.add_(_SPREAD * torch.randn_like(parameter))
 
-    def divergence(self, prior: Gates, z_mask: Tensor, g_mask: Tensor) -> Gates:
+    def divergence(self, prior: Gates[NestedBernoulli], z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
         components = self.components()
         kl_z = torch.where(z_mask, kl_divergence(components.z, prior.z), 0.0).sum((-1, -2)).mean()
         kl_g = torch.where(g_mask, kl_divergence(components.g, prior.g), 0.0).sum(-1).mean()
         return Gates(kl_z - self._information(components, z_mask, g_mask), kl_g)
 
-    def _information(self, components: Gates, z_mask: Tensor, g_mask: Tensor) -> Tensor:
+    def _information(self, components: Gates[NestedBernoulli], z_mask: Tensor, g_mask: Tensor) -> Tensor:
         """I(component; gates), with the score-function gradient and each component's own mean as its baseline."""
         M = len(components.z.log_probs)
         S = max(2, _INFORMATION_DRAWS // M)

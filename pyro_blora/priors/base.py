@@ -4,7 +4,8 @@ The function takes `(layout, **settings)` and returns `Gates(z, g)`, or a `Prior
 or look at the data. Register it with `@register_prior("name")`, or name it as `--prior file.py:function`.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -29,15 +30,15 @@ class Prior(nn.Module):
 
     if TYPE_CHECKING:  # nn.Module's own takes and returns anything
 
-        def __call__(self) -> Gates: ...
+        def __call__(self) -> Gates[NestedBernoulli]: ...
 
-    def forward(self) -> Gates:
+    def forward(self) -> Gates[NestedBernoulli]:
         """Two NestedBernoulli: z of batch shape (L, T) with K gates, g of batch shape (L,) with R - 1 gates."""
         raise NotImplementedError
 
     # --- a prior that follows the training ----------------------------------------------------------------------------
 
-    def adapt(self, means: Gates) -> None:
+    def adapt(self, means: Gates[Tensor]) -> None:
         """Called after every step with the guide's marginals, z (M, L, T, K) and g (M, L, R - 1).
 
         It writes into its buffers in place and asks no tensor for its value: a step may be recorded for a GPU.
@@ -58,7 +59,7 @@ class Prior(nn.Module):
 
     # --- a prior whose own settings are random: sample sites of the model, and of the guide ---------------------------
 
-    def pyro_model(self) -> Gates:
+    def pyro_model(self) -> Gates[NestedBernoulli]:
         """Sample the settings as Pyro sites from their distribution; the distributions of the gates there."""
         return self()
 
@@ -69,7 +70,7 @@ class Prior(nn.Module):
         """
         return {}
 
-    def sample_prior(self, draws: int) -> Gates:
+    def sample_prior(self, draws: int) -> Gates[NestedBernoulli]:
         """The distributions at draws of the settings before any data, with S first: (S, L, T), (S, L)."""
         return Gates(*(law.expand((draws, *law.batch_shape)) for law in self()))
 
@@ -82,7 +83,7 @@ class Prior(nn.Module):
         """(S, n) rates, from their guide (`posterior`) or from their distribution (`prior`)."""
         raise NotImplementedError
 
-    def gates_at(self, rates: Tensor) -> Gates:
+    def gates_at(self, rates: Tensor) -> Gates[NestedBernoulli]:
         """The distributions at rates (S, n), with S first."""
         raise NotImplementedError
 
@@ -107,22 +108,26 @@ class Prior(nn.Module):
 class Constant(Prior):
     """What a function returned as Gates, as a module, so that it moves between devices with its program."""
 
-    def __init__(self, gates: Gates):
+    z_log_probs: Tensor  # (L, T, K)
+    g_log_probs: Tensor  # (L, R - 1)
+
+    def __init__(self, gates: Gates[NestedBernoulli]):
         super().__init__()
         self.register_buffer("z_log_probs", gates.z.log_probs, persistent=False)
         self.register_buffer("g_log_probs", gates.g.log_probs, persistent=False)
 
-        self._laws = None
+        self._laws: Gates[NestedBernoulli] | None = None
 
-    def forward(self) -> Gates:
+    def forward(self) -> Gates[NestedBernoulli]:
         """The same distributions at every call, as they keep what they compute, until the buffers are others."""
         log_probs = self.z_log_probs, self.g_log_probs
-        if self._laws is None or any(law.log_probs is not x for law, x in zip(self._laws, log_probs, strict=True)):
-            self._laws = Gates(*(NestedBernoulli(x, validate_args=False) for x in log_probs))
-        return self._laws
+        laws = self._laws
+        if laws is None or any(law.log_probs is not x for law, x in zip(laws, log_probs, strict=True)):
+            laws = self._laws = Gates(*(NestedBernoulli(x, validate_args=False) for x in log_probs))
+        return laws
 
 
-def build_one(name: str, settings: dict, layout: AdapterLayout) -> Prior:
+def build_one(name: str | Callable[..., Any], settings: dict, layout: AdapterLayout) -> Prior:
     """The named prior of both sites.  Errors: as `per_site.build_prior`."""
     function = PRIORS.resolve(name)
     name = PRIORS.called(name)
@@ -139,7 +144,7 @@ def build_one(name: str, settings: dict, layout: AdapterLayout) -> Prior:
     return prior
 
 
-def checked(name: str, gates: Gates, layout: AdapterLayout) -> Gates:
+def checked(name: str, gates: Any, layout: AdapterLayout) -> Gates[NestedBernoulli]:
     """The gates of a prior.  Errors: ValueError for what is no pair of laws in the shapes of the layout."""
     if not (isinstance(gates, tuple) and len(gates) == 2):
         raise ValueError(f"prior {name!r} must return Gates(z, g), got {type(gates).__name__}")

@@ -26,6 +26,10 @@ class Budget(Prior):
     LARGEST = 20.0  # asinh of 2e8 nats: where a guide does not follow, the way back stays short
     FOLLOW = 0.2  # of the way to new prices: all the way, an input and its weight would turn dear and cheap in step
 
+    asinh_rate: Tensor  # ()
+    z_price: Tensor  # (L, T, K), ratio of BOPs per gate
+    g_price: Tensor  # (L, R - 1)
+
     def __init__(self, layout: AdapterLayout, target: float, denominator: str, name: str = "budget"):
         super().__init__()
         if denominator not in ("adapted", "model"):
@@ -34,11 +38,11 @@ class Budget(Prior):
         self.name, self.denominator = name, denominator
         self.require_reach(*(Gates(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)))
         self.register_buffer("asinh_rate", torch.tensor(math.asinh(1e3)))
-        self.register_buffer("z_price", torch.zeros(layout.z_shape))  # (L, T, K), ratio of BOPs a gate
-        self.register_buffer("g_price", torch.zeros(layout.g_shape))  # (L, R - 1)
+        self.register_buffer("z_price", torch.zeros(layout.z_shape))
+        self.register_buffer("g_price", torch.zeros(layout.g_shape))
         self._follow(Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape)))
 
-    def require_reach(self, closed: Gates, opened: Gates) -> None:
+    def require_reach(self, closed: Gates[Tensor], opened: Gates[Tensor]) -> None:
         """Refuse a target that is not between the least and the most that the gates can spend."""
         least, most = self._ratio(*closed), self._ratio(*opened)
         if not least < self.target < most:
@@ -49,31 +53,33 @@ class Budget(Prior):
             )
 
     def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
-        return getattr(expected_bops(self.layout, z, g), self.field)
+        ratio: Tensor = getattr(expected_bops(self.layout, z, g), self.field)
+        return ratio
 
-    def _follow(self, means: Gates, share: float = 1.0) -> Tensor:
+    def _follow(self, means: Gates[Tensor], share: float = 1.0) -> Tensor:
         """Move the prices a share of the way to those at these marginals; returns the expected ratio there."""
-        means = [mean.detach().double().requires_grad_() for mean in means]
+        at = [mean.detach().double().requires_grad_() for mean in means]
         with torch.enable_grad():
-            ratio = self._ratio(*means).mean()
-            prices = torch.autograd.grad(ratio, means)
+            ratio = self._ratio(*at).mean()
+            prices = torch.autograd.grad(ratio, at)
         for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
             buffer.lerp_(price.sum_to_size(buffer.shape).to(buffer), share)
         return ratio.detach()
 
-    def _variance(self, means: Gates) -> Tensor:
+    def _variance(self, means: Gates[Tensor]) -> Tensor:
         """Of the ratio at these prices, chains independent given the component: minus its slope, by the Gibbs form."""
-        total = 0.0
-        for price, mean in zip((self.z_price, self.g_price), means, strict=True):
+
+        def of_site(price: Tensor, mean: Tensor) -> Tensor:
             cost = nn.functional.pad(price.double().cumsum(-1), (1, 0))  # of each depth
             law = -nn.functional.pad(mean.double(), (1, 1)).diff(dim=-1)
             law[..., 0] += 1
             spread = (law * (cost - (law * cost).sum(-1, keepdim=True)).square()).sum(-1)
-            total = total + spread.reshape(-1, *price.shape[:-1]).mean(0).sum()
-        return total
+            return spread.reshape(-1, *price.shape[:-1]).mean(0).sum()
+
+        return of_site(self.z_price, means.z) + of_site(self.g_price, means.g)
 
     @torch.no_grad()
-    def adapt(self, means: Gates) -> None:
+    def adapt(self, means: Gates[Tensor]) -> None:
         """One step towards the target, at the marginals of M components.  z (M, L, T, K), g (M, L, R - 1)."""
         ratio = self._follow(means, self.FOLLOW)
         slope = self.asinh_rate.cosh() * self._variance(means) / ratio  # -d log E[BOPs] / d asinh(rate)
@@ -81,7 +87,7 @@ class Budget(Prior):
         step = step.clamp(-self.GAIN, self.GAIN).to(self.asinh_rate)
         self.asinh_rate.add_(step).clamp_(-self.LARGEST, self.LARGEST)
 
-    def forward(self) -> Gates:
+    def forward(self) -> Gates[NestedBernoulli]:
         costs = (self.asinh_rate.sinh() * price for price in (self.z_price, self.g_price))
         depths = (-nn.functional.pad(cost.cumsum(-1), (1, 0)) for cost in costs)
         return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in depths))

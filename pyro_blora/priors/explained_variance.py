@@ -17,12 +17,16 @@ class ExplainedVariance(Prior):
     until the gates start and the data are seen.
     """
 
+    z_depths: Tensor  # (L, T, K + 1), log-probabilities
+    adapted: Tensor  # (L,) bool
+    log_odds: Tensor  # (L, R - 1)
+
     def __init__(self, layout: AdapterLayout, strength: float, share: float):
         super().__init__()
         self.strength, self.share, self.silent = strength, share, False
         self.register_buffer("z_depths", torch.zeros(*layout.z_shape[:2], layout.z_shape[-1] + 1), persistent=False)
         self.register_buffer("adapted", layout.g_mask.clone(), persistent=False)
-        self.register_buffer("log_odds", torch.zeros(layout.g_shape))  # (L, R - 1)
+        self.register_buffer("log_odds", torch.zeros(layout.g_shape))
 
     def only(self, site: str) -> None:
         self.silent = site == "z"
@@ -34,7 +38,7 @@ class ExplainedVariance(Prior):
         cut = log_ratios[self.adapted].quantile(1 - self.share)
         self.log_odds.copy_(self.strength * (log_ratios[:, 1:] - cut))
 
-    def forward(self) -> Gates:
+    def forward(self) -> Gates[NestedBernoulli]:
         z = NestedBernoulli.from_depth_logits(self.z_depths, validate_args=False)
         return Gates(z, NestedBernoulli(nn.functional.logsigmoid(self.log_odds), validate_args=False))
 

@@ -1,6 +1,7 @@
 """A prior whose rates are random: Gamma distributions of the rates, learned with everything else."""
 
 import math
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -29,6 +30,7 @@ class Hierarchical(Prior):
     """
 
     site = "rates"
+    kind: Tensor  # (L,), the number of each projection's type
 
     def __init__(self, layout: AdapterLayout, shape: float, rate: float):
         super().__init__()
@@ -45,7 +47,7 @@ class Hierarchical(Prior):
         self.used = slice(0, tensors) if site == "z" else slice(tensors, len(self.names))
         self.site = f"{site}_rates"
 
-    def _gates(self, rates: Tensor) -> Gates:
+    def _gates(self, rates: Tensor) -> Gates[NestedBernoulli]:
         """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
         T, lead = self.z_shape[1], rates.shape[:-1]
         z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
@@ -55,19 +57,20 @@ class Hierarchical(Prior):
         """Of all rates (n,), used or not: their guide (`posterior`), or their Gamma law (`prior`)."""
         if name == "posterior":
             return torch.distributions.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
-        settings = (torch.full_like(self.loc, x) for x in (self.shape, self.rate))
-        return torch.distributions.Gamma(*settings, validate_args=False)
+        shape, rate = (torch.full_like(self.loc, x) for x in (self.shape, self.rate))
+        return torch.distributions.Gamma(shape, rate, validate_args=False)
 
     def law_in_use(self, name: str) -> dist.TorchDistribution:
         """The same as a distribution of Pyro's, of the rates in use."""
-        law, kind = self._law(name), {"posterior": dist.LogNormal, "prior": dist.Gamma}[name]
+        law, kinds = self._law(name), {"posterior": dist.LogNormal, "prior": dist.Gamma}
+        kind: Callable[..., dist.TorchDistribution] = kinds[name]
         return kind(*(getattr(law, key)[self.used] for key in law.arg_constraints), validate_args=False)
 
-    def forward(self) -> Gates:
+    def forward(self) -> Gates[NestedBernoulli]:
         """At the rates' posterior means."""
         return self._gates(self._law("posterior").mean)
 
-    def pyro_model(self) -> Gates:
+    def pyro_model(self) -> Gates[NestedBernoulli]:
         return self.gates_at(self._rates("prior"))
 
     def pyro_guide(self) -> dict[str, Tensor]:
@@ -87,7 +90,7 @@ class Hierarchical(Prior):
         """(S, n) rates in use, from their log-normal guide or from their Gamma law."""
         return self._law(law).sample((draws,))[:, self.used]
 
-    def gates_at(self, rates: Tensor) -> Gates:
+    def gates_at(self, rates: Tensor) -> Gates[NestedBernoulli]:
         """Laws of the gates at given rates in use (..., n)."""
         others = self._law("posterior").mean.expand(*rates.shape[:-1], -1)
         before, after = others[..., : self.used.start], others[..., self.used.stop :]
@@ -100,7 +103,7 @@ class Hierarchical(Prior):
         gap = self._law("prior").log_prob(every) - self._law("posterior").log_prob(every)
         return gap[:, self.used].sum(-1)
 
-    def sample_prior(self, draws: int) -> Gates:
+    def sample_prior(self, draws: int) -> Gates[NestedBernoulli]:
         """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
         return self._gates(self._law("prior").sample((draws,)))
 

@@ -4,16 +4,20 @@ Either site can have a prior of its own: the settings `z` and `g` name it, `z.NA
 `off` opens all its gates for good (32 bit; rank R).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..gates import Gates
+from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import PRIORS
 from .base import Prior, build_one
 from .budget import Budget
 
-_OFF = ("fixed", {})  # what the word `off` means
+Part = tuple[str | Callable[..., Any], dict]  # name and settings
+_OFF: Part = ("fixed", {})  # what the word `off` means
 
 
 class Separate(Prior):
@@ -31,14 +35,14 @@ class Separate(Prior):
                 ends = (means._replace(**{site: torch.full_like(getattr(means, site), v)}) for v in (0.0, 1.0))
                 part.require_reach(*ends)
 
-    def forward(self) -> Gates:
+    def forward(self) -> Gates[NestedBernoulli]:
         return Gates(self.z().z, self.g().g)
 
     @property
     def adapts(self) -> bool:
         return self.z.adapts or self.g.adapts
 
-    def adapt(self, means: Gates) -> None:
+    def adapt(self, means: Gates[Tensor]) -> None:
         self.z.adapt(means)
         self.g.adapt(means)
 
@@ -50,13 +54,13 @@ class Separate(Prior):
         self.z.explain(ratios)
         self.g.explain(ratios)
 
-    def pyro_model(self) -> Gates:
+    def pyro_model(self) -> Gates[NestedBernoulli]:
         return Gates(self.z.pyro_model().z, self.g.pyro_model().g)
 
     def pyro_guide(self) -> dict[str, Tensor]:
         return self.z.pyro_guide() | self.g.pyro_guide()
 
-    def sample_prior(self, draws: int) -> Gates:
+    def sample_prior(self, draws: int) -> Gates[NestedBernoulli]:
         return Gates(self.z.sample_prior(draws).z, self.g.sample_prior(draws).g)
 
     def rate_parts(self) -> dict[str, Prior]:
@@ -67,23 +71,24 @@ class Separate(Prior):
         return {f"{site}_{name}": value for site, part in parts for name, value in part.report().items()}
 
 
-def build_prior(name: str, layout: AdapterLayout, settings: dict | None = None) -> Prior:
+def build_prior(name: str | Callable[..., Any], layout: AdapterLayout, settings: dict | None = None) -> Prior:
     """The named prior on a layout, as a module that returns Gates when called; settings `z` and `g` replace a site.
 
     Errors: ValueError for an unknown name or setting, and for a law of the wrong kind or shape.
     """
     built = {owner: build_one(*part, layout) for owner, part in parts(name, settings or {}).items()}
-    whole = built.get("both")
-    return Separate(built.get("z", whole), built.get("g", whole)) if built.keys() - {"both"} else whole
+    if built.keys() == {"both"}:
+        return built["both"]
+    return Separate(*(built[site] if site in built else built["both"] for site in "zg"))
 
 
-def parts(name: str, settings: dict) -> dict[str, tuple[str, dict]]:
+def parts(name: str | Callable[..., Any], settings: dict) -> dict[str, Part]:
     """Name and settings of what is left of the prior of `both` sites, and of a `z` and a `g` of their own.
 
     Errors: ValueError for an unknown name or setting, and for settings of a prior that has no site left.
     """
     own = {site: str(settings[site]) for site in ("z", "g") if site in settings}
-    found = {} if len(own) == 2 else {"both": (name, {})}
+    found: dict[str, Part] = {} if len(own) == 2 else {"both": (name, {})}
     found |= {site: _OFF if chosen == "off" else (chosen, {}) for site, chosen in own.items()}
     for key, value in settings.items():
         site, dot, setting = key.partition(".")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from .likelihoods import Likelihood, numbers, register_likelihood
 
@@ -45,7 +44,7 @@ class Categorical(Likelihood):
     def classes(self) -> int:
         return len(self.names)
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Categorical:
         self.require_outputs(logits)
         return dist.Categorical(logits=logits.float())
 
@@ -63,7 +62,7 @@ class Categorical(Likelihood):
         return datasets.ClassLabel(names=list(self.names))
 
     @property
-    def examples(self) -> list:
+    def examples(self) -> list[int]:
         return [*range(self.outputs)] * 2
 
     def reader(self, by_name: bool) -> tuple[Callable[[str], int], str]:
@@ -71,7 +70,7 @@ class Categorical(Likelihood):
         allowed = "allowed are " + ", ".join(self.names) if by_name else self.allowed_labels
         return {label: index for index, label in enumerate(written)}.__getitem__, allowed
 
-    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: dist.Categorical, labels: Tensor) -> Tensor:
         return distribution.probs
 
     def decision(self, mean: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class Categorical(Likelihood):
         return [np.full(len(labels), c) for c in np.flatnonzero(np.bincount(labels, minlength=self.classes))]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
-        return np.log(np.bincount(labels, minlength=self.classes) / len(labels))[labels]
+        return np.asarray(np.log(np.bincount(labels, minlength=self.classes) / len(labels))[labels])
 
     def right(self, decision: Tensor, labels: Tensor) -> float | None:
         return float((decision == labels).double().mean())

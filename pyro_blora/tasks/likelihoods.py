@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from ..registries import LIKELIHOODS, register_likelihood  # noqa: F401 (for the files of kinds)
+from ..registries import LIKELIHOODS as LIKELIHOODS
+from ..registries import register_likelihood as register_likelihood  # for the files of kinds
 from .heads import Head
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # a label where nothing is asked, as in transformers; labels are padded with it
+Rows = Mapping[str, list[Any]]  # columns of a task's rows, or of what a tokenizer makes of them
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]  # encoded rows -> the network's inputs, and `labels`
 PAD_TO = 8  # lengths in steps of eight: few shapes, and what tensor cores like
 
 
@@ -100,7 +103,7 @@ class Likelihood(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def examples(self) -> list:
+    def examples(self) -> list[Any]:
         """Some labels, every kind of them, to try a metric on."""
 
     def reader(self, by_name: bool) -> tuple[Callable[[str], Any], str]:
@@ -113,16 +116,15 @@ class Likelihood(abc.ABC):
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, list], columns: tuple[str, ...], max_length: int
-    ) -> dict[str, list]:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, columns: tuple[str, ...], max_length: int) -> Rows:
         """Token ids of rows, cut at max_length; sentence pairs are joined as the tokenizer does.
 
         Where labels belong to tokens, also the column `label` anew.
         """
-        return tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
+        encoded: Rows = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
+        return encoded
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], dict[str, Tensor]]:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
         """What makes a batch of encoded rows: the network's inputs, and `labels`."""
         from transformers import DataCollatorWithPadding
 
@@ -146,12 +148,12 @@ class Likelihood(abc.ABC):
     def decision(self, mean: Tensor) -> Tensor:
         """The answer at averages (E, *), as `scored` labels are."""
 
-    def cells(self, answers: Tensor) -> np.ndarray | list:
+    def cells(self, answers: Tensor) -> np.ndarray | list[Any]:
         """Decisions as a column of predictions.parquet: one value, or one list, an example."""
         return answers.numpy() if answers.dim() == 1 else answers.tolist()
 
     @abc.abstractmethod
-    def columns(self, outputs: Tensor) -> Mapping[str, np.ndarray | list]:
+    def columns(self, outputs: Tensor) -> Mapping[str, np.ndarray | list[Any]]:
         """Columns of predictions.parquet beside the decision.  (S, E, *)"""
 
     @abc.abstractmethod
@@ -168,7 +170,7 @@ class Likelihood(abc.ABC):
         """Variables of ArviZ's group `predictions`.  (S, E, *)"""
 
     @property
-    def coords(self) -> dict[str, list]:
+    def coords(self) -> dict[str, list[str]]:
         """Coordinates of those dimensions that have names; others are numbered."""
         return {"class": list(self.names)} if self.names else {}
 
@@ -195,7 +197,7 @@ class Likelihood(abc.ABC):
         """Share of the decisions that are right; None where a decision is not right or wrong."""
         return None
 
-    def details(self, mean: Tensor, labels: Tensor) -> dict:
+    def details(self, mean: Tensor, labels: Tensor) -> dict[str, Any]:
         """What else a summary says of predictions.  (E, *)
 
         `tables` among it, rows by caption, are shown in the report: {"Scores by label": [{"label": ..., "f1": ...}]}.
@@ -241,7 +243,8 @@ class Likelihood(abc.ABC):
             columns = [torch.autograd.grad(column.sum(), here, retain_graph=True)[0] for column in slope.unbind(-1)]
         values, vectors = torch.linalg.eigh(torch.stack(columns, -1))
         signs = torch.randint(0, 2, values.shape, device=values.device) * 2 - 1
-        return (vectors @ (values.clamp(min=0.0).sqrt() * signs)[..., None]).squeeze(-1)
+        directions: Tensor = vectors @ (values.clamp(min=0.0).sqrt() * signs)[..., None]
+        return directions.squeeze(-1)
 
     # --- curvature (Laplace) ------------------------------------------------------------------------------------------
 

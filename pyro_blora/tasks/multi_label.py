@@ -14,7 +14,6 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from .likelihoods import Likelihood, register_likelihood
 
@@ -26,9 +25,10 @@ if TYPE_CHECKING:
 _SMOOTHED = 0.5  # of an example, for frequencies of labels that all or none have: Jeffreys
 
 
-class _Bernoulli(dist.Bernoulli):
+class _Bernoulli(dist.Bernoulli):  # type: ignore[misc]  # made at run time by Pyro, with no type
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value.to(self.logits.dtype))  # labels are integers
+        log_prob: Tensor = super().log_prob(value.to(self.logits.dtype))  # labels are integers
+        return log_prob
 
 
 @register_likelihood("multi_label")
@@ -51,7 +51,7 @@ class MultiLabel(Likelihood):
     def outputs(self) -> int:
         return len(self.names)
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Independent:
         self.require_outputs(logits)
         return dist.Independent(_Bernoulli(logits=logits.float()), 1)
 
@@ -71,12 +71,12 @@ class MultiLabel(Likelihood):
         return datasets.Sequence(datasets.Value("int64"), length=self.outputs)
 
     @property
-    def examples(self) -> list:
+    def examples(self) -> list[list[int]]:
         each = np.eye(self.outputs, dtype=int)
         return [*each.tolist(), *(1 - each).tolist()]
 
-    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
-        return distribution.base_dist.probs
+    def averaged(self, distribution: dist.Independent, labels: Tensor) -> Tensor:
+        return distribution.mean
 
     def decision(self, mean: Tensor) -> Tensor:
         return (mean > 0.5).long()
@@ -105,12 +105,12 @@ class MultiLabel(Likelihood):
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
         shares = (labels.sum(0) + _SMOOTHED) / (len(labels) + 2 * _SMOOTHED)
-        return (labels * np.log(shares) + (1 - labels) * np.log1p(-shares)).sum(1)
+        return np.asarray((labels * np.log(shares) + (1 - labels) * np.log1p(-shares)).sum(1))
 
     def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         return self.in_eigenbasis(logits, scale)
 
-    def details(self, mean: Tensor, labels: Tensor) -> dict:
+    def details(self, mean: Tensor, labels: Tensor) -> dict[str, Any]:
         """nll_per_label: of each label's averaged probability, nats an example."""
         p, found = mean.double().clamp(1e-12, 1 - 1e-12), labels.double()
         nll = -(found * p.log() + (1 - found) * torch.log1p(-p)).mean(0)

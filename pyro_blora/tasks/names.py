@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from ..registries import TASKS
+from ..registry import Maker
 from .base import Task
 
-_MADE: dict[tuple[Callable, str], Task] = {}  # once: a task is itself whoever asks
+_MADE: dict[tuple[Callable[..., Task], str], Task] = {}  # once: a task is itself whoever asks
 
 
 def task_names() -> tuple[str, ...]:
@@ -37,7 +38,19 @@ def get_task(name: str | Callable[..., Task], settings: Mapping[str, Any] | None
     return _MADE[key]
 
 
-def register_task(task: Task | str | Callable | None = None) -> Any:
+@overload
+def register_task(task: Task) -> Task: ...
+
+
+@overload
+def register_task(task: str | None = None) -> Callable[[Maker], Maker]: ...
+
+
+@overload
+def register_task(task: Maker) -> Maker: ...
+
+
+def register_task(task: Any = None) -> Any:
     """Make a task known by its name, which is given once: a `Task`, or as a decorator the function that returns it.
 
     Errors: ValueError for a name that is taken, and for what would otherwise fail when a training has ended.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from .likelihoods import Likelihood, numbers, register_likelihood
 
@@ -49,7 +48,7 @@ class Normal(Likelihood):
     def outputs(self) -> int:
         return 1
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Normal:
         self.require_outputs(logits)
         if scale is None:
             raise ValueError("the likelihood needs scale: pass the standard deviation of a label as a 0-d tensor")
@@ -71,7 +70,7 @@ class Normal(Likelihood):
         return datasets.Value("float32")
 
     @property
-    def examples(self) -> list:
+    def examples(self) -> list[float]:
         return [self.low, (self.low + self.high) / 2, self.high]
 
     def reader(self, by_name: bool) -> tuple[Callable[[str], float], str]:
@@ -83,7 +82,7 @@ class Normal(Likelihood):
             raise ValueError(text)
         return value
 
-    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: dist.Normal, labels: Tensor) -> Tensor:
         return distribution.mean[..., None]
 
     def decision(self, mean: Tensor) -> Tensor:
@@ -109,7 +108,8 @@ class Normal(Likelihood):
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
         variance = max(labels.var(), 1e-12)
-        return -0.5 * (np.log(2 * np.pi * variance) + np.square(labels - labels.mean()) / variance)
+        squares = np.square(labels - labels.mean())
+        return np.asarray(-0.5 * (np.log(2 * np.pi * variance) + squares / variance))
 
     def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         return self.in_eigenbasis(logits, scale)

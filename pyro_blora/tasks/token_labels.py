@@ -9,17 +9,16 @@ Shapes: S draws, E examples, B batch, T tokens, W words that are asked (of the l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from .heads import Head
-from .likelihoods import IGNORED, PAD_TO, Likelihood, register_likelihood
+from .likelihoods import IGNORED, PAD_TO, Collate, Likelihood, Rows, register_likelihood
 
 if TYPE_CHECKING:
     import datasets
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 
 class _OfTokens(dist.Independent):
+    base_dist: dist.Categorical
+
     def log_prob(self, value: Tensor) -> Tensor:
         asked = value != IGNORED
         each = self.base_dist.log_prob(torch.where(asked, value, 0))  # (..., B, T)
@@ -56,7 +57,7 @@ class TokenLabels(Likelihood):
     def outputs(self) -> int:
         return len(self.names)
 
-    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> Distribution:
+    def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> _OfTokens:
         self.require_outputs(logits)
         return _OfTokens(dist.Categorical(logits=logits.float()), 1)
 
@@ -79,12 +80,10 @@ class TokenLabels(Likelihood):
         return datasets.Sequence(datasets.Value("int64"))
 
     @property
-    def examples(self) -> list:
+    def examples(self) -> list[list[int]]:
         return [[*range(self.outputs)], [*reversed(range(self.outputs)), IGNORED]]
 
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, list], columns: tuple[str, ...], max_length: int
-    ) -> dict[str, list]:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, columns: tuple[str, ...], max_length: int) -> Rows:
         """Errors: ValueError for a tokenizer that cannot tell words, and for a word without a label or a token."""
         words = rows[columns[0]]
         if not tokenizer.is_fast:
@@ -104,13 +103,13 @@ class TokenLabels(Likelihood):
                     labels[row][token], seen = given[place], place + 1
         return {**found, "label": labels}
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], dict[str, Tensor]]:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate:
         from transformers import DataCollatorForTokenClassification
 
         padded = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=PAD_TO, label_pad_token_id=IGNORED)
         return lambda rows: padded([{"labels": row["label"], **_without(row, "label")} for row in rows])
 
-    def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
+    def averaged(self, distribution: _OfTokens, labels: Tensor) -> Tensor:
         """Probabilities at the words, (..., B, W, C)."""
         places, asked = _asked_first(labels)
         probs = torch.take_along_dim(distribution.base_dist.probs, places[..., None], -2)
@@ -123,10 +122,10 @@ class TokenLabels(Likelihood):
     def decision(self, mean: Tensor) -> Tensor:
         return torch.where(_asked(mean), mean.argmax(-1), IGNORED)
 
-    def cells(self, answers: Tensor) -> list:
+    def cells(self, answers: Tensor) -> list[list[int]]:
         return [row[row != IGNORED].tolist() for row in answers]
 
-    def columns(self, outputs: Tensor) -> dict[str, list]:
+    def columns(self, outputs: Tensor) -> dict[str, list[list[float]]]:
         mean = outputs.mean(0)
         rows = [each[asked].T.tolist() for each, asked in zip(mean, _asked(mean), strict=True)]  # C lists of words
         return {f"probability_{name}": [row[index] for row in rows] for index, name in enumerate(self.names)}
@@ -154,13 +153,13 @@ class TokenLabels(Likelihood):
         asked = labels != IGNORED
         counts = np.bincount(labels[asked], minlength=self.outputs)
         shares = np.log(np.maximum(counts, 1) / counts.sum())
-        return np.where(asked, shares[np.where(asked, labels, 0)], 0.0).sum(1)
+        return np.asarray(np.where(asked, shares[np.where(asked, labels, 0)], 0.0).sum(1))
 
     def right(self, decision: Tensor, labels: Tensor) -> float:
         """Share of the words."""
         return float((decision == labels)[labels != IGNORED].double().mean())
 
-    def details(self, mean: Tensor, labels: Tensor) -> dict:
+    def details(self, mean: Tensor, labels: Tensor) -> dict[str, Any]:
         decision = self.decision(mean).tolist()
         return {"tables": {self.metric().caption: self.metric().each(decision, labels.tolist())}}
 
@@ -188,7 +187,7 @@ class TokenLabels(Likelihood):
         return self.in_eigenbasis(logits, scale) * (labels != IGNORED)[..., None]
 
 
-def _without(row: Mapping, name: str) -> dict:
+def _without(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != name}
 
 
@@ -209,6 +208,10 @@ def _asked_first(labels: Tensor) -> tuple[Tensor, Tensor]:
     return places, asked.gather(-1, places)
 
 
+Lists = Iterable[Iterable[int]]  # class numbers of the words of each example
+Entity = tuple[int, int, int, str]  # (example, first word, word after the last, type)
+
+
 class TokenScores:
     """Scores of labels of words: `accuracy` of the words, and of whole entities `precision`, `recall` and `f1`.
 
@@ -222,7 +225,7 @@ class TokenScores:
         self.of_entities = any(name.startswith(("B-", "I-")) for name in names)
         self.caption = "Entities by type" if self.of_entities else "Words by label"
 
-    def compute(self, *, predictions: Iterable, references: Iterable) -> dict[str, float]:
+    def compute(self, *, predictions: Lists, references: Lists) -> dict[str, float]:
         """Lists of class numbers; where a reference is IGNORED nothing is scored.  Errors: ValueError for no word."""
         answers, truth = self._asked(predictions, references)
         words = [a == b for one, other in zip(answers, truth, strict=True) for a, b in zip(one, other, strict=True)]
@@ -230,7 +233,7 @@ class TokenScores:
             raise ValueError("labels of words cannot be scored: no word is asked")
         return {"accuracy": sum(words) / len(words), **_of_sets(*map(self._entities, (answers, truth)))}
 
-    def each(self, predictions: Iterable, references: Iterable) -> list[dict]:
+    def each(self, predictions: Lists, references: Lists) -> list[dict[str, Any]]:
         """The same of every type (or label), with their number among the references."""
         found, true = map(self._entities, self._asked(predictions, references))
         rows = []
@@ -239,14 +242,14 @@ class TokenScores:
             rows.append({"label": kind, **_of_sets(*mine), "number": len(mine[1])})
         return rows
 
-    def _asked(self, predictions: Iterable, references: Iterable) -> tuple[list, list]:
+    def _asked(self, predictions: Lists, references: Lists) -> tuple[list[list[int]], list[list[int]]]:
         pairs = [
             [(int(a), int(b)) for a, b in zip(one, other, strict=True) if b != IGNORED]
             for one, other in zip(predictions, references, strict=True)
         ]
         return [[a for a, _ in row] for row in pairs], [[b for _, b in row] for row in pairs]
 
-    def _entities(self, rows: list[list[int]]) -> set[tuple]:
+    def _entities(self, rows: list[list[int]]) -> set[Entity]:
         """(example, first word, word after the last, type)."""
         found = set()
         for example, row in enumerate(rows):
@@ -264,7 +267,7 @@ class TokenScores:
         return name.partition("-") if self.of_entities else ("B", "-", name)
 
 
-def _of_sets(found: set, true: set) -> dict[str, float]:
+def _of_sets(found: set[Entity], true: set[Entity]) -> dict[str, float]:
     """0 where undefined."""
     hits = len(found & true)
     return {

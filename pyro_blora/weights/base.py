@@ -10,15 +10,17 @@ configuration goes with it (`registry.Entry`).
 Shapes: D random weights, S draws, K deviations.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..registries import WEIGHTS, register_weights
 
-Parameters = Mapping[tuple[int, str], nn.Parameter]  # by (projection, "lora_A", "lora_B" or "core")
+Key = tuple[int, str]  # (projection, "lora_A", "lora_B" or "core")
+Parameters = Mapping[Key, nn.Parameter]
+Head = Mapping[Any, nn.Parameter]  # by whatever
 Sides = Literal["lora_A", "both"]
 
 
@@ -44,15 +46,17 @@ class Weights(nn.Module):
     """The fraction of the steps from which the learning rate stays."""
     plateau = 1.0
     """The fraction of its peak at which it then stays."""
+    _parts: dict[Key, nn.Parameter]
+    _head: dict[Any, nn.Parameter]
 
-    def __init__(self, weights: Parameters, head: Mapping | None = None):
+    def __init__(self, weights: Parameters, head: Head | None = None):
         super().__init__()
         self.follow(weights, head or {})
         self.size = sum(p.numel() for p in weights.values())
 
     # --- theta --------------------------------------------------------------------------------------------------------
 
-    def follow(self, weights: Parameters, head: Mapping) -> None:
+    def follow(self, weights: Parameters, head: Head) -> None:
         """Take these parameters, which are the net's, for theta's mean and the head."""
         held = self.__dict__.get("_parts", weights)  # in the dict: this module does not own them
         self.__dict__["_parts"] = {key: weights[key] for key in held}
@@ -64,7 +68,7 @@ class Weights(nn.Module):
         return list(self._parts.values()) if self.in_training else []
 
     @property
-    def random(self) -> tuple:
+    def random(self) -> tuple[Key, ...]:
         """The keys of theta's parts, in order; none: theta is a point."""
         return ()
 
@@ -73,7 +77,7 @@ class Weights(nn.Module):
         """theta's mean, (D,): differentiable in the net's parameters."""
         return torch.cat([p.flatten() for p in self._parts.values()])
 
-    def split(self, theta: Tensor) -> dict:
+    def split(self, theta: Tensor) -> dict[Key, Tensor]:
         """The parts of theta (..., D), by key."""
         sizes = [p.numel() for p in self._parts.values()]
         parts = zip(self._parts.items(), theta.split(sizes, -1), strict=True)
@@ -121,7 +125,7 @@ class Point(Weights):
 class RandomWeights(Weights):
     """All weights that are given are random."""
 
-    def __init__(self, weights: Parameters, head: Parameters | None = None):
+    def __init__(self, weights: Parameters, head: Head | None = None):
         if not weights:
             raise ValueError(
                 "this law of the weights needs an adapter whose weights can be random: --adapter lora or xs"
@@ -129,7 +133,7 @@ class RandomWeights(Weights):
         super().__init__(weights, head)
 
     @property
-    def random(self) -> tuple:
+    def random(self) -> tuple[Key, ...]:
         return tuple(self._parts)
 
 
@@ -139,7 +143,7 @@ def random_sides(weights: Parameters, sides: Sides) -> Parameters:
 
 
 @register_weights("point")
-def point(weights: Parameters, head: Parameters) -> Point:
+def point(weights: Parameters, head: Head) -> Point:
     """Trained weights, nothing random but the gates."""
     return Point(weights)
 
@@ -148,7 +152,7 @@ def point(weights: Parameters, head: Parameters) -> Point:
     "ensemble", fits="members", each="of",
     excludes={"restarts": "the members of --weights ensemble are restarts already: drop --restarts"},
 )  # fmt: skip
-def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: str = "point") -> Weights:
+def ensemble(weights: Parameters, head: Head, *, members: int = 3, of: str = "point") -> Weights:
     """Fits from several seeds, whose predicted probabilities are averaged; the first is exported.
 
     Settings: members; of, the distribution of each of them, with its own default settings: of laplace a mixture of
@@ -162,7 +166,7 @@ def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: str
 
 
 @register_weights("dropout", sets={"average_over": "dropout"})
-def dropout(weights: Parameters, head: Parameters) -> Point:
+def dropout(weights: Parameters, head: Head) -> Point:
     """Predictions average over dropout masks, the same as --average_over dropout.
 
     Source: Gal and Ghahramani (2016).
@@ -170,7 +174,9 @@ def dropout(weights: Parameters, head: Parameters) -> Point:
     return Point(weights)
 
 
-def build_weights(name: str, weights: Parameters, head: Parameters, settings: dict | None = None) -> Weights:
+def build_weights(
+    name: str | Callable[..., Weights], weights: Parameters, head: Head, settings: dict | None = None
+) -> Weights:
     """The named distribution.  Errors: ValueError for an unknown name or setting, or for nothing to be random."""
     function = WEIGHTS.resolve(name)
     law = function(weights, head, **WEIGHTS.settings(function, settings or {}))

@@ -5,10 +5,10 @@ import math
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from ..registries import register_weights
-from .base import Parameters, RandomWeights, Sides, random_sides
+from .base import Head, Parameters, RandomWeights, Sides, random_sides
 
 _COLUMN = 10.0  # starting standard deviations in a unit of a factor's column: it has further to go than the diagonal
 _TINY = 1e-12  # least variance of a scale that is learned in closed form
@@ -19,9 +19,7 @@ class Gaussian(RandomWeights):
 
     in_training = True
 
-    def __init__(
-        self, weights: Parameters, head: Parameters, prior_std: float | None, start_std: float, kl_weight: float
-    ):
+    def __init__(self, weights: Parameters, head: Head, prior_std: float | None, start_std: float, kl_weight: float):
         super().__init__(weights, head)
         for name, value in (("prior_std", prior_std), ("start_std", start_std), ("kl_weight", kl_weight)):
             if value is not None and not 0 < value < math.inf:
@@ -38,7 +36,7 @@ class Gaussian(RandomWeights):
     def stored(self) -> int:
         return 2 * self.size
 
-    def law(self) -> dist.Distribution:
+    def law(self) -> Distribution:
         return dist.Normal(self.mean, self.std, validate_args=False).to_event(1)
 
     def variance(self) -> Tensor:
@@ -52,7 +50,7 @@ class Gaussian(RandomWeights):
         best = [square.mean().clamp(min=_TINY).sqrt() for square in squares]
         return torch.cat([scale.expand(len(square)) for scale, square in zip(best, squares, strict=True)])
 
-    def prior(self) -> dist.Distribution:
+    def prior(self) -> Distribution:
         return dist.Normal(torch.zeros_like(self.spread), self.prior_scale(), validate_args=False).to_event(1)
 
     def divergence(self) -> Tensor:
@@ -65,7 +63,9 @@ class Gaussian(RandomWeights):
 class LowRank(Gaussian):
     """theta ~ Normal(mean, diag(std^2) + F F^T) with F of `rank` columns."""
 
-    def __init__(self, weights, head, prior_std, start_std, kl_weight, rank: int):
+    def __init__(
+        self, weights: Parameters, head: Head, prior_std: float | None, start_std: float, kl_weight: float, rank: int
+    ):
         super().__init__(weights, head, prior_std, start_std, kl_weight)
         if rank < 1:
             raise ValueError(f"weights 'low_rank' needs a rank of at least 1, got {rank}: rank 0 is weights 'gaussian'")
@@ -84,10 +84,10 @@ class LowRank(Gaussian):
     def variance(self) -> Tensor:
         return self.std.square() + self.factor.square().sum(-1)
 
-    def law(self) -> dist.Distribution:
+    def law(self) -> Distribution:
         return dist.LowRankMultivariateNormal(self.mean, self.factor, self.std.square(), validate_args=False)
 
-    def prior(self) -> dist.Distribution:
+    def prior(self) -> Distribution:
         """Written as the law is, so that their KL is in closed form."""
         scale = self.prior_scale()
         zeros = torch.zeros_like(scale)
@@ -96,7 +96,7 @@ class LowRank(Gaussian):
 
 @register_weights("gaussian")
 def gaussian(
-    weights: Parameters, head: Parameters, *, prior_std: float | None = None, start_std: float = 0.01,
+    weights: Parameters, head: Head, *, prior_std: float | None = None, start_std: float = 0.01,
     kl_weight: float = 1.0, sides: Sides = "lora_A",
 ) -> Gaussian:  # fmt: skip
     """Independent Gaussians, learned with the gates by SVI: mean field, the BLoB family.
@@ -111,7 +111,7 @@ def gaussian(
 
 @register_weights("low_rank")
 def low_rank(
-    weights: Parameters, head: Parameters, *, rank: int = 10, prior_std: float | None = None, start_std: float = 0.01,
+    weights: Parameters, head: Head, *, rank: int = 10, prior_std: float | None = None, start_std: float = 0.01,
     kl_weight: float = 1.0, sides: Sides = "lora_A",
 ) -> LowRank:  # fmt: skip
     """A Gaussian whose covariance is a diagonal plus `rank` directions across all matrices, learned by SVI.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..registries import register_weights
-from .base import Parameters, RandomWeights
+from .base import Head, Parameters, RandomWeights
 
 PRECISIONS = (-5.0, 13.0)  # natural logarithms of the prior precisions that are tried on held-out rows: from, to
 _LARGEST_FULL = 2048  # weights whose full Laplace covariance is computed by default
@@ -20,8 +20,20 @@ class Laplace(RandomWeights):
     eigenvalues, with their eigenvectors; diag: of every weight by itself.
     """
 
+    curvature: str
+    prior_precision: Tensor  # ()
+    directions: Tensor  # (D, K), of low_rank, orthonormal
+    eigenvalues: Tensor  # (K,), of low_rank
+    scale: Tensor  # theta = mean + scale noise: (D, D) of full, (D,) of diag
+
     def __init__(
-        self, weights, head, structure: str | None, rank: int, prior_precision: float | None, linearized: bool
+        self,
+        weights: Parameters,
+        head: Head,
+        structure: str | None,
+        rank: int,
+        prior_precision: float | None,
+        linearized: bool,
     ):
         super().__init__(weights, head)
         if prior_precision is not None and not 0 < prior_precision < math.inf:
@@ -32,9 +44,9 @@ class Laplace(RandomWeights):
         self.rank, self.linearized, self.given_precision = min(rank, self.size), linearized, prior_precision
         self.register_buffer("prior_precision", torch.zeros((), dtype=torch.float32))
         if self.curvature == "low_rank":
-            self.register_buffer("directions", torch.zeros(self.size, self.rank, dtype=torch.float32))  # orthonormal
+            self.register_buffer("directions", torch.zeros(self.size, self.rank, dtype=torch.float32))
             self.register_buffer("eigenvalues", torch.zeros(self.rank, dtype=torch.float32))
-        else:  # theta = mean + scale noise
+        else:
             shape = (self.size,) * (2 if self.curvature == "full" else 1)
             self.register_buffer("scale", torch.zeros(shape, dtype=torch.float32))
 
@@ -63,7 +75,7 @@ class Laplace(RandomWeights):
     },
 )
 def laplace(
-    weights: Parameters, head: Parameters, *, structure: Literal["full", "low_rank", "diag"] | None = None,
+    weights: Parameters, head: Head, *, structure: Literal["full", "low_rank", "diag"] | None = None,
     rank: int = 100, prior_precision: float | None = None, linearized: bool = True,
 ) -> Laplace:  # fmt: skip
     """A Gaussian from the curvature at the trained weights, by laplace-torch.

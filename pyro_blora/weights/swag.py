@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..registries import register_weights
-from .base import Parameters, RandomWeights
+from .base import Head, Parameters, RandomWeights
 
 
 class Swag(RandomWeights):
@@ -17,7 +17,13 @@ class Swag(RandomWeights):
     the mean, and the head its own.
     """
 
-    def __init__(self, weights, head, rank: int, burn_in: float, snapshots: int, plateau: float):
+    centre: Tensor  # (D,), running means of the weights
+    square: Tensor  # (D,), of their squares
+    deviations: Tensor  # (K, D)
+    head_centre: Tensor
+    count: Tensor  # (), snapshots so far
+
+    def __init__(self, weights: Parameters, head: Head, rank: int, burn_in: float, snapshots: int, plateau: float):
         super().__init__(weights, head)
         if rank < 0 or rank == 1:
             raise ValueError(f"weights 'swag': rank must be 0 (diagonal) or at least 2, got {rank}: rank - 1 divides")
@@ -113,7 +119,7 @@ class Swag(RandomWeights):
     excludes={"choose_epoch": "--weights swag averages over the epochs among which --choose_epoch chooses: drop one"},
 )
 def swag(
-    weights: Parameters, head: Parameters, *, rank: int = 10, burn_in: float = 0.5, snapshots: int = 20,
+    weights: Parameters, head: Head, *, rank: int = 10, burn_in: float = 0.5, snapshots: int = 20,
     plateau: float = 0.5,
 ) -> Swag:  # fmt: skip
     """A Gaussian fitted to the path of the training, with the paper's covariance.
