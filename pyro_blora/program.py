@@ -18,7 +18,8 @@ Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1
 import abc
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from . import adapters
 from .adapters.example_axis import leads_with_examples
 from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
-from .elbos.evaluation import closed_form_kl, mean_nll, sites_of, unused
+from .elbos.evaluation import Laws, Program, closed_form_kl, mean_nll, sites_of, unused
 from .gates import Gates
 from .guides.base import Guide
 from .layout import AdapterLayout
@@ -38,6 +39,8 @@ from .pyro_compat import show_parameters, taking_soft_draws, without_singletons
 from .registry import adopted
 from .tasks.likelihoods import Likelihood
 from .weights.base import Point, Weights
+
+Inputs = dict[str, Tensor]  # what the network is called with, by name
 
 
 class GateProgram(nn.Module, abc.ABC):
@@ -49,14 +52,14 @@ class GateProgram(nn.Module, abc.ABC):
     temperature: of the guide's relaxed draws. kl_weight: scales the KL of all latent sites; below 1: a cold posterior.
     """
 
-    z_mask: Tensor  # (L, T) bool, the bit ladders that exist
-    g_mask: Tensor  # (L,) bool, the rank ladders
+    z_mask: torch.BoolTensor  # (L, T), the bit ladders that exist
+    g_mask: torch.BoolTensor  # (L,), the rank ladders
     temperature: float | Tensor = 1.0
     kl_weight: float = 1.0
 
     def __init__(
         self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, *, n_train: int,
-        estimator: str = "relaxed", estimator_settings: dict | None = None, weights: Weights | None = None,
+        estimator: str = "relaxed", estimator_settings: dict[str, Any] | None = None, weights: Weights | None = None,
     ):  # fmt: skip
         super().__init__()
         self.weights = Point({}) if weights is None else weights
@@ -70,18 +73,20 @@ class GateProgram(nn.Module, abc.ABC):
             closed_form_kl(site, q, p)  # which refuses a pair without one
 
     @abc.abstractmethod
-    def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
+    def logits(self, inputs: Inputs, gates: Gates[Tensor], theta: Tensor | None = None) -> Tensor:
         """What the likelihood takes, (B, *, C), at given gates and weights.
 
         theta: (D,), or (B, D) for each example its own; None for their mean, which is all that a program without random
         weights gets.
         """
 
-    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> Iterator[Tensor]:
+    def each_logits(
+        self, batches: Sequence[Inputs], gates: Gates[Tensor], theta: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """The same for several batches at the same gates and weights."""
         return (self.logits(inputs, gates, theta) for inputs in batches)
 
-    def leads_with_examples(self, inputs: dict) -> bool:
+    def leads_with_examples(self, inputs: Inputs) -> bool:
         """Whether each example of a batch may have weights of its own in one call of `logits`."""
         return True
 
@@ -105,29 +110,31 @@ class GateProgram(nn.Module, abc.ABC):
 
     # --- the program ------------------------------------------------------------------------------------------------
 
-    def model(self, inputs: dict, labels: Tensor | None = None) -> Tensor:
+    def model(self, inputs: Inputs, labels: Tensor | None = None) -> Tensor:
         show_parameters(self)
         with poutine.scale(scale=self.kl_weight):
             theta = self._theta_site("prior")
             gates = self._model_gates()
-        (gates, theta), sources = extract_provenance((gates, theta))  # a tensor that tracks it would cut the gradient
-        logits = track_provenance(self.logits(inputs, gates, theta), sources)  # (B, *, C)
+        drawn: Any  # a tensor that tracks its provenance would cut the gradient
+        drawn, sources = extract_provenance((gates, theta))
+        logits: Tensor = track_provenance(self.logits(inputs, *drawn), sources)  # (B, *, C)
         with pyro.plate("example", self.n_train, subsample=torch.arange(len(logits), device=logits.device)):
-            pyro.sample("label", self.likelihood(logits, scale=self.log_scale.exp()), obs=labels)
+            outcome: Any = self.likelihood(logits, scale=self.log_scale.exp())  # of Pyro's distributions
+            pyro.sample("label", outcome, obs=labels)
         return logits
 
-    def guide(self, inputs: dict, labels: Tensor | None = None, component: int | None = None) -> Gates:
+    def guide(self, inputs: Inputs, labels: Tensor | None = None, component: int | None = None) -> Gates[Tensor]:
         """component: of a guide that has several (`each_law`), the one to draw from; None draws one."""
         show_parameters(self)
         with poutine.scale(scale=self.kl_weight):
             self._theta_site("law")
             return self._guide_gates(component)
 
-    def _model_gates(self) -> Gates:
+    def _model_gates(self) -> Gates[Tensor]:
         laws = self.prior.pyro_model()
         return self._gate_sites(laws if self.hard else taking_soft_draws(laws))
 
-    def _guide_gates(self, component: int | None = None) -> Gates:
+    def _guide_gates(self, component: int | None = None) -> Gates[Tensor]:
         settings = self.prior.pyro_guide()
         laws, components = self._guide_laws(component)
         gates = self._gate_sites(laws)
@@ -138,7 +145,7 @@ class GateProgram(nn.Module, abc.ABC):
             pyro.sample(JOINT, joint, obs=joint.sample(), infer={"is_auxiliary": True})
         return gates
 
-    def _guide_laws(self, component: int | None) -> tuple[Gates, int]:
+    def _guide_laws(self, component: int | None) -> tuple[Laws, int]:
         """What gates are drawn from, and the number of components that each ELBO draws from in turn."""
         if component is None:
             laws, components = self.gate_guide.laws(self.temperature, self.hard), 1
@@ -156,7 +163,7 @@ class GateProgram(nn.Module, abc.ABC):
             theta = pyro.sample("theta", getattr(self.weights, law)())
         return without_singletons(theta, (self.weights.size,))  # (D,)
 
-    def _gate_sites(self, laws: Gates) -> Gates:
+    def _gate_sites(self, laws: Laws) -> Gates[Tensor]:
         L, T, _ = self.layout.z_shape
         with pyro.plate("z_projection", L, dim=-2), pyro.plate("z_tensor", T, dim=-1), poutine.mask(mask=self.z_mask):
             z = pyro.sample("z", laws.z)  # (L, T, K)
@@ -166,62 +173,66 @@ class GateProgram(nn.Module, abc.ABC):
 
     # --- the ELBO ---------------------------------------------------------------------------------------------------
 
-    def terms(self, inputs: dict, labels: Tensor) -> Terms:
+    def terms(self, inputs: Inputs, labels: Tensor) -> Terms:
         """The terms of -ELBO / N at one draw; their `loss` is what training minimizes."""
         return self._terms(self.model, self.guide, inputs, labels)
 
-    def _terms(self, model: Callable, guide: Callable, inputs: dict, labels: Tensor) -> Terms:
+    def _terms(self, model: Program, guide: Program, inputs: Inputs, labels: Tensor) -> Terms:
         with self.gate_guide.computed_once():
             return self.elbo.terms(model, guide, inputs, labels)
 
-    def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor, theta: Tensor | None = None) -> Tensor:
+    def nll(self, inputs: Inputs, labels: Tensor, z: Tensor, g: Tensor, theta: Tensor | None = None) -> Tensor:
         """Mean NLL of a batch at given gates (and weights), nats per example: the model, conditioned on them."""
         data = {"z": z, "g": g} if theta is None else {"z": z, "g": g, "theta": theta}
         return mean_nll(sites_of(poutine.condition(self.model, data=data), inputs, labels))
 
-    def kl(self) -> Gates:
+    def kl(self) -> Gates[Tensor]:
         """KL(guide || prior) of all ladders that exist, nats; that of a prior's random settings counts with z."""
         at = Evaluation(self._model_gates, self._guide_gates, draw=unused, component=0)
         at.run_model(at.gates)
         found = at.divergences()
-        kl_g = found.pop("g")
-        return Gates(sum(found.values()), kl_g)
+        kl_z, kl_g = found.pop("z"), found.pop("g")
+        return Gates(kl_z + sum(found.values()), kl_g)
 
 
 class BayesianLoRA(GateProgram):
     """The program of a gated network: `net` is what `attach` returned."""
 
-    _opened: Gates | None = None
+    _opened: Gates[Tensor] | None = None
     _at_32: list[bool] | None = None  # of a training step: which tensors stay at 32 bit for sure
 
     def __init__(
-        self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, **settings
+        self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, **settings: Any
     ):
         super().__init__(net.layout, prior, guide, likelihood, **settings)
         self.net = net
 
     @property
-    def opened(self) -> Gates:
+    def opened(self) -> Gates[Tensor]:
         """Everything open, on the program's device: the same tensors at every call."""
         device = self.log_scale.device
         if self._opened is None or self._opened.z.device != device:
             self._opened = Gates(*adapters.open_gates(self.layout, device))
         return self._opened
 
-    def logits(self, inputs: dict, gates: Gates, theta: Tensor | None = None) -> Tensor:
+    def logits(self, inputs: Inputs, gates: Gates[Tensor], theta: Tensor | None = None) -> Tensor:
         with self._gated(gates, theta):
             return self.net.logits(**inputs)
 
-    def leads_with_examples(self, inputs: dict) -> bool:
+    def leads_with_examples(self, inputs: Inputs) -> bool:
         return leads_with_examples(self.net, inputs)
 
-    def each_logits(self, batches: list[dict], gates: Gates, theta: Tensor | None = None) -> Iterator[Tensor]:
+    def each_logits(
+        self, batches: Sequence[Inputs], gates: Gates[Tensor], theta: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Without gradients, weights are rounded once for all batches. Read it to the end: gates are set until then."""
         with self._gated(gates, theta):
             for inputs in batches:
                 yield self.net.logits(**inputs)
 
-    def _gated(self, gates: Gates, theta: Tensor | None) -> contextlib.AbstractContextManager:
+    def _gated(
+        self, gates: Gates[Tensor], theta: Tensor | None
+    ) -> contextlib.AbstractContextManager[adapters.GatedModel]:
         weights = None if theta is None else self.weights.split(theta)
         return adapters.use_gates(self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32)
 
@@ -231,14 +242,15 @@ class BayesianLoRA(GateProgram):
         return None if self.gates_are_random else adapters.exact_tensors(self.gate_guide.posterior().z.mode)
 
     def forward(
-        self, inputs: dict, labels: Tensor, temperature: float, kl_weight: float = 1.0, held_open: bool = False
+        self, inputs: Inputs, labels: Tensor, temperature: float, kl_weight: float = 1.0, held_open: bool = False
     ) -> tuple[Tensor, Terms]:
         """The training loss and its terms, at a temperature of the relaxation.
 
         held_open: before the gates start; the loss is that of LoRA, with its weights' distribution.
         """
         self.temperature, self.kl_weight = temperature, kl_weight
-        model, guide = self.model, self.guide
+        model: Program = self.model
+        guide: Program = self.guide
         if held_open:
             model, guide = (poutine.condition(part, data=self.opened._asdict()) for part in (model, guide))
         self._at_32 = None if held_open else self.pinned_at_32

@@ -28,7 +28,7 @@ def show_parameters(program: nn.Module) -> None:
             effectful(lambda shown=shown: shown, type="param")(name=f"program.{name}")
 
 
-def _require_svi(program: nn.Module) -> None:
+def _require_svi(program: Any) -> None:
     if program.gate_guide.is_allocated:
         raise ValueError(
             f"the guide {type(program.gate_guide).__name__} cannot be trained by pyro.infer.SVI: an allocator sets its "

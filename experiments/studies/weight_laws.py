@@ -12,7 +12,7 @@ from pyro_blora.posterior import Prediction, bops, calibration, deployed, draw, 
 from pyro_blora.tasks import Task, get_task
 from pyro_blora.tasks.likelihoods import Likelihood
 from pyro_blora.training.laplace_fit import fit_run
-from pyro_blora.weights import build_weights
+from pyro_blora.weights import Swag, build_weights
 
 _ENSEMBLES = ("lora", "lora-gaussian", "lora-swag", "xs8-swag")  # paths whose seeds are members
 Law = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many of its last deviations
@@ -37,9 +37,11 @@ def _read(parts: Parts, law: Law) -> dict:
         gates = draw(program, draws, seed=seed) if parts.config.method == "bayesian_lora" else None
         found = _scored(parts, _predictions(parts, gates, draw_weights(program, draws, seed=seed)))
         return found | {"bops": float(bops(program).adapted_ratio)}
+    swag = program.weights
+    assert isinstance(swag, Swag)
     with seeded(program, seed), torch.no_grad():
-        theta = program.weights.draw(draws, law)
-    return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * program.weights.size}
+        theta = swag.draw(draws, law)
+    return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * swag.size}
 
 
 def _laplace(parts: Parts) -> dict:
