@@ -9,10 +9,11 @@ from pyro_blora.evaluation import predicted
 from pyro_blora.evaluation.summary import stored
 from pyro_blora.gates import Gates
 from pyro_blora.posterior import Prediction, bops, calibration, deployed, draw, draw_weights, seeded
+from pyro_blora.progress import silenced
 from pyro_blora.tasks import Task, get_task
 from pyro_blora.tasks.likelihoods import Likelihood
 from pyro_blora.training.laplace_fit import fit_run
-from pyro_blora.weights import build_weights
+from pyro_blora.weights import Swag, build_weights
 
 _ENSEMBLES = ("lora", "lora-gaussian", "lora-swag", "xs8-swag")  # paths whose seeds are members
 Law = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many of its last deviations
@@ -37,9 +38,14 @@ def _read(parts: Parts, law: Law) -> dict:
         gates = draw(program, draws, seed=seed) if parts.config.method == "bayesian_lora" else None
         found = _scored(parts, _predictions(parts, gates, draw_weights(program, draws, seed=seed)))
         return found | {"bops": float(bops(program).adapted_ratio)}
+    swag = program.weights
+    if not (isinstance(swag, Swag) and isinstance(law, int)):
+        raise ValueError(
+            f"law {law!r} is not one of weights {parts.config.weights!r}: a number of deviations is SWAG's"
+        )
     with seeded(program, seed), torch.no_grad():
-        theta = program.weights.draw(draws, law)
-    return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * program.weights.size}
+        theta = swag.draw(draws, law)
+    return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * swag.size}
 
 
 def _laplace(parts: Parts) -> dict:
@@ -62,8 +68,9 @@ def _predictions(
     if gates is None:
         count = len(theta) if theta is not None else config.draws if dropout_seed is not None else 1
         gates = Gates(*(x.expand(count, *x.shape) for x in deployed(parts.program)))
-    for split in ("eval", "validation"):
-        found[split] = predicted(parts, split, gates, theta, dropout_seed=dropout_seed, quiet=True)
+    with silenced():
+        for split in ("eval", "validation"):
+            found[split] = predicted(parts, split, gates, theta, dropout_seed=dropout_seed)
     return found
 
 
