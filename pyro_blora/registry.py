@@ -24,6 +24,7 @@ from .user_values import as_word, coerce, suggest
 REQUIRED = inspect.Parameter.empty  # the "default" of a setting without one
 _PACKAGE = Path(__file__).parent
 Base = typing.TypeVar("Base")
+Part = typing.TypeVar("Part", bound=Callable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Registry:
         self.kind, self._modules, self._decorator = kind, modules, decorator or f"register_{kind}"
         self._functions: dict[str, Callable] = {}
         self._entries: dict[str, Entry] = {}
+
+    @typing.overload
+    def register(self, name: Part, /) -> Part: ...
+
+    @typing.overload
+    def register(self, name: str | None = None, **declared: Any) -> Callable[[Part], Part]: ...
 
     def register(self, name: str | Callable | None = None, **declared: Any) -> Callable:
         """Add a function, as `@register_KIND` (its own name is used) or `@register_KIND("name")`.

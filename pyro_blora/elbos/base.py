@@ -112,8 +112,8 @@ class GateELBO(TraceMeanField_ELBO):
         return loss.item()
 
 
-def build_elbo(name: str, family: Guide, settings: dict | None = None) -> Elbo:
-    """The named ELBO.
+def build_elbo(name: str | Callable, family: Guide, settings: dict | None = None) -> Elbo:
+    """The ELBO of a name, or of a class or function.
 
     Errors: ValueError for an unknown name or setting, for what is no ELBO, and for a guide that it cannot serve.
     """

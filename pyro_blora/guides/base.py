@@ -11,7 +11,7 @@ Gates that the prior pins (probability 0 or 1) are held there: the posterior can
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -170,8 +170,11 @@ class Evidence(Guide):
         return Gates(*(RelaxedNestedBernoulli(x, 1.0, validate_args=False).discrete for x in self.logits()))
 
 
-def build_guide(name: str, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> Guide:
-    """The named guide on a layout and a prior.  Errors: ValueError for an unknown name, setting or a wrong kind."""
+def build_guide(name: str | Callable, layout: AdapterLayout, prior: nn.Module, settings: dict | None = None) -> Guide:
+    """The guide of a name, or of a function, on a layout and a prior.
+
+    Errors: ValueError for an unknown name, setting or a wrong kind.
+    """
     function = GUIDES.resolve(name)
     guide = function(layout, prior, **GUIDES.settings(function, settings or {}))
     if isinstance(guide, nn.Module):

@@ -4,6 +4,7 @@ The function takes `(layout, **settings)` and returns `Gates(z, g)`, or a `Prior
 or look at the data. Register it with `@register_prior("name")`, or name it as `--prior file.py:function`.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -122,8 +123,8 @@ class Constant(Prior):
         return self._laws
 
 
-def build_one(name: str, settings: dict, layout: AdapterLayout) -> Prior:
-    """The named prior of both sites.  Errors: as `per_site.build_prior`."""
+def build_one(name: str | Callable, settings: dict, layout: AdapterLayout) -> Prior:
+    """The prior of both sites, of a name or of a function.  Errors: as `per_site.build_prior`."""
     function = PRIORS.resolve(name)
     name = PRIORS.called(name)
     result = function(layout, **PRIORS.settings(function, settings))

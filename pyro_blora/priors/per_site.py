@@ -4,6 +4,8 @@ Either site can have a prior of its own: the settings `z` and `g` name it, `z.NA
 `off` opens all its gates for good (32 bit; rank R).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,9 +69,10 @@ class Separate(Prior):
         return {f"{site}_{name}": value for site, part in parts for name, value in part.report().items()}
 
 
-def build_prior(name: str, layout: AdapterLayout, settings: dict | None = None) -> Prior:
-    """The named prior on a layout, as a module that returns Gates when called; settings `z` and `g` replace a site.
+def build_prior(name: str | Callable, layout: AdapterLayout, settings: dict | None = None) -> Prior:
+    """The prior of a name, or of a function, on a layout, as a module that returns Gates when called.
 
+    Settings `z` and `g` replace a site.
     Errors: ValueError for an unknown name or setting, and for a law of the wrong kind or shape.
     """
     built = {owner: build_one(*part, layout) for owner, part in parts(name, settings or {}).items()}
@@ -77,7 +80,7 @@ def build_prior(name: str, layout: AdapterLayout, settings: dict | None = None) 
     return Separate(built.get("z", whole), built.get("g", whole)) if built.keys() - {"both"} else whole
 
 
-def parts(name: str, settings: dict) -> dict[str, tuple[str, dict]]:
+def parts(name: str | Callable, settings: dict) -> dict[str, tuple[str | Callable, dict]]:
     """Name and settings of what is left of the prior of `both` sites, and of a `z` and a `g` of their own.
 
     Errors: ValueError for an unknown name or setting, and for settings of a prior that has no site left.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from ..registries import TASKS
 from .base import Task
 
+Make = TypeVar("Make", bound=Callable[..., Task])
 _MADE: dict[tuple[Callable, str], Task] = {}  # once: a task is itself whoever asks
 
 
@@ -35,6 +36,18 @@ def get_task(name: str | Callable[..., Task], settings: Mapping[str, Any] | None
             task.require_usable()
         _MADE[key] = task
     return _MADE[key]
+
+
+@overload
+def register_task(task: Task) -> Task: ...
+
+
+@overload
+def register_task(task: Make) -> Make: ...
+
+
+@overload
+def register_task(task: str | None = None) -> Callable[[Make], Make]: ...
 
 
 def register_task(task: Task | str | Callable | None = None) -> Any:

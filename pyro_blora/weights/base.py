@@ -10,7 +10,7 @@ configuration goes with it (`registry.Entry`).
 Shapes: D random weights, S draws, K deviations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..registries import WEIGHTS, register_weights
 
 Parameters = Mapping[tuple[int, str], nn.Parameter]  # by (projection, "lora_A", "lora_B" or "core")
+HeadParameters = Mapping[int, nn.Parameter]  # in the head's order
 Sides = Literal["lora_A", "both"]
 
 
@@ -45,14 +46,14 @@ class Weights(nn.Module):
     plateau = 1.0
     """The fraction of its peak at which it then stays."""
 
-    def __init__(self, weights: Parameters, head: Mapping | None = None):
+    def __init__(self, weights: Parameters, head: HeadParameters | None = None):
         super().__init__()
         self.follow(weights, head or {})
         self.size = sum(p.numel() for p in weights.values())
 
     # --- theta --------------------------------------------------------------------------------------------------------
 
-    def follow(self, weights: Parameters, head: Mapping) -> None:
+    def follow(self, weights: Parameters, head: HeadParameters) -> None:
         """Take these parameters, which are the net's, for theta's mean and the head."""
         held = self.__dict__.get("_parts", weights)  # in the dict: this module does not own them
         self.__dict__["_parts"] = {key: weights[key] for key in held}
@@ -121,7 +122,7 @@ class Point(Weights):
 class RandomWeights(Weights):
     """All weights that are given are random."""
 
-    def __init__(self, weights: Parameters, head: Parameters | None = None):
+    def __init__(self, weights: Parameters, head: HeadParameters | None = None):
         if not weights:
             raise ValueError(
                 "this law of the weights needs an adapter whose weights can be random: --adapter lora or xs"
@@ -139,7 +140,7 @@ def random_sides(weights: Parameters, sides: Sides) -> Parameters:
 
 
 @register_weights("point")
-def point(weights: Parameters, head: Parameters) -> Point:
+def point(weights: Parameters, head: HeadParameters) -> Point:
     """Trained weights, nothing random but the gates."""
     return Point(weights)
 
@@ -148,7 +149,7 @@ def point(weights: Parameters, head: Parameters) -> Point:
     "ensemble", fits="members", each="of",
     excludes={"restarts": "the members of --weights ensemble are restarts already: drop --restarts"},
 )  # fmt: skip
-def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: str = "point") -> Weights:
+def ensemble(weights: Parameters, head: HeadParameters, *, members: int = 3, of: str = "point") -> Weights:
     """Fits from several seeds, whose predicted probabilities are averaged; the first is exported.
 
     Settings: members; of, the distribution of each of them, with its own default settings: of laplace a mixture of
@@ -162,7 +163,7 @@ def ensemble(weights: Parameters, head: Parameters, *, members: int = 3, of: str
 
 
 @register_weights("dropout", sets={"average_over": "dropout"})
-def dropout(weights: Parameters, head: Parameters) -> Point:
+def dropout(weights: Parameters, head: HeadParameters) -> Point:
     """Predictions average over dropout masks, the same as --average_over dropout.
 
     Source: Gal and Ghahramani (2016).
@@ -170,8 +171,13 @@ def dropout(weights: Parameters, head: Parameters) -> Point:
     return Point(weights)
 
 
-def build_weights(name: str, weights: Parameters, head: Parameters, settings: dict | None = None) -> Weights:
-    """The named distribution.  Errors: ValueError for an unknown name or setting, or for nothing to be random."""
+def build_weights(
+    name: str | Callable, weights: Parameters, head: HeadParameters, settings: dict | None = None
+) -> Weights:
+    """The distribution of a name, or of a function.
+
+    Errors: ValueError for an unknown name or setting, or for nothing to be random.
+    """
     function = WEIGHTS.resolve(name)
     law = function(weights, head, **WEIGHTS.settings(function, settings or {}))
     if not isinstance(law, Weights):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ..registries import register_weights
-from .base import Parameters, RandomWeights, Sides, random_sides
+from .base import HeadParameters, Parameters, RandomWeights, Sides, random_sides
 
 _COLUMN = 10.0  # starting standard deviations in a unit of a factor's column: it has further to go than the diagonal
 _TINY = 1e-12  # least variance of a scale that is learned in closed form
@@ -20,7 +20,7 @@ class Gaussian(RandomWeights):
     in_training = True
 
     def __init__(
-        self, weights: Parameters, head: Parameters, prior_std: float | None, start_std: float, kl_weight: float
+        self, weights: Parameters, head: HeadParameters, prior_std: float | None, start_std: float, kl_weight: float
     ):
         super().__init__(weights, head)
         for name, value in (("prior_std", prior_std), ("start_std", start_std), ("kl_weight", kl_weight)):
@@ -96,7 +96,7 @@ class LowRank(Gaussian):
 
 @register_weights("gaussian")
 def gaussian(
-    weights: Parameters, head: Parameters, *, prior_std: float | None = None, start_std: float = 0.01,
+    weights: Parameters, head: HeadParameters, *, prior_std: float | None = None, start_std: float = 0.01,
     kl_weight: float = 1.0, sides: Sides = "lora_A",
 ) -> Gaussian:  # fmt: skip
     """Independent Gaussians, learned with the gates by SVI: mean field, the BLoB family.
@@ -111,8 +111,8 @@ def gaussian(
 
 @register_weights("low_rank")
 def low_rank(
-    weights: Parameters, head: Parameters, *, rank: int = 10, prior_std: float | None = None, start_std: float = 0.01,
-    kl_weight: float = 1.0, sides: Sides = "lora_A",
+    weights: Parameters, head: HeadParameters, *, rank: int = 10, prior_std: float | None = None,
+    start_std: float = 0.01, kl_weight: float = 1.0, sides: Sides = "lora_A",
 ) -> LowRank:  # fmt: skip
     """A Gaussian whose covariance is a diagonal plus `rank` directions across all matrices, learned by SVI.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..registries import register_weights
-from .base import Parameters, RandomWeights
+from .base import HeadParameters, Parameters, RandomWeights
 
 PRECISIONS = (-5.0, 13.0)  # natural logarithms of the prior precisions that are tried on held-out rows: from, to
 _LARGEST_FULL = 2048  # weights whose full Laplace covariance is computed by default
@@ -63,7 +63,7 @@ class Laplace(RandomWeights):
     },
 )
 def laplace(
-    weights: Parameters, head: Parameters, *, structure: Literal["full", "low_rank", "diag"] | None = None,
+    weights: Parameters, head: HeadParameters, *, structure: Literal["full", "low_rank", "diag"] | None = None,
     rank: int = 100, prior_precision: float | None = None, linearized: bool = True,
 ) -> Laplace:  # fmt: skip
     """A Gaussian from the curvature at the trained weights, by laplace-torch.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..registries import register_weights
-from .base import Parameters, RandomWeights
+from .base import HeadParameters, Parameters, RandomWeights
 
 
 class Swag(RandomWeights):
@@ -113,7 +113,7 @@ class Swag(RandomWeights):
     excludes={"choose_epoch": "--weights swag averages over the epochs among which --choose_epoch chooses: drop one"},
 )
 def swag(
-    weights: Parameters, head: Parameters, *, rank: int = 10, burn_in: float = 0.5, snapshots: int = 20,
+    weights: Parameters, head: HeadParameters, *, rank: int = 10, burn_in: float = 0.5, snapshots: int = 20,
     plateau: float = 0.5,
 ) -> Swag:  # fmt: skip
     """A Gaussian fitted to the path of the training, with the paper's covariance.
