@@ -66,7 +66,7 @@ def as_word(value: Any, annotation: Any) -> Any:
 
 def _converted(value: Any, kind: type) -> Any:
     """The value as `kind` where nothing is lost on the way, else _NOTHING."""
-    text = value.strip().lower() if isinstance(value, str) else None
+    text = value.strip().lower() if isinstance(value, str) else ""
     if kind is type(None):
         return None if text in ("none", "null") else _NOTHING
     if kind is bool:

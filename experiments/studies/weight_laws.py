@@ -9,6 +9,7 @@ from pyro_blora.evaluation import predicted
 from pyro_blora.evaluation.summary import stored
 from pyro_blora.gates import Gates
 from pyro_blora.posterior import Prediction, bops, calibration, deployed, draw, draw_weights, seeded
+from pyro_blora.progress import silenced
 from pyro_blora.tasks import Task, get_task
 from pyro_blora.tasks.likelihoods import Likelihood
 from pyro_blora.training.laplace_fit import fit_run
@@ -38,7 +39,10 @@ def _read(parts: Parts, law: Law) -> dict:
         found = _scored(parts, _predictions(parts, gates, draw_weights(program, draws, seed=seed)))
         return found | {"bops": float(bops(program).adapted_ratio)}
     swag = program.weights
-    assert isinstance(swag, Swag)
+    if not (isinstance(swag, Swag) and isinstance(law, int)):
+        raise ValueError(
+            f"law {law!r} is not one of weights {parts.config.weights!r}: a number of deviations is SWAG's"
+        )
     with seeded(program, seed), torch.no_grad():
         theta = swag.draw(draws, law)
     return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * swag.size}
@@ -64,8 +68,9 @@ def _predictions(
     if gates is None:
         count = len(theta) if theta is not None else config.draws if dropout_seed is not None else 1
         gates = Gates(*(x.expand(count, *x.shape) for x in deployed(parts.program)))
-    for split in ("eval", "validation"):
-        found[split] = predicted(parts, split, gates, theta, dropout_seed=dropout_seed, quiet=True)
+    with silenced():
+        for split in ("eval", "validation"):
+            found[split] = predicted(parts, split, gates, theta, dropout_seed=dropout_seed)
     return found
 
 

@@ -12,7 +12,7 @@ head stays at 32 bit, and a pooler inside the base model is frozen.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -29,7 +29,7 @@ def attach(
     rank: int = 8,
     alpha: float = 16.0,
     target_modules: str | Iterable[str] | None = None,
-    adapter: str = "lora",
+    adapter: str | Callable = "lora",
     scope: str = "adapted",
     sequence_length: int = 128,
     init_lora_weights: str = "default",
@@ -44,7 +44,7 @@ def attach(
     target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
     scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
     sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
-    adapter: a name that `pyro-blora adapters` lists, or `file.py:function`, with adapter_settings.
+    adapter: a name that `pyro-blora adapters` lists, `file.py:function`, or the function itself, with adapter_settings.
     head: of a task's `likelihood`, how the backbone is called and read.
     init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
@@ -52,7 +52,8 @@ def attach(
     make = ADAPTERS.resolve(adapter)
     settings = ADAPTERS.settings(make, adapter_settings or {})
     if init_lora_weights != "default" and "init_lora_weights" not in inspect.signature(make).parameters:
-        raise ValueError(f"init_lora_weights {init_lora_weights!r} is for LoRA, not for adapter {adapter!r}: drop one")
+        called = ADAPTERS.called(adapter)
+        raise ValueError(f"init_lora_weights {init_lora_weights!r} is for LoRA, not for adapter {called!r}: drop one")
     layout = layout_of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length,
         share_inputs=share_inputs, batch_size=batch_size, head=head,

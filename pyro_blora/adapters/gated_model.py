@@ -12,7 +12,6 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,10 @@ from ..quantizer.grid import grids, mixture_weights
 from ..tasks.heads import SEQUENCE, Head
 from .gate_context import Gated, Handover, Observer, handed_over
 
-if TYPE_CHECKING:
-    import peft
-
 
 class GatedModel(nn.Module):
-    """A backbone with an adapter: call it inside `use_gates`. `layout` says what carries gates; `peft_model` is PEFT's;
-    `head` how it is called and read.
+    """A backbone with an adapter: call it inside `use_gates`. `layout` says what carries gates; `peft_model` is PEFT's,
+    or the backbone itself where there is no adapter; `head` how it is called and read.
 
     It is what an adapter's function returns. One with gated layers is made by `lora.gated`, and its layers say what
     its `low_rank` is; one without must have a `low_rank` of its own (adalora.py). May have: `penalty`, `allocate`,
@@ -47,7 +43,7 @@ class GatedModel(nn.Module):
     start_from_inputs: Callable[[GatedModel, Iterable[dict]], None] | None = None
     """Called once, before the first step, with the net and batches of training inputs; it may make new parameters."""
 
-    def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, handover: Handover, head: Head = SEQUENCE):
+    def __init__(self, peft_model: nn.Module, layout: AdapterLayout, handover: Handover, head: Head = SEQUENCE):
         super().__init__()
         self.peft_model, self.layout, self.handover, self.head = peft_model, layout, handover, head
         device = next(peft_model.parameters()).device

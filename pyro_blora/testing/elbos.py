@@ -1,6 +1,6 @@
 """What an ELBO must keep, tried where the exact expectation is known: on a program with three free gates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro import poutine
@@ -18,6 +18,7 @@ from .promises import Refuse, example_layout, refusing, tried
 _N, _B = 40, 8  # training examples, and those of the batch
 _DRAWS, _ERRORS = 400, 5.0  # estimates, and the standard errors that their mean may be off
 _SAME = 1e-5  # relative
+Batch = tuple[dict[str, Tensor], Tensor]  # inputs and labels
 
 
 def check_elbo(elbo: str | Callable, settings: dict | None = None) -> Elbo:
@@ -30,7 +31,7 @@ def check_elbo(elbo: str | Callable, settings: dict | None = None) -> Elbo:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         program = _program(elbo, settings)  # refuses what is no Elbo
-        batch = {"x": torch.randn(_B, 3)}, torch.arange(_B) % 2
+        batch: Batch = {"x": torch.randn(_B, 3)}, torch.arange(_B) % 2
         _check_losses(program, batch, refuse)
         _check_gradients(program, batch, refuse)
         _check_held(program, batch, refuse)
@@ -51,7 +52,7 @@ class _ThreeGates(GateProgram):
         return moved * inputs["x"] @ self.weight
 
 
-def _program(elbo: str | Callable, settings: dict | None = None) -> GateProgram:
+def _program(elbo: str | Callable, settings: dict | None = None) -> _ThreeGates:
     layout = example_layout(layers=1)
     z, g = torch.zeros(layout.z_shape), torch.zeros(layout.g_shape)  # log p: open for sure
     z[0, 0, :2], z[0, 0, 2:], g[0, 0], g[0, 1:] = -0.7, -torch.inf, -0.4, -torch.inf
@@ -61,7 +62,7 @@ def _program(elbo: str | Callable, settings: dict | None = None) -> GateProgram:
     return _ThreeGates(layout, prior, guide, labels, n_train=_N, estimator=elbo, estimator_settings=settings)
 
 
-def _check_losses(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
+def _check_losses(program: GateProgram, batch: Batch, refuse: Refuse) -> None:
     """All ways to ask are the same loss, and its KL is exact."""
     elbo, pair = program.elbo, (program.model, program.guide)
     ways = {
@@ -85,11 +86,11 @@ def _check_losses(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
         )
 
 
-def _check_gradients(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
+def _check_gradients(program: _ThreeGates, batch: Batch, refuse: Refuse) -> None:
     """The gradient of the NLL reaches the guide and the network."""
     nll = program.terms(*batch).nll
     learning = {"network's weight": program.weight, **dict(program.gate_guide.named_parameters())}
-    slopes = [None] * len(learning)
+    slopes: Sequence[Tensor | None] = [None] * len(learning)
     if nll.requires_grad:
         slopes = torch.autograd.grad(nll, [*learning.values()], allow_unused=True)
     for name, slope in zip(learning, slopes, strict=True):
@@ -99,7 +100,7 @@ def _check_gradients(program: GateProgram, batch: tuple, refuse: Refuse) -> None
             )
 
 
-def _check_held(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
+def _check_held(program: GateProgram, batch: Batch, refuse: Refuse) -> None:
     """Before the gates start they are given, and nothing is drawn."""
     opened = Gates(torch.ones(program.layout.z_shape), torch.ones(program.layout.g_shape))
     pair = [poutine.condition(part, data=opened._asdict()) for part in (program.model, program.guide)]
@@ -109,7 +110,7 @@ def _check_held(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
 
 
 @torch.no_grad()
-def _check_value(program: GateProgram, exact: Tensor, batch: tuple, refuse: Refuse) -> None:
+def _check_value(program: GateProgram, exact: Tensor, batch: Batch, refuse: Refuse) -> None:
     each = torch.stack([program.terms(*batch).nll for _ in range(_DRAWS)]).double()
     error = each.std() / _DRAWS**0.5
     if float((each.mean() - exact).abs()) > _ERRORS * float(error) + _SAME * float(exact):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from ..gates import Gates
 from ..guides.base import build_guide
@@ -12,6 +13,7 @@ from ..priors.base import Prior
 from ..priors.per_site import build_prior
 from ..program import GateProgram
 from ..registries import PRIORS
+from ..tasks.categorical import Categorical
 from .promises import MOVES, REGISTER, Refuse, example_layout, refusing, when_moved
 
 
@@ -43,6 +45,10 @@ def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, sett
 class GatesAlone(GateProgram):
     """The model and the guide of the gates without a network: of use where only their KL is asked for."""
 
+    def __init__(self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, *, n_train: int, **settings):
+        outcome = Categorical(("no", "yes"))  # of which nothing is asked
+        super().__init__(layout, prior, guide, outcome, n_train=n_train, **settings)
+
     def logits(self, inputs, gates, theta=None):
         raise NotImplementedError
 
@@ -61,9 +67,10 @@ def _check_gradients(prior: Prior, layout: AdapterLayout, refuse: Refuse) -> Non
     """The KL of a guide reaches whatever the prior learns."""
     guide = build_guide("mean_field", layout, prior, {"open_logit": 1.0})
     try:
-        divergence = sum(GatesAlone(layout, prior, guide, None, n_train=1, estimator="straight_through").kl())
+        kl = GatesAlone(layout, prior, guide, n_train=1, estimator="straight_through").kl()
     except KeyError as error:
         refuse(f"pyro_guide() samples the site {error}, which pyro_model() does not: sample the same sites in both")
+    divergence = kl.z + kl.g
     if not bool(divergence.isfinite()):
         refuse("the KL of a guide from it is not finite: keep log-probabilities at 0 or above -1e30, or pin with -inf")
     learned = {name: parameter for name, parameter in prior.named_parameters() if parameter.requires_grad}

@@ -12,6 +12,7 @@ from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate, gate_context, open_gates
 from pyro_blora.adapters.gate_context import ADAPTER
 from pyro_blora.adapters.layers import GatedLinear, QuantizedLinear
+from pyro_blora.adapters.lora import xs
 from pyro_blora.adapters.peft_config import lora_config
 from pyro_blora.deploy import export
 from pyro_blora.guides import build_guide
@@ -296,6 +297,14 @@ def test_only_adapters_head_and_ranges_are_trained(build, scope):
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert trained == adapted + head + net.log_range.numel()
     assert net.log_range.shape == net.layout.z_shape[:2]
+
+
+def test_an_adapter_is_a_name_or_a_function():
+    by_name, given = (attach(tiny_bert(), **SETTINGS, adapter=adapter) for adapter in ("xs", xs))
+    assert [name for name, _ in by_name.named_parameters()] == [name for name, _ in given.named_parameters()]
+    for adapter in ("xs", xs):
+        with pytest.raises(ValueError, match="'eva' is for LoRA, not for adapter 'xs'"):
+            attach(tiny_bert(), **SETTINGS, adapter=adapter, init_lora_weights="eva")
 
 
 @pytest.mark.parametrize("adapter", ["lora", "xs", "none"])

@@ -259,7 +259,7 @@ def test_what_closes_gates_waits_for_their_start(backbone, method, waits):
     """Pinned gates, too, change the network when they start: 8 bit from the start on, everything open before."""
     parts = build(tiny_config(backbone, method=method, epochs=4, validation=0.25, choose_epoch=True, kl_warmup=0.5))
     schedule = Schedule.of(parts.config, len(parts.rows["train"]))
-    assert Validation(parts, schedule, None, quiet=True).first == (schedule.opening if waits else 0)
+    assert Validation(parts, schedule, None).first == (schedule.opening if waits else 0)
     assert schedule.opening > 0
 
 

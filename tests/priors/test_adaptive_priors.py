@@ -418,7 +418,7 @@ def test_a_random_allocation_that_would_have_to_close_ranks_is_refused(layout):
 def test_random_rates_pay_their_own_divergence(layout, guide):
     prior = build_prior("hierarchical", layout)
     law = build_guide(guide, layout, prior, {"open_logit": 1.0})
-    program = GatesAlone(layout, prior, law, None, n_train=1)
+    program = GatesAlone(layout, prior, law, n_train=1)
     torch.manual_seed(0)
     paid = program.kl()
     torch.manual_seed(0)
