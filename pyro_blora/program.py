@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from . import adapters
 from .adapters.example_axis import leads_with_examples
 from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
-from .elbos.evaluation import closed_form_kl, mean_nll, unused
+from .elbos.evaluation import closed_form_kl, mean_nll, sites_of, unused
 from .gates import Gates
 from .guides.base import Guide
 from .layout import AdapterLayout
@@ -175,7 +175,7 @@ class GateProgram(nn.Module, abc.ABC):
     def nll(self, inputs: dict, labels: Tensor, z: Tensor, g: Tensor, theta: Tensor | None = None) -> Tensor:
         """Mean NLL of a batch at given gates (and weights), nats per example: the model, conditioned on them."""
         data = {"z": z, "g": g} if theta is None else {"z": z, "g": g, "theta": theta}
-        return mean_nll(poutine.trace(poutine.condition(self.model, data=data)).get_trace(inputs, labels))
+        return mean_nll(sites_of(poutine.condition(self.model, data=data), inputs, labels))
 
     def kl(self) -> Gates:
         """KL(guide || prior) of all ladders that exist, nats; that of a prior's random settings counts with z."""

@@ -4,12 +4,13 @@ import copy
 import math
 import warnings
 import weakref
+from typing import Any
 
 from pyro.poutine.runtime import _PYRO_STACK, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from .gates import Gates
+from .gates import Gates, NestedBernoulli
 
 
 def show_parameters(program: nn.Module) -> None:
@@ -22,12 +23,12 @@ def show_parameters(program: nn.Module) -> None:
     _require_svi(program)
     for name, parameter in program.named_parameters():
         if parameter.requires_grad:
-            shown = parameter.detach()  # as Pyro's module-local parameters: a view that knows what is optimized
+            shown: Any = parameter.detach()  # as Pyro's module-local parameters: a view that knows what is optimized
             shown.unconstrained = weakref.ref(parameter)
             effectful(lambda shown=shown: shown, type="param")(name=f"program.{name}")
 
 
-def _require_svi(program: nn.Module) -> None:
+def _require_svi(program: Any) -> None:
     if program.gate_guide.is_allocated:
         raise ValueError(
             f"the guide {type(program.gate_guide).__name__} cannot be trained by pyro.infer.SVI: an allocator sets its "
@@ -46,7 +47,7 @@ def without_singletons(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.reshape(shape) if x.dim() > len(shape) and x.numel() == math.prod(shape) else x
 
 
-def taking_soft_draws(laws: Gates) -> Gates:
+def taking_soft_draws(laws: Gates[NestedBernoulli]) -> Gates[NestedBernoulli]:
     """The same without a check of values: Pyro asks for the log-probability of a soft draw, and then uses the KL."""
     unchecked = Gates(*map(copy.copy, laws))
     for law in unchecked:

@@ -9,7 +9,6 @@ Shapes: N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import pyro.distributions as dist
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from ..guides.base import Guide
 from ..registries import ELBOS
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Program
+
+Draws = Literal["soft", "hard", "discrete"]  # of the guide: relaxed, straight-through, or without a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +50,20 @@ class Terms:
 class Elbo(Protocol):
     """What `@register_elbo` registers the maker of: `pyro.infer.SVI` asks for the last three."""
 
-    draws: Literal["soft", "hard", "discrete"]  # of the guide: relaxed, straight-through, or without a gradient
+    draws: Draws
 
     def check(self, family: Guide) -> None:
         """Refuse a guide that it cannot serve, before anything is trained.  Errors: ValueError."""
 
-    def terms(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Terms:
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """The terms at one draw, differentiable, without asking the host for a value."""
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """-ELBO, nats: N times the terms' loss."""
 
-    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float: ...
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float: ...
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float: ...
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float: ...
 
 
 class GateELBO(TraceMeanField_ELBO):
@@ -71,48 +72,50 @@ class GateELBO(TraceMeanField_ELBO):
     For the model and the guide of a `GateProgram`. No value is read on the host before the loss itself.
     """
 
-    draws: Literal["soft", "hard", "discrete"] = "hard"
+    draws: Draws = "hard"
     first: int | None = None  # the component that is drawn from first; None: the guide draws one
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
 
     def check(self, family: Guide) -> None:
         """Refuse a guide that it cannot serve.  Errors: ValueError."""
 
-    def draw(self, law: dist.Distribution) -> Tensor:
+    def draw(self, law: dist.TorchDistribution) -> Tensor:
         """The value of a gate site of the guide."""
-        return law()
+        value: Tensor = law()
+        return value
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         """E_q[NLL], nats per example, whose gradient reaches the guide and all that the NLL depends on."""
         raise NotImplementedError
 
-    def terms(self, model: Callable, guide: Callable, *args, **kwargs) -> Terms:
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """See `Elbo`. Where the gates are given (`poutine.condition` of model and guide), their KL has weight 0."""
         at = Evaluation(model, guide, args, kwargs, draw=self.draw, component=self.first)
         nll = at.nll(at.gates) if at.held else self.expected_nll(at)
         kl = at.divergences()
-        kl_g, kl_theta = kl.pop("g"), kl.pop("theta", 0.0)
-        return Terms(nll, sum(kl.values()), kl_g, kl_theta, at.examples, at.scale("z"), at.scale("theta"))
+        kl_z, kl_g, kl_theta = kl.pop("z"), kl.pop("g"), kl.pop("theta", 0.0)
+        kl_z = kl_z + sum(kl.values())  # of the prior's random settings
+        return Terms(nll, kl_z, kl_g, kl_theta, at.examples, at.scale("z"), at.scale("theta"))
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """-ELBO, nats, in double precision: divided by N it is the terms' loss to the bit, and so is its gradient."""
         terms = self.terms(model, guide, *args, **kwargs)
         return terms.loss.double() * terms.n_train
 
-    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
-        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        return float(self.differentiable_loss(model, guide, *args, **kwargs).item())
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
         warn_if_nan(loss, "loss")
-        return loss.item()
+        return float(loss.item())
 
 
-def build_elbo(name: str, family: Guide, settings: dict | None = None) -> Elbo:
+def build_elbo(name: str, family: Guide, settings: dict[str, Any] | None = None) -> Elbo:
     """The named ELBO.
 
     Errors: ValueError for an unknown name or setting, for what is no ELBO, and for a guide that it cannot serve.

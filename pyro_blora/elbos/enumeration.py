@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -30,13 +31,13 @@ class Enumerate(GateELBO):
             _require_gradient(law)
         _free(_depth_tables(components(family)))
 
-    def draw(self, law: dist.Distribution) -> Tensor:
+    def draw(self, law: dist.TorchDistribution) -> Tensor:
         _require_gradient(law)
         return unused(law)
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         tables, modes = _tables_of(at)
-        free, total = _free(tables), 0.0
+        free, total = _free(tables), torch.zeros((), device=tables[0].device)
         for state in product(*(range(tables[site].shape[-1]) for site, _ in free)):
             gates = [mode.detach().clone() for mode in modes]
             weight = torch.ones_like(tables[0][:, 0, 0])  # (M,)
@@ -48,7 +49,7 @@ class Enumerate(GateELBO):
         return total
 
 
-def _require_gradient(law: dist.Distribution) -> None:
+def _require_gradient(law: dist.TorchDistribution) -> None:
     if isinstance(law, dist.Delta):
         raise ValueError(
             "estimator 'enumerate' has no gradient for a guide of one allocation: use --guide mean_field, or "
@@ -56,7 +57,7 @@ def _require_gradient(law: dist.Distribution) -> None:
         )
 
 
-def _depth_tables(laws: Gates) -> list[Tensor]:
+def _depth_tables(laws: Gates[Any]) -> list[Tensor]:
     """The probability of each depth of each ladder, (M, ladders, K + 1), of z and of g."""
     return [law.depth_probs.flatten(1, -2) for law in laws]
 
@@ -66,8 +67,8 @@ def _tables_of(at: Evaluation) -> tuple[list[Tensor], list[Tensor]]:
     if at.joint is not None:
         laws = components(at.joint.family)
         return _depth_tables(laws), [law.mode[0] for law in laws]
-    laws = [getattr(law, "discrete", law) for law in at.laws]
-    return [law.depth_probs.flatten(0, -2)[None] for law in laws], [law.mode for law in laws]
+    discrete: list[Any] = [getattr(law, "discrete", law) for law in at.laws]
+    return [law.depth_probs.flatten(0, -2)[None] for law in discrete], [law.mode for law in discrete]
 
 
 def _free(tables: list[Tensor]) -> list[tuple[int, int]]:

@@ -5,20 +5,24 @@ Shapes: M components of the guide; z (L, T, K), g (L, R - 1).   Units: nats.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
 
 from ..gates import Gates
 
 JOINT = "joint"  # the guide's auxiliary site where its gates are dependent
 _GATES = ("z", "g")
+Program = Callable[..., Any]  # of Pyro: a model, or a guide
+Laws = Gates[dist.TorchDistribution]
+Draw = Callable[[dist.TorchDistribution], Tensor]
+Sites = dict[str, Any]  # what Pyro traces of each, by name
 
 
 class JointDivergence(dist.TorchDistribution):
@@ -33,25 +37,27 @@ class JointDivergence(dist.TorchDistribution):
     arg_constraints = {}  # noqa: RUF012
 
     def __init__(
-        self, family: nn.Module, laws: Gates, prior: Callable[[], Gates], masks: Gates, *, components: int = 1
+        self, family: Any, laws: Laws, prior: Callable[[], Laws], masks: Gates[Tensor], *, components: int = 1
     ):
         self.family, self.laws, self.prior, self.masks, self.components = family, laws, prior, masks, components
         super().__init__(event_shape=torch.Size((0,)), validate_args=False)
 
-    def divergence(self, prior: Gates) -> Gates:
+    def divergence(self, prior: Laws) -> Gates[Tensor]:
         """KL(guide || prior) of each site, nats; their sum is that of all gates."""
-        return self.family.divergence(prior, *self.masks)
+        found: Gates[Tensor] = self.family.divergence(prior, *self.masks)
+        return found
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
-        return torch.empty(sample_shape + self.event_shape)
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's signature)
+        return torch.empty(torch.Size(sample_shape) + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         prior = self.prior()
         sites = zip(self.laws, prior, self.masks, strict=True)
-        return sum(self.divergence(prior)) - sum(_masked(kl_divergence(q, p), mask) for q, p, mask in sites)
+        joint, apart = self.divergence(prior), [_masked(kl_divergence(q, p), mask) for q, p, mask in sites]
+        return joint.z + joint.g - apart[0] - apart[1]
 
 
-def closed_form_kl(site: str, guide: dist.Distribution, prior: dist.Distribution) -> Tensor:
+def closed_form_kl(site: str, guide: Distribution, prior: Distribution) -> Tensor:
     """KL(guide || prior), nats.
 
     Errors: ValueError where none is registered: an estimate of it from relaxed draws would not make an ELBO.
@@ -73,11 +79,11 @@ def _masked(kl: Tensor, mask: Tensor | None) -> Tensor:
 class _Drawn(Messenger):
     """Gate sites get their values from `draw(distribution)`."""
 
-    def __init__(self, draw: Callable):
+    def __init__(self, draw: Draw):
         super().__init__()
         self.draw = draw
 
-    def _pyro_sample(self, msg) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in _GATES and msg["value"] is None:
             msg["value"] = self.draw(msg["fn"])
 
@@ -90,89 +96,94 @@ class Evaluation:
     """
 
     def __init__(
-        self, model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping = MappingProxyType({}), *,
-        draw: Callable, component: int | None,
+        self, model: Program, guide: Program, args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}), *, draw: Draw, component: int | None,
     ):  # fmt: skip
         self.model, self.guide, self.args, self.kwargs, self.draw = model, guide, args, kwargs, draw
         self.drawn = self._run_guide(guide, component)
-        latent = {name: site for name, site in self.drawn.nodes.items() if _is_latent(site)}
+        latent = {name: site for name, site in self.drawn.items() if _is_latent(site)}
         self.shared = {name: site["value"] for name, site in latent.items() if name not in _GATES}
-        self.names = list(dict.fromkeys([*_GATES, *self.shared]))
-        self.scored: Trace | None = None  # the model's trace
+        self.scored: Sites = {}  # of the model's latest run
 
-    def _run_guide(self, guide: Callable, component: int | None) -> Trace:
+    def _run_guide(self, guide: Program, component: int | None) -> Sites:
         more = {} if component is None else {"component": component}
-        return poutine.trace(_Drawn(self.draw)(guide)).get_trace(*self.args, **self.kwargs, **more)
+        return sites_of(_Drawn(self.draw)(guide), *self.args, **self.kwargs, **more)
 
     @property
     def joint(self) -> JointDivergence | None:
         """Where gates are dependent, how."""
-        return self.drawn.nodes[JOINT]["fn"] if JOINT in self.drawn else None
+        return self.drawn[JOINT]["fn"] if JOINT in self.drawn else None
 
     @property
     def held(self) -> bool:
         """Whether the gates were given (`poutine.condition`)."""
-        return self.drawn.nodes["z"]["is_observed"]
+        return bool(self.drawn["z"]["is_observed"])
 
     @property
-    def laws(self) -> Gates:
+    def laws(self) -> Laws:
         """The distributions that the guide's gate sites have."""
-        return Gates(*(self.drawn.nodes[site]["fn"] for site in _GATES))
+        return Gates(*(self.drawn[site]["fn"] for site in _GATES))
 
     @property
-    def gates(self) -> Gates:
+    def gates(self) -> Gates[Tensor]:
         """What was drawn."""
-        return Gates(*(self.drawn.nodes[site]["value"] for site in _GATES))
+        return Gates(*(self.drawn[site]["value"] for site in _GATES))
 
-    def gates_of(self, component: int) -> Gates:
+    def gates_of(self, component: int) -> Gates[Tensor]:
         """A draw from another component, at the same weights and settings of the prior."""
-        trace = self._run_guide(poutine.condition(self.guide, data=self.shared), component)
-        return Gates(*(trace.nodes[site]["value"] for site in _GATES))
+        drawn = self._run_guide(poutine.condition(self.guide, data=self.shared), component)
+        return Gates(*(drawn[site]["value"] for site in _GATES))
 
-    def run_model(self, gates: Gates) -> Trace:
+    def run_model(self, gates: Gates[Tensor]) -> Sites:
         """At given gates, and else at what the guide drew."""
         given = poutine.condition(self.model, data={**self.shared, **gates._asdict()})
-        self.scored = poutine.trace(given).get_trace(*self.args, **self.kwargs)
+        self.scored = sites_of(given, *self.args, **self.kwargs)
         return self.scored
 
-    def nll(self, gates: Gates) -> Tensor:
+    def nll(self, gates: Gates[Tensor]) -> Tensor:
         """Mean NLL of the batch at given gates, nats per example."""
         return mean_nll(self.run_model(gates))
 
     def divergences(self) -> dict[str, Tensor]:
         """KL(guide || prior) by site, nats, after a run of the model."""
-        found, model = {}, self.scored.nodes
+        found: dict[str, Tensor] = {}
         if self.joint is not None:
-            found = self.joint.divergence(Gates(*(model[site]["fn"] for site in _GATES)))._asdict()
-        for name in self.names:
+            found |= self.joint.divergence(Gates(*(self.scored[site]["fn"] for site in _GATES)))._asdict()
+        for name in (*_GATES, *self.shared):
             if name not in found:
-                site = self.drawn.nodes[name]
-                found[name] = _masked(closed_form_kl(name, site["fn"], model[name]["fn"]), site["mask"])
+                site = self.drawn[name]
+                found[name] = _masked(closed_form_kl(name, site["fn"], self.scored[name]["fn"]), site["mask"])
         return found
 
     def scale(self, name: str) -> float:
         """What the KL of a site of the guide is multiplied by; 0 for gates that were given."""
         if name in _GATES and self.held:
             return 0.0
-        return self.drawn.nodes[name]["scale"] if name in self.drawn else 1.0
+        return float(self.drawn[name]["scale"]) if name in self.drawn else 1.0
 
     @property
     def examples(self) -> int:
         """N, as the model's plate of examples has it."""
-        (plate,) = self.scored.nodes["label"]["cond_indep_stack"]
-        return plate.full_size
+        (plate,) = self.scored["label"]["cond_indep_stack"]
+        return int(plate.full_size)
 
 
-def unused(law: dist.Distribution) -> Tensor:
+def sites_of(function: Program, *args: Any, **kwargs: Any) -> Sites:
+    """The sites of one run of a model or a guide, by name."""
+    return dict(poutine.trace(function).get_trace(*args, **kwargs).nodes)
+
+
+def unused(law: dist.TorchDistribution) -> Tensor:
     """The value of a gate site on which nothing depends: no random number is drawn."""
     return torch.zeros(law.shape())
 
 
-def _is_latent(site: dict) -> bool:
+def _is_latent(site: Any) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
-def mean_nll(model: Trace) -> Tensor:
-    """Mean NLL of the batch in a trace of the model, nats per example."""
-    label = model.nodes["label"]
-    return -label["fn"].log_prob(label["value"]).mean()
+def mean_nll(model: Sites) -> Tensor:
+    """Mean NLL of the batch in a run of the model, nats per example."""
+    label = model["label"]
+    nll: Tensor = -label["fn"].log_prob(label["value"]).mean()
+    return nll

@@ -6,7 +6,7 @@ Of a mixture every component is drawn from, as one alone would be M times noisie
 from torch import Tensor
 
 from ..registries import register_elbo
-from .base import GateELBO
+from .base import Draws, GateELBO
 from .evaluation import Evaluation
 
 
@@ -14,7 +14,8 @@ from .evaluation import Evaluation
 class Relaxed(GateELBO):
     """One soft draw of each component. Source: Maddison et al., Jang et al. (2017)."""
 
-    draws, first = "soft", 0
+    draws: Draws = "soft"
+    first = 0
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         total, count = at.nll(at.gates), 1 if at.joint is None else at.joint.components

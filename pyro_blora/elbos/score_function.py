@@ -1,5 +1,7 @@
 """DisARM: an unbiased gradient from two antithetic hard draws."""
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -25,31 +27,32 @@ class ScoreFunction(GateELBO):
 
     def check(self, family: Guide) -> None:
         for law in family.laws(1.0, True):
-            _require_logits(law)
+            _logits(law)
 
-    def draw(self, law: dist.Distribution) -> Tensor:
+    def draw(self, law: dist.TorchDistribution) -> Tensor:
         """Two draws of the conditional gates that are as opposed as their probabilities allow.  (2, ..., K)"""
-        _require_logits(law)
-        uniform = torch.rand_like(law.logits)
-        uniform = uniform.clamp(min=torch.finfo(uniform.dtype).tiny)  # a 0 would close a pinned gate
-        closed = torch.sigmoid(-law.logits.detach())
-        return torch.stack([uniform > closed, 1 - uniform > closed]).to(law.logits.dtype)
+        logits = _logits(law)
+        uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)  # a 0 would close a pinned gate
+        closed = torch.sigmoid(-logits.detach())
+        return torch.stack([uniform > closed, 1 - uniform > closed]).to(logits.dtype)
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         first, second = (at.nll(Gates(*(pair[i].cumprod(-1) for pair in at.gates))) for i in range(2))
         difference = (first - second).detach() / 2
-        surrogate = sum(_disarm(law.logits, pair, difference) for law, pair in zip(at.laws, at.gates, strict=True))
+        of_z, of_g = (_disarm(_logits(law), pair, difference) for law, pair in zip(at.laws, at.gates, strict=True))
+        surrogate = of_z + of_g
         return (first + second) / 2 + surrogate - surrogate.detach()
 
 
-def _require_logits(law: dist.Distribution) -> Tensor:
+def _logits(law: Any) -> Tensor:
     try:
-        return law.logits
+        logits: Tensor = law.logits
     except AttributeError:
         raise ValueError(
             f"estimator 'score_function' needs a guide with logits, not one of {type(law).__name__} distributions: use "
             "--guide mean_field, or --estimator straight_through"
         ) from None
+    return logits
 
 
 def _disarm(logits: Tensor, pair: Tensor, difference: Tensor) -> Tensor:
