@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import functools
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -61,9 +62,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     try:
-        return _command(argv)
+        code = _command(argv)
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError, ImportError) as error:
         ours = isinstance(error, ImportError) and (error.name or "").startswith("pyro_blora")
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 128 + signal.SIGPIPE
         if ours or os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
             raise
         if not is_main():  # where the main process fails, too, its sentence is enough
@@ -76,6 +81,16 @@ def _main(argv: list[str]) -> int:
             kept = f"; {interruption}" if str(interruption) else ""
             print(f"pyro-blora: interrupted{kept}", file=sys.stderr)
         return getattr(interruption, "exit_code", 130)
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads stdout any more, as behind `| head`; then what is left to print goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _command(argv: list[str]) -> int:
@@ -239,10 +254,16 @@ def _print_tasks() -> None:
 
 def _print_list(command: str) -> None:
     """The names of a kind, with their settings."""
+    if command == "tasks":
+        from .tasks import get_task  # what is learned is known to the task itself
+
     registry = LISTED[command]
     width = max(14, *map(len, registry.names()))
     for entry in registry.entries():
         print(f"{entry.name:{width}s} {entry.line}")
+        if command == "tasks":
+            task = get_task(entry.name)
+            print(f"{'':14s}   {' and '.join(task.text_columns)}; {task.metric_name}; {task.allowed_labels}")
         for setting, default in entry.settings.items():
             shown = "required" if default is REQUIRED else f"default: {default}"
             print(f"{'':14s}   --{registry.kind}.{setting} VALUE ({shown})")

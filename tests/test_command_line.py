@@ -190,6 +190,13 @@ def test_a_process_ends_with_one_line_and_exit_code_2(module):
     assert done.stderr.startswith("pyro-blora: error: rank must be from 1 to 65,536") and done.stderr.count("\n") == 1
 
 
+def test_a_reader_that_leaves_is_no_error():
+    command = [sys.executable, "-m", "pyro_blora", "methods"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(timeout=120) == 128 + signal.SIGPIPE
+
+
 def test_help_and_mistakes_need_no_torch():
     code = (
         "import sys; from pyro_blora.__main__ import main; print(main(['train', '--rank=0']), 'torch' in sys.modules)"
@@ -312,6 +319,6 @@ def test_every_script_asks_for_it_before_it_imports_torch(script):
     lines = script.read_text(encoding="utf-8").splitlines()
     early = ("import torch", "from pyro_blora", "from experiments", "import pyro", "import datasets", "import sklearn")
     first = next((line for line in lines if line.startswith(early)), "")
-    if first not in ("", "from pyro_blora.__main__ import main"):  # nothing of it, or what asks for it
+    if first not in ("", "from pyro_blora.__main__ import main"):  # no torch in its process; main asks for it
         assert first == "from pyro_blora.machine import spin_briefly"
         assert lines[lines.index(first) + 2].startswith("spin_briefly()")

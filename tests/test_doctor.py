@@ -93,8 +93,9 @@ def test_a_hub_out_of_reach_costs_seconds_and_names_a_way_without(monkeypatch):
 def test_tasks_are_listed_with_texts_labels_and_metrics(capsys):
     assert main(["tasks"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(task_names())
-    assert "numbers from 0 to 5" in next(line for line in lines if line.startswith("stsb"))
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(task_names())
+    details = lines[next(i for i, line in enumerate(lines) if line.startswith("stsb")) + 1]
+    assert details.split("; ") == [f"{'':17s}sentence1 and sentence2", "pearson", "allowed are numbers from 0 to 5"]
 
 
 def test_the_version_stands_once(capsys):
