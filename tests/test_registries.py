@@ -80,6 +80,12 @@ def test_a_method_consists_of_parts_that_are_registered_with_their_settings(meth
 TABLES = ("METHODS", "_LORA", "CHOICES", "_ADDED")  # of config/: data that names parts, and choices of two words
 
 
+def _assigned(node):
+    """The name that a statement gives a value, annotated or not; else nothing."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    return ast.unparse(target) if target else ""
+
+
 def test_the_configuration_asks_the_registries():
     """No name of a part stands in config/ but as a default, and in the table of methods."""
     names = {name for registry in CHOSEN.values() for name in registry.names()} - {"none"}  # the word for no value
@@ -89,7 +95,7 @@ def test_the_configuration_asks_the_registries():
         data = [
             node for node in ast.walk(tree) if getattr(getattr(node, "func", None), "id", "") in ("_field", "Method")
         ]
-        data += [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in TABLES]
+        data += [node for node in tree.body if _assigned(node) in TABLES]
         known = {id(inner) for node in data for inner in ast.walk(node)}
         said = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in known]
         assert not names & {text for text in said if isinstance(text, str)}, file

@@ -183,7 +183,7 @@ def test_every_gate_and_range_that_matters_receives_a_gradient():
 
 def test_a_call_without_gates_says_what_to_do():
     net = gated()
-    with pytest.raises(RuntimeError, match=r"with adapters.gates\(net, z, g\)"):
+    with pytest.raises(RuntimeError, match=r"with use_gates\(net, z, g\)"):
         net(**batch()[0])
 
 
