@@ -90,7 +90,8 @@ def module_of(name: str, kind: str) -> types.ModuleType:
 
 def replaces(new: Callable, old: Callable) -> bool:
     """Whether `new` is `old` from a notebook's cell that ran again, or from a user's file that was edited."""
-    reloadable = new.__module__ == "__main__" or new.__module__.startswith(_MODULE)
+    module = new.__module__ or ""  # none in code that was given to exec
+    reloadable = module == "__main__" or module.startswith(_MODULE)
     return reloadable and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
 
 

@@ -104,7 +104,7 @@ def films(*, good: str = "fine"):
                 make_metric=lambda: GlueScore("sst2"), load=load)
 
 
-@register_section("What it cost", place=15)
+@register_section("What mine cost", place=15)
 def cost(run, title):
     return Section(title, [f"It took {run.summary['seconds']['training']} seconds."])
 
@@ -181,10 +181,10 @@ def test_the_digest_is_that_of_the_files_content(config, own, tmp_path):
 
 def test_a_section_stands_at_its_place_of_the_page(run, own, forget, capsys):
     titles = [section.title for section in sections_of(RunFiles(run), [f"{own}:cost", f"{own}:plain_section"])]
-    assert titles[:3] == ["In plain words", "What it cost", "Gate map"]
+    assert titles[:3] == ["In plain words", "What mine cost", "Gate map"]
     assert titles[-3:] == ["Plain section", "Repeat this run", "Glossary"]
     assert main(["report", str(run), "--section", f"{own}:cost"]) == 0
-    assert "What it cost" in (run / "report.html").read_text(encoding="utf-8")
+    assert "What mine cost" in (run / "report.html").read_text(encoding="utf-8")
     assert main(["report", str(run), "--section", f"{own}:costs"]) == 2
     assert "has no 'costs': did you mean 'cost'?" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from .peft import GATES_FILE
 def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = ()) -> BayesianLoRA:
     """The trained program of a run folder, ready to draw, predict or go on.
 
-    allow_code: functions in files (`mine.py:late`) that config.json names and that may run: prior, guide, backbone.
+    allow_code: functions in files (`mine.py:late`) that config.json names and that may run: parts, backbone.
     Errors: ValueError for a folder that is no finished run, whose files are damaged or belong to another model, or
     that names code which is not allowed.
     """
