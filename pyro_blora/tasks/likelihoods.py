@@ -106,6 +106,14 @@ class Likelihood(abc.ABC):
     def examples(self) -> list[Any]:
         """Some labels, every kind of them, to try a metric on."""
 
+    def laid_out(self, labels: Sequence[Any]) -> np.ndarray:
+        """The column `label` as one array, as `scored` labels are: shorter rows are padded with IGNORED.  (E, *)"""
+        return np.asarray(labels)
+
+    def is_text(self, cell: object) -> bool:
+        """Whether a cell of a text column is one."""
+        return isinstance(cell, str) and bool(cell.strip())
+
     def reader(self, by_name: bool) -> tuple[Callable[[str], Any], str]:
         """(what turns a label as a text file has it into one, the allowed ones in words).
 

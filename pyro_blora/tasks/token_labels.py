@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import numpy as np
 import pyro.distributions as dist
@@ -82,6 +82,16 @@ class TokenLabels(Likelihood):
     @property
     def examples(self) -> list[list[int]]:
         return [[*range(self.outputs)], [*reversed(range(self.outputs)), IGNORED]]
+
+    def laid_out(self, labels: Sequence[Any]) -> np.ndarray:
+        rows = np.full((len(labels), max(map(len, labels))), IGNORED)
+        for row, given in zip(rows, labels, strict=True):
+            asked = [label for label in given if label != IGNORED]
+            row[: len(asked)] = asked
+        return rows
+
+    def is_text(self, cell: object) -> bool:
+        return _is_list_of_words(cell) and all(map(super().is_text, cell))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, columns: tuple[str, ...], max_length: int) -> Rows:
         """Errors: ValueError for a tokenizer that cannot tell words, and for a word without a label or a token."""
@@ -191,7 +201,7 @@ def _without(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != name}
 
 
-def _is_list_of_words(cell: object) -> bool:
+def _is_list_of_words(cell: object) -> TypeGuard[Sequence[str]]:
     return isinstance(cell, list | np.ndarray) and len(cell) > 0 and isinstance(cell[0], str)
 
 

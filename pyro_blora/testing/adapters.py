@@ -12,6 +12,7 @@ from ..adapters.gated_model import GatedModel, open_gates, use_gates
 from ..adapters.ranges import calibrate
 from ..checkpoint import trainable
 from ..registries import ADAPTERS
+from ..tasks.heads import SEQUENCE
 from .promises import Refuse, refusing, tried
 
 _RANK, _LENGTH, _STD = 4, 10, 0.2  # of the adapter; of the inputs; of what is learned
@@ -55,7 +56,7 @@ def _backbone() -> nn.Module:
         max_position_embeddings=2 * _LENGTH, initializer_range=_STD, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return transformers.BertForSequenceClassification(config).eval()
+    return getattr(transformers, SEQUENCE.auto_class).from_config(config).eval()
 
 
 def _inputs() -> dict[str, Tensor]:

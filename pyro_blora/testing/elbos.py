@@ -12,7 +12,7 @@ from ..guides.base import build_guide
 from ..priors.base import Constant
 from ..program import GateProgram
 from ..registries import ELBOS
-from ..tasks.categorical import Categorical
+from ..tasks import get_task
 from .promises import Refuse, example_layout, refusing, tried
 
 _N, _B = 40, 8  # training examples, and those of the batch
@@ -58,8 +58,8 @@ def _program(elbo: str | Callable, settings: dict | None = None) -> _ThreeGates:
     z[0, 0, :2], z[0, 0, 2:], g[0, 0], g[0, 1:] = -0.7, -torch.inf, -0.4, -torch.inf
     prior = Constant(Gates(NestedBernoulli(z), NestedBernoulli(g)))
     guide = build_guide("mean_field", layout, prior, {"open_logit": 0.3})
-    labels = Categorical(("no", "yes"))
-    return _ThreeGates(layout, prior, guide, labels, n_train=_N, estimator=elbo, estimator_settings=settings)
+    kind = get_task("sst2").likelihood
+    return _ThreeGates(layout, prior, guide, kind, n_train=_N, estimator=elbo, estimator_settings=settings)
 
 
 def _check_losses(program: GateProgram, batch: Batch, refuse: Refuse) -> None:

@@ -47,9 +47,9 @@ def _check_rows(task: Task, rows: dict, refuse: Refuse) -> None:
         if len(table) == 0:
             refuse(f"split {split!r} has no rows: return some")
         for column in task.text_columns:
-            words = [text for text in table[column][:] if not (isinstance(text, str) and text.strip())]
-            if words:
-                refuse(f"split {split!r} has {words[0]!r} in its text column {column!r}: give texts, or drop the row")
+            wrong = [text for text in table[column][:] if not task.likelihood.is_text(text)]
+            if wrong:
+                refuse(f"split {split!r} has {wrong[0]!r} in its text column {column!r}: give texts, or drop the row")
     if len(rows["train"]) > _ROWS:
         refuse(f"load(n_train={_ROWS}) gave {len(rows['train'])} training rows: keep n_train of them, drawn with seed")
 
@@ -72,19 +72,20 @@ def _listed(table: "datasets.Dataset") -> list:
 
 def _check_metric(task: Task, labels: list, refuse: Refuse) -> None:
     """The headline number is larger for the labels themselves than for the best constant answer."""
+    truth = task.likelihood.laid_out(labels)
 
     def scored(answers: list) -> float:
         with np.errstate(all="ignore"):  # a correlation with a constant is none
-            return float(task.metric().compute(predictions=answers, references=labels)[task.metric_name])
+            return float(task.metric().compute(predictions=answers, references=truth.tolist())[task.metric_name])
 
-    perfect = tried(lambda: scored(labels), "its metric on the labels of split 'eval'", refuse)
+    perfect = tried(lambda: scored(truth.tolist()), "its metric on the labels of split 'eval'", refuse)
     if not math.isfinite(perfect):
         refuse(f"its metric {task.metric_name!r} of perfect predictions is {perfect}: it must be a finite number")
-    for constant in task.likelihood.constants(np.asarray(labels)):
+    for constant in task.likelihood.constants(truth):
         value = -math.inf
         with contextlib.suppress(Exception):  # some metrics refuse constants
             value = scored(constant.tolist())
-        if value > perfect or (value == perfect and constant.tolist() != labels):
+        if value > perfect or (value == perfect and constant.tolist() != truth.tolist()):
             refuse(
                 f"its metric {task.metric_name!r} is {perfect:g} for perfect predictions and {value:g} for a constant "
                 "answer: the headline number must be larger for better ones, so name another, or its negative"

@@ -1,5 +1,6 @@
 """A label of every word: a kind of outcome in one file and a line, from the data to a report and back."""
 
+import dataclasses
 import json
 
 import datasets
@@ -17,6 +18,7 @@ from pyro_blora.run import train_run
 from pyro_blora.tasks import Task, TokenLabels, get_task, register_task
 from pyro_blora.tasks.likelihoods import IGNORED, LIKELIHOODS
 from pyro_blora.tasks.token_labels import TokenScores
+from pyro_blora.testing import check_task
 
 pytestmark = pytest.mark.usefixtures("eager")
 NAMES = ("O", "B-NP", "I-NP")
@@ -208,6 +210,16 @@ def test_every_part_of_the_house_takes_it(config, tmp_path, changes):
     values = {"epochs": 1, "max_train": 64, "output_dir": str(tmp_path), "validation": 0.2, **changes}
     folder = train_run(tiny_config(config.backbone, task="phrases", **values))
     assert load(folder).likelihood == KIND
+
+
+def test_the_check_of_tasks_takes_lists_of_words_and_refuses_others(task):
+    assert check_task(task) is task
+    mine = dataclasses.replace(task, name="sentences", load=get_task("acceptability").load, text_columns=("sentence",))
+    with pytest.raises(ValueError, match="row 0 has label"):
+        check_task(mine)
+    empty = datasets.Dataset.from_dict({"words": [["a", " "]] * 4, "label": [[1, 2]] * 4})
+    with pytest.raises(ValueError, match=r"has \['a', ' '\] in its text column 'words'"):
+        check_task(dataclasses.replace(task, load=lambda **_: {"train": empty, "eval": empty}))
 
 
 def test_what_has_no_meaning_for_it_is_refused(config, tmp_path):
