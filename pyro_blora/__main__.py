@@ -67,7 +67,8 @@ def _main(argv: list[str]) -> int:
         return code
     except (ValueError, OSError, ImportError) as error:
         ours = isinstance(error, ImportError) and (error.name or "").startswith("pyro_blora")
-        if isinstance(error, BrokenPipeError) and _reader_has_left():
+        if isinstance(error, BrokenPipeError) and argv[:1] != ["train"]:  # nobody reads on, as behind `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         if ours or os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
             raise
@@ -81,16 +82,6 @@ def _main(argv: list[str]) -> int:
             kept = f"; {interruption}" if str(interruption) else ""
             print(f"pyro-blora: interrupted{kept}", file=sys.stderr)
         return getattr(interruption, "exit_code", 130)
-
-
-def _reader_has_left() -> bool:
-    """Whether nobody reads stdout any more, as behind `| head`; then what is left to print goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _command(argv: list[str]) -> int:

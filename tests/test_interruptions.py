@@ -263,7 +263,7 @@ def test_a_page_is_replaced_in_one_rename(finished, tmp_path, monkeypatch):
 
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     before = (folder / "report.html").read_bytes()
-    monkeypatch.setattr(page, "_run_page", lambda run: "a page" * 10_000)
+    monkeypatch.setattr(page, "_run_page", lambda *_: "a page" * 10_000)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
