@@ -12,7 +12,7 @@ from ..user_code import file_of
 # Left out of the digest: they say where and how a run is watched and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps", "checkpoint_minutes")
 # Later than runs whose folders are to keep their names.
-_ADDED = (
+_ADDED: tuple[tuple[str, Any], ...] = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
     ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
     ("group_by_length", False), ("backbone_revision", None), ("max_skipped_steps", 10), ("estimator_settings", {}),

@@ -1,6 +1,7 @@
 """What an adapter must keep, tried on a small BERT with random weights."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -141,16 +142,18 @@ def _check_low_rank(net: GatedModel, backbone: nn.Module, inputs: dict, refuse: 
     if not layout.adapted:
         return
     for projection in layout.adapted:
-        down, up = tried(lambda p=projection: net.low_rank(p.name), "low_rank(projection)", refuse)
+        down, up = tried(functools.partial(net.low_rank, projection.name), "low_rank(projection)", refuse)
         shapes = (projection.out_features, len(down)), (len(down), projection.in_features)
         if (tuple(up.shape), tuple(down.shape)) != shapes or len(down) > layout.rank:
             refuse(
                 f"low_rank({projection.name!r}) has shapes {tuple(down.shape)} and {tuple(up.shape)}, expected (r, n) "
                 f"and (m, r) with m, n = {projection.out_features}, {projection.in_features} and r <= {layout.rank}"
             )
-        merged.get_submodule(projection.name).weight.add_(layout.alpha / layout.rank * up @ down)
+        merged.get_parameter(f"{projection.name}.weight").add_(layout.alpha / layout.rank * up @ down)
     head = dict(net.backbone.named_parameters())
-    for name, parameter in merged.classifier.named_parameters():  # PEFT's copy of the head is the one that learns
+    for name, parameter in merged.get_submodule(
+        "classifier"
+    ).named_parameters():  # PEFT's copy of the head is the one that learns
         parameter.copy_(head[f"classifier.modules_to_save.default.{name}"])
     gap = _gap(_logits(net, inputs), merged(**inputs).logits)
     if not gap < _SAME:
@@ -184,7 +187,7 @@ def _check_numbers(net: GatedModel, refuse: Refuse) -> None:
     if penalty.shape != () or not bool(penalty.isfinite()):
         refuse("penalty() must be one finite number (), nats per example")
     for projection in net.layout.adapted:
-        count = tried(lambda p=projection: net.parameters_per_rank(p), "parameters_per_rank(projection)", refuse)
+        count = tried(functools.partial(net.parameters_per_rank, projection), "parameters_per_rank(projection)", refuse)
         if not isinstance(count, int) or count < 1:
             refuse(f"parameters_per_rank({projection.name!r}) is {count!r}, expected a whole number of at least 1")
     if net.allocates:

@@ -1,6 +1,6 @@
 """What an ELBO must keep, tried where the exact expectation is known: on a program with three free gates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro import poutine
@@ -88,8 +88,11 @@ def _check_losses(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
 def _check_gradients(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
     """The gradient of the NLL reaches the guide and the network."""
     nll = program.terms(*batch).nll
-    learning = {"network's weight": program.weight, **dict(program.gate_guide.named_parameters())}
-    slopes = [None] * len(learning)
+    learning: dict[str, nn.Parameter] = {
+        "network's weight": program.get_parameter("weight"),
+        **dict(program.gate_guide.named_parameters()),
+    }
+    slopes: Sequence[Tensor | None] = [None] * len(learning)
     if nll.requires_grad:
         slopes = torch.autograd.grad(nll, [*learning.values()], allow_unused=True)
     for name, slope in zip(learning, slopes, strict=True):
@@ -101,10 +104,11 @@ def _check_gradients(program: GateProgram, batch: tuple, refuse: Refuse) -> None
 
 def _check_held(program: GateProgram, batch: tuple, refuse: Refuse) -> None:
     """Before the gates start they are given, and nothing is drawn."""
+    inputs, labels = batch
     opened = Gates(torch.ones(program.layout.z_shape), torch.ones(program.layout.g_shape))
     pair = [poutine.condition(part, data=opened._asdict()) for part in (program.model, program.guide)]
     terms = tried(lambda: program.elbo.terms(*pair, *batch), "terms() with given gates", refuse)
-    if not torch.allclose(terms.nll, program.nll(*batch, *opened)) or terms.gate_weight != 0:
+    if not torch.allclose(terms.nll, program.nll(inputs, labels, *opened)) or terms.gate_weight != 0:
         refuse("where the gates are given, terms() must be their NLL and KLs of weight 0: leave that to GateELBO.terms")
 
 
