@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +30,7 @@ def attach(
     rank: int = 8,
     alpha: float = 16.0,
     target_modules: str | Iterable[str] | None = None,
-    adapter: str | Callable = "lora",
+    adapter: str | Callable[..., Any] = "lora",
     scope: str = "adapted",
     sequence_length: int = 128,
     init_lora_weights: str = "default",

@@ -1,8 +1,8 @@
 """What an adapter must keep, tried on a small BERT with random weights."""
 
 import copy
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ def _check_low_rank(net: GatedModel, backbone: nn.Module, inputs: dict, refuse: 
     if not layout.adapted:
         return
     for projection in layout.adapted:
-        down, up = tried(partial(net.low_rank, projection.name), "low_rank(projection)", refuse)
+        down, up = tried(functools.partial(net.low_rank, projection.name), "low_rank(projection)", refuse)
         shapes = (projection.out_features, len(down)), (len(down), projection.in_features)
         if (tuple(up.shape), tuple(down.shape)) != shapes or len(down) > layout.rank:
             refuse(
@@ -188,7 +188,7 @@ def _check_numbers(net: GatedModel, refuse: Refuse) -> None:
     if penalty.shape != () or not bool(penalty.isfinite()):
         refuse("penalty() must be one finite number (), nats per example")
     for projection in net.layout.adapted:
-        count = tried(partial(net.parameters_per_rank, projection), "parameters_per_rank(projection)", refuse)
+        count = tried(functools.partial(net.parameters_per_rank, projection), "parameters_per_rank(projection)", refuse)
         if not isinstance(count, int) or count < 1:
             refuse(f"parameters_per_rank({projection.name!r}) is {count!r}, expected a whole number of at least 1")
     if net.allocates:

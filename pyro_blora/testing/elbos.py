@@ -102,10 +102,11 @@ def _check_gradients(program: _ThreeGates, batch: Batch, refuse: Refuse) -> None
 
 def _check_held(program: GateProgram, batch: Batch, refuse: Refuse) -> None:
     """Before the gates start they are given, and nothing is drawn."""
+    inputs, labels = batch
     opened = Gates(torch.ones(program.layout.z_shape), torch.ones(program.layout.g_shape))
     pair = [poutine.condition(part, data=opened._asdict()) for part in (program.model, program.guide)]
     terms = tried(lambda: program.elbo.terms(*pair, *batch), "terms() with given gates", refuse)
-    if not torch.allclose(terms.nll, program.nll(*batch, *opened)) or terms.gate_weight != 0:
+    if not torch.allclose(terms.nll, program.nll(inputs, labels, *opened)) or terms.gate_weight != 0:
         refuse("where the gates are given, terms() must be their NLL and KLs of weight 0: leave that to GateELBO.terms")
 
 

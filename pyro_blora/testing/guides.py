@@ -1,8 +1,8 @@
 """What a guide must keep. Of the ladders that exist: what it says of the others is neither reported nor charged."""
 
 import copy
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class _Check:
         self.moves(guide)
         for nats in (0.0, 30.0):  # nothing, and much, learned from the data
             evidence = Gates(*(nats * torch.randn(law.depth_log_probs.shape) for law in self.prior))
-            tried(partial(guide.start, evidence), "start(evidence)", self.refuse)
+            tried(functools.partial(guide.start, evidence), "start(evidence)", self.refuse)
             if not all(bool(parameter.isfinite().all()) for parameter in guide.parameters()):
                 self.refuse("after start(evidence) its parameters are not finite: keep infinite evidence out of them")
             self.gradient(guide, sure=True)

@@ -11,9 +11,9 @@ from torch import nn
 from ..layout import AdapterLayout, Projection
 from ..registry import Registry
 
+Part = TypeVar("Part", bound=nn.Module)
 MOVES: tuple[dict[str, Any], ...] = ({"device": "meta"}, {"dtype": torch.float64})
 REGISTER = "hold its tensors with self.register_buffer or nn.Parameter, and make new ones from those"
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Refuse(Protocol):
@@ -40,7 +40,7 @@ def tried(call: Callable[[], Any], what: str, refuse: Refuse) -> Any:
         refuse(f"{what} fails: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def when_moved(module: Module, move: dict[str, Any], call: Callable[[Module], Any], refuse: Refuse) -> Any:
+def when_moved(module: Part, move: dict[str, Any], call: Callable[[Part], Any], refuse: Refuse) -> Any:
     """What a call gives once a copy of the module has moved to another device or dtype."""
     try:
         with validation_enabled(False):  # it reads values, which the meta device does not have

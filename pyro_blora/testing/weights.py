@@ -1,7 +1,7 @@
 """What a distribution of the adapter's weights must keep."""
 
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def check_weights(weights: str | Callable, settings: dict | None = None) -> Weig
         for step in range(1, _STEPS + 1):
             for parameter in parameters.values():
                 parameter.data.add_(0.01 * torch.randn_like(parameter))
-            tried(partial(built.collect, step, _STEPS), "collect(step, steps)", refuse)
+            tried(functools.partial(built.collect, step, _STEPS), "collect(step, steps)", refuse)
         tried(built.finish, "finish()", refuse)
         if built.random and not built.curvature:
             _check_draws(built, refuse)
