@@ -203,7 +203,7 @@ trainings above had batches of 16 and mostly shorter sentences, so positions wer
 
 {projections_table(rows)}
 
-Content and positions share one chain of gates for each tensor, so the share of positions in a projection's bit
+Content and positions share one ladder for each tensor, so the share of positions in a projection's bit
 operations is that in its MACs, whatever the gates are. Positions are also multiplied with the content (c2p and p2c,
 2 x tokens x 512 x d MACs a layer). These products are no projections: they stay at 32 bit in both scopes.
 

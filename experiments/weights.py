@@ -3,7 +3,7 @@
     python experiments/weights.py --glue_dir GLUE --report benchmarks/weights.md --figures benchmarks/figures
 
 A path is one training: LoRA or B-LoRA-XS, with weights that are points, Gaussian, or averaged by SWAG, alone or with
-gates, on all rows or a fraction of them. Several laws are read off the same path: the point, dropout, Laplace, SWAG
+gates, on all rows or a fraction of them. Several distributions are read off one path: the point, dropout, Laplace, SWAG
 with fewer deviations. An ensemble is made of LoRA's paths from all seeds. Held-out training rows choose epochs and
 temperatures, dev is predicted once. A finished path is one JSON file in --keep, so the study may be spread out over
 days.
@@ -68,7 +68,7 @@ def configuration(options, task: str, path: str, seed: int) -> RunConfig:
 
 
 def trained(options, task: str, path: str, seed: int) -> dict | None:
-    """The cell of a path: what its laws predict of dev, and their scores."""
+    """The cell of a path: what its distributions predict of dev, and their scores."""
     config, ending = configuration(options, task, path, seed), "-last" if options.last_epoch else ""
     file = options.keep / f"weights-{task}-{path}{ending}-{seed}.json"
     cell = kept(file, config)
@@ -89,7 +89,7 @@ def trained(options, task: str, path: str, seed: int) -> dict | None:
 
 
 def study(options) -> list[dict]:
-    """A row for each task, path, law and seed, with its scores."""
+    """A row for each task, path, distribution and seed, with its scores."""
     rows = []
     for seed in options.seeds:
         for task in options.tasks:

@@ -36,7 +36,7 @@ _LISTS = {  # of LISTED, what each is a list of
 _LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
 _HELP_COLUMN = 34  # of `train --help`: beside most flags with their values
 _SITES = (
-    "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a prior of their own, --prior.z.SETTING "
+    "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a separate prior, --prior.z.SETTING "
     "VALUE its settings; the name `off` opens them for good."
 )
 
@@ -193,7 +193,9 @@ def _parser() -> _Parser:
     for name, what in _LISTS.items():
         commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)
     commands.add_parser(
-        "doctor", help="say what this machine has for a training, and how to get what is missing", allow_abbrev=False
+        "doctor",
+        help="list what this machine has for a training, and how to install what is missing",
+        allow_abbrev=False,
     )
     show = commands.add_parser("show", help="print the result table of a finished run", allow_abbrev=False)
     show.add_argument("run", help="the run's folder")

@@ -2,11 +2,12 @@
 
     per projection   MACs(W x) b_input b_base  +  rank * (MACs(A x) b_input b_lora_A + MACs(B h) b_hidden b_lora_B)
 
-One function serves the prior's cost, the progress bar, the report and the tests: it takes probabilities (then the
-result is the exact expectation under a mean-field law, since bits and ranks of different chains multiply) or draws.
-Two denominators, both always: `adapted`, the adapted projections with all R ranks at 32 x 32 bit, and `model`, every
-matrix product of a forward (attention products and head included) with the same adapters at 32 x 32.
-An open model is 1.0 of either.
+BOPs are bit operations, MACs are multiply-accumulates; both are per example. One function serves the prior's cost, the
+progress bar, the report and the tests. It takes draws, or probabilities: then the result is the exact expectation under
+a mean-field distribution, since bits and ranks of different ladders multiply.
+Two denominators are always reported: `adapted`, the adapted projections with all R ranks at 32 x 32 bit, and `model`,
+every matrix product of a forward (attention products and head included) with the same adapters at 32 x 32. A model
+whose gates are all open has the ratio 1.0 for both.
 """
 
 import itertools
@@ -101,7 +102,7 @@ def _adapted(layout: AdapterLayout, device: torch.device | str = "cpu") -> Tenso
 
 
 def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BOPs:
-    """E[BOPs], exact under a mean-field law; or the BOPs of draws.
+    """E[BOPs], exact under a mean-field distribution; or the BOPs of draws.
 
     Shapes: z_probs (..., L, T, K), g_probs (..., L, R - 1) -> each field (...).
     Errors: ValueError for gates of another layout.
@@ -126,8 +127,8 @@ def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates[Te
     BOPs are sums of products such as bits * bits * rank, so what one factor saves depends on the others; a Shapley
     value is its mean over all orders in which the factors could have gone from full to expected. Within a factor, bits
     and ranks are linear in the gates, and each closed gate saves its own share.
-    Shapes: z_probs (L, T, K), g_probs (L, R - 1) marginals under a mean-field law -> the same, float64; the sum over
-    the adapted projections is the saving of `adapted`, that over all is the saving of `model`.
+    Shapes: z_probs (L, T, K), g_probs (L, R - 1) marginals under a mean-field distribution -> the same, float64;
+    the sum over the adapted projections is the saving of `adapted`, that over all is the saving of `model`.
     Source: Shapley, A value for n-person games (1953).
     """
     z_probs, g_probs = z_probs.double().cpu(), g_probs.double().cpu()

@@ -60,7 +60,7 @@ def check_names(config: RunConfig) -> Task:
         (ADAPTERS, config.adapter, config.adapter_settings), (ELBOS, config.estimator, config.estimator_settings),
     ):  # fmt: skip
         registry.settings(registry.resolve(name), settings)
-    WEIGHTS.resolve(config.law_of_fits)
+    WEIGHTS.resolve(config.weights_of_fits)
     if config.ood_task is not None:
         other, kind = get_task(config.ood_task), task.likelihood
         if not kind.has_confidence or other == task or other.likelihood.head != kind.head:
@@ -127,7 +127,7 @@ def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int =
     weights = build_weights(config.weights, net.random_weights(), head, config.weights_settings)
     if weights.curvature and kind.curvature is None:
         raise ValueError(
-            f"weights {config.law_of_fits!r} has no curvature for {kind.title}, the kind of task "
+            f"weights {config.weights_of_fits!r} has no curvature for {kind.title}, the kind of task "
             f"{config.task!r}: choose other --weights"
         )
     if net.allocates and not guide.is_allocated:

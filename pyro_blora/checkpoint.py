@@ -1,4 +1,4 @@
-"""Checkpoints of what is trained, as safetensors: parameters, buffers of laws, Adam's moments, the step.
+"""Checkpoints of a training, as safetensors: parameters, buffers of prior and guide, Adam's moments, the step.
 
 No frozen weights of the backbone, no pickle. Nothing else has state: learning rates, temperature and KL weight are
 functions of the step, the data order of (seed, epoch), and the draws of (seed, step, rank). So a run that is resumed
@@ -40,9 +40,9 @@ class Resumed(NamedTuple):
 
 
 def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torch.Tensor]:
-    """What is trained, frozen parts of adapters, and the state of prior, guide, weights' law and allocator, by name.
+    """Trained parameters, frozen parts of adapters, and the state of prior, guide, weights and allocator, by name.
 
-    in_training: without what is fitted when training has ended, a Laplace law's curvature.
+    in_training: without what is fitted when training has ended (Laplace's curvature).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -157,7 +157,7 @@ def load_checkpoint(
 
 
 def require_same_origin(path: Path, notes: Mapping[str, str], identity: Mapping[str, str] | None) -> None:
-    """Errors: ValueError where a file's notes say that it is of another training than `identity`; older ones do not."""
+    """Errors: ValueError for notes of another training than `identity`; older files have no such notes."""
     for name, expected in (identity or {}).items():
         if notes.get(name, expected) != expected:
             raise ValueError(f"{path} is of {WHAT[name]}: restore that, or {_AGAIN}")
@@ -184,7 +184,7 @@ def _newest_whole(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]
 
 
 def saved_in(folder: Path) -> str | None:
-    """One sentence that says what the newest checkpoint below a run's folder holds; None where there is none."""
+    """One sentence on the newest checkpoint below a run's folder; None where there is none."""
     paths = [path for name in (NEWEST, OLDER) for path in folder.rglob(f"checkpoints/{name}")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(SafetensorError, OSError, KeyError, TypeError, ValueError):

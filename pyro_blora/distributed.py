@@ -31,9 +31,9 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Ac
 
 
 def any_of(number: int, accelerator: accelerate.Accelerator, step: int) -> int:
-    """The largest of the processes' numbers, on all of them; 0 on steps at which they do not ask each other.
+    """The largest of the processes' numbers, on all of them; 0 on steps without communication.
 
-    On a GPU they ask every tenth step, as the answer waits for the device.
+    On a GPU they communicate every tenth step, as this synchronizes with the device.
     """
     if accelerator.num_processes == 1:
         return number
@@ -44,7 +44,7 @@ def any_of(number: int, accelerator: accelerate.Accelerator, step: int) -> int:
 
 
 def sharding_wanted() -> bool:
-    """Whether the launcher of several processes asked for a sharded backbone, by --use_fsdp or its variable."""
+    """Whether the launcher of several processes requests a sharded backbone, by --use_fsdp or its variable."""
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return asked and accelerate.PartialState().num_processes > 1
 
@@ -89,7 +89,7 @@ def gathered(part: object) -> list:
 
 
 def on_main(check: Callable[[], None]) -> None:
-    """A check of the main process's; the others wait for it, and all of them raise the ValueError that it ends in."""
+    """Run a check on the main process; all processes wait for it, and raise its ValueError if it has one."""
     state, refusal = accelerate.PartialState(), None
     if state.is_main_process:
         try:
@@ -106,7 +106,7 @@ def leave(code: int = 0) -> None:
     """End this process of several, the last thing that a script under torchrun does; one process alone goes on.
 
     Gloo's threads may meet an interpreter that is gone, and abort: a finished run would look like a failed one. At code
-    0 all processes wait for one another; else none does, as another one may have been ended already.
+    0 all processes wait for one another; else they do not, as another one may have ended already.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

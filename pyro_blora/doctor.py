@@ -75,7 +75,7 @@ def _package(name: str, label: str, remedy: str, *, needed: bool = False) -> Fin
 def _fits(requirement: str, version: str) -> bool:
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # it comes with transformers, whose absence is a line of its own
+    except ImportError:  # it comes with transformers, whose absence has its own line
         return True
     return Requirement(requirement).specifier.contains(version, prereleases=True)
 
@@ -133,7 +133,7 @@ def _hub() -> Finding:
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", False, "not asked: HF_HUB_OFFLINE is set", "--backbone demo, or a local folder")
+        return Finding("hub", False, "not checked: HF_HUB_OFFLINE is set", "--backbone demo, or a local folder")
     try:
         get_session().head(_HUB, timeout=_PATIENCE)
     except Exception as error:  # of whatever client huggingface_hub has

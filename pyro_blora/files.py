@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 SUMS, REPORT = "SHA256SUMS", "report.html"
-_UNLISTED = (SUMS, REPORT)  # a report is written again whenever somebody likes to
+_UNLISTED = (SUMS, REPORT)  # a report may be written again at any time
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -21,9 +21,9 @@ class NotWritten(OSError):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors: NotWritten where the disk is full, or refuses for another reason of its own.
+    """Errors: NotWritten where the disk is full, or refuses for another reason.
 
-    Libraries say so in exceptions of all kinds, whose texts have the system's words.
+    Libraries raise exceptions of many kinds for this, whose texts contain the system's message.
     """
     try:
         yield

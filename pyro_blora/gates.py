@@ -1,18 +1,18 @@
-"""Nested Bernoulli gates: a chain that, once closed, stays closed.
+"""Nested Bernoulli gates: a gate can be open only if the gate before it is open.
 
-A chain of K gates has K + 1 states, its depth d = number of open gates, and
+A ladder of K gates has K + 1 states, its depth d = 0, ..., K being the number of open gates, and
 
     p(z_1 = 1) = p_1,   p(z_{k+1} = 1 | z_k = 1) = p_{k+1},   p(z_{k+1} = 1 | z_k = 0) = 0.
 
-`NestedBernoulli` is that discrete law: priors and reported posteriors are of this class. `RelaxedNestedBernoulli` is
-the same law with a reparametrised sample for training; the relaxation lives in `rsample` only, and its KL divergence is
-the closed form between the two **discrete** laws. (A density of relaxed samples set against a probability mass, which
-is what pairing Pyro's relaxed Bernoulli with a Bernoulli does, is not an ELBO.)
+`NestedBernoulli` is that discrete distribution: priors and reported posteriors are of this class.
+`RelaxedNestedBernoulli` is the same distribution with a reparametrised sample for training. Only `rsample` is relaxed;
+the KL divergence is the closed form between the two **discrete** distributions. (The density of relaxed samples
+against a probability mass, as of Pyro's relaxed Bernoulli paired with a Bernoulli, is not an ELBO.)
 
 Everything is computed from log-probabilities (log p = -rate, log(1 - p) = log(-expm1(-rate))), so that rates from 1e-6
 to 1e6 nats give finite values and gradients in float32. A gate with log p = 0 or -inf is *pinned* open or closed.
 
-Shapes: K gates a chain is the event, (..., K); everything to the left is batch.
+Shapes: the event is one ladder of K gates, (..., K); dimensions to the left are batch dimensions.
 Source: van Baalen et al., Bayesian Bits (2020); Bayesian-LoRA, equations 7 and 8.
 """
 
@@ -28,13 +28,13 @@ from torch.types import _size
 
 from .ladder_math import log1mexp, log_at_least, nested, parents, weighted
 
-_Site = TypeVar("_Site", covariant=True)  # what `Gates` has two of: tensors, or their laws
+_Site = TypeVar("_Site", covariant=True)  # what `Gates` has two of: tensors or distributions
 _IMPOSSIBLE = -1e30  # log of 0, in sums that have to stay finite
 _NONPOSITIVE = constraints.independent(constraints.interval(-torch.inf, 0.0), 1)
 
 
-class _Chain(constraints.Constraint):
-    """0/1 vectors that never go up from one gate to the next."""
+class _Ladder(constraints.Constraint):
+    """0/1 vectors that never increase from one gate to the next."""
 
     is_discrete = True
     event_dim = 1
@@ -51,15 +51,15 @@ def _refuse(gradient: Tensor) -> None:
 
 
 class NestedBernoulli(TorchDistribution):
-    """The law of a chain of nested gates.
+    """The distribution of a ladder of nested gates.
 
-    Shapes: log_probs (..., K), conditional log-probabilities of opening; K may be 0. Values are 0/1 chains (..., K).
+    Shapes: log_probs (..., K), conditional log-probabilities of opening; K may be 0. Values are 0/1 ladders (..., K).
     Units: log-probabilities and entropies in nats.
     Errors: ValueError where a log-probability is positive or nan.
     """
 
     arg_constraints = {"log_probs": _NONPOSITIVE}  # noqa: RUF012 (torch's own spelling of a class attribute)
-    support = _Chain()
+    support = _Ladder()
     has_enumerate_support = True
 
     def __init__(self, log_probs: Tensor, validate_args: bool | None = None):
@@ -75,7 +75,7 @@ class NestedBernoulli(TorchDistribution):
 
     @classmethod
     def from_depth_logits(cls, logits: Tensor, validate_args: bool | None = None) -> "NestedBernoulli":
-        """The chain whose depth d has probability softmax(logits)_d.  logits (..., K + 1), -inf: impossible."""
+        """The ladder whose depth d has probability softmax(logits)_d.  logits (..., K + 1), -inf: impossible."""
         at_least = log_at_least(logits)
         reachable = at_least[..., :-1] > -torch.inf  # a gate whose parent is never open is closed
         opening = at_least[..., 1:] - torch.where(reachable, at_least[..., :-1], 0.0)
@@ -100,10 +100,10 @@ class NestedBernoulli(TorchDistribution):
             return (uniform < self.log_probs.exp()).to(self.log_probs.dtype).cumprod(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of a chain; -inf for what is not one.
+        """Log-probability of a ladder; -inf for any other vector.
 
         It is linear in the gates, sum_k z_k log p_k + (z_{k-1} - z_k) log(1 - p_k), so a straight-through
-        chain gets the exact differences as its gradient.
+        draw gets the exact differences as its gradient.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -112,7 +112,7 @@ class NestedBernoulli(TorchDistribution):
         return torch.where((step_down >= 0).all(-1), terms.sum(-1), -torch.inf)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All K + 1 chains, (K + 1, 1, ..., K), or (K + 1, *batch_shape, K) if expanded."""
+        """All K + 1 ladders, (K + 1, 1, ..., K), or (K + 1, *batch_shape, K) if expanded."""
         gates = self.event_shape[0]
         chains = torch.ones(gates + 1, gates, dtype=self.log_probs.dtype, device=self.log_probs.device).tril(-1)
         chains = chains.reshape((gates + 1,) + (1,) * len(self.batch_shape) + (gates,))
@@ -129,12 +129,12 @@ class NestedBernoulli(TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """The deployed chain: a gate is open where its marginal exceeds one half (the median depth), (..., K)."""
+        """The deployed (median) ladder: a gate is open where its marginal exceeds one half, (..., K)."""
         return (self.mean > 0.5).to(self.log_probs.dtype)
 
     @property
     def depth_probs(self) -> Tensor:
-        """P(d = 0), ..., P(d = K): the law of the number of open gates, (..., K + 1)."""
+        """P(d = 0), ..., P(d = K): the distribution of the number of open gates, (..., K + 1)."""
         return self.depth_log_probs.exp()
 
     @lazy_property
@@ -144,18 +144,18 @@ class NestedBernoulli(TorchDistribution):
         return torch.cat([zero, self.log_probs.cumsum(-1)], -1) + torch.cat([self.log_probs_closed, zero], -1)
 
     def entropy(self) -> Tensor:
-        """In nats, of the whole chain, (...)."""
+        """Entropy of each ladder, nats, (...)."""
         closed = weighted(self.log_probs_closed.exp(), self.log_probs_closed)
         per_gate = weighted(self.log_probs.exp(), self.log_probs) + closed
         return -(parents(self.mean) * per_gate).sum(-1)
 
 
 class RelaxedNestedBernoulli(TorchDistribution):
-    """A nested Bernoulli law with a reparametrised sample: binary Concrete gates, multiplied along the chain.
+    """A nested Bernoulli distribution with a reparametrised sample: binary Concrete gates, multiplied along the ladder.
 
-    `hard=True` thresholds each gate and passes the gradient straight through; then samples are exact draws of the
-    discrete law, and `log_prob` is its own. `hard=False` returns soft chains in [0, 1], which have no density here:
-    `log_prob` is that of the value rounded to a chain, and differentiating it raises; ELBOs use the closed-form KL.
+    `hard=True` thresholds each gate and passes the gradient straight through; then samples and `log_prob` are those of
+    the discrete distribution. `hard=False` returns soft ladders in [0, 1], which have no density here: `log_prob` is
+    that of the value rounded to a ladder, and differentiating it raises. ELBOs use the closed-form KL.
 
     Shapes: logits (..., K), log-odds of opening given the parent; -inf, inf pin a gate. temperature > 0, number or ().
     Source: Maddison et al., Jang et al. (2017); straight-through: Bengio et al. (2013).
@@ -183,14 +183,16 @@ class RelaxedNestedBernoulli(TorchDistribution):
 
     @property
     def discrete(self) -> NestedBernoulli:
-        """The law that is relaxed, and the only one that is ever reported."""
-        law = NestedBernoulli(torch.nn.functional.logsigmoid(self.logits), validate_args=False)
-        law.log_probs_closed = torch.nn.functional.logsigmoid(-self.logits)  # beyond 100 nats, p is 1 and 1 - p is lost
-        return law
+        """The discrete distribution, which is the one that is reported."""
+        distribution = NestedBernoulli(torch.nn.functional.logsigmoid(self.logits), validate_args=False)
+        distribution.log_probs_closed = torch.nn.functional.logsigmoid(
+            -self.logits
+        )  # beyond 100 nats, p is 1 and 1 - p is lost
+        return distribution
 
     @property
     def mean(self) -> Tensor:
-        """Exact marginals of the discrete law, (..., K)."""
+        """Exact marginals of the discrete distribution, (..., K)."""
         return self.discrete.mean
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
@@ -212,7 +214,7 @@ class RelaxedNestedBernoulli(TorchDistribution):
 def _kl(log_q: Tensor, log_q_closed: Tensor, log_p: Tensor, log_p_closed: Tensor) -> Tensor:
     """sum_k P_q(parent open) * [q (log q - log p) + (1 - q)(log(1 - q) - log(1 - p))], nats; METHOD §3.
 
-    An impossible event has a large finite log-probability here, so that 0 log 0 is 0 without a case of its own.
+    An impossible event has a large finite log-probability here, so that 0 log 0 is 0 without a special case.
     """
     q, closed = log_q.exp(), log_q_closed.exp()
     q_1, q_0, p_1, p_0 = (x.clamp(min=_IMPOSSIBLE) for x in (log_q, log_q_closed, log_p, log_p_closed))
@@ -238,7 +240,7 @@ def pinned_logits(log_probs: Tensor) -> Tensor:
 
 
 class Gates(NamedTuple, Generic[_Site]):
-    """The two sites of the program: laws, draws or marginals of the bit gates and of the rank gates.
+    """The two sites of the program: distributions, draws or marginals of the bit gates and of the rank gates.
 
     Shapes: z (..., L, T, K), g (..., L, R - 1); the lowest rung and the first rank are always open and not listed.
     """

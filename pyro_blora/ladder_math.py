@@ -1,6 +1,6 @@
 """Sums and products along a ladder of gates, with finite gradients where values underflow.
 
-Shapes: K gates of a ladder, (..., K); everything to the left is batch.
+Shapes: K gates of a ladder, (..., K); dimensions to the left are batch dimensions.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def parents(chain: Tensor) -> Tensor:
-    """Each gate's parent: the chain moved by one, with an open gate in front. (..., K) -> (..., K)"""
+    """Each gate's parent: the ladder moved by one, with an open gate in front. (..., K) -> (..., K)"""
     return torch.cat([torch.ones_like(chain[..., :1]), chain], -1)[..., :-1]
 
 
@@ -24,7 +24,7 @@ def log1mexp(log_prob: Tensor) -> Tensor:
 
 
 class _Nested(torch.autograd.Function):
-    """cumprod. PyTorch's own backward asks the host whether a gate is 0, and a GPU would wait for that."""
+    """cumprod. PyTorch's own backward reads on the host whether a gate is 0, which synchronizes with the GPU."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class _Nested(torch.autograd.Function):
 
 
 def nested(gates: Tensor) -> Tensor:
-    """Each gate times all before it: conditional gates to a chain.  (..., K) -> (..., K)"""
+    """Each gate times all before it: conditional gates to a ladder.  (..., K) -> (..., K)"""
     chain: Tensor = _Nested.apply(gates)
     return chain
 

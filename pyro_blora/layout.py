@@ -52,7 +52,7 @@ class AdapterLayout:
     """The gated projections of a model, in model order, and the MACs of everything.
 
     `model_macs` counts every matrix product of the plain model per example, attention products and head included.
-    `share_inputs`: query, key and value of a layer share one chain for their input, that of the first of them.
+    `share_inputs`: query, key and value of a layer share one ladder for their input, which is the first one's.
     `batch_size`: examples of the forward that was counted.
     """
 
@@ -111,7 +111,7 @@ class AdapterLayout:
 
     @cached_property
     def input_owner(self) -> Tensor:
-        """(L,) the projection that has the input's chain: itself, or with `share_inputs` the first of its layer."""
+        """(L,) the projection that has the input's ladder: itself, or with `share_inputs` the first of its layer."""
         first: dict[tuple[str, int], int] = {}
         owners = []
         for i, p in enumerate(self.projections):
@@ -121,7 +121,7 @@ class AdapterLayout:
 
     @cached_property
     def z_mask(self) -> Tensor:
-        """(L, T) bool: the chains that exist. A projection without an adapter has those of input and base only."""
+        """(L, T) bool: the ladders that exist. A projection without an adapter has those of input and base only."""
         always = torch.tensor([t in ("input", "base") for t in self.tensors])
         mask = self.g_mask[:, None] | always
         mask[:, INPUT] = self.input_owner == torch.arange(len(self.projections))
@@ -145,7 +145,7 @@ class AdapterLayout:
         return torch.tensor(self.ladder, dtype=torch.float64).diff()
 
     def on(self, device: torch.device | str, name: str) -> Tensor:
-        """One of this layout's tensors by name on a device, copied there once: every copy makes the host wait."""
+        """One of this layout's tensors by name on a device, copied there once, as every copy synchronizes."""
         copies: dict[tuple[torch.device | str, str], Tensor] = self.__dict__.setdefault("_copies", {})
         if (device, name) not in copies:
             copies[device, name] = getattr(self, name).to(device)

@@ -1,4 +1,4 @@
-"""What a process that trains asks of its machine."""
+"""Settings of a training process on its machine: memory, threads, cache."""
 
 import ctypes
 import os
@@ -20,8 +20,8 @@ def cache_folder() -> Path:
 def keep_freed_memory() -> bool:
     """Let glibc keep what tensors free, up to 1 GiB, for the next ones; True where that is possible.
 
-    By default it hands every large tensor back to the system, and a step on a CPU pays for its pages again: about a
-    tenth of its time. Call it in a process of your own, before training; CUDA has an allocator of its own.
+    By default it returns every large tensor to the system, and a step on a CPU pays for its pages again: about a
+    tenth of its time. Call it in your own process, before training; CUDA has its own allocator.
     """
     if platform.system() != "Linux":
         return False

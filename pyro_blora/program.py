@@ -8,10 +8,10 @@
 theta are the adapter's weights, where their distribution (weights/) is learned with the gates; else there is no such
 site. A prior with random settings has sites of its own for them, in the model and in the guide (priors/base.py).
 
-All gates of a network are two sites, drawn once at the top and handed to the layers. The KL is that of the discrete
-distributions, in closed form; a relaxation lives in the guide's sample only. The pair is plain Pyro: training minimizes
-`program.elbo.differentiable_loss(program.model, program.guide, inputs, labels) / N`, and so does `pyro.infer.SVI` with
-`program.elbo` (elbos/) or Pyro's `TraceMeanField_ELBO`. Nothing is in the global parameter store.
+All gates of a network are two sites, drawn once at the top of the program and passed to the layers. The KL is that of
+the discrete distributions, in closed form; only the guide's sample is relaxed. The pair is plain Pyro: training
+minimizes `program.elbo.differentiable_loss(program.model, program.guide, inputs, labels) / N`, and so does
+`pyro.infer.SVI` with `program.elbo` (elbos/) or Pyro's `TraceMeanField_ELBO`. Nothing is in the global parameter store.
 Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1), theta (D,).   Units: nats.
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from . import adapters
 from .adapters.example_axis import leads_with_examples
 from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
-from .elbos.evaluation import Laws, Program, closed_form_kl, mean_nll, sites_of, unused
+from .elbos.evaluation import Distributions, Program, closed_form_kl, mean_nll, sites_of, unused
 from .gates import Gates
 from .guides.base import Guide
 from .layout import AdapterLayout
@@ -44,9 +44,9 @@ Inputs = dict[str, Tensor]  # what the network is called with, by name
 
 
 class GateProgram(nn.Module, abc.ABC):
-    """A model/guide pair over the gates of a layout; a subclass says what the labels' logits are at given gates.
+    """A model/guide pair over the gates of a layout; a subclass defines the logits at given gates.
 
-    prior: a Prior, or a plain nn.Module with what it must have; guide: a Guide, likewise. likelihood: a
+    prior: a Prior, or a plain nn.Module with its methods; guide: a Guide, likewise. likelihood: a
     tasks.likelihoods.Likelihood, called with logits and a learned standard deviation. n_train: N.
     estimator: a name of elbos/, with its settings. weights: None for weights that are not random.
     temperature: of the guide's relaxed draws. kl_weight: scales the KL of all latent sites; below 1: a cold posterior.
@@ -74,10 +74,9 @@ class GateProgram(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def logits(self, inputs: Inputs, gates: Gates[Tensor], theta: Tensor | None = None) -> Tensor:
-        """What the likelihood takes, (B, *, C), at given gates and weights.
+        """The logits that parametrize the likelihood, (B, *, C), at given gates and weights.
 
-        theta: (D,), or (B, D) for each example its own; None for their mean, which is all that a program without random
-        weights gets.
+        theta: (D,), or (B, D) with one draw per example; None for the mean, always so where weights are not random.
         """
 
     def each_logits(
@@ -87,25 +86,25 @@ class GateProgram(nn.Module, abc.ABC):
         return (self.logits(inputs, gates, theta) for inputs in batches)
 
     def leads_with_examples(self, inputs: Inputs) -> bool:
-        """Whether each example of a batch may have weights of its own in one call of `logits`."""
+        """Whether the examples of a batch may have different weights in one call of `logits`."""
         return True
 
     @property
     def gates_are_random(self) -> bool:
-        """Whether the prior leaves any gate to chance."""
+        """Whether the prior leaves any gate random."""
         return any(bool((x.isfinite() & (x < 0)).any()) for x in self._log_probs())
 
     @property
     def gates_close(self) -> bool:
-        """Whether any gate can be closed, by chance or for sure: then the network changes when gates start."""
+        """Whether any gate can be closed, at random or always: then the network changes when gates start."""
         return any(bool((x < 0).any()) for x in self._log_probs())
 
     def _log_probs(self) -> list[Tensor]:
-        return [law.log_probs[mask] for law, mask in zip(self.prior(), (self.z_mask, self.g_mask), strict=True)]
+        return [q.log_probs[mask] for q, mask in zip(self.prior(), (self.z_mask, self.g_mask), strict=True)]
 
     @property
     def hard(self) -> bool:
-        """Whether the guide's draws are allocations, as the posterior's are, and no mixtures of two widths."""
+        """Whether the guide's draws are 0 or 1, as the posterior's are, and not relaxed."""
         return self.elbo.draws != "soft"
 
     # --- the program ------------------------------------------------------------------------------------------------
@@ -124,51 +123,51 @@ class GateProgram(nn.Module, abc.ABC):
         return logits
 
     def guide(self, inputs: Inputs, labels: Tensor | None = None, component: int | None = None) -> Gates[Tensor]:
-        """component: of a guide that has several (`each_law`), the one to draw from; None draws one."""
+        """component: of a guide that has several (`each_component`), the one to draw from; None draws one."""
         show_parameters(self)
         with poutine.scale(scale=self.kl_weight):
             self._theta_site("law")
             return self._guide_gates(component)
 
     def _model_gates(self) -> Gates[Tensor]:
-        laws = self.prior.pyro_model()
-        return self._gate_sites(laws if self.hard else taking_soft_draws(laws))
+        distributions = self.prior.pyro_model()
+        return self._gate_sites(distributions if self.hard else taking_soft_draws(distributions))
 
     def _guide_gates(self, component: int | None = None) -> Gates[Tensor]:
         settings = self.prior.pyro_guide()
-        laws, components = self._guide_laws(component)
-        gates = self._gate_sites(laws)
+        distributions, components = self._guide_distributions(component)
+        gates = self._gate_sites(distributions)
         if self.gate_guide.has_divergence:
             prior = poutine.block(poutine.condition(self.prior.pyro_model, data=settings))
             masks = Gates(self.z_mask, self.g_mask)
-            joint = JointDivergence(self.gate_guide, laws, prior, masks, components=components)
+            joint = JointDivergence(self.gate_guide, distributions, prior, masks, components=components)
             pyro.sample(JOINT, joint, obs=joint.sample(), infer={"is_auxiliary": True})
         return gates
 
-    def _guide_laws(self, component: int | None) -> tuple[Laws, int]:
-        """What gates are drawn from, and the number of components that each ELBO draws from in turn."""
+    def _guide_distributions(self, component: int | None) -> tuple[Distributions, int]:
+        """The distributions of the gates, and the number of components that each ELBO draws from."""
         if component is None:
-            laws, components = self.gate_guide.laws(self.temperature, self.hard), 1
+            distributions, components = self.gate_guide.laws(self.temperature, self.hard), 1
         else:
-            each = self.gate_guide.each_law(self.temperature, self.hard)
-            laws, components = each[component], len(each)
+            each = self.gate_guide.each_component(self.temperature, self.hard)
+            distributions, components = each[component], len(each)
         if self.elbo.draws == "discrete":
-            laws = Gates(*(law.has_rsample_(False) for law in laws))
-        return laws, components
+            distributions = Gates(*(q.has_rsample_(False) for q in distributions))
+        return distributions, components
 
-    def _theta_site(self, law: str) -> Tensor | None:
+    def _theta_site(self, distribution: str) -> Tensor | None:
         if not self.weights.in_training:
             return None
         with poutine.scale(scale=self.weights.kl_weight):
-            theta = pyro.sample("theta", getattr(self.weights, law)())
+            theta = pyro.sample("theta", getattr(self.weights, distribution)())
         return without_singletons(theta, (self.weights.size,))  # (D,)
 
-    def _gate_sites(self, laws: Laws) -> Gates[Tensor]:
+    def _gate_sites(self, distributions: Distributions) -> Gates[Tensor]:
         L, T, _ = self.layout.z_shape
         with pyro.plate("z_projection", L, dim=-2), pyro.plate("z_tensor", T, dim=-1), poutine.mask(mask=self.z_mask):
-            z = pyro.sample("z", laws.z)  # (L, T, K)
+            z = pyro.sample("z", distributions.z)  # (L, T, K)
         with pyro.plate("g_projection", L, dim=-1), poutine.mask(mask=self.g_mask):
-            g = pyro.sample("g", laws.g)  # (L, R - 1)
+            g = pyro.sample("g", distributions.g)  # (L, R - 1)
         return Gates(without_singletons(z, self.layout.z_shape), without_singletons(g, self.layout.g_shape))
 
     # --- the ELBO ---------------------------------------------------------------------------------------------------
@@ -199,7 +198,7 @@ class BayesianLoRA(GateProgram):
     """The program of a gated network: `net` is what `attach` returned."""
 
     _opened: Gates[Tensor] | None = None
-    _at_32: list[bool] | None = None  # of a training step: which tensors stay at 32 bit for sure
+    _at_32: list[bool] | None = None  # in a training step: which tensors always stay at 32 bit
 
     def __init__(
         self, net: adapters.GatedModel, prior: nn.Module, guide: nn.Module, likelihood: Likelihood, **settings: Any
@@ -238,7 +237,7 @@ class BayesianLoRA(GateProgram):
 
     @functools.cached_property
     def pinned_at_32(self) -> list[bool] | None:
-        """Which tensors every draw leaves at 32 bit, where the prior leaves no gate to chance: asked once."""
+        """Which tensors every draw leaves at 32 bit, where the prior pins all gates; computed once."""
         return None if self.gates_are_random else adapters.exact_tensors(self.gate_guide.posterior().z.mode)
 
     def forward(

@@ -22,7 +22,7 @@ _BAR, _TURNING = 12, "|/-\\"  # columns of a bar; a sign of life
 
 
 class Phase:
-    """A part of the work: `advance` counts what is done of `total`, `note` says how it goes."""
+    """A part of the work: `advance` counts progress towards `total`, `note` sets the text beside it."""
 
     def __init__(self, name: str, total: int | None, unit: str, first: int, still: bool):
         self.name, self.total, self.unit, self.first, self.done, self.still = name, total, unit, first, first, still
@@ -40,7 +40,7 @@ class Phase:
         _State.form.changed(self)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each counted when the next one is asked for."""
+        """The items, each counted when the next one is requested."""
         for item in items:
             yield item
             self.advance()
@@ -62,7 +62,7 @@ def phase(
     """Show that this is being done, until the block ends.
 
     total: how much there is to count, in units (a plural); None where that is not known. first: done before. still:
-    only name it, as libraries may draw bars of their own meanwhile, of a download.
+    only name it, as libraries may draw their own bars meanwhile, of a download.
     """
     this = Phase(": ".join([*filter(None, _State.labels), name]), total, unit, first, still)
     if not _State.open:

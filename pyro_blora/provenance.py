@@ -1,6 +1,6 @@
 """Which files of a run belong together: hashes of gates, adapter, configuration and frozen weights.
 
-`export` puts them into the notes of gates.safetensors; `load` compares them, and says which file is of another run.
+`export` puts them into the notes of gates.safetensors; `load` compares them, and names the file of another run.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def require_backbone(program: torch.nn.Module, notes: Mapping[str, str], config:
 
 
 def _of_files(folder: Path) -> str:
-    """Of weights and vocabulary, and of what their configuration says about them."""
+    """A hash of weights and vocabulary, and of their configuration."""
     lines = []
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
         if path.name != "gates.safetensors":

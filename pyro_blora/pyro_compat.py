@@ -1,4 +1,4 @@
-"""What Pyro's inference asks of a program beyond its model and its guide."""
+"""What Pyro's inference tools need of a program beyond its model and its guide."""
 
 import copy
 import math
@@ -47,9 +47,9 @@ def without_singletons(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.reshape(shape) if x.dim() > len(shape) and x.numel() == math.prod(shape) else x
 
 
-def taking_soft_draws(laws: Gates[NestedBernoulli]) -> Gates[NestedBernoulli]:
-    """The same without a check of values: Pyro asks for the log-probability of a soft draw, and then uses the KL."""
-    unchecked = Gates(*map(copy.copy, laws))
-    for law in unchecked:
-        law._validate_args = False
+def taking_soft_draws(distributions: Gates[NestedBernoulli]) -> Gates[NestedBernoulli]:
+    """The same without a check of values: Pyro computes the log-probability of a soft draw, and then uses the KL."""
+    unchecked = Gates(*map(copy.copy, distributions))
+    for distribution in unchecked:
+        distribution._validate_args = False
     return unchecked

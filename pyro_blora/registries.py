@@ -9,7 +9,7 @@
     @register_likelihood  a Likelihood                                         tasks/likelihoods.py
     @register_section     (run, title) -> a Section of the report              report/sections/
 
-The file on the right says what each must and may be; `testing.check_prior` and its like try it.
+The file on the right defines its interface; `testing.check_prior` and the other checks test it.
 """
 
 from .registry import Registry

@@ -1,8 +1,8 @@
-"""Parts that are chosen by name: a table of functions a kind (priors, guides, ...), which users' own can join.
+"""Parts chosen by name: a table of functions per kind (priors, guides, ...), to which users can add their own.
 
 A name is that of a function with a decorator, or `path/to/file.py:function`, so that a part that is tried out in a
 scratch file needs no installation. The package's own names are read from the text of its modules, and a module is
-imported when one of its names is asked for: lists and help need no torch. Settings are checked against the function's
+imported on first use of one of its names: lists and help need no torch. Settings are checked against the function's
 own signature, because a misspelt setting that is ignored silently makes a wrong experiment look finished.
 `registries.py` has the tables.
 """
@@ -31,9 +31,9 @@ Maker = typing.TypeVar("Maker", bound=Callable[..., Any])
 class Entry:
     """What is known of a name without importing what it stands for.
 
-    line: the first of the docstring. settings: their defaults, REQUIRED where there is none. The decorator may say:
-    proposes: values of flags where neither the user nor the method says anything. sets: values of flags that follow.
-    excludes: flags that must keep their default, each with the sentence that says why and the remedy.
+    line: the first of the docstring. settings: their defaults, REQUIRED where there is none. The decorator may declare:
+    proposes: values of flags where neither the user nor the method sets them. sets: values of flags that follow.
+    excludes: flags that must keep their default, each with a sentence that has the reason and the remedy.
     fits, each: the settings that say how many fits a run has, and the name by which each of them is chosen.
     place: in a list that has an order, the report's sections, whose last ones have 100 and 110.
     """
@@ -101,10 +101,10 @@ class Registry:
         return sorted(map(self.entry, self.names()), key=lambda entry: entry.place)
 
     def entry(self, name: str) -> Entry:
-        """What is known of a name; of a function in a file, what the text says, which is not run."""
+        """The entry of a name; that of a function in a file is read from the text, which is not run."""
         known = self._entries.get(name) or self._own.get(name)
         if known is None and is_of_file(name) and file_of(name)[0].is_file():
-            with contextlib.suppress(Exception):  # whatever is wrong with it, `resolve` says
+            with contextlib.suppress(Exception):  # `resolve` reports what is wrong with it
                 found = _written(file_of(name)[0], "", self._decorator)
                 known = next((entry for function, entry in found if function == file_of(name)[1]), None)
         return known or Entry(name)

@@ -51,7 +51,7 @@ def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     quiet: show neither progress nor the result.
     Errors: FileExistsError for a finished run; ValueError for whatever in the configuration cannot work, and for a run
     that another process is training. Neither leaves anything behind. NotWritten for a full disk. Interrupted after
-    SIGTERM, SIGINT or SIGHUP, with a sentence that says what is kept.
+    SIGTERM, SIGINT or SIGHUP, with a sentence on what is kept.
     """
     folder = config.folder
     check_names(config)
@@ -106,7 +106,7 @@ def _kept(folder: Path) -> str:
 def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] | None = None) -> None:
     """Train or resume the run and its restarts under a temporary name, and rename it when everything is there.
 
-    still_there: refuses a temporary folder that somebody has removed.
+    still_there: refuses a temporary folder that has been removed.
     """
     partial, main = _partial(folder), accelerate.PartialState().is_main_process
     restarts = [(one, partial / "restarts" / f"seed-{one.seed}") for one in each_restart(config)]
@@ -134,7 +134,7 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
             check()
             os.replace(partial, folder)
             sync(folder.parent)
-        _write_page(folder)  # last: a run does not wait for its page
+        _write_page(folder)  # last: the run is complete without its page
     accelerate.PartialState().wait_for_everyone()
 
 
@@ -152,7 +152,7 @@ def _write_page(folder: Path) -> None:
 
 
 def each_restart(config: RunConfig) -> list[RunConfig]:
-    """The further fits, each as a run of its own: from another seed, with the same training rows.
+    """The further fits, each as a separate run: from another seed, with the same training rows.
 
     They are the restarts of a run, or the members of an ensemble.
     """

@@ -1,7 +1,7 @@
-"""One process a run: a lock file beside its folder, which says who holds it, and a lock on the folder being filled.
+"""One process per run: a lock file beside its folder, which names the owner, and a lock on the folder being filled.
 
-Both are the system's (flock), which lets go of them however a process ends. The second one holds where somebody deletes
-the lock file of a run in progress.
+Both are system locks (flock), which are released however a process ends. The second one still holds if the lock file of
+a run in progress is deleted.
 """
 
 import contextlib

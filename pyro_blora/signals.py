@@ -21,7 +21,7 @@ _TOGETHER = 1.0  # seconds within which signals are one
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the work. The text says what is kept."""
+    """A signal has ended the work. The text lists what is kept."""
 
     def __init__(self, signum: int, text: str = ""):
         super().__init__(text)
@@ -43,7 +43,7 @@ class _State:
 
 @contextlib.contextmanager
 def heeded(*more: int) -> Iterator[None]:
-    """Turn the ending signals, and `more`, into `Interrupted`. Those that are ignored (nohup) or heeded by others stay.
+    """Turn the ending signals, and `more`, into `Interrupted`. Not those that are ignored (nohup) or handled otherwise.
 
     Within another `heeded`, and in other threads than the main one, it changes nothing.
     """
@@ -65,7 +65,7 @@ def heeded(*more: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within, a signal is noted for `asked`. At the end, one that was not acted on ends the work."""
+    """Within this context a signal is only recorded, for `asked`. At the end, a recorded signal ends the work."""
     with heeded():
         _State.deferring += 1
         try:
@@ -86,7 +86,7 @@ def _hear(signum: int, frame: FrameType | None) -> None:
         _State.asked, _State.since = signum, time.monotonic()
         if not _State.deferring:
             raise Interrupted(signum)
-        if signum == signal.SIGINT and is_main() and is_terminal():  # somebody waits
+        if signum == signal.SIGINT and is_main() and is_terminal():  # an interactive user
             os.write(2, b"\npyro-blora: ending after this step, with a checkpoint; once more to end at once\n")
     elif time.monotonic() - _State.since > _TOGETHER:
         os.write(2, b"\npyro-blora: stopped at once, by a second signal\n")

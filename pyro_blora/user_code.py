@@ -1,4 +1,4 @@
-"""Functions in Python files of a user's, `path/to/file.py:function`: imported when they are named, and only then."""
+"""Functions in Python files of a user's, `path/to/file.py:function`: imported only if they are named."""
 
 import contextlib
 import contextvars
@@ -61,7 +61,7 @@ def require_allowed(name: str, kind: str) -> None:
 
 
 def module_of(name: str, kind: str) -> types.ModuleType:
-    """The file's module, imported once per content, so that a run that asks twice gets the same function.
+    """The file's module, imported once per content, so that two calls return the same function.
 
     Errors: ValueError for a file that is missing, that is no Python file, or that fails to import.
     """

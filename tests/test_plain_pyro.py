@@ -189,7 +189,7 @@ def test_random_rates_are_a_site_with_their_prior_density():
     torch.manual_seed(0)
     drawn = program.prior.pyro_guide()["rates"]  # the first thing that is drawn
     of_gates = kl_divergence(program.gate_guide.laws(1.0, False).z, program.prior.gates_at(drawn).z)
-    of_rates = kl_divergence(*(program.prior.law_in_use(law) for law in ("posterior", "prior"))).sum()
+    of_rates = kl_divergence(*(program.prior.distribution_in_use(law) for law in ("posterior", "prior"))).sum()
     torch.testing.assert_close(terms.kl_z, of_gates.sum() + of_rates)
 
 

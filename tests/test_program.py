@@ -88,7 +88,7 @@ def test_the_nll_of_a_mixture_is_the_mean_over_a_draw_of_each_component(estimato
     terms = program.terms(inputs, labels)
     torch.manual_seed(3)
     nlls = []
-    for laws in program.gate_guide.each_law(program.temperature, estimator == "straight_through"):
+    for laws in program.gate_guide.each_component(program.temperature, estimator == "straight_through"):
         gates = {site: law.rsample() for site, law in zip(("z", "g"), laws, strict=True)}
         model = poutine.trace(poutine.condition(program.model, data=gates)).get_trace(inputs, labels)
         model.compute_log_prob()

@@ -25,7 +25,7 @@ def _inputs(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def residual_ladder(x: Tensor, value_range: Tensor, gates: Tensor) -> Tensor:
-    """z_2 x_2 + z_4 e_4 + ..., of the chain of gates (5,); e_b is what is left, rounded to b bit."""
+    """z_2 x_2 + z_4 e_4 + ..., of the ladder (5,); e_b is what is left, rounded to b bit."""
     clipped = torch.minimum(torch.maximum(x, -value_range), value_range)
     value, out = torch.zeros_like(x), torch.zeros_like(x)
     for gate, bits in zip(gates, LADDER[:-1], strict=False):

@@ -1,6 +1,6 @@
 """The acceptance ladder of the inference: problems with known posteriors, fits, and tests of calibration.
 
-    states.py       every state of the free chains, and exact quantities from a table of log-likelihoods
+    states.py       every state of the free ladders, and exact quantities from a table of log-likelihoods
     problems.py     programs that small: Gaussian toys, and the real adapter layers in a tiny BERT
     fitting.py      stochastic variational inference as it is shipped, and Pyro's naive pairing for contrast
     rivals.py       gradient estimators that the package does not ship

@@ -1,7 +1,7 @@
 """Many simulations trained at once: one forward of the network for all, every one with gates and labels of its own.
 
 The guides of D simulations are the D components of one module, their losses are added and Adam works number by number,
-so that each is trained as if it were alone, by the same quantizer, laws and schedules (test_ladder.py holds it
+so that each is trained as if it were alone, by the same quantizer, distributions and schedules (test_ladder.py holds it
 against `svi`). Only the calls are fewer, and a network this small is all calls.
 
 Shapes: D simulations, N examples; z (D, L, T, K), g (D, L, R - 1).   Units: nats.
@@ -65,7 +65,7 @@ def nll(network: Network, gates: Gates, labels: Tensor) -> Tensor:
 
 
 def trained_laws(network: Network, simulations: Simulations, *, steps: int, seed: int = 0) -> Tensor:
-    """The law of the states that `relaxed` on a mean field finds for each simulation.  (D, S), float64"""
+    """The distribution of the states that `relaxed` on a mean field finds for each simulation.  (D, S), float64"""
     D, N = simulations.labels.shape
     prior, layout = network.prior(), network.net.layout
     guide = Mixture(layout, network.prior, UNDECIDED, D)  # its components, each on its own

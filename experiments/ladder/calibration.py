@@ -2,7 +2,7 @@
 
 If the inference is exact, the truth is one more draw of the posterior: an event of posterior probability p is true with
 probability p, and the rank of the truth among posterior draws is uniform. Ranks are taken among infinitely many draws,
-from the exact law of the states, with random ties (the randomised probability integral transform).
+from the exact distribution of the states, with random ties (the randomised probability integral transform).
 
 Shapes: D simulations, S states, G gates.
 Source: Talts et al. (2018); Modrak et al. (2023), for the log-likelihood as a quantity; Säilynoja, Bürkner and Vehtari,
@@ -25,7 +25,7 @@ _POINTS = 100  # at which an ECDF is held against its band
 
 @dataclasses.dataclass(frozen=True)
 class Simulations:
-    """D draws from the joint law: states (D,), labels (D, N), and the labels' log-likelihood in all states (D, S)."""
+    """D joint draws: states (D,), labels (D, N), and the labels' log-likelihood in all states (D, S)."""
 
     truth: Tensor
     labels: Tensor
@@ -44,7 +44,7 @@ class Simulations:
 
 
 def randomised_rank(quantity: Tensor, law: Tensor, truth: Tensor, generator: torch.Generator) -> Tensor:
-    """P(quantity < truth's) + U P(quantity = truth's) under each law: uniform if calibrated.
+    """P(quantity < truth's) + U P(quantity = truth's) under each distribution: uniform if calibrated.
 
     Shapes: quantity (S,) or (D, S), law (D, S), truth (D,) -> (D,).
     """
@@ -89,7 +89,7 @@ def gate_p_values(probability: Tensor, opened: Tensor, seed: int = 0) -> Tensor:
     """P-value of each gate's calibration: does an event of probability p come true with probability p?
 
     The statistic is the largest absolute sum of (opened - p) over the simulations in order of p, from either end; its
-    law under calibration is simulated by drawing every event at its own p.
+    distribution under calibration is simulated by drawing every event at its own p.
     Shapes: probability, opened (D, G) -> (G,).   Source: Tygert, Plots of the cumulative differences (2022).
     """
     generator = torch.Generator().manual_seed(seed)

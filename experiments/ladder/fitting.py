@@ -40,7 +40,7 @@ def svi(
 def naive_pairing(problem: Problem, *, steps: int, temperature: float, seed: int = 0) -> Tensor:
     """What Pyro makes of a RelaxedBernoulliStraightThrough guide against a Bernoulli model: no ELBO.
 
-    A chain is the running product of its own independent Bernoulli gates, so that model and prior are unchanged.
+    A ladder is the running product of its own independent Bernoulli gates, so that model and prior are unchanged.
     Shapes: returns the fitted P(open) of each free gate, (G,).
     """
     states, prior = problem.table.states, problem.prior()

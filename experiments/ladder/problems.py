@@ -39,7 +39,7 @@ class FixedPrior(nn.Module):
 
 
 def toy_layout(chains: int, gates: int = 1) -> AdapterLayout:
-    """Chains of at most four gates and nothing else: z (chains, 1, gates), g (chains, 0)."""
+    """Ladders of at most four gates and nothing else: z (chains, 1, gates), g (chains, 0)."""
     projections = tuple(
         Projection(name=f"chain.{i}", type="chain", layer=0, in_features=1, out_features=1, tokens=1, adapted=True)
         for i in range(chains)
@@ -51,7 +51,7 @@ def toy_layout(chains: int, gates: int = 1) -> AdapterLayout:
 
 
 class LinearGaussian(GateProgram):
-    """y = X (w * gates) + noise of a known standard deviation.  X (N, gates of all chains), w likewise."""
+    """y = X (w * gates) + noise of a known standard deviation.  X (N, gates of all ladders), w likewise."""
 
     def __init__(self, weight: Tensor, noise: float, layout, prior, guide, **settings):
         super().__init__(layout, prior, guide, lambda mean, scale: dist.Normal(mean, noise), **settings)
@@ -96,7 +96,7 @@ class Problem:
 
 
 def prior_only(open_probability: tuple[float, ...] = (0.1, 0.25, 0.8)) -> Problem:
-    """No data say anything: a chain of one gate for each probability, and one chain with all of them in a row."""
+    """A flat likelihood: a ladder of one gate for each probability, and one ladder with all of them in a row."""
     gates = len(open_probability)
     z = torch.full((gates + 1, 1, gates), -torch.inf)
     z[:gates, 0, 0] = torch.tensor(open_probability).log()
@@ -200,7 +200,7 @@ class Network:
         return labels, labels.double() @ self.log_probs[..., 1].T + (1 - labels).double() @ self.log_probs[..., 0].T
 
     def problem(self, *, depths: tuple[int, ...] | None = None, seed: int = 0) -> Problem:
-        """Labels drawn at one known state, given by the depth of each free chain (default: half open)."""
+        """Labels drawn at one known state, given by the depth of each free ladder (default: half open)."""
         depths = tuple(size // 2 for size in self.states.sizes) if depths is None else depths
         state = (self.states.depths == torch.tensor(depths)).all(-1).nonzero()[0]
         labels, rows = self.drawn(state, torch.Generator().manual_seed(seed))

@@ -12,14 +12,14 @@ from .rungs import Check
 
 _ABOUT_FITS = """\
 Trained by Adam with the package's schedules: a rate of 0.1 that falls to a hundredth, unless said otherwise, and a
-temperature that falls from 0.5 to 0.1. ELBOs are of the discrete law, by enumeration."""
+temperature that falls from 0.5 to 0.1. ELBOs are of the discrete distribution, by enumeration."""
 _ABOUT_MIXTURES = "Gaps to the log evidence, in nats; closed: of the exact mean field's gap."
 _ABOUT_GRADIENTS = """\
 Of E_q[NLL] at three guides, against enumeration. bias: ‖E g - g*‖ / ‖g*‖ ± its Monte Carlo error, which is also its
 noise floor; variance: E‖g - E g‖² / ‖g*‖² times the forwards of an estimate, so at an equal number of scores."""
 _ABOUT_CALIBRATION = """\
 p-values of three tests of each inference; a familywise level of 5 % is shared equally among the three.
-overconfidence: log odds times (predicted - true), on average; positive if a law is surer than it should be."""
+overconfidence: log odds times (predicted - true), on average; positive if a distribution is overconfident."""
 
 
 def line(check: Check) -> str:
@@ -40,7 +40,7 @@ def _fits(ladder) -> str:
     for evidence, fit in ladder.fits:
         gap = "no ELBO" if fit.elbo is None else f"{evidence - fit.elbo:.3f}"
         rows.append([fit.problem, fit.name, f"{fit.error:.3f}", gap, f"{fit.seconds:.0f}"])
-    return _table(["problem", "law", "worst marginal error", "log evidence - ELBO (nats)", "seconds"], rows)
+    return _table(["problem", "distribution", "worst marginal error", "log evidence - ELBO (nats)", "seconds"], rows)
 
 
 def _mixtures(ladder) -> str:
@@ -88,7 +88,7 @@ def write(ladder, seconds: dict[str, float], folder: Path, arguments: str) -> No
         + "\n" + "\n".join(map(line, ladder.checks)),
     ]  # fmt: skip
     sections = (
-        ("Laws of the gates against the exact posterior", _ABOUT_FITS, ladder.fits, _fits),
+        ("Distributions of the gates against the exact posterior", _ABOUT_FITS, ladder.fits, _fits),
         ("Mixtures", _ABOUT_MIXTURES, ladder.gaps, _mixtures),
         ("Gradient estimators", _ABOUT_GRADIENTS, ladder.gradients, _gradients),
         ("Simulation-based calibration", _ABOUT_CALIBRATION, ladder.calibrations, _calibrations),

@@ -2,7 +2,7 @@
 
     a  without data, the guide returns the prior        e  simulation-based calibration (sbc.py)
     b  one gate with a closed-form posterior            f  the reported ELBO bounds the evidence from below
-    c  twelve gates, 4,096 states                       g  training and evaluation use one law
+    c  twelve gates, 4,096 states                       g  training and evaluation use one distribution
     d  the real adapter layers in a tiny BERT
 
 Every function takes its sizes, so that the same code runs in the report and, in small, in the tests.
@@ -43,7 +43,7 @@ THRESHOLDS = {
     "f": {"bound": ("largest ELBO minus log evidence over the guides, nats", 0.0),
           "reported": ("largest reported ELBO minus log evidence, standard errors of the former", 4.0),
           "monte_carlo": ("largest distance of the reported ELBO from the exact one, standard errors", 4.0)},
-    "g": {"mode": ("gates deployed otherwise than by the rule, from the enumerated law", 0.0),
+    "g": {"mode": ("gates deployed otherwise than by the rule, from the enumerated distribution", 0.0),
           "frequency": ("hard training draws against marginals: binomial p-value, Bonferroni, at least", 0.05)},
 }  # fmt: skip
 ESTIMATORS = ("relaxed", "straight_through", "score_function")
@@ -79,7 +79,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A law of the free gates against the exact answer: marginals (G,), ELBO by enumeration (None if it has none)."""
+    """A distribution of the free gates against the exact one: marginals (G,), ELBO by enumeration (None if none)."""
 
     problem: str
     name: str
@@ -90,7 +90,7 @@ class Fit:
 
 
 def fit_of(problem: Problem, subject: str, name: str, log_law: Tensor, seconds: float) -> Fit:
-    """Against the exact answer, of a law over the states, (S,)."""
+    """Against the exact answer, of a distribution over the states, (S,)."""
     table = problem.table
     marginals = table.marginals(log_law.exp())
     error = (marginals - table.marginals(table.posterior)).abs().max().item()
@@ -136,7 +136,7 @@ def _distance_to_prior(program: GateProgram) -> float:
 def rung_b(
     *, runs: Sequence[tuple[str, int]] = ONE_GATE, ratios: tuple[float, ...] = (-1.0, 1.0, 3.0), processes: int = 1
 ) -> list[Check]:
-    """Evidence against the gate, for it, and strongly for it; every estimator in its numbers of steps."""
+    """Data against the gate, for it, and strongly for it; every estimator in its numbers of steps."""
     cases = [(ratio, estimator, steps) for ratio in ratios for estimator, steps in runs]
     jobs = [functools.partial(_fitted_gate, *case) for case in cases]
     checks = []
@@ -198,7 +198,7 @@ def fit_checks(rung: str, fit: Fit, exact: list[Fit]) -> list[Check]:
 
 
 def random_program(problem: Problem, guide: str, *, spread: float, seed: int) -> GateProgram:
-    """A guide whose evidence is drawn from a normal law of `spread` nats."""
+    """A guide whose log Bayes factors are drawn from a normal distribution of `spread` nats."""
     generator = torch.Generator().manual_seed(seed)
     program = problem.program(guide, "straight_through")
     with torch.no_grad():
@@ -226,7 +226,7 @@ def reported_elbo(program: GateProgram, problem: Problem, *, repeats: int = 100,
 
 
 def rung_f(problems: dict[str, Problem], *, guides: int = 40, steps: int = 1000) -> list[Check]:
-    """Guides of random evidence, from undecided to certain, and trained ones, for which the bound is tight."""
+    """Guides of random log Bayes factors, from undecided to certain, and trained ones, for which the bound is tight."""
     checks = []
     for name, problem in problems.items():
         for guide in ("mean_field", "mixture"):
@@ -258,9 +258,9 @@ def frequency_p_values(program: GateProgram, problem: Problem, *, temperature: f
 
 @torch.no_grad()
 def deployed_otherwise(program: GateProgram, problem: Problem) -> int:
-    """Gates whose deployed value is not that of the rule, from the enumerated laws.
+    """Gates whose deployed value is not that of the rule, from the enumerated distributions.
 
-    The rule: P(open) > 1/2; of a mixture, the most probable of the allocations that this gives for the whole law and
+    The rule: P(open) > 1/2; of a mixture, the most probable of the allocations that this gives for the whole and
     for each component.
     """
     states, deployed = problem.table.states, posterior.deployed(program)

@@ -18,7 +18,7 @@ from .states import best_on_table
 
 
 def on_table(network: Network, simulations: Simulations, components: int, **search) -> Tensor:
-    """The best law of each simulation by gradient ascent on its table; 0 components: the exact posterior.  (D, S)"""
+    """The best distribution of each simulation by gradient ascent on its table; 0 components: exact.  (D, S)"""
     log_joint = network.states.log_prior + simulations.log_likelihood
     if components == 0:
         return log_joint.softmax(-1)

@@ -6,7 +6,7 @@ Labels are drawn with everything open, as the start takes the network for traine
 import torch
 
 from pyro_blora.program import BayesianLoRA
-from pyro_blora.training.gate_init import evidence, sensitivity
+from pyro_blora.training.gate_init import log_bayes_factors, sensitivity
 
 from .problems import Network, Problem
 from .rungs import Fit, exact_fits, fit_of, log_law
@@ -29,7 +29,7 @@ def start_from_data(problem: Problem, program: BayesianLoRA) -> BayesianLoRA:
         batches.append(({name: x[rows] for name, x in problem.inputs.items()}, problem.labels[rows]))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        program.gate_guide.start(evidence(program, sensitivity(program, batches, ranges)))
+        program.gate_guide.start(log_bayes_factors(program, sensitivity(program, batches, ranges)))
     return program
 
 

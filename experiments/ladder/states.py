@@ -1,6 +1,6 @@
-"""Every state of a program's free chains, and what follows exactly from a table of their log-likelihoods.
+"""Every state of a program's free ladders, and what follows exactly from a table of their log-likelihoods.
 
-Shapes: S states, C free chains, G free gates (the sum of the chains' K), M components of a mixture.   Units: nats.
+Shapes: S states, C free ladders, G free gates (the sum of the ladders' K), M components of a mixture.   Units: nats.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from pyro_blora.gates import Gates, NestedBernoulli
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """All depths of the chains that a prior leaves free, in the order of `itertools.product`.
+    """All depths of the ladders that a prior leaves free, in the order of `itertools.product`.
 
-    chains: (site, index) of each, site 0 for z and 1 for g. sizes: K + 1 of each. gates: z (S, L, T, K),
+    chains: (site, index) of each ladder, site 0 for z and 1 for g. sizes: K + 1 of each. gates: z (S, L, T, K),
     g (S, L, R - 1). depths (S, C). open (S, G), float64: which free gates are open. log_prior (S,), float64.
     """
 
@@ -32,7 +32,7 @@ class States:
 
     @classmethod
     def of(cls, prior: Gates) -> "States":
-        """The states of a prior that leaves a few chains free; the others must be pinned."""
+        """The states of a prior that leaves a few ladders free; the others must be pinned."""
         chains, sizes = [], []
         for site, law in enumerate(prior):
             free = ((law.log_probs < 0) & (law.log_probs > -torch.inf)).any(-1)
@@ -62,7 +62,7 @@ class States:
         return int(sum((x * stride).sum() for x, stride in zip(gates, self._strides, strict=True)))
 
     def one_hot(self) -> Tensor:
-        """(sum of K + 1, S), float64: which depth each chain has in each state."""
+        """(sum of K + 1, S), float64: which depth each ladder has in each state."""
         rows = [torch.nn.functional.one_hot(self.depths[:, c], size) for c, size in enumerate(self.sizes)]
         return torch.cat(rows, -1).T.double()
 
@@ -126,7 +126,7 @@ def best_on_table(
 ) -> tuple[Tensor, Tensor]:
     """The best equally weighted mixture of mean fields: gradient ascent on the enumerated ELBO, the best of restarts.
 
-    Shapes: log_joint (..., S) -> the log law (..., S) and its ELBO (...), float64.   Units: nats.
+    Shapes: log_joint (..., S) -> the log distribution (..., S) and its ELBO (...), float64.   Units: nats.
     """
     generator = torch.Generator().manual_seed(seed)
     hot, log_prior = states.one_hot(), torch.zeros(sum(states.sizes), dtype=torch.float64)

@@ -131,7 +131,7 @@ def _checked_fields(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig
 
 
 def _over(flags: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """The flags with those of the table; the settings of a law that it replaces go with that law."""
+    """The flags with those of the table; without the settings of a part that it replaces."""
     for owner in ("prior", "guide"):
         if owner in table and table[owner] != flags.get(owner):
             flags = {key: value for key, value in flags.items() if not key.startswith(f"{owner}.")}

@@ -1,4 +1,4 @@
-"""The laws that can be read off one trained path, and ensembles: scores on dev, a temperature from held-out rows."""
+"""Distributions of the weights from one trained path, and ensembles: scores on dev, temperatures from held-out rows."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ Law = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many 
 
 
 def laws_of(parts: Parts, laws: tuple[Law, ...]) -> dict[str, dict]:
-    """The point and these laws, by name: metric, scores, scaled, temperature, numbers learned and stored, log odds."""
+    """The point and these, by name: metric, scores, scaled, temperature, numbers learned and stored, log odds."""
     found = {"point": _scored(parts, _predictions(parts))}
     found["point"]["stored"] = found["point"]["parameters"]  # the law's mean alone
     for law in laws:
@@ -94,7 +94,7 @@ def _scores(task: Task, predictions: dict[str, Prediction]) -> dict:
 
 
 def ensembles(rows: list[dict]) -> list[dict]:
-    """Of three or more seeds of LoRA under a law: their probabilities averaged, with a temperature of its own.
+    """Of three or more seeds of LoRA under a distribution: their probabilities averaged, with a temperature of its own.
 
     The members' own draws are averaged first: of Laplace a mixture of Laplace approximations, of SWAG MultiSWAG.
     """

@@ -1,4 +1,4 @@
-"""The page of experiments/weights.py: tables by task, each law against its point, the paper's claims, a figure."""
+"""The page of experiments/weights.py: tables by task, each distribution against its point, claims, a figure."""
 
 import itertools
 from pathlib import Path
@@ -26,7 +26,7 @@ def of(rows: Rows, task: str, path: str, law: str) -> Rows:
 
 
 def by_law(rows: Rows, task: str) -> dict[tuple[str, str], Rows]:
-    """The rows of a task by (path, law), a row a seed; trainings on a fraction of the rows apart."""
+    """The rows of a task by (path, distribution), a row a seed; trainings on a fraction of the rows apart."""
     found: dict[tuple[str, str], Rows] = {}
     for row in rows:
         if row["task"] == task and "-of-" not in row["path"]:
@@ -40,7 +40,7 @@ def spread(values: list[float]) -> str:
 
 def table(rows: Rows, task: str) -> str:
     lines = [
-        "| path | law | seeds | parameters | stored | metric | NLL | NLL, scaled | T | ECE, 20 bins | ECE, scaled "
+        "| path | weights | seeds | parameters | stored | metric | NLL | NLL, scaled | T | ECE, 20 bins | ECE, scaled "
         "| ECE, adaptive | Brier | entropy | mutual information |",
         "|---" * 15 + "|",
     ]
@@ -133,7 +133,7 @@ def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list
 
 def verdicts(compared: dict) -> str:
     lines = [
-        "| task | path | law | less its point's | less its point's, scaled | less the plain training's, scaled "
+        "| task | path | weights | less its point's | less its point's, scaled | less the plain training's, scaled "
         "| below: its point, scaled, plain scaled | scaled, less the plain training's, scaled |",
         "|---" * 8 + "|",
     ]
@@ -147,7 +147,7 @@ def verdicts(compared: dict) -> str:
 
 
 def winners(compared: dict) -> str:
-    """By task: the laws below their point and its temperature; and below the plain training at its, too."""
+    """By task: the distributions below their point and its temperature; and below the plain training at its, too."""
     lines = [
         "| task | below its point and that at its temperature, in the mean | beyond noise "
         "| below the plain training at its temperature, too, in the mean | beyond noise |",
@@ -251,7 +251,7 @@ def figure(rows: Rows, path: Path) -> None:
             axis.set_ylabel(label)
     marks = [
         (marker, colour, f"{adapter}, {law}") for colour, adapter in (("#0072B2", "XS"), ("#D55E00", "LoRA"))
-        for marker, law in (("o", "point"), ("s", "SWAG"), ("^", "other laws"), ("D", "ensembles"))
+        for marker, law in (("o", "point"), ("s", "SWAG"), ("^", "other distributions"), ("D", "ensembles"))
     ]  # fmt: skip
     handles = [plt.Line2D([], [], marker=m, color=c, linestyle="", label=text) for m, c, text in marks]
     axes[0, 0].legend(handles=handles, fontsize=7)
@@ -261,18 +261,18 @@ def figure(rows: Rows, path: Path) -> None:
 
 _INTRODUCTION = """{rows} training rows, of which 200, or a tenth, are held out for epochs,
 temperatures and Laplace's prior precision (a fifth of fewer than 1,000 rows; on those no epoch is chosen); {draws}
-draws; medians ± standard deviations over seeds, which share their rows. `point` is the mean of the law that was
-trained; SWAG's is the average of its snapshots. LoRA is on query and value, XS on four projections a layer (4 R² a
+draws; medians ± standard deviations over seeds, which share their rows. `point` is the mean of the distribution
+that was trained; SWAG's is the average of its snapshots. LoRA is on query and value, XS on four projections (4 R² a
 layer, as in the paper). Scaled: at the temperature of least NLL on the held-out rows. ECE by equal bins of confidence,
 or of equal count (adaptive). Tables have medians, differences are means, with 95 % intervals, paired by example and
 seed, over the seeds that both have. Mutual information of an ensemble is between its members. XS's learning rate was
 chosen on SST-2, LoRA's is a usual one."""
 
-_NOISE = """Each law is compared with its own point, with that point at its temperature, and with the plain training at
-its temperature. Beyond noise: all these intervals are below zero. Where it says none, no law is shown to beat a
-temperature, a single number. XS of ranks 2, 16 and 25 has no plain training and is left out. A law may be scaled, too:
-in the last column of the second table both are. An ensemble is below the mean of its members whatever they predict
-(Jensen's inequality): what tells is the comparison with their temperatures."""
+_NOISE = """Each distribution is compared with its own point, with that point at its temperature, and with the plain
+training at its temperature. Beyond noise: all these intervals are below zero. None: no distribution is shown to beat a
+temperature, a single number. XS of ranks 2, 16 and 25 has no plain training and is left out. A distribution may be
+scaled, too: in the last column of the second table both are. An ensemble is below the mean of its members whatever they
+predict (Jensen's inequality): the informative comparison is that with their temperatures."""
 
 
 def report(options, rows: Rows) -> str:
@@ -282,18 +282,18 @@ def report(options, rows: Rows) -> str:
     seeds, finished = " ".join(map(str, options.seeds)), " --only_finished" if options.only_finished else ""
     used = {task: max(row["cell"]["config"]["max_train"] for row in rows if row["task"] == task) for task in tasks}
     parts = [
-        "# Laws of the adapter's weights, and a temperature",
+        "# Distributions of the adapter's weights, and a temperature",
         f"`python experiments/weights.py --glue_dir GLUE --seeds {seeds}{finished}`, {provenance(cells)}.",
         _INTRODUCTION.format(
             rows=", ".join(f"{count:,} ({task})" for task, count in used.items()), draws=options.draws
         ),
         *(f"## {task}\n\n{table(rows, task)}" for task in tasks),
-        "## Is a law better than its own point, and than the point at its temperature? NLL",
+        "## Is a distribution better than its own point, and than the point at its temperature? NLL",
         f"{_NOISE}\n\n{winners(compared)}",
         verdicts(compared),
         f"## Half the ECE at a tenth of the parameters?\n\n{half_the_ece(rows, tasks)}",
         f"## Are two deviations enough? B-LoRA-XS\n\n{few_deviations(rows, tasks)}",
-        f"## Does the law help where rows are few? The task's metric, in as many steps\n\n{fractions(rows, tasks)}",
+        f"## Does it help where rows are few? The task's metric, in as many steps\n\n{fractions(rows, tasks)}",
         f"## Gates and weights together: B-LoRA-XS of rank 8, Gaussian\n\n{with_gates(rows, tasks)}",
         "![ECE and NLL against stored numbers](figures/weights.png)",
     ]

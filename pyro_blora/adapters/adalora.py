@@ -31,7 +31,7 @@ _ORTHOGONALITY = 0.1  # weight of the penalty, as AdaLoRA has it on most of GLUE
 
 
 class AdaLoRAModel(GatedModel):
-    """A backbone with PEFT's AdaLoRA layers; gates are handed to nobody, as its ranks are open or zero.
+    """A backbone with PEFT's AdaLoRA layers; it ignores the gate context, as AdaLoRA masks ranks itself.
 
     Buffers: the allocator's running sensitivities, so that a checkpoint has them.
     """
@@ -109,7 +109,7 @@ class AdaLoRAModel(GatedModel):
     },
 )
 def adalora(backbone: nn.Module, layout: AdapterLayout, head: Head) -> AdaLoRAModel:
-    """PEFT's AdaLoRA at 32 bit, from R ranks everywhere to as many on average as its guide says.
+    """PEFT's AdaLoRA at 32 bit, from R ranks everywhere to the guide's `target_rank` on average.
 
     Errors: ValueError for scope `encoder`: nothing is quantized here.
     Source: Zhang et al., AdaLoRA (2023).

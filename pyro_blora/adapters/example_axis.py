@@ -1,7 +1,7 @@
-"""Where the examples of a batch are in the tensors that a network's layers see: most lead with them, some do not.
+"""Find out whether the first dimension of a layer's tensors is the example: in most networks, not in all.
 
 OPT flattens (B, T, n) to (B T, n) before its feed-forward, XLNet carries (T, B, n), DeBERTa passes a table of positions
-that is no example's. What is computed example by example asks here first.
+shared by all examples. Code that computes per example checks this first.
 """
 
 import torch
@@ -28,7 +28,7 @@ class _Trace(Observer):
 
 
 def leads_with_examples(net: GatedModel, inputs: dict) -> bool:
-    """Whether every call of every projection leads with the example; asked once for a network."""
+    """Whether every call of every projection leads with the example; found once per network."""
     if net.leads_with_examples is None:
         net.leads_with_examples = not without_examples(net, inputs, every_call=True)
     return net.leads_with_examples

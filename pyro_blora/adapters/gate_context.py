@@ -1,8 +1,8 @@
-"""What passes from the top of a program to the gated layers of its network during one call, and what may look on.
+"""Per-call gates and sampled weights for the gated layers, and activation observers.
 
-A layer asks its `Handover` for every quantized tensor and every product. Most of the time it answers with the gates of
-the draw; while an `Observer` is set, the network runs at 32 bit with all ranks open and the observer sees every tensor:
-to measure ranges (range_calibration.py) or how the loss answers to a coarser grid (gate_init.py).
+A layer calls its `Handover` for every quantized tensor and every product. The `Handover` applies the gates of the draw.
+While an `Observer` is set, the network runs at 32 bit with all ranks open and the observer receives every tensor, to
+measure ranges (range_calibration.py) or the effect of a coarser grid on the loss (gate_init.py).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ ADAPTER = "default"  # PEFT's name of the one adapter
 
 
 class Gated:
-    """A layer that asks a Handover for what it computes with; the layers are in layers.py, which imports PEFT."""
+    """A layer that takes gates and weights from a Handover; the layers are in layers.py, which imports PEFT."""
 
     handover: "Handover"
     index: int
@@ -55,22 +55,22 @@ class Handed(NamedTuple):
 
 
 class Observer:
-    """What sees the tensors of a network in one forward at 32 bit, all ranks open; the base class only looks on.
+    """Receives the tensors of a network in a forward pass at 32 bit, all ranks open; this class changes nothing.
 
     A method returns a tensor of the shape and dtype that the network would have had: under autocast a linear map is in
     bfloat16, and a network that mixes two results of one layer (DeBERTa's content and positions) refuses two dtypes.
     """
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
-        """x, or what to go on with instead. (B, ..., n)"""
+        """x, or its replacement. (B, ..., n)"""
         return x
 
     def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The linear map, or what to go on with instead."""
+        """The output of the linear map, or its replacement."""
         return F.linear(x, weight, bias)
 
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
-        """hidden (B, ..., R), or what to go on with instead."""
+        """hidden (B, ..., R), or its replacement."""
         return hidden
 
 
@@ -100,7 +100,7 @@ def watched(y: Tensor, anchor: Tensor, of_anchor: Callable[..., Tensor], *saved:
 
 
 class Handover:
-    """What the layers of one model read during one call: grids and ranks, or an observer."""
+    """The state that the layers of one model read during one call: grids and ranks, or an observer."""
 
     def __init__(self, owners: list[int] | None = None):
         """owners: for each projection the one whose grid its input is on, where some share one; none: each its own."""
@@ -128,7 +128,7 @@ class Handover:
         given, (x, grid) = x, self._input(projection, x)
         if self.observer is not None:
             return [self.observer.product(projection, tensor, x, weight, bias) for tensor, weight, bias in maps]
-        if any(weight.dim() == 3 for _, weight, _ in maps):  # one an example: operation by operation
+        if any(weight.dim() == 3 for _, weight, _ in maps):  # one weight per example: operation by operation
             x = x if grid is None else quantize_on(x, grid)
             return [self._linear(x, *self._weight(projection, tensor, w), bias) for tensor, w, bias in maps]
         on_grids = [Map(*self._weight(projection, tensor, weight), bias) for tensor, weight, bias in maps]
@@ -179,7 +179,7 @@ class Handover:
         if self.gates is None:
             raise RuntimeError(
                 "a gated layer was called without gates: wrap the call, `with use_gates(net, z, g): net(**batch)`; for "
-                "the deployed allocation use z, g = the modes of the guide's posterior"
+                "the deployed allocation use z, g = pyro_blora.posterior.deployed(program)"
             )
         return self.gates
 

@@ -1,7 +1,7 @@
 """A backbone with gated adapters, and the context in which its layers compute with given gates.
 
-Gates are drawn once at the top of the program and handed to the layers by the context manager `use_gates`, which clears
-them when it ends: no draw survives a call, and a projection that is called twice in one forward (DeBERTa's content and
+Gates are drawn once at the top of the program. The context manager `use_gates` passes them to the layers and clears
+them when it ends: no draw outlives a call, and a projection that is called twice in one forward (DeBERTa's content and
 positions) sees the same gates both times. Ranges are one (L, T) parameter, learned as log(range), which `calibrate`
 (ranges.py) sets from data.
 """
@@ -31,9 +31,9 @@ class GatedModel(nn.Module):
     """A backbone with an adapter: call it inside `use_gates`. `layout` says what carries gates; `peft_model` is PEFT's,
     or the backbone itself where there is no adapter; `head` how it is called and read.
 
-    It is what an adapter's function returns. One with gated layers is made by `lora.gated`, and its layers say what
-    its `low_rank` is; one without must have a `low_rank` of its own (adalora.py). May have: `penalty`, `allocate`,
-    `parameters_per_rank` and `start_from_inputs`, whose defaults stand here.
+    An adapter's function returns it. `lora.gated` makes one with gated layers, which define its `low_rank`; one without
+    must override `low_rank` (adalora.py). `penalty`, `allocate`, `parameters_per_rank` and `start_from_inputs` have
+    defaults here.
 
     Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
     """
@@ -41,7 +41,7 @@ class GatedModel(nn.Module):
     autocast: torch.dtype | None = None
     """Of the backbone's arithmetic; None for the caller's."""
     leads_with_examples: bool | None = None
-    """A fact about the network, once somebody has asked (example_axis.py)."""
+    """Whether all layers do; None until example_axis.py has found out."""
     allocates = False
     """Whether `allocate` is called after every step, for a guide that takes its ranks."""
     start_from_inputs: Callable[[GatedModel, Iterable[dict]], None] | None = None
@@ -56,7 +56,7 @@ class GatedModel(nn.Module):
     def forward(self, **batch):
         if self.has_cache:  # of keys and values, for a text that goes on: none does here
             batch.setdefault("use_cache", False)
-        if self.autocast is None:  # whatever the caller's own autocast says
+        if self.autocast is None:  # the caller's own autocast applies
             return self.peft_model(**batch)
         with torch.autocast(self.log_range.device.type, self.autocast):
             return self.peft_model(**batch)
@@ -116,12 +116,12 @@ class GatedModel(nn.Module):
         return found
 
     def random_weights(self) -> dict[tuple[int, str], nn.Parameter]:
-        """What a law of the weights may draw, by (projection, name); nothing without gated adapters."""
+        """Parameters that may be random, by (projection, name); none without gated adapters."""
         layers = [layer for layer in self.layers() if layer.has_adapter]
         return {(layer.index, name): p for layer in layers for name, p in layer.random_weights().items()}
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute activations in the backward pass; the gates of the forward are handed over again there."""
+        """Recompute activations in the backward pass; the same gates are set there."""
         settings = {"use_reentrant": False, "context_fn": self.handover.recomputation}
         backbone: Any = self.backbone
         if hasattr(backbone, "activation_checkpointing_enable"):  # the name since transformers 5.20
@@ -135,11 +135,11 @@ def use_gates(
     net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None, *, opened: bool = False,
     at_32: list[bool] | None = None,
 ) -> Iterator[GatedModel]:  # fmt: skip
-    """Hand the gates z and g to every layer of `net` for the duration of the block, then clear them.
+    """Set the gates z and g in every layer of `net` for the duration of the block, then clear them.
 
-    Shapes: z (L, T, K) bit chains above the always-open 2-bit rung; g (L, R - 1) rank chains after the first rank.
-    weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B each
-    example has its own. opened: the caller knows that everything is open; then z and g are not read. at_32: which
+    Shapes: z (L, T, K) bit ladders above the always-open 2-bit rung; g (L, R - 1) rank ladders after the first rank.
+    weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B, one
+    draw per example. opened: the caller knows that everything is open; then z and g are not read. at_32: which
     tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it.
     Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
     """
@@ -187,8 +187,8 @@ def open_gates(layout: AdapterLayout, device: torch.device | str = "cpu") -> tup
 def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
     """Let `observer` see every forward in the block, in evaluation mode, without gates.
 
-    Gradient checkpointing goes on where it asks a block's own flag, and dropout those of the layers inside. Gradients
-    are to be taken within the block, as the observer sees the recomputation too.
+    Gradient checkpointing stays on where it reads a block's own training flag, and dropout reads those of inner layers.
+    Gradients are to be taken within the block, as the observer sees the recomputation too.
     """
     training, net.handover.observer = net.training, observer
     net.eval()
@@ -202,6 +202,6 @@ def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
 
 
 def _drops_itself(module: nn.Module) -> bool:
-    """Whether a block asks its own flag for dropout as well: BART's and OPT's do."""
+    """Whether a block also reads its own training flag for dropout: BART's and OPT's do."""
     return any(getattr(module, name, 0) for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop")
                if not isinstance(getattr(module, name, 0), nn.Module))  # fmt: skip

@@ -1,10 +1,10 @@
-"""The gated linear layers: LoRA as PEFT has it, B-LoRA-XS, and maps without an adapter; all ask their `Handover`.
+"""The gated linear layers: LoRA as PEFT has it, B-LoRA-XS, and maps without an adapter; all read their `Handover`.
 
 One adapted projection computes, with Q the mixture of nested grids (fake_quantize.py), g the rank gates, xq = Q(x):
 
     y = Q(W0) xq + b + (alpha / R) * Q(B) diag(g) Q(Q(A) xq)
 
-A layer has no state of its own: gates and drawn weights are handed over for one call (adapters.use_gates).
+A layer has no state of its own: `adapters.use_gates` sets gates and drawn weights for one call.
 """
 
 from typing import Any

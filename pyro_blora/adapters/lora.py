@@ -24,7 +24,7 @@ def gated(
     backbone: nn.Module, layout: AdapterLayout, head: Head, layer: type[GatedLinear] | None, *,
     model: type[GatedModel] = GatedModel, start: Mapping[str, Any] | None = None, **config: Any,
 ) -> GatedModel:  # fmt: skip
-    """Put gated layers of one class into a backbone, quantized maps beside them, and hand over to all of them.
+    """Put gated layers of one class into a backbone, quantized maps beside them, all with one `Handover`.
 
     head: how the backbone is called and read. layer: the class of adapted projections; None: there are none, and the
     whole backbone learns. start: arguments of each layer's `start`. model: the class that is returned. config: of

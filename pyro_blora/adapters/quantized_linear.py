@@ -1,9 +1,9 @@
-"""Linear maps of a quantized input, Q(W) Q(x) + b: what is saved, and what is computed again in the backward pass.
+"""Linear maps of a quantized input, Q(W) Q(x) + b, with little saved for the backward pass.
 
-Saved are the tensors as they are, which plain LoRA keeps too, and rounded again: no rounded copy waits for the backward
-pass. An input that plain LoRA does not keep, as its weight is frozen, is computed again from what the module before the
-map keeps for itself (`Source`). What bounds a step is the product behind the grid of a frozen weight, which plain LoRA
-does not need: half as much again as a map's other two.
+The unrounded tensors are saved, which plain LoRA keeps too, and rounded again in the backward pass: no rounded copy is
+stored. An input that plain LoRA does not keep, as its weight is frozen, is recomputed from the tensors that the module
+before the map saves (`Source`). The main extra cost of a step is one matrix product for the grid of a frozen weight,
+which plain LoRA does not need: half as much again as a map's other two.
 """
 
 from typing import NamedTuple

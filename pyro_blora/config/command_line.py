@@ -2,7 +2,7 @@
 
 The presets are package data, in `pyro_blora/config/presets/`, so that an installed `pyro-blora train --preset demo`
 finds them without a checkout. A setting of a part that is chosen by name (prior, guide, ...) has a dot in its own:
-`--prior.rate 3` on the line, `prior.rate: 3` in a preset; `--prior.g depth` gives one site a prior of its own,
+`--prior.rate 3` on the line, `prior.rate: 3` in a preset; `--prior.g depth` gives one site a separate prior,
 `--prior.g.NAME` its settings.
 """
 
@@ -23,7 +23,7 @@ from .run_config import OWNERS, PRESETS, RunConfig, field_names
 
 _PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number, whatever YAML says
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number, also where YAML reads a string
 _SETTING = re.compile(rf"--({_PATTERN})(?:=(.*))?", re.DOTALL)
 
 

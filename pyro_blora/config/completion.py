@@ -19,7 +19,7 @@ _FLAG = re.compile(r"--(\w+)[ =]+([^-\s]\S*)")  # of a line, with its value
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer a shell that asks for completions, and end the process; do nothing where none asks."""
+    """Answer a shell that asks for completions, and end the process; do nothing else."""
     if "_ARGCOMPLETE" not in os.environ:
         return
     import argcomplete

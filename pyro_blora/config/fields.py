@@ -104,7 +104,7 @@ def _require_short(name: str, value: Any) -> None:
         long = not isinstance(value, bool) and abs(float(value)) > LARGEST
     except OverflowError:
         long = True
-    except (TypeError, ValueError):  # no number, which `coerce` says
+    except (TypeError, ValueError):  # not a number: `coerce` reports it
         return
     if long:
         raise ValueError(f"{name} must be a whole number of at most 18 digits, got {shown(value)}: lower it")

@@ -3,7 +3,7 @@
 `bayesian_lora` is everything as configured. The others are what it is compared with, in the same loop, data order, head
 and report. Most are a prior/guide pair of the same program; AdaLoRA and EVA's initialization are PEFT's.
 Keys are the command line's flags: `prior.bits` is a setting of the prior. A method is data, as a preset is: what else
-goes with a part that it names is said where that part is registered.
+goes with a part that it names is declared where that part is registered.
 """
 
 import dataclasses
@@ -95,5 +95,5 @@ def left_open(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Those flags of a preset, or of a grid's base, that do not give way to the method which replaces theirs."""
     method = METHODS.get(name, METHODS["bayesian_lora"])
     says = {**method.proposes, **method.fixes}
-    owned = tuple(f"{flag}." for flag in says if "." not in flag)  # settings of a law that is replaced
+    owned = tuple(f"{flag}." for flag in says if "." not in flag)  # settings of a part that is replaced
     return {flag: value for flag, value in flags.items() if flag not in says and not flag.startswith(owned)}

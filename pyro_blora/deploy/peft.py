@@ -155,7 +155,7 @@ def _save_peft(plain: PreTrainedModel, net: adapters.GatedModel, ranks: dict, we
 
 @torch.no_grad()
 def require_exportable(program: BayesianLoRA, folder: Path, rows: dict[str, Tensor]) -> None:
-    """Export an untrained program once, with adapters away from zero, so that nobody trains what cannot be kept.
+    """Export an untrained program once, with adapters away from zero, so that an unsavable training fails early.
 
     folder: where that is written, compared and removed again, with the one above it if that is new and empty. rows: see
     `export`. The program is left as it was.

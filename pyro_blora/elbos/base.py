@@ -1,9 +1,9 @@
 """The negative ELBO of a model and a guide over gates as a `pyro.infer` ELBO, and ELBOs by name: `--estimator NAME`.
 
 `GateELBO` is a kind of Pyro's `TraceMeanField_ELBO`, with the KL divergence of the discrete distributions in closed
-form; a subclass says how the expected NLL and its gradient are estimated. Pyro's own reads the loss on the host, for
-which a GPU would wait, and does not say what its terms are. Register a subclass, or what keeps the protocol `Elbo`,
-with `@register_elbo`.
+form; a subclass defines how the expected NLL and its gradient are estimated. Pyro's class reads the loss on the host,
+which synchronizes with the GPU, and does not return the terms of the ELBO. Register a subclass, or another class with
+the methods of the protocol `Elbo`, with `@register_elbo`.
 Shapes: N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
 """
 
@@ -25,10 +25,10 @@ Draws = Literal["soft", "hard", "discrete"]  # of the guide: relaxed, straight-t
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What an estimate of the negative ELBO is the sum of.
+    """The terms of one estimate of the negative ELBO.
 
     nll: the batch's mean, nats per example. kl_*: nats; a prior's random settings count with kl_z. n_train: N.
-    *_weight: of the KLs; below 1 the posterior is a cold one, at 0 the gates are held.
+    *_weight: of the KLs; below 1 the posterior is cold, at 0 the gates are fixed.
     """
 
     nll: Tensor
@@ -48,7 +48,7 @@ class Terms:
 
 @runtime_checkable
 class Elbo(Protocol):
-    """What `@register_elbo` registers the maker of: `pyro.infer.SVI` asks for the last three."""
+    """The protocol of an ELBO; `pyro.infer.SVI` calls the last three methods."""
 
     draws: Draws
 
@@ -56,7 +56,7 @@ class Elbo(Protocol):
         """Refuse a guide that it cannot serve, before anything is trained.  Errors: ValueError."""
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
-        """The terms at one draw, differentiable, without asking the host for a value."""
+        """The terms at one draw, differentiable; no value is read on the host."""
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """-ELBO, nats: N times the terms' loss."""
@@ -67,13 +67,13 @@ class Elbo(Protocol):
 
 
 class GateELBO(TraceMeanField_ELBO):
-    """-ELBO with the KL in closed form; a subclass says how the NLL is averaged over the gates.
+    """-ELBO with the KL in closed form; a subclass defines how the NLL is averaged over the gates.
 
     For the model and the guide of a `GateProgram`. No value is read on the host before the loss itself.
     """
 
     draws: Draws = "hard"
-    first: int | None = None  # the component that is drawn from first; None: the guide draws one
+    first: int | None = None  # the first component to draw from; None: the guide draws one
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ class GateELBO(TraceMeanField_ELBO):
     def check(self, family: Guide) -> None:
         """Refuse a guide that it cannot serve.  Errors: ValueError."""
 
-    def draw(self, law: dist.TorchDistribution) -> Tensor:
+    def draw(self, distribution: dist.TorchDistribution) -> Tensor:
         """The value of a gate site of the guide."""
-        value: Tensor = law()
+        value: Tensor = distribution()
         return value
 
     def expected_nll(self, at: Evaluation) -> Tensor:
@@ -118,7 +118,8 @@ class GateELBO(TraceMeanField_ELBO):
 def build_elbo(name: str, family: Guide, settings: dict[str, Any] | None = None) -> Elbo:
     """The named ELBO.
 
-    Errors: ValueError for an unknown name or setting, for what is no ELBO, and for a guide that it cannot serve.
+    Errors: ValueError for an unknown name or setting, for another object than an ELBO, and for a guide that it cannot
+    serve.
     """
     make = ELBOS.resolve(name)
     name = ELBOS.called(name)

@@ -27,13 +27,13 @@ class Enumerate(GateELBO):
     draws = "discrete"
 
     def check(self, family: Guide) -> None:
-        for law in family.laws(1.0, True):
-            _require_gradient(law)
+        for distribution in family.laws(1.0, True):
+            _require_gradient(distribution)
         _free(_depth_tables(components(family)))
 
-    def draw(self, law: dist.TorchDistribution) -> Tensor:
-        _require_gradient(law)
-        return unused(law)
+    def draw(self, distribution: dist.TorchDistribution) -> Tensor:
+        _require_gradient(distribution)
+        return unused(distribution)
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         tables, modes = _tables_of(at)
@@ -49,26 +49,26 @@ class Enumerate(GateELBO):
         return total
 
 
-def _require_gradient(law: dist.TorchDistribution) -> None:
-    if isinstance(law, dist.Delta):
+def _require_gradient(distribution: dist.TorchDistribution) -> None:
+    if isinstance(distribution, dist.Delta):
         raise ValueError(
             "estimator 'enumerate' has no gradient for a guide of one allocation: use --guide mean_field, or "
             "--estimator straight_through"
         )
 
 
-def _depth_tables(laws: Gates[Any]) -> list[Tensor]:
+def _depth_tables(distributions: Gates[Any]) -> list[Tensor]:
     """The probability of each depth of each ladder, (M, ladders, K + 1), of z and of g."""
-    return [law.depth_probs.flatten(1, -2) for law in laws]
+    return [q.depth_probs.flatten(1, -2) for q in distributions]
 
 
 def _tables_of(at: Evaluation) -> tuple[list[Tensor], list[Tensor]]:
     """The same, and of each site a state, which is the only one of pinned ladders."""
     if at.joint is not None:
-        laws = components(at.joint.family)
-        return _depth_tables(laws), [law.mode[0] for law in laws]
-    discrete: list[Any] = [getattr(law, "discrete", law) for law in at.laws]
-    return [law.depth_probs.flatten(0, -2)[None] for law in discrete], [law.mode for law in discrete]
+        distributions = components(at.joint.family)
+        return _depth_tables(distributions), [q.mode[0] for q in distributions]
+    discrete: list[Any] = [getattr(q, "discrete", q) for q in at.laws]
+    return [q.depth_probs.flatten(0, -2)[None] for q in discrete], [q.mode for q in discrete]
 
 
 def _free(tables: list[Tensor]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""One evaluation of an ELBO: a guide that has been run, and a model that can be, at any gates.
+"""One evaluation of an ELBO: the guide has been run, and the model can be run at any gates.
 
 Shapes: M components of the guide; z (L, T, K), g (L, R - 1).   Units: nats.
 """
@@ -20,29 +20,42 @@ from ..gates import Gates
 JOINT = "joint"  # the guide's auxiliary site where its gates are dependent
 _GATES = ("z", "g")
 Program = Callable[..., Any]  # of Pyro: a model, or a guide
-Laws = Gates[dist.TorchDistribution]
+Distributions = Gates[dist.TorchDistribution]
 Draw = Callable[[dist.TorchDistribution], Tensor]
 Sites = dict[str, Any]  # what Pyro traces of each, by name
 
 
 class JointDivergence(dist.TorchDistribution):
-    """Of a guide whose gates are dependent: the auxiliary site by which ELBOs know its KL.
+    """The auxiliary site by which ELBOs take the KL of a guide whose gates are dependent.
 
     The sites have the distributions that were drawn, of a mixture those of one component. This one has no value; its
     log-density is the guide's KL less the sites', so that any ELBO of Pyro ends up with the guide's.
-    family: the guide, with a `divergence`; laws: the sites'; components: that each ELBO draws from in turn.
+    family: the guide, with a `divergence`. distributions: of the sites. components: how many each ELBO draws
+    from.
     """
 
     has_rsample = True
     arg_constraints = {}  # noqa: RUF012
 
     def __init__(
-        self, family: Any, laws: Laws, prior: Callable[[], Laws], masks: Gates[Tensor], *, components: int = 1
+        self,
+        family: Any,
+        distributions: Distributions,
+        prior: Callable[[], Distributions],
+        masks: Gates[Tensor],
+        *,
+        components: int = 1,
     ):
-        self.family, self.laws, self.prior, self.masks, self.components = family, laws, prior, masks, components
+        self.family, self.laws, self.prior, self.masks, self.components = (
+            family,
+            distributions,
+            prior,
+            masks,
+            components,
+        )
         super().__init__(event_shape=torch.Size((0,)), validate_args=False)
 
-    def divergence(self, prior: Laws) -> Gates[Tensor]:
+    def divergence(self, prior: Distributions) -> Gates[Tensor]:
         """KL(guide || prior) of each site, nats; their sum is that of all gates."""
         found: Gates[Tensor] = self.family.divergence(prior, *self.masks)
         return found
@@ -89,7 +102,7 @@ class _Drawn(Messenger):
 
 
 class Evaluation:
-    """One evaluation of an ELBO: the guide has been run, and the model can be, at any gates.
+    """The guide has been run; the model can be run at any gates.
 
     args, kwargs: of both. draw: how a gate site of the guide gets its value. component: of a guide that has several,
     the first to draw from; None where the guide draws one.
@@ -111,7 +124,7 @@ class Evaluation:
 
     @property
     def joint(self) -> JointDivergence | None:
-        """Where gates are dependent, how."""
+        """The auxiliary site, where gates are dependent."""
         return self.drawn[JOINT]["fn"] if JOINT in self.drawn else None
 
     @property
@@ -120,13 +133,13 @@ class Evaluation:
         return bool(self.drawn["z"]["is_observed"])
 
     @property
-    def laws(self) -> Laws:
+    def laws(self) -> Distributions:
         """The distributions that the guide's gate sites have."""
         return Gates(*(self.drawn[site]["fn"] for site in _GATES))
 
     @property
     def gates(self) -> Gates[Tensor]:
-        """What was drawn."""
+        """The drawn gates."""
         return Gates(*(self.drawn[site]["value"] for site in _GATES))
 
     def gates_of(self, component: int) -> Gates[Tensor]:
@@ -135,7 +148,7 @@ class Evaluation:
         return Gates(*(drawn[site]["value"] for site in _GATES))
 
     def run_model(self, gates: Gates[Tensor]) -> Sites:
-        """At given gates, and else at what the guide drew."""
+        """Run the model at given gates, and at the guide's draws of all other sites."""
         given = poutine.condition(self.model, data={**self.shared, **gates._asdict()})
         self.scored = sites_of(given, *self.args, **self.kwargs)
         return self.scored
@@ -156,7 +169,7 @@ class Evaluation:
         return found
 
     def scale(self, name: str) -> float:
-        """What the KL of a site of the guide is multiplied by; 0 for gates that were given."""
+        """The weight of the KL of a site of the guide; 0 for gates that were given."""
         if name in _GATES and self.held:
             return 0.0
         return float(self.drawn[name]["scale"]) if name in self.drawn else 1.0
@@ -173,9 +186,9 @@ def sites_of(function: Program, *args: Any, **kwargs: Any) -> Sites:
     return dict(poutine.trace(function).get_trace(*args, **kwargs).nodes)
 
 
-def unused(law: dist.TorchDistribution) -> Tensor:
-    """The value of a gate site on which nothing depends: no random number is drawn."""
-    return torch.zeros(law.shape())
+def unused(distribution: dist.TorchDistribution) -> Tensor:
+    """A placeholder value for a gate site that is not used: no random number is drawn."""
+    return torch.zeros(distribution.shape())
 
 
 def _is_latent(site: Any) -> bool:

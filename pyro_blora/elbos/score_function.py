@@ -26,12 +26,12 @@ class ScoreFunction(GateELBO):
     draws = "discrete"
 
     def check(self, family: Guide) -> None:
-        for law in family.laws(1.0, True):
-            _logits(law)
+        for distribution in family.laws(1.0, True):
+            _logits(distribution)
 
-    def draw(self, law: dist.TorchDistribution) -> Tensor:
+    def draw(self, distribution: dist.TorchDistribution) -> Tensor:
         """Two draws of the conditional gates that are as opposed as their probabilities allow.  (2, ..., K)"""
-        logits = _logits(law)
+        logits = _logits(distribution)
         uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)  # a 0 would close a pinned gate
         closed = torch.sigmoid(-logits.detach())
         return torch.stack([uniform > closed, 1 - uniform > closed]).to(logits.dtype)
@@ -39,18 +39,18 @@ class ScoreFunction(GateELBO):
     def expected_nll(self, at: Evaluation) -> Tensor:
         first, second = (at.nll(Gates(*(pair[i].cumprod(-1) for pair in at.gates))) for i in range(2))
         difference = (first - second).detach() / 2
-        of_z, of_g = (_disarm(_logits(law), pair, difference) for law, pair in zip(at.laws, at.gates, strict=True))
+        of_z, of_g = (_disarm(_logits(q), pair, difference) for q, pair in zip(at.laws, at.gates, strict=True))
         surrogate = of_z + of_g
         return (first + second) / 2 + surrogate - surrogate.detach()
 
 
-def _logits(law: Any) -> Tensor:
+def _logits(site: Any) -> Tensor:
     try:
-        logits: Tensor = law.logits
+        logits: Tensor = site.logits
     except AttributeError:
         raise ValueError(
-            f"estimator 'score_function' needs a guide with logits, not one of {type(law).__name__} distributions: use "
-            "--guide mean_field, or --estimator straight_through"
+            f"estimator 'score_function' needs a guide with logits, not one of {type(site).__name__} distributions: "
+            "use --guide mean_field, or --estimator straight_through"
         ) from None
     return logits
 

@@ -1,4 +1,4 @@
-"""What takes forwards of a trained network, on every process: predictions, averaged over draws and as deployed."""
+"""Evaluation: posterior predictive and deployed allocation, split over processes."""
 
 from math import nan
 from pathlib import Path

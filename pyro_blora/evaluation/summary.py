@@ -88,15 +88,15 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
 
 
 def stored(program: BayesianLoRA) -> int:
-    """Numbers that are kept to draw an adapter: those of its weights' law, and its weights that are points."""
-    law = program.weights
-    return law.stored + sum(p.numel() for p in program.net.adapter_parameters()) - law.size
+    """How many numbers are stored to draw an adapter: of its weights' distribution, and of weights that are points."""
+    weights = program.weights
+    return weights.stored + sum(p.numel() for p in program.net.adapter_parameters()) - weights.size
 
 
 def _of_weights(parts: Parts) -> dict:
     """random: D; stored: numbers that are kept to draw the adapter; std: root mean square over all weights.
 
-    Of Laplace also its prior_precision; of an ensemble the law of its members, whose first this is.
+    Of Laplace also its prior_precision; of an ensemble the distribution of its members, the first of which this is.
     """
     law, fits = parts.program.weights, parts.config.fits if parts.config.is_ensemble else 1
     found: dict[str, Any] = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
@@ -133,7 +133,7 @@ def of_restart(folder: Path) -> dict:
 
 
 def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode: Prediction) -> pd.DataFrame:
-    """One line an example: its text, label, decision, and what its kind of outcome adds, such as probabilities.
+    """One line per example: its text, label, decision, and what its kind of outcome adds, such as probabilities.
 
     `log_likelihood` is the log of the density averaged over draws, as in `nll`; `deployed_*`: of the one allocation.
     """

@@ -1,12 +1,13 @@
-"""What a guide is: the variational family of the gates, made from layout and prior by a function with a name.
+"""Guides: variational families of the gates, each made from layout and prior by a named function.
 
 The function takes `(layout, prior, **settings)`, where the prior is a module whose call returns its Gates, and returns
 a `Guide`. Register it with `@register_guide("name")`, or name it as `--guide file.py:function`.
 
-The families here hold *evidence*: q(depth d) = softmax over d of log prior(d) + e_1 + ... + e_d, as the posterior is
-prior times likelihood. What the data say is learned in nats, whatever the optimizer makes of gradients; what the prior
-says enters exactly, so that a prior that moves (a budget, a learned rate) moves the gates in the same step.
-Gates that the prior pins (probability 0 or 1) are held there: the posterior cannot differ.
+The families here learn log Bayes factors, in nats. The depth d of a ladder is the number of its open gates, and
+q(d) = softmax over d of log prior(d) + e_1 + ... + e_d, where e_d is the log Bayes factor of depth d against d - 1: the
+posterior is prior times likelihood. The prior enters exactly, so a change of the prior (a budget, a learned rate) moves
+the gates in the same step, whatever the optimizer's step size.
+A gate that the prior pins (probability 0 or 1) is pinned in the guide, as the posterior cannot differ.
 """
 
 import contextlib
@@ -28,52 +29,53 @@ from ..registry import adopted
 class Guide(nn.Module):
     """The variational family of the gates.
 
-    Must have: `laws` and `posterior`. May have: everything else, whose defaults stand here. A plain nn.Module with
-    these methods serves as well.
+    A subclass must define `laws` and `posterior`; the other methods have defaults. A plain nn.Module with these methods
+    works as well.
 
     Shapes: L projections, T tensors, K gates of a ladder, R ranks, M components; z (L, T, K), g (L, R - 1).
-    Units: KLs and evidence in nats.
+    Units: KLs and log Bayes factors in nats.
     """
 
     serves_every_rank = False
-    """Whether, after training, the same rank everywhere is evaluated, from 1 to R."""
+    """Whether every rank from 1 to R, the same for all adapters, is evaluated after training."""
     starts_from_data = False
     """Whether `start` is called when the gates start."""
     target_rank = 0
-    """Of a guide that is allocated: the average that the allocator is to end at."""
+    """For a guide whose ranks the adapter allocates: the average rank at the end."""
 
     def laws(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
-        """What is sampled in training: reparametrized distributions of batch shapes (L, T) and (L,).
+        """The variational distributions that training samples: reparametrized, of batch shapes (L, T) and (L,).
 
         They need a KL against NestedBernoulli, registered with torch.distributions.register_kl. hard: draws are
-        ladders of 0 and 1. temperature > 0: of the relaxation, which falls in training; a number or a tensor ().
+        ladders of 0 and 1. temperature > 0: of the relaxation, which decreases during training; a number or a tensor
+        ().
         """
         raise NotImplementedError
 
     def posterior(self) -> Gates[NestedBernoulli]:
-        """The exact marginal distributions of the ladders, two NestedBernoulli: what is reported and deployed."""
+        """The exact marginal distributions of the ladders, two NestedBernoulli: reported and deployed."""
         raise NotImplementedError
 
-    # --- a family that is not mean field ------------------------------------------------------------------------------
+    # --- families that are not mean field -----------------------------------------------------------------------------
 
     def components(self) -> Gates[NestedBernoulli]:
         """Equally likely discrete components, given which ladders are independent: z (M, L, T, K), g (M, L, R - 1)."""
-        return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in self.posterior()))
+        return Gates(*(NestedBernoulli(q.log_probs[None], validate_args=False) for q in self.posterior()))
 
-    def each_law(self, temperature: float | Tensor, hard: bool) -> list[Gates[TorchDistribution]]:
+    def each_component(self, temperature: float | Tensor, hard: bool) -> list[Gates[TorchDistribution]]:
         """What training draws from, each in a forward of its own: of every component its distribution.
 
-        One alone would be M times noisier than a mean field.
+        Drawing from one component alone would be M times noisier than a mean field.
         """
         return [self.laws(temperature, hard)]
 
     def divergence(self, prior: Gates[NestedBernoulli], z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
-        """KLs of all z and of all g that exist, (), where their sum is none over ladders."""
+        """KLs of all existing z and of all existing g, each (), where they are not sums over ladders."""
         raise NotImplementedError
 
     @property
     def has_divergence(self) -> bool:
-        """Whether `divergence` is asked; else the KLs of `laws` are summed over the ladders."""
+        """Whether `divergence` is defined; else the KLs of `laws` are summed over the ladders."""
         return type(self).divergence is not Guide.divergence
 
     def deployed(self) -> Gates[Tensor] | None:
@@ -83,17 +85,17 @@ class Guide(nn.Module):
     # --- training -----------------------------------------------------------------------------------------------------
 
     def computed_once(self) -> contextlib.AbstractContextManager[None]:
-        """A block of one evaluation of the ELBO, in which the parameters and the prior stay as they are."""
+        """A context for one evaluation of the ELBO, in which parameters and prior do not change."""
         return contextlib.nullcontext()
 
-    def start(self, evidence: Gates[Tensor]) -> None:
-        """Set the distributions from an estimate of each depth's log-likelihood, up to a constant, nats.
+    def start(self, log_bayes_factors: Gates[Tensor]) -> None:
+        """Initialize the distributions from estimates of each depth's log-likelihood, up to a constant, nats.
 
-        evidence: z (L, T, K + 1), g (L, R).
+        log_bayes_factors: of each depth of each ladder, z (L, T, K + 1), g (L, R).
         """
 
     def allocate(self, ranks: Tensor) -> None:
-        """Take the ranks that the adapter's own allocator has left.  (L,)"""
+        """Set the ranks that the adapter's allocator has kept.  (L,)"""
         raise NotImplementedError
 
     @property
@@ -101,9 +103,9 @@ class Guide(nn.Module):
         return type(self).allocate is not Guide.allocate
 
 
-_OPEN = 6.0  # log-odds of a gate that waits for the data: q(1 - q) = 0.0025, enough gradient to come back
+_OPEN = 6.0  # log-odds of an open gate at the start: q(1 - q) = 0.0025, enough gradient to close it again
 _IMPOSSIBLE = -1e30  # in place of log 0 where a prior pins a gate, so that sums and gradients stay finite
-_SURE = 1e4  # nats, in place of infinite evidence
+_SURE = 1e4  # nats, in place of an infinite log Bayes factor
 
 
 def conditional_logits(depth_logits: Tensor) -> Tensor:
@@ -111,8 +113,11 @@ def conditional_logits(depth_logits: Tensor) -> Tensor:
     return log_at_least(depth_logits)[..., 1:] - depth_logits[..., :-1]
 
 
-class Evidence(Guide):
-    """Nats that the data add to each step of a chain's depth, for each component; the prior's pins laid over them."""
+class LogBayesFactors(Guide):
+    """A log Bayes factor (nats) for each gate, its depth against the one below, per component; pins are the prior's.
+
+    The parameters keep their stored names, `z_evidence` and `g_evidence`.
+    """
 
     z_pins: Tensor  # (L, T, K), log-odds at which the prior holds a gate, nan where it is free
     g_pins: Tensor  # (L, R - 1)
@@ -121,28 +126,33 @@ class Evidence(Guide):
     def __init__(self, layout: AdapterLayout, prior: nn.Module, open_logit: float | None, components: int = 1):
         super().__init__()
         self.prior = prior
-        laws: Gates[NestedBernoulli] = prior()
+        distributions: Gates[NestedBernoulli] = prior()
         self.z_evidence = nn.Parameter(torch.zeros(components, *layout.z_shape))  # (M, L, T, K)
         self.g_evidence = nn.Parameter(torch.zeros(components, *layout.g_shape))  # (M, L, R - 1)
-        for name, law, mask in (("z_pins", laws.z, layout.z_mask), ("g_pins", laws.g, layout.g_mask)):
-            pins = torch.where(mask[..., None], pinned_logits(law.log_probs.detach()), torch.inf)  # or does not exist
+        for name, distribution, mask in (
+            ("z_pins", distributions.z, layout.z_mask),
+            ("g_pins", distributions.g, layout.g_mask),
+        ):
+            pins = torch.where(
+                mask[..., None], pinned_logits(distribution.log_probs.detach()), torch.inf
+            )  # or does not exist
             self.register_buffer(name, pins, persistent=False)
         self.free = Gates(bool(self.z_pins.isnan().any()), bool(self.g_pins.isnan().any()))  # is anything random?
         self.starts_from_data = any(self.free) and open_logit is None
-        self._open(laws, _OPEN if open_logit is None else float(open_logit))
+        self._open(distributions, _OPEN if open_logit is None else float(open_logit))
 
     @torch.no_grad()
     def _open(self, prior: Gates[NestedBernoulli], logit: float) -> None:
-        """Every gate at log-odds `logit`, whatever the prior."""
-        for parameter, law in zip((self.z_evidence, self.g_evidence), prior, strict=True):
-            odds = torch.full_like(law.log_probs, logit)
+        """Set every gate to log-odds `logit` under any prior."""
+        for parameter, distribution in zip((self.z_evidence, self.g_evidence), prior, strict=True):
+            odds = torch.full_like(distribution.log_probs, logit)
             wanted = RelaxedNestedBernoulli(odds, 1.0, validate_args=False).discrete.depth_log_probs
-            parameter.copy_((wanted - law.depth_log_probs).diff(dim=-1).nan_to_num(0.0, 0.0, 0.0))
+            parameter.copy_((wanted - distribution.depth_log_probs).diff(dim=-1).nan_to_num(0.0, 0.0, 0.0))
 
     @contextlib.contextmanager
     def computed_once(self) -> Iterator[None]:
-        """A block in which the parameters, and the prior, stay as they are: sampling and KL share the log-odds."""
-        self._shared = Evidence.logits(self)  # a family that changes them does so to each copy, once
+        """A context in which parameters and prior do not change: sampling and KL share the log-odds."""
+        self._shared = LogBayesFactors.logits(self)  # a subclass that overrides it transforms this once
         try:
             yield
         finally:
@@ -159,19 +169,19 @@ class Evidence(Guide):
         )
 
     @staticmethod
-    def _site_logits(prior: NestedBernoulli, evidence: Tensor, free: bool, pins: Tensor) -> Tensor:
-        pinned = pins.expand(evidence.shape)
+    def _site_logits(prior: NestedBernoulli, log_factors: Tensor, free: bool, pins: Tensor) -> Tensor:
+        pinned = pins.expand(log_factors.shape)
         if not free:
             return pinned
-        said = nn.functional.pad(evidence.cumsum(-1), (1, 0))
-        logits = conditional_logits(prior.depth_log_probs.clamp(min=_IMPOSSIBLE) + said)
+        log_likelihood = nn.functional.pad(log_factors.cumsum(-1), (1, 0))  # of each depth, up to a constant
+        logits = conditional_logits(prior.depth_log_probs.clamp(min=_IMPOSSIBLE) + log_likelihood)
         return torch.where(pinned.isnan(), logits, pinned)
 
     @torch.no_grad()
-    def start(self, evidence: Gates[Tensor]) -> None:
-        """Set the evidence to that of each depth, up to a constant.  z (L, T, K + 1), g (L, R), nats."""
-        for parameter, said in zip((self.z_evidence, self.g_evidence), evidence, strict=True):
-            parameter.copy_(said.diff(dim=-1).nan_to_num(0.0, _SURE, -_SURE))
+    def start(self, log_bayes_factors: Gates[Tensor]) -> None:
+        """Set the factors from those of each depth, up to a constant.  z (L, T, K + 1), g (L, R), nats."""
+        for parameter, of_depths in zip((self.z_evidence, self.g_evidence), log_bayes_factors, strict=True):
+            parameter.copy_(of_depths.diff(dim=-1).nan_to_num(0.0, _SURE, -_SURE))
 
     def components(self) -> Gates[NestedBernoulli]:
         return Gates(*(RelaxedNestedBernoulli(x, 1.0, validate_args=False).discrete for x in self.logits()))
@@ -201,14 +211,14 @@ def components(guide: Guide) -> Gates[NestedBernoulli]:
 
 def draw_gates(guide: Guide, draws: int) -> Gates[Tensor]:
     """Joint discrete draws.  z (S, L, T, K), g (S, L, R - 1)."""
-    laws = components(guide)
-    m = torch.randint(len(laws.z.log_probs), (draws,), device=laws.z.log_probs.device)
-    return Gates(*(NestedBernoulli(law.log_probs[m], validate_args=False).sample() for law in laws))
+    distributions = components(guide)
+    m = torch.randint(len(distributions.z.log_probs), (draws,), device=distributions.z.log_probs.device)
+    return Gates(*(NestedBernoulli(q.log_probs[m], validate_args=False).sample() for q in distributions))
 
 
 def log_prob(guide: Guide, gates: Gates[Tensor], z_mask: Tensor, g_mask: Tensor) -> Tensor:
-    """log q of joint draws, in nats, over the chains that exist.  z (S, L, T, K), g (S, L, R - 1) -> (S,)."""
-    laws = components(guide)
-    z = torch.where(z_mask, laws.z.log_prob(gates.z[:, None]), 0.0).sum((-1, -2))  # (S, M)
-    g = torch.where(g_mask, laws.g.log_prob(gates.g[:, None]), 0.0).sum(-1)
-    return (z + g).logsumexp(-1) - math.log(len(laws.z.log_probs))
+    """log q of joint draws, in nats, over the ladders that exist.  z (S, L, T, K), g (S, L, R - 1) -> (S,)."""
+    distributions = components(guide)
+    z = torch.where(z_mask, distributions.z.log_prob(gates.z[:, None]), 0.0).sum((-1, -2))  # (S, M)
+    g = torch.where(g_mask, distributions.g.log_prob(gates.g[:, None]), 0.0).sum(-1)
+    return (z + g).logsumexp(-1) - math.log(len(distributions.z.log_probs))

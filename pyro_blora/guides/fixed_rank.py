@@ -1,6 +1,6 @@
-"""Guides that learn nothing, for methods: the ranks are drawn from a known law, or allocated by somebody else.
+"""Parameter-free guides: ranks from DyLoRA's sampler or AdaLoRA's allocator.
 
-Every bit gate is open, so they go with a prior whose z is `off`. Source: see the functions.
+Every bit gate is open, so use them with a prior whose z is `off`. Source: see the functions.
 """
 
 import math
@@ -56,7 +56,7 @@ class UniformRank(Guide):
 
 
 class Allocated(Guide):
-    """One rank for each adapter, as `allocate` was last told."""
+    """One rank for each adapter, as set by the last call of `allocate`."""
 
     z: Tensor  # (L, T, K), all ones
     ranks: Tensor  # (L,)
@@ -73,14 +73,14 @@ class Allocated(Guide):
         """Open ranks of every projection, (L,); the first is always open, so 0 counts as 1."""
         self.ranks.copy_(ranks)
 
-    def _chains(self) -> Gates[Tensor]:
+    def _ladders(self) -> Gates[Tensor]:
         return Gates(self.z, (self.before < self.ranks[:, None]).to(self.z))
 
     def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
-        return _point(self._chains())
+        return _point(self._ladders())
 
     def posterior(self) -> Gates[NestedBernoulli]:
-        return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in self._chains()))
+        return Gates(*(NestedBernoulli(x.log(), validate_args=False) for x in self._ladders()))
 
 
 @register_guide("uniform_rank")
@@ -94,7 +94,7 @@ def uniform_rank(layout: AdapterLayout, prior: nn.Module) -> UniformRank:
 
 @register_guide("allocated")
 def allocated(layout: AdapterLayout, prior: nn.Module, *, target_rank: int | None = None) -> Allocated:
-    """The ranks that AdaLoRA's allocator has left, a point; for method `adalora`.
+    """The ranks that AdaLoRA's allocator has kept, a point; for method `adalora`.
 
     Settings: target_rank, their average at the end (default: two thirds of `rank`, AdaLoRA's own ratio).
     Source: Zhang et al., AdaLoRA (2023).

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import register_guide
-from .base import Evidence
+from .base import LogBayesFactors
 
 
-class MeanField(Evidence):
-    """Every chain has a law of its own; sampled as relaxed nested Bernoullis."""
+class MeanField(LogBayesFactors):
+    """Independent ladders, sampled as relaxed nested Bernoullis."""
 
     def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         return Gates(*(RelaxedNestedBernoulli(x[0], temperature, hard, validate_args=False) for x in self.logits()))
@@ -20,26 +20,26 @@ class MeanField(Evidence):
         return Gates(*(RelaxedNestedBernoulli(x[0], 1.0, validate_args=False).discrete for x in self.logits()))
 
 
-class Point(Evidence):
-    """One chain for each tensor and adapter, gates open where their product exceeds 1/2; KL = -log prior."""
+class Point(LogBayesFactors):
+    """One state of each ladder: a gate is open where the product up to it exceeds 1/2; KL = -log prior."""
 
-    def _chain(self, logits: Tensor) -> Tensor:
+    def _deployed(self, logits: Tensor) -> Tensor:
         soft = torch.sigmoid(logits[0]).cumprod(-1)
         return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1
 
     def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
-        return Gates(*(dist.Delta(self._chain(x), event_dim=1, validate_args=False) for x in self.logits()))
+        return Gates(*(dist.Delta(self._deployed(x), event_dim=1, validate_args=False) for x in self.logits()))
 
     def posterior(self) -> Gates[NestedBernoulli]:
-        return Gates(*(NestedBernoulli(self._chain(x).detach().log(), validate_args=False) for x in self.logits()))
+        return Gates(*(NestedBernoulli(self._deployed(x).detach().log(), validate_args=False) for x in self.logits()))
 
     def components(self) -> Gates[NestedBernoulli]:
-        return Gates(*(NestedBernoulli(law.log_probs[None], validate_args=False) for law in self.posterior()))
+        return Gates(*(NestedBernoulli(q.log_probs[None], validate_args=False) for q in self.posterior()))
 
 
 @register_guide("mean_field")
 def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> MeanField:
-    """Independent relaxed nested Bernoullis, one a chain; KL in closed form.
+    """Independent relaxed nested Bernoullis, one per ladder; KL in closed form.
 
     Settings: open_logit, the log-odds at which every gate starts (default: estimated from the data, gate_init.py).
     """

@@ -1,4 +1,4 @@
-"""A mixture of mean fields, which sees that two gates trade off."""
+"""A mixture of mean fields, which represents dependence between gates."""
 
 import math
 
@@ -10,35 +10,35 @@ from torch.distributions import kl_divergence
 from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import register_guide
-from .base import Evidence
+from .base import LogBayesFactors
 
 _SPREAD = 0.5  # nats between the components of a mixture at its start: equal ones would stay equal
-_INFORMATION_DRAWS = 64  # of the gates, for what the component tells about them; no forward of the backbone
+_INFORMATION_DRAWS = 64  # of the gates, for their mutual information with the component; no forward of the backbone
 
 
-class Mixture(Evidence):
-    """M mean fields, equally likely: chains are independent given the component, correlated without it.
+class Mixture(LogBayesFactors):
+    """M mean fields, equally likely: ladders are independent given the component, correlated without it.
 
-    KL(q || p) = mean_m KL(q_m || p) - I, where I <= log M nats is what a draw tells about its component; the first
-    part is in closed form, I is averaged over draws of the gates, which need no forward. Pyro's own ELBO would take the
-    KL of the one component that `laws` draws.
+    KL(q || p) = mean_m KL(q_m || p) - I, where I <= log M nats is the mutual information of gates and component. The
+    first part is in closed form, I is averaged over draws of the gates, which need no forward. Pyro's own ELBO would
+    take the KL of the one component that `laws` draws.
     """
 
     def laws(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
-        each = self.each_law(temperature, hard)
+        each = self.each_component(temperature, hard)
         return each[int(torch.randint(len(each), ()))]  # drawn on the host: no transfer
 
-    def each_law(self, temperature: float | Tensor, hard: bool) -> list[Gates[TorchDistribution]]:
-        pairs = zip(*self.logits(), strict=True)  # of (z, g), a component each
+    def each_component(self, temperature: float | Tensor, hard: bool) -> list[Gates[TorchDistribution]]:
+        pairs = zip(*self.logits(), strict=True)  # (z, g) of each component
         return [Gates(*(RelaxedNestedBernoulli(x, temperature, hard, validate_args=False) for x in p)) for p in pairs]
 
     def posterior(self) -> Gates[NestedBernoulli]:
-        mixed = (law.depth_log_probs.logsumexp(0) - math.log(len(law.log_probs)) for law in self.components())
+        mixed = (q.depth_log_probs.logsumexp(0) - math.log(len(q.log_probs)) for q in self.components())
         return Gates(*(NestedBernoulli.from_depth_logits(x, validate_args=False) for x in mixed))
 
     @torch.no_grad()
-    def start(self, evidence: Gates[Tensor]) -> None:
-        super().start(evidence)
+    def start(self, log_bayes_factors: Gates[Tensor]) -> None:
+        super().start(log_bayes_factors)
         for parameter in (self.z_evidence, self.g_evidence):
             parameter.add_(_SPREAD * torch.randn_like(parameter))
 
@@ -52,12 +52,12 @@ class Mixture(Evidence):
         """I(component; gates), with the score-function gradient and each component's own mean as its baseline."""
         M = len(components.z.log_probs)
         S = max(2, _INFORMATION_DRAWS // M)
-        z, g = (law.sample((S,)).flatten(0, 1)[:, None] for law in components)  # (S M, 1, ...), component i % M
+        z, g = (q.sample((S,)).flatten(0, 1)[:, None] for q in components)  # (S M, 1, ...), component i % M
         log_q = torch.where(z_mask, components.z.log_prob(z), 0.0).sum((-1, -2))
         log_q = log_q + torch.where(g_mask, components.g.log_prob(g), 0.0).sum(-1)  # (S M, M)
         own = log_q.view(S, M, M).diagonal(dim1=1, dim2=2)  # (S, M)
-        told = own - (log_q.logsumexp(-1).view(S, M) - math.log(M))
-        reward = told.detach()
+        information = own - (log_q.logsumexp(-1).view(S, M) - math.log(M))
+        reward = information.detach()
         others = (reward.sum(0) - reward) / (S - 1)
         score = ((reward - others) * own).mean()
         return reward.mean() + score - score.detach()
@@ -67,9 +67,9 @@ class Mixture(Evidence):
 def mixture(
     layout: AdapterLayout, prior: nn.Module, *, components: int = 4, open_logit: float | None = None
 ) -> Mixture:
-    """A mixture of mean fields, which sees that two gates trade off; gains at most log(components) nats of ELBO.
+    """A mixture of mean fields, for gates that trade off; gains at most log(components) nats of ELBO.
 
-    It costs `components` forwards and backwards a step in place of one.
+    A step takes `components` forward and backward passes in place of one.
     Settings: components, M; open_logit, the log-odds at which every gate starts (default: estimated from the data).
     Source: Jaakkola and Jordan, Improving the mean field approximation via the use of mixture distributions (1998).
     """

@@ -1,15 +1,15 @@
-"""To ArviZ: a trained program's draws and exact laws as named groups and dimensions, `posterior.nc`.
+"""To ArviZ: a trained program's draws and exact distributions as named groups and dimensions, `posterior.nc`.
 
 Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random, and
 theta in the posterior where the weights are), sample_stats (log_q, log_prior; log_ratio of the rates), constant_data
-(exact: the laws of guide and prior over widths and ranks, marginals, KL, and what is deployed; each projection's layer
-and type, to group by). Held-out rows are in predictions (what the kind of outcome predicts: label and probability, or
-mean; log_likelihood of the observed label) and predictions_constant_data (label, observed): there is no group
-log_likelihood, as `arviz.loo` would take its rows for training data and remove an influence that they never had.
-`arviz_compat.held_out_elpd` scores them.
+(exact: the distributions of guide and prior over widths and ranks, marginals, KL, and the deployed allocation; each
+projection's layer and type, to group by). Held-out rows are in predictions (what the kind of outcome predicts: label
+and probability, or mean; log_likelihood of the observed label) and predictions_constant_data (label, observed): there
+is no group log_likelihood, as `arviz.loo` would treat its rows as training data and remove an influence that they never
+had. `arviz_compat.held_out_elpd` scores them.
 Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection, tensor, rung, rank, width,
-open_rank, component, law, weight, example, and those of the kind of outcome (class). Tensors that a projection does not
-have are nan.
+open_rank, component, `law` (the random rates), weight, example, and those of the kind of outcome (class). Tensors that
+a projection does not have are nan.
 """
 
 import json
@@ -65,7 +65,7 @@ _SAID = {  # (long_name, units)
     "log_likelihood": ("log likelihood of the observed label of a held-out row under the draw", "nat"),
     "log_q": ("log probability of the draw under the guide", "nat"),
     "log_prior": ("log probability of the draw under the prior", "nat"),
-    "log_ratio": ("log density of the rates' best law over that of their guide, up to a constant", "nat"),
+    "log_ratio": ("log density of the rates' best distribution over that of their guide, up to a constant", "nat"),
     "z_kl": ("KL of guide from prior", "nat"),
     "g_kl": ("KL of guide from prior", "nat"),
     "log_q_width": ("log probability of a bit width under the guide", "nat"),
@@ -187,9 +187,9 @@ def _densities(program: BayesianLoRA, draws: Gates) -> dict[str, np.ndarray]:
 @torch.no_grad()
 def _constants(program: BayesianLoRA, layout: AdapterLayout) -> dict[str, np.ndarray]:
     marginal, kl, mode = marginals(program), divergences(program), deployed(program)
-    laws, prior = components(program.gate_guide), program.prior()
+    distributions, prior = components(program.gate_guide), program.prior()
     found = {
-        "log_q_width": laws.z.depth_log_probs, "log_q_rank": laws.g.depth_log_probs,
+        "log_q_width": distributions.z.depth_log_probs, "log_q_rank": distributions.g.depth_log_probs,
         "log_prior_width": prior.z.depth_log_probs, "log_prior_rank": prior.g.depth_log_probs,
         "z_marginal": marginal.z, "g_marginal": marginal.g, "z_kl": kl.z, "g_kl": kl.g,
         "z_deployed": mode.z, "g_deployed": mode.g,

@@ -103,7 +103,7 @@ def _with_predictions(groups: dict[str, xarray.Dataset]) -> dict[str, xarray.Dat
 
 
 def concatenate(parts: Iterable, seeds: Iterable[int]):
-    """Containers of one chain each as one with a chain each, numbered from 0; coordinate `seed` says whose they are.
+    """Join containers of one chain each: chains are numbered from 0, and coordinate `seed` has their seeds.
 
     Errors: ValueError where they are not of the same gates or examples.
     """

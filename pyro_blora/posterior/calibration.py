@@ -12,8 +12,8 @@ from torch import Tensor
 
 BINS = (15, 20)  # equal ones of confidence: the peers', and B-LoRA-XS's; the first is a summary's `ece`
 ADAPTIVE_BINS = 15  # of equally many examples
-COVERAGES = (0.5, 0.8, 0.9, 0.95)  # shares of the examples that are answered, the surest first
-CHANCE = 0.95  # of calibrated models' calibration errors, below which there is no evidence of miscalibration
+COVERAGES = (0.5, 0.8, 0.9, 0.95)  # shares of the examples that are answered, the most confident first
+CHANCE = 0.95  # of the calibration errors of calibrated models; an error below it does not show miscalibration
 _RESAMPLES = 1000  # of the labels, for that
 _AT_ONCE = 4_000_000  # numbers of a block of resamples
 _TINY = 1e-12  # in place of a probability of 0
@@ -90,7 +90,7 @@ def chance_level(mean: Tensor, bins: int, *, equal_counts: bool = False) -> dict
     """{"mean", "high"}: the calibration error that predictions have by chance where they are perfectly calibrated.
 
     Labels are drawn from the predictions themselves, as often as needed; `high` is the 95 % quantile. A parametric
-    bootstrap: an error below `high` is no evidence of miscalibration.
+    bootstrap: an error below `high` does not show miscalibration.
     """
     confidence = np.sort(mean.double().max(-1).values.clamp(max=1 - 1e-6).cpu().numpy())
     if equal_counts:

@@ -1,7 +1,7 @@
-"""What was learned: exact marginals, the deployed allocation, draws of gates, weights and rates, and KLs.
+"""Results of a trained program: exact marginals, the deployed allocation, draws of gates, weights and rates, and KLs.
 
-Reported posteriors are those of the discrete law. Draws and the deployed allocation come from the same law that was
-trained; a gate is deployed open where its marginal exceeds one half.
+Reported posteriors are those of the discrete distribution. Draws and the deployed allocation come from the distribution
+that was trained; a gate is deployed open where its marginal exceeds one half.
 Shapes: S draws; z (S, L, T, K), g (S, L, R - 1).
 """
 
@@ -24,12 +24,12 @@ _OTHER_STREAM = 0x5EED_0F_7E7A  # of the weights' draws, whose seed differs from
 @torch.no_grad()
 def marginals(program: BayesianLoRA) -> Gates:
     """Exact probabilities that each gate is open.  z (L, T, K), g (L, R - 1)."""
-    return Gates(*(law.mean for law in program.gate_guide.posterior()))
+    return Gates(*(q.mean for q in program.gate_guide.posterior()))
 
 
 @torch.no_grad()
 def bops(program: BayesianLoRA) -> BOPs:
-    """E[BOPs] under the guide, exact: chains are independent given the component."""
+    """E[BOPs] under the guide, exact: ladders are independent given the component."""
     each = expected_bops(program.layout, *component_marginals(program))  # fields (M,)
     return BOPs(*(x.mean(0) for x in each))
 
@@ -37,7 +37,7 @@ def bops(program: BayesianLoRA) -> BOPs:
 @torch.no_grad()
 def component_marginals(program: BayesianLoRA) -> Gates:
     """The same as `marginals` for each equally likely component.  z (M, L, T, K), g (M, L, R - 1)."""
-    return Gates(*(law.mean for law in components(program.gate_guide)))
+    return Gates(*(q.mean for q in components(program.gate_guide)))
 
 
 @torch.no_grad()
@@ -45,14 +45,14 @@ def deployed(program: GateProgram) -> Gates:
     """The one allocation that is exported: open where the marginal exceeds one half.  z (L, T, K), g (L, R - 1).
 
     Under a mixture, where of two gates that stand in for each other both may have marginals below one half, the most
-    probable of this rule's allocations for the whole law and for each component.
+    probable of this rule's allocations for the whole distribution and for each component.
     """
     guide = program.gate_guide
     chosen = guide.deployed()
     if chosen is not None:
         return chosen
-    whole = Gates(*(law.mode for law in guide.posterior()))
-    each = Gates(*(law.mode for law in components(guide)))
+    whole = Gates(*(q.mode for q in guide.posterior()))
+    each = Gates(*(q.mode for q in components(guide)))
     if len(each.z) == 1:
         return whole
     candidates = Gates(*(torch.cat([x[None], y]) for x, y in zip(whole, each, strict=True)))
@@ -72,7 +72,7 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
     with seeded(program, seed):
         if law == "posterior":
             return draw_gates(program.gate_guide, draws)
-        return Gates(*(law.sample() for law in program.prior.sample_prior(draws)))
+        return Gates(*(q.sample() for q in program.prior.sample_prior(draws)))
 
 
 @torch.no_grad()
@@ -95,10 +95,10 @@ class Rates(NamedTuple):
 
 @torch.no_grad()
 def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
-    """Draws of the prior's random rates, from their guide and from their law; None where no rate is random.
+    """Draws of the prior's random rates, from their guide and from their distribution; None where no rate is random.
 
     log_ratio: log of p(rates) exp(-KL(guide of the gates || prior at these rates)) over the rates' guide, nats: it
-    would be constant if the guide were the best law of the rates. The Pareto k of its tail says how far it is off.
+    would be constant if the guide of the rates were exact. The Pareto k of its tail measures how far it is off.
     Source: Yao, Vehtari, Simpson and Gelman, Yes, but did it work? (2018).
     """
     prior, q = program.prior, components(program.gate_guide)
@@ -116,12 +116,12 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
             posterior.append(here)
             before.append(part.draw_rates(draws, "prior"))
             log_ratio = log_ratio.to(here) + part.log_ratio(here)
-            for each, laws, own, mask in zip(
+            for each, distributions, own, mask in zip(
                 "zg", q, part.gates_at(here), (program.z_mask, program.g_mask), strict=True
             ):
                 if each in site:
                     q_each = NestedBernoulli(
-                        laws.log_probs[:, None], validate_args=False
+                        distributions.log_probs[:, None], validate_args=False
                     )  # (M, 1, ...) against (S, ...)
                     kl = torch.where(mask, kl_divergence(q_each, own), 0.0)
                     log_ratio = log_ratio - kl.flatten(2).sum(-1).mean(0)
@@ -151,7 +151,7 @@ def mean_kl(program: BayesianLoRA, *, seed: int = 0) -> tuple[float, float]:
 
 @torch.no_grad()
 def divergences(program: BayesianLoRA) -> Gates:
-    """KL(posterior || prior) of each chain in nats; 0 where a tensor does not exist.  z (L, T), g (L,)."""
+    """KL(posterior || prior) of each ladder in nats; 0 where a tensor does not exist.  z (L, T), g (L,)."""
     q, p = program.gate_guide.posterior(), program.prior()
     return Gates(
         torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0),

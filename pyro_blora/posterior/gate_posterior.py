@@ -1,9 +1,9 @@
-"""What a posterior.nc says about the gates, exactly: from the laws that it holds, not from its draws.
+"""Exact statements about the gates of a posterior.nc, from the distributions in it, not from its draws.
 
-`Posterior(read(path))` needs neither model nor torch's random numbers: the laws of guide and prior over every tensor's
-bit width and every adapter's rank are in the file's constant_data, and bit operations are a function of them.
+`Posterior(read(path))` needs neither the model nor random numbers: the distributions of guide and prior over every
+tensor's bit width and every adapter's rank are in the file's constant_data, and bit operations are a function of them.
 Shapes: C chains (restarts), M equally likely components of the guide (1 for a mean field), L projections, T tensors,
-K + 1 widths, R ranks.   Units: nats; BOPs as ratios to 32 x 32 bit with all ranks, unless said.
+K + 1 widths, R ranks.   Units: nats; BOPs as ratios to 32 x 32 bit with all ranks, unless stated.
 """
 
 import functools
@@ -23,11 +23,12 @@ from .arviz_compat import group, pareto_weights
 
 
 class WhatIf(NamedTuple):
-    """What is predicted if a gate were forced, the laws of all other chains as they are.
+    """The predicted effect of forcing a gate, with the distributions of all other ladders unchanged.
 
     probability: of the forced state under the guide. elbo_loss: nats that the ELBO loses, -log probability, which is
-    exact for a guide at its optimum; nll_rise of them are the data's (negative where the data would rather), the rest
-    is the KL's. bops_adapted, bops_model: E[BOPs] then, against before_adapted and before_model.
+    exact for a guide at its optimum. nll_rise: the part of them that the expected NLL rises (negative where the
+    likelihood favours the forced state); the KL has the rest. bops_adapted, bops_model: E[BOPs] then, against
+    before_adapted and before_model.
     """
 
     gate: str
@@ -75,19 +76,19 @@ class Posterior:
         self.data, self.layout = data, layout_of(data)
         self.constant = group(data, "constant_data")
         self.masks = Gates(self.layout.z_mask, self.layout.g_mask)
-        self.log_q = Gates(self._law("log_q_width"), self._law("log_q_rank"))
-        self.log_prior = Gates(self._law("log_prior_width"), self._law("log_prior_rank"))
+        self.log_q = Gates(self._distribution("log_q_width"), self._distribution("log_q_rank"))
+        self.log_prior = Gates(self._distribution("log_prior_width"), self._distribution("log_prior_rank"))
         self.chains = len(self.log_q.z)
         self.projections = [str(name) for name in self.constant["projection"].values]
         self._slopes: dict[int, _Slopes] = {}
 
-    def _law(self, name: str) -> Tensor:
-        law = torch.tensor(self.constant[name].values, dtype=torch.float64)
-        opened = torch.full_like(law, -torch.inf)
+    def _distribution(self, name: str) -> Tensor:
+        distribution = torch.tensor(self.constant[name].values, dtype=torch.float64)
+        opened = torch.full_like(distribution, -torch.inf)
         opened[..., -1] = 0.0
-        return torch.where(law.isnan(), opened, law)
+        return torch.where(distribution.isnan(), opened, distribution)
 
-    # --- laws -------------------------------------------------------------------------------------------------------
+    # --- distributions ----------------------------------------------------------------------------------------------
 
     def depth_probs(self, chain: int = 0) -> Gates:
         """Probabilities of widths (L, T, K + 1) and of ranks (L, R)."""
@@ -105,25 +106,25 @@ class Posterior:
         return self._slopes[chain]
 
     def expected_bops(self, chain: int = 0) -> BOPs:
-        """Exact: chains are independent given the component."""
+        """Exact: ladders are independent given the component."""
         each = expected_bops(self.layout, *_marginals(Gates(*(x[chain] for x in self.log_q))))
         return BOPs(*(x.mean(0) for x in each))
 
     def moments(self) -> Gates:
-        """Means and variances over the law of bits (2, C, L, T) and of open ranks (2, C, L)."""
+        """Means and variances over the distribution of bits (2, C, L, T) and of open ranks (2, C, L)."""
         found = []
         for log_q, values in zip(self.log_q, (self.layout.ladder, range(1, self.layout.rank + 1)), strict=True):
-            law, each = log_q.exp().mean(1), torch.tensor(list(values), dtype=torch.float64)
-            mean = law @ each
-            found.append(torch.stack([mean, (law @ each.square() - mean.square()).clamp(min=0.0)]))
+            distribution, each = log_q.exp().mean(1), torch.tensor(list(values), dtype=torch.float64)
+            mean = distribution @ each
+            found.append(torch.stack([mean, (distribution @ each.square() - mean.square()).clamp(min=0.0)]))
         return Gates(*found)
 
     # --- bit operations ---------------------------------------------------------------------------------------------
 
     def gates(self, chain: int = 0) -> pd.DataFrame:
-        """A line a gate that exists: its names, whether it is deployed open, and the probability that it is open; what
+        """One row per existing gate: its names, whether it is deployed open, and the probability that it is open; what
         it contributes to the expected saving (of `adapted` where its projection is adapted, and of `model`); and the
-        WhatIf of forcing it to the other state than the deployed one.  nan where that is ruled out.
+        WhatIf of forcing it to the other state than the deployed one.  nan where that is impossible.
         """
         full = at_full_width(self.layout)
         marginals = _marginals(Gates(*(x[chain] for x in self.log_q)))
@@ -155,16 +156,17 @@ class Posterior:
         return pd.DataFrame(lines)
 
     def what_if(self, gate: str, opened: bool, chain: int = 0) -> WhatIf:
-        """Force one gate, named as `7.value.lora_A.8` (bits) or `7.value.rank.5`; a chain opens and closes in order.
+        """Force one gate, named as `7.value.lora_A.8` (bits) or `7.value.rank.5`; a ladder opens and closes in order.
 
-        Errors: ValueError for a name that is none, naming near ones, and for a state that prior or guide rule out.
+        Errors: ValueError for an unknown name, with the nearest names, and for a state of probability 0 in prior or
+        guide.
         """
         site, index, depth = self._find(gate)
         log_q = getattr(self.log_q, site)[chain]  # (M, L, ..., D)
-        law = log_q[(slice(None), *index)]  # (M, D)
-        kept = torch.arange(law.shape[-1]) >= depth
+        distribution = log_q[(slice(None), *index)]  # (M, D)
+        kept = torch.arange(distribution.shape[-1]) >= depth
         kept = kept if opened else ~kept
-        mass = torch.where(kept, law, -torch.inf).logsumexp(-1)  # (M,)
+        mass = torch.where(kept, distribution, -torch.inf).logsumexp(-1)  # (M,)
         log_probability = float(mass.logsumexp(0) - math.log(len(mass)))
         if log_probability == -math.inf:
             allowed = bool((getattr(self.log_prior, site)[(chain, *index)][kept] > -torch.inf).any())
@@ -172,20 +174,24 @@ class Posterior:
             raise ValueError(f"gate {gate} cannot be {'open' if opened else 'closed'}: {why}")
         weights = mass.softmax(0)
         alive = mass > -torch.inf
-        forced = torch.where(kept & alive[:, None], law - mass.clamp(min=-1e300)[:, None], -torch.inf)
-        forced = torch.where(alive[:, None], forced, law)  # of weight 0
+        forced = torch.where(kept & alive[:, None], distribution - mass.clamp(min=-1e300)[:, None], -torch.inf)
+        forced = torch.where(alive[:, None], forced, distribution)  # of weight 0
         adapted, model, *slopes = self.slopes(chain)
-        shift = _opening(forced) - _opening(law)  # (M, D - 1); E[BOPs] is linear in the marginals of one ladder
+        shift = _opening(forced) - _opening(
+            distribution
+        )  # (M, D - 1); E[BOPs] is linear in the marginals of one ladder
         adapted_then, model_then = (
             float(weights @ (x + (getattr(slope, site)[(slice(None), *index)] * shift).sum(-1)))
             for x, slope in zip((adapted, model), slopes, strict=True)
         )
-        whole, then = law.exp().mean(0), weights @ forced.exp()
-        evidence = whole.log() - getattr(self.log_prior, site)[(chain, *index)]  # up to a constant
-        evidence = torch.where(whole > 0, evidence, 0.0)
+        whole, then = distribution.exp().mean(0), weights @ forced.exp()
+        log_factors = (
+            whole.log() - getattr(self.log_prior, site)[(chain, *index)]
+        )  # log Bayes factors, up to a constant
+        log_factors = torch.where(whole > 0, log_factors, 0.0)
         return WhatIf(
-            gate, opened, math.exp(log_probability), -log_probability + 0.0, float(((whole - then) * evidence).sum()),
-            adapted_then, model_then, float(adapted.mean()), float(model.mean()),
+            gate, opened, math.exp(log_probability), -log_probability + 0.0, float(((whole - then) *
+            log_factors).sum()), adapted_then, model_then, float(adapted.mean()), float(model.mean()),
         )  # fmt: skip
 
     @functools.cached_property
@@ -194,7 +200,7 @@ class Posterior:
         return {name: tuple(rest) for name, *rest in self._every_gate()}
 
     def _every_gate(self):
-        """(name, site, index of the chain, place in it from 1) of every gate that exists."""
+        """(name, site, index of the ladder, place in it from 1) of every gate that exists."""
         for i, projection in enumerate(self.projections):
             for t, tensor in enumerate(self.layout.tensors):
                 if self.masks.z[i, t]:
@@ -217,14 +223,14 @@ class Posterior:
     # --- whether to believe it --------------------------------------------------------------------------------------
 
     def kl(self, chain: int = 0) -> Gates:
-        """KL(guide || prior) of every chain of gates, nats.  z (L, T), g (L); 0 where there is none or it is pinned."""
+        """KL(guide || prior) of every ladder, nats.  z (L, T), g (L); 0 where there is none or it is pinned."""
         return Gates(*(
             torch.where(q.exp().mean(0) > 0, q.exp().mean(0) * (q.exp().mean(0).log() - p), 0.0).sum(-1).clamp(min=0.0)
             for q, p in zip((x[chain] for x in self.log_q), (x[chain] for x in self.log_prior), strict=True)
         ))  # fmt: skip
 
     def free(self, chain: int = 0) -> Gates:
-        """Whether a chain of gates exists and its prior leaves it a choice.  z (L, T), g (L), bool"""
+        """Whether a ladder exists and its prior does not pin all its gates.  z (L, T), g (L), bool"""
         return Gates(*(
             mask & ((p[chain] > -torch.inf).sum(-1) > 1) for mask, p in zip(self.masks, self.log_prior, strict=True)
         ))  # fmt: skip
@@ -232,13 +238,15 @@ class Posterior:
     def rhat(self) -> Gates:
         """R-hat of bits (L, T) and of ranks (L) between restarts, at infinitely many draws; nan for a single one.
 
-        1 where restarts have the same mean; infinite where each is sure of something else.
-        Source: Gelman and Rubin (1992), with each chain's moments from its law.
+        1 where restarts have the same mean; infinite where each has a different value with probability 1.
+        Source: Gelman and Rubin (1992), with each restart's moments from its exact distribution.
         """
         found = []
         for mean, variance in self.moments():
             between = mean.var(0) if len(mean) > 1 else torch.full_like(mean[0], torch.nan)
-            ratio = torch.where(between < 1e-12, 0.0, between / variance.mean(0))  # 0 / 0: sure, and of the same
+            ratio = torch.where(
+                between < 1e-12, 0.0, between / variance.mean(0)
+            )  # 0 / 0: no variance, and the same mean
             found.append((1 + ratio).sqrt())
         return Gates(*found)
 
@@ -246,13 +254,17 @@ class Posterior:
         """The posterior if every rate of the prior, -log p(open | the one before open), were `factor` times as large.
 
         By importance weights of the draws, with Pareto-smoothed tails, and by the mean field's own form, q p' / p of
-        each chain, which holds as long as what the data say about a chain does not depend on the others.
+        each ladder, which is exact if the log Bayes factors of a ladder do not depend on the other ladders.
         Errors: ValueError for a factor that is not positive.
         """
         if not 0 < factor < math.inf:
             raise ValueError(f"factor must be a positive number, got {factor}: 2 doubles every rate")
         drawn = group(self.data, "posterior")
-        log_ratio, laws, log_mass = torch.zeros((), dtype=torch.float64), [], torch.zeros((), dtype=torch.float64)
+        log_ratio, distributions, log_mass = (
+            torch.zeros((), dtype=torch.float64),
+            [],
+            torch.zeros((), dtype=torch.float64),
+        )
         for site, mask in zip("zg", self.masks, strict=True):
             log_q, log_p = getattr(self.log_q, site)[chain], getattr(self.log_prior, site)[chain]
             at_least = log_p.flip(-1).logcumsumexp(-1).flip(-1)
@@ -265,10 +277,10 @@ class Posterior:
             log_ratio = log_ratio + torch.where(mask, change, 0.0).flatten(1).sum(-1)
             unnormalised = log_q + moved
             mass = unnormalised.logsumexp(-1, keepdim=True)
-            laws.append(unnormalised - mass)
+            distributions.append(unnormalised - mass)
             log_mass = log_mass + torch.where(mask, mass.squeeze(-1), 0.0).flatten(1).sum(-1)  # (M,)
         weights, k = pareto_weights(log_ratio.numpy())
-        exact = expected_bops(self.layout, *_marginals(Gates(*laws))).adapted_ratio
+        exact = expected_bops(self.layout, *_marginals(Gates(*distributions))).adapted_ratio
         return Reweighted(
             weights, k, float(weights @ drawn["bops_adapted"].values[chain]), float(log_mass.softmax(0) @ exact)
         )

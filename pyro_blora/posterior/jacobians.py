@@ -13,7 +13,7 @@ from ..program import GateProgram
 def jacobians(program: GateProgram, inputs: dict, gates: Gates) -> tuple[Tensor, Tensor]:
     """(Jacobians of the logits in theta at its mean (B, *, D), logits (B, *)), at given gates.
 
-    theta is handed over once for each example, so that one backward pass an output gives all of them; where a
+    theta is expanded to one copy per example, so that one backward pass per output gives all of them; where a
     projection sees tensors that do not lead with the example (DeBERTa's positions), example by example.
     """
     B = len(next(iter(inputs.values())))

@@ -1,6 +1,6 @@
 """Predictions averaged over draws of the gates and weights.
 
-Shapes: S draws, E examples; `*` what an example's answer has beyond that, see tasks/likelihoods.py.
+Shapes: S draws, E examples; `*` further dimensions of an example's outcome, see tasks/likelihoods.py.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from .draws import deployed, seeded
 from .jacobians import jacobians
 
 ECE_BINS = BINS[0]
-_TOGETHER = 16  # batches that are asked for at the same gates, one after the other
+_TOGETHER = 16  # batches that are predicted at the same gates, one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Prediction:
 
     @property
     def nll(self) -> float:
-        """Mean negative log score, nats an example."""
+        """Mean negative log score, nats per example."""
         return -self.log_score.mean().item()
 
     def calibration(self) -> dict[str, float | None]:
@@ -90,11 +90,11 @@ def predict(
     """Outputs and pointwise log-likelihood of every example under each draw: a forward for each distinct one.
 
     Draws take turns with a few batches at a time, so that weights are rounded once for them, and memory does not grow
-    with the draws but for what is returned. Where the weights' law is `linearized`, a backward pass a class in place of
-    a forward a draw.
+    with the draws but for what is returned. Where the weights' distribution is `linearized`, one
+    backward pass per class replaces one forward pass per draw.
     batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation. weights:
     (S, D), from `draw_weights`; None for their mean. dropout_seed: None for no dropout, when identical draws are run
-    once; else every draw has dropout masks of its own, from this seed.
+    once; else every draw has its own dropout masks, from this seed.
     """
     if gates is None:
         gates = Gates(*(x[None] for x in deployed(program)))

@@ -1,7 +1,7 @@
-"""What a prior is: the distributions of the gates before the data, made from the layout by a function with a name.
+"""Priors: the distributions of the gates before any data, each made from the layout by a named function.
 
 The function takes `(layout, **settings)` and returns `Gates(z, g)`, or a `Prior` where the distributions adapt, learn
-or look at the data. Register it with `@register_prior("name")`, or name it as `--prior file.py:function`.
+or use the data. Register it with `@register_prior("name")`, or name it as `--prior file.py:function`.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ _FORMER = ("sample", "divergence")  # methods of older versions that a prior wit
 class Prior(nn.Module):
     """The distributions of the gates before the data.
 
-    Must have: `forward`. May have: everything else, whose defaults stand here. What is not constant is in buffers and
-    parameters, so that it moves between devices and is in checkpoints; a parameter learns from the KL of the guide.
-    A plain nn.Module with these methods serves as well.
+    A subclass must define `forward`; the other methods have defaults. State that is not constant must be in buffers and
+    parameters, so that it moves between devices and is in checkpoints; a parameter is learned from the guide's KL.
+    A plain nn.Module with these methods works as well.
 
     Shapes: L projections, T tensors, K gates of a ladder, R ranks, M components of the guide, S draws.
     Units: rates are in nats per gate: p(open | parent open) = exp(-rate).
@@ -41,7 +41,7 @@ class Prior(nn.Module):
     def adapt(self, means: Gates[Tensor]) -> None:
         """Called after every step with the guide's marginals, z (M, L, T, K) and g (M, L, R - 1).
 
-        It writes into its buffers in place and asks no tensor for its value: a step may be recorded for a GPU.
+        It must write into its buffers in place and read no value on the host: a step may be a recorded CUDA graph.
         """
 
     def explain(self, ratios: Tensor) -> None:
@@ -64,7 +64,7 @@ class Prior(nn.Module):
         return self()
 
     def pyro_guide(self) -> dict[str, Tensor]:
-        """Sample the same sites from what is learned of them, reparametrized; the draws by name.
+        """Sample the same sites from their variational distributions, reparametrized; the draws by name.
 
         The KL is in closed form: one that Pyro does not have is to be registered with torch.distributions.register_kl.
         """
@@ -72,7 +72,7 @@ class Prior(nn.Module):
 
     def sample_prior(self, draws: int) -> Gates[NestedBernoulli]:
         """The distributions at draws of the settings before any data, with S first: (S, L, T), (S, L)."""
-        return Gates(*(law.expand((draws, *law.batch_shape)) for law in self()))
+        return Gates(*(q.expand((draws, *q.batch_shape)) for q in self()))
 
     @property
     def rate_names(self) -> list[str]:
@@ -95,18 +95,18 @@ class Prior(nn.Module):
         """The priors that have random rates, by the sites that they are of: `zg` for both."""
         return {"zg": self} if self.rate_names else {}
 
-    # --- and else -----------------------------------------------------------------------------------------------------
+    # --- other --------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, float]:
         """Numbers for the log and the summary, by name."""
         return {}
 
     def only(self, site: str) -> None:
-        """Called where it is the prior of `z` or `g` alone: what it says of the other site counts for nothing."""
+        """Called where it is the prior of `z` or `g` alone: its distribution of the other site is ignored."""
 
 
 class Constant(Prior):
-    """What a function returned as Gates, as a module, so that it moves between devices with its program."""
+    """Constant Gates as a module, so that they move between devices with the program."""
 
     z_log_probs: Tensor  # (L, T, K)
     g_log_probs: Tensor  # (L, R - 1)
@@ -116,15 +116,15 @@ class Constant(Prior):
         self.register_buffer("z_log_probs", gates.z.log_probs, persistent=False)
         self.register_buffer("g_log_probs", gates.g.log_probs, persistent=False)
 
-        self._laws: Gates[NestedBernoulli] | None = None
+        self._distributions: Gates[NestedBernoulli] | None = None
 
     def forward(self) -> Gates[NestedBernoulli]:
-        """The same distributions at every call, as they keep what they compute, until the buffers are others."""
+        """The same objects at every call, as they cache what they compute, until the buffers are replaced."""
         log_probs = self.z_log_probs, self.g_log_probs
-        laws = self._laws
-        if laws is None or any(law.log_probs is not x for law, x in zip(laws, log_probs, strict=True)):
-            laws = self._laws = Gates(*(NestedBernoulli(x, validate_args=False) for x in log_probs))
-        return laws
+        distributions = self._distributions
+        if distributions is None or any(q.log_probs is not x for q, x in zip(distributions, log_probs, strict=True)):
+            distributions = self._distributions = Gates(*(NestedBernoulli(x, validate_args=False) for x in log_probs))
+        return distributions
 
 
 def build_one(name: str | Callable[..., Any], settings: dict, layout: AdapterLayout) -> Prior:
@@ -138,23 +138,25 @@ def build_one(name: str | Callable[..., Any], settings: dict, layout: AdapterLay
     checked(name, prior(), layout)
     if type(prior).pyro_guide is Prior.pyro_guide and any(hasattr(prior, former) for former in _FORMER):
         raise ValueError(
-            f"prior {name!r} has sample() or divergence(), which are not asked for any more: write pyro_model() and "
+            f"prior {name!r} has sample() or divergence(), which are no longer called: write pyro_model() and "
             "pyro_guide() in their place, which sample its random settings as Pyro sites; see priors/base.py"
         )
     return prior
 
 
 def checked(name: str, gates: Any, layout: AdapterLayout) -> Gates[NestedBernoulli]:
-    """The gates of a prior.  Errors: ValueError for what is no pair of laws in the shapes of the layout."""
+    """The gates of a prior.  Errors: ValueError unless they are two NestedBernoulli in the shapes of the layout."""
     if not (isinstance(gates, tuple) and len(gates) == 2):
         raise ValueError(f"prior {name!r} must return Gates(z, g), got {type(gates).__name__}")
     gates = Gates(*gates)
     for site, shape in (("z", layout.z_shape), ("g", layout.g_shape)):
-        law = getattr(gates, site)
-        if not isinstance(law, NestedBernoulli):
-            raise ValueError(f"prior {name!r}: {site} must be a NestedBernoulli, got {type(law).__name__}")
-        if tuple(law.log_probs.shape) != shape:
-            raise ValueError(f"prior {name!r}: {site} has shape {tuple(law.log_probs.shape)}, expected {shape}")
-        if not bool((law.log_probs <= 0).all()):
+        distribution = getattr(gates, site)
+        if not isinstance(distribution, NestedBernoulli):
+            raise ValueError(f"prior {name!r}: {site} must be a NestedBernoulli, got {type(distribution).__name__}")
+        if tuple(distribution.log_probs.shape) != shape:
+            raise ValueError(
+                f"prior {name!r}: {site} has shape {tuple(distribution.log_probs.shape)}, expected {shape}"
+            )
+        if not bool((distribution.log_probs <= 0).all()):
             raise ValueError(f"prior {name!r}: the log-probabilities of {site} must be <= 0 and not nan")
     return gates

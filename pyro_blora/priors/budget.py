@@ -13,13 +13,13 @@ from .base import Prior
 
 
 class Budget(Prior):
-    """p(z, g) proportional to exp(-rate * BOPs(z, g)), each chain's law taken at the others' expected bits and ranks.
+    """p(z, g) proportional to exp(-rate * BOPs(z, g)), each ladder taken at the others' expected bits and ranks.
 
-    BOPs are linear in each chain's gates, so the price of a gate is the derivative of E[BOPs] with respect to its
-    marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and moves
-    asinh(rate) by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual ascent
-    that does not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs; below 0 where
-    the data use less than the target, which is met all the same.
+    BOPs (bit operations) are linear in each ladder's gates, so the price of a gate is the derivative of E[BOPs] with
+    respect to its marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and
+    moves asinh(rate) by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual
+    ascent that does not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs; below 0
+    where the likelihood alone would use less than the target, which is met all the same.
     """
 
     GAIN = 0.3  # and the largest step of asinh(rate), which is that of log(rate) for all but small rates
@@ -67,13 +67,13 @@ class Budget(Prior):
         return ratio.detach()
 
     def _variance(self, means: Gates[Tensor]) -> Tensor:
-        """Of the ratio at these prices, chains independent given the component: minus its slope, by the Gibbs form."""
+        """Of the ratio at these prices, ladders independent given the component: minus its slope, by the Gibbs form."""
 
         def of_site(price: Tensor, mean: Tensor) -> Tensor:
             cost = nn.functional.pad(price.double().cumsum(-1), (1, 0))  # of each depth
-            law = -nn.functional.pad(mean.double(), (1, 1)).diff(dim=-1)
-            law[..., 0] += 1
-            spread = (law * (cost - (law * cost).sum(-1, keepdim=True)).square()).sum(-1)
+            distribution = -nn.functional.pad(mean.double(), (1, 1)).diff(dim=-1)
+            distribution[..., 0] += 1
+            spread = (distribution * (cost - (distribution * cost).sum(-1, keepdim=True)).square()).sum(-1)
             return spread.reshape(-1, *price.shape[:-1]).mean(0).sum()
 
         return of_site(self.z_price, means.z) + of_site(self.g_price, means.g)

@@ -48,27 +48,29 @@ class Hierarchical(Prior):
         self.site = f"{site}_rates"
 
     def _gates(self, rates: Tensor) -> Gates[NestedBernoulli]:
-        """rates (..., tensors + types) -> laws of z (..., L, T, K) and g (..., L, R - 1)."""
+        """rates (..., tensors + types) -> distributions of z (..., L, T, K) and g (..., L, R - 1)."""
         T, lead = self.z_shape[1], rates.shape[:-1]
         z, g = rates[..., None, :T, None].expand(*lead, *self.z_shape), rates[..., T:][..., self.kind, None]
         return Gates(*(NestedBernoulli(-x, validate_args=False) for x in (z, g.expand(*lead, *self.g_shape))))
 
-    def _law(self, name: str) -> torch.distributions.Distribution:
-        """Of all rates (n,), used or not: their guide (`posterior`), or their Gamma law (`prior`)."""
+    def _distribution(self, name: str) -> torch.distributions.Distribution:
+        """Of all rates (n,), used or not: variational (`posterior`) or Gamma (`prior`)."""
         if name == "posterior":
             return torch.distributions.LogNormal(self.loc, self.log_sd.exp(), validate_args=False)
         shape, rate = (torch.full_like(self.loc, x) for x in (self.shape, self.rate))
         return torch.distributions.Gamma(shape, rate, validate_args=False)
 
-    def law_in_use(self, name: str) -> dist.TorchDistribution:
+    def distribution_in_use(self, name: str) -> dist.TorchDistribution:
         """The same as a distribution of Pyro's, of the rates in use."""
-        law, kinds = self._law(name), {"posterior": dist.LogNormal, "prior": dist.Gamma}
+        distribution, kinds = self._distribution(name), {"posterior": dist.LogNormal, "prior": dist.Gamma}
         kind: Callable[..., dist.TorchDistribution] = kinds[name]
-        return kind(*(getattr(law, key)[self.used] for key in law.arg_constraints), validate_args=False)
+        return kind(
+            *(getattr(distribution, key)[self.used] for key in distribution.arg_constraints), validate_args=False
+        )
 
     def forward(self) -> Gates[NestedBernoulli]:
-        """At the rates' posterior means."""
-        return self._gates(self._law("posterior").mean)
+        """The gates' distributions at the rates' posterior means."""
+        return self._gates(self._distribution("posterior").mean)
 
     def pyro_model(self) -> Gates[NestedBernoulli]:
         return self.gates_at(self._rates("prior"))
@@ -76,43 +78,43 @@ class Hierarchical(Prior):
     def pyro_guide(self) -> dict[str, Tensor]:
         return {self.site: self._rates("posterior")}
 
-    def _rates(self, law: str) -> Tensor:
+    def _rates(self, of: str) -> Tensor:
         """A sample site of the rates in use, (n,)."""
         count = len(self.rate_names)
         with pyro.plate(self.site.removesuffix("s"), count):
-            return pyro.sample(self.site, self.law_in_use(law)).reshape(count)
+            return pyro.sample(self.site, self.distribution_in_use(of)).reshape(count)
 
     @property
     def rate_names(self) -> list[str]:
         return self.names[self.used]
 
     def draw_rates(self, draws: int, law: str = "posterior") -> Tensor:
-        """(S, n) rates in use, from their log-normal guide or from their Gamma law."""
-        return self._law(law).sample((draws,))[:, self.used]
+        """(S, n) rates in use, from their log-normal guide or from their Gamma distribution."""
+        return self._distribution(law).sample((draws,))[:, self.used]
 
     def gates_at(self, rates: Tensor) -> Gates[NestedBernoulli]:
-        """Laws of the gates at given rates in use (..., n)."""
-        others = self._law("posterior").mean.expand(*rates.shape[:-1], -1)
+        """Distributions of the gates at given rates in use (..., n)."""
+        others = self._distribution("posterior").mean.expand(*rates.shape[:-1], -1)
         before, after = others[..., : self.used.start], others[..., self.used.stop :]
         return self._gates(torch.cat([before, rates, after], -1))
 
     def log_ratio(self, rates: Tensor) -> Tensor:
-        """log Gamma law - log guide of rates in use (S, n) -> (S,)"""
+        """log Gamma density - log density of the guide, of rates in use (S, n) -> (S,)"""
         every = rates.new_ones(len(rates), len(self.names))
         every[:, self.used] = rates
-        gap = self._law("prior").log_prob(every) - self._law("posterior").log_prob(every)
+        gap = self._distribution("prior").log_prob(every) - self._distribution("posterior").log_prob(every)
         return gap[:, self.used].sum(-1)
 
     def sample_prior(self, draws: int) -> Gates[NestedBernoulli]:
-        """At as many draws of the rates from their Gamma law, before any data: laws with the draws first."""
-        return self._gates(self._law("prior").sample((draws,)))
+        """The gates' distributions at draws of the rates from their Gamma distribution; draws come first."""
+        return self._gates(self._distribution("prior").sample((draws,)))
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
         """Posterior mean and central interval (interval.py) of every rate, nats a gate."""
-        law = self._law("posterior")
-        low, high = (law.icdf(torch.full_like(self.loc, p)) for p in INTERVAL)
-        columns = {end: x[self.used].tolist() for end, x in (("", law.mean), ("_low", low), ("_high", high))}
+        distribution = self._distribution("posterior")
+        low, high = (distribution.icdf(torch.full_like(self.loc, p)) for p in INTERVAL)
+        columns = {end: x[self.used].tolist() for end, x in (("", distribution.mean), ("_low", low), ("_high", high))}
         return {f"rate_{name}{end}": x[i] for i, name in enumerate(self.rate_names) for end, x in columns.items()}
 
 

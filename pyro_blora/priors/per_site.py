@@ -31,7 +31,7 @@ class Separate(Prior):
         for site, part in (("z", z), ("g", g)):
             part.only(site)
             if isinstance(part, Budget):  # as far as this site's gates reach, with the other's as they are
-                means = Gates(*(law.mean for law in self()))
+                means = Gates(*(q.mean for q in self()))
                 ends = (means._replace(**{site: torch.full_like(getattr(means, site), v)}) for v in (0.0, 1.0))
                 part.require_reach(*ends)
 
@@ -75,7 +75,7 @@ def build_prior(name: str | Callable[..., Any], layout: AdapterLayout, settings:
     """The named prior on a layout, as a module that returns Gates when called; settings `z` and `g` replace a site.
 
     Settings `z` and `g` replace a site.
-    Errors: ValueError for an unknown name or setting, and for a law of the wrong kind or shape.
+    Errors: ValueError for an unknown name or setting, and for a distribution of the wrong kind or shape.
     """
     built = {owner: build_one(*part, layout) for owner, part in parts(name, settings or {}).items()}
     if built.keys() == {"both"}:

@@ -50,7 +50,7 @@ def depth(layout: AdapterLayout) -> Gates:
     """Every bit width of a tensor is equally likely, and every rank of an adapter.
 
     In nats: a gate that is followed by n - 1 more costs log((n + 1) / n). No settings.
-    Source: Valipour et al., DyLoRA (2023), which trains under this law of the rank and never updates it.
+    Source: Valipour et al., DyLoRA (2023), which trains under this distribution of the rank and never updates it.
     """
     z, g = (torch.zeros(*shape[:-1], shape[-1] + 1) for shape in (layout.z_shape, layout.g_shape))
     return Gates(NestedBernoulli.from_depth_logits(z), NestedBernoulli.from_depth_logits(g))
@@ -102,7 +102,7 @@ def random(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adap
 
 
 def _pinned(depths: Tensor, gates: int) -> NestedBernoulli:
-    """Chains of `gates` gates at known depths.  depths (...) -> batch shape (...)"""
+    """Ladders of `gates` gates with known depths.  depths (...) -> batch shape (...)"""
     return NestedBernoulli(torch.where(torch.arange(gates) < depths[..., None], 0.0, -torch.inf))
 
 

@@ -1,9 +1,10 @@
-"""The nested grid: one tensor at a random bit width, as a mixture of plain uniform grids. The hot path of a step.
+"""The nested grid: one tensor at a random bit width, as a mixture of plain uniform grids.
 
     s_b = 2 range / (2^b - 1),   Q_b(x) = s_b * round(clamp(x, -range, range) / s_b),   Q_32(x) = x
-    quantize(x) = sum_b w_b Q_b(x),   w_b = z_b - z_next(b)        for a chain z = [z_2, z_4, z_8, z_16, z_32]
+    quantize(x) = sum_b w_b Q_b(x),   w_b = z_b - z_next(b)        for a ladder z = [z_2, z_4, z_8, z_16, z_32]
 
-The scales have odd integer ratios (5, 17, 257), so the grids nest, and the published residual ladder
+z are the gates of the tensor's ladder: gate z_b is 1 if the bit width is at least b. The scales have odd integer ratios
+(5, 17, 257), so the grids nest, and the published residual ladder
 x_2 + z_4 (e_4 + z_8 (e_8 + ...)) equals this mixture, which needs no residual, saves only x and reads no gate on the
 host. With binary gates one weight is 1 and the value is one rounding. Gradients are straight-through, with
 c = clamp(x, -range, range), e_b = Q_b(x) - c and W = sum of w_b over b < 32:
@@ -17,7 +18,7 @@ plain LoRA, whatever the range. The clip is a few roundings inside the range, so
 are at most 2^b - 1 distinct values, an int8 at 8 bit. The grid is computed in float32 at least (x / s_16 needs 16 bits
 of mantissa), also under bf16 autocast.
 
-What depends on no element of x, its `Grid`, is computed for all tensors at once, so that a call is one kernel.
+The parts that do not depend on x (`Grid`) are computed for all tensors at once, so that a call is one kernel.
 Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equals.
 """
 
@@ -161,15 +162,15 @@ def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, value_range: Tensor, gates: Tensor) -> Tensor:
-    """x on the grid that a chain of gates selects, differentiable in x, range and gates.
+    """x on the grid that a ladder of gates selects, differentiable in x, range and gates.
 
-    Shapes: x any; value_range a scalar > 0; gates (5,), the chain [z_2, z_4, z_8, z_16, z_32], each at most the one
-    before it; relaxed chains in [0, 1] mix the grids.
-    Errors: ValueError for a range that is not a positive scalar, or another length of the chain.
+    Shapes: x any; value_range a scalar > 0; gates (5,), the ladder [z_2, z_4, z_8, z_16, z_32], each at most the one
+    before it; relaxed ladders in [0, 1] mix the grids.
+    Errors: ValueError for a range that is not a positive scalar, or another length of the ladder.
     """
     value_range = torch.as_tensor(value_range, dtype=gates.dtype, device=x.device)
     if value_range.numel() != 1 or not bool(value_range > 0):
         raise ValueError(f"the range of a quantizer must be one number > 0, got {value_range}")
     if gates.shape != (len(LADDER),):
-        raise ValueError(f"gates must be the chain of {LADDER} bit, shape ({len(LADDER)},), got {tuple(gates.shape)}")
+        raise ValueError(f"gates must be the ladder of {LADDER} bit, shape ({len(LADDER)},), got {tuple(gates.shape)}")
     return quantize_mixture(x, value_range.reshape(()), mixture_weights(gates))

@@ -18,7 +18,7 @@ RANGE, WEIGHT, EXACT, SCALE, INVERSE, WEIGHTED_SCALE, BELOW_32, EDGE = 0, 1, 5, 
 
 
 def mixture_weights(gates: Tensor) -> Tensor:
-    """Chains (..., 5) of [z_2, ..., z_32] to the weight of each bit width (..., 5): w_b = z_b - z_next."""
+    """Ladders (..., 5) of [z_2, ..., z_32] to the weight of each bit width (..., 5): w_b = z_b - z_next."""
     return gates - torch.cat([gates[..., 1:], torch.zeros_like(gates[..., :1])], -1)
 
 

@@ -10,7 +10,7 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
     low, high = bops["interval"]
     name, ece, at_mode = metric["name"], summary["ece"]["value"], summary["deployed"]
     chance = ece_by_chance(summary)
-    none = summary.get("no_confidence", "no confidence")  # older ones do not say why
+    none = summary.get("no_confidence", "no confidence")  # older summaries have no reason
     remark = f"{summary['ece']['bins']} bins" + (f"; by chance up to {chance['high']:.4f}" if chance else "")
     verdict = "; nothing was learned" if nothing_learned(summary) else ""
     return [

@@ -35,7 +35,7 @@ STEPS = ["#6a51a3", "#4575b4", "#1b9e9e", "#4daf4a", "#b8860b"]
 
 
 def _scale(values: Iterable[float], log: bool = False) -> alt.Scale:
-    """The scale of an axis, without its zero; a domain of its own where all values are alike."""
+    """The scale of an axis, without its zero; a wider domain where all values are equal."""
     found = [float(x) for x in values if x is not None and math.isfinite(x)]
     low, high = (min(found), max(found)) if found else (1.0, 1.0)
     if high - low > _ALIKE * max(abs(low), abs(high)):

@@ -14,7 +14,7 @@ GLOSSARY = {
     ),
     "averaged, deployed": (
         "Predictions averaged over draws of everything that is random, and those of the one allocation that is "
-        "exported, in which every gate takes its likelier side."
+        "exported, in which every gate takes its more probable side."
     ),
     "BOPs, E[BOPs]": (
         "Bit operations of one forward: multiplications times the bits of both factors. E[BOPs] is their mean "
@@ -36,7 +36,7 @@ GLOSSARY = {
         "one adapter a ladder of ranks; a gate can only be open where the one below it is."
     ),
     "KL to prior": (
-        "How far the posterior of a ladder moved from its prior, in nats. Near 0 the data decided nothing."
+        "How far the posterior of a ladder moved from its prior, in nats. Near 0 the data had no influence."
     ),
     "NLL": ("Negative log-likelihood of the labels, nats per example; lower is better."),
     "Pareto k": ("Shape of the tail of importance weights. Above 0.7 they cannot be trusted."),
@@ -52,7 +52,7 @@ GLOSSARY = {
 
 
 def glossary(folder: Path, title: str = "Glossary") -> Section:
-    """The words of a page in that folder, and where more is said of them."""
+    """The glossary of a page in that folder, with a link to the tutorial."""
     table = pd.DataFrame({"word": list(GLOSSARY), "meaning": list(GLOSSARY.values())})
     link = docs_link(folder)
     elsewhere = "`docs/tutorial/reading-the-posterior.md` of the project explains a whole page, section by section."

@@ -34,8 +34,8 @@ def write_report(folder: str | Path, *, sections: Iterable[str] = ()) -> Path:
 def _run_page(run: RunFiles, more: Iterable[str]) -> str:
     summary = run.summary
     method = summary.get("method", "bayesian_lora")
-    law = f"prior {summary['prior']}" if method == "bayesian_lora" else method
-    title = f"{summary['task']} · {summary['backbone']} · {law}"
+    of = f"prior {summary['prior']}" if method == "bayesian_lora" else method
+    title = f"{summary['task']} · {summary['backbone']} · {of}"
     return render(title, run.folder.resolve().name, headline(summary), sections_of(run, more))
 
 

@@ -52,7 +52,7 @@ class Link(NamedTuple):
 
 
 def docs_link(folder: Path) -> Link | None:
-    """To the page that teaches to read a report: in the checkout that the folder is in, or where the project says."""
+    """To the page that teaches to read a report: in the checkout that the folder is in, or at the project's address."""
     folder, text = folder.resolve(), "How to read this page"
     if folder.is_relative_to(_CHECKOUT) and (_CHECKOUT / _DOCS).is_file():
         return Link(text, Path(os.path.relpath(_CHECKOUT / _DOCS, folder)).as_posix())
@@ -117,7 +117,7 @@ def _require_form(summary: dict) -> None:
 
 
 class RunFiles:
-    """A finished run's files, each read when it is asked for.  Errors: ValueError for a folder without a summary."""
+    """A finished run's files, each read on first use.  Errors: ValueError for a folder without a summary."""
 
     def __init__(self, folder: Path):
         self.folder = folder

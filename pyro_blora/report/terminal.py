@@ -14,7 +14,7 @@ from ..files import REPORT, require_whole
 from ..posterior.arviz_compat import read
 from ..posterior.gate_posterior import Posterior
 from .run_folder import RunFiles
-from .warnings import is_over_draws, law_of_weights
+from .warnings import is_over_draws, weights_name
 
 
 def show_run(folder: str | Path) -> None:
@@ -110,7 +110,7 @@ def result_tables(summary: dict) -> list[Table]:
     weights = summary.get("weights", {})  # older runs have none
     if weights.get("random"):
         gates.add_row(
-            f"random weights, by distribution {law_of_weights(summary)}",
+            f"random weights, by distribution {weights_name(summary)}",
             f"{weights['random']:,}, std {weights['std']:.2g}",
         )
     if "by_rank" not in summary:
@@ -125,7 +125,7 @@ def result_tables(summary: dict) -> list[Table]:
 
 
 def result_sentences(summary: dict) -> list[str]:
-    """What the numbers mean: whether anything was learned, and whether the ECE says more than chance."""
+    """What the numbers mean: whether anything was learned, and whether the ECE exceeds chance."""
     if nothing := nothing_learned(summary):
         return [nothing]
     chance = of_chance(summary)

@@ -1,6 +1,6 @@
-"""What a run found, in plain words, and what speaks against believing it.
+"""Summary text and reliability warnings of a report.
 
-Thresholds stand at the top, so that a reader of a warning can look up what triggered it.
+The thresholds of the warnings are the constants below.
 """
 
 import math
@@ -16,12 +16,12 @@ from ..posterior.calibration import TEMPERATURES
 from ..posterior.gate_posterior import Posterior
 from ..weights.laplace import PRECISIONS
 
-SURE = 0.95  # probability of one width or rank, above which a chain of gates is decided
-COLLAPSED = 0.9  # share of the free chains that are sure of their floor
-INFORMED = 0.05  # nats of KL to the prior, below which the data said nothing about a chain
-UNINFORMED = 0.5  # share of the free chains below that
+SURE = 0.95  # probability of one width or rank, above which a ladder counts as decided
+COLLAPSED = 0.9  # share of the free ladders that are decided for their lowest rung
+INFORMED = 0.05  # nats of KL to the prior, below which the data did not move a ladder
+UNINFORMED = 0.5  # share of the free ladders below that
 RHAT = 1.05  # of restarts, above which they disagree; ArviZ's usual limit for chains is 1.01 to 1.1
-DISAGREE = 0.1  # share of the chains above that
+DISAGREE = 0.1  # share of the ladders above that
 FEW_DRAWS = 8  # below that, averages over draws are rough; every preset has as many, the default is 15
 CLIPPED = 0.05  # share of a tensor's values beyond its range, where it is deployed at 8 bit or more
 EDGE = 0.05  # of the logarithm: a fitted number that close to the end of what was tried was not found, but cut off
@@ -32,7 +32,7 @@ _EXACT_FROM = 8  # bits: coarser grids clip on purpose, as a range that covers e
 def in_words(summary: dict) -> list[str]:
     """Paragraphs: how well it predicts, beside a temperature where one was fitted, what that costs, what gates kept."""
     metric, deployed, bops = summary["metric"]["name"], summary["deployed"], summary["bops"]
-    said = [
+    text = [
         f"On {summary['n_eval']:,} held-out examples of {summary['task']}: {_beside_constant(summary, metric)}; "
         f"NLL {of_score(summary, 'nll', 3)} nats per example{_frequencies(summary)}. "
         f"Prediction: {summary['averaging'].rstrip(',')}. What is deployed, one allocation, has {metric} "
@@ -41,7 +41,7 @@ def in_words(summary: dict) -> list[str]:
     nothing = nothing_learned(summary)
     if _has_ece(summary) and not nothing:
         chance = of_chance(summary)
-        said.append(
+        text.append(
             f"Its confidence is off by {summary['ece']['value']:.3f} on average (ECE)."
             + (f" For comparison, {chance}." if chance else "")
         )
@@ -52,12 +52,12 @@ def in_words(summary: dict) -> list[str]:
             verdict = "nothing was averaged"
         elif scaled > deployed["nll"]:
             verdict = f"that temperature is of no use here, and averaging gains {deployed['nll'] - summary['nll']:+.3f}"
-        said.append(
+        text.append(
             f"At {temperature:.2f}, the temperature of least NLL on rows held out of training, what is deployed has an "
             f"NLL of {scaled:.3f}: {verdict}."
         )
     low, high = bops["interval"]
-    said.append(
+    text.append(
         f"The adapted projections take {bops['adapted_ratio']:.1%} [{low:.1%}, {high:.1%}] of their bit operations at "
         f"32 x 32 bit with all ranks, the whole model {bops['model_ratio']:.1%} of its own. What is deployed takes "
         f"{bops['deployed']['adapted_ratio']:.1%} and {bops['deployed']['model_ratio']:.1%}."
@@ -66,18 +66,18 @@ def in_words(summary: dict) -> list[str]:
     ranks = ", ".join(f"{name} {value:.1f}" for name, value in summary["expected_rank"].items())
     weights = summary.get("weights", {})  # older runs have none
     if weights.get("random"):
-        said.append(
-            f"{weights['random']:,} weights of the adapter are random, by distribution {law_of_weights(summary)}, with "
+        text.append(
+            f"{weights['random']:,} weights of the adapter are random, by distribution {weights_name(summary)}, with "
             f"a standard deviation of {weights['std']:.2g}. {weights['stored']:,} numbers are kept to draw them."
         )
-    said.append(f"Expected bits: {bits}." + (f" Expected ranks: {ranks}." if ranks else ""))
-    return said
+    text.append(f"Expected bits: {bits}." + (f" Expected ranks: {ranks}." if ranks else ""))
+    return text
 
 
 def _beside_constant(summary: dict, name: str) -> str:
     constant = beside(summary, name, "constant")
-    told = "" if constant is None else f" (one answer for every example: {constant:.3f})"
-    return f"{name} {of_score(summary, name, 3)}{told}"
+    beside_it = "" if constant is None else f" (one answer for every example: {constant:.3f})"
+    return f"{name} {of_score(summary, name, 3)}{beside_it}"
 
 
 def _frequencies(summary: dict) -> str:
@@ -86,7 +86,7 @@ def _frequencies(summary: dict) -> str:
     return "" if constant is None else f" ({what}: {constant:.3f})"
 
 
-def law_of_weights(summary: dict) -> str:
+def weights_name(summary: dict) -> str:
     """Its name; of an ensemble's members, too, where they have one."""
     weights = summary.get("weights", {})  # older runs have none
     of = weights.get("of", "point")
@@ -94,7 +94,7 @@ def law_of_weights(summary: dict) -> str:
 
 
 def _against_a_temperature(summary: dict) -> tuple[float, float, float] | None:
-    """(temperature and NLL of the deployed predictions at it, what averaging gains beside that), nats an example."""
+    """(temperature and NLL of the deployed predictions at it, what averaging gains beside that), nats per example."""
     deployed = summary.get("calibration", {}).get("deployed", {})
     if "scaled" not in deployed:
         return None
@@ -107,7 +107,7 @@ def _has_ece(summary: dict) -> bool:
 
 
 def warnings(summary: dict, posterior: Posterior | None) -> list[str]:
-    """What a careful reader should know before believing the numbers; nothing where there is nothing to say."""
+    """Reliability warnings of a run, one sentence or two each; empty where there are none."""
     nothing = nothing_learned(summary)
     found = [nothing] if nothing else []
     found += _of_predictions(summary, is_empty=bool(nothing))
@@ -132,11 +132,11 @@ def _of_predictions(summary: dict, is_empty: bool) -> Iterator[str]:
             f"distributions of single gates on this page are exact all the same. More: --draws {FEW_DRAWS} (one "
             "forward of the examples each)."
         )
-    law = law_of_weights(summary)
-    if law != "point" and _has_ece(summary) and not _against_a_temperature(summary):
+    weights = weights_name(summary)
+    if weights != "point" and _has_ece(summary) and not _against_a_temperature(summary):
         yield (
-            f"Random weights, by distribution {law}, were not compared with temperature scaling, which any claim of "
-            "calibration has to beat: --validation 0.1 holds out the rows that a temperature is fitted to."
+            f"Random weights, by distribution {weights}, were not compared with temperature scaling, which any claim "
+            "of calibration has to beat: --validation 0.1 holds out the rows that a temperature is fitted to."
             + (" They would choose Laplace's prior precision, too." if "prior_precision" in summary["weights"] else "")
         )
     temperature = summary.get("calibration", {}).get("deployed", {}).get("temperature", 1.0)
@@ -146,7 +146,7 @@ def _of_predictions(summary: dict, is_empty: bool) -> Iterator[str]:
     ):  # fmt: skip
         if not bounds[0] + EDGE < math.log(value) < bounds[1] - EDGE:
             yield (
-                f"The {name}, {value:.3g}, is at the end of what was tried: the rows held out do not determine it. "
+                f"The {name}, {value:.3g}, is at the edge of the values tried: the rows held out do not determine it. "
                 "More of them, or a longer training, might."
             )
     gap = summary["metric"]["value"] - summary["deployed"]["metric"]["value"]
@@ -160,33 +160,33 @@ def _of_predictions(summary: dict, is_empty: bool) -> Iterator[str]:
     if not low <= at <= high and high > low:
         yield (
             f"The deployed allocation takes {at:.1%} of the bit operations, outside the posterior's interval "
-            f"[{low:.1%}, {high:.1%}]. Many gates are undecided, and rounding each to its likelier side moves all one "
-            "way: --kl_weight 0.1 makes gates surer."
+            f"[{low:.1%}, {high:.1%}]. Many gates are undecided, and rounding each to its more probable side "
+            "moves all in one direction: --kl_weight 0.1 makes gates more decided."
         )
 
 
 def _collapsed(posterior: Posterior, free) -> Iterator[str]:
-    law = posterior.depth_probs()
-    for what, probs, chains, floor in (
-        ("bit width", law.z, free.z, f"{posterior.layout.ladder[0]} bit"), ("rank", law.g, free.g, "rank 1")
+    at = posterior.depth_probs()
+    for what, probs, ladders, floor in (
+        ("bit width", at.z, free.z, f"{posterior.layout.ladder[0]} bit"), ("rank", at.g, free.g, "rank 1")
     ):  # fmt: skip
-        if bool(chains.any()):
-            share = float((probs[..., 0] > SURE)[chains].double().mean())
+        if bool(ladders.any()):
+            share = float((probs[..., 0] > SURE)[ladders].double().mean())
             if share >= COLLAPSED:
                 yield (
-                    f"Collapsed: {share:.0%} of the ladders are sure of their floor, {floor}. The prior has closed "
-                    f"everything, and no {what} was chosen: lower --prior.rate."
+                    f"Collapsed: {share:.0%} of the ladders are at their lowest rung, {floor}, with a probability over "
+                    f"{SURE:g}. The prior has closed everything, and no {what} was chosen: lower --prior.rate."
                 )
 
 
 def _uninformed(posterior: Posterior, free) -> Iterator[str]:
     kl = posterior.kl()
-    chains = torch.cat([x[mask] for x, mask in zip(kl, free, strict=True)])
-    silent = int((chains < INFORMED).sum())
-    if silent > UNINFORMED * len(chains):
+    ladders = torch.cat([x[mask] for x, mask in zip(kl, free, strict=True)])
+    silent = int((ladders < INFORMED).sum())
+    if silent > UNINFORMED * len(ladders):
         yield (
-            f"Prior-dominated: the posterior of {silent} of {len(chains)} ladders of gates is within {INFORMED} nats "
-            "of its prior. For them the prior decided, not the data: another prior gives another answer."
+            f"Prior-dominated: the posterior of {silent} of {len(ladders)} ladders of gates is within {INFORMED} nats "
+            "of its prior. For them the prior decides, not the data: another prior gives another answer."
         )
 
 
@@ -230,7 +230,7 @@ def _steps(posterior: Posterior):
 
 
 def of_training(log: pd.DataFrame) -> list[str]:
-    """What speaks against a training, by its logged lines: gradients that were not finite."""
+    """Warnings of a training, from its logged lines: gradients that were not finite."""
     norms = log["grad_norm"].astype(float) if "grad_norm" in log else pd.Series(dtype=float)
     bad = int((~np.isfinite(norms)).sum())
     left_out = int(log["skipped_steps"].max()) if "skipped_steps" in log else 0

@@ -1,7 +1,7 @@
 """Tasks by name: the nine of GLUE, the embedded demo `acceptability`, `pairs` from CSV, and those a user registers.
 
-`get_task("sst2").load(glue_dir=...)` gives the data, `.likelihood(logits)` the law of the labels, `.metric()` the
-score.
+`get_task("sst2").load(glue_dir=...)` gives the data, `.likelihood(logits)` the distribution of the labels, `.metric()`
+the score.
 """
 
 from ..registries import TASKS

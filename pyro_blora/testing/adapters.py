@@ -20,7 +20,7 @@ _SAME = 1e-4  # of the largest logit
 
 
 def check_adapter(adapter: str | Callable, settings: dict | None = None, *, scope: str = "adapted") -> GatedModel:
-    """Refuse an adapter that breaks a promise, with a sentence that says which; returns the net of a small BERT.
+    """Refuse an adapter that breaks a promise, with a sentence that names it; returns the net of a small BERT.
 
     adapter: a registered name, `file.py:function`, or the function itself. scope: as of `attach`.
     Errors: ValueError naming the adapter, what is wrong and the remedy.

@@ -22,7 +22,7 @@ Batch = tuple[dict[str, Tensor], Tensor]  # inputs and labels
 
 
 def check_elbo(elbo: str | Callable, settings: dict | None = None) -> Elbo:
-    """Refuse an ELBO that breaks a promise, with a sentence that says which; returns the ELBO.
+    """Refuse an ELBO that breaks a promise, with a sentence that names it; returns the ELBO.
 
     elbo: a registered name, `file.py:function`, or the class or function itself.
     Errors: ValueError naming the ELBO, what is wrong and the remedy.

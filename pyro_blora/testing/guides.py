@@ -1,4 +1,4 @@
-"""What a guide must keep. Of the ladders that exist: what it says of the others is neither reported nor charged."""
+"""The contract of a guide, for the ladders that exist: its values for the others are neither reported nor charged."""
 
 import copy
 import functools
@@ -17,14 +17,14 @@ from .promises import MOVES, REGISTER, Refuse, example_layout, refusing, tried, 
 
 _TEMPERATURE = 0.5
 _CLOSE = 1e-4  # of probabilities, which are sums of float32
-_FLAT = 1e-5  # nats between depths of a prior that says nothing: the KL of a point has no slope there
+_FLAT = 1e-5  # nats between depths of a flat prior: the KL of a point has no slope there
 
 
 def check_guide(
     guide: str | Callable, layout: AdapterLayout | None = None, settings: dict | None = None, *,
     prior: str | Callable = "nested", prior_settings: dict | None = None,
 ) -> Guide:  # fmt: skip
-    """Refuse a guide that breaks a promise, with a sentence that says which; returns the built module.
+    """Refuse a guide that breaks a promise, with a sentence that names it; returns the built module.
 
     guide: a registered name, `file.py:function`, or the function itself. layout: what to build it on (default:
     `example_layout()`). prior: what it is a guide for.
@@ -59,7 +59,7 @@ class _Check:
             evidence = Gates(*(nats * torch.randn(law.depth_log_probs.shape) for law in self.prior))
             tried(functools.partial(guide.start, evidence), "start(evidence)", self.refuse)
             if not all(bool(parameter.isfinite().all()) for parameter in guide.parameters()):
-                self.refuse("after start(evidence) its parameters are not finite: keep infinite evidence out of them")
+                self.refuse("after start() its parameters are not finite: clamp infinite log Bayes factors")
             self.gradient(guide, sure=True)
             self.posterior(guide)
             self.joint(guide)
@@ -98,12 +98,12 @@ class _Check:
                 self.refuse(f"the KL of {site} of {call} is not finite: hold pinned gates where the prior has them")
 
     def _possible(self, site: str, value: Tensor, what: str) -> None:
-        """No gate that exists is where the prior says it cannot be."""
+        """No existing gate is in a state of prior probability 0."""
         prior, mask = getattr(self.prior, site), getattr(self.masks, site)
         if not bool((prior.log_prob(value)[..., mask] > -torch.inf).all()):
             self.refuse(
                 f"{what} has a gate of {site} where the prior gives it probability 0: hold gates that the prior pins "
-                "(log p = 0 or -inf), as guides.base.Evidence does"
+                "(log p = 0 or -inf), as guides.base.LogBayesFactors does"
             )
 
     def gradient(self, guide: Guide, sure: bool = False) -> None:

@@ -18,7 +18,7 @@ from .promises import MOVES, REGISTER, Refuse, example_layout, refusing, when_mo
 
 
 def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, settings: dict | None = None) -> Prior:
-    """Refuse a prior that breaks a promise, with a sentence that says which; returns the built module.
+    """Refuse a prior that breaks a promise, with a sentence that names it; returns the built module.
 
     prior: a registered name, `file.py:function`, or the function itself. layout: what to build it on (default:
     `example_layout()`).
@@ -32,10 +32,10 @@ def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, sett
         if law.log_probs.dtype != torch.float32:
             refuse(f"{site} is {law.log_probs.dtype}, expected torch.float32: end with .float()")
         if not torch.equal(law.log_probs, again.log_probs):
-            refuse(f"two calls gave different laws of {site}: draw random numbers in sample(), or once with a seed")
+            refuse(f"two calls gave different distributions of {site}: draw in sample(), or once with a seed")
     for site, law, twin in zip("zg", laws, build_prior(prior, layout, settings)(), strict=True):
         if not torch.equal(law.log_probs, twin.log_probs):
-            refuse(f"built twice, it gave different laws of {site}: a run could not be repeated; use a seed")
+            refuse(f"built twice, it gave different distributions of {site}: no run could be repeated; use a seed")
     _check_moves(built, refuse)
     _check_gradients(built, layout, refuse)
     _check_adapts(built, lambda: build_prior(prior, layout, settings), refuse)

@@ -51,7 +51,7 @@ def when_moved(module: Part, move: dict[str, Any], call: Callable[[Part], Any], 
 
 
 def example_layout(*, layers: int = 2, rank: int = 4) -> AdapterLayout:
-    """Query, key and value of a small encoder, and a feed-forward map without an adapter: all that a law can meet."""
+    """Query, key and value of a small encoder, and a feed-forward map without an adapter: all cases of a layout."""
     kinds = {"query": (8, 8), "key": (8, 8), "value": (8, 8), "intermediate": (8, 32)}
     projections = tuple(
         Projection(name=f"{layer}.{kind}", type=kind, layer=layer, in_features=n, out_features=m, tokens=16,

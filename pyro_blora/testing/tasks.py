@@ -21,7 +21,7 @@ _ROWS = 8  # training rows that are asked for
 def check_task(
     task: str | Callable | Task, settings: dict | None = None, *, glue_dir: str | Path | None = None
 ) -> Task:
-    """Refuse a task that breaks a promise, with a sentence that says which; returns the task.
+    """Refuse a task that breaks a promise, with a sentence that names it; returns the task.
 
     task: a registered name, `file.py:function`, the function itself, or a Task. glue_dir: the folder that its `load`
     gets.

@@ -15,7 +15,7 @@ _SHAPES = {(0, "lora_A"): (2, 5), (0, "lora_B"): (4, 2), (1, "lora_A"): (2, 4), 
 
 
 def check_weights(weights: str | Callable, settings: dict | None = None) -> Weights:
-    """Refuse a distribution of the weights that breaks a promise, with a sentence that says which; returns it, built.
+    """Refuse a distribution of the weights that breaks a promise, with a sentence that names it; returns it, built.
 
     weights: a registered name, `file.py:function`, or the function itself. What Laplace fits when a training has ended
     (`curvature`) is not tried.
@@ -60,7 +60,7 @@ def _check_theta(built: Weights, parameters: Parameters, refuse: Refuse) -> None
 
 
 def _check_law(built: Weights, parameters: Parameters, refuse: Refuse) -> None:
-    """What SVI needs of a distribution that is learned."""
+    """Check what SVI needs of a learned distribution."""
     for name in ("law", "prior"):
         found = tried(built.law if name == "law" else built.prior, f"{name}()", refuse)
         if tuple(found.event_shape) != (built.size,) or tuple(found.batch_shape) != ():
@@ -72,7 +72,7 @@ def _check_law(built: Weights, parameters: Parameters, refuse: Refuse) -> None:
     if not law.has_rsample:
         refuse(f"law() is a {type(law).__name__}, which has no reparametrized draw (rsample): SVI needs its gradient")
     if not isinstance(divergence, Tensor) or divergence.shape != () or not bool(divergence.isfinite()):
-        refuse("divergence() must be KL(law || prior), one finite number () in nats, as a tensor")
+        refuse("divergence() must be KL(law() || prior()), one finite number () in nats, as a tensor")
     learning = [*built.parameters(), *(parameters[key] for key in built.random)]
     for what, value in (("KL", divergence), ("draw", law.rsample().square().sum())):
         slopes = torch.autograd.grad(value, learning, allow_unused=True) if value.requires_grad else [None]

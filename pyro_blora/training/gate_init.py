@@ -1,4 +1,4 @@
-"""What the data say about every gate, estimated from one pass of gradients at the open network.
+"""Initialize the gate guide from per-example Fisher sensitivities, found in one pass of gradients with all gates open.
 
 Putting tensor c on the grid of b bits changes its value by a known amount, and the loss of example i changes by D_icb =
 <gradient_i, Q_b(x) - x>, to first order. With gradient_i that of the log-likelihood in a random direction of its Fisher
@@ -9,12 +9,12 @@ N examples by
 
 with m_c the root mean square of D_ic,a_c and u_c = sqrt(rho) m_c its part in common with the others. The square of the
 sum is what makes errors add up, and lets the gates see each other. Its many correlations are known too badly from a few
-hundred examples (a search over allocations finds those that cancel in the sample only), so all chains at one depth
-share one, rho, and other pairs have its geometric mean. The evidence for a depth of a chain is minus what it adds to
-the rise, at the mean of the others' laws; all laws are found together, as mean field does. Each m^2 is drawn towards
-that of its role (tensor and type of projection) as far as its own sampling error says. The first-order term, N mean D,
-is left out: over M examples its standard error is N sd(D) / sqrt(M), which exceeds every rise below 2 N / M nats; it
-would close gates on noise.
+hundred examples (a search over allocations finds those that cancel in the sample only), so all ladders at one depth
+share one, rho, and other pairs have its geometric mean. The log Bayes factor of a depth of a ladder against the open
+one is minus its contribution to the rise, at the mean of the other ladders' distributions; mean-field updates find all
+distributions together. Each m^2 is shrunk towards that of its role (tensor and type of projection), the more the larger
+its sampling error is. The first-order term, N mean D, is left out: over M examples its standard error is N sd(D) /
+sqrt(M), which exceeds every rise below 2 N / M nats; it would close gates on noise.
 
 Slopes are taken per example, so that M is the number of examples, not of batches: for an activation the sums run over
 its example, for a weight W the change of the output is x (Q_b(W) - W)', which has an example dimension. A further call
@@ -40,7 +40,7 @@ from ..program import BayesianLoRA
 from ..quantizer.grid import rounded
 
 _FINE = 8  # bits above which rounding is taken to cost nothing: at 8 bits it was measured as about 0 nats everywhere
-_UPDATES = 200  # of all laws together, each a tenth of the way: what is left to go is 1e-9 of it
+_UPDATES = 200  # of all distributions together, each a tenth of the way: the remaining error is 1e-9 of the first
 _STEP = 0.1
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class _Slopes(Observer):
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Change of an example's NLL at each depth of each chain: its root mean square, and the part shared by all chains.
+    """Change of an example's NLL at each depth of each ladder: root mean square, and the part that all ladders share.
 
     alone, common: z (L, T, K + 1), g (L, R), nats; 0 at the open depth.
     """
@@ -121,27 +121,29 @@ class Sensitivity:
         return cls(alone, Gates(*(root * rho for root, rho in zip(alone, shared, strict=True))))
 
     def rise(self, depth_probs: Gates, n_train: float) -> Tensor:
-        """Expected rise of the NLL of `n_train` examples, nats, under laws of the depths.  z (L, T, K + 1), g (L, R)"""
-        squares = sum((m.square() * law).sum() for m, law in zip(self.alone, depth_probs, strict=True))
-        common = torch.cat([(u * law).sum(-1).flatten() for u, law in zip(self.common, depth_probs, strict=True)])
+        """Expected rise of the NLL of `n_train` examples, nats.  depth_probs: z (L, T, K + 1), g (L, R)"""
+        squares = sum((m.square() * q).sum() for m, q in zip(self.alone, depth_probs, strict=True))
+        common = torch.cat([(u * q).sum(-1).flatten() for u, q in zip(self.common, depth_probs, strict=True)])
         return n_train / 2 * (squares + common.sum().square() - common.square().sum())
 
-    def evidence(self, log_prior: Callable[[Gates], Gates], n_train: float) -> Gates:
-        """The data's part of each chain's mean-field law, in nats.  z (L, T, K + 1), g (L, R).
+    def log_bayes_factors(self, log_prior: Callable[[Gates], Gates], n_train: float) -> Gates:
+        """Log Bayes factors of each ladder's depths, mean field, up to a constant, nats.  z (L, T, K + 1), g (L, R).
 
-        log_prior: from the current laws of the depths to the prior's log-probabilities of the depths, both Gates in
-        these shapes; called at every update, so that a prior that steers by the laws can.
+        log_prior: maps the current probabilities of the depths to the prior's log-probabilities, both Gates in these
+        shapes; called at every update, for priors that adapt to the marginals.
         """
-        evidence = Gates(*(-n_train / 2 * m.square() for m in self.alone))
-        laws = Gates(*(F.one_hot(torch.tensor(x.shape[-1] - 1), x.shape[-1]).to(x).expand_as(x) for x in self.alone))
+        log_factors = Gates(*(-n_train / 2 * m.square() for m in self.alone))
+        distributions = Gates(
+            *(F.one_hot(torch.tensor(x.shape[-1] - 1), x.shape[-1]).to(x).expand_as(x) for x in self.alone)
+        )
         for _ in range(_UPDATES):
-            prior = log_prior(laws)
-            laws = Gates(*((p + e).softmax(-1) for p, e in zip(prior, evidence, strict=True)))
-            means = Gates(*((u * law).sum(-1, keepdim=True) for u, law in zip(self.common, laws, strict=True)))
+            prior = log_prior(distributions)
+            distributions = Gates(*((p + e).softmax(-1) for p, e in zip(prior, log_factors, strict=True)))
+            means = Gates(*((u * q).sum(-1, keepdim=True) for u, q in zip(self.common, distributions, strict=True)))
             total = means.z.sum() + means.g.sum()
-            for said, m, u, mean in zip(evidence, self.alone, self.common, means, strict=True):
-                said.lerp_(-n_train / 2 * (m.square() + 2 * u * (total - mean)), _STEP)
-        return evidence
+            for factor, m, u, mean in zip(log_factors, self.alone, self.common, means, strict=True):
+                factor.lerp_(-n_train / 2 * (m.square() + 2 * u * (total - mean)), _STEP)
+        return log_factors
 
 
 def _pooled(squares: Tensor, kinds: Tensor) -> Tensor:
@@ -167,14 +169,14 @@ def _pooled(squares: Tensor, kinds: Tensor) -> Tensor:
 
 
 def _correlation(D: Tensor) -> Tensor:
-    """The one correlation of all pairs of chains that their sum's mean square shows.  (M, C, depths) -> (depths,)"""
+    """The correlation of all pairs of ladders, from the mean square of their sum.  (M, C, depths) -> (depths,)"""
     own = D.square().mean(0)  # (C, depths)
     crossed = D.sum(1).square().mean(0) - own.sum(0)
     return (crossed / (own.sqrt().sum(0).square() - own.sum(0)).clamp(min=1e-30)).clamp(0.0, 1.0)
 
 
 def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], ranges: Tensor) -> Sensitivity:
-    """Slopes of the examples in `batches`; what their labels are is not looked at.
+    """Slopes of the examples in `batches`; the values of their labels are not used.
 
     ranges (L, T, 5): of each tensor at each bit width.   Errors: ValueError without any batch.
     """
@@ -207,16 +209,16 @@ def _with_examples(net: GatedModel, batches: Iterable[tuple[dict, Tensor]]) -> I
 
 
 @torch.no_grad()
-def evidence(program: BayesianLoRA, data: Sensitivity, kl_weight: float = 1.0) -> Gates:
-    """Evidence for `guide.start`, while a prior that adapts follows the laws.  z (L, T, K + 1), g (L, R), nats.
+def log_bayes_factors(program: BayesianLoRA, data: Sensitivity, kl_weight: float = 1.0) -> Gates:
+    """For `guide.start`; a prior that adapts follows the marginals meanwhile.  z (L, T, K + 1), g (L, R), nats.
 
     kl_weight: of the KL in the loss; below 1 the examples count for more.
     """
     prior = program.prior
 
-    def log_prior(laws: Gates) -> Gates:
+    def log_prior(distributions: Gates) -> Gates:
         if prior.adapts:
-            prior.adapt(Gates(*(law.flip(-1).cumsum(-1).flip(-1)[None, ..., 1:] for law in laws)))  # marginals
-        return Gates(*(law.depth_log_probs for law in prior()))
+            prior.adapt(Gates(*(q.flip(-1).cumsum(-1).flip(-1)[None, ..., 1:] for q in distributions)))  # marginals
+        return Gates(*(q.depth_log_probs for q in prior()))
 
-    return data.evidence(log_prior, program.n_train / kl_weight)
+    return data.log_bayes_factors(log_prior, program.n_train / kl_weight)

@@ -1,4 +1,4 @@
-"""What a running training shows beside its numbers: pictures of the gates, for trackers that take images."""
+"""Log heatmaps of the gates to experiment trackers that take images."""
 
 import numpy as np
 from accelerate import Accelerator
@@ -13,7 +13,7 @@ _PIXELS = 16  # a side of a cell
 def gate_maps(program: BayesianLoRA) -> dict[str, np.ndarray]:
     """E[bits] on a scale of doublings, (1, 16 L, 16 T, 3), and E[rank], (1, 16 L, 16, 3), uint8: dark is closed.
 
-    A row a projection, in model order, a column a tensor, in the layout's; grey where there is none.
+    One row per projection, in model order, and one column per tensor, in the layout's order; grey where there is none.
     """
     layout, (z, g) = program.layout, marginals(program)
     bits = expected_bits(layout, z).cpu().numpy()  # (L, T)

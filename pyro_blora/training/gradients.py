@@ -1,6 +1,6 @@
 """The gradient of a micro-batch: forward and backward of the program, on CUDA as one graph of kernels for each shape.
 
-A gated step launches thousands of small kernels, one by one slower than they run: a GPU waits for its host. A CUDA
+A gated step launches thousands of small kernels, and launching them one by one takes longer than running them. A CUDA
 graph is recorded once for every shape of batch and launched as a whole. It computes the same numbers: its inputs and
 the temperature are copied to where it reads them, and its random numbers come from the seed that is set before.
 """
@@ -28,7 +28,7 @@ class Gradients:
 
     With one micro-batch a step it is set, so gradients must be None before. parameters: what learns. graphs: record the
     step where it is on CUDA; False, or PYRO_BLORA_GRAPHS=0, launches kernel by kernel, as does whatever cannot be
-    recorded (a step that asks the host, or draws random numbers there). sharded: some processes' weights are
+    recorded (a step that reads values on the host, or draws random numbers there). sharded: some processes' weights are
     elsewhere, so each does the same forwards: nothing is recorded, and distributions are not checked.
     """
 
@@ -120,7 +120,7 @@ class Gradients:
         return self.graphs.get(key)
 
     def _state(self) -> list[Tensor]:
-        """What the program reads beside the network, which nobody replaces."""
+        """The program's inputs beside the network, which are updated in place."""
         own = [self.program.prior, self.program.gate_guide, self.program.weights]
         return [x for module in own for x in (*module.parameters(), *module.buffers())]
 

@@ -1,4 +1,4 @@
-"""Laplace's approximation of the weights' posterior, by laplace-torch, from Jacobians of our own.
+"""Laplace's approximation of the weights' posterior, by laplace-torch, from our own Jacobians.
 
 The Gauss-Newton curvature needs the Jacobian of each example's logits, of a regression that of its predicted mean.
 laplace-torch makes curvature, posterior and marginal likelihood of these; of low rank from the eigenvectors that
@@ -32,11 +32,11 @@ _SINGULAR = (
     "weights 'laplace': the curvature with a prior precision of {:.3g} has no inverse in float32, as the rows do not "
     "determine every weight: give --weights.prior_precision 1 or more, or --validation 0.1, whose rows choose one"
 )
-_TINY, _RELATIVE = 1e-12, 1e-10  # eigenvalues that are 0, by themselves and beside the largest
+_TINY, _RELATIVE = 1e-12, 1e-10  # eigenvalues that count as 0: absolute, and relative to the largest
 
 
 class _Loader(list):
-    """Batches (inputs, labels) as laplace-torch asks for them; passes over them are shown."""
+    """Batches (inputs, labels) in the form of laplace-torch's loaders; passes over them are shown."""
 
     def __iter__(self):
         with phase("computing the curvature", len(self), unit="batches") as shown:
@@ -114,8 +114,8 @@ def precision_of_least_nll(
         precision = math.exp(log_precision)
         covariance = along / (eigenvalues + precision) @ along.mT + beside / precision
         if noise_std is not None:
-            law = torch.distributions.Normal(outputs, (covariance[..., 0] + noise_std**2).sqrt())
-            return -law.log_prob(labels[:, None]).mean().item()
+            distribution = torch.distributions.Normal(outputs, (covariance[..., 0] + noise_std**2).sqrt())
+            return -distribution.log_prob(labels[:, None]).mean().item()
         values, vectors = torch.linalg.eigh(covariance)
         shift = torch.einsum("eck,ek,sek->sec", vectors, values.clamp(min=0).sqrt(), noise)
         return nll((outputs + shift).softmax(-1).mean(0), labels)
@@ -139,7 +139,7 @@ def _spectrum(approximation, structure: str) -> tuple[Tensor | None, Tensor]:
 
 
 def fit_run(parts: Parts) -> None:
-    """Fit the Laplace law of a run to its training rows, and the prior precision to rows held out, if there are any."""
+    """Fit a run's Laplace approximation to its training rows, and the prior precision to held-out rows, if any."""
     program = parts.program
 
     def batches(rows):
@@ -156,7 +156,7 @@ def fit_laplace(
     program: GateProgram, batches: Iterable[tuple[dict, Tensor]], gates: Gates,
     held_out: Iterable[tuple[dict, Tensor]] = (),
 ) -> None:  # fmt: skip
-    """Set the scale of the program's Laplace law from training examples, all of them.
+    """Set the scale of the program's Laplace approximation from all training examples.
 
     held_out: examples that choose the prior precision, where it is not given; without them the marginal likelihood
     does. Errors: ValueError where laplace-torch is not installed.
@@ -188,7 +188,7 @@ def fit_laplace(
             return *eigenvectors_of(blocks(), rank), sum(losses)
 
     class LowRank(LowRankLaplace):
-        def __init__(self, *arguments, **settings):  # its own asks for asdfghjkl, whose eigenvectors these are not
+        def __init__(self, *arguments, **settings):  # bypass the parent constructor, which requires asdfghjkl
             ParametricLaplace.__init__(self, *arguments, **settings)
 
     law, likelihood, batches = program.weights, program.likelihood, list(batches)
@@ -200,7 +200,7 @@ def fit_laplace(
     if likelihood.curvature is None:
         raise ValueError(f"weights 'laplace' has no curvature for {likelihood.title}: choose other --weights")
     noise = likelihood.noise_std(program.log_scale.exp())
-    kind = {"full": FullLaplace, "low_rank": LowRank, "diag": DiagLaplace}[law.curvature]
+    kind = {"full": FullLaplace, "low_rank": LowRank, "diag": DiagLaplace}[weights.curvature]
     settings = {} if noise is None else {"sigma_noise": noise.item()}
     network = _Network(program, gates)
     approximation = kind(network, likelihood.curvature, backend=Backend, **settings)
@@ -209,34 +209,34 @@ def fit_laplace(
     loader = _Loader((BatchEncoding(inputs), labels.view(shape)) for inputs, labels in batches)
     approximation.fit(loader)
     held_out = list(held_out)
-    if law.given_precision is not None:
-        approximation.prior_precision = law.given_precision
+    if weights.given_precision is not None:
+        approximation.prior_precision = weights.given_precision
     elif held_out:
         J, outputs = map(torch.cat, zip(*(network.jacobians(inputs) for inputs, _ in held_out), strict=True))
         labels = torch.cat([labels for _, labels in held_out])
         with torch.no_grad():
-            spectrum = _spectrum(approximation, law.curvature)
+            spectrum = _spectrum(approximation, weights.curvature)
             chosen = precision_of_least_nll(*spectrum, J, outputs, labels, settings.get("sigma_noise"))
         approximation.prior_precision = chosen
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about how it would predict, which it does not
             approximation.optimize_prior_precision(pred_type="glm", method="marglik", prior_structure="scalar")
-    _keep(approximation, law)
+    _keep(approximation, weights)
 
 
 @torch.no_grad()
-def _keep(approximation, law: Laplace) -> None:
+def _keep(approximation, weights: Laplace) -> None:
     """Take over what was fitted.  Errors: ValueError where curvature and prior precision have no inverse."""
-    law.prior_precision.copy_(approximation.prior_precision.squeeze())
+    weights.prior_precision.copy_(approximation.prior_precision.squeeze())
     try:
-        if law.curvature == "low_rank":
+        if weights.curvature == "low_rank":
             found, _ = approximation.posterior_precision
-            for kept, each in zip((law.directions, law.eigenvalues), found, strict=True):
+            for kept, each in zip((weights.directions, weights.eigenvalues), found, strict=True):
                 kept.zero_()[..., : each.shape[-1]] = each  # fewer, where the rows are fewer
         else:
-            law.scale.copy_(approximation.posterior_scale)
+            weights.scale.copy_(approximation.posterior_scale)
     except torch.linalg.LinAlgError:
-        raise ValueError(_SINGULAR.format(float(law.prior_precision))) from None
-    if not all(bool(x.isfinite().all()) for x in law.buffers()):
-        raise ValueError(_SINGULAR.format(float(law.prior_precision)))
+        raise ValueError(_SINGULAR.format(float(weights.prior_precision))) from None
+    if not all(bool(x.isfinite().all()) for x in weights.buffers()):
+        raise ValueError(_SINGULAR.format(float(weights.prior_precision)))

@@ -1,8 +1,8 @@
 """fit(): stochastic variational inference of gates and adapters together, in a plain Accelerate loop.
 
 Two phases. While `kl_warmup` of the steps pass, adapter and head learn with the gates open. Then the guide starts from
-what the gradients say about every gate (gate_init.py) and gates, ranges and adapter learn together under the whole
-ELBO. The loss is -ELBO / N at any accumulation and on any number of processes. Every random number comes from a
+an estimate of every gate's log Bayes factor (gate_init.py), and gates, ranges and adapter learn together under the
+whole ELBO. The loss is -ELBO / N at any accumulation and on any number of processes. Every random number comes from a
 generator seeded by (seed, step, micro-batch, process), so a run that is cut off resumes to the same bits.
 """
 
@@ -31,7 +31,7 @@ from ..progress import phase, silenced
 from ..signals import Interrupted, asked, deferred
 from ..tasks.batching import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
 from .best_epoch import Validation
-from .gate_init import evidence, sensitivity
+from .gate_init import log_bayes_factors, sensitivity
 from .gradients import Gradients
 from .identity import identity
 from .laplace_fit import fit_run
@@ -44,7 +44,7 @@ from .schedule import Schedule
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _START_BATCHES = 32  # for an adapter that starts from its inputs, as EVA does
-_STARTING_EXAMPLES = 256  # for the starting law of the gates: a mean square known to about a tenth
+_STARTING_EXAMPLES = 256  # to initialize the gates: mean squares with a standard error of about a tenth
 _SHOWN = 16  # numbers of rows that an error lists
 
 
@@ -264,7 +264,7 @@ class _Loop:
             raise ValueError(DIVERGED.format(step, what, self.checkpoints.kept()))
 
     def _start_gates(self, optimizer) -> None:
-        """Set the guide to what the data say about the gates, and the ranges to the widths that it then gives."""
+        """Initialize the guide from estimated log Bayes factors, and the ranges for the resulting bit widths."""
         program, guide, config = self.program, self.program.gate_guide, self.config
         if not program.net.layers():  # PEFT's own layers are not gated
             return
@@ -279,7 +279,7 @@ class _Loop:
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
             with phase("initializing gates", len(batches), unit="batches") as shown:
                 slopes = sensitivity(program, shown.over(batches), errors.best_by_width())
-                guide.start(evidence(program, slopes, config.kl_weight))
+                guide.start(log_bayes_factors(program, slopes, config.kl_weight))
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))
@@ -290,7 +290,7 @@ class _Loop:
                 accelerate.utils.broadcast(tensor.data)
 
     def _training_batches(self, count: int, epoch: int) -> list[tuple[dict, torch.Tensor]]:
-        """The first batches of an order of their own: the same on every process."""
+        """The first batches of a separate order: the same on every process."""
         rows, config = self.parts.tokens["train"], self.config
         order = epoch_order(len(rows), config.batch_size, 1, config.seed, epoch)[:count]
         return list(on_device(loader(rows, self.parts.collate, order), self.accelerator.device))

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a logging step, and what the terminal and the trackers show of it."""
+"""metrics.jsonl: one line per logging step, also shown in the terminal and by trackers."""
 
 import json
 import os
@@ -48,7 +48,7 @@ class Logbook:
     def _measure(self, last: torch.Tensor) -> dict:
         program, layout = self.program, self.program.net.layout
         last = self.accelerator.reduce(last, "mean")
-        z, g = (law.mean for law in program.gate_guide.posterior())
+        z, g = (q.mean for q in program.gate_guide.posterior())
         expected = bops(program)
         numbers = {
             **dict(zip(("loss", "nll", "kl_z", "kl_g", "kl_theta"), last, strict=True)),

@@ -1,4 +1,4 @@
-"""Optimizer steps whose gradient is not finite are left out, on the device: nothing waits for the host.
+"""Optimizer steps whose gradient is not finite are left out, on the device, without synchronizing with the host.
 
 The fused AdamW has an input for this, `found_inf`, made for gradient scalers: at 1 it changes neither parameters nor
 moments nor its step count. What was left out is counted on the device, and read where a line is logged or a checkpoint
@@ -16,14 +16,14 @@ _SHARE = 4  # at most a quarter of a run's steps is left out in a row
 
 @contextlib.contextmanager
 def unvalidated() -> Iterator[None]:
-    """Distributions take numbers that are not finite: checking them would wait for the device, and end the run."""
-    law = torch.distributions.Distribution
-    before = law._validate_args  # there is a function to set it, and none to ask
-    law.set_default_validate_args(False)
+    """Distributions accept numbers that are not finite: checking would synchronize with the device, and end the run."""
+    base = torch.distributions.Distribution
+    before = base._validate_args  # there is a function to set it, and none to get it
+    base.set_default_validate_args(False)
     try:
         yield
     finally:
-        law.set_default_validate_args(before)
+        base.set_default_validate_args(before)
 
 
 class FiniteSteps:
@@ -58,7 +58,7 @@ class FiniteSteps:
         self.counts = torch.stack([total + bad, row, torch.maximum(row, longest), began, where])
 
     def read(self) -> tuple[int, int, int]:
-        """(steps left out in all, in the longest row, the step at which it began), which waits for the device."""
+        """(steps left out, in the longest row, the step at which it began); synchronizes with the device."""
         total, _, longest, _, where = self.counts.tolist()
         return total, longest, where
 

@@ -17,7 +17,7 @@ DIVERGED = "the training diverged at step {}: {}. Lower --lr; a new setting is a
 
 class Checkpoints:
     """Of one training. book, validation, finite: the parts of the loop that have state beside the program.
-    `require_folder` refuses a folder that somebody has removed.
+    `require_folder` refuses a folder that has been removed.
 
     folder: of the run, None to keep nothing. origin: see `identity.identity`.
     """

@@ -49,7 +49,7 @@ class Schedule:
         """Adapter, weights and head: linear warm-up and decay, to 0 or (SWAG) to a plateau.
 
         From the opening on, ranges are constant, gates fall to 1 %.
-        At a constant rate, Adam leaves the gates in a cloud of its own noise around their law: benchmarks/posterior.md.
+        At a constant rate, Adam's noise would keep the gates away from their posterior: benchmarks/posterior.md.
         """
         if group in ("gates", "ranges"):
             if step < self.opening:

@@ -1,10 +1,10 @@
-"""What distributions of the adapter's weights are: of theta, one vector of D numbers, by name.
+"""Distributions of the adapter's weights theta, one vector of D numbers, by name.
 
 They are chosen as `--weights NAME --weights.SETTING VALUE`. One is made by a function `(weights, head, **settings)`, of
 the parameters of adapter and task head by key, which returns a `Weights`. The mean of theta is the net's own
-parameters, so that what trains is what is exported; the task head is a point. Register the function with
-`@register_weights("name")`, or name it as `--weights file.py:function`. The decorator may say what else of the
-configuration goes with it (`registry.Entry`).
+parameters, so that the trained weights are the exported ones; the task head is a point. Register the function with
+`@register_weights("name")`, or name it as `--weights file.py:function`. The decorator may also declare other
+fields of the configuration that it sets or excludes (`registry.Entry`).
 
 `ensemble` and `dropout` are random in more than theta, and what makes them so is in the configuration (run_config.py).
 Shapes: D random weights, S draws, K deviations.
@@ -25,7 +25,7 @@ Sides = Literal["lora_A", "both"]
 
 
 class Weights(nn.Module):
-    """theta and its distribution; a subclass has what is not a point's.
+    """theta and its distribution; the defaults are those of a point.
 
     Where theta is random (`RandomWeights`): `draw` and `stored`. Where its distribution is learned by SVI
     (`in_training`): `law`, `prior` and `divergence`, too. Where it is fitted to the path of the training: `collect` and
@@ -90,11 +90,11 @@ class Weights(nn.Module):
         raise NotImplementedError
 
     def prior(self) -> torch.distributions.Distribution:
-        """Its prior, as `law`."""
+        """The prior of theta, as `law`."""
         raise NotImplementedError
 
     def divergence(self) -> Tensor | float:
-        """KL(law || prior), nats; 0 where training has a point."""
+        """KL(q || prior) of theta's distribution q, nats; 0 where training has a point."""
         return 0.0
 
     def draw(self, draws: int) -> Tensor:
@@ -128,7 +128,7 @@ class RandomWeights(Weights):
     def __init__(self, weights: Parameters, head: Head | None = None):
         if not weights:
             raise ValueError(
-                "this law of the weights needs an adapter whose weights can be random: --adapter lora or xs"
+                "this distribution of the weights needs an adapter whose weights can be random: --adapter lora or xs"
             )
         super().__init__(weights, head)
 
@@ -179,10 +179,10 @@ def build_weights(
 ) -> Weights:
     """The named distribution.  Errors: ValueError for an unknown name or setting, or for nothing to be random."""
     function = WEIGHTS.resolve(name)
-    law = function(weights, head, **WEIGHTS.settings(function, settings or {}))
-    if not isinstance(law, Weights):
+    found = function(weights, head, **WEIGHTS.settings(function, settings or {}))
+    if not isinstance(found, Weights):
         raise ValueError(
-            f"weights {WEIGHTS.called(name)!r} must return a pyro_blora.weights.Weights, got {type(law).__name__}: "
+            f"weights {WEIGHTS.called(name)!r} must return a pyro_blora.weights.Weights, got {type(found).__name__}: "
             "subclass it, or RandomWeights"
         )
-    return law
+    return found

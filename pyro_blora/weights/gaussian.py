@@ -15,7 +15,7 @@ _TINY = 1e-12  # least variance of a scale that is learned in closed form
 
 
 class Gaussian(RandomWeights):
-    """theta ~ Normal(mean, std^2), every weight by itself; prior Normal(0, prior_std^2)."""
+    """theta ~ Normal(mean, std^2), independent weights; prior Normal(0, prior_std^2)."""
 
     in_training = True
 
@@ -88,7 +88,7 @@ class LowRank(Gaussian):
         return dist.LowRankMultivariateNormal(self.mean, self.factor, self.std.square(), validate_args=False)
 
     def prior(self) -> Distribution:
-        """Written as the law is, so that their KL is in closed form."""
+        """In the same family as `law`, so that the KL is in closed form."""
         scale = self.prior_scale()
         zeros = torch.zeros_like(scale)
         return dist.LowRankMultivariateNormal(zeros, zeros[:, None], scale.square(), validate_args=False)
@@ -102,8 +102,8 @@ def gaussian(
     """Independent Gaussians, learned with the gates by SVI: mean field, the BLoB family.
 
     Settings: prior_std (default: for each matrix the best, which has a closed form); start_std; kl_weight, of theta's
-    KL beside that of the run: where rows are few it outweighs what they say, and nothing is learned, until it is below
-    1; sides, of LoRA: lora_A as in BLoB, or both. An XS adapter has its core.
+    KL beside that of the run: where rows are few the KL outweighs the likelihood, and nothing is learned, unless it is
+    below 1; sides, of LoRA: lora_A as in BLoB, or both. An XS adapter has its core.
     Source: Wang et al., BLoB (2024).
     """
     return Gaussian(random_sides(weights, sides), head, prior_std, start_std, kl_weight)

@@ -16,8 +16,8 @@ _LARGEST_FULL = 2048  # weights whose full Laplace covariance is computed by def
 class Laplace(RandomWeights):
     """theta ~ Normal(mean, inverse of prior precision and Gauss-Newton curvature at the trained weights).
 
-    laplace_fit.py fits it. full: the Cholesky factor of the covariance is kept; low_rank: the curvature's largest
-    eigenvalues, with their eigenvectors; diag: of every weight by itself.
+    training/laplace_fit.py fits it. What is kept: full, the Cholesky factor of the covariance; low_rank, the
+    curvature's largest eigenvalues with their eigenvectors; diag, the standard deviation of each weight.
     """
 
     curvature: str

@@ -270,7 +270,7 @@ def at_a_draw(prior):
 
 def divergence(prior):
     """KL of the rates' guide from their prior, nats."""
-    return kl_divergence(prior.law_in_use("posterior"), prior.law_in_use("prior")).sum()
+    return kl_divergence(prior.distribution_in_use("posterior"), prior.distribution_in_use("prior")).sum()
 
 
 @pytest.mark.parametrize(("shape", "rate", "log_sd"), [(1.0, 1.0, -1.0), (2.5, 0.4, 0.3), (0.3, 5.0, -2.0)])

@@ -382,10 +382,10 @@ def test_words_set_random_weights_beside_a_temperature(run, scaled, plain, verdi
     assert verdict in said and "At 1.25, the temperature" in said and f"has an NLL of {scaled:.3f}" in said
     assert "96 weights of the adapter are random, by distribution swag, with a standard deviation of 0.012" in said
     assert "--validation" not in " ".join(warnings(summary, None))
-    assert "at the end of what was tried" not in " ".join(warnings(summary, None))
+    assert "at the edge of the values tried" not in " ".join(warnings(summary, None))
     summary["calibration"]["deployed"]["temperature"] = math.exp(4.9999)
     summary["weights"]["prior_precision"] = math.exp(-4.99)
-    said = [line for line in warnings(summary, None) if "at the end of what was tried" in line]
+    said = [line for line in warnings(summary, None) if "at the edge of the values tried" in line]
     assert len(said) == 2 and "temperature, 148" in said[0] and "prior precision, 0.0068" in said[1]
 
 

@@ -141,7 +141,7 @@ class VectorDivergence(Plain):
 
 
 class Startled(Plain):
-    def start(self, evidence):
+    def start(self, log_bayes_factors):
         nn.init.constant_(self.z, torch.inf)
 
 
@@ -172,7 +172,7 @@ class Failing(Plain):
         (OtherComponents, r"z of posterior\(\) is not the mean of its components"),
         (FlatComponents, r"z of components\(\) must be a NestedBernoulli of shape \(M, 8, 5, 4\)"),
         (VectorDivergence, r"divergence\(\) must return Gates of two finite numbers"),
-        (Startled, r"after start\(evidence\) its parameters are not finite"),
+        (Startled, r"after start\(\) its parameters are not finite"),
         (Failing, r"'Failing': components\(\) fails: KeyError: 'no such component'"),
     ],
 )

@@ -133,7 +133,7 @@ def one_site(layout):
         (another_law, "'another_law': z must be a NestedBernoulli, got Bernoulli"),
         (one_site, r"'one_site' must return Gates\(z, g\), got NestedBernoulli"),
         (double, "'double': z is torch.float64, expected torch.float32"),
-        (noisy, "'noisy': built twice, it gave different laws of z"),
+        (noisy, "'noisy': built twice, it gave different distributions of z"),
         (Detached, "'Detached': its parameter 'log_rate' gets no gradient from the KL"),
         (Elsewhere, "'Elsewhere': z stays on cpu when the module moves to meta: hold its tensors with"),
         (Forgetful, "'Forgetful': what it changes in z is not in its state_dict"),

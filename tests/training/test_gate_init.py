@@ -17,7 +17,7 @@ from pyro_blora.priors import PRIORS, build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.quantizer import rounded
 from pyro_blora.tasks import get_task
-from pyro_blora.training.gate_init import Sensitivity, _pooled, _Slopes, evidence, sensitivity
+from pyro_blora.training.gate_init import Sensitivity, _pooled, _Slopes, log_bayes_factors, sensitivity
 from pyro_blora.training.range_calibration import range_errors
 
 N_TRAIN = 500
@@ -283,7 +283,7 @@ def test_one_noisy_mean_does_not_draw_precise_ones():
     assert pooled[3] < 0.9 * squares[:, 3].mean()
 
 
-# --- evidence ---------------------------------------------------------------------------------------------------------
+# --- log Bayes factors ------------------------------------------------------------------------------------------------
 
 
 def laws_of(prior, said):
@@ -301,28 +301,28 @@ def mean_field(data, laws, n_train):
     ("prior", "settings", "kl_weight"),
     [("nested", {"rate": 0.5}, 1.0), ("nested", {"rate": 20.0}, 0.5), ("bops", {}, 1.0), ("budget", {"bops": 0.05}, 1)],
 )
-def test_evidence_is_the_fixed_point_of_mean_field(bert, measured, prior, settings, kl_weight):
+def test_log_bayes_factors_are_the_fixed_point_of_mean_field(bert, measured, prior, settings, kl_weight):
     program = program_of(bert, prior=prior, **settings)
-    said = evidence(program, measured, kl_weight)
-    expected = mean_field(measured, laws_of(program.prior(), said), N_TRAIN / kl_weight)
-    for ours, theirs in zip(said, expected, strict=True):
+    found = log_bayes_factors(program, measured, kl_weight)
+    expected = mean_field(measured, laws_of(program.prior(), found), N_TRAIN / kl_weight)
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-2)
         assert bool((ours[..., -1] == 0).all())  # an open chain changes nothing
         assert bool((ours <= 0).all())
-    assert min(x.min() for x in said) < -1.0  # nats: the data do say something
+    assert min(x.min() for x in found) < -1.0  # nats: the data have an influence
 
 
 def test_a_smaller_weight_of_the_kl_is_as_more_examples(bert, measured):
     program = program_of(bert, prior="nested", rate=0.5)
-    half = evidence(program, measured, 0.5)
-    double = measured.evidence(lambda _: Gates(*(law.depth_log_probs for law in program.prior())), 2 * N_TRAIN)
+    half = log_bayes_factors(program, measured, 0.5)
+    double = measured.log_bayes_factors(lambda _: Gates(*(law.depth_log_probs for law in program.prior())), 2 * N_TRAIN)
     for ours, theirs in zip(half, double, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_a_budget_is_met_where_the_gates_start(bert, measured):
     program = program_of(bert, prior="budget", bops=0.05)
-    program.gate_guide.start(evidence(program, measured))
+    program.gate_guide.start(log_bayes_factors(program, measured))
     assert bops(program).adapted_ratio.item() == pytest.approx(0.05, rel=0.01)
 
 
@@ -355,7 +355,7 @@ def test_the_estimate_orders_tensors_as_their_true_rise(bert, measured):
 @pytest.mark.parametrize("guide", LEARNING)
 def test_a_started_guide_is_finite(bert, measured, guide, prior):
     program = program_of(bert, guide=guide, prior=prior)
-    program.gate_guide.start(evidence(program, measured))
+    program.gate_guide.start(log_bayes_factors(program, measured))
     assert all(bool(p.isfinite().all()) for p in program.gate_guide.parameters())
     assert bool(program.terms(*batch()).loss.isfinite())
 

@@ -13,7 +13,7 @@ from ..run_folder import RunFiles, Section
 
 
 def sections_of(run: RunFiles, more: Iterable[str] = ()) -> list[Section]:
-    """All sections in order but those that mean nothing for the run's outcome; one that cannot be made says why.
+    """All sections in order but those that mean nothing for the run's outcome; a section that fails shows the reason.
 
     more: functions in files, `file.py:function`.   Errors: ValueError for one of these that cannot be found.
     """
@@ -25,10 +25,10 @@ def sections_of(run: RunFiles, more: Iterable[str] = ()) -> list[Section]:
                 continue
             json.dumps([spec for spec, _ in section.charts], allow_nan=False)  # a chart of something else is none
             found.append(section)
-        except Exception as error:  # whatever pandas, Altair and we make of files that somebody has edited
-            said = f"This run's files have something else where this is kept ({type(error).__name__}: {error})."
-            said = f"This run's files lack {error}." if isinstance(error, KeyError) else said
-            found.append(Section(title, missing=str(error) if isinstance(error, ValueError) else said))
+        except Exception as error:  # any error of pandas, Altair or this package on an edited file
+            reason = f"This run's files have something else where this is kept ({type(error).__name__}: {error})."
+            reason = f"This run's files lack {error}." if isinstance(error, KeyError) else reason
+            found.append(Section(title, missing=str(error) if isinstance(error, ValueError) else reason))
     return found
 
 

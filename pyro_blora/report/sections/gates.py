@@ -14,10 +14,10 @@ from ..run_folder import RunFiles, Section
 
 
 def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
-    """A line per tensor that exists: its place in the gate map, its distribution, and what is shown on hover."""
-    law, kl, rhat = posterior.depth_probs(chain).z, posterior.kl(chain).z, posterior.rhat().z
+    """One row per existing tensor: its place in the gate map, its distribution, and the text shown on hover."""
+    widths, kl, rhat = posterior.depth_probs(chain).z, posterior.kl(chain).z, posterior.rhat().z
     ladder = posterior.layout.ladder
-    bits = expected_bits(posterior.layout, law.flip(-1).cumsum(-1).flip(-1)[..., 1:])
+    bits = expected_bits(posterior.layout, widths.flip(-1).cumsum(-1).flip(-1)[..., 1:])
     opened = np.nan_to_num(posterior.constant["z_deployed"].isel(chain=chain).values).sum(-1).astype(int)
     lines = []
     for t, tensor in enumerate(posterior.layout.tensors):
@@ -26,9 +26,11 @@ def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
                 width = ladder[opened[i, t]]
                 lines.append({
                     "column": f"{projection.type} {tensor}", "layer": projection.layer, "width": width,
-                    "doubt": 1 - float(law[i, t, opened[i, t]]), "tensor": f"{posterior.projections[i]}.{tensor}",
+                    "doubt": 1 - float(widths[i, t, opened[i, t]]), "tensor": f"{posterior.projections[i]}.{tensor}",
                     "deployed": f"{width} bit", "expected": f"{float(bits[i, t]):.1f} bit",
-                    "distribution": "  ".join(f"{b}: {float(p):.2f}" for b, p in zip(ladder, law[i, t], strict=True)),
+                    "distribution": "  ".join(
+                        f"{b}: {p:.2f}" for b, p in zip(ladder, widths[i, t].tolist(), strict=True)
+                    ),
                     "KL to prior": f"{float(kl[i, t]):.2f} nat",
                     "R-hat": "-" if math.isnan(rhat[i, t]) else f"{float(rhat[i, t]):.2f}",
                 })  # fmt: skip
@@ -41,11 +43,11 @@ def cells_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
 
 @register_section("Gate map", place=20)
 def gate_map(run: RunFiles, title: str) -> Section:
-    """The deployed bit width of every tensor, and the doubt about it."""
+    """The deployed bit width of every tensor, and its uncertainty."""
     cells = cells_of(run.posterior)
     text = (
-        "A square is a tensor, its colour the bit width that is deployed. The white circle is as large as the doubt: "
-        "the probability of another width, from none to 80 % and more."
+        "A square is a tensor, its colour the bit width that is deployed. The size of the white circle is the "
+        "probability of any other width, from 0 to 80 % and more."
     )
     shown = cells[["tensor", "deployed", "expected", "distribution", "KL to prior", "R-hat"]]
     return Section(title, [text], charts=[(charts.gate_map(cells), "Hover or touch a square for details.")],
@@ -58,16 +60,16 @@ def ranks(run: RunFiles, title: str) -> Section:
     posterior = run.posterior
     if not bool(posterior.masks.g.any()) or posterior.layout.rank == 1:
         raise ValueError("There are no rank gates in this run.")
-    law = posterior.depth_probs().g
-    means = expected_rank(law.flip(-1).cumsum(-1).flip(-1)[..., 1:])
+    probs = posterior.depth_probs().g
+    means = expected_rank(probs.flip(-1).cumsum(-1).flip(-1)[..., 1:])
     rows, points = [], []
     for i, projection in enumerate(posterior.layout.projections):
         if not posterior.masks.g[i]:
             continue
-        low, high = (int((law[i].cumsum(-1) < p - 1e-9).sum()) + 1 for p in INTERVAL)
-        told = {"projection": posterior.projections[i], "mean": float(means[i]), "interval": f"{low} to {high}"}
-        points.append({**told, "layer": projection.layer, "type": projection.type, "low": low, "high": high})
-        rows += [{**told, "rank": r + 1, "probability": float(p)} for r, p in enumerate(law[i])]
+        low, high = (int((probs[i].cumsum(-1) < p - 1e-9).sum()) + 1 for p in INTERVAL)
+        row = {"projection": posterior.projections[i], "mean": float(means[i]), "interval": f"{low} to {high}"}
+        points.append({**row, "layer": projection.layer, "type": projection.type, "low": low, "high": high})
+        rows += [{**row, "rank": r + 1, "probability": float(p)} for r, p in enumerate(probs[i])]
     table, means_of_all = pd.DataFrame(rows), pd.DataFrame(points)
     shown = means_of_all[["projection", "mean", "low", "high"]].round(2)
     return Section(

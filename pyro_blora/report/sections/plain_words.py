@@ -7,7 +7,7 @@ from ..warnings import in_words, warnings
 
 @register_section("In plain words", place=10)
 def plain_words(run: RunFiles, title: str) -> Section:
-    """What the run shows in a few sentences, and what speaks against believing it."""
+    """What the run shows in a few sentences, and reliability warnings."""
     try:
         posterior = run.posterior
     except ValueError as error:

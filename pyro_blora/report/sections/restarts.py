@@ -12,7 +12,7 @@ def restarts(run: RunFiles, title: str) -> Section:
     """Whether fits from several seeds agree."""
     others = run.summary.get("restarts", [])
     if not others:
-        raise ValueError("One fit: --restarts 3 adds two more from other seeds, and R-hat says whether they agree.")
+        raise ValueError("One fit: --restarts 3 adds two more from other seeds, and R-hat shows whether they agree.")
     rows = [
         {"seed": s["seed"], run.metric: of_score(s, run.metric), "NLL": of_score(s, "nll"),
          "ELBO per example": round(s["elbo_per_example"], 4), "E[BOPs], adapted": f"{s['bops']['adapted_ratio']:.2%}"}
@@ -20,6 +20,8 @@ def restarts(run: RunFiles, title: str) -> Section:
     ]  # fmt: skip
     rhat = run.posterior.rhat()
     lines = [("bits", rhat.z[run.posterior.free().z]), ("ranks", rhat.g[run.posterior.free().g])]
-    told = [f"{name}: median {float(x.quantile(0.5)):.2f}, worst {float(x.max()):.2f}" for name, x in lines if len(x)]
-    text = f"R-hat between {run.posterior.chains} fits, at infinitely many draws. {'; '.join(told)}."
+    summaries = [
+        f"{name}: median {float(x.quantile(0.5)):.2f}, worst {float(x.max()):.2f}" for name, x in lines if len(x)
+    ]
+    text = f"R-hat between {run.posterior.chains} fits, at infinitely many draws. {'; '.join(summaries)}."
     return Section(title, [text], tables=[("", pd.DataFrame(rows), True)])
