@@ -48,7 +48,9 @@ def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torc
 
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]  # PEFT's
     of_adapters = {id(p) for x in layers for part in x.adapter_layer_names for p in getattr(x, part).parameters()}
-    found = {name: p for name, p in module.named_parameters() if p.requires_grad or id(p) in of_adapters}
+    found: dict[str, Tensor] = {
+        name: p for name, p in module.named_parameters() if p.requires_grad or id(p) in of_adapters
+    }
     parts = dict(module.named_modules())
     weights = parts.get("weights")
     if in_training and isinstance(weights, Weights) and weights.curvature:

@@ -189,8 +189,9 @@ def _dotted(path: Path) -> str:
 def _written(path: Path, module: str, decorator: str) -> Iterator[tuple[str, Entry]]:
     """(function, entry) of what has the decorator in a module's text."""
     text = path.read_text(encoding="utf-8")
-    for node in ast.parse(text).body if f"@{decorator}" in text else ():
-        for by in node.decorator_list if isinstance(node, ast.FunctionDef | ast.ClassDef) else ():
+    nodes = ast.parse(text).body if f"@{decorator}" in text else []
+    for node in (node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)):
+        for by in node.decorator_list:
             call = by if isinstance(by, ast.Call) else ast.Call(by, [], [])
             if isinstance(call.func, ast.Name) and call.func.id == decorator:
                 name = _value(call.args[0]) if call.args else node.name
@@ -208,7 +209,7 @@ def _written_settings(node: ast.FunctionDef | ast.ClassDef) -> dict[str, Any]:
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     with_default = zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True)
-    found = {argument: value for argument, value in with_default if argument in arguments.args}
+    found: dict[ast.arg, ast.expr | None] = {arg: value for arg, value in with_default if arg in arguments.args}
     found |= zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     return {argument.arg: REQUIRED if value is None else _value(value) for argument, value in found.items()}
 

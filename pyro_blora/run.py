@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
@@ -117,21 +118,20 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
             _write_page(place)
     with labelled(f"fit {config.fits} of {config.fits}, seed {config.seed}" if restarts else ""):
         trained, began = fit(config, folder=partial), time.perf_counter()
-        if main and still_there is None:
-            still_there = same_folder(partial)
+        check = still_there or (same_folder(partial) if main else lambda: None)
         evaluated = evaluate(trained.parts)  # by all processes
     if main:
         with writing(partial):
             summary = _write(trained, evaluated, partial, [place for _, place in restarts])
             summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
-            still_there()
+            check()
             written = config.to_json(versions=versions(trained.program.net.backbone), threads=torch.get_num_threads())
             replace_text(partial / "config.json", written)
             replace_text(partial / "summary.json", json.dumps(summary, indent=2) + "\n")
             drop_older(partial / "checkpoints")
             write_sums(partial)
             sync_tree(partial)
-            still_there()
+            check()
             os.replace(partial, folder)
             sync(folder.parent)
         _write_page(folder)  # last: a run does not wait for its page
@@ -158,7 +158,7 @@ def each_restart(config: RunConfig) -> list[RunConfig]:
     """
     rows = config.seed if config.data_seed is None else config.data_seed
     seeds = range(config.seed + 1, config.seed + config.fits)
-    alone = {"weights": config.law_of_fits, "weights_settings": {}} if config.is_ensemble else {}
+    alone: dict[str, Any] = {"weights": config.law_of_fits, "weights_settings": {}} if config.is_ensemble else {}
     return [dataclasses.replace(config, seed=seed, data_seed=rows, restarts=1, **alone) for seed in seeds]
 
 

@@ -70,7 +70,7 @@ def _converted(value: Any, kind: type) -> Any:
     if kind is type(None):
         return None if text in ("none", "null") else _NOTHING
     if kind is bool:
-        return {"true": True, "false": False}.get(text, _NOTHING)
+        return {"true": True, "false": False}.get(text or "", _NOTHING)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return _NOTHING
     try:

@@ -26,10 +26,3 @@ def test_modules_that_settings_of_the_type_checker_name_exist(section):
     ours = [name for name in named(section) if name.startswith("pyro_blora")]
     assert [name for name in ours if not exists(name)] == []
     assert len(set(ours)) == len(ours)
-
-
-def test_a_module_is_strict_or_spared_but_not_both():
-    strict = {name for section in SECTIONS if section.get("disallow_untyped_defs") for name in named(section)}
-    spared = {name for section in SECTIONS if "disable_error_code" in section for name in named(section)}
-    packages = tuple(name.removesuffix("*") for name in strict if name.endswith(".*"))
-    assert [name for name in spared if name in strict or name.startswith(packages)] == []

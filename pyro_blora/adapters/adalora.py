@@ -11,7 +11,7 @@ Source: Zhang et al., AdaLoRA (2023); its schedule is in fractions of the steps 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from .peft_config import freeze_pooler, lora_config, settle, wrapped
 
 if TYPE_CHECKING:
     import peft
-    from peft.tuners.adalora import SVDLinear
 
 _BEFORE, _AFTER, _INTERVAL = 0.1, 0.3, 0.01  # fractions of the steps: before, after, and between allocations
 _ORTHOGONALITY = 0.1  # weight of the penalty, as AdaLoRA has it on most of GLUE
@@ -47,7 +46,8 @@ class AdaLoRAModel(GatedModel):
         self.allocation.register_buffer("opened", torch.ones(len(layout.projections), layout.rank, dtype=torch.bool))
 
     @property
-    def tuner(self) -> peft.AdaLoraModel:
+    def tuner(self) -> Any:
+        """PEFT's AdaLoraModel."""
         return self.peft_model.base_model
 
     def _parameters_of_adapters(self) -> list[tuple[str, nn.Parameter]]:
@@ -57,7 +57,7 @@ class AdaLoRAModel(GatedModel):
 
     def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
         """(diag(E) A (r, n), B (m, r)) at the open ranks, which may be none."""
-        layer: SVDLinear = self.backbone.get_submodule(projection)
+        layer: Any = self.backbone.get_submodule(projection)
         scales = layer.lora_E[ADAPTER].squeeze(-1)  # (R,)
         scales, opened = scales / (1 + 1e-5 / len(scales)), scales != 0  # PEFT divides by R + 1e-5
         return scales[opened, None] * layer.lora_A[ADAPTER][opened], layer.lora_B[ADAPTER][:, opened]
@@ -86,7 +86,7 @@ class AdaLoRAModel(GatedModel):
         config.tinit, config.tfinal = int(_BEFORE * steps), int(_AFTER * steps)
         config.deltaT = max(1, int(_INTERVAL * steps))
         allocator.target_bgt = target_rank * len(allocator.name_set)
-        opened = self.allocation.opened  # (L, R), after the last step
+        opened = self.allocation.get_buffer("opened")  # (L, R), after the last step
         if step > steps - config.tfinal:  # from here on that is kept
             config.rank_pattern = dict(zip(self._scales(), opened.tolist(), strict=True))
         state = {kind: dict(module.named_buffers()) for kind, module in self.allocation.items()}
@@ -123,6 +123,7 @@ def adalora(backbone: nn.Module, layout: AdapterLayout, head: Head) -> AdaLoRAMo
     plain = lora_config(backbone, layout, head)
     config = peft.AdaLoraConfig(
         task_type=plain.task_type, target_modules=plain.target_modules, modules_to_save=plain.modules_to_save,
-        init_r=layout.rank, target_r=layout.rank, lora_alpha=layout.alpha, total_step=1,
+        init_r=layout.rank, target_r=layout.rank, lora_alpha=layout.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        total_step=1,
     )  # fmt: skip
     return AdaLoRAModel(freeze_pooler(wrapped(backbone, config)), layout, head)

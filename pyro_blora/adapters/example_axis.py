@@ -17,7 +17,8 @@ class _Trace(Observer):
     """Follows the values that are nan because the first of `batch` examples was: (layer, leads with it, has it)."""
 
     def __init__(self, batch: int):
-        self.batch, self.calls = batch, []
+        self.batch = batch
+        self.calls: list[tuple[int, bool, bool]] = []
 
     def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         marked = x.detach().isnan()
@@ -73,8 +74,9 @@ def without_examples(net: GatedModel, inputs: dict, *, every_call: bool = False)
 
 
 def _are_vectors_of(output: object, tokens: Tensor) -> bool:
-    of_each = isinstance(output, Tensor) and output.is_floating_point() and output.dim() == tokens.dim() + 1
-    return of_each and output.shape[:-1] == tokens.shape
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return False
+    return output.dim() == tokens.dim() + 1 and output.shape[:-1] == tokens.shape
 
 
 def _unused(tokens: Tensor, vocabulary: int) -> int:

@@ -6,11 +6,12 @@ to measure ranges (range_calibration.py) or how the loss answers to a coarser gr
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layout import INPUT, TENSORS
 from ..quantizer.fake_quantize import quantize_on
@@ -26,6 +27,31 @@ class Gated:
     handover: "Handover"
     index: int
     has_adapter = False
+
+    def base_weight(self) -> Tensor:
+        """The pretrained weight, (m, n)."""
+        raise NotImplementedError
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(lora_A (R, n), lora_B (m, R)), where it has an adapter."""
+        raise NotImplementedError
+
+    def random_weights(self) -> dict[str, nn.Parameter]:
+        """What a law of the weights may draw, by name."""
+        return {}
+
+
+class Handed(NamedTuple):
+    """What one call computes with."""
+
+    grids: Sequence[Grid | None]
+    """Of each (projection, tensor); None for the identity."""
+    ranks: Sequence[Tensor] | None
+    """By projection; None where all are open."""
+    kept: dict[tuple[int, int], Tensor] | None
+    """Rounded weights by (projection, tensor), which no gradient can change during the call; None to keep none."""
+    drawn: Mapping[tuple[int, str], Tensor]
+    """Weights by (projection, name)."""
 
 
 class Observer:
@@ -80,16 +106,13 @@ class Handover:
         """owners: for each projection the one whose grid its input is on, where some share one; none: each its own."""
         self.owners = owners
         self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
-        # (a Grid for each (projection, tensor), None for the identity; ranks by projection, None where all are open;
-        # rounded weights by (projection, tensor), which no gradient can change while they are handed over, or None to
-        # keep none; drawn weights by (projection, name))
-        self.gates: tuple | None = None
+        self.gates: Handed | None = None
         self.keeps_weights = True
         self.observer: Observer | None = None
 
     def drawn(self, projection: int, name: str, parameter: Tensor) -> Tensor:
         """A random weight of this call, (m, n) or one an example, (B, m, n); the parameter where none was drawn."""
-        return parameter if self.gates is None else self.gates[3].get((projection, name), parameter)
+        return parameter if self.gates is None else self.gates.drawn.get((projection, name), parameter)
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -99,7 +122,7 @@ class Handover:
 
     def products(
         self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None], source: Source | None = None
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """Linear maps of the projection's quantized input: (tensor, weight, bias) of each. source: of an x that nobody
         else keeps."""
         given, (x, grid) = x, self._input(projection, x)
@@ -137,12 +160,12 @@ class Handover:
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.ranks(projection, hidden)
-        ranks = self.gates[1]
+        ranks = self._handed().ranks
         return hidden if ranks is None else hidden * ranks[projection].to(hidden.dtype)
 
     def _weight(self, projection: int, tensor: int, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """The weight and the grid that it is still to be put on: none where its rounded values are kept."""
-        grid, kept = self._grid(projection, tensor), self.gates[2]
+        grid, kept = self._grid(projection, tensor), self._handed().kept
         if grid is None or kept is None:
             return weight, grid
         if (projection, tensor) not in kept:
@@ -150,12 +173,15 @@ class Handover:
         return kept[projection, tensor], None
 
     def _grid(self, projection: int, tensor: int) -> Grid | None:
+        return self._handed().grids[projection * len(TENSORS) + tensor]
+
+    def _handed(self) -> Handed:
         if self.gates is None:
             raise RuntimeError(
                 "a gated layer was called without gates: wrap the call, `with use_gates(net, z, g): net(**batch)`; for "
                 "the deployed allocation use z, g = the modes of the guide's posterior"
             )
-        return self.gates[0][projection * len(TENSORS) + tensor]
+        return self.gates
 
     def recomputation(self) -> tuple:
         """Contexts of a checkpoint's forward and of its recomputation. A method, so that a deep copy gets its own."""
@@ -163,7 +189,7 @@ class Handover:
 
 
 @contextlib.contextmanager
-def handed_over(handover: Handover, gates: tuple | None) -> Iterator[None]:
+def handed_over(handover: Handover, gates: Handed | None) -> Iterator[None]:
     before, handover.gates, handover.shared = handover.gates, gates, None
     try:
         yield

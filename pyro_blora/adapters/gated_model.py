@@ -11,16 +11,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import AdapterLayout, Projection
-from ..quantizer.grid import grids, mixture_weights
+from ..quantizer.grid import Grid, grids, mixture_weights
 from ..tasks.heads import SEQUENCE, Head
-from .gate_context import Gated, Handover, Observer, handed_over
+from .gate_context import Gated, Handed, Handover, Observer, handed_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class GatedModel(nn.Module):
@@ -65,15 +69,17 @@ class GatedModel(nn.Module):
     def has_cache(self) -> bool:
         return "use_cache" in inspect.signature(self.backbone.forward).parameters
 
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Gated]:
         """The gated layers in the layout's order."""
-        found = [m for m in self.peft_model.modules() if isinstance(m, Gated)]
+        found: list[Gated] = [m for m in self.peft_model.modules() if isinstance(m, Gated)]
         return sorted(found, key=lambda layer: layer.index)
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> PreTrainedModel:
         """What transformers made, with our layers in it."""
-        return self.peft_model.base_model.model if self.layout.adapted else self.peft_model
+        whole: Any = self.peft_model
+        backbone: PreTrainedModel = whole.base_model.model if self.layout.adapted else whole
+        return backbone
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """lora_A and lora_B of every adapted projection; without adapters all of the encoder."""
@@ -105,7 +111,9 @@ class GatedModel(nn.Module):
 
     def low_rank(self, projection: str) -> tuple[Tensor, Tensor]:
         """(lora_A (R, n), lora_B (m, R)) of an adapted projection, by its name in the layout."""
-        return self.backbone.get_submodule(projection).low_rank()
+        layer: Any = self.backbone.get_submodule(projection)
+        found: tuple[Tensor, Tensor] = layer.low_rank()
+        return found
 
     def random_weights(self) -> dict[tuple[int, str], nn.Parameter]:
         """What a law of the weights may draw, by (projection, name); nothing without gated adapters."""
@@ -115,7 +123,7 @@ class GatedModel(nn.Module):
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; the gates of the forward are handed over again there."""
         settings = {"use_reentrant": False, "context_fn": self.handover.recomputation}
-        backbone = self.backbone
+        backbone: Any = self.backbone
         if hasattr(backbone, "activation_checkpointing_enable"):  # the name since transformers 5.20
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
         else:
@@ -140,20 +148,25 @@ def use_gates(
         raise ValueError(
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
-    kept = None if torch.is_grad_enabled() or not net.handover.keeps_weights else {}
-    with handed_over(net.handover, (*_handed(net, z, g, opened, at_32), kept, weights or {})):
+    kept: dict[tuple[int, int], Tensor] | None = {}
+    if torch.is_grad_enabled() or not net.handover.keeps_weights:
+        kept = None
+    by_tensor, ranks = _handed(net, z, g, opened, at_32)
+    with handed_over(net.handover, Handed(by_tensor, ranks, kept, weights or {})):
         yield net
 
 
 gates = use_gates  # its older name
 
 
-def _handed(net: GatedModel, z: Tensor, g: Tensor, opened: bool, at_32: list[bool] | None) -> tuple[list, list | None]:
+def _handed(
+    net: GatedModel, z: Tensor, g: Tensor, opened: bool, at_32: list[bool] | None
+) -> tuple[Sequence[Grid | None], Sequence[Tensor] | None]:
     """A grid or None for each (projection, tensor), and the ranks of each projection, or None for all open."""
     if opened:
         return [None] * z[..., 0].numel(), None
     z, g = z.to(net.log_range.device), g.to(net.log_range.device)
-    by_tensor = grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))
+    by_tensor: list[Grid | None] = [*grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))]
     if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
         at_32 = at_32 or exact_tensors(z)
         by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, at_32, strict=True)]

@@ -7,6 +7,8 @@ One adapted projection computes, with Q the mixture of nested grids (fake_quanti
 A layer has no state of its own: gates and drawn weights are handed over for one call (adapters.use_gates).
 """
 
+from typing import Any
+
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -24,26 +26,34 @@ class GatedLinear(LoraLinear, Gated):
     """
 
     has_adapter = True
+    lora_A: Any  # PEFT's, by the adapter's name
+    lora_B: Any
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        handover, index, base = self.handover, self.index, self.get_base_layer()
+        handover, index = self.handover, self.index
+        base: Any = self.get_base_layer()
         down, up = self.low_rank()
         # (..., m) and (..., R)
         y, hidden = handover.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
         hidden = handover.ranks(index, handover.activation(index, HIDDEN, hidden))
         return y + self.scaling[ADAPTER] * handover.product(index, LORA_B, hidden, up)
 
+    def base_weight(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight
+        return weight
+
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(lora_A (R, n), lora_B (m, R)): the parameters, or what was drawn in their place."""
-        return tuple(self.handover.drawn(self.index, name, p) for name, p in self.random_weights().items())
+        down, up = (self.handover.drawn(self.index, name, p) for name, p in self.random_weights().items())
+        return down, up
 
     def start(self) -> None:
         """Called once, when PEFT has made the layer; its ranges start from what this leaves."""
 
     def random_weights(self) -> dict[str, nn.Parameter]:
-        """What a law of the weights may draw, by name."""
         return {"lora_A": self.lora_A[ADAPTER].weight, "lora_B": self.lora_B[ADAPTER].weight}
 
 
@@ -54,7 +64,7 @@ class XSLinear(GatedLinear):
     def start(self, **settings: str) -> None:
         """Frozen factors of the base weight, and a core of zeros: step 0 is the pretrained model."""
         rank = self.r[ADAPTER]
-        right, left = factors(self.get_base_layer().weight, rank, **settings)
+        right, left = factors(self.base_weight(), rank, **settings)
         for side, value in ((self.lora_A, right), (self.lora_B, left)):
             side[ADAPTER].weight.requires_grad_(False).copy_(value)
         self.lora_core = nn.Linear(rank, rank, bias=False, device=left.device, dtype=left.dtype)
@@ -66,7 +76,7 @@ class XSLinear(GatedLinear):
             return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight @ core
 
     def random_weights(self) -> dict[str, nn.Parameter]:
-        return {"core": self.lora_core.weight}
+        return {"core": self.lora_core.get_parameter("weight")}
 
 
 class QuantizedLinear(nn.Module, Gated):
@@ -79,6 +89,9 @@ class QuantizedLinear(nn.Module, Gated):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.handover.products(self.index, x, (BASE, self.weight, self.bias), source=source_of(x))[0]
+
+    def base_weight(self) -> Tensor:
+        return self.weight
 
     def plain(self) -> nn.Linear:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -31,7 +31,8 @@ def wrapped(backbone: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
 
 def freeze_pooler(model: peft.PeftModel) -> peft.PeftModel:
     """It is pretrained, like the encoder it belongs to, and in PEFT's files in case it was not."""
-    if pooler := getattr(model.base_model.model.base_model, "pooler", None):
+    inside: Any = model
+    if pooler := getattr(inside.base_model.model.base_model, "pooler", None):
         pooler.requires_grad_(False)
     return model
 
@@ -62,7 +63,8 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, head: Head = SEQUENC
     task_type = head.task_type if head.is_of(backbone) and not added else None
     return peft.LoraConfig(
         task_type=SEQUENCE.task_type if above else task_type,
-        r=layout.rank, lora_alpha=layout.alpha, target_modules=[p.name for p in layout.adapted],
+        r=layout.rank, lora_alpha=layout.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        target_modules=[p.name for p in layout.adapted],
         modules_to_save=saved, **patterns,
     )  # fmt: skip
 

@@ -58,12 +58,10 @@ def start_ranges(net: GatedModel, observed: dict) -> None:
         index = layer.index
         for tensor in (INPUT, HIDDEN):
             ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
+        ranges[index, BASE] = whole(layer.base_weight().abs().max())
         if layer.has_adapter:
-            ranges[index, BASE] = whole(layer.get_base_layer().weight.abs().max())
             down, up = (side.abs().max() for side in layer.low_rank())
             ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)
-        else:
-            ranges[index, BASE] = whole(layer.weight.abs().max())
     set_ranges(net, ranges)
 
 

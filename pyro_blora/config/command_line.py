@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
 from ..user_values import shown, suggest
@@ -47,7 +47,7 @@ def read_preset(name: str) -> dict[str, Any]:
         raise ValueError(f"unknown preset {name!r}: {suggest(name, preset_names())}; or give a YAML file that exists")
     node = compose_yaml(read_text(path), f"preset {path}")
     values = value_of(node, f"preset {path}")
-    if values is None:
+    if node is None or values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"preset {path} must be a table of `flag: value` lines, got {type(values).__name__}")
@@ -77,11 +77,11 @@ def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     """The RunConfig fields of a command line: the preset's, overridden by the flags and settings given."""
-    given = {}
+    given: dict[str, Any] = {}
     for field in dataclasses.fields(RunConfig):
         if hasattr(arguments, field.name):
-            value = getattr(arguments, field.name)
-            optional = not isinstance(field.type, type) and isinstance(None, field.type)
+            value, kind = getattr(arguments, field.name), cast(Any, field.type)
+            optional = not isinstance(kind, type) and isinstance(None, kind)
             given[field.name] = None if optional and value.lower() in ("none", "null") else value
     preset = read_preset(arguments.preset) if arguments.preset else {}
     if given.get("method", preset.get("method")) != preset.get("method"):

@@ -112,9 +112,10 @@ def _require_short(name: str, value: Any) -> None:
 
 def _require_small(name: str, settings: Mapping) -> None:
     """Refuse settings that no part has: a file whose aliases multiply, lists in lists without end, giant numbers."""
-    count, level = 0, [settings]
+    count = 0
+    level: list[Any] = [settings]
     for _ in range(_DEEPEST):
-        below = []
+        below: list[Any] = []
         for value in level:
             if isinstance(value, int) and abs(value) > LARGEST:
                 raise ValueError(f"{name}: a whole number must have at most 18 digits, got {shown(value)}: lower it")

@@ -1,11 +1,15 @@
 """The README.md of an exported folder: what it is, what its outputs mean, how it is read. It holds no local path."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from torch import nn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..models.loading import DEMO_DEBERTA, DEMO_ON_THE_HUB, public_name
 from ..tasks.likelihoods import Likelihood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MODEL = """import transformers
 
@@ -31,7 +35,7 @@ _NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by 
 
 
 def write_card(
-    folder: Path, model: nn.Module, ranks: dict[str, int], outcome: Likelihood, *, task: str | None = None
+    folder: Path, model: PreTrainedModel, ranks: dict[str, int], outcome: Likelihood, *, task: str | None = None
 ) -> None:
     """model: the backbone as transformers made it. ranks: of adapted projections; none: the folder is a whole model.
 
@@ -40,7 +44,8 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     name, head, outputs = public_name(model), outcome.head, outcome.head_settings.get("num_labels", 0)
-    labels = [str(model.config.id2label.get(index, label)) for index, label in enumerate(outcome.names)]
+    known: dict = model.config.id2label or {}
+    labels = [str(known.get(index, label)) for index, label in enumerate(outcome.names)]
     code = (_MODEL if head.pipeline else _MODEL_OF_NO_PIPELINE).format(
         pipeline=head.pipeline, auto_class=head.auto_class
     )
@@ -60,7 +65,7 @@ def write_card(
     ]
     card = ModelCardData(
         library_name="peft" if ranks else "transformers", pipeline_tag=head.pipeline,
-        tags=["lora", "bayesian"] if ranks else ["bayesian"], **({"base_model": name} if name else {}),
+        tags=["lora", "bayesian"] if ranks else ["bayesian"], base_model=name or None,
     )  # fmt: skip
     content = "\n\n".join(part for part in text if part)
     ModelCard(f"---\n{card.to_yaml()}\n---\n\n{content}\n").save(folder / "README.md")

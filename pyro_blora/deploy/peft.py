@@ -7,19 +7,22 @@ transformers' `from_pretrained`. Beside it `gates.safetensors` holds everything 
 full rank and unquantized, for `load`. Both are read back and compared before the call returns.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import peft_config
-from ..adapters.gate_context import ADAPTER, Gated
+from ..adapters.gate_context import ADAPTER
 from ..checkpoint import trainable, write_tensors
 from ..config.run_config import RunConfig
 from ..files import NotWritten, writing
@@ -31,6 +34,9 @@ from ..provenance import notes_of
 from ..quantizer import mixture_weights, quantize_mixture
 from .model_card import write_card
 from .verify import copied, read_back, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GATES_FILE = "gates.safetensors"
 _AWAY = 0.02  # of an adapter that is exported before it is trained: as large as a fresh encoder's weights
@@ -54,7 +60,9 @@ def export(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        plain, ranks = plain_backbone(program.net), {}
+        plain = plain_backbone(program.net)
+        ranks: dict[str, int] = {}
+        reloaded: Any
         if program.net.layout.adapted:
             ranks, weights = _deployed_weights(program)
             _save_peft(plain, program.net, ranks, weights, partial)
@@ -90,12 +98,14 @@ def _save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def plain_backbone(net: adapters.GatedModel) -> nn.Module:
+def plain_backbone(net: adapters.GatedModel) -> PreTrainedModel:
     """A copy of the backbone as transformers made it, with the trained head and without adapters."""
-    model = copied(net.peft_model)
-    model = model.unload() if net.layout.adapted else model
+    from ..adapters.layers import QuantizedLinear  # now, as PEFT takes seconds to import
+
+    whole: Any = copied(net.peft_model)
+    model: PreTrainedModel = whole.unload() if net.layout.adapted else whole
     for name, module in list(model.named_modules()):
-        if isinstance(module, Gated):
+        if isinstance(module, QuantizedLinear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.plain())
     for config in ("peft_config", "_hf_peft_config_loaded"):
@@ -123,12 +133,12 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
     return ranks, weights
 
 
-def _save_peft(plain: nn.Module, net: adapters.GatedModel, ranks: dict, weights: dict, folder: Path) -> None:
+def _save_peft(plain: PreTrainedModel, net: adapters.GatedModel, ranks: dict, weights: dict, folder: Path) -> None:
     layout = net.layout
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
     config = peft_config.lora_config(plain, layout, net.head, rank_pattern=dict(ranks), alpha_pattern=alphas)
     with torch.random.fork_rng(devices=[]):
-        model = peft_config.wrapped(copied(plain), config)
+        model: Any = peft_config.wrapped(copied(plain), config)
     modules = dict(model.base_model.model.named_modules())
     for name, (down, up) in weights.items():
         layer = modules[name]

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from ..models.architectures import example_rows
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
 
+Module = TypeVar("Module", bound=nn.Module)
 _GAP = 1e-4  # largest relative difference of logits between the exported adapter and its network, in float32
 
 
@@ -22,7 +24,7 @@ def read_back(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Modul
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # as above
-        reloaded = peft.PeftModel.from_pretrained(copied(plain), str(folder))
+        reloaded: Any = peft.PeftModel.from_pretrained(copied(plain), str(folder))
     modules = dict(reloaded.base_model.model.named_modules())
     wrong = [name for name, rank in ranks.items() if modules[name].r[ADAPTER] != rank]
     if wrong:
@@ -30,7 +32,7 @@ def read_back(plain: nn.Module, ranks: dict[str, int], folder: Path) -> nn.Modul
     return reloaded
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copied(module: Module) -> Module:
     """A deep copy that shares what is frozen: a backbone is in memory once."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
 

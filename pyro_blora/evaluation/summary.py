@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from ..posterior.draws import bops, deployed, draw, draw_weights, marginals, mea
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
 from ..tasks.outcomes import described
+from ..weights.laplace import Laplace
 from .evaluating import Evaluated
 from .metrics import calibration_of, deployed_scores, scores_of
 
@@ -97,13 +99,13 @@ def _of_weights(parts: Parts) -> dict:
     Of Laplace also its prior_precision; of an ensemble the law of its members, whose first this is.
     """
     law, fits = parts.program.weights, parts.config.fits if parts.config.is_ensemble else 1
-    found = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
+    found: dict[str, Any] = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
     if parts.config.law_of_fits != parts.config.weights:
         found["of"] = parts.config.law_of_fits
-    if law.random:
-        drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
+    drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
+    if drawn is not None:
         found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
-    if law.curvature:
+    if isinstance(law, Laplace):
         found["prior_precision"] = float(law.prior_precision)
     return found
 

@@ -124,7 +124,7 @@ def _commit(name: str, revision: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def _own(name: str, num_labels: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _own(name: str, num_labels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     pair = _OWN.resolve(name)(num_labels)

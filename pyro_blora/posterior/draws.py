@@ -41,7 +41,7 @@ def component_marginals(program: BayesianLoRA) -> Gates:
 
 
 @torch.no_grad()
-def deployed(program: BayesianLoRA) -> Gates:
+def deployed(program: GateProgram) -> Gates:
     """The one allocation that is exported: open where the marginal exceeds one half.  z (L, T, K), g (L, R - 1).
 
     Under a mixture, where of two gates that stand in for each other both may have marginals below one half, the most
@@ -105,13 +105,16 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
     parts = prior.rate_parts()
     if not parts:
         return None
-    names, drawn, log_ratio = [], {"posterior": [], "prior": []}, torch.zeros(draws)
+    names: list[str] = []
+    posterior: list[Tensor] = []
+    before: list[Tensor] = []
+    log_ratio = torch.zeros(draws)
     with seeded(program, seed):
         for site, part in parts.items():
             names += part.rate_names
-            for law, columns in drawn.items():
-                columns.append(part.draw_rates(draws, law))
-            here = drawn["posterior"][-1]
+            here = part.draw_rates(draws, "posterior")
+            posterior.append(here)
+            before.append(part.draw_rates(draws, "prior"))
             log_ratio = log_ratio.to(here) + part.log_ratio(here)
             for each, laws, own, mask in zip(
                 "zg", q, part.gates_at(here), (program.z_mask, program.g_mask), strict=True
@@ -122,7 +125,7 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
                     )  # (M, 1, ...) against (S, ...)
                     kl = torch.where(mask, kl_divergence(q_each, own), 0.0)
                     log_ratio = log_ratio - kl.flatten(2).sum(-1).mean(0)
-    return Rates(tuple(names), *(torch.cat(columns, -1) for columns in drawn.values()), log_ratio)
+    return Rates(tuple(names), torch.cat(posterior, -1), torch.cat(before, -1), log_ratio)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Shapes: S draws, E examples; `*` what an example's answer has beyond that, see t
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -101,16 +101,18 @@ def predict(
     which = _distinct(gates.z, gates.g, *(() if weights is None else (weights,)))
     if dropout_seed is not None:
         which = torch.arange(len(gates.z))
-    firsts = [(which == i).nonzero()[0].item() for i in range(int(which.max()) + 1)]
-    first = Gates(gates.z[firsts], gates.g[firsts]), None if weights is None else weights[firsts]
+    firsts = [int((which == i).nonzero()[0]) for i in range(int(which.max()) + 1)]
+    first, theta = Gates(gates.z[firsts], gates.g[firsts]), None if weights is None else weights[firsts]
     training, batches = program.training, iter(batches)
     kind, scale = program.likelihood, program.log_scale.exp()
-    parts, logits_of = [], _linearized if weights is not None and program.weights.linearized else _logits
+    is_linearized = weights is not None and program.weights.linearized
+    logits_of: Callable[..., Iterator[Iterable[Tensor]]] = _linearized if is_linearized else _logits
+    parts = []
     program.train(dropout_seed is not None)
     with seeded(program, dropout_seed or 0):
         while chunk := list(itertools.islice(batches, _TOGETHER)):
             inputs, labels = zip(*chunk, strict=True)
-            outputs, log_likelihood = _answers(kind, scale, logits_of(program, inputs, *first), labels)
+            outputs, log_likelihood = _answers(kind, scale, logits_of(program, inputs, first, theta), labels)
             scored = _joined([kind.scored(y) for y in labels], 0, IGNORED)
             parts.append(Prediction(outputs[which].cpu(), log_likelihood[which].cpu(), scored.cpu(), kind))
     program.train(training)
@@ -134,7 +136,8 @@ def _answers(
     for each in logits:
         outputs, scores = zip(*(of(x, y) for x, y in zip(each, labels, strict=True)), strict=True)
         found.append((_joined(outputs, 0), torch.cat(scores)))
-    return tuple(torch.stack(x) for x in zip(*found, strict=True))
+    averaged, log_likelihoods = (torch.stack(x) for x in zip(*found, strict=True))
+    return averaged, log_likelihoods
 
 
 def _joined(parts: Sequence[Tensor], dim: int, fill: float = 0.0) -> Tensor:

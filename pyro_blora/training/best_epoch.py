@@ -60,10 +60,11 @@ class Validation:
         if "validation" not in self.parts.tokens:
             return {}
         if program.weights.in_training:
-            drawn = [make(program, _DRAWS, seed=config.seed) for make in (draw, draw_weights)]
+            gates = draw(program, _DRAWS, seed=config.seed)
+            theta = draw_weights(program, _DRAWS, seed=config.seed)
         else:
-            drawn = [Gates(*(x[None] for x in deployed(program)))]
-        nll = predicted(self.parts, "validation", *drawn).nll
+            gates, theta = Gates(*(x[None] for x in deployed(program))), None
+        nll = predicted(self.parts, "validation", gates, theta).nll
         if config.choose_epoch and step > self.first and nll < (self.best[0] if self.best else math.inf):
             self._keep(nll, step)
         return {"validation_nll": nll}

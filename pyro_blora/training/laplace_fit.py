@@ -9,6 +9,7 @@ Shapes: B batch, C outputs, D random weights, K eigenvalues; Jacobians (B, C, D)
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +50,11 @@ class _Loader(list):
 class _Network(nn.Module):
     """What laplace-torch sees: one vector of parameters, and the outputs of a batch: logits, or predicted means."""
 
+    program: GateProgram
+
     def __init__(self, program: GateProgram, gates: Gates):
         super().__init__()
-        self.__dict__["program"] = program
+        self.__dict__["program"] = program  # no part of this module
         self.gates = gates
         self.theta = nn.Parameter(program.weights.mean.detach().clone())
 
@@ -76,13 +79,15 @@ def eigenvectors_of(blocks: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor
     Blocks are merged one after the other into the directions kept so far: exact where the rank of the sum is at most
     `rank`, and otherwise without what fell below it on the way. Memory: some (rank + rows of a block) D numbers.
     """
-    kept = None  # rows: eigenvectors times the roots of their eigenvalues
+    kept: Tensor | None = None  # rows: eigenvectors times the roots of their eigenvalues
     for block in blocks:
         rows = block if kept is None else torch.cat([kept, block])
         wide = rows.double()  # squares of single precision would lose half the digits
         values, mixing = torch.linalg.eigh(wide @ wide.mT)
         largest = values > values[-1].clamp(min=_TINY) * _RELATIVE
         kept = mixing[:, largest][:, -rank:].to(rows.dtype).mT @ rows
+    if kept is None:
+        raise ValueError("a curvature needs at least one batch of rows, got none")
     roots = kept.norm(dim=1)
     return (kept / roots[:, None]).mT, roots.square()
 
@@ -99,8 +104,9 @@ def precision_of_least_nll(
     from scipy.optimize import minimize_scalar
 
     along = J if directions is None else J @ directions  # (E, C, K)
-    complete = directions is None or directions.shape[0] == directions.shape[1]
-    rest = torch.zeros_like(J[..., :1]) if complete else J - along @ directions.mT  # of what the curvature does not see
+    rest = torch.zeros_like(J[..., :1])  # of what the curvature does not see
+    if directions is not None and directions.shape[0] != directions.shape[1]:
+        rest = J - along @ directions.mT
     beside = rest @ rest.mT  # (E, C, C)
     noise = torch.randn(_NOISES, *outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
 
@@ -165,6 +171,8 @@ def fit_laplace(
         ) from None
 
     class Backend(GGNInterface):
+        model: Any
+
         def jacobians(self, x, enable_backprop: bool = False):
             return self.model.jacobians(x)
 
@@ -177,14 +185,18 @@ def fit_laplace(
                     losses.append(self.factor * self.lossfunc(outputs, y))
                     yield likelihood.gauss_newton_rows(J, outputs)
 
-            return *eigenvectors_of(blocks(), law.rank), sum(losses)
+            return *eigenvectors_of(blocks(), rank), sum(losses)
 
     class LowRank(LowRankLaplace):
         def __init__(self, *arguments, **settings):  # its own asks for asdfghjkl, whose eigenvectors these are not
             ParametricLaplace.__init__(self, *arguments, **settings)
 
-    law, batches = program.weights, list(batches)
-    likelihood = program.likelihood
+    law, likelihood, batches = program.weights, program.likelihood, list(batches)
+    if not isinstance(law, Laplace):
+        raise ValueError(
+            f"weights of {type(law).__name__} have no curvature to fit: subclass pyro_blora.weights.Laplace"
+        )
+    rank = law.rank
     if likelihood.curvature is None:
         raise ValueError(f"weights 'laplace' has no curvature for {likelihood.title}: choose other --weights")
     noise = likelihood.noise_std(program.log_scale.exp())

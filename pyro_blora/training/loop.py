@@ -220,8 +220,10 @@ class _Loop:
         parts = []
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
-            batch = split_labels(batch, accelerator.device)
-            parts.append(self.gradients(*batch, temperature, config.kl_weight, kl_weight == 0, len(micro_batches)))
+            inputs, labels = split_labels(batch, accelerator.device)
+            held_open = kl_weight == 0
+            found = self.gradients(inputs, labels, temperature, config.kl_weight, held_open, len(micro_batches))
+            parts.append(found)
         net = self.program.net
         average_gradients(self.learning, accelerator)
         clipped = [*net.adapter_parameters(), *net.head_parameters()]
@@ -231,7 +233,8 @@ class _Loop:
         bad = self.finite.step(optimizer, step, self.grad_norm, others)
         if net.allocates:
             for parameter in net.adapter_parameters():  # it reads their gradients
-                parameter.grad.masked_fill_(bad, 0.0)
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(bad, 0.0)
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
         optimizer.zero_grad()
@@ -283,8 +286,8 @@ class _Loop:
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)
         if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
-            for parameter in (*guide.parameters(), *program.prior.buffers(), program.net.log_range):
-                accelerate.utils.broadcast(parameter.data)
+            for tensor in (*guide.parameters(), *program.prior.buffers(), program.net.log_range):
+                accelerate.utils.broadcast(tensor.data)
 
     def _training_batches(self, count: int, epoch: int) -> list[tuple[dict, torch.Tensor]]:
         """The first batches of an order of their own: the same on every process."""

@@ -1,6 +1,6 @@
 """The optimizer of a training: AdamW over groups that have learning rates of their own."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,4 +22,4 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
         {"name": "gates", "params": gates, "weight_decay": 0},
         {"name": "ranges", "params": [net.log_range], "weight_decay": 0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cast(float, config.lr), fused=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import cast
 
 from ..config.run_config import RunConfig
 from ..weights.base import Weights
@@ -35,7 +36,7 @@ class Schedule:
     @property
     def opening(self) -> int:
         """The step at which the gates start."""
-        return int(self.config.kl_warmup * self.steps)
+        return int(cast(float, self.config.kl_warmup) * self.steps)  # which RunConfig has set
 
     def kl_weight(self, step: int) -> float:
         return self.config.kl_weight if step >= self.opening else 0.0
@@ -56,7 +57,7 @@ class Schedule:
             gone = (step - self.opening) / max(1, self.steps - self.opening)
             return self.config.lr_gates * _LAST_RATE**gone if group == "gates" else self.config.lr_ranges
         peaks = {"head": self.config.lr if self.config.lr_head is None else self.config.lr_head, "spread": _SPREAD_RATE}
-        peak = peaks.get(group, self.config.lr)
+        peak = cast(float, peaks.get(group, self.config.lr))
         warm = max(1, math.ceil(self.config.warmup * self.steps))
         if self.constant_from < 1:
             first = max(warm + 1, int(self.constant_from * self.steps))
