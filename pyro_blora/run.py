@@ -158,7 +158,7 @@ def each_restart(config: RunConfig) -> list[RunConfig]:
     """
     rows = config.seed if config.data_seed is None else config.data_seed
     seeds = range(config.seed + 1, config.seed + config.fits)
-    alone: dict[str, Any] = {"weights": config.law_of_fits, "weights_settings": {}} if config.is_ensemble else {}
+    alone: dict[str, Any] = {"weights": config.weights_of_fits, "weights_settings": {}} if config.is_ensemble else {}
     return [dataclasses.replace(config, seed=seed, data_seed=rows, restarts=1, **alone) for seed in seeds]
 
 

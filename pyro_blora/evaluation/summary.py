@@ -100,8 +100,8 @@ def _of_weights(parts: Parts) -> dict:
     """
     law, fits = parts.program.weights, parts.config.fits if parts.config.is_ensemble else 1
     found: dict[str, Any] = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
-    if parts.config.law_of_fits != parts.config.weights:
-        found["of"] = parts.config.law_of_fits
+    if parts.config.weights_of_fits != parts.config.weights:
+        found["of"] = parts.config.weights_of_fits
     drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
     if drawn is not None:
         found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())

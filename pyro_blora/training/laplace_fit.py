@@ -191,12 +191,12 @@ def fit_laplace(
         def __init__(self, *arguments, **settings):  # bypass the parent constructor, which requires asdfghjkl
             ParametricLaplace.__init__(self, *arguments, **settings)
 
-    law, likelihood, batches = program.weights, program.likelihood, list(batches)
-    if not isinstance(law, Laplace):
+    weights, likelihood, batches = program.weights, program.likelihood, list(batches)
+    if not isinstance(weights, Laplace):
         raise ValueError(
-            f"weights of {type(law).__name__} have no curvature to fit: subclass pyro_blora.weights.Laplace"
+            f"weights of {type(weights).__name__} have no curvature to fit: subclass pyro_blora.weights.Laplace"
         )
-    rank = law.rank
+    rank = weights.rank
     if likelihood.curvature is None:
         raise ValueError(f"weights 'laplace' has no curvature for {likelihood.title}: choose other --weights")
     noise = likelihood.noise_std(program.log_scale.exp())
