@@ -79,14 +79,15 @@ def build(config: RunConfig) -> Parts:
     task = check_names(config)
     glue_dir = Path(os.path.expanduser(config.glue_dir)) if config.glue_dir else None
     seed = config.seed if config.data_seed is None else config.data_seed
-    with phase(f"reading the data of task {task.name}", still=True):
+    with phase(f"reading the data of task {task.name}", still=glue_dir is None):
         rows = task.load(glue_dir=glue_dir, seed=seed, n_train=config.max_train)
         rows = task.validate(rows, source=config.glue_dir or "the data")
     rows = {split: table for split, table in rows.items() if split != "test"}
     if config.validation:
         rows["train"], rows["validation"] = held_out(rows["train"], config.validation, seed)
     own = is_function(config.backbone)  # it makes a tokenizer with its model: no need to make both twice
-    with phase(f"loading backbone {config.backbone}", still=True):
+    from_hub = not (config.backbone.startswith("demo") or Path(os.path.expanduser(config.backbone)).exists())
+    with phase(f"loading backbone {config.backbone}", still=from_hub and not own):
         tokenizer = None if own else load_tokenizer(config.backbone, revision=config.backbone_revision)
         torch.manual_seed(config.seed)  # the head and lora_A are drawn now
         program = build_program(config, task, len(rows["train"]))
