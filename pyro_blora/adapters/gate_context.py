@@ -37,7 +37,7 @@ class Gated:
         raise NotImplementedError
 
     def random_weights(self) -> dict[str, nn.Parameter]:
-        """What a law of the weights may draw, by name."""
+        """Parameters that may be random, by name."""
         return {}
 
 

@@ -57,7 +57,7 @@ class _Check:
         self.moves(guide)
         for nats in (0.0, 30.0):  # nothing, and much, learned from the data
             evidence = Gates(*(nats * torch.randn(law.depth_log_probs.shape) for law in self.prior))
-            tried(functools.partial(guide.start, evidence), "start(evidence)", self.refuse)
+            tried(functools.partial(guide.start, evidence), "start(log_bayes_factors)", self.refuse)
             if not all(bool(parameter.isfinite().all()) for parameter in guide.parameters()):
                 self.refuse("after start() its parameters are not finite: clamp infinite log Bayes factors")
             self.gradient(guide, sure=True)

@@ -131,7 +131,7 @@ class Failing(Own):
         (Loose, r"law\(\) has batch shape \(32,\) and event shape \(\), expected \(\) and \(32,\): end with .to_event"),
         (Discrete, "gradient in some of its parameters"),
         (Unlearned, "the KL has no finite gradient in some of its parameters"),
-        (NumberKL, r"divergence\(\) must be KL\(law \|\| prior\), one finite number"),
+        (NumberKL, r"divergence\(\) must be KL\(law\(\) \|\| prior\(\)\), one finite number"),
         (Cold, "kl_weight is 0.0, expected a positive number"),
         (Flat, "two draws are the same"),
         (Double, r"draw\(4\) has shape \(4, 32\) and torch.float64, expected \(4, 32\) and torch.float32"),
