@@ -117,9 +117,6 @@ def _command(argv: list[str]) -> int:
 
         show()
         return 0
-    if arguments.command == "tasks":
-        _print_tasks()
-        return 0
     _print_list(arguments.command)
     return 0
 
@@ -236,13 +233,6 @@ def _print_methods() -> None:
         for verb, flags in (("sets", method.fixes), ("proposes", method.proposes)):
             if flags:
                 print(f"{'':14s}   {verb} {' '.join(f'--{flag} {value}' for flag, value in flags.items())}")
-
-
-def _print_tasks() -> None:
-    from .tasks import get_task, task_names
-
-    for task in map(get_task, task_names()):
-        print(f"{task.name:14s} {' and '.join(task.text_columns)}; {task.metric_name}; {task.allowed_labels}")
 
 
 def _print_list(command: str) -> None:
