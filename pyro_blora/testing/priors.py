@@ -13,7 +13,7 @@ from ..priors.base import Prior
 from ..priors.per_site import build_prior
 from ..program import GateProgram
 from ..registries import PRIORS
-from ..tasks.categorical import Categorical
+from ..tasks import get_task
 from .promises import MOVES, REGISTER, Refuse, example_layout, refusing, when_moved
 
 
@@ -46,7 +46,7 @@ class GatesAlone(GateProgram):
     """The model and the guide of the gates without a network: of use where only their KL is asked for."""
 
     def __init__(self, layout: AdapterLayout, prior: nn.Module, guide: nn.Module, *, n_train: int, **settings):
-        outcome = Categorical(("no", "yes"))  # of which nothing is asked
+        outcome = get_task("sst2").likelihood  # of which nothing is asked
         super().__init__(layout, prior, guide, outcome, n_train=n_train, **settings)
 
     def logits(self, inputs, gates, theta=None):

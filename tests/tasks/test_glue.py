@@ -334,7 +334,7 @@ def films(*, column: str = "text"):
                 make_metric=lambda: GlueScore("sst2"), load=load)
 
 def unusable():
-    return Task(name="films", text_columns=("text",), labels=("dull", "fine"), metric_name="accuracy", load=load)
+    return Task(name="films", text_columns=("text",), labels=("dull", "fine"), metric_name="f1", load=load)
 
 def nothing():
     return 3
@@ -348,7 +348,7 @@ def test_a_task_is_a_function_in_a_file_with_settings(tmp_path):
     assert get_task(f"{tmp_path}/films.py:films", {"column": "said"}).text_columns == ("said",)
     for name, settings, message in (
         ("films", {"colum": "text"}, "task 'films': unknown setting 'colum': did you mean 'column'"),
-        ("unusable", {}, "has no make_metric"),
+        ("unusable", {}, "gives no number 'f1', but 'accuracy'"),
         ("nothing", {}, "must return a Task, got int"),
     ):
         with pytest.raises(ValueError, match=message):
