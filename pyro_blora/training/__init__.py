@@ -1,13 +1,13 @@
 """Stochastic variational inference of gates and adapters, from the first batch to the best epoch."""
 
+from typing import TYPE_CHECKING
+
 from ..lazily import lazily
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "Schedule": "schedule",
-        "Trained": "loop",
-        "fit": "loop",
-        "make_optimizer": "optimizer",
-    },
-)
+if TYPE_CHECKING:
+    from .loop import Trained as Trained
+    from .loop import fit as fit
+    from .optimizer import make_optimizer as make_optimizer
+    from .schedule import Schedule as Schedule
+else:
+    __getattr__, __dir__, __all__ = lazily(__name__, __file__)

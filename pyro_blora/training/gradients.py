@@ -10,7 +10,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ class _Graph:
             with torch.cuda.stream(stream):
                 learning = [p for p in self.parameters if p.grad is not None]
                 for parameter in learning:
-                    gradients.slopes.setdefault(parameter, torch.empty_like(parameter))
+                    gradients.slopes.setdefault(parameter, torch.empty_like(cast(Tensor, parameter.grad)))
             self._forget_gradients()  # those of the recording are its own, until they are copied
             self.gradients = [(p, gradients.slopes[p]) for p in learning]
             with torch.cuda.graph(self.graph, pool=gradients.pool, stream=stream, capture_error_mode="thread_local"):
