@@ -92,7 +92,8 @@ class OthersDrawn(GatedLinear):
         return {**super().random_weights(), "base": self.get_base_layer().weight}
 
     def low_rank(self):
-        return super().low_rank()[:2]
+        down, up = (self.handover.drawn(self.index, *each) for each in super().random_weights().items())
+        return down, up
 
 
 class Turned(Computes):
