@@ -161,7 +161,7 @@ class RelaxedNestedBernoulli(TorchDistribution):
     Source: Maddison et al., Jang et al. (2017); straight-through: Bengio et al. (2013).
     """
 
-    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
+    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012 (as above)
     support = constraints.independent(constraints.unit_interval, 1)
     has_rsample = True
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def parents(chain: Tensor) -> Tensor:
+def parents(ladder: Tensor) -> Tensor:
     """Each gate's parent: the ladder moved by one, with an open gate in front. (..., K) -> (..., K)"""
-    return torch.cat([torch.ones_like(chain[..., :1]), chain], -1)[..., :-1]
+    return torch.cat([torch.ones_like(ladder[..., :1]), ladder], -1)[..., :-1]
 
 
 def log1mexp(log_prob: Tensor) -> Tensor:
@@ -28,23 +28,23 @@ class _Nested(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor) -> Tensor:
-        chain = gates.cumprod(-1)
-        ctx.save_for_backward(gates, chain)
-        return chain
+        ladder = gates.cumprod(-1)
+        ctx.save_for_backward(gates, ladder)
+        return ladder
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gates, chain = ctx.saved_tensors
+        gates, ladder = ctx.saved_tensors
         after = torch.ones(gates.shape[-1:] * 2, dtype=torch.bool, device=gates.device).triu(1)
         later = torch.where(after, gates[..., None, :], 1.0).cumprod(-1).triu()  # product of the gates after i up to k
-        return parents(chain) * (grad[..., None, :] * later).sum(-1)
+        return parents(ladder) * (grad[..., None, :] * later).sum(-1)
 
 
 def nested(gates: Tensor) -> Tensor:
     """Each gate times all before it: conditional gates to a ladder.  (..., K) -> (..., K)"""
-    chain: Tensor = _Nested.apply(gates)
-    return chain
+    ladder: Tensor = _Nested.apply(gates)
+    return ladder
 
 
 class _LogAtLeast(torch.autograd.Function):

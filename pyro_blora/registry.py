@@ -243,6 +243,15 @@ def _hints(function: Callable) -> dict[str, Any]:
         return {}
 
 
+def undefined(part: object, method: str) -> NotImplementedError:
+    """The error of a part without a method that its base class requires, or that something else it declares needs."""
+    base = next(each for each in type(part).__mro__ if method in vars(each))
+    return NotImplementedError(
+        f"{type(part).__name__} does not define {method}(): {base.__module__}.{base.__qualname__}.{method} says what "
+        "it must return"
+    )
+
+
 def adopted(part: Any, base: type[Base]) -> Base:
     """The part itself as one of `base`, whose defaults it gets for what its own class lacks.
 

@@ -94,3 +94,13 @@ LONG = ("test_examples", "test_grid", "test_ladder", "test_distributed", "test_x
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))  # stable: the others keep their order
+
+
+@pytest.fixture
+def param_store_stays_empty():
+    """Nothing of ours is in Pyro's global store."""
+    import pyro
+
+    pyro.clear_param_store()
+    yield
+    assert not pyro.get_param_store().keys()

@@ -38,14 +38,7 @@ PROGRAMS = {
     "cold": {"kl_weight": 0.25, "weights": "gaussian"},
 }
 
-pytestmark = pytest.mark.usefixtures("eager")
-
-
-@pytest.fixture(autouse=True)
-def param_store_stays_empty():
-    pyro.clear_param_store()
-    yield
-    assert not pyro.get_param_store().keys()
+pytestmark = pytest.mark.usefixtures("eager", "param_store_stays_empty")
 
 
 def program_of(

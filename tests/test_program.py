@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -25,14 +24,7 @@ from pyro_blora.tasks import get_task
 N_TRAIN = 50
 SUMS = [name for name in LEARNING if name != "mixture"]  # guides whose KL is a sum over chains
 
-pytestmark = pytest.mark.usefixtures("eager")
-
-
-@pytest.fixture(autouse=True)
-def param_store_stays_empty():
-    pyro.clear_param_store()
-    yield
-    assert not pyro.get_param_store().keys()
+pytestmark = pytest.mark.usefixtures("eager", "param_store_stays_empty")
 
 
 def program_of(

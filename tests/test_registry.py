@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyro_blora.elbos import GateELBO
+from pyro_blora.guides.base import Guide
+from pyro_blora.priors.base import Prior
 from pyro_blora.registry import REQUIRED, Registry
+from pyro_blora.weights import Weights
 
 
 def bops(
@@ -206,3 +210,13 @@ def test_a_file_needs_to_exist_and_to_name_a_function(priors, tmp_path):
         priors.resolve(f"{tmp_path}/gone.py")
     with pytest.raises(ValueError, match=r"must end in \.py"):
         priors.resolve(write(tmp_path / "mine.txt", "def law(layout): ..."))
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "arguments"),
+    [(Guide, "laws", (1.0, True)), (Prior, "forward", ()), (Weights, "law", ()), (GateELBO, "expected_nll", (None,))],
+)
+def test_a_part_without_what_it_must_have_says_which_and_where_it_is_described(base, method, arguments):
+    mine, described = type("Mine", (base,), {}), rf"{base.__module__}.{base.__name__}.{method}"
+    with pytest.raises(NotImplementedError, match=rf"^Mine does not define {method}\(\): {described} says what"):
+        getattr(mine.__new__(mine), method)(*arguments)

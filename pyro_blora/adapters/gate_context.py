@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..layout import INPUT, TENSORS
 from ..quantizer.fake_quantize import quantize_on
 from ..quantizer.grid import Grid
+from ..registry import undefined
 from .quantized_linear import Map, Source, quantized_products
 
 ADAPTER = "default"  # PEFT's name of the one adapter
@@ -30,11 +31,11 @@ class Gated:
 
     def base_weight(self) -> Tensor:
         """The pretrained weight, (m, n)."""
-        raise NotImplementedError
+        raise undefined(self, "base_weight")
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(lora_A (R, n), lora_B (m, R)), where it has an adapter."""
-        raise NotImplementedError
+        raise undefined(self, "low_rank")
 
     def random_weights(self) -> dict[str, nn.Parameter]:
         """Parameters that may be random, by name."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layout import AdapterLayout, Projection
 from ..quantizer.grid import Grid, grids, mixture_weights
+from ..registry import undefined
 from ..tasks.heads import SEQUENCE, Head
 from .gate_context import Gated, Handed, Handover, Observer, handed_over
 
@@ -103,7 +104,7 @@ class GatedModel(nn.Module):
 
         Gradients are in place. target_rank: what the guide wants on average at the end. State is to be in buffers.
         """
-        raise NotImplementedError
+        raise undefined(self, "allocate")
 
     def parameters_per_rank(self, projection: Projection) -> int:
         """Learned parameters that one open rank of an adapted projection uses."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..guides.base import Guide
 from ..registries import ELBOS
+from ..registry import undefined
 from .evaluation import Evaluation, Program
 
 Draws = Literal["soft", "hard", "discrete"]  # of the guide: relaxed, straight-through, or without a gradient
@@ -88,7 +89,7 @@ class GateELBO(TraceMeanField_ELBO):
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         """E_q[NLL], nats per example, whose gradient reaches the guide and all that the NLL depends on."""
-        raise NotImplementedError
+        raise undefined(self, "expected_nll")
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """See `Elbo`. Where the gates are given (`poutine.condition` of model and guide), their KL has weight 0."""

@@ -35,7 +35,7 @@ class JointDivergence(dist.TorchDistribution):
     """
 
     has_rsample = True
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints = {}  # noqa: RUF012 (torch's own spelling of a class attribute)
 
     def __init__(
         self,

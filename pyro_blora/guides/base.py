@@ -23,7 +23,7 @@ from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli, pinned_logit
 from ..ladder_math import log_at_least
 from ..layout import AdapterLayout
 from ..registries import GUIDES
-from ..registry import adopted
+from ..registry import adopted, undefined
 
 
 class Guide(nn.Module):
@@ -50,11 +50,11 @@ class Guide(nn.Module):
         ladders of 0 and 1. temperature > 0: of the relaxation, which decreases during training; a number or a tensor
         ().
         """
-        raise NotImplementedError
+        raise undefined(self, "laws")
 
     def posterior(self) -> Gates[NestedBernoulli]:
         """The exact marginal distributions of the ladders, two NestedBernoulli: reported and deployed."""
-        raise NotImplementedError
+        raise undefined(self, "posterior")
 
     # --- families that are not mean field -----------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class Guide(nn.Module):
 
     def divergence(self, prior: Gates[NestedBernoulli], z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
         """KLs of all existing z and of all existing g, each (), where they are not sums over ladders."""
-        raise NotImplementedError
+        raise undefined(self, "divergence")
 
     @property
     def has_divergence(self) -> bool:
@@ -96,7 +96,7 @@ class Guide(nn.Module):
 
     def allocate(self, ranks: Tensor) -> None:
         """Set the ranks that the adapter's allocator has kept.  (L,)"""
-        raise NotImplementedError
+        raise undefined(self, "allocate")
 
     @property
     def is_allocated(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import PRIORS
-from ..registry import adopted
+from ..registry import adopted, undefined
 
 _FORMER = ("sample", "divergence")  # methods of older versions that a prior with random settings had
 
@@ -34,7 +34,7 @@ class Prior(nn.Module):
 
     def forward(self) -> Gates[NestedBernoulli]:
         """Two NestedBernoulli: z of batch shape (L, T) with K gates, g of batch shape (L,) with R - 1 gates."""
-        raise NotImplementedError
+        raise undefined(self, "forward")
 
     # --- a prior that follows the training ----------------------------------------------------------------------------
 
@@ -81,15 +81,15 @@ class Prior(nn.Module):
 
     def draw_rates(self, draws: int, law: str = "posterior") -> Tensor:
         """(S, n) rates, from their guide (`posterior`) or from their distribution (`prior`)."""
-        raise NotImplementedError
+        raise undefined(self, "draw_rates")
 
     def gates_at(self, rates: Tensor) -> Gates[NestedBernoulli]:
         """The distributions at rates (S, n), with S first."""
-        raise NotImplementedError
+        raise undefined(self, "gates_at")
 
     def log_ratio(self, rates: Tensor) -> Tensor:
         """Log density of their distribution less that of their guide, nats.  (S, n) -> (S,)"""
-        raise NotImplementedError
+        raise undefined(self, "log_ratio")
 
     def rate_parts(self) -> dict[str, "Prior"]:
         """The priors that have random rates, by the sites that they are of: `zg` for both."""

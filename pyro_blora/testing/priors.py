@@ -50,7 +50,7 @@ class GatesAlone(GateProgram):
         super().__init__(layout, prior, guide, outcome, n_train=n_train, **settings)
 
     def logits(self, inputs, gates, theta=None):
-        raise NotImplementedError
+        raise NotImplementedError("there is no network here: ask for the KL alone")
 
 
 def _check_moves(prior: Prior, refuse: Refuse) -> None:

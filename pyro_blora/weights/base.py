@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registries import WEIGHTS, register_weights
+from ..registry import undefined
 
 Key = tuple[int, str]  # (projection, "lora_A", "lora_B" or "core")
 Parameters = Mapping[Key, nn.Parameter]
@@ -87,11 +88,11 @@ class Weights(nn.Module):
 
     def law(self) -> torch.distributions.Distribution:
         """The guide's distribution of theta, of one event dimension (D,), reparametrized."""
-        raise NotImplementedError
+        raise undefined(self, "law")
 
     def prior(self) -> torch.distributions.Distribution:
         """The prior of theta, as `law`."""
-        raise NotImplementedError
+        raise undefined(self, "prior")
 
     def divergence(self) -> Tensor | float:
         """KL(q || prior) of theta's distribution q, nats; 0 where training has a point."""
@@ -99,7 +100,7 @@ class Weights(nn.Module):
 
     def draw(self, draws: int) -> Tensor:
         """(S, D) draws of what was learned or fitted."""
-        raise NotImplementedError
+        raise undefined(self, "draw")
 
     @property
     def stored(self) -> int:

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import types
 import warnings
 
 import arviz
@@ -197,6 +198,25 @@ def test_few_draws_have_plain_weights_and_no_shape_to_trust():
     assert k == np.inf
     np.testing.assert_allclose(weights, np.exp(log_ratios) / np.exp(log_ratios).sum())
     assert not np.isnan(pareto_weights(np.random.default_rng(0).normal(size=25))[1])
+
+
+@pytest.mark.skipif(arviz_compat.IS_TREE, reason="ArviZ 1.x is here itself: the tests above run it")
+def test_the_weights_under_arviz_1_are_those_under_0(monkeypatch):
+    """1.x takes log-likelihoods, whose negatives are the log ratios of leaving out: a stand-in with that convention."""
+    log_ratios = np.random.default_rng(0).normal(size=400)
+    expected, shape = pareto_weights(log_ratios)
+
+    def psislw(log_likelihood, axis):
+        return arviz.psislw(-log_likelihood)
+
+    module = types.ModuleType("arviz_stats.base")
+    module.array_stats = types.SimpleNamespace(psislw=psislw)
+    monkeypatch.setitem(sys.modules, "arviz_stats", types.ModuleType("arviz_stats"))
+    monkeypatch.setitem(sys.modules, "arviz_stats.base", module)
+    monkeypatch.setattr(arviz_compat, "IS_TREE", True)
+    weights, k = pareto_weights(log_ratios)
+    np.testing.assert_allclose(weights, expected)
+    assert k == pytest.approx(shape)
 
 
 def test_largest_ratios_that_are_alike_have_plain_weights():
