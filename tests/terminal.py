@@ -17,10 +17,10 @@ _CODES = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|(\r)|(\n)|([^\x1b\r\n]+)")
 def on_terminal(command, *, environment=None, columns=120, press=None):
     """(exit code, all that was written to the terminal).  press: (a text to wait for, the keys that follow it)."""
     child, terminal = pty.fork()
-    if child == 0:
+    if child == 0:  # its size before its program: a busy machine may run the other side of the fork much later
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         kept = {**os.environ, "TERM": "xterm", **(environment or {})}  # not what readline has set, COLUMNS
         os.execvpe(command[0], [str(word) for word in command], kept)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     written, pressed, ends = "", press is None, time.monotonic() + _PATIENCE
     with contextlib.suppress(OSError):  # the other side has gone
         while time.monotonic() < ends:
