@@ -69,7 +69,9 @@ def configuration(options, task: str, seed: int, method: str, budget: str | None
 def share_of(config: RunConfig) -> tuple[float, int]:
     """The BOPs of the model that a fixed allocation takes, and the number of training examples."""
     program = build(config).program
-    return expected_bops(program.layout, *(law.mean for law in program.prior())).model_ratio.item(), program.n_train
+    return expected_bops(
+        program.layout, *(distribution.mean for distribution in program.prior())
+    ).model_ratio.item(), program.n_train
 
 
 def study(options) -> list[dict]:

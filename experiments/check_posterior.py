@@ -114,7 +114,7 @@ class Ladder:
 
     def e(self):
         simulations = Simulations.of(self.network, self.options.simulations)
-        laws = {
+        distributions = {
             "exact posterior": sbc.on_table(self.network, simulations, 0),
             "exact mean field": sbc.on_table(self.network, simulations, 1, restarts=4, steps=300),
             "exact mixture, M = 4": sbc.on_table(self.network, simulations, 4, restarts=2, steps=300),
@@ -122,7 +122,7 @@ class Ladder:
                 self.network, simulations, steps=self.options.simulated_steps, processes=self.options.processes
             ),
         }
-        self.calibrations = sbc.calibrations(self.network, simulations, laws)
+        self.calibrations = sbc.calibrations(self.network, simulations, distributions)
         for name, found in self.calibrations.items():
             self.checks += sbc.checks(name, found)
         figures.ecdf_differences(self.calibrations, self.figures / "posterior_sbc.png")

@@ -23,7 +23,7 @@ import torch
 
 from experiments.studies.cells import CODE, kept, settings_of
 from experiments.studies.pages import study_parser, write_page
-from experiments.studies.weight_laws import Law, ensembles, laws_of
+from experiments.studies.weight_distributions import WeightDistribution, distributions_of, ensembles
 from experiments.studies.weights_page import DEVIATIONS, FRACTIONS, RANKS, figure, report
 from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
@@ -36,7 +36,9 @@ _XS = {"adapter": "xs", "lr": 5e-3, "target_modules": _FOUR}
 _COLD = {"weights": "gaussian", "weights_settings": {"kl_weight": 0.01, "prior_std": 0.1}}
 _SWAG = {"weights": "swag", "weights_settings": {"rank": 10, "snapshots": 20}}
 _SWEEP = {"weights": "swag", "weights_settings": {"rank": 20, "snapshots": 20}}  # fewer deviations are its last ones
-PATHS: dict[str, tuple[dict, tuple[Law, ...]]] = {  # name: what differs from LoRA of rank 8, and what is read off it
+PATHS: dict[
+    str, tuple[dict, tuple[WeightDistribution, ...]]
+] = {  # name: what differs from LoRA of rank 8, and what is read off it
     "lora": ({}, ("dropout", "laplace")),
     "lora-gaussian": (_COLD, ("draws",)),
     "lora-swag": (_SWAG, (10,)),
@@ -80,7 +82,7 @@ def trained(options, task: str, path: str, seed: int) -> dict | None:
     cell = {
         "config": settings_of(config), "versions": versions(), "code": CODE, "seconds": run.seconds,
         "summary": {"task": task, "device": f"cpu ({torch.get_num_threads()} threads)"},
-        "labels": {split: list(x) for split, x in labels.items()}, "laws": laws_of(run.parts, PATHS[path][1]),
+        "labels": {split: list(x) for split, x in labels.items()}, "laws": distributions_of(run.parts, PATHS[path][1]),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".tmp").write_text(json.dumps(cell) + "\n", encoding="utf-8")
@@ -95,8 +97,8 @@ def study(options) -> list[dict]:
         for task in options.tasks:
             for path in options.paths:
                 cell = trained(options, task, path, seed)
-                for law, found in (cell["laws"] if cell else {}).items():
-                    rows.append({"task": task, "path": path, "law": law, "seed": seed, "cell": cell, **found})
+                for distribution, found in (cell["laws"] if cell else {}).items():
+                    rows.append({"task": task, "path": path, "law": distribution, "seed": seed, "cell": cell, **found})
     return rows + ensembles(rows)
 
 

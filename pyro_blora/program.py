@@ -69,7 +69,9 @@ class GateProgram(nn.Module, abc.ABC):
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)
-        for site, q, p in zip("zg", self.gate_guide.laws(self.temperature, self.hard), self.prior(), strict=True):
+        for site, q, p in zip(
+            "zg", self.gate_guide.distributions(self.temperature, self.hard), self.prior(), strict=True
+        ):
             closed_form_kl(site, q, p)  # which refuses a pair without one
 
     @abc.abstractmethod
@@ -126,7 +128,7 @@ class GateProgram(nn.Module, abc.ABC):
         """component: of a guide that has several (`each_component`), the one to draw from; None draws one."""
         show_parameters(self)
         with poutine.scale(scale=self.kl_weight):
-            self._theta_site("law")
+            self._theta_site("distribution")
             return self._guide_gates(component)
 
     def _model_gates(self) -> Gates[Tensor]:
@@ -147,7 +149,7 @@ class GateProgram(nn.Module, abc.ABC):
     def _guide_distributions(self, component: int | None) -> tuple[Distributions, int]:
         """The distributions of the gates, and the number of components that each ELBO draws from."""
         if component is None:
-            distributions, components = self.gate_guide.laws(self.temperature, self.hard), 1
+            distributions, components = self.gate_guide.distributions(self.temperature, self.hard), 1
         else:
             each = self.gate_guide.each_component(self.temperature, self.hard)
             distributions, components = each[component], len(each)

@@ -136,11 +136,11 @@ def every_state(layout):
 
 
 def weighted_program(net, weights="gaussian", prior="nested", **settings):
-    """Gates and a law of the weights with these settings, around a net."""
+    """Gates and a distribution of the weights with these settings, around a net."""
     prior = build_prior(prior, net.layout)
     guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
-    law = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), settings)
-    return BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100, weights=law).eval()
+    distribution = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), settings)
+    return BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100, weights=distribution).eval()
 
 
 def weighted_net(adapter, build=tiny_bert, **settings):

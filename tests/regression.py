@@ -1,4 +1,4 @@
-"""Bayesian linear regression on frozen features, whose posterior is known, as a program with any law of its weights."""
+"""Bayesian linear regression on frozen features, of known posterior, as a program with any weights' distribution."""
 
 import math
 
@@ -24,9 +24,14 @@ class LinearRegression(GateProgram):
         layout = toy_layout()
         prior = build_prior("fixed", layout, {"bits": 32})
         self_weights = {(0, "core"): nn.Parameter(torch.zeros(2, 2))}
-        law = build_weights(name, self_weights, {}, settings)
+        distribution = build_weights(name, self_weights, {}, settings)
         super().__init__(
-            layout, prior, build_guide("mean_field", layout, prior), Normal(-SLOPE, SLOPE), n_train=N, weights=law
+            layout,
+            prior,
+            build_guide("mean_field", layout, prior),
+            Normal(-SLOPE, SLOPE),
+            n_train=N,
+            weights=distribution,
         )
         self.core = self_weights[0, "core"]
         self.log_scale.data.fill_(math.log(NOISE)).requires_grad_(False)

@@ -58,8 +58,8 @@ prior = build_prior("bops", net.layout)
 guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
 program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100)
 inputs, labels = batch(size=8)
-laws = guide.laws(0.5, False)
-drawn = Gates(*(law.rsample() for law in laws))  # the same everywhere, and differentiable
+distributions = guide.distributions(0.5, False)
+drawn = Gates(*(distribution.rsample() for distribution in distributions))  # the same everywhere, and differentiable
 learning = [p for p in program.parameters() if p.requires_grad]
 
 

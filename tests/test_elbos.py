@@ -133,14 +133,17 @@ def test_the_enumerated_elbo_is_that_of_pyro():
     feature = program.flat(*index)  # 0 for a feature whose gate is pinned open
 
     def gates(logits):
-        laws = [dist.Bernoulli(logits=getattr(logits, site)[place]) for site, place in free]
-        return [pyro.sample(f"gate_{i}", law, infer={"enumerate": "parallel"}) for i, law in enumerate(laws)]
+        distributions = [dist.Bernoulli(logits=getattr(logits, site)[place]) for site, place in free]
+        return [
+            pyro.sample(f"gate_{i}", distribution, infer={"enumerate": "parallel"})
+            for i, distribution in enumerate(distributions)
+        ]
 
     def guide():
         gates(Gates(*(x[0] for x in program.gate_guide.logits())))
 
     def model():
-        prior = [torch.logit(law.log_probs.exp()) for law in program.prior()]
+        prior = [torch.logit(distribution.log_probs.exp()) for distribution in program.prior()]
         opened = gates(Gates(*prior))
         mean = sum(
             inputs["x"][:, i] * program.weight[i] * (opened[int(of) - 1] if of else 1.0) for i, of in enumerate(feature)
@@ -230,7 +233,7 @@ def test_a_soft_draw_of_the_relaxed_estimator_is_biased_less_when_it_is_colder()
 
 def test_gates_that_are_pinned_have_no_slope():
     program = chains("score_function")
-    free = [law.log_probs < 0 for law in program.prior()]
+    free = [distribution.log_probs < 0 for distribution in program.prior()]
     for _ in range(20):
         slope = torch.autograd.grad(program.terms(*data(program)).nll, list(program.gate_guide.parameters()))
         for site, where in zip(slope, free, strict=True):
@@ -241,9 +244,9 @@ def test_gates_that_are_pinned_have_no_slope():
 def test_antithetic_draws_keep_pins_at_the_edge_of_the_generator(monkeypatch):
     monkeypatch.setattr(torch, "rand_like", torch.zeros_like)  # one draw in 17 million is 0
     program = chains("score_function")
-    laws = program.gate_guide.laws(1.0, True)
-    for law, prior in zip(laws, program.prior(), strict=True):
-        for gates in ScoreFunction().draw(law).cumprod(-1):
+    distributions = program.gate_guide.distributions(1.0, True)
+    for distribution, prior in zip(distributions, program.prior(), strict=True):
+        for gates in ScoreFunction().draw(distribution).cumprod(-1):
             assert bool((gates[prior.log_probs.cumsum(-1) == 0] == 1).all())
 
 
@@ -267,12 +270,12 @@ def test_a_guide_of_one_allocation_is_refused(estimator):
 
 
 def test_every_estimator_has_the_same_kl():
-    laws = {name: chains(name).kl() for name in ELBOS.names()}
+    distributions = {name: chains(name).kl() for name in ELBOS.names()}
     program = chains()
     q, p = program.gate_guide.posterior(), program.prior()
     expected = torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0).sum()
-    assert set(laws) == {"relaxed", "straight_through", "score_function", "enumerate"}
-    for kl in laws.values():
+    assert set(distributions) == {"relaxed", "straight_through", "score_function", "enumerate"}
+    for kl in distributions.values():
         torch.testing.assert_close(kl.z, expected)
 
 

@@ -19,7 +19,7 @@ OTHER = torch.tensor([[0.2, 0.7, 0.4], [0.8, 0.1, 0.95]], dtype=torch.float64)
 RATES = st.lists(st.floats(-6, 6).map(lambda power: 10.0**power), min_size=1, max_size=5)
 
 
-def law(probs=PROBS):
+def distribution(probs=PROBS):
     return NestedBernoulli(probs.log())
 
 
@@ -32,7 +32,7 @@ def vectors(gates):
 
 
 def chain_model(probs):
-    """The same law as one Pyro site a gate, as the papers write it."""
+    """The same distribution as one Pyro site a gate, as the papers write it."""
     parent = torch.ones((), dtype=probs.dtype)
     for k, p in enumerate(probs):
         parent = pyro.sample(f"z_{k}", dist.Bernoulli(p * parent))
@@ -44,17 +44,17 @@ def chain_log_prob(probs, vector):
 
 
 def log_softmax_depths(q):
-    """(states, probability of each), by enumeration of a law of batch shape ()."""
+    """(states, probability of each), by enumeration of a distribution of batch shape ()."""
     chains = q.enumerate_support()
     return chains, q.log_prob(chains)
 
 
-# --- the discrete law -------------------------------------------------------------------------------------------------
+# --- the discrete distribution ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_log_prob_equals_a_literal_chain_of_bernoulli_sites(row):
-    ours = law(PROBS[row])
+    ours = distribution(PROBS[row])
     for vector in vectors(3):
         expected = chain_log_prob(PROBS[row], vector)
         is_chain = bool((vector[1:] <= vector[:-1]).all())
@@ -76,11 +76,11 @@ def test_probabilities_of_all_vectors_sum_to_one():
 def test_a_value_that_is_no_chain_is_refused_when_validating():
     for value in ([0.0, 1.0, 0.0], [1.0, 0.5, 0.0], [2.0, 1.0, 0.0]):
         with pytest.raises(ValueError, match="support"):
-            law(PROBS[0]).log_prob(torch.tensor(value, dtype=torch.float64))
+            distribution(PROBS[0]).log_prob(torch.tensor(value, dtype=torch.float64))
 
 
 def test_the_gradient_of_log_prob_in_a_chain_is_the_exact_difference():
-    q, value = law(PROBS[0]), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    q, value = distribution(PROBS[0]), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(q.log_prob(value), value)
     closer = q.log_prob(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     opener = q.log_prob(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
@@ -90,7 +90,7 @@ def test_the_gradient_of_log_prob_in_a_chain_is_the_exact_difference():
 
 @pytest.mark.parametrize("gates", [0, 1, 3])
 def test_moments_equal_sums_over_all_states(gates):
-    q = law(PROBS[0, :gates])
+    q = distribution(PROBS[0, :gates])
     chains, log_probs = log_softmax_depths(q)
     weights = log_probs.exp()
     assert chains.shape == (gates + 1, gates) and chains.sum(-1).tolist() == list(range(gates + 1))
@@ -102,48 +102,48 @@ def test_moments_equal_sums_over_all_states(gates):
 
 
 def test_marginals_are_products_of_conditional_probabilities():
-    torch.testing.assert_close(law().mean, PROBS.cumprod(-1))
+    torch.testing.assert_close(distribution().mean, PROBS.cumprod(-1))
 
 
 def test_enumerate_support_broadcasts_over_the_batch():
-    chains, compact = law().enumerate_support(), law().enumerate_support(expand=False)
+    chains, compact = distribution().enumerate_support(), distribution().enumerate_support(expand=False)
     assert chains.shape == (4, 2, 3) and compact.shape == (4, 1, 3)
     assert torch.equal(chains, compact.expand(4, 2, 3))
-    torch.testing.assert_close(law().log_prob(compact).exp().sum(0), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(distribution().log_prob(compact).exp().sum(0), torch.ones(2, dtype=torch.float64))
 
 
 def test_pyro_enumerates_a_model_of_nested_gates_exactly():
     seen = torch.tensor(1.3, dtype=torch.float64)
 
     def model():
-        z = pyro.sample("z", law(PROBS[0]), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", distribution(PROBS[0]), infer={"enumerate": "parallel"})
         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=seen)
 
     elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=0)
     depth = torch.arange(4, dtype=torch.float64)
-    evidence = (law(PROBS[0]).depth_probs * dist.Normal(depth, 1.0).log_prob(seen).exp()).sum().log()
+    evidence = (distribution(PROBS[0]).depth_probs * dist.Normal(depth, 1.0).log_prob(seen).exp()).sum().log()
     assert math.isclose(-elbo.loss(model, lambda: None), evidence.item(), rel_tol=1e-9)
 
 
 def test_sample_frequencies_are_the_law():
     torch.manual_seed(0)
-    draws = law().sample((40_000,))
-    assert draws.shape == (40_000, 2, 3) and bool(law().support.check(draws).all())
+    draws = distribution().sample((40_000,))
+    assert draws.shape == (40_000, 2, 3) and bool(distribution().support.check(draws).all())
     depths = torch.nn.functional.one_hot(draws.sum(-1).long(), 4).double().mean(0)
-    error = (depths - law().depth_probs).abs()
-    assert bool((error < 4 * (law().depth_probs / 40_000).sqrt()).all())  # four standard errors
+    error = (depths - distribution().depth_probs).abs()
+    assert bool((error < 4 * (distribution().depth_probs / 40_000).sqrt()).all())  # four standard errors
 
 
 def test_mode_opens_gates_whose_marginal_exceeds_one_half():
     probs = torch.tensor([0.9, 0.8, 0.65, 0.99])  # marginals .9 .72 .468 .463: each conditional exceeds one half
-    assert law(probs).mode.tolist() == [1, 1, 0, 0]
-    assert law(torch.tensor([0.5, 1.0])).mode.tolist() == [0, 0]  # one half itself is closed
+    assert distribution(probs).mode.tolist() == [1, 1, 0, 0]
+    assert distribution(torch.tensor([0.5, 1.0])).mode.tolist() == [0, 0]  # one half itself is closed
 
 
 def test_expand_keeps_the_law():
-    wide = law().expand((5, 2))
+    wide = distribution().expand((5, 2))
     assert wide.batch_shape == (5, 2) and wide.event_shape == (3,) and wide.sample().shape == (5, 2, 3)
-    torch.testing.assert_close(wide.depth_probs, law().depth_probs.expand(5, 2, 4))
+    torch.testing.assert_close(wide.depth_probs, distribution().depth_probs.expand(5, 2, 4))
     soft = relaxed(hard=False, temperature=0.3).expand((5, 2))
     assert (soft.temperature, soft.hard, soft.rsample().shape) == (0.3, False, (5, 2, 3))
 
@@ -180,7 +180,7 @@ def test_depths_of_probability_zero_stay_impossible():
 def test_depth_log_probs_do_not_underflow():
     q = NestedBernoulli.from_rate(torch.full((4,), 100.0))  # P(d = 4) = exp(-400), below float32
     torch.testing.assert_close(q.depth_log_probs, torch.tensor([0.0, -100, -200, -300, -400]))
-    torch.testing.assert_close(law().depth_log_probs, law().depth_probs.log())
+    torch.testing.assert_close(distribution().depth_log_probs, distribution().depth_probs.log())
 
 
 @pytest.mark.parametrize("rate", [-1e-3, float("nan")])
@@ -205,21 +205,21 @@ def enumerated_kl(q, p):
 
 
 def test_kl_equals_enumeration():
-    expected = enumerated_kl(law(PROBS), law(OTHER))
-    torch.testing.assert_close(kl_divergence(law(PROBS), law(OTHER)), expected)
-    torch.testing.assert_close(kl_divergence(relaxed(PROBS), law(OTHER)), expected)
-    assert torch.equal(kl_divergence(law(PROBS), law(PROBS)), torch.zeros(2, dtype=torch.float64))
+    expected = enumerated_kl(distribution(PROBS), distribution(OTHER))
+    torch.testing.assert_close(kl_divergence(distribution(PROBS), distribution(OTHER)), expected)
+    torch.testing.assert_close(kl_divergence(relaxed(PROBS), distribution(OTHER)), expected)
+    assert torch.equal(kl_divergence(distribution(PROBS), distribution(PROBS)), torch.zeros(2, dtype=torch.float64))
 
 
 def test_kl_of_a_relaxed_law_ignores_temperature_and_hardness():
-    values = [kl_divergence(relaxed(PROBS, t, hard), law(OTHER)) for t in (0.1, 2.0) for hard in (True, False)]
+    values = [kl_divergence(relaxed(PROBS, t, hard), distribution(OTHER)) for t in (0.1, 2.0) for hard in (True, False)]
     assert all(torch.equal(value, values[0]) for value in values)
 
 
 def test_kl_of_a_single_chain_is_minus_its_log_prior():
-    for chain in law(OTHER[0]).enumerate_support():
-        expected = -law(OTHER[0]).log_prob(chain)
-        torch.testing.assert_close(kl_divergence(dist.Delta(chain, event_dim=1), law(OTHER[0])), expected)
+    for chain in distribution(OTHER[0]).enumerate_support():
+        expected = -distribution(OTHER[0]).log_prob(chain)
+        torch.testing.assert_close(kl_divergence(dist.Delta(chain, event_dim=1), distribution(OTHER[0])), expected)
 
 
 def test_kl_gradient_equals_that_of_enumeration():
@@ -264,7 +264,7 @@ def test_equal_pins_cost_nothing_and_contrary_pins_cost_everything():
         assert kl_divergence(same, pinned) == 0
     assert kl_divergence(opened, closed) == torch.inf
     assert kl_divergence(closed, opened) == torch.inf
-    assert kl_divergence(law(PROBS[0].float()), opened) == torch.inf
+    assert kl_divergence(distribution(PROBS[0].float()), opened) == torch.inf
 
 
 def test_a_pin_below_a_closed_gate_is_never_reached():
@@ -310,7 +310,7 @@ def test_hard_samples_are_exact_draws_of_the_discrete_law():
         draws = relaxed(PROBS.float(), 0.5, hard=True).rsample((40_000,))
     assert bool(((draws == 0) | (draws == 1)).all())  # not 0.99999994: an open ladder must be the plain network
     depths = torch.nn.functional.one_hot(draws.sum(-1).long(), 4).double().mean(0)
-    assert bool(((depths - law().depth_probs).abs() < 4 * (law().depth_probs / 40_000).sqrt()).all())
+    assert bool(((depths - distribution().depth_probs).abs() < 4 * (distribution().depth_probs / 40_000).sqrt()).all())
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
@@ -353,10 +353,10 @@ def test_the_straight_through_gradient_is_that_of_the_relaxed_gates():
 
 def test_log_prob_and_mean_of_a_relaxed_law_are_the_discrete_ones():
     value = torch.tensor([0.9, 0.6, 0.2], dtype=torch.float64)
-    soft, expected = relaxed(PROBS[0], hard=False), law(PROBS[0]).log_prob(value.round())
+    soft, expected = relaxed(PROBS[0], hard=False), distribution(PROBS[0]).log_prob(value.round())
     torch.testing.assert_close(soft.log_prob(value), expected)
     torch.testing.assert_close(relaxed(PROBS[0]).log_prob(value.round()), expected)
-    torch.testing.assert_close(relaxed().mean, law().mean)
+    torch.testing.assert_close(relaxed().mean, distribution().mean)
 
 
 def test_the_log_probability_of_a_hard_draw_has_a_gradient_and_that_of_a_soft_one_none():
@@ -366,7 +366,7 @@ def test_the_log_probability_of_a_hard_draw_has_a_gradient_and_that_of_a_soft_on
     (slope,) = torch.autograd.grad(hard.log_prob(value.detach()), logits)
     (expected,) = torch.autograd.grad(hard.discrete.log_prob(value.detach()), logits)
     torch.testing.assert_close(slope, expected)
-    (through,) = torch.autograd.grad(hard.log_prob(value) - law(PROBS[0]).log_prob(value), logits)
+    (through,) = torch.autograd.grad(hard.log_prob(value) - distribution(PROBS[0]).log_prob(value), logits)
     torch.testing.assert_close(through, expected)  # guide and prior agree: nothing comes through the draw
     with pytest.raises(ValueError, match=r"Use program\.elbo or pyro\.infer\.TraceMeanField_ELBO\(\).*or hard draws"):
         soft.log_prob(soft.rsample()).backward()

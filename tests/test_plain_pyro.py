@@ -52,9 +52,9 @@ def program_of(
     calibrate(net, [batch()[0]])
     prior = build_prior(prior, net.layout, prior_settings)
     guide = build_guide(guide, net.layout, prior, {"open_logit": 1.0})
-    law = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())))
+    distribution = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())))
     likelihood = get_task("sst2").likelihood
-    program = BayesianLoRA(net, prior, guide, likelihood, n_train=N_TRAIN, estimator=estimator, weights=law)
+    program = BayesianLoRA(net, prior, guide, likelihood, n_train=N_TRAIN, estimator=estimator, weights=distribution)
     program.kl_weight = kl_weight
     return program.train()
 
@@ -175,14 +175,16 @@ def test_random_rates_are_a_site_with_their_prior_density():
     model.compute_log_prob()
     torch.testing.assert_close(model.nodes["rates"]["log_prob"], gamma.log_prob(rates))
     prior = program.prior.gates_at(rates)
-    for site, law in zip(("z", "g"), prior, strict=True):
-        assert torch.equal(model.nodes[site]["fn"].log_probs, law.log_probs)
+    for site, distribution in zip(("z", "g"), prior, strict=True):
+        assert torch.equal(model.nodes[site]["fn"].log_probs, distribution.log_probs)
     torch.manual_seed(0)
     terms = program.terms(inputs, labels)
     torch.manual_seed(0)
     drawn = program.prior.pyro_guide()["rates"]  # the first thing that is drawn
-    of_gates = kl_divergence(program.gate_guide.laws(1.0, False).z, program.prior.gates_at(drawn).z)
-    of_rates = kl_divergence(*(program.prior.distribution_in_use(law) for law in ("posterior", "prior"))).sum()
+    of_gates = kl_divergence(program.gate_guide.distributions(1.0, False).z, program.prior.gates_at(drawn).z)
+    of_rates = kl_divergence(
+        *(program.prior.distribution_in_use(distribution) for distribution in ("posterior", "prior"))
+    ).sum()
     torch.testing.assert_close(terms.kl_z, of_gates.sum() + of_rates)
 
 

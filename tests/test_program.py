@@ -74,14 +74,14 @@ def test_elbo_equals_that_of_pyro(task, prior, guide, estimator):
 
 @pytest.mark.parametrize("estimator", ["straight_through", "relaxed"])
 def test_the_nll_of_a_mixture_is_the_mean_over_a_draw_of_each_component(estimator):
-    """Its KL is that of the joint law, which is no sum over sites: test_guides.py."""
+    """Its KL is that of the joint distribution, which is no sum over sites: test_guides.py."""
     program, (inputs, labels) = program_of(guide="mixture", estimator=estimator), batch()
     torch.manual_seed(3)
     terms = program.terms(inputs, labels)
     torch.manual_seed(3)
     nlls = []
-    for laws in program.gate_guide.each_component(program.temperature, estimator == "straight_through"):
-        gates = {site: law.rsample() for site, law in zip(("z", "g"), laws, strict=True)}
+    for distributions in program.gate_guide.each_component(program.temperature, estimator == "straight_through"):
+        gates = {site: distribution.rsample() for site, distribution in zip(("z", "g"), distributions, strict=True)}
         model = poutine.trace(poutine.condition(program.model, data=gates)).get_trace(inputs, labels)
         model.compute_log_prob()
         nlls.append(-model.nodes["label"]["log_prob_sum"] / N_TRAIN)
@@ -199,7 +199,7 @@ def test_a_pair_without_a_closed_form_kl_is_refused():
     class Naive(torch.nn.Module):
         """Pyro's relaxed Bernoulli against our mass: a density against a probability, not an ELBO."""
 
-        def laws(self, temperature, hard):
+        def distributions(self, temperature, hard):
             temperature = torch.tensor(temperature)
             return Gates(*(dist.RelaxedBernoulliStraightThrough(temperature, logits=torch.zeros(shape)).to_event(1)
                            for shape in (layout.z_shape, layout.g_shape)))  # fmt: skip
@@ -207,7 +207,7 @@ def test_a_pair_without_a_closed_form_kl_is_refused():
     with pytest.raises(ValueError, match=r"site 'z': no KL divergence is registered .* NestedBernoulli"):
         BayesianLoRA(program.net, program.prior, Naive(), program.likelihood, n_train=N_TRAIN)
     with pytest.raises(ValueError, match="site 'g': no KL"):
-        closed_form_kl("g", Naive().laws(0.5, True).g, program.prior().g)
+        closed_form_kl("g", Naive().distributions(0.5, True).g, program.prior().g)
 
 
 def test_deep_copies_learn_apart():
@@ -317,10 +317,10 @@ def test_without_data_gates_return_to_their_prior():
     optimizer = torch.optim.Adam(program.gate_guide.parameters(), lr=0.1)
     prior = program.prior()
     for _ in range(500):
-        laws = program.gate_guide.laws(0.5, True)
+        distributions = program.gate_guide.distributions(0.5, True)
         loss = sum(
             torch.where(mask, torch.distributions.kl_divergence(q, p), 0.0).sum()
-            for q, p, mask in zip(laws, prior, (program.z_mask, program.g_mask), strict=True)
+            for q, p, mask in zip(distributions, prior, (program.z_mask, program.g_mask), strict=True)
         )
         optimizer.zero_grad()
         loss.backward()

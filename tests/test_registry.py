@@ -214,7 +214,12 @@ def test_a_file_needs_to_exist_and_to_name_a_function(priors, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "method", "arguments"),
-    [(Guide, "laws", (1.0, True)), (Prior, "forward", ()), (Weights, "law", ()), (GateELBO, "expected_nll", (None,))],
+    [
+        (Guide, "distributions", (1.0, True)),
+        (Prior, "forward", ()),
+        (Weights, "distribution", ()),
+        (GateELBO, "expected_nll", (None,)),
+    ],
 )
 def test_a_part_without_what_it_must_have_says_which_and_where_it_is_described(base, method, arguments):
     mine, described = type("Mine", (base,), {}), rf"{base.__module__}.{base.__name__}.{method}"

@@ -260,14 +260,16 @@ def test_a_run_is_trained_by_one_process_at_a_time(backbone, tmp_path):
     assert train_run(config).is_dir() and not list(place.glob("*.lock"))
 
 
-@pytest.mark.parametrize("laws", [{}, {"guide": "mixture", "prior": "hierarchical"}], ids=["defaults", "sampled-kl"])
-def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, monkeypatch, laws):
+@pytest.mark.parametrize(
+    "distributions", [{}, {"guide": "mixture", "prior": "hierarchical"}], ids=["defaults", "sampled-kl"]
+)
+def test_an_interrupted_run_is_finished_by_the_same_command(backbone, tmp_path, monkeypatch, distributions):
 
-    config = tiny_config(backbone, output_dir=str(tmp_path / "cut"), **laws)
+    config = tiny_config(backbone, output_dir=str(tmp_path / "cut"), **distributions)
     cut_off(config, "export", monkeypatch)
     assert [path.name for path in Path(config.output_dir).iterdir()] == [f".{config.folder_name}.partial"]
     cut = train_run(config)
-    whole = train_run(tiny_config(backbone, output_dir=str(tmp_path / "whole"), **laws))
+    whole = train_run(tiny_config(backbone, output_dir=str(tmp_path / "whole"), **distributions))
     first, second = (json.loads((folder / "summary.json").read_text()) for folder in (cut, whole))
     for key in ("seconds", "peak_memory_bytes"):
         first.pop(key), second.pop(key)

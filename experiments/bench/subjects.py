@@ -165,10 +165,10 @@ class _ByHand(_Gates):
     """The same without Pyro: draws, likelihood and KL from the distributions themselves."""
 
     def terms(self, inputs: dict, labels: torch.Tensor) -> Terms:
-        laws = self.gate_guide.laws(self.temperature, self.hard)
-        gates = Gates(*(law.rsample() for law in laws))
+        distributions = self.gate_guide.distributions(self.temperature, self.hard)
+        gates = Gates(*(distribution.rsample() for distribution in distributions))
         label = self.likelihood(self.logits(inputs, gates), scale=self.log_scale.exp())
-        sites = zip(laws, self.prior(), (self.z_mask, self.g_mask), strict=True)
+        sites = zip(distributions, self.prior(), (self.z_mask, self.g_mask), strict=True)
         kl_z, kl_g = (torch.where(mask, kl_divergence(q, p), 0.0).sum() for q, p, mask in sites)
         return Terms(-label.log_prob(labels).mean(), kl_z, kl_g, 0.0, self.n_train)
 

@@ -64,7 +64,7 @@ def nll(network: Network, gates: Gates, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape).mean(-1)
 
 
-def trained_laws(network: Network, simulations: Simulations, *, steps: int, seed: int = 0) -> Tensor:
+def trained_posteriors(network: Network, simulations: Simulations, *, steps: int, seed: int = 0) -> Tensor:
     """The distribution of the states that `relaxed` on a mean field finds for each simulation.  (D, S), float64"""
     D, N = simulations.labels.shape
     prior, layout = network.prior(), network.net.layout
@@ -76,13 +76,15 @@ def trained_laws(network: Network, simulations: Simulations, *, steps: int, seed
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = schedule.learning_rate("gates", step)
             temperature = schedule.temperature(step)
-            laws = [RelaxedNestedBernoulli(x, temperature, hard=False, validate_args=False) for x in guide.logits()]
-            kl_z = torch.where(layout.z_mask, kl_divergence(laws[0], prior.z), 0.0).sum()
-            kl_g = torch.where(layout.g_mask, kl_divergence(laws[1], prior.g), 0.0).sum()
-            found = nll(network, Gates(*(law.rsample() for law in laws)), simulations.labels)
+            distributions = [
+                RelaxedNestedBernoulli(x, temperature, hard=False, validate_args=False) for x in guide.logits()
+            ]
+            kl_z = torch.where(layout.z_mask, kl_divergence(distributions[0], prior.z), 0.0).sum()
+            kl_g = torch.where(layout.g_mask, kl_divergence(distributions[1], prior.g), 0.0).sum()
+            found = nll(network, Gates(*(distribution.rsample() for distribution in distributions)), simulations.labels)
             optimizer.zero_grad()
             (found.sum() + (kl_z + kl_g) / N).backward()
             optimizer.step()
     with torch.no_grad():
-        each = zip(*(law.log_probs.unsqueeze(1) for law in guide.components()), strict=True)
-        return torch.stack([network.states.log_law(Gates(*map(NestedBernoulli, x))) for x in each]).exp()
+        each = zip(*(distribution.log_probs.unsqueeze(1) for distribution in guide.components()), strict=True)
+        return torch.stack([network.states.log_q(Gates(*map(NestedBernoulli, x))) for x in each]).exp()

@@ -43,16 +43,16 @@ class Simulations:
         return [Simulations(*part) for part in zip(*(x.split(size) for x in dataclasses.astuple(self)), strict=True)]
 
 
-def randomised_rank(quantity: Tensor, law: Tensor, truth: Tensor, generator: torch.Generator) -> Tensor:
+def randomised_rank(quantity: Tensor, distribution: Tensor, truth: Tensor, generator: torch.Generator) -> Tensor:
     """P(quantity < truth's) + U P(quantity = truth's) under each distribution: uniform if calibrated.
 
-    Shapes: quantity (S,) or (D, S), law (D, S), truth (D,) -> (D,).
+    Shapes: quantity (S,) or (D, S), distribution (D, S), truth (D,) -> (D,).
     """
-    quantity = quantity.expand(law.shape)
+    quantity = quantity.expand(distribution.shape)
     true = quantity.gather(1, truth[:, None])
-    below = torch.where(quantity < true, law, 0.0).sum(1)
-    tied = torch.where(quantity == true, law, 0.0).sum(1)
-    return below + torch.rand(len(law), generator=generator, dtype=law.dtype) * tied
+    below = torch.where(quantity < true, distribution, 0.0).sum(1)
+    tied = torch.where(quantity == true, distribution, 0.0).sum(1)
+    return below + torch.rand(len(distribution), generator=generator, dtype=distribution.dtype) * tied
 
 
 @functools.lru_cache
@@ -68,8 +68,8 @@ def _points() -> np.ndarray:
 
 def _smallest_tail(uniforms: np.ndarray) -> float:
     counts = np.searchsorted(np.sort(uniforms), _points(), side="right")
-    law = stats.binom(len(uniforms), _points())
-    return float(2 * np.minimum(law.cdf(counts), law.sf(counts - 1)).min())
+    distribution = stats.binom(len(uniforms), _points())
+    return float(2 * np.minimum(distribution.cdf(counts), distribution.sf(counts - 1)).min())
 
 
 def ecdf_p_value(uniforms: Tensor) -> float:
@@ -81,8 +81,8 @@ def ecdf_p_value(uniforms: Tensor) -> float:
 def ecdf_band(count: int, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Points, and the lower and upper ends of ECDF - point that exact ranks leave with probability `level`."""
     gamma = np.quantile(_null_minima(count, _NULL_DRAWS), level)
-    law, points = stats.binom(count, _points()), _points()
-    return points, law.ppf(gamma / 2) / count - points, law.ppf(1 - gamma / 2) / count - points
+    distribution, points = stats.binom(count, _points()), _points()
+    return points, distribution.ppf(gamma / 2) / count - points, distribution.ppf(1 - gamma / 2) / count - points
 
 
 def gate_p_values(probability: Tensor, opened: Tensor, seed: int = 0) -> Tensor:
@@ -132,14 +132,14 @@ class Calibration:
         return gain.mean().item()
 
 
-def calibration(states, simulations: Simulations, law: Tensor, seed: int = 0) -> Calibration:
-    """Of an inference that answers with `law` (D, S); only the first D simulations are looked at."""
+def calibration(states, simulations: Simulations, distribution: Tensor, seed: int = 0) -> Calibration:
+    """Of an inference that answers with `distribution` (D, S); only the first D simulations are looked at."""
     generator = torch.Generator().manual_seed(seed)
-    truth, log_likelihood = simulations.truth[: len(law)], simulations.log_likelihood[: len(law)]
+    truth, log_likelihood = simulations.truth[: len(distribution)], simulations.log_likelihood[: len(distribution)]
     effective_rank = sum(states.depths[:, c] for c, (site, _) in enumerate(states.chains) if site == 1).double()
     ranks = {
-        "effective rank": randomised_rank(effective_rank, law, truth, generator),
-        "log-likelihood": randomised_rank(log_likelihood, law, truth, generator),
+        "effective rank": randomised_rank(effective_rank, distribution, truth, generator),
+        "log-likelihood": randomised_rank(log_likelihood, distribution, truth, generator),
     }
-    probability, opened = (law @ states.open).clamp(0, 1), states.open[truth]
+    probability, opened = (distribution @ states.open).clamp(0, 1), states.open[truth]
     return Calibration(probability, opened, ranks, gate_p_values(probability, opened, seed))

@@ -44,7 +44,7 @@ def marginals(fits: list[Fit], names: list[str], path: Path) -> None:
 
 
 def ecdf_differences(found: dict[str, Calibration], path: Path) -> None:
-    """ECDF of the randomised ranks minus the uniform law's, with simultaneous bands."""
+    """ECDF of the randomised ranks minus the uniform distribution's, with simultaneous bands."""
     quantities = STATISTICS[1:]
     figure, grid = plt.subplots(len(quantities), len(found), figsize=(2.6 * len(found), 4.4), sharex=True, sharey=True)
     level = LEVEL / len(STATISTICS)

@@ -52,15 +52,15 @@ def naive_pairing(problem: Problem, *, steps: int, temperature: float, seed: int
 
     def model():
         gates = pyro.sample("gates", dist.Bernoulli(log_probs.exp(), validate_args=False).to_event(1))
-        full = [law.mode.clone() for law in prior]
+        full = [distribution.mode.clone() for distribution in prior]
         for (site, index), chain in zip(states.chains, gates.split(sizes), strict=True):
             full[site][index] = chain.cumprod(-1)
         log_likelihood = -len(problem.labels) * problem.score(program, Gates(*full))
         pyro.factor("data", log_likelihood)
 
     def guide():
-        law = dist.RelaxedBernoulliStraightThrough(torch.tensor(temperature), logits=logits)
-        pyro.sample("gates", law.to_event(1))
+        distribution = dist.RelaxedBernoulliStraightThrough(torch.tensor(temperature), logits=logits)
+        pyro.sample("gates", distribution.to_event(1))
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -60,12 +60,16 @@ class Quality:
 def place(program: GateProgram, problem: Problem, where: str) -> None:
     """Put a mean-field guide at the `prior`, at log-odds 0 (`undecided`), or at the exact optimum (`converged`)."""
     states, prior, guide = problem.table.states, problem.prior(), program.gate_guide
-    law = states.log_prior.exp()
+    distribution = states.log_prior.exp()
     if where == "converged":
-        law = best_on_table(states, problem.table.log_joint, restarts=4, steps=300)[0].exp()
+        distribution = best_on_table(states, problem.table.log_joint, restarts=4, steps=300)[0].exp()
     with torch.no_grad():
         for c, (site, index) in enumerate(states.chains):
-            wanted = torch.zeros(states.sizes[c], dtype=law.dtype).index_add(0, states.depths[:, c], law).log()
+            wanted = (
+                torch.zeros(states.sizes[c], dtype=distribution.dtype)
+                .index_add(0, states.depths[:, c], distribution)
+                .log()
+            )
             if where == "undecided":
                 gates = states.sizes[c] - 1
                 wanted = -torch.log(torch.tensor(2.0)) * torch.tensor([*range(1, gates + 1), gates])
@@ -82,8 +86,8 @@ def gradient(program: GateProgram, value: Tensor) -> Tensor:
 
 def exact_gradient(program: GateProgram, problem: Problem) -> Tensor:
     """Of the mean NLL an example, by enumeration, (P,)."""
-    log_law = problem.table.states.log_law(components(program.gate_guide))
-    return gradient(program, problem.table.expected_nll(log_law) / len(problem.labels))
+    log_q = problem.table.states.log_q(components(program.gate_guide))
+    return gradient(program, problem.table.expected_nll(log_q) / len(problem.labels))
 
 
 class _LookedUp(Evaluation):

@@ -78,8 +78,8 @@ class Problem:
 
     def program(self, guide: str = "mean_field", estimator: str = "relaxed", **settings) -> GateProgram:
         """The program with a guide of the package. settings: the guide's."""
-        law = build_guide(guide, self.layout, self.prior, {"open_logit": UNDECIDED, **settings})
-        return self.make(prior=self.prior, guide=law, n_train=len(self.labels), estimator=estimator).eval()
+        distribution = build_guide(guide, self.layout, self.prior, {"open_logit": UNDECIDED, **settings})
+        return self.make(prior=self.prior, guide=distribution, n_train=len(self.labels), estimator=estimator).eval()
 
     def score(self, program: GateProgram, gates: Gates) -> Tensor:
         """Mean NLL of the data at gates in [0, 1], nats an example."""

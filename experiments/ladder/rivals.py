@@ -20,9 +20,9 @@ class Reinforce(GateELBO):
 
     draws = "discrete"
 
-    def draw(self, law) -> Tensor:
+    def draw(self, distribution) -> Tensor:
         """Two draws, (2, ..., K)."""
-        return law.discrete.sample((2,))
+        return distribution.discrete.sample((2,))
 
     def rewards(self, scores: Tensor) -> Tensor:
         """What each draw's log-probability is multiplied by, (2,)."""
@@ -30,7 +30,10 @@ class Reinforce(GateELBO):
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         scores = torch.stack([at.nll(Gates(z, g)).detach() for z, g in zip(*at.gates, strict=True)])
-        log_q = sum(law.discrete.log_prob(x).flatten(1).sum(-1) for law, x in zip(at.laws, at.gates, strict=True))
+        log_q = sum(
+            distribution.discrete.log_prob(x).flatten(1).sum(-1)
+            for distribution, x in zip(at.distributions, at.gates, strict=True)
+        )
         surrogate = (self.rewards(scores) * log_q).mean()
         return scores.mean() + surrogate - surrogate.detach()
 
@@ -48,8 +51,8 @@ class UnmaskedDisarm(ScoreFunction):
     def expected_nll(self, at: Evaluation) -> Tensor:
         first, second = (at.nll(Gates(*(pair[i].cumprod(-1) for pair in at.gates))).detach() for i in range(2))
         surrogate = first.new_zeros(())
-        for law, pair in zip(at.laws, at.gates, strict=True):
-            finite = torch.where(law.logits.isfinite(), law.logits, 0.0)
+        for distribution, pair in zip(at.distributions, at.gates, strict=True):
+            finite = torch.where(distribution.logits.isfinite(), distribution.logits, 0.0)
             weight = (pair[0] - pair[1]) * torch.sigmoid(finite.detach().abs())
             surrogate = surrogate + (weight * (first - second) / 2 * finite).sum()
         return (first + second) / 2 + surrogate - surrogate.detach()
@@ -58,8 +61,8 @@ class UnmaskedDisarm(ScoreFunction):
 class ReinMax(GateELBO):
     """At temperature 1.  Source: Liu et al., Bridging Discrete and Backpropagation (2023)."""
 
-    def draw(self, law) -> Tensor:
-        return _second_order(law.logits).cumprod(-1)
+    def draw(self, distribution) -> Tensor:
+        return _second_order(distribution.logits).cumprod(-1)
 
     def expected_nll(self, at: Evaluation) -> Tensor:
         return at.nll(at.gates)

@@ -89,18 +89,18 @@ class Fit:
     seconds: float
 
 
-def fit_of(problem: Problem, subject: str, name: str, log_law: Tensor, seconds: float) -> Fit:
+def fit_of(problem: Problem, subject: str, name: str, log_q: Tensor, seconds: float) -> Fit:
     """Against the exact answer, of a distribution over the states, (S,)."""
     table = problem.table
-    marginals = table.marginals(log_law.exp())
+    marginals = table.marginals(log_q.exp())
     error = (marginals - table.marginals(table.posterior)).abs().max().item()
-    return Fit(subject, name, marginals, error, table.elbo(log_law), seconds)
+    return Fit(subject, name, marginals, error, table.elbo(log_q), seconds)
 
 
 @torch.no_grad()
-def log_law(program: GateProgram, problem: Problem) -> Tensor:
+def log_q(program: GateProgram, problem: Problem) -> Tensor:
     """Exact log-probability of every state under the fitted guide, (S,)."""
-    return problem.table.states.log_law(components(program.gate_guide))
+    return problem.table.states.log_q(components(program.gate_guide))
 
 
 # --- a, b -------------------------------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ def exact_fits(problem: Problem, subject: str, sizes: tuple[int, ...] = (), **se
     fits = [fit_of(problem, subject, "exact posterior", problem.table.posterior.log(), 0.0)]
     for M in (1, *sizes):
         began = time.perf_counter()
-        law, _ = best_on_table(problem.table.states, problem.table.log_joint, components=M, **search)
+        distribution, _ = best_on_table(problem.table.states, problem.table.log_joint, components=M, **search)
         name = "exact mean field" if M == 1 else f"exact mixture, M = {M}"
-        fits.append(fit_of(problem, subject, name, law, time.perf_counter() - began))
+        fits.append(fit_of(problem, subject, name, distribution, time.perf_counter() - began))
     return fits
 
 
@@ -174,7 +174,7 @@ def trained_fit(
     began = time.perf_counter()
     torch.manual_seed(0)
     program = svi(problem.program(guide, estimator, **settings), problem, steps=steps, lr=lr)
-    return fit_of(problem, subject, label or estimator, log_law(program, problem), time.perf_counter() - began)
+    return fit_of(problem, subject, label or estimator, log_q(program, problem), time.perf_counter() - began)
 
 
 def naive_fit(problem: Problem, subject: str, *, steps: int) -> Fit:
@@ -209,7 +209,7 @@ def random_program(problem: Problem, guide: str, *, spread: float, seed: int) ->
 
 def bound_excess(program: GateProgram, problem: Problem) -> float:
     """Exact ELBO minus log evidence, nats: never positive."""
-    return problem.table.elbo(log_law(program, problem)) - problem.table.log_evidence
+    return problem.table.elbo(log_q(program, problem)) - problem.table.log_evidence
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def rung_f(problems: dict[str, Problem], *, guides: int = 40, steps: int = 1000)
             programs.append(svi(problem.program(guide), problem, steps=steps))
             subject = f"{name}: {guides} random guides `{guide}` and a trained one"
             found = [reported_elbo(program, problem) for program in programs]
-            exact = [problem.table.elbo(log_law(program, problem)) for program in programs]
+            exact = [problem.table.elbo(log_q(program, problem)) for program in programs]
             above = max((mean - problem.table.log_evidence) / error for mean, error in found)
             away = max(abs(mean - elbo) / error for (mean, error), elbo in zip(found, exact, strict=True))
             checks.append(Check("f", subject, "bound", max(exact) - problem.table.log_evidence))
@@ -247,10 +247,10 @@ def rung_f(problems: dict[str, Problem], *, guides: int = 40, steps: int = 1000)
 def frequency_p_values(program: GateProgram, problem: Problem, *, temperature: float, draws: int) -> list[float]:
     """Exact two-sided binomial p-value of each free gate: hard draws as in training against reported marginals."""
     chains = problem.table.states.chains
-    totals = [torch.zeros_like(law.mean) for law in program.gate_guide.posterior()]
+    totals = [torch.zeros_like(distribution.mean) for distribution in program.gate_guide.posterior()]
     for _ in range(draws):
-        for total, law in zip(totals, program.gate_guide.laws(temperature, True), strict=True):
-            total += law.rsample()
+        for total, distribution in zip(totals, program.gate_guide.distributions(temperature, True), strict=True):
+            total += distribution.rsample()
     marginals = posterior.marginals(program)
     opened, p = (torch.cat([site_of[site][index] for site, index in chains]) for site_of in (totals, marginals))
     return [stats.binomtest(int(k), draws, min(1.0, float(q))).pvalue for k, q in zip(opened, p, strict=True)]
@@ -264,14 +264,14 @@ def deployed_otherwise(program: GateProgram, problem: Problem) -> int:
     for each component.
     """
     states, deployed = problem.table.states, posterior.deployed(program)
-    laws = [log_law(program, problem)]
+    distributions = [log_q(program, problem)]
     parts = components(program.gate_guide)
     if len(parts.z.log_probs) > 1:
-        each = zip(*(law.log_probs for law in parts), strict=True)
-        laws += [states.log_law(type(parts)(*(NestedBernoulli(x[None]) for x in part))) for part in each]
-    candidates = [problem.table.marginals(law.exp()) > 0.5 for law in laws]  # each (G,)
+        each = zip(*(distribution.log_probs for distribution in parts), strict=True)
+        distributions += [states.log_q(type(parts)(*(NestedBernoulli(x[None]) for x in part))) for part in each]
+    candidates = [problem.table.marginals(distribution.exp()) > 0.5 for distribution in distributions]  # each (G,)
     places = [(states.open == opened).all(-1).nonzero()[0].item() for opened in candidates]
-    expected = candidates[int(laws[0][places].argmax())]
+    expected = candidates[int(distributions[0][places].argmax())]
     found = torch.cat([deployed[site][index] for site, index in states.chains]) > 0
     return int((found != expected).sum())
 

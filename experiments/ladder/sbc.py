@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batched import trained_laws
+from .batched import trained_posteriors
 from .calibration import STATISTICS, Calibration, Simulations, calibration
 from .parallel import in_parallel
 from .problems import Network
@@ -22,20 +22,22 @@ def on_table(network: Network, simulations: Simulations, components: int, **sear
     log_joint = network.states.log_prior + simulations.log_likelihood
     if components == 0:
         return log_joint.softmax(-1)
-    laws = [best_on_table(network.states, part, components=components, **search)[0] for part in log_joint.split(50)]
-    return torch.cat(laws).exp()
+    distributions = [
+        best_on_table(network.states, part, components=components, **search)[0] for part in log_joint.split(50)
+    ]
+    return torch.cat(distributions).exp()
 
 
 def shipped(network: Network, simulations: Simulations, *, steps: int, batch: int = 50, processes: int = 1) -> Tensor:
     """`relaxed` on a mean field through the network, `batch` simulations in one forward.  (D, S)"""
     parts = enumerate(simulations.split(batch))
     jobs = [functools.partial(_as_array, network, part, steps=steps, seed=i) for i, part in parts]
-    return torch.cat([torch.from_numpy(law) for law in in_parallel(jobs, processes)])
+    return torch.cat([torch.from_numpy(distribution) for distribution in in_parallel(jobs, processes)])
 
 
 def _as_array(*args, **settings) -> np.ndarray:
     """A tensor that comes from a fork would be shared with it, and it is gone by then."""
-    return trained_laws(*args, **settings).numpy()
+    return trained_posteriors(*args, **settings).numpy()
 
 
 def checks(name: str, found: Calibration) -> list[Check]:
@@ -43,5 +45,9 @@ def checks(name: str, found: Calibration) -> list[Check]:
     return [Check("e", subject, statistic, found.p_values[statistic]) for statistic in STATISTICS]
 
 
-def calibrations(network: Network, simulations: Simulations, laws: dict[str, Tensor]) -> dict[str, Calibration]:
-    return {name: calibration(network.states, simulations, law) for name, law in laws.items()}
+def calibrations(
+    network: Network, simulations: Simulations, distributions: dict[str, Tensor]
+) -> dict[str, Calibration]:
+    return {
+        name: calibration(network.states, simulations, distribution) for name, distribution in distributions.items()
+    }

@@ -9,7 +9,7 @@ from pyro_blora.program import BayesianLoRA
 from pyro_blora.training.gate_init import log_bayes_factors, sensitivity
 
 from .problems import Network, Problem
-from .rungs import Fit, exact_fits, fit_of, log_law
+from .rungs import Fit, exact_fits, fit_of, log_q
 
 _BATCH = 16
 OPEN = 6.0  # log-odds of gates that only wait
@@ -37,8 +37,8 @@ def start_fits(network: Network, name: str, seed: int, **search) -> list[Fit]:
     """The exact posterior, the exact mean field, the prior, all gates nearly open, and the start from data."""
     problem = open_problem(network, seed)
     subject = f"{name}, labels of the open network, seed {seed}"
-    opened = log_law(problem.program(open_logit=OPEN), problem)
-    started = log_law(start_from_data(problem, problem.program()), problem)
+    opened = log_q(problem.program(open_logit=OPEN), problem)
+    started = log_q(start_from_data(problem, problem.program()), problem)
     return [
         *exact_fits(problem, subject, **search),
         fit_of(problem, subject, "the prior", problem.table.states.log_prior, 0.0),

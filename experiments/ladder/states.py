@@ -34,12 +34,12 @@ class States:
     def of(cls, prior: Gates) -> "States":
         """The states of a prior that leaves a few ladders free; the others must be pinned."""
         chains, sizes = [], []
-        for site, law in enumerate(prior):
-            free = ((law.log_probs < 0) & (law.log_probs > -torch.inf)).any(-1)
+        for site, distribution in enumerate(prior):
+            free = ((distribution.log_probs < 0) & (distribution.log_probs > -torch.inf)).any(-1)
             chains += [(site, tuple(index.tolist())) for index in free.nonzero()]
-            sizes += [law.log_probs.shape[-1] + 1] * int(free.sum())
+            sizes += [distribution.log_probs.shape[-1] + 1] * int(free.sum())
         depths = torch.tensor(list(itertools.product(*map(range, sizes))))
-        gates = [law.mode.expand(len(depths), *law.log_probs.shape).clone() for law in prior]
+        gates = [distribution.mode.expand(len(depths), *distribution.log_probs.shape).clone() for distribution in prior]
         opened, log_prior = [], torch.zeros(len(depths), dtype=torch.float64)
         for c, (site, index) in enumerate(chains):
             K = sizes[c] - 1
@@ -66,12 +66,12 @@ class States:
         rows = [torch.nn.functional.one_hot(self.depths[:, c], size) for c, size in enumerate(self.sizes)]
         return torch.cat(rows, -1).T.double()
 
-    def log_law(self, components: Gates) -> Tensor:
+    def log_q(self, components: Gates) -> Tensor:
         """Log-probability (S,) of every state under equally likely components (M, ...): float64, differentiable."""
         terms = []
         for c, (site, index) in enumerate(self.chains):
-            law = NestedBernoulli(components[site].log_probs[(slice(None), *index)].double())
-            terms.append(law.depth_log_probs[:, self.depths[:, c]])  # (M, S)
+            distribution = NestedBernoulli(components[site].log_probs[(slice(None), *index)].double())
+            terms.append(distribution.depth_log_probs[:, self.depths[:, c]])  # (M, S)
         return torch.stack(terms).sum(0).logsumexp(0) - math.log(len(terms[0]))
 
 
@@ -102,17 +102,17 @@ class Table:
         """(S,) exact probabilities."""
         return self.log_joint.softmax(0)
 
-    def marginals(self, law: Tensor) -> Tensor:
+    def marginals(self, distribution: Tensor) -> Tensor:
         """P(open) of each free gate under state probabilities.  (..., S) -> (..., G)"""
-        return law @ self.states.open
+        return distribution @ self.states.open
 
-    def expected_nll(self, log_law: Tensor) -> Tensor:
-        """E_q[-log-likelihood], nats over all data.  log_law (S,)"""
-        return -(log_law.exp() * self.log_likelihood).sum()
+    def expected_nll(self, log_q: Tensor) -> Tensor:
+        """E_q[-log-likelihood], nats over all data.  log_q (S,)"""
+        return -(log_q.exp() * self.log_likelihood).sum()
 
-    def elbo(self, log_law: Tensor) -> float:
-        """E_q[log joint - log q] by enumeration.  log_law (S,)"""
-        return negative_kl(log_law, self.log_joint).item()
+    def elbo(self, log_q: Tensor) -> float:
+        """E_q[log joint - log q] by enumeration.  log_q (S,)"""
+        return negative_kl(log_q, self.log_joint).item()
 
 
 def negative_kl(log_q: Tensor, log_joint: Tensor) -> Tensor:
@@ -135,32 +135,32 @@ def best_on_table(
     logits = (log_prior + spread).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.1)
 
-    def log_law() -> Tensor:
+    def log_q() -> Tensor:
         each = torch.cat([x.log_softmax(-1) for x in logits.split(states.sizes, -1)], -1)
         return (each @ hot).logsumexp(-2) - math.log(components)
 
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.1 * min(1.0, 2 * (1 - step / steps))
         optimizer.zero_grad()
-        (-negative_kl(log_law(), log_joint).sum()).backward()
+        (-negative_kl(log_q(), log_joint).sum()).backward()
         optimizer.step()
     with torch.no_grad():
-        law = log_law()
-        elbo, best = negative_kl(law, log_joint).max(0)
-        return law.gather(0, best[None, ..., None].expand(1, *law.shape[1:]))[0], elbo
+        distribution = log_q()
+        elbo, best = negative_kl(distribution, log_joint).max(0)
+        return distribution.gather(0, best[None, ..., None].expand(1, *distribution.shape[1:]))[0], elbo
 
 
-def coordinate_sweep(states: States, log_joint: Tensor, log_law: Tensor) -> Tensor:
+def coordinate_sweep(states: States, log_joint: Tensor, log_q: Tensor) -> Tensor:
     """One sweep of exact coordinate ascent from a mean field: at its optimum nothing moves.  (S,) -> (S,)"""
     shape = states.sizes
-    laws = [_marginal(log_law.exp().view(shape), c) for c in range(len(shape))]
+    distributions = [_marginal(log_q.exp().view(shape), c) for c in range(len(shape))]
     for c in range(len(shape)):
         weighted = log_joint.view(shape)
         for other in reversed([i for i in range(len(shape)) if i != c]):  # from the last, so that places stay
-            weighted = torch.tensordot(weighted, laws[other], dims=([other], [0]))
-        laws[c] = weighted.softmax(0)
-    return sum(law.log()[states.depths[:, c]] for c, law in enumerate(laws))
+            weighted = torch.tensordot(weighted, distributions[other], dims=([other], [0]))
+        distributions[c] = weighted.softmax(0)
+    return sum(distribution.log()[states.depths[:, c]] for c, distribution in enumerate(distributions))
 
 
-def _marginal(law: Tensor, chain: int) -> Tensor:
-    return law.sum([i for i in range(law.dim()) if i != chain])
+def _marginal(distribution: Tensor, chain: int) -> Tensor:
+    return distribution.sum([i for i in range(distribution.dim()) if i != chain])

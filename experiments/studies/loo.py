@@ -37,8 +37,8 @@ def loo_of_run(folder: Path, examples: int, draws: int, allow_code: Iterable[str
     scores = predict(program, on_device(batches, torch.device("cpu")), gates=gates).log_likelihood.double()  # (S, E)
     prior, masks = program.prior(), (program.z_mask, program.g_mask)
     of_sites = (
-        torch.where(mask, law.log_prob(x), 0.0).flatten(1).sum(-1)
-        for law, x, mask in zip(prior, gates, masks, strict=True)
+        torch.where(mask, distribution.log_prob(x), 0.0).flatten(1).sum(-1)
+        for distribution, x, mask in zip(prior, gates, masks, strict=True)
     )
     log_prior = torch.stack([*of_sites]).sum(0)  # (S,)
     log_joint = log_prior.double() + scores.sum(-1) * program.n_train / len(rows)

@@ -20,12 +20,12 @@ FRACTIONS = (0.1, 0.25, 0.5)  # of the training rows, in as many steps
 Rows = list[dict]  # of `weights.study`
 
 
-def of(rows: Rows, task: str, path: str, law: str) -> Rows:
+def of(rows: Rows, task: str, path: str, weights: str) -> Rows:
     """By seed."""
-    return [row for row in rows if (row["task"], row["path"], row["law"]) == (task, path, law)]
+    return [row for row in rows if (row["task"], row["path"], row["law"]) == (task, path, weights)]
 
 
-def by_law(rows: Rows, task: str) -> dict[tuple[str, str], Rows]:
+def by_weights(rows: Rows, task: str) -> dict[tuple[str, str], Rows]:
     """The rows of a task by (path, distribution), a row a seed; trainings on a fraction of the rows apart."""
     found: dict[tuple[str, str], Rows] = {}
     for row in rows:
@@ -44,7 +44,7 @@ def table(rows: Rows, task: str) -> str:
         "| ECE, adaptive | Brier | entropy | mutual information |",
         "|---" * 15 + "|",
     ]
-    for (path, law), mine in by_law(rows, task).items():
+    for (path, weights), mine in by_weights(rows, task).items():
         columns = [
             [row["metric"] for row in mine],
             *([row[kind]["nll"] for row in mine] for kind in ("scores", "scaled")),
@@ -53,7 +53,7 @@ def table(rows: Rows, task: str) -> str:
             *([row["scores"][key] for row in mine] for key in ("ece_adaptive", "brier", "entropy")),
             [row["scores"]["mutual_information"] for row in mine],
         ]
-        named = f"| {path} | {law} | {len(mine)} | {mine[0]['parameters']:,} | {mine[0]['stored']:,} | "
+        named = f"| {path} | {weights} | {len(mine)} | {mine[0]['parameters']:,} | {mine[0]['stored']:,} | "
         lines.append(named + " | ".join(map(spread, columns)) + " |")
     return "\n".join(lines)
 
@@ -111,18 +111,18 @@ def _interval(found: tuple[float, float, float] | None) -> str:
 
 
 def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list[tuple[float, float, float] | None]]:
-    """By (task, path, law): NLL less its own point's, that point's at its temperature, the plain training's at its; and
-    at its own temperature less the plain training's at its.
+    """By (task, path, weights): NLL less its own point's, that point's at its temperature, the plain training's at
+    its; and at its own temperature less the plain training's at its.
     """
     found = {}
     for task in tasks:
-        for (path, law), mine in by_law(rows, task).items():
-            if law == "point":
+        for (path, weights), mine in by_weights(rows, task).items():
+            if weights == "point":
                 continue
             own, plain = of(rows, task, path, "point"), of(rows, task, path.partition("-")[0], "point")
-            if law.startswith("ensemble"):  # one of all seeds, against each of its members
+            if weights.startswith("ensemble"):  # one of all seeds, against each of its members
                 mine = [{**mine[0], "seed": row["seed"]} for row in own]
-            found[task, path, law] = [
+            found[task, path, weights] = [
                 difference(mine, own),
                 difference(mine, own, scaled=True),
                 difference(mine, plain, scaled=True),
@@ -157,7 +157,7 @@ def winners(compared: dict) -> str:
         cells = []
         for count, bound in itertools.product((2, 3), (0, 2)):  # the mean; the upper end of the interval
             won = [
-                f"{path} {law}" for (of_task, path, law), found in compared.items()
+                f"{path} {weights}" for (of_task, path, weights), found in compared.items()
                 if of_task == task and None not in found[:count] and max(each[bound] for each in found[:count]) < 0
             ]  # fmt: skip
             cells.append(", ".join(won) or "none")
@@ -215,11 +215,11 @@ def fractions(rows: Rows, tasks: list[str]) -> str:
         for fraction in (*FRACTIONS, 1):
             share = f"-of-{100 * fraction:.0f}"
             lora, of_all = of(rows, task, f"lora{share}", "point"), share if fraction < 1 else ""
-            mean, law = (of(rows, task, f"xs8-swag{of_all}", name) for name in ("point", "K = 10"))
-            if lora and law:
-                metrics = " | ".join(spread([row["metric"] for row in which]) for which in (lora, mean, law))
-                less = " | ".join(_interval(difference(law, other, of="score")) for other in (lora, mean))
-                lines.append(f"| {task} | {law[0]['cell']['config']['max_train']:,} | {metrics} | {less} |")
+            mean, weights = (of(rows, task, f"xs8-swag{of_all}", name) for name in ("point", "K = 10"))
+            if lora and weights:
+                metrics = " | ".join(spread([row["metric"] for row in which]) for which in (lora, mean, weights))
+                less = " | ".join(_interval(difference(weights, other, of="score")) for other in (lora, mean))
+                lines.append(f"| {task} | {weights[0]['cell']['config']['max_train']:,} | {metrics} | {less} |")
     return "\n".join(lines)
 
 
@@ -238,9 +238,9 @@ def figure(rows: Rows, path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     fig, axes = plt.subplots(2, len(tasks), figsize=(3.2 * len(tasks), 6), squeeze=False, constrained_layout=True)
     for column, task in enumerate(tasks):
-        for (name, law), mine in by_law(rows, task).items():
+        for (name, weights), mine in by_weights(rows, task).items():
             colour = "#0072B2" if name.startswith("xs") else "#D55E00"
-            marker = "o" if law == "point" else "D" if "ensemble" in law else "s" if law.startswith("K") else "^"
+            marker = "s" if weights[0] == "K" else {"point": "o"}.get(weights, "D" if "ensemble" in weights else "^")
             for axis, key in zip(axes[:, column], ("ece_20", "nll"), strict=True):
                 axis.scatter(mine[0]["stored"], np.median([row["scores"][key] for row in mine]), c=colour,
                              marker=marker, s=24, alpha=0.7)  # fmt: skip
@@ -250,8 +250,8 @@ def figure(rows: Rows, path: Path) -> None:
             axis.set_xlabel("numbers stored")
             axis.set_ylabel(label)
     marks = [
-        (marker, colour, f"{adapter}, {law}") for colour, adapter in (("#0072B2", "XS"), ("#D55E00", "LoRA"))
-        for marker, law in (("o", "point"), ("s", "SWAG"), ("^", "other distributions"), ("D", "ensembles"))
+        (marker, colour, f"{adapter}, {weights}") for colour, adapter in (("#0072B2", "XS"), ("#D55E00", "LoRA"))
+        for marker, weights in (("o", "point"), ("s", "SWAG"), ("^", "other distributions"), ("D", "ensembles"))
     ]  # fmt: skip
     handles = [plt.Line2D([], [], marker=m, color=c, linestyle="", label=text) for m, c, text in marks]
     axes[0, 0].legend(handles=handles, fontsize=7)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layout import AdapterLayout
 from ..registries import register_adapter
 from ..tasks.heads import SEQUENCE, Head
-from .gate_context import ADAPTER, Handover
+from .gate_context import ADAPTER, GateContext
 from .gated_model import GatedModel
 from .peft_config import freeze_pooler, lora_config, settle, wrapped
 
@@ -37,7 +37,7 @@ class AdaLoRAModel(GatedModel):
     """
 
     def __init__(self, peft_model: peft.PeftModel, layout: AdapterLayout, head: Head = SEQUENCE):
-        super().__init__(peft_model, layout, Handover(), head)
+        super().__init__(peft_model, layout, GateContext(), head)
         self.allocation = nn.ModuleDict()  # by kind: a buffer for each parameter
         for kind in ("exp_avg_ipt", "exp_avg_unc"):
             self.allocation[kind] = module = nn.Module()

@@ -1,6 +1,6 @@
 """Per-call gates and sampled weights for the gated layers, and activation observers.
 
-A layer calls its `Handover` for every quantized tensor and every product. The `Handover` applies the gates of the draw.
+A layer calls its `GateContext` for every quantized tensor and every product, which applies the gates of the draw.
 While an `Observer` is set, the network runs at 32 bit with all ranks open and the observer receives every tensor, to
 measure ranges (range_calibration.py) or the effect of a coarser grid on the loss (gate_init.py).
 """
@@ -23,9 +23,9 @@ ADAPTER = "default"  # PEFT's name of the one adapter
 
 
 class Gated:
-    """A layer that takes gates and weights from a Handover; the layers are in layers.py, which imports PEFT."""
+    """A layer that takes gates and weights from a GateContext; the layers are in layers.py, which imports PEFT."""
 
-    handover: "Handover"
+    gate_context: "GateContext"
     index: int
     has_adapter = False
 
@@ -42,7 +42,7 @@ class Gated:
         return {}
 
 
-class Handed(NamedTuple):
+class LayerGates(NamedTuple):
     """What one call computes with."""
 
     grids: Sequence[Grid | None]
@@ -100,14 +100,14 @@ def watched(y: Tensor, anchor: Tensor, of_anchor: Callable[..., Tensor], *saved:
     return y + _Watched.apply(y.detach(), anchor, of_anchor, *(x.detach() for x in saved))
 
 
-class Handover:
+class GateContext:
     """The state that the layers of one model read during one call: grids and ranks, or an observer."""
 
     def __init__(self, owners: list[int] | None = None):
         """owners: for each projection the one whose grid its input is on, where some share one; none: each its own."""
         self.owners = owners
         self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
-        self.gates: Handed | None = None
+        self.gates: LayerGates | None = None
         self.keeps_weights = True
         self.observer: Observer | None = None
 
@@ -161,12 +161,12 @@ class Handover:
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.ranks(projection, hidden)
-        ranks = self._handed().ranks
+        ranks = self._current().ranks
         return hidden if ranks is None else hidden * ranks[projection].to(hidden.dtype)
 
     def _weight(self, projection: int, tensor: int, weight: Tensor) -> tuple[Tensor, Grid | None]:
         """The weight and the grid that it is still to be put on: none where its rounded values are kept."""
-        grid, kept = self._grid(projection, tensor), self._handed().kept
+        grid, kept = self._grid(projection, tensor), self._current().kept
         if grid is None or kept is None:
             return weight, grid
         if (projection, tensor) not in kept:
@@ -174,9 +174,9 @@ class Handover:
         return kept[projection, tensor], None
 
     def _grid(self, projection: int, tensor: int) -> Grid | None:
-        return self._handed().grids[projection * len(TENSORS) + tensor]
+        return self._current().grids[projection * len(TENSORS) + tensor]
 
-    def _handed(self) -> Handed:
+    def _current(self) -> LayerGates:
         if self.gates is None:
             raise RuntimeError(
                 "a gated layer was called without gates: wrap the call, `with use_gates(net, z, g): net(**batch)`; for "
@@ -186,13 +186,13 @@ class Handover:
 
     def recomputation(self) -> tuple:
         """Contexts of a checkpoint's forward and of its recomputation. A method, so that a deep copy gets its own."""
-        return contextlib.nullcontext(), handed_over(self, self.gates)
+        return contextlib.nullcontext(), gates_set(self, self.gates)
 
 
 @contextlib.contextmanager
-def handed_over(handover: Handover, gates: Handed | None) -> Iterator[None]:
-    before, handover.gates, handover.shared = handover.gates, gates, None
+def gates_set(gate_context: GateContext, gates: LayerGates | None) -> Iterator[None]:
+    before, gate_context.gates, gate_context.shared = gate_context.gates, gates, None
     try:
         yield
     finally:
-        handover.gates, handover.shared = before, None
+        gate_context.gates, gate_context.shared = before, None

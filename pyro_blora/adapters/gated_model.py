@@ -22,7 +22,7 @@ from ..layout import AdapterLayout, Projection
 from ..quantizer.grid import Grid, grids, mixture_weights
 from ..registry import undefined
 from ..tasks.heads import SEQUENCE, Head
-from .gate_context import Gated, Handed, Handover, Observer, handed_over
+from .gate_context import GateContext, Gated, LayerGates, Observer, gates_set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,9 +48,9 @@ class GatedModel(nn.Module):
     start_from_inputs: Callable[[GatedModel, Iterable[dict]], None] | None = None
     """Called once, before the first step, with the net and batches of training inputs; it may make new parameters."""
 
-    def __init__(self, peft_model: nn.Module, layout: AdapterLayout, handover: Handover, head: Head = SEQUENCE):
+    def __init__(self, peft_model: nn.Module, layout: AdapterLayout, gate_context: GateContext, head: Head = SEQUENCE):
         super().__init__()
-        self.peft_model, self.layout, self.handover, self.head = peft_model, layout, handover, head
+        self.peft_model, self.layout, self.gate_context, self.head = peft_model, layout, gate_context, head
         device = next(peft_model.parameters()).device
         self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2], device=device))
 
@@ -123,7 +123,7 @@ class GatedModel(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; the same gates are set there."""
-        settings = {"use_reentrant": False, "context_fn": self.handover.recomputation}
+        settings = {"use_reentrant": False, "context_fn": self.gate_context.recomputation}
         backbone: Any = self.backbone
         if hasattr(backbone, "activation_checkpointing_enable"):  # the name since transformers 5.20
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
@@ -150,17 +150,17 @@ def use_gates(
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
     kept: dict[tuple[int, int], Tensor] | None = {}
-    if torch.is_grad_enabled() or not net.handover.keeps_weights:
+    if torch.is_grad_enabled() or not net.gate_context.keeps_weights:
         kept = None
-    by_tensor, ranks = _handed(net, z, g, opened, at_32)
-    with handed_over(net.handover, Handed(by_tensor, ranks, kept, weights or {})):
+    by_tensor, ranks = _current(net, z, g, opened, at_32)
+    with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {})):
         yield net
 
 
 gates = use_gates  # its older name
 
 
-def _handed(
+def _current(
     net: GatedModel, z: Tensor, g: Tensor, opened: bool, at_32: list[bool] | None
 ) -> tuple[Sequence[Grid | None], Sequence[Tensor] | None]:
     """A grid or None for each (projection, tensor), and the ranks of each projection, or None for all open."""
@@ -191,14 +191,14 @@ def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
     Gradient checkpointing stays on where it reads a block's own training flag, and dropout reads those of inner layers.
     Gradients are to be taken within the block, as the observer sees the recomputation too.
     """
-    training, net.handover.observer = net.training, observer
+    training, net.gate_context.observer = net.training, observer
     net.eval()
     for module in net.modules():
         module.training = getattr(module, "gradient_checkpointing", False) and not _drops_itself(module)
     try:
         yield net
     finally:
-        net.handover.observer = net.handover.shared = None
+        net.gate_context.observer = net.gate_context.shared = None
         net.train(training)
 
 

@@ -1,4 +1,4 @@
-"""The gated linear layers: LoRA as PEFT has it, B-LoRA-XS, and maps without an adapter; all read their `Handover`.
+"""The gated linear layers: LoRA as PEFT has it, B-LoRA-XS, and maps without an adapter; all read their `GateContext`.
 
 One adapted projection computes, with Q the mixture of nested grids (fake_quantize.py), g the rank gates, xq = Q(x):
 
@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from ..layout import BASE, HIDDEN, LORA_A, LORA_B
-from .gate_context import ADAPTER, Gated, Handover
+from .gate_context import ADAPTER, GateContext, Gated
 from .quantized_linear import source_of
 from .xs import factors
 
@@ -32,13 +32,13 @@ class GatedLinear(LoraLinear, Gated):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        handover, index = self.handover, self.index
+        gate_context, index = self.gate_context, self.index
         base: Any = self.get_base_layer()
         down, up = self.low_rank()
         # (..., m) and (..., R)
-        y, hidden = handover.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
-        hidden = handover.ranks(index, handover.activation(index, HIDDEN, hidden))
-        return y + self.scaling[ADAPTER] * handover.product(index, LORA_B, hidden, up)
+        y, hidden = gate_context.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
+        hidden = gate_context.ranks(index, gate_context.activation(index, HIDDEN, hidden))
+        return y + self.scaling[ADAPTER] * gate_context.product(index, LORA_B, hidden, up)
 
     def base_weight(self) -> Tensor:
         base: Any = self.get_base_layer()
@@ -47,7 +47,7 @@ class GatedLinear(LoraLinear, Gated):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(lora_A (R, n), lora_B (m, R)): the parameters, or what was drawn in their place."""
-        down, up = (self.handover.drawn(self.index, name, p) for name, p in self.random_weights().items())
+        down, up = (self.gate_context.drawn(self.index, name, p) for name, p in self.random_weights().items())
         return down, up
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class XSLinear(GatedLinear):
         nn.init.zeros_(self.lora_core.weight)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        core = self.handover.drawn(self.index, "core", self.lora_core.weight)
+        core = self.gate_context.drawn(self.index, "core", self.lora_core.weight)
         with torch.autocast(core.device.type, enabled=False):  # a weight, which is quantized from float32 as LoRA's is
             return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight @ core
 
@@ -82,13 +82,13 @@ class XSLinear(GatedLinear):
 class QuantizedLinear(nn.Module, Gated):
     """A linear map without an adapter whose input and weight are quantized; its parameters keep their names."""
 
-    def __init__(self, linear: nn.Linear, handover: Handover, index: int):
+    def __init__(self, linear: nn.Linear, gate_context: GateContext, index: int):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.handover, self.index = handover, index
+        self.gate_context, self.index = gate_context, index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.handover.products(self.index, x, (BASE, self.weight, self.bias), source=source_of(x))[0]
+        return self.gate_context.products(self.index, x, (BASE, self.weight, self.bias), source=source_of(x))[0]
 
     def base_weight(self) -> Tensor:
         return self.weight

@@ -10,7 +10,7 @@ from torch import nn
 from ..layout import AdapterLayout, Projection
 from ..registries import register_adapter
 from ..tasks.heads import Head
-from .gate_context import Handover
+from .gate_context import GateContext
 from .gated_model import GatedModel
 from .input_pca import start_eva
 from .peft_config import freeze_pooler, lora_config, settle, wrapped
@@ -24,7 +24,7 @@ def gated(
     backbone: nn.Module, layout: AdapterLayout, head: Head, layer: type[GatedLinear] | None, *,
     model: type[GatedModel] = GatedModel, start: Mapping[str, Any] | None = None, **config: Any,
 ) -> GatedModel:  # fmt: skip
-    """Put gated layers of one class into a backbone, quantized maps beside them, all with one `Handover`.
+    """Put gated layers of one class into a backbone, quantized maps beside them, all with one `GateContext`.
 
     head: how the backbone is called and read. layer: the class of adapted projections; None: there are none, and the
     whole backbone learns. start: arguments of each layer's `start`. model: the class that is returned. config: of
@@ -34,7 +34,7 @@ def gated(
 
     settle(backbone)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    handover = Handover(layout.input_owner.tolist() if layout.share_inputs else None)
+    gate_context = GateContext(layout.input_owner.tolist() if layout.share_inputs else None)
     if layer is None:
         layout = layout.without_adapters()
         whole = backbone.requires_grad_(True)
@@ -48,12 +48,12 @@ def gated(
         if projection.adapted:
             if not isinstance(module, GatedLinear):
                 raise RuntimeError(f"PEFT put a {type(module).__name__} at {projection.name} instead of a gated layer")
-            module.handover, module.index = handover, index
+            module.gate_context, module.index = gate_context, index
             module.start(**(start or {}))
         else:
             parent, _, child = projection.name.rpartition(".")
-            setattr(modules[parent], child, QuantizedLinear(module, handover, index))
-    net = model(whole, layout, handover, head)
+            setattr(modules[parent], child, QuantizedLinear(module, gate_context, index))
+    net = model(whole, layout, gate_context, head)
     start_ranges(net, {})
     if checkpointing:
         net.gradient_checkpointing_enable()

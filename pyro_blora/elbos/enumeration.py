@@ -27,7 +27,7 @@ class Enumerate(GateELBO):
     draws = "discrete"
 
     def check(self, family: Guide) -> None:
-        for distribution in family.laws(1.0, True):
+        for distribution in family.distributions(1.0, True):
             _require_gradient(distribution)
         _free(_depth_tables(components(family)))
 
@@ -67,7 +67,7 @@ def _tables_of(at: Evaluation) -> tuple[list[Tensor], list[Tensor]]:
     if at.joint is not None:
         distributions = components(at.joint.family)
         return _depth_tables(distributions), [q.mode[0] for q in distributions]
-    discrete: list[Any] = [getattr(q, "discrete", q) for q in at.laws]
+    discrete: list[Any] = [getattr(q, "discrete", q) for q in at.distributions]
     return [q.depth_probs.flatten(0, -2)[None] for q in discrete], [q.mode for q in discrete]
 
 

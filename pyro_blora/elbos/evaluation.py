@@ -46,7 +46,7 @@ class JointDivergence(dist.TorchDistribution):
         *,
         components: int = 1,
     ):
-        self.family, self.laws, self.prior, self.masks, self.components = (
+        self.family, self.distributions, self.prior, self.masks, self.components = (
             family,
             distributions,
             prior,
@@ -65,7 +65,7 @@ class JointDivergence(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         prior = self.prior()
-        sites = zip(self.laws, prior, self.masks, strict=True)
+        sites = zip(self.distributions, prior, self.masks, strict=True)
         joint, apart = self.divergence(prior), [_masked(kl_divergence(q, p), mask) for q, p, mask in sites]
         return joint.z + joint.g - apart[0] - apart[1]
 
@@ -133,7 +133,7 @@ class Evaluation:
         return bool(self.drawn["z"]["is_observed"])
 
     @property
-    def laws(self) -> Distributions:
+    def distributions(self) -> Distributions:
         """The distributions that the guide's gate sites have."""
         return Gates(*(self.drawn[site]["fn"] for site in _GATES))
 

@@ -26,7 +26,7 @@ class ScoreFunction(GateELBO):
     draws = "discrete"
 
     def check(self, family: Guide) -> None:
-        for distribution in family.laws(1.0, True):
+        for distribution in family.distributions(1.0, True):
             _logits(distribution)
 
     def draw(self, distribution: dist.TorchDistribution) -> Tensor:
@@ -39,7 +39,7 @@ class ScoreFunction(GateELBO):
     def expected_nll(self, at: Evaluation) -> Tensor:
         first, second = (at.nll(Gates(*(pair[i].cumprod(-1) for pair in at.gates))) for i in range(2))
         difference = (first - second).detach() / 2
-        of_z, of_g = (_disarm(_logits(q), pair, difference) for q, pair in zip(at.laws, at.gates, strict=True))
+        of_z, of_g = (_disarm(_logits(q), pair, difference) for q, pair in zip(at.distributions, at.gates, strict=True))
         surrogate = of_z + of_g
         return (first + second) / 2 + surrogate - surrogate.detach()
 

@@ -98,15 +98,18 @@ def _of_weights(parts: Parts) -> dict:
 
     Of Laplace also its prior_precision; of an ensemble the distribution of its members, the first of which this is.
     """
-    law, fits = parts.program.weights, parts.config.fits if parts.config.is_ensemble else 1
-    found: dict[str, Any] = {"random": law.size if law.random else 0, "stored": fits * stored(parts.program)}
+    weights, fits = parts.program.weights, parts.config.fits if parts.config.is_ensemble else 1
+    found: dict[str, Any] = {
+        "random": weights.size if weights.random else 0,
+        "stored": fits * stored(parts.program),
+    }
     if parts.config.weights_of_fits != parts.config.weights:
         found["of"] = parts.config.weights_of_fits
     drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
     if drawn is not None:
         found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
-    if isinstance(law, Laplace):
-        found["prior_precision"] = float(law.prior_precision)
+    if isinstance(weights, Laplace):
+        found["prior_precision"] = float(weights.prior_precision)
     return found
 
 

@@ -29,8 +29,8 @@ from ..registry import adopted, undefined
 class Guide(nn.Module):
     """The variational family of the gates.
 
-    A subclass must define `laws` and `posterior`; the other methods have defaults. A plain nn.Module with these methods
-    works as well.
+    A subclass must define `distributions` and `posterior`; the other methods have defaults. A plain nn.Module with
+    these methods works as well.
 
     Shapes: L projections, T tensors, K gates of a ladder, R ranks, M components; z (L, T, K), g (L, R - 1).
     Units: KLs and log Bayes factors in nats.
@@ -43,14 +43,14 @@ class Guide(nn.Module):
     target_rank = 0
     """For a guide whose ranks the adapter allocates: the average rank at the end."""
 
-    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
+    def distributions(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
         """The variational distributions that training samples: reparametrized, of batch shapes (L, T) and (L,).
 
         They need a KL against NestedBernoulli, registered with torch.distributions.register_kl. hard: draws are
         ladders of 0 and 1. temperature > 0: of the relaxation, which decreases during training; a number or a tensor
         ().
         """
-        raise undefined(self, "laws")
+        raise undefined(self, "distributions")
 
     def posterior(self) -> Gates[NestedBernoulli]:
         """The exact marginal distributions of the ladders, two NestedBernoulli: reported and deployed."""
@@ -67,7 +67,7 @@ class Guide(nn.Module):
 
         Drawing from one component alone would be M times noisier than a mean field.
         """
-        return [self.laws(temperature, hard)]
+        return [self.distributions(temperature, hard)]
 
     def divergence(self, prior: Gates[NestedBernoulli], z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
         """KLs of all existing z and of all existing g, each (), where they are not sums over ladders."""
@@ -75,7 +75,7 @@ class Guide(nn.Module):
 
     @property
     def has_divergence(self) -> bool:
-        """Whether `divergence` is defined; else the KLs of `laws` are summed over the ladders."""
+        """Whether `divergence` is defined; else the KLs of `distributions` are summed over the ladders."""
         return type(self).divergence is not Guide.divergence
 
     def deployed(self) -> Gates[Tensor] | None:
@@ -195,11 +195,12 @@ def build_guide(
     guide = function(layout, prior, **GUIDES.settings(function, settings or {}))
     if isinstance(guide, nn.Module):
         guide = adopted(guide, Guide)
-    missing = [must.__name__ for must in (Guide.laws, Guide.posterior)
+    missing = [must.__name__ for must in (Guide.distributions, Guide.posterior)
                if getattr(type(guide), must.__name__, must) is must]  # fmt: skip
     if missing:
         raise ValueError(
-            f"guide {GUIDES.called(name)!r} must return an nn.Module with laws() and posterior(); missing: {missing}"
+            f"guide {GUIDES.called(name)!r} must return an nn.Module with distributions() and posterior(); "
+            f"missing: {missing}"
         )
     return guide
 

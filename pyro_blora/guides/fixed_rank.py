@@ -34,7 +34,7 @@ class UniformRank(Guide):
         self.register_buffer("z", torch.ones(layout.rank, *layout.z_shape), persistent=False)
         self.register_buffer("g", opened.float(), persistent=False)
 
-    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
+    def distributions(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         rank = int(torch.randint(len(self.z), ()))  # drawn on the host: no transfer
         return _point(Gates(self.z[rank], self.g[rank]))
 
@@ -76,7 +76,7 @@ class Allocated(Guide):
     def _ladders(self) -> Gates[Tensor]:
         return Gates(self.z, (self.before < self.ranks[:, None]).to(self.z))
 
-    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
+    def distributions(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         return _point(self._ladders())
 
     def posterior(self) -> Gates[NestedBernoulli]:

@@ -13,7 +13,7 @@ from .base import LogBayesFactors
 class MeanField(LogBayesFactors):
     """Independent ladders, sampled as relaxed nested Bernoullis."""
 
-    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
+    def distributions(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         return Gates(*(RelaxedNestedBernoulli(x[0], temperature, hard, validate_args=False) for x in self.logits()))
 
     def posterior(self) -> Gates[NestedBernoulli]:
@@ -27,7 +27,7 @@ class Point(LogBayesFactors):
         soft = torch.sigmoid(logits[0]).cumprod(-1)
         return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1
 
-    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
+    def distributions(self, temperature: float | Tensor, hard: bool) -> Gates[dist.TorchDistribution]:
         return Gates(*(dist.Delta(self._deployed(x), event_dim=1, validate_args=False) for x in self.logits()))
 
     def posterior(self) -> Gates[NestedBernoulli]:

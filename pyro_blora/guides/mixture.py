@@ -21,10 +21,10 @@ class Mixture(LogBayesFactors):
 
     KL(q || p) = mean_m KL(q_m || p) - I, where I <= log M nats is the mutual information of gates and component. The
     first part is in closed form, I is averaged over draws of the gates, which need no forward. Pyro's own ELBO would
-    take the KL of the one component that `laws` draws.
+    take the KL of the one component that `distributions` draws.
     """
 
-    def laws(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
+    def distributions(self, temperature: float | Tensor, hard: bool) -> Gates[TorchDistribution]:
         each = self.each_component(temperature, hard)
         return each[int(torch.randint(len(each), ()))]  # drawn on the host: no transfer
 

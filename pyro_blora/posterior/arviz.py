@@ -105,7 +105,7 @@ def to_arviz(
     layout, S = program.net.layout, len(draws.z)
     groups = {
         "posterior": _gate_group(program, layout, draws),
-        "prior": _gate_group(program, layout, draw(program, S, seed=seed, law="prior")),
+        "prior": _gate_group(program, layout, draw(program, S, seed=seed, distribution="prior")),
         "sample_stats": _densities(program, draws),
         "constant_data": _constants(program, layout),
     }

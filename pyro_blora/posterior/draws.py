@@ -61,7 +61,7 @@ def deployed(program: GateProgram) -> Gates:
 
 
 @torch.no_grad()
-def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "posterior") -> Gates:
+def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, distribution: str = "posterior") -> Gates:
     """Discrete draws of all gates, from the guide's `posterior` or from the `prior`.
 
     The same seed gives the same draws on every process, and leaves the global generator as it was.
@@ -70,7 +70,7 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, law: str = "poster
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     with seeded(program, seed):
-        if law == "posterior":
+        if distribution == "posterior":
             return draw_gates(program.gate_guide, draws)
         return Gates(*(q.sample() for q in program.prior.sample_prior(draws)))
 

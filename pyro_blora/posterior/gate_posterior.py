@@ -291,10 +291,10 @@ def marginals_of(posterior: Posterior, chain: int = 0) -> Gates:
     return _marginals(Gates(*(x[chain] for x in posterior.log_q)))
 
 
-def _marginals(log_laws: Gates) -> Gates:
+def _marginals(log_probs_of_depths: Gates) -> Gates:
     """Probabilities that each gate is open, from log probabilities of the depths.  (..., D) -> (..., D - 1)"""
-    return Gates(*map(_opening, log_laws))
+    return Gates(*map(_opening, log_probs_of_depths))
 
 
-def _opening(log_law: Tensor) -> Tensor:
-    return log_law.exp().flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(max=1.0)
+def _opening(log_q: Tensor) -> Tensor:
+    return log_q.exp().flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(max=1.0)

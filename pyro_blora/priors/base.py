@@ -79,7 +79,7 @@ class Prior(nn.Module):
         """Names of the n random rates; where there are some, the next three are needed."""
         return []
 
-    def draw_rates(self, draws: int, law: str = "posterior") -> Tensor:
+    def draw_rates(self, draws: int, distribution: str = "posterior") -> Tensor:
         """(S, n) rates, from their guide (`posterior`) or from their distribution (`prior`)."""
         raise undefined(self, "draw_rates")
 

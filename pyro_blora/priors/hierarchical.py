@@ -88,9 +88,9 @@ class Hierarchical(Prior):
     def rate_names(self) -> list[str]:
         return self.names[self.used]
 
-    def draw_rates(self, draws: int, law: str = "posterior") -> Tensor:
+    def draw_rates(self, draws: int, distribution: str = "posterior") -> Tensor:
         """(S, n) rates in use, from their log-normal guide or from their Gamma distribution."""
-        return self._distribution(law).sample((draws,))[:, self.used]
+        return self._distribution(distribution).sample((draws,))[:, self.used]
 
     def gates_at(self, rates: Tensor) -> Gates[NestedBernoulli]:
         """Distributions of the gates at given rates in use (..., n)."""

@@ -114,11 +114,11 @@ def _check_gates(net: GatedModel, inputs: dict, refuse: Refuse) -> None:
         z[:, index] = 0.0
         if bool(net.layout.z_mask[:, index].any()) and torch.equal(_logits(net, inputs, z, g), opened):
             refuse(
-                f"the bit gates of {tensor!r} change nothing: take every tensor through self.handover (activation, "
+                f"the bit gates of {tensor!r} change nothing: take every tensor through self.gate_context (activation, "
                 "products, product), as GatedLinear does"
             )
     if net.layout.adapted and torch.equal(_logits(net, inputs, g=torch.zeros(net.layout.g_shape)), opened):
-        refuse("the rank gates change nothing: take the hidden vector through self.handover.ranks")
+        refuse("the rank gates change nothing: take the hidden vector through self.gate_context.ranks")
 
 
 @torch.no_grad()
@@ -133,7 +133,9 @@ def _check_drawn(net: GatedModel, inputs: dict, refuse: Refuse) -> None:
         refuse("drawn weights that equal the parameters give other logits: use drawn ones as the parameters are used")
     for key, p in parameters.items():
         if torch.equal(_logits(net, inputs, weights={key: p + 1.0}), opened):
-            refuse(f"a drawn {key[1]!r} changes nothing: read it with self.handover.drawn(self.index, {key[1]!r}, ...)")
+            refuse(
+                f"a drawn {key[1]!r} changes nothing: read it with self.gate_context.drawn(self.index, {key[1]!r}, ...)"
+            )
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def check_guide(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = build_prior(prior, layout, prior_settings)
-        built = build_guide(guide, layout, module, settings)  # refuses what has no laws() or no posterior()
+        built = build_guide(guide, layout, module, settings)  # refuses what has no distributions() or no posterior()
         _Check(refusing(GUIDES, guide), layout, module()).everything(built)
     return built
 
@@ -45,18 +45,18 @@ class _Check:
     def __init__(self, refuse: Refuse, layout: AdapterLayout, prior: Gates):
         self.refuse, self.layout, self.prior = refuse, layout, prior
         self.masks, self.shapes = Gates(layout.z_mask, layout.g_mask), Gates(layout.z_shape, layout.g_shape)
-        self.pins = Gates(*(torch.where(mask[..., None], pinned_logits(law.log_probs), torch.nan)
-                            for law, mask in zip(prior, self.masks, strict=True)))  # fmt: skip
+        self.pins = Gates(*(torch.where(mask[..., None], pinned_logits(distribution.log_probs), torch.nan)
+                            for distribution, mask in zip(prior, self.masks, strict=True)))  # fmt: skip
 
     def everything(self, guide: Guide) -> None:
         for hard in (True, False):
-            self.laws(guide, hard)
+            self.distributions(guide, hard)
         self.gradient(guide)
         self.posterior(guide)
         self.joint(guide)
         self.moves(guide)
         for nats in (0.0, 30.0):  # nothing, and much, learned from the data
-            evidence = Gates(*(nats * torch.randn(law.depth_log_probs.shape) for law in self.prior))
+            evidence = Gates(*(nats * torch.randn(distribution.depth_log_probs.shape) for distribution in self.prior))
             tried(functools.partial(guide.start, evidence), "start(log_bayes_factors)", self.refuse)
             if not all(bool(parameter.isfinite().all()) for parameter in guide.parameters()):
                 self.refuse("after start() its parameters are not finite: clamp infinite log Bayes factors")
@@ -64,16 +64,18 @@ class _Check:
             self.posterior(guide)
             self.joint(guide)
 
-    def laws(self, guide: Guide, hard: bool) -> None:
-        call = f"laws({_TEMPERATURE}, hard={hard})"
-        laws = tried(lambda: Gates(*guide.laws(_TEMPERATURE, hard)), call, self.refuse)
-        for site, law, shape, mask, prior in zip("zg", laws, self.shapes, self.masks, self.prior, strict=True):
-            if not getattr(law, "has_rsample", False):
+    def distributions(self, guide: Guide, hard: bool) -> None:
+        call = f"distributions({_TEMPERATURE}, hard={hard})"
+        distributions = tried(lambda: Gates(*guide.distributions(_TEMPERATURE, hard)), call, self.refuse)
+        for site, distribution, shape, mask, prior in zip(
+            "zg", distributions, self.shapes, self.masks, self.prior, strict=True
+        ):
+            if not getattr(distribution, "has_rsample", False):
                 self.refuse(
-                    f"{site} of {call} is a {type(law).__name__}, which has no reparametrized draw (rsample): return "
-                    "RelaxedNestedBernoulli, or a Delta of a differentiable point"
+                    f"{site} of {call} is a {type(distribution).__name__}, which has no reparametrized draw "
+                    "(rsample): return RelaxedNestedBernoulli, or a Delta of a differentiable point"
                 )
-            value = law.rsample()
+            value = distribution.rsample()
             if tuple(value.shape) != shape:
                 self.refuse(f"a draw of {site} from {call} has shape {tuple(value.shape)}, expected {shape}")
             if not bool(((value >= 0) & (value <= 1)).all()):
@@ -88,10 +90,10 @@ class _Check:
             if hard:
                 self._possible(site, value.detach(), f"a draw from {call}")
             try:
-                kl = torch.where(mask, kl_divergence(law, prior), 0.0)
+                kl = torch.where(mask, kl_divergence(distribution, prior), 0.0)
             except NotImplementedError:
                 self.refuse(
-                    f"no KL divergence is registered for {site}, a {type(law).__name__} against a "
+                    f"no KL divergence is registered for {site}, a {type(distribution).__name__} against a "
                     f"{type(prior).__name__}: register its closed form with torch.distributions.register_kl"
                 )
             if not bool(kl.isfinite().all()):
@@ -111,15 +113,19 @@ class _Check:
         parameters = [parameter for parameter in guide.parameters() if parameter.requires_grad]
         if not parameters:
             return
-        laws = guide.laws(_TEMPERATURE, True)
-        for site, law, prior, mask, pins in zip("zg", laws, self.prior, self.masks, self.pins, strict=True):
+        distributions = guide.distributions(_TEMPERATURE, True)
+        for site, distribution, prior, mask, pins in zip(
+            "zg", distributions, self.prior, self.masks, self.pins, strict=True
+        ):
             is_free = bool((pins.isnan() & mask[..., None]).any())
             # a point costs the same anywhere under a flat prior; a guide that starts as its prior is at its optimum
             is_flat = bool((prior.depth_log_probs.diff().abs() < _FLAT).all())
-            kl = torch.where(mask, kl_divergence(law, prior), 0.0).sum()
-            for what, value, may_be_flat in (("KL", kl, is_flat), ("draw", law.rsample().sum(), False)):
+            kl = torch.where(mask, kl_divergence(distribution, prior), 0.0).sum()
+            for what, value, may_be_flat in (("KL", kl, is_flat), ("draw", distribution.rsample().sum(), False)):
                 if is_free and not value.requires_grad:
-                    self.refuse(f"the {what} of {site} has no gradient: compute laws() from its parameters, undetached")
+                    self.refuse(
+                        f"the {what} of {site} has no gradient: compute distributions() from its parameters, undetached"
+                    )
                 if not value.requires_grad:
                     continue
                 slopes = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
@@ -135,36 +141,39 @@ class _Check:
         posterior = tried(guide.posterior, "posterior()", self.refuse)
         if not isinstance(posterior, Gates):
             self.refuse(f"posterior() must return Gates(z, g), got {type(posterior).__name__}")
-        for site, law, prior, shape, mask, pins in zip(
+        for site, distribution, prior, shape, mask, pins in zip(
             "zg", posterior, self.prior, self.shapes, self.masks, self.pins, strict=True
         ):
-            if not isinstance(law, NestedBernoulli):
+            if not isinstance(distribution, NestedBernoulli):
                 self.refuse(
-                    f"{site} of posterior() must be a NestedBernoulli, got {type(law).__name__}: it is the exact "
-                    "discrete distribution (of a relaxed one, its .discrete)"
+                    f"{site} of posterior() must be a NestedBernoulli, got {type(distribution).__name__}: it is the "
+                    "exact discrete distribution (of a relaxed one, its .discrete)"
                 )
-            if tuple(law.log_probs.shape) != shape:
-                self.refuse(f"{site} of posterior() has shape {tuple(law.log_probs.shape)}, expected {shape}")
-            if not bool((law.log_probs <= 0).all()):
+            if tuple(distribution.log_probs.shape) != shape:
+                self.refuse(f"{site} of posterior() has shape {tuple(distribution.log_probs.shape)}, expected {shape}")
+            if not bool((distribution.log_probs <= 0).all()):
                 self.refuse(f"the log-probabilities of {site} of posterior() must be <= 0 and not nan")
-            held = bool((law.log_probs[pins == torch.inf] == 0).all())
-            if not held or not bool((law.log_probs[pins == -torch.inf] == -torch.inf).all()):
+            held = bool((distribution.log_probs[pins == torch.inf] == 0).all())
+            if not held or not bool((distribution.log_probs[pins == -torch.inf] == -torch.inf).all()):
                 self.refuse(
                     f"posterior() moves gates of {site} that the prior pins: give them log p = 0 or -inf as it does"
                 )
-            if not bool(torch.where(mask, kl_divergence(law, prior), 0.0).isfinite().all()):
+            if not bool(torch.where(mask, kl_divergence(distribution, prior), 0.0).isfinite().all()):
                 self.refuse(f"the KL of {site} of posterior() is not finite: give no depth a probability that has none")
-            self._possible(site, law.mode, "the deployed allocation")
+            self._possible(site, distribution.mode, "the deployed allocation")
 
     def joint(self, guide: Guide) -> None:
         """The posterior is the marginal of the components, whose draws are possible and whose KL is finite."""
         components = tried(guide.components, "components()", self.refuse)
-        for site, law, marginal, shape in zip("zg", components, guide.posterior(), self.shapes, strict=True):
-            if not isinstance(law, NestedBernoulli) or law.log_probs.shape != (len(law.log_probs), *shape):
+        for site, distribution, marginal, shape in zip("zg", components, guide.posterior(), self.shapes, strict=True):
+            if not isinstance(distribution, NestedBernoulli) or distribution.log_probs.shape != (
+                len(distribution.log_probs),
+                *shape,
+            ):
                 self.refuse(
                     f"{site} of components() must be a NestedBernoulli of shape (M, {', '.join(map(str, shape))})"
                 )
-            if not torch.allclose(law.depth_probs.mean(0), marginal.depth_probs, atol=_CLOSE, rtol=0.0):
+            if not torch.allclose(distribution.depth_probs.mean(0), marginal.depth_probs, atol=_CLOSE, rtol=0.0):
                 self.refuse(f"{site} of posterior() is not the mean of its components(): mix their depth probabilities")
         draws = draw_gates(guide, 3)
         for site, value in zip("zg", draws, strict=True):
@@ -181,8 +190,11 @@ class _Check:
             (to,) = move.values()
 
             def both(guide: Guide) -> list[Tensor]:
-                laws = guide.laws(_TEMPERATURE, True)
-                return [*(law.log_probs for law in guide.posterior()), *(law.rsample() for law in laws)]
+                distributions = guide.distributions(_TEMPERATURE, True)
+                return [
+                    *(distribution.log_probs for distribution in guide.posterior()),
+                    *(distribution.rsample() for distribution in distributions),
+                ]
 
             for name, x in zip(("z", "g") * 2, when_moved(guide, move, both, self.refuse), strict=True):
                 found = x.device.type if "device" in move else x.dtype
@@ -192,6 +204,6 @@ class _Check:
         for parameter in twin.parameters():
             parameter.data.fill_(-1.0)
         twin.load_state_dict(guide.state_dict())
-        for site, law, same in zip("zg", guide.posterior(), twin.posterior(), strict=True):
-            if not torch.equal(law.log_probs, same.log_probs):
+        for site, distribution, same in zip("zg", guide.posterior(), twin.posterior(), strict=True):
+            if not torch.equal(distribution.log_probs, same.log_probs):
                 self.refuse(f"{site} is not restored by its state_dict: hold what it learns in parameters or buffers")

@@ -27,14 +27,14 @@ def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, sett
     layout = example_layout() if layout is None else layout
     built = build_prior(prior, layout, settings)  # refuses wrong kinds, shapes and positive log-probabilities
     refuse = refusing(PRIORS, prior)
-    laws = built()
-    for site, law, again in zip("zg", laws, built(), strict=True):
-        if law.log_probs.dtype != torch.float32:
-            refuse(f"{site} is {law.log_probs.dtype}, expected torch.float32: end with .float()")
-        if not torch.equal(law.log_probs, again.log_probs):
+    distributions = built()
+    for site, distribution, again in zip("zg", distributions, built(), strict=True):
+        if distribution.log_probs.dtype != torch.float32:
+            refuse(f"{site} is {distribution.log_probs.dtype}, expected torch.float32: end with .float()")
+        if not torch.equal(distribution.log_probs, again.log_probs):
             refuse(f"two calls gave different distributions of {site}: draw in sample(), or once with a seed")
-    for site, law, twin in zip("zg", laws, build_prior(prior, layout, settings)(), strict=True):
-        if not torch.equal(law.log_probs, twin.log_probs):
+    for site, distribution, twin in zip("zg", distributions, build_prior(prior, layout, settings)(), strict=True):
+        if not torch.equal(distribution.log_probs, twin.log_probs):
             refuse(f"built twice, it gave different distributions of {site}: no run could be repeated; use a seed")
     _check_moves(built, refuse)
     _check_gradients(built, layout, refuse)
@@ -56,9 +56,9 @@ class GatesAlone(GateProgram):
 def _check_moves(prior: Prior, refuse: Refuse) -> None:
     for move in MOVES:
         (to,) = move.values()
-        laws = when_moved(prior, move, lambda prior: prior(), refuse)
-        for site, law in zip("zg", laws, strict=True):
-            found = law.log_probs.device.type if "device" in move else law.log_probs.dtype
+        distributions = when_moved(prior, move, lambda prior: prior(), refuse)
+        for site, distribution in zip("zg", distributions, strict=True):
+            found = distribution.log_probs.device.type if "device" in move else distribution.log_probs.dtype
             if found != to:
                 refuse(f"{site} stays on {found} when the module moves to {to}: {REGISTER}")
 
@@ -88,17 +88,17 @@ def _check_adapts(prior: Prior, rebuilt: Callable[[], Prior], refuse: Refuse) ->
     """What `adapt` and `explain` change is in the state_dict, or a run that is resumed would forget it."""
     with torch.no_grad():
         moved = copy.deepcopy(prior)
-        means = Gates(*(law.mean[None] for law in moved()))
+        means = Gates(*(distribution.mean[None] for distribution in moved()))
         moved.adapt(means)
         L, ranks = means.g.shape[1:]
         moved.explain(torch.linspace(0.5, 0.1, ranks + 1).expand(L, -1))
-        for site, law in zip("zg", moved(), strict=True):
-            if not bool((law.log_probs <= 0).all()):
+        for site, distribution in zip("zg", moved(), strict=True):
+            if not bool((distribution.log_probs <= 0).all()):
                 refuse(f"after adapt() or explain() the log-probabilities of {site} must be <= 0 and not nan")
         fresh = rebuilt()
         fresh.load_state_dict(moved.state_dict())
-        for site, law, restored in zip("zg", moved(), fresh(), strict=True):
-            if not torch.equal(law.log_probs, restored.log_probs):
+        for site, distribution, restored in zip("zg", moved(), fresh(), strict=True):
+            if not torch.equal(distribution.log_probs, restored.log_probs):
                 refuse(f"what it changes in {site} is not in its state_dict: hold it with self.register_buffer")
     for name, value in moved.report().items():
         if not isinstance(value, int | float):

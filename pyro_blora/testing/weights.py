@@ -28,7 +28,7 @@ def check_weights(weights: str | Callable, settings: dict | None = None) -> Weig
         built = build_weights(weights, parameters, head, settings)  # refuses what is no Weights
         _check_theta(built, parameters, refuse)
         if built.in_training:
-            _check_law(built, parameters, refuse)
+            _check_distribution(built, parameters, refuse)
         tried(lambda: built.require(_STEPS, 0), "require(steps, opening)", refuse)
         for step in range(1, _STEPS + 1):
             for parameter in parameters.values():
@@ -59,22 +59,25 @@ def _check_theta(built: Weights, parameters: Parameters, refuse: Refuse) -> None
         refuse("it is in_training and nothing is random: subclass RandomWeights")
 
 
-def _check_law(built: Weights, parameters: Parameters, refuse: Refuse) -> None:
+def _check_distribution(built: Weights, parameters: Parameters, refuse: Refuse) -> None:
     """Check what SVI needs of a learned distribution."""
-    for name in ("law", "prior"):
-        found = tried(built.law if name == "law" else built.prior, f"{name}()", refuse)
+    for name in ("distribution", "prior"):
+        found = tried(built.distribution if name == "distribution" else built.prior, f"{name}()", refuse)
         if tuple(found.event_shape) != (built.size,) or tuple(found.batch_shape) != ():
             refuse(
                 f"{name}() has batch shape {tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}, "
                 f"expected () and ({built.size},): end with .to_event(1)"
             )
-    law, divergence = built.law(), tried(built.divergence, "divergence()", refuse)
-    if not law.has_rsample:
-        refuse(f"law() is a {type(law).__name__}, which has no reparametrized draw (rsample): SVI needs its gradient")
+    distribution, divergence = built.distribution(), tried(built.divergence, "divergence()", refuse)
+    if not distribution.has_rsample:
+        refuse(
+            f"distribution() is a {type(distribution).__name__}, which has no reparametrized draw (rsample): SVI "
+            "needs its gradient"
+        )
     if not isinstance(divergence, Tensor) or divergence.shape != () or not bool(divergence.isfinite()):
-        refuse("divergence() must be KL(law() || prior()), one finite number () in nats, as a tensor")
+        refuse("divergence() must be KL(distribution() || prior()), one finite number () in nats, as a tensor")
     learning = [*built.parameters(), *(parameters[key] for key in built.random)]
-    for what, value in (("KL", divergence), ("draw", law.rsample().square().sum())):
+    for what, value in (("KL", divergence), ("draw", distribution.rsample().square().sum())):
         slopes = torch.autograd.grad(value, learning, allow_unused=True) if value.requires_grad else [None]
         if any(slope is None or not bool(slope.isfinite().all()) for slope in slopes):
             refuse(f"the {what} has no finite gradient in some of its parameters or of the mean: use them, undetached")

@@ -118,7 +118,7 @@ class _Loop:
         origin = identity(self.parts) if self.folder else {}  # before a backbone is sharded
         if sharding_wanted():
             shard(self.program.net.peft_model, accelerator)
-            self.program.net.handover.keeps_weights = False  # all layers' at once would be the whole backbone
+            self.program.net.gate_context.keeps_weights = False  # all layers' at once would be the whole backbone
         self.program.to(accelerator.device)
         self._calibrate()
         release_freed_memory()

@@ -29,14 +29,14 @@ class Weights(nn.Module):
     """theta and its distribution; the defaults are those of a point.
 
     Where theta is random (`RandomWeights`): `draw` and `stored`. Where its distribution is learned by SVI
-    (`in_training`): `law`, `prior` and `divergence`, too. Where it is fitted to the path of the training: `collect` and
-    `finish`. What is learned or fitted is in parameters and buffers, so that it is in checkpoints.
+    (`in_training`): `distribution`, `prior` and `divergence`, too. Where it is fitted to the training's path:
+    `collect` and `finish`. What is learned or fitted is in parameters and buffers, so that it is in checkpoints.
 
     Units: KLs in nats.
     """
 
     in_training = False
-    """Whether theta is a site of the program: drawn in every step, from `law`."""
+    """Whether theta is a site of the program: drawn in every step, from `distribution`."""
     linearized = False
     """Whether predictions are those of the network linearized at theta's mean."""
     curvature: str | None = None
@@ -86,12 +86,12 @@ class Weights(nn.Module):
 
     # --- its distribution ---------------------------------------------------------------------------------------------
 
-    def law(self) -> torch.distributions.Distribution:
+    def distribution(self) -> torch.distributions.Distribution:
         """The guide's distribution of theta, of one event dimension (D,), reparametrized."""
-        raise undefined(self, "law")
+        raise undefined(self, "distribution")
 
     def prior(self) -> torch.distributions.Distribution:
-        """The prior of theta, as `law`."""
+        """The prior of theta, as `distribution`."""
         raise undefined(self, "prior")
 
     def divergence(self) -> Tensor | float:

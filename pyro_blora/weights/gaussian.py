@@ -36,7 +36,7 @@ class Gaussian(RandomWeights):
     def stored(self) -> int:
         return 2 * self.size
 
-    def law(self) -> Distribution:
+    def distribution(self) -> Distribution:
         return dist.Normal(self.mean, self.std, validate_args=False).to_event(1)
 
     def variance(self) -> Tensor:
@@ -54,10 +54,10 @@ class Gaussian(RandomWeights):
         return dist.Normal(torch.zeros_like(self.spread), self.prior_scale(), validate_args=False).to_event(1)
 
     def divergence(self) -> Tensor:
-        return kl_divergence(self.law(), self.prior())
+        return kl_divergence(self.distribution(), self.prior())
 
     def draw(self, draws: int) -> Tensor:
-        return self.law().sample((draws,))
+        return self.distribution().sample((draws,))
 
 
 class LowRank(Gaussian):
@@ -84,11 +84,11 @@ class LowRank(Gaussian):
     def variance(self) -> Tensor:
         return self.std.square() + self.factor.square().sum(-1)
 
-    def law(self) -> Distribution:
+    def distribution(self) -> Distribution:
         return dist.LowRankMultivariateNormal(self.mean, self.factor, self.std.square(), validate_args=False)
 
     def prior(self) -> Distribution:
-        """In the same family as `law`, so that the KL is in closed form."""
+        """In the same family as `distribution`, so that the KL is in closed form."""
         scale = self.prior_scale()
         zeros = torch.zeros_like(scale)
         return dist.LowRankMultivariateNormal(zeros, zeros[:, None], scale.square(), validate_args=False)

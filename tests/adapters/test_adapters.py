@@ -190,7 +190,7 @@ def test_a_call_without_gates_says_what_to_do():
 def test_gates_are_cleared_after_the_block_and_after_an_exception():
     net = gated()
     logits(net, *open_gates(net.layout))
-    assert net.handover.gates is None
+    assert net.gate_context.gates is None
     with pytest.raises(KeyError), adapters.gates(net, *open_gates(net.layout)):
         raise KeyError
     with pytest.raises(RuntimeError, match="called without gates"):
@@ -212,7 +212,7 @@ def test_gates_of_another_shape_are_refused():
     for bad in ((z[None], g), (z, g[None]), (z[:1], g), (z, g[:1]), (z[:, :1], g), (z, g[:, :1]), (z[..., :1], g)):
         with pytest.raises(ValueError, match="do not fit: expected z"), adapters.gates(net, *bad):
             pass
-    assert net.handover.gates is None
+    assert net.gate_context.gates is None
 
 
 def test_a_rank_of_one_has_no_rank_gates():
@@ -256,7 +256,7 @@ def test_a_deep_copy_has_a_handover_of_its_own():
     net = gated(scope="encoder")
     net.train().gradient_checkpointing_enable()
     twin = copy.deepcopy(net)
-    assert {id(layer.handover) for layer in twin.layers()} == {id(twin.handover)} != {id(net.handover)}
+    assert {id(layer.gate_context) for layer in twin.layers()} == {id(twin.gate_context)} != {id(net.gate_context)}
     z, g = open_gates(net.layout)
     assert torch.equal(logits(twin.eval(), z, g), logits(net.eval(), z, g))
     with adapters.gates(net, z, g), pytest.raises(RuntimeError, match="called without gates"):
@@ -277,7 +277,7 @@ def test_every_target_is_a_gated_layer(build, scope):
     for index, projection in enumerate(net.layout.projections):
         layer = modules[projection.name]
         assert type(layer) is (GatedLinear if projection.adapted else QuantizedLinear)
-        assert layer is net.layers()[index] and layer.handover is net.handover
+        assert layer is net.layers()[index] and layer.gate_context is net.gate_context
         if projection.adapted:
             assert layer.lora_A[ADAPTER].weight.shape == (4, projection.in_features)
             assert layer.scaling[ADAPTER] == 6.0 / 4
@@ -388,7 +388,7 @@ def test_calibration_starts_ranges_from_data(scope):
     start = attach(tiny_bert(), **SETTINGS, scope=scope).log_range
     ranges = net.log_range.exp()
     assert bool(ranges.isfinite().all()) and bool((ranges > 0).all())
-    assert net.handover.observer is None
+    assert net.gate_context.observer is None
     for layer, row, unseen in zip(net.layers(), ranges, start.exp(), strict=True):
         adapted = isinstance(layer, GatedLinear)
         weight = layer.get_base_layer().weight if adapted else layer.weight

@@ -1,4 +1,4 @@
-"""B-LoRA-XS: its factors, their cache, its parameter counts, and runs with every law of the weights."""
+"""B-LoRA-XS: its factors, their cache, its parameter counts, and runs with every distribution of the weights."""
 
 import dataclasses
 import json
@@ -197,14 +197,14 @@ def test_under_autocast_the_product_of_factors_stays_in_single_precision():
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_a_run_that_is_cut_off_resumes_to_the_same_bits(backbone, tmp_path, law):
-    if law.startswith("laplace"):
+@pytest.mark.parametrize("distribution", LAWS)
+def test_a_run_that_is_cut_off_resumes_to_the_same_bits(backbone, tmp_path, distribution):
+    if distribution.startswith("laplace"):
         pytest.importorskip("laplace")
-    config = tiny_config(backbone, adapter="xs", epochs=3, **{"lr": 2e-2, **LAWS[law]})
+    config = tiny_config(backbone, adapter="xs", epochs=3, **{"lr": 2e-2, **LAWS[distribution]})
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
     fit(config, folder=tmp_path / "cut", quiet=True, until=10)  # within SWAG's snapshots
-    if law.startswith("laplace"):  # its curvature is found when training has ended
+    if distribution.startswith("laplace"):  # its curvature is found when training has ended
         assert not any("/weights." in name for name in load_file(tmp_path / "cut/checkpoints/state.safetensors"))
     again = fit(config, folder=tmp_path / "cut", quiet=True)
     for (name, a), (_, b) in zip(*(sorted(x.program.state_dict().items()) for x in (whole, again)), strict=True):
@@ -282,14 +282,14 @@ def test_rows_that_are_held_out_are_not_trained_on(backbone):
     assert again.rows["validation"][:] == parts.rows["validation"][:] == other.rows["validation"][:]
 
 
-@pytest.mark.parametrize("law", ["gaussian", "swag", "laplace", "laplace of low rank"])
-def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(backbone, tmp_path, law):
-    if law.startswith("laplace"):
+@pytest.mark.parametrize("distribution", ["gaussian", "swag", "laplace", "laplace of low rank"])
+def test_what_is_loaded_predicts_the_same_and_the_adapter_is_an_ordinary_one(backbone, tmp_path, distribution):
+    if distribution.startswith("laplace"):
         pytest.importorskip("laplace")
-    settings = {"lr": 2e-2, "output_dir": str(tmp_path), "validation": 0.25, **LAWS[law]}
+    settings = {"lr": 2e-2, "output_dir": str(tmp_path), "validation": 0.25, **LAWS[distribution]}
     folder = train_run(tiny_config(backbone, adapter="xs", **settings))
     summary = json.loads((folder / "summary.json").read_text())
-    assert ("prior_precision" in summary["weights"]) == law.startswith("laplace")
+    assert ("prior_precision" in summary["weights"]) == distribution.startswith("laplace")
     assert "96 weights of the adapter are random, by distribution" in (folder / "report.html").read_text()
     assert summary["weights"]["random"] == 6 * 16 and summary["trained_parameters"] > 6 * 16
     program = load(folder)
@@ -323,12 +323,12 @@ def test_rows_held_out_choose_laplaces_prior_precision(backbone, tmp_path):
     pytest.importorskip("laplace")
     config = tiny_config(backbone, adapter="xs", lr=2e-2, weights="laplace", validation=0.25)
     parts = fit(config, quiet=True).parts
-    law, train, held_out = parts.program.weights, *(
+    distribution, train, held_out = parts.program.weights, *(
         on_device(by_length(parts.tokens[split], parts.collate, 16)[0], "cpu") for split in ("train", "validation")
     )  # fmt: skip
-    found = law.prior_precision.item()
+    found = distribution.prior_precision.item()
     fit_laplace(parts.program, list(train), deployed(parts.program), held_out)
-    assert law.prior_precision.item() == pytest.approx(found, rel=1e-4)
+    assert distribution.prior_precision.item() == pytest.approx(found, rel=1e-4)
     without = fit(dataclasses.replace(config, validation=0.0), quiet=True).program.weights
     assert without.prior_precision.item() != pytest.approx(found, rel=0.1)
 
@@ -361,10 +361,10 @@ def test_the_temperature_is_that_of_the_rows_held_out(backbone, tmp_path):
     assert found == pytest.approx(expected, rel=1e-3) and abs(found - 1) > 0.01
 
 
-@pytest.mark.parametrize("law", [{}, {"weights": "ensemble", "weights_settings": {"members": 2}}], ids=str)
-def test_other_sentences_are_scored_by_uncertainty(tmp_path, backbone, glue_dir, law):
+@pytest.mark.parametrize("distribution", [{}, {"weights": "ensemble", "weights_settings": {"members": 2}}], ids=str)
+def test_other_sentences_are_scored_by_uncertainty(tmp_path, backbone, glue_dir, distribution):
     config = tiny_config(backbone, adapter="xs", glue_dir=str(glue_dir), ood_task="wnli", validation=0.2, lr=2e-2,
-                         output_dir=str(tmp_path), **law)  # fmt: skip
+                         output_dir=str(tmp_path), **distribution)  # fmt: skip
     folder = train_run(config)
     calibration = json.loads((folder / "summary.json").read_text())["calibration"]
     assert calibration["averaged"]["temperature"] > 0

@@ -205,7 +205,7 @@ def test_dylora_draws_one_rank_for_all_and_reports_every_rank(runs):
 def test_dylora_trains_truncated_adapters(backbone):
     program = build(tiny_config(backbone, method="dylora")).program
     torch.manual_seed(0)
-    seen = [program.gate_guide.laws(0.5, program.hard).g.rsample() for _ in range(20)]
+    seen = [program.gate_guide.distributions(0.5, program.hard).g.rsample() for _ in range(20)]
     assert all(bool(((g == 0) | (g == 1)).all()) for g in seen)
     assert len({g.sum().item() for g in seen}) == 4 and all(torch.equal(g, g[:1].expand_as(g)) for g in seen)
 

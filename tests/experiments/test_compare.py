@@ -108,9 +108,9 @@ def test_leave_one_out_is_given_the_densities_of_its_draws(results, monkeypatch)
     loo.loo_of_run(compare.Path(folder), 16, 20)
     log_likelihood, log_joint, log_q = seen
     program = load(folder)
-    gates, laws, prior = draw(program, 20), program.gate_guide.posterior(), program.prior()
-    of = [sum(law.log_prob(x).flatten(1).sum(-1).detach() for law, x in zip(pair, gates, strict=True))
-          for pair in (prior, laws)]  # fmt: skip
+    gates, distributions, prior = draw(program, 20), program.gate_guide.posterior(), program.prior()
+    of = [sum(distribution.log_prob(x).flatten(1).sum(-1).detach() for distribution, x in zip(pair, gates, strict=True))
+          for pair in (prior, distributions)]  # fmt: skip
     assert np.allclose(log_joint, of[0] + log_likelihood.sum(-1) * program.n_train / 16, atol=1e-3)
     assert np.allclose(log_q, of[1], atol=1e-3) and log_likelihood.shape == (20, 16)
 

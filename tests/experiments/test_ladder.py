@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.ladder import rungs, sbc
-from experiments.ladder.batched import nll, trained_laws
+from experiments.ladder.batched import nll, trained_posteriors
 from experiments.ladder.calibration import Simulations, calibration, ecdf_p_value
 from experiments.ladder.fitting import svi
 from experiments.ladder.gradients import estimators, exact_gradient, place, quality, sampled
@@ -61,17 +61,17 @@ def test_the_table_equals_enumeration_through_the_network(problems):
     program.elbo = build_elbo("enumerate", program.gate_guide)
     with torch.no_grad():
         forwards = program.terms(problem.inputs, problem.labels).nll
-    expected = problem.table.expected_nll(rungs.log_law(program, problem)) / len(problem.labels)
+    expected = problem.table.expected_nll(rungs.log_q(program, problem)) / len(problem.labels)
     assert forwards.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["twelve gates", "network"])
 def test_the_exact_mean_field_is_a_fixed_point_of_coordinate_ascent(problems, name):
     table = problems[name].table
-    law, elbo = best_on_table(table.states, table.log_joint, restarts=2, steps=600)
+    distribution, elbo = best_on_table(table.states, table.log_joint, restarts=2, steps=600)
     assert elbo.item() < table.log_evidence
-    swept = coordinate_sweep(table.states, table.log_joint, law)
-    torch.testing.assert_close(table.marginals(swept.exp()), table.marginals(law.exp()), atol=2e-3, rtol=0)
+    swept = coordinate_sweep(table.states, table.log_joint, distribution)
+    torch.testing.assert_close(table.marginals(swept.exp()), table.marginals(distribution.exp()), atol=2e-3, rtol=0)
 
 
 def test_a_mixture_comes_closer_than_a_mean_field(problems):
@@ -128,14 +128,14 @@ def simulations(network):
 
 
 def test_the_exact_posterior_is_calibrated(network, simulations):
-    law = sbc.on_table(network, simulations, 0)
-    require(sbc.checks("exact posterior", calibration(network.states, simulations, law)))
+    distribution = sbc.on_table(network, simulations, 0)
+    require(sbc.checks("exact posterior", calibration(network.states, simulations, distribution)))
 
 
 @pytest.mark.parametrize(("power", "statistic"), [(3.0, "gates"), (0.2, "log-likelihood")])
 def test_an_overconfident_or_a_timid_law_is_found_out(network, simulations, power, statistic):
-    law = (power * sbc.on_table(network, simulations, 0).log()).softmax(-1)
-    found = calibration(network.states, simulations, law)
+    distribution = (power * sbc.on_table(network, simulations, 0).log()).softmax(-1)
+    found = calibration(network.states, simulations, distribution)
     assert not {c.quantity: c for c in sbc.checks("wrong", found)}[statistic].passed
     assert (found.overconfidence > 0) == (power > 1)
 
@@ -197,7 +197,11 @@ def test_a_warm_relaxation_is_biased(problems, placed):
 
 def test_trainings_in_parallel_are_those_in_turn(network, simulations):
     few = simulations.split(3)[0]
-    for name in ("truth", "labels", "log_likelihood"):  # parts are in order: each law is held against its own truth
+    for name in (
+        "truth",
+        "labels",
+        "log_likelihood",
+    ):  # parts are in order: each distribution is held against its own truth
         assert torch.equal(torch.cat([getattr(part, name) for part in few.split(2)]), getattr(simulations, name)[:3])
     in_turn, forked = (sbc.shipped(network, few, steps=20, batch=2, processes=n) for n in (1, 2))
     assert torch.equal(in_turn, forked) and not torch.equal(in_turn[0], in_turn[1])
@@ -207,8 +211,8 @@ def test_trainings_in_parallel_are_those_in_turn(network, simulations):
 def test_one_simulation_in_a_batch_is_trained_as_svi_trains_it(network, simulations):
     one = simulations.split(1)[0]
     problem = network.problem().with_labels(one.labels[0], one.log_likelihood[0])
-    alone = rungs.log_law(svi(problem.program(), problem, steps=20), problem).exp()
-    torch.testing.assert_close(trained_laws(network, one, steps=20)[0], alone, atol=1e-6, rtol=0)
+    alone = rungs.log_q(svi(problem.program(), problem, steps=20), problem).exp()
+    torch.testing.assert_close(trained_posteriors(network, one, steps=20)[0], alone, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("free", [("base",), ("input", "base")])
@@ -216,7 +220,10 @@ def test_a_batch_of_simulations_has_the_likelihood_and_gradients_of_each(eager, 
     network = Network(examples=16, free=free)
     program = network.program()
     torch.manual_seed(0)
-    draws = [[law.rsample().detach() for law in program.gate_guide.laws(0.5, False)] for _ in range(3)]
+    draws = [
+        [distribution.rsample().detach() for distribution in program.gate_guide.distributions(0.5, False)]
+        for _ in range(3)
+    ]
     gates = Gates(*(torch.stack(site).requires_grad_() for site in zip(*draws, strict=True)))
     labels = torch.randint(2, (3, 16))
     together = nll(network, gates, labels)

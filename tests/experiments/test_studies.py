@@ -11,7 +11,7 @@ from scipy import stats
 from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
-from experiments.studies.weight_laws import ensembles
+from experiments.studies.weight_distributions import ensembles
 from experiments.studies.weights_page import (
     comparisons,
     difference,
@@ -110,12 +110,12 @@ def test_the_cells_that_are_kept_are_still_those_of_their_configurations():
         kept(path, dataclasses.replace(config, seed=config.seed + 1))
 
 
-# --- laws of the weights ----------------------------------------------------------------------------------------------
+# --- distributions of the weights -------------------------------------------------------------------------------------
 
 
-def law_row(path, law, log_odds, *, task="sst2", seed=0, temperature=1.0, held_out=(2.0, -2.0, 1.0), **more):
-    """A row of experiments/weights.py: what a law predicts of four examples, labelled 0, 1, 1, 1."""
-    return {"task": task, "path": path, "law": law, "seed": seed, "temperature": temperature,
+def law_row(path, distribution, log_odds, *, task="sst2", seed=0, temperature=1.0, held_out=(2.0, -2.0, 1.0), **more):
+    """A row of experiments/weights.py: what a distribution predicts of four examples, labelled 0, 1, 1, 1."""
+    return {"task": task, "path": path, "law": distribution, "seed": seed, "temperature": temperature,
             "log_odds": {"eval": list(log_odds), "validation": list(held_out)},
             "cell": {"labels": {"eval": [0, 1, 1, 1], "validation": [1, 0, 0]}, "config": {"max_train": 100}},
             "parameters": 10, "stored": 10, **more}  # fmt: skip

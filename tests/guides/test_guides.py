@@ -1,4 +1,4 @@
-"""What a guide holds: evidence in nats beside the prior's; and a mixture's joint law, against enumeration."""
+"""What a guide holds: evidence in nats beside the prior's; and a mixture's joint distribution, against enumeration."""
 
 import math
 
@@ -49,8 +49,10 @@ def test_a_started_guide_is_the_prior_times_the_evidence(prior, layout, monkeypa
     monkeypatch.setattr(mixture, "_SPREAD", 0.0)
     prior = build_prior(prior, layout, {"rate": 0.8, "rank_rate": 0.5})
     torch.manual_seed(0)
-    evidence = Gates(*(2 * torch.randn(law.depth_log_probs.shape) for law in prior()))
-    exact = [(law.depth_log_probs + said).softmax(-1) for law, said in zip(prior(), evidence, strict=True)]
+    evidence = Gates(*(2 * torch.randn(distribution.depth_log_probs.shape) for distribution in prior()))
+    exact = [
+        (distribution.depth_log_probs + said).softmax(-1) for distribution, said in zip(prior(), evidence, strict=True)
+    ]
     existing = [probs[mask] for probs, mask in zip(exact, (layout.z_mask, layout.g_mask), strict=True)]
     for name in ("mean_field", "mixture"):
         guide = build_guide(name, layout, prior)
@@ -77,8 +79,8 @@ def test_without_evidence_the_posterior_is_the_prior(rate, layout):
 @pytest.mark.parametrize("logit", [-1.0, 0.0, 4.0])
 def test_a_guide_opens_at_its_log_odds_whatever_the_prior(logit, rate, layout):
     posterior = build_guide("mean_field", layout, Rates(layout, rate), {"open_logit": logit}).posterior()
-    for law, exists in zip(posterior, masks(layout), strict=True):
-        opening = law.log_probs.exp()[exists]
+    for distribution, exists in zip(posterior, masks(layout), strict=True):
+        opening = distribution.log_probs.exp()[exists]
         torch.testing.assert_close(opening, torch.tensor(logit).sigmoid().expand(opening.shape), atol=0.02, rtol=0)
 
 
@@ -88,8 +90,8 @@ def test_evidence_that_is_sure_is_undone_by_as_many_nats(nats, layout):
     prior = Rates(layout, 0.7)
     guide = build_guide("mean_field", layout, prior)
     guide.start(steps(layout, nats))
-    for law, exists in zip(guide.posterior(), masks(layout), strict=True):
-        assert torch.equal(law.mean[exists], torch.full_like(law.mean[exists], float(nats > 0)))
+    for distribution, exists in zip(guide.posterior(), masks(layout), strict=True):
+        assert torch.equal(distribution.mean[exists], torch.full_like(distribution.mean[exists], float(nats > 0)))
     with torch.no_grad():
         guide.z_evidence -= nats
         guide.g_evidence -= nats
@@ -107,19 +109,21 @@ def test_evidence_that_is_sure_is_undone_by_as_many_nats(nats, layout):
 def test_a_prior_that_moves_moves_the_gates_in_the_same_call(name, layout):
     prior = Rates(layout, 1.0)
     guide = build_guide(name, layout, prior, {"open_logit": 0.5})
-    before = [law.depth_log_probs.detach() for law in guide.components()]
+    before = [distribution.depth_log_probs.detach() for distribution in guide.components()]
     with torch.no_grad():
         prior.rate.fill_(3.0)
-    moved = [law.depth_log_probs for law in prior()]
+    moved = [distribution.depth_log_probs for distribution in prior()]
     with torch.no_grad():
         prior.rate.fill_(1.0)
-    stood = [law.depth_log_probs for law in prior()]
+    stood = [distribution.depth_log_probs for distribution in prior()]
     with torch.no_grad():
         prior.rate.fill_(3.0)
-    for law, old, new, at_start, exists in zip(guide.components(), before, moved, stood, masks(layout), strict=True):
+    for distribution, old, new, at_start, exists in zip(
+        guide.components(), before, moved, stood, masks(layout), strict=True
+    ):
         expected = NestedBernoulli.from_depth_logits(old + new - at_start).mean
-        torch.testing.assert_close(law.mean[:, exists], expected[:, exists], atol=1e-5, rtol=1e-4)
-    slopes = torch.autograd.grad(guide.laws(0.5, True).z.mean.sum(), prior.rate)
+        torch.testing.assert_close(distribution.mean[:, exists], expected[:, exists], atol=1e-5, rtol=1e-4)
+    slopes = torch.autograd.grad(guide.distributions(0.5, True).z.mean.sum(), prior.rate)
     assert slopes[0] < 0
 
 
@@ -132,15 +136,15 @@ def test_a_point_guide_is_the_chain_whose_product_exceeds_one_half(layout):
     z = layout.z_mask
     expected = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(layout.z_shape)[z]
     assert torch.equal(guide.posterior().z.mean[z], expected)
-    assert torch.equal(guide.laws(0.5, True).z.rsample()[z], expected)
-    kl = kl_divergence(guide.laws(0.5, True).z, prior().z)
+    assert torch.equal(guide.distributions(0.5, True).z.rsample()[z], expected)
+    kl = kl_divergence(guide.distributions(0.5, True).z, prior().z)
     torch.testing.assert_close(kl[z], torch.full_like(kl[z], 3 * math.log(2)))  # -log prior of depth 2
 
 
 def test_a_hard_draw_of_a_guide_follows_its_posterior(layout):
     torch.manual_seed(0)
     guide = build_guide("mean_field", layout, build_prior("nested", layout), {"open_logit": 0.3})
-    draws = guide.laws(0.5, True).z.rsample((5000,)).mean(0)[layout.z_mask].mean(0)
+    draws = guide.distributions(0.5, True).z.rsample((5000,)).mean(0)[layout.z_mask].mean(0)
     torch.testing.assert_close(draws, guide.posterior().z.mean[0, 0], atol=0.02, rtol=0)
 
 
@@ -158,22 +162,24 @@ def mixture_of(layout, components=3, scale=1.5, rate=0.5):
     return guide, prior
 
 
-def densities(laws, states, layout):
+def densities(distributions, states, layout):
     """log P(state) under each component, from products of depth probabilities.  (S, M)"""
     total = 0.0
-    for law, gates, mask in zip(laws, states, (layout.z_mask, layout.g_mask), strict=True):
+    for distribution, gates, mask in zip(distributions, states, (layout.z_mask, layout.g_mask), strict=True):
         depth = gates.sum(-1).long()[:, None, ..., None]  # (S, 1, ..., 1)
-        table = law.depth_log_probs.expand(len(depth), *(-1,) * law.depth_log_probs.dim())  # (S, M, ..., K + 1)
+        table = distribution.depth_log_probs.expand(
+            len(depth), *(-1,) * distribution.depth_log_probs.dim()
+        )  # (S, M, ..., K + 1)
         picked = table.gather(-1, depth.expand(*table.shape[:-1], 1))[..., 0]
         total = total + torch.where(mask, picked, 0.0).flatten(2).sum(-1)
     return total
 
 
 def enumerated_kl(guide, prior, layout):
-    """KL of the joint law from the prior, and I(component; gates), summed over every state."""
+    """KL of the joint distribution from the prior, and I(component; gates), summed over every state."""
     states = every_state(layout)
     each = densities(guide.components(), states, layout)
-    log_p = densities([NestedBernoulli(law.log_probs[None]) for law in prior()], states, layout)[:, 0]
+    log_p = densities([NestedBernoulli(distribution.log_probs[None]) for distribution in prior()], states, layout)[:, 0]
     log_q = each.logsumexp(-1) - math.log(each.shape[-1])
     kl = (log_q.exp() * (log_q - log_p)).sum()
     information = (each.exp() * (each - log_q[:, None])).sum(0).mean()
@@ -210,8 +216,8 @@ def test_the_posterior_of_a_mixture_is_its_marginals():
     guide, _ = mixture_of(layout)
     states = every_state(layout)
     q = log_prob(guide, states, layout.z_mask, layout.g_mask).exp()
-    for law, gates in zip(guide.posterior(), states, strict=True):
-        torch.testing.assert_close(law.mean, torch.einsum("s,s...->...", q, gates), atol=1e-5, rtol=1e-4)
+    for distribution, gates in zip(guide.posterior(), states, strict=True):
+        torch.testing.assert_close(distribution.mean, torch.einsum("s,s...->...", q, gates), atol=1e-5, rtol=1e-4)
 
 
 def test_the_divergence_of_a_mixture_and_its_slope_are_those_of_the_joint_law_on_average():
@@ -267,7 +273,7 @@ def test_bops_under_a_mixture_are_those_of_every_state():
     states = every_state(layout)
     with torch.no_grad():
         q = log_prob(guide, states, layout.z_mask, layout.g_mask).exp().double()
-        marginal = expected_bops(layout, *(law.mean for law in guide.posterior()))
+        marginal = expected_bops(layout, *(distribution.mean for distribution in guide.posterior()))
     for ours, each, mean_field in zip(bops(program), expected_bops(layout, *states), marginal, strict=True):
         torch.testing.assert_close(ours, q @ each, rtol=1e-5, atol=0)
         assert abs(ours - mean_field) > 1e-3 * ours  # bits of an input and of its weight trade off
@@ -293,9 +299,9 @@ def test_of_two_gates_that_stand_in_for_each_other_a_mixture_deploys_one():
     assert bool((marginal[0, :2] < 0.5).all())
     assert deployed(program).z[0, :2].flatten().tolist() == [0, 1]
     candidates = every_state(layout)
-    law = log_prob(guide, candidates, layout.z_mask, layout.g_mask)
+    distribution = log_prob(guide, candidates, layout.z_mask, layout.g_mask)
     chosen = log_prob(guide, type(candidates)(*(x[None] for x in deployed(program))), layout.z_mask, layout.g_mask)
-    assert chosen.item() == pytest.approx(law.max().item(), abs=1e-5)
+    assert chosen.item() == pytest.approx(distribution.max().item(), abs=1e-5)
 
 
 def test_the_components_of_a_mixture_start_apart(layout):
@@ -303,8 +309,8 @@ def test_the_components_of_a_mixture_start_apart(layout):
     prior = Rates(layout, 1.0)
     fresh = build_guide("mixture", layout, prior, {"components": 3})
     fresh.start(steps(layout, 0.0))
-    for laws in (guide.components(), fresh.components()):
-        z = laws.z.log_probs[:, layout.z_mask]
+    for distributions in (guide.components(), fresh.components()):
+        z = distributions.z.log_probs[:, layout.z_mask]
         assert len(z) == 3 and bool(((z[0] != z[1]) & (z[1] != z[2])).all())
 
 
@@ -321,12 +327,12 @@ def test_a_family_that_changes_the_log_odds_does_so_once_in_the_elbo(layout):
             return Gates(*(2 * x for x in super().logits()))
 
     guide = Sharper(layout, build_prior("nested", layout, {}), open_logit=1.5)
-    alone = guide.laws(0.5, False)
+    alone = guide.distributions(0.5, False)
     with guide.computed_once():
-        shared = guide.laws(0.5, False)
-    again = guide.laws(0.5, False)
-    for law, within, after in zip(alone, shared, again, strict=True):
-        assert torch.equal(law.logits, within.logits) and torch.equal(law.logits, after.logits)
+        shared = guide.distributions(0.5, False)
+    again = guide.distributions(0.5, False)
+    for distribution, within, after in zip(alone, shared, again, strict=True):
+        assert torch.equal(distribution.logits, within.logits) and torch.equal(distribution.logits, after.logits)
 
 
 def test_sampling_and_kl_compute_the_log_odds_once(layout, monkeypatch):
@@ -334,9 +340,9 @@ def test_sampling_and_kl_compute_the_log_odds_once(layout, monkeypatch):
     inner = base.conditional_logits
     monkeypatch.setattr(base, "conditional_logits", lambda x: calls.append(x) or inner(x))
     with guide.computed_once():
-        first = guide.laws(0.5, False)
-        guide.laws(0.5, True), guide.components()
+        first = guide.distributions(0.5, False)
+        guide.distributions(0.5, True), guide.components()
         assert len(calls) == sum(guide.free)  # once for each site that has anything free
     with torch.no_grad():
         guide.z_evidence.add_(1.0)
-    assert not torch.equal(first.z.logits, guide.laws(0.5, False).z.logits)  # nothing is kept afterwards
+    assert not torch.equal(first.z.logits, guide.distributions(0.5, False).z.logits)  # nothing is kept afterwards

@@ -45,10 +45,10 @@ def data_of(seed=0, draws=8, scope="adapted", rank=4, prior="nested", examples=6
     """An untrained program's draws and predictions, as a run saves them."""
     torch.manual_seed(seed)
     net = attach(tiny_bert(), rank=rank, scope=scope, sequence_length=10)
-    law = build_prior(prior, net.layout, {})
-    guide = build_guide("mean_field", net.layout, law, {"open_logit": 0.5})
+    distribution = build_prior(prior, net.layout, {})
+    guide = build_guide("mean_field", net.layout, distribution, {"open_logit": 0.5})
     task = get_task("acceptability")
-    program = BayesianLoRA(net, law, guide, task.likelihood, n_train=100).eval()
+    program = BayesianLoRA(net, distribution, guide, task.likelihood, n_train=100).eval()
     gates = draw(program, draws, seed=seed)
     prediction = predict(program, [batch(examples)], gates=gates)
     clipped = torch.rand(net.layout.z_shape[:2])
@@ -261,7 +261,9 @@ def test_arviz_summarises_and_draws_by_name(opened):
     assert "ranks[1.value]" in table.index and "bops_adapted" in table.index
     assert rhat.dims == ("projection", "tensor")
     if chains > 1:
-        assert float(rhat.sel(projection="0.query", tensor="base")) == pytest.approx(1, abs=0.2)  # two laws alike
+        assert float(rhat.sel(projection="0.query", tensor="base")) == pytest.approx(
+            1, abs=0.2
+        )  # two distributions alike
     if scope == "encoder":
         assert (
             np.isnan(bits_of(data, "0.output", "lora_A")).all()
@@ -282,8 +284,8 @@ def test_a_gate_is_found_by_layer_type_tensor_and_rung(opened):
     assert np.array_equal(gate.values == 1, width.values >= 8)
     values = posterior["ranks"].where(constant["type"] == "value", drop=True)
     assert list(values["projection"].values) == ["0.value", "1.value"]
-    law = constant["log_q_width"].sel(projection="1.value", tensor="lora_A", component=0)
-    at_least = np.exp(law.sel(width=[8, 16, 32])).sum("width")
+    distribution = constant["log_q_width"].sel(projection="1.value", tensor="lora_A", component=0)
+    at_least = np.exp(distribution.sel(width=[8, 16, 32])).sum("width")
     marginal = constant["z_marginal"].sel(projection="1.value", tensor="lora_A", rung=8)
     np.testing.assert_allclose(at_least, marginal, atol=1e-5)
     np.testing.assert_allclose(gate.mean("draw"), marginal, atol=5 * 0.5 / 40**0.5)

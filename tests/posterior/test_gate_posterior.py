@@ -38,12 +38,12 @@ def made(guide="mean_field", prior="nested", scope="adapted", seed=0, size=4, **
     """A program of `size` ranks whose gates are neither sure nor even, untrained."""
     torch.manual_seed(seed)
     net = attach(tiny_bert(), rank=size, scope=scope, sequence_length=10)
-    law = build_prior(prior, net.layout, settings)
-    family = build_guide(guide, net.layout, law, {"components": 3} if guide == "mixture" else {})
+    distribution = build_prior(prior, net.layout, settings)
+    family = build_guide(guide, net.layout, distribution, {"components": 3} if guide == "mixture" else {})
     with torch.no_grad():
         for parameter in family.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    return BayesianLoRA(net, law, family, get_task("acceptability").likelihood, n_train=100)
+    return BayesianLoRA(net, distribution, family, get_task("acceptability").likelihood, n_train=100)
 
 
 def opened(program, draws=20):
@@ -77,7 +77,7 @@ def written(log_q, log_prior, draws=None):
 
 
 def toy_laws(M, pinned=False, seed=0):
-    """Random laws of one chain: guide and prior, the prior of z never at 32 bit and never closed where pinned."""
+    """Random distributions of one chain: guide and prior, the prior of z never at 32 bit, never closed if pinned."""
     layout, generator = toy_layout(), torch.Generator().manual_seed(seed)
     shapes = [(*s[:-1], s[-1] + 1) for s in (layout.z_shape, layout.g_shape)]
     prior = [torch.randn(1, *s, generator=generator, dtype=torch.float64) for s in shapes]
@@ -91,14 +91,14 @@ def toy_laws(M, pinned=False, seed=0):
     return Gates(*guide), Gates(*prior)
 
 
-def of_states(states, laws):
-    """log probabilities (S, ...) of every state: laws with z (..., L, T, K + 1) and g (..., L, R), one chain of gates
+def of_states(states, distributions):
+    """log probabilities (S, ...) of every state: distributions with z (..., L, T, K + 1) and g (..., L, R), one ladder
     each, which are summed over the ones that exist."""
     layout, total = toy_layout(), 0.0
-    for chains, law, mask in zip(states, laws, (layout.z_mask, layout.g_mask), strict=True):
-        one_hot = torch.nn.functional.one_hot(chains.sum(-1).long(), law.shape[-1]).bool()
-        one_hot = one_hot.view(len(chains), *[1] * (law.dim() - one_hot.dim() + 1), *one_hot.shape[1:])
-        picked = torch.where(one_hot, law, 0.0).sum(-1)
+    for chains, distribution, mask in zip(states, distributions, (layout.z_mask, layout.g_mask), strict=True):
+        one_hot = torch.nn.functional.one_hot(chains.sum(-1).long(), distribution.shape[-1]).bool()
+        one_hot = one_hot.view(len(chains), *[1] * (distribution.dim() - one_hot.dim() + 1), *one_hot.shape[1:])
+        picked = torch.where(one_hot, distribution, 0.0).sum(-1)
         total = total + torch.where(mask, picked, 0.0).flatten(-mask.dim()).sum(-1)
     return total
 
@@ -129,7 +129,10 @@ def test_a_forced_gate_is_the_law_of_every_state_in_which_it_is_so(M, pinned):
             assert found.bops_adapted == pytest.approx(float(then @ spent.adapted_ratio))
             assert found.bops_model == pytest.approx(float(then @ spent.model_ratio))
             assert found.before_adapted == pytest.approx(float(q @ spent.adapted_ratio))
-            before, after = (torch.stack([law[depths == d].sum() for d in range(len(p))]).double() for law in (q, then))
+            before, after = (
+                torch.stack([distribution[depths == d].sum() for d in range(len(p))]).double()
+                for distribution in (q, then)
+            )
             data = [float((b - a) * (b.log() - x)) for a, b, x in zip(after, before, p, strict=True) if b > 0]
             assert found.nll_rise == pytest.approx(sum(data), abs=1e-9)
     assert told == 2 * pinned  # 32 bit cannot be open, and what is never at 2 bit cannot be closed
@@ -142,8 +145,8 @@ def test_rates_times_a_factor_are_prior_over_prior_in_every_state(M, factor):
     states = every_state(toy_layout())
     posterior = written(log_q, log_prior, states)
     other = []
-    for law in log_prior:
-        at_least = law.exp().flip(-1).cumsum(-1).flip(-1)
+    for distribution in log_prior:
+        at_least = distribution.exp().flip(-1).cumsum(-1).flip(-1)
         opening = (at_least[..., 1:] / at_least[..., :-1]) ** factor  # exp(-factor * rate)
         reached = torch.cat([torch.ones_like(opening[..., :1]), opening.cumprod(-1)], -1)
         other.append((reached * torch.cat([1 - opening, torch.ones_like(opening[..., :1])], -1)).log())
@@ -161,12 +164,14 @@ def test_rates_times_a_factor_are_prior_over_prior_in_every_state(M, factor):
 def test_moments_divergences_and_choices_are_those_of_the_laws():
     log_q, log_prior = toy_laws(3, pinned=True)
     posterior, layout = written(log_q, log_prior), toy_layout()
-    law, values = log_q.z[0].exp().mean(0), torch.tensor(layout.ladder, dtype=torch.float64)
+    distribution, values = log_q.z[0].exp().mean(0), torch.tensor(layout.ladder, dtype=torch.float64)
     mean, variance = posterior.moments().z[:, 0]
     exists = layout.z_mask
-    assert torch.allclose(mean[exists], (law @ values)[exists])
-    assert torch.allclose(variance[exists], (law * (values - (law @ values)[..., None]) ** 2).sum(-1)[exists])
-    kl = torch.where(law > 0, law * (law.log() - log_prior.z[0]), 0.0).sum(-1)
+    assert torch.allclose(mean[exists], (distribution @ values)[exists])
+    assert torch.allclose(
+        variance[exists], (distribution * (values - (distribution @ values)[..., None]) ** 2).sum(-1)[exists]
+    )
+    kl = torch.where(distribution > 0, distribution * (distribution.log() - log_prior.z[0]), 0.0).sum(-1)
     assert torch.allclose(posterior.kl().z[exists], kl[exists]) and not posterior.kl().z[~exists].any()
     assert torch.equal(posterior.free().z, exists) and torch.equal(posterior.free().g, layout.g_mask)
 
@@ -192,8 +197,8 @@ def test_the_file_says_what_the_program_says(guide, scope):
     for mine, theirs in zip(posterior.expected_bops(), bops(program), strict=True):
         assert float(mine) == pytest.approx(float(theirs), rel=1e-5)
     z, g = marginals(program)
-    law = posterior.depth_probs()
-    for probs, marginal, mask in zip(law, (z, g), posterior.masks, strict=True):
+    distribution = posterior.depth_probs()
+    for probs, marginal, mask in zip(distribution, (z, g), posterior.masks, strict=True):
         at_least = probs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
         assert torch.allclose(at_least[mask].float(), marginal[mask], atol=1e-6)
     for mine, theirs, mask in zip(posterior.kl(), divergences(program), posterior.masks, strict=True):
@@ -246,8 +251,8 @@ def test_adapters_of_one_rank_have_bit_gates_only(scope):
 
 def test_savings_of_any_law_add_up_in_any_layout(layout):
     torch.manual_seed(0)
-    laws = [NestedBernoulli.from_rate(2 * torch.rand(shape)) for shape in (layout.z_shape, layout.g_shape)]
-    z, g = (law.mean for law in laws)
+    distributions = [NestedBernoulli.from_rate(2 * torch.rand(shape)) for shape in (layout.z_shape, layout.g_shape)]
+    z, g = (distribution.mean for distribution in distributions)
     saved, expected, full = savings(layout, z, g), expected_bops(layout, z, g), at_full_width(layout)
     each = saved.z.sum((-1, -2)) + saved.g.sum(-1)  # (L,)
     assert float(each.sum()) == pytest.approx(float(full.model - expected.model), rel=1e-9)
@@ -328,9 +333,11 @@ def test_the_loss_of_a_forced_gate_is_that_of_the_elbo():
     q, p = posterior.log_q.z[0, 0, 2, 1], posterior.log_prior.z[0, 2, 1]
     evidence = q - p
 
-    def elbo(law):
-        alive = law > 0
-        return float((law * evidence).sum() - (law[alive] * (law[alive].log() - p[alive])).sum())
+    def elbo(distribution):
+        alive = distribution > 0
+        return float(
+            (distribution * evidence).sum() - (distribution[alive] * (distribution[alive].log() - p[alive])).sum()
+        )
 
     closed = torch.cat([q[:2].softmax(0), torch.zeros(3)]).double()
     found = posterior.what_if(f"{posterior.projections[2]}.base.8", False)
@@ -362,11 +369,11 @@ def test_another_rate_is_the_nested_prior_at_that_rate():
     program = made(rate=0.4, rank_rate=0.4)
     posterior = opened(program, draws=4000)
     found = posterior.reweighted(1.3)
-    laws = []
+    distributions = []
     for log_q, log_p in zip(posterior.log_q, posterior.log_prior, strict=True):
         rates = torch.full((*log_q.shape[2:-1], log_q.shape[-1] - 1), 1.3 * 0.4, dtype=torch.float64)
-        laws.append((log_q[0, 0] - log_p[0] + NestedBernoulli.from_rate(rates).depth_log_probs).softmax(-1))
-    z, g = (law.flip(-1).cumsum(-1).flip(-1)[..., 1:] for law in laws)
+        distributions.append((log_q[0, 0] - log_p[0] + NestedBernoulli.from_rate(rates).depth_log_probs).softmax(-1))
+    z, g = (distribution.flip(-1).cumsum(-1).flip(-1)[..., 1:] for distribution in distributions)
     assert found.bops_exact == pytest.approx(float(expected_bops(program.layout, z, g).adapted_ratio), rel=1e-6)
     drawn = posterior.data["posterior"]["bops_adapted"].values[0]
     error = math.sqrt(found.weights**2 @ (drawn - found.bops_adapted) ** 2)
@@ -407,7 +414,9 @@ def test_the_ratio_of_rates_is_joint_over_guide(settings, guide):
     program = made(guide, prior="hierarchical", scope="encoder", shape=2.0, **settings)
     with torch.no_grad():
         for name, parameter in program.prior.named_parameters():
-            parameter.sub_(2.0 if name.endswith("log_sd") else 0.0)  # broad laws have rates beyond float32's 1 - p
+            parameter.sub_(
+                2.0 if name.endswith("log_sd") else 0.0
+            )  # broad distributions have rates beyond float32's 1 - p
     found = rates(program, 50, seed=3)
     part = program.prior if not settings else program.prior.g if "z" in settings else program.prior.z
     names, sites = part.names, {"z", "g"} - set(settings)
@@ -420,12 +429,12 @@ def test_the_ratio_of_rates_is_joint_over_guide(settings, guide):
         expected += rate.log() - rate  # Gamma(2, 1)
         expected += rate.log() + sd[i].log() + 0.5 * math.log(2 * math.pi) + ((rate.log() - loc[i]) / sd[i]) ** 2 / 2
     layout = program.layout
-    for site, law, mask in zip("zg", q, (layout.z_mask, layout.g_mask), strict=True):
+    for site, distribution, mask in zip("zg", q, (layout.z_mask, layout.g_mask), strict=True):
         for index in mask.nonzero().tolist() if site in sites else ():
             projection = layout.projections[index[0]]
             rate = every[layout.tensors[index[1]] if site == "z" else f"rank_{projection.type}"]
-            K = law.log_probs.shape[-1]
-            probs = law.depth_probs.detach().double()[(slice(None), *index)]  # (M, K + 1)
+            K = distribution.log_probs.shape[-1]
+            probs = distribution.depth_probs.detach().double()[(slice(None), *index)]  # (M, K + 1)
             depth = torch.arange(K + 1)
             stays = torch.where(depth < K, torch.log(-torch.expm1(-rate))[:, None], 0.0)
             prior = -rate[:, None] * depth + stays  # (S, K + 1)

@@ -20,9 +20,9 @@ from pyro_blora.tasks.categorical import Categorical
 def program(prior="nested", task="sst2", guide="mean_field", scope="adapted", **settings):
     torch.manual_seed(0)
     net = attach(tiny_bert(num_labels=get_task(task).num_labels), rank=4, scope=scope, sequence_length=16)
-    law = build_prior(prior, net.layout, settings)
-    guide = build_guide(guide, net.layout, law, {"open_logit": 0.5})
-    return BayesianLoRA(net, law, guide, get_task(task).likelihood, n_train=100).eval()
+    distribution = build_prior(prior, net.layout, settings)
+    guide = build_guide(guide, net.layout, distribution, {"open_logit": 0.5})
+    return BayesianLoRA(net, distribution, guide, get_task(task).likelihood, n_train=100).eval()
 
 
 @pytest.mark.parametrize("guide", ["mean_field", "mixture"])
@@ -43,7 +43,7 @@ def test_draws_of_the_prior_do_not_know_what_was_learned():
     built = program("hierarchical")  # rates are Gamma(1, 1): a first gate is open with E exp(-rate) = 1/2
     with torch.no_grad():
         built.prior.loc.fill_(3.0)
-    z, g = draw(built, 4000, law="prior")
+    z, g = draw(built, 4000, distribution="prior")
     assert z.shape == (4000, *built.layout.z_shape) and g.shape == (4000, *built.layout.g_shape)
     assert z[:, 0, 0, 0].mean().item() == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 4000))
 

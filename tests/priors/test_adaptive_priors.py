@@ -1,4 +1,4 @@
-"""Priors that adapt, learn or pin by a target: their laws by hand, by simulation and by integration."""
+"""Priors that adapt, learn or pin by a target: their distributions by hand, by simulation and by integration."""
 
 import math
 
@@ -58,7 +58,7 @@ def ratio(layout, denominator, gates):
     return getattr(expected_bops(layout, *gates), f"{denominator}_ratio").item()
 
 
-# --- budget: prices and law -------------------------------------------------------------------------------------------
+# --- budget: prices and distribution ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
@@ -84,13 +84,13 @@ def test_a_chain_has_its_gibbs_law_at_the_means_of_the_others(layout, denominato
     prior.asinh_rate.fill_(math.asinh(25.0))
     rate = prior.report()["rate"]
     for site, place in ((0, (0, 0)), (0, (0, 1)), (0, (1, 2)), (0, (2, 4)), (0, (3, 0)), (1, (0,)), (1, (2,))):
-        law, ratios = prior()[site].depth_log_probs[place], []
-        for depth in range(len(law)):
+        distribution, ratios = prior()[site].depth_log_probs[place], []
+        for depth in range(len(distribution)):
             at = [mean.double().clone() for mean in means]
-            at[site][place] = (torch.arange(len(law) - 1) < depth).double()
+            at[site][place] = (torch.arange(len(distribution) - 1) < depth).double()
             ratios.append(ratio(layout, denominator, at))
         expected = [-rate * (at - ratios[0]) for at in ratios]
-        assert (law - law[0]).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert (distribution - distribution[0]).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 def test_a_prior_starts_with_prices_of_the_open_model(layout):
@@ -104,23 +104,25 @@ def test_a_prior_starts_with_prices_of_the_open_model(layout):
 # --- budget: the target -----------------------------------------------------------------------------------------------
 
 
-def steered(layout, target, denominator, scale, law, *, calls=300, seed=0):
+def steered(layout, target, denominator, scale, distribution, *, calls=300, seed=0):
     """E[BOPs] / target - 1 after each call, and the prior, of a mean field that has found random evidence."""
     prior = build_prior("budget", layout, {"bops": target, "denominator": denominator})
     guide, generator = build_guide("mean_field", layout, prior), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in (guide.z_evidence, guide.g_evidence):
             said = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(scale * (said.abs() if law == "half-normal" else torch.exp(2 * said)))
+            parameter.copy_(scale * (said.abs() if distribution == "half-normal" else torch.exp(2 * said)))
     misses = []
     for _ in range(calls):
-        prior.adapt(Gates(*(law.mean.detach() for law in guide.posterior())))
-        misses.append(ratio(layout, denominator, [law.mean.detach() for law in guide.posterior()]) / target - 1)
+        prior.adapt(Gates(*(distribution.mean.detach() for distribution in guide.posterior())))
+        misses.append(
+            ratio(layout, denominator, [distribution.mean.detach() for distribution in guide.posterior()]) / target - 1
+        )
     return misses, prior
 
 
 @pytest.mark.parametrize(
-    ("scale", "law", "denominator", "targets"),
+    ("scale", "distribution", "denominator", "targets"),
     [
         (3.0, "half-normal", "adapted", (0.5, 0.1, 0.03)),
         (30.0, "half-normal", "adapted", (0.2, 0.05)),
@@ -129,9 +131,9 @@ def steered(layout, target, denominator, scale, law, *, calls=300, seed=0):
         (10.0, "half-normal", "model", (0.5, 0.3)),
     ],
 )
-def test_the_expected_bops_meet_the_target_without_swinging(layout, scale, law, denominator, targets):
+def test_the_expected_bops_meet_the_target_without_swinging(layout, scale, distribution, denominator, targets):
     for target in targets:
-        misses, _ = steered(layout, target, denominator, scale, law)
+        misses, _ = steered(layout, target, denominator, scale, distribution)
         assert abs(misses[-1]) < 0.01
         assert max(map(abs, misses[-20:])) < 0.02
 
@@ -191,10 +193,10 @@ def test_a_budget_steers_the_bops_of_a_mixture_not_those_of_its_marginals(layout
         for parameter in (guide.z_evidence, guide.g_evidence):
             parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
     for _ in range(300):
-        prior.adapt(Gates(*(law.mean.detach() for law in guide.components())))
+        prior.adapt(Gates(*(distribution.mean.detach() for distribution in guide.components())))
     with torch.no_grad():
-        each = expected_bops(layout, *(law.mean for law in guide.components())).adapted_ratio
-    marginal = ratio(layout, "adapted", [law.mean.detach() for law in guide.posterior()])
+        each = expected_bops(layout, *(distribution.mean for distribution in guide.components())).adapted_ratio
+    marginal = ratio(layout, "adapted", [distribution.mean.detach() for distribution in guide.posterior()])
     assert each.mean().item() == pytest.approx(0.2, rel=0.01)
     assert abs(marginal / 0.2 - 1) > 0.01
 
@@ -243,8 +245,8 @@ def test_the_state_of_the_prior_travels_with_the_exported_adapter(backbone, tmp_
     (tmp_path / "config.json").write_text(config.to_json())
     loaded = load(tmp_path)
     assert loaded.prior.report() == program.prior.report()
-    for law, same in zip(program.gate_guide.posterior(), loaded.gate_guide.posterior(), strict=True):
-        assert torch.equal(law.log_probs, same.log_probs)
+    for distribution, same in zip(program.gate_guide.posterior(), loaded.gate_guide.posterior(), strict=True):
+        assert torch.equal(distribution.log_probs, same.log_probs)
 
 
 # --- hierarchical -----------------------------------------------------------------------------------------------------
@@ -255,16 +257,19 @@ def test_prior_draws_of_hierarchical_know_nothing_of_the_data(layout):
     with torch.no_grad():
         prior.loc.fill_(3.0)  # as if the data had closed everything
     torch.manual_seed(0)
-    laws = prior.sample_prior(4000)
-    assert laws.z.mean.shape == (4000, *layout.z_shape) and laws.g.mean.shape == (4000, *layout.g_shape)
-    first = laws.z.mean[:, 0, 0, 0]  # E exp(-rate) = (1 + 1 / rate of the Gamma) ** -shape
+    distributions = prior.sample_prior(4000)
+    assert distributions.z.mean.shape == (4000, *layout.z_shape) and distributions.g.mean.shape == (
+        4000,
+        *layout.g_shape,
+    )
+    first = distributions.z.mean[:, 0, 0, 0]  # E exp(-rate) = (1 + 1 / rate of the Gamma) ** -shape
     assert first.mean().item() == pytest.approx(0.25, abs=5 * first.std().item() / 4000**0.5)
-    assert torch.equal(laws.z.mean[:, 0, 0], laws.z.mean[:, 1, 0])  # one rate for a role
-    assert not torch.equal(laws.z.mean[:, 0, 0], laws.z.mean[:, 0, 1])
+    assert torch.equal(distributions.z.mean[:, 0, 0], distributions.z.mean[:, 1, 0])  # one rate for a role
+    assert not torch.equal(distributions.z.mean[:, 0, 0], distributions.z.mean[:, 0, 1])
 
 
 def at_a_draw(prior):
-    """The laws of the gates at rates drawn from their guide."""
+    """The distributions of the gates at rates drawn from their guide."""
     return poutine.condition(prior.pyro_model, data=prior.pyro_guide())()
 
 
@@ -290,8 +295,8 @@ def test_the_divergence_is_that_of_a_log_normal_from_a_gamma(layout, shape, rate
 def test_a_draw_has_one_rate_for_each_role_and_is_reparametrised(layout):
     prior = build_prior("hierarchical", layout)
     one, other = at_a_draw(prior), at_a_draw(prior)
-    for law, again, shape in zip(one, other, (layout.z_shape, layout.g_shape), strict=True):
-        assert law.log_probs.shape == shape and not torch.equal(law.log_probs, again.log_probs)
+    for distribution, again, shape in zip(one, other, (layout.z_shape, layout.g_shape), strict=True):
+        assert distribution.log_probs.shape == shape and not torch.equal(distribution.log_probs, again.log_probs)
     assert bool((one.z.log_probs == one.z.log_probs[:1, :, :1]).all())
     assert len(one.z.log_probs.unique()) == len(layout.tensors)
     types = [p.type for p in layout.projections]
@@ -313,7 +318,7 @@ def test_intervals_of_the_rates_are_ordered_and_hold_their_share(layout):
 
 
 def shared_rates():
-    """Six rates of a Gamma law, each shared by two chains of one gate: five roles of two projections, and their ranks.
+    """Six rates of a Gamma distribution, each shared by two ladders of one gate: five roles of two maps, and ranks.
 
     p(two gates open) = E[exp(-2 rate)], one integral over the rate.
     """
@@ -342,7 +347,9 @@ def test_the_elbo_of_gates_that_are_seen_is_just_below_their_evidence():
     _, prior, log_evidence = shared_rates()
 
     def elbo():
-        opened = (law.log_prob(torch.ones(law.log_probs.shape)).sum() for law in at_a_draw(prior))
+        opened = (
+            distribution.log_prob(torch.ones(distribution.log_probs.shape)).sum() for distribution in at_a_draw(prior)
+        )
         return sum(opened) - divergence(prior)
 
     bound, error = maximised(elbo, prior.parameters())
@@ -354,7 +361,7 @@ def test_the_elbo_without_data_is_just_below_zero():
     guide = build_guide("mean_field", layout, prior, {"open_logit": 0.0})
 
     def elbo():
-        divergences = map(kl_divergence, guide.laws(0.5, True), at_a_draw(prior))
+        divergences = map(kl_divergence, guide.distributions(0.5, True), at_a_draw(prior))
         return -sum(kl.sum() for kl in divergences) - divergence(prior)
 
     bound, error = maximised(elbo, guide.parameters())  # the prior's own are among them
@@ -385,7 +392,12 @@ def test_activations_have_the_width_of_the_weights_unless_said_otherwise(layout)
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_a_random_allocation_meets_the_target_by_less_than_a_rung(layout, denominator, target):
     target = target if denominator == "adapted" else 0.5 + target / 2  # attention and head stay at 32 bit
-    means = Gates(*(law.mean for law in build_prior("random", layout, {"bops": target, "denominator": denominator})()))
+    means = Gates(
+        *(
+            distribution.mean
+            for distribution in build_prior("random", layout, {"bops": target, "denominator": denominator})()
+        )
+    )
     assert bool(((means.z == 0) | (means.z == 1)).all()) and bool((means.g == 1).all())
     reached, rungs = ratio(layout, denominator, means), []
     for place in (means.z.diff(dim=-1, prepend=torch.ones(*layout.z_shape[:2], 1)) < 0).nonzero().tolist():
@@ -397,8 +409,8 @@ def test_a_random_allocation_meets_the_target_by_less_than_a_rung(layout, denomi
 
 
 def test_the_seed_of_an_allocation_is_the_allocation(layout):
-    laws = [build_prior("random", layout, {"bops": 0.1, "seed": seed})().z.log_probs for seed in (0, 0, 1)]
-    assert torch.equal(laws[0], laws[1]) and not torch.equal(laws[0], laws[2])
+    distributions = [build_prior("random", layout, {"bops": 0.1, "seed": seed})().z.log_probs for seed in (0, 0, 1)]
+    assert torch.equal(distributions[0], distributions[1]) and not torch.equal(distributions[0], distributions[2])
     torch.manual_seed(3)
     build_prior("random", layout, {"bops": 0.1})
     drawn = torch.rand(1)
@@ -417,16 +429,16 @@ def test_a_random_allocation_that_would_have_to_close_ranks_is_refused(layout):
 @pytest.mark.parametrize("guide", ["mean_field", "mixture"])
 def test_random_rates_pay_their_own_divergence(layout, guide):
     prior = build_prior("hierarchical", layout)
-    law = build_guide(guide, layout, prior, {"open_logit": 1.0})
-    program = GatesAlone(layout, prior, law, n_train=1)
+    distribution = build_guide(guide, layout, prior, {"open_logit": 1.0})
+    program = GatesAlone(layout, prior, distribution, n_train=1)
     torch.manual_seed(0)
     paid = program.kl()
     torch.manual_seed(0)
     there, masks = at_a_draw(prior), (layout.z_mask, layout.g_mask)
     if guide == "mixture":
-        expected = law.divergence(there, *masks)
+        expected = distribution.divergence(there, *masks)
     else:
-        sites = zip(law.laws(0.5, True), there, masks, strict=True)
+        sites = zip(distribution.distributions(0.5, True), there, masks, strict=True)
         expected = Gates(*(torch.where(mask, kl_divergence(q, p), 0.0).sum() for q, p, mask in sites))
     torch.testing.assert_close(paid.g, expected.g)
     torch.testing.assert_close(paid.z, expected.z + divergence(prior))
@@ -444,21 +456,23 @@ def test_rates_are_drawn_from_either_law_and_set_the_gates(layout, site):
     torch.manual_seed(0)
     with torch.no_grad():
         part.loc.fill_(1.0), part.log_sd.fill_(-1.0)
-    draws = {law: part.draw_rates(20_000, law) for law in ("prior", "posterior")}
+    draws = {distribution: part.draw_rates(20_000, distribution) for distribution in ("prior", "posterior")}
     sd = math.exp(-1.0)
     moments = {"prior": (0.5, math.sqrt(2) / 4), "posterior": (math.exp(1 + sd**2 / 2), None)}
-    for law, (mean, spread) in moments.items():
-        assert draws[law].shape == (20_000, len(names)) and bool((draws[law] > 0).all())
-        error = draws[law].std(0) / 20_000**0.5
-        assert bool(((draws[law].mean(0) - mean).abs() < 5 * error).all())
-        assert spread is None or bool(((draws[law].std(0) - spread).abs() < 0.02).all())
+    for distribution, (mean, spread) in moments.items():
+        assert draws[distribution].shape == (20_000, len(names)) and bool((draws[distribution] > 0).all())
+        error = draws[distribution].std(0) / 20_000**0.5
+        assert bool(((draws[distribution].mean(0) - mean).abs() < 5 * error).all())
+        assert spread is None or bool(((draws[distribution].std(0) - spread).abs() < 0.02).all())
     rates = draws["posterior"][:3]
-    laws, column = part.gates_at(rates), dict(zip(names, rates.unbind(-1), strict=True))
+    distributions, column = part.gates_at(rates), dict(zip(names, rates.unbind(-1), strict=True))
     for i, projection in enumerate(layout.projections):
         for t, tensor in enumerate(layout.tensors):
             if site != "g":
-                assert torch.equal(laws.z.log_probs[:, i, t], -column[tensor][:, None].expand(3, 4))
+                assert torch.equal(distributions.z.log_probs[:, i, t], -column[tensor][:, None].expand(3, 4))
         if site != "z":
-            assert torch.equal(laws.g.log_probs[:, i], -column[f"rank_{projection.type}"][:, None].expand(3, 3))
+            assert torch.equal(
+                distributions.g.log_probs[:, i], -column[f"rank_{projection.type}"][:, None].expand(3, 3)
+            )
     expected = Gamma(2.0, 4.0).log_prob(rates) - LogNormal(1.0, sd).log_prob(rates)
     torch.testing.assert_close(part.log_ratio(rates).detach(), expected.sum(-1))

@@ -28,8 +28,8 @@ def backbone(tmp_path_factory):
     return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
 
 
-def same(law, other):
-    return torch.equal(law.log_probs, other.log_probs)
+def same(distribution, other):
+    return torch.equal(distribution.log_probs, other.log_probs)
 
 
 def test_each_site_has_the_law_that_is_named_for_it(layout):
@@ -46,9 +46,9 @@ def test_a_site_that_is_not_named_keeps_the_prior_and_its_settings(layout):
 
 @pytest.mark.parametrize(("site", "other"), [("z", "g"), ("g", "z")])
 def test_off_opens_every_gate_of_a_site_for_good(layout, site, other):
-    laws = build_prior("nested", layout, {site: "off"})()
-    assert bool((getattr(laws, site).log_probs == 0).all())
-    assert same(getattr(laws, other), getattr(build_prior("nested", layout)(), other))
+    distributions = build_prior("nested", layout, {site: "off"})()
+    assert bool((getattr(distributions, site).log_probs == 0).all())
+    assert same(getattr(distributions, other), getattr(build_prior("nested", layout)(), other))
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_every_pair_keeps_the_contract(layout, settings):
 def test_a_budget_of_the_bits_is_followed_with_the_ranks_as_they_are(layout):
     prior = build_prior("nested", layout, {"z": "budget", "z.bops": 0.4, "g": "fixed", "g.rank": 2})
     for _ in range(200):
-        laws = prior()
-        prior.adapt(Gates(*(law.mean[None] for law in laws)))
-    ratio = expected_bops(layout, *(law.mean for law in prior())).adapted_ratio
+        distributions = prior()
+        prior.adapt(Gates(*(distribution.mean[None] for distribution in distributions)))
+    ratio = expected_bops(layout, *(distribution.mean for distribution in prior())).adapted_ratio
     assert ratio.item() == pytest.approx(0.4, rel=1e-3)
     assert set(prior.report()) == {"z_rate"}
 
@@ -168,5 +168,7 @@ def test_eva_refuses_settings_that_mean_nothing(layout, settings):
 
 
 def test_depth_gives_every_width_and_every_rank_the_same_probability(layout):
-    for law in build_prior("depth", layout)():
-        torch.testing.assert_close(law.depth_probs, torch.full_like(law.depth_probs, 1 / law.depth_probs.shape[-1]))
+    for distribution in build_prior("depth", layout)():
+        torch.testing.assert_close(
+            distribution.depth_probs, torch.full_like(distribution.depth_probs, 1 / distribution.depth_probs.shape[-1])
+        )

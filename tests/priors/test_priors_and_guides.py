@@ -117,7 +117,7 @@ def test_a_prior_that_learns_is_a_module(forget, layout):
     check_prior("learned", layout)
     prior = build_prior("learned", layout)
     guide = build_guide("mean_field", layout, prior)
-    kl_divergence(guide.laws(0.5, True).z, prior().z).sum().backward()
+    kl_divergence(guide.distributions(0.5, True).z, prior().z).sum().backward()
     assert prior.log_rate.grad != 0
     for name in LEARNING:
         check_guide(name, layout, "learned")
@@ -128,9 +128,9 @@ def test_a_prior_that_learns_is_a_module(forget, layout):
 
 def test_nested_opens_each_gate_with_the_exponential_of_minus_its_rate(layout):
     prior = build_prior("nested", layout, {"rate": 0.7, "rank_rate": 0.2})()
-    for law, rate in zip(prior, (0.7, 0.2), strict=True):
-        gates = torch.arange(1, law.event_shape[0] + 1)
-        torch.testing.assert_close(law.mean, torch.exp(-rate * gates).expand(law.mean.shape))
+    for distribution, rate in zip(prior, (0.7, 0.2), strict=True):
+        gates = torch.arange(1, distribution.event_shape[0] + 1)
+        torch.testing.assert_close(distribution.mean, torch.exp(-rate * gates).expand(distribution.mean.shape))
 
 
 def test_a_rank_costs_a_tenth_of_a_rung_unless_said_otherwise(layout):
@@ -176,10 +176,10 @@ def test_fixed_pins_the_named_width_and_rank(layout):
     for bits in LADDER:
         for rank in range(1, layout.rank + 1):
             prior = build_prior("fixed", layout, {"bits": bits, "rank": rank})
-            for law in (prior(), build_guide("mean_field", layout, prior).posterior()):
-                assert bool((expected_bits(layout, law.z.mean)[layout.z_mask] == bits).all())
-                assert bool((expected_rank(law.g.mean)[layout.g_mask] == rank).all())
-                assert law.z.entropy().sum() == 0
+            for distribution in (prior(), build_guide("mean_field", layout, prior).posterior()):
+                assert bool((expected_bits(layout, distribution.z.mean)[layout.z_mask] == bits).all())
+                assert bool((expected_rank(distribution.g.mean)[layout.g_mask] == rank).all())
+                assert distribution.z.entropy().sum() == 0
             assert torch.equal(expected_bits(layout, prior().z.mean), torch.full(layout.z_shape[:2], float(bits)))
             assert torch.equal(expected_rank(prior().g.mean), torch.full(layout.g_shape[:1], float(rank)))
 
@@ -194,11 +194,11 @@ def test_fixed_is_plain_lora_by_default(layout):
 @pytest.mark.parametrize("guide", LEARNING)
 def test_chains_that_do_not_exist_are_open_whatever_the_prior_says(guide, prior, layout):
     guide = build_guide(guide, layout, build_prior(prior, layout))
-    for law, mask in zip(guide.posterior(), (layout.z_mask, layout.g_mask), strict=True):
-        assert bool((law.log_probs[~mask] == 0).all())
+    for distribution, mask in zip(guide.posterior(), (layout.z_mask, layout.g_mask), strict=True):
+        assert bool((distribution.log_probs[~mask] == 0).all())
     closed = build_guide("mean_field", layout, build_prior("fixed", layout, {"bits": 2, "rank": 1})).posterior()
-    for law, exists in zip(closed, masks(layout), strict=True):
-        assert torch.equal(law.mean, (~exists).float())
+    for distribution, exists in zip(closed, masks(layout), strict=True):
+        assert torch.equal(distribution.mean, (~exists).float())
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -245,17 +245,17 @@ def test_unknown_names_and_settings_are_answered_with_the_nearest(layout):
 
 
 def wrong_priors():
-    def law(shape, log_prob=-1.0):
+    def distribution(shape, log_prob=-1.0):
         return NestedBernoulli(torch.full(shape, log_prob), validate_args=False)
 
     return {
-        "must return": lambda layout: law(layout.z_shape),
+        "must return": lambda layout: distribution(layout.z_shape),
         "z must be a NestedBernoulli, got Bernoulli": lambda layout: Gates(
-            torch.distributions.Bernoulli(torch.full(layout.z_shape, 0.5)), law(layout.g_shape)
+            torch.distributions.Bernoulli(torch.full(layout.z_shape, 0.5)), distribution(layout.g_shape)
         ),
-        "g has shape": lambda layout: Gates(law(layout.z_shape), law((*layout.g_shape, 1))),
-        "z has shape": lambda layout: Gates(law(layout.z_shape[1:]), law(layout.g_shape)),
-        "must be <= 0": lambda layout: Gates(law(layout.z_shape, float("nan")), law(layout.g_shape)),
+        "g has shape": lambda layout: Gates(distribution(layout.z_shape), distribution((*layout.g_shape, 1))),
+        "z has shape": lambda layout: Gates(distribution(layout.z_shape[1:]), distribution(layout.g_shape)),
+        "must be <= 0": lambda layout: Gates(distribution(layout.z_shape, float("nan")), distribution(layout.g_shape)),
     }
 
 
@@ -268,5 +268,7 @@ def test_a_prior_of_the_wrong_kind_is_refused(message, forget, layout):
 
 def test_a_guide_without_its_methods_is_refused(forget, layout):
     register_guide("wrong")(lambda layout, prior: nn.Identity())
-    with pytest.raises(ValueError, match=r"guide 'wrong' must return an nn.Module .* missing: \['laws', 'posterior'\]"):
+    with pytest.raises(
+        ValueError, match=r"guide 'wrong' must return an nn.Module .* missing: \['distributions', 'posterior'\]"
+    ):
         build_guide("wrong", layout, build_prior("nested", layout))

@@ -126,12 +126,14 @@ def test_the_gate_map_shows_every_tensor_with_its_exact_law(run):
     assert len(cells) == int(constant["z_marginal"].isel(chain=0, rung=0).notnull().sum())
     for cell in cells:
         projection, tensor = cell["tensor"].rsplit(".", 1)
-        law = np.exp(constant["log_q_width"].sel(projection=projection, tensor=tensor).isel(chain=0).mean("component"))
+        distribution = np.exp(
+            constant["log_q_width"].sel(projection=projection, tensor=tensor).isel(chain=0).mean("component")
+        )
         shown = [float(p) for p in re.findall(r": (\d\.\d\d)", cell["distribution"])]
-        assert shown == pytest.approx(law.values, abs=0.0051)
+        assert shown == pytest.approx(distribution.values, abs=0.0051)
         opened = constant["z_deployed"].sel(projection=projection, tensor=tensor).isel(chain=0).sum()
         assert cell["width"] == [2, 4, 8, 16, 32][int(opened)]
-        assert cell["doubt"] == pytest.approx(1 - float(law[int(opened)]), abs=1e-5)
+        assert cell["doubt"] == pytest.approx(1 - float(distribution[int(opened)]), abs=1e-5)
 
 
 def test_bops_of_the_page_are_those_of_the_draws(run):

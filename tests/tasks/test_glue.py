@@ -379,7 +379,7 @@ def test_a_task_is_classes_or_a_range():
         replace(TASKS["cola"], labels=())
 
 
-# Labels and their law
+# Labels and their distribution
 
 
 def test_validation_names_split_row_label_and_allowed():
@@ -403,10 +403,10 @@ def test_labels_that_are_words_are_refused():
 
 
 def test_the_classification_law_sums_to_one_in_float32():
-    law = get_task("mnli").likelihood(torch.randn(4, 3, dtype=torch.bfloat16))
-    assert law.batch_shape == (4,)
-    assert law.event_shape == ()
-    total = torch.stack([law.log_prob(torch.full((4,), label)).exp() for label in range(3)]).sum(0)
+    distribution = get_task("mnli").likelihood(torch.randn(4, 3, dtype=torch.bfloat16))
+    assert distribution.batch_shape == (4,)
+    assert distribution.event_shape == ()
+    total = torch.stack([distribution.log_prob(torch.full((4,), label)).exp() for label in range(3)]).sum(0)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, torch.ones(4))
 
@@ -415,10 +415,10 @@ def test_the_regression_law_starts_at_the_middle_and_spans_the_range():
     task = get_task("stsb")
     assert task.likelihood.problem_type == "regression"
     assert task.num_labels == 1
-    law = task.likelihood(torch.tensor([[0.0], [1.0], [-1.0]]), scale=torch.tensor(0.5))
-    assert law.batch_shape == (3,)
-    assert law.mean.tolist() == [2.5, 5.0, 0.0]
-    assert law.stddev.tolist() == [0.5] * 3
+    distribution = task.likelihood(torch.tensor([[0.0], [1.0], [-1.0]]), scale=torch.tensor(0.5))
+    assert distribution.batch_shape == (3,)
+    assert distribution.mean.tolist() == [2.5, 5.0, 0.0]
+    assert distribution.stddev.tolist() == [0.5] * 3
 
 
 def test_a_head_of_the_wrong_size_and_a_missing_scale_are_refused():

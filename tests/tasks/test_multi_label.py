@@ -57,11 +57,11 @@ def test_it_is_registered_and_one_file_knows_it():
 def test_its_distribution_is_that_of_independent_labels():
     logits, labels = torch.randn(5, 3), torch.randint(0, 2, (5, 3))
     kind = MultiLabel(NAMES)
-    law = kind(logits)
+    distribution = kind(logits)
     expected = -torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").sum(-1)
-    torch.testing.assert_close(law.log_prob(labels), expected)
-    assert law.batch_shape == (5,) and torch.equal(kind.averaged(law, labels), logits.sigmoid())
-    assert kind.decision(kind.averaged(law, labels)).equal((logits > 0).long())
+    torch.testing.assert_close(distribution.log_prob(labels), expected)
+    assert distribution.batch_shape == (5,) and torch.equal(kind.averaged(distribution, labels), logits.sigmoid())
+    assert kind.decision(kind.averaged(distribution, labels)).equal((logits > 0).long())
 
 
 def test_constants_and_their_scores_are_those_of_frequencies():

@@ -64,7 +64,7 @@ def test_nothing_outside_tasks_asks_which_kind_of_outcome_it_is(path):
 @pytest.mark.parametrize("source", [
     "from ..tasks.normal import Normal", "from .tasks import multi_label", "if kind.problem_type == 'x': pass",
     "if task.num_labels == 1: pass", "isinstance(program.likelihood, Normal)", "x = 'regression: none'",
-    "transformers.AutoModelForTokenClassification", "if law.kind == 'multi_label': pass",
+    "transformers.AutoModelForTokenClassification", "if distribution.kind == 'multi_label': pass",
     "from .tasks.glue_metric import GlueScore", "while task.likelihood.outputs > 1: pass",
 ])  # fmt: skip
 def test_every_way_to_ask_is_seen(source):

@@ -45,9 +45,9 @@ class Frozen(GatedLinear):
 
 class Unused(GatedLinear):
     def forward(self, x, *args, **kwargs):
-        return self.handover.products(self.index, x, (BASE, self.get_base_layer().weight, self.get_base_layer().bias))[
-            0
-        ]
+        return self.gate_context.products(
+            self.index, x, (BASE, self.get_base_layer().weight, self.get_base_layer().bias)
+        )[0]
 
 
 class OneSided(GatedLinear):
@@ -62,12 +62,12 @@ class Computes(GatedLinear):
     ranks, bits, scale = True, True, 1.0
 
     def forward(self, x, *args, **kwargs):
-        handover, index, base = self.handover, self.index, self.get_base_layer()
+        gate_context, index, base = self.gate_context, self.index, self.get_base_layer()
         down, up = self.low_rank()
-        y, hidden = handover.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
-        hidden = handover.activation(index, HIDDEN, hidden) if self.bits else hidden
-        hidden = handover.ranks(index, hidden) if self.ranks else hidden
-        return y + self.scale * self.scaling[ADAPTER] * handover.product(index, LORA_B, hidden, up)
+        y, hidden = gate_context.products(index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
+        hidden = gate_context.activation(index, HIDDEN, hidden) if self.bits else hidden
+        hidden = gate_context.ranks(index, hidden) if self.ranks else hidden
+        return y + self.scale * self.scaling[ADAPTER] * gate_context.product(index, LORA_B, hidden, up)
 
 
 class NoRanks(Computes):
@@ -92,7 +92,7 @@ class OthersDrawn(GatedLinear):
         return {**super().random_weights(), "base": self.get_base_layer().weight}
 
     def low_rank(self):
-        down, up = (self.handover.drawn(self.index, *each) for each in super().random_weights().items())
+        down, up = (self.gate_context.drawn(self.index, *each) for each in super().random_weights().items())
         return down, up
 
 
@@ -102,9 +102,9 @@ class Turned(Computes):
     def forward(self, x, *args, **kwargs):
         down, up = GatedLinear.low_rank(self)
         base = self.get_base_layer()
-        y, hidden = self.handover.products(self.index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
-        hidden = self.handover.ranks(self.index, self.handover.activation(self.index, HIDDEN, hidden))
-        return y + self.scaling[ADAPTER] * self.handover.product(self.index, LORA_B, hidden, up)
+        y, hidden = self.gate_context.products(self.index, x, (BASE, base.weight, base.bias), (LORA_A, down, None))
+        hidden = self.gate_context.ranks(self.index, self.gate_context.activation(self.index, HIDDEN, hidden))
+        return y + self.scaling[ADAPTER] * self.gate_context.product(self.index, LORA_B, hidden, up)
 
     def low_rank(self):
         down, up = GatedLinear.low_rank(self)
@@ -154,9 +154,9 @@ def few_ranks(backbone, layout, head):
         (of(Frozen), "no parameter of the adapter learns: leave requires_grad on"),
         (of(Unused), "its parameters do not change the logits"),
         (of(OneSided), "lora_A.default.weight' gets no finite gradient: use it, or freeze it"),
-        (of(NoBits), "the bit gates of 'hidden' change nothing: take every tensor through self.handover"),
-        (of(NoRanks), "the rank gates change nothing: take the hidden vector through self.handover.ranks"),
-        (of(NeverDrawn), "a drawn 'lora_A' changes nothing: read it with self.handover.drawn"),
+        (of(NoBits), "the bit gates of 'hidden' change nothing: take every tensor through self.gate_context"),
+        (of(NoRanks), "the rank gates change nothing: take the hidden vector through self.gate_context.ranks"),
+        (of(NeverDrawn), "a drawn 'lora_A' changes nothing: read it with self.gate_context.drawn"),
         (of(OthersDrawn), r"random_weights\(\) has parameters that do not learn"),
         (of(Turned), r"has shapes \(16, 4\) and \(16, 4\), expected \(r, n\) and \(m, r\)"),
         (of(Louder), r"alpha / R \* B A of low_rank\(\) in the weights changes the logits by"),

@@ -32,7 +32,7 @@ class Detached(StraightThrough):
 
 class OfTheMode(GateELBO):
     def expected_nll(self, at):
-        return at.nll(type(at.gates)(*(law.discrete.mode for law in at.laws)))
+        return at.nll(type(at.gates)(*(distribution.discrete.mode for distribution in at.distributions)))
 
 
 class PerExample(StraightThrough):

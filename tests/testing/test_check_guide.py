@@ -21,7 +21,7 @@ class Plain(nn.Module):
     def logits(self):
         return [x.expand(shape) for x, shape in zip((self.z, self.g), self.shapes, strict=True)]
 
-    def laws(self, temperature, hard):
+    def distributions(self, temperature, hard):
         return Gates(*(RelaxedNestedBernoulli(x, temperature, hard) for x in self.logits()))
 
     def posterior(self):
@@ -29,22 +29,27 @@ class Plain(nn.Module):
 
 
 class NoDraw(Plain):
-    def laws(self, temperature, hard):
+    def distributions(self, temperature, hard):
         return self.posterior()
 
 
 class Transposed(Plain):
-    def laws(self, temperature, hard):
-        z, g = super().laws(temperature, hard)
+    def distributions(self, temperature, hard):
+        z, g = super().distributions(temperature, hard)
         return Gates(RelaxedNestedBernoulli(z.logits.mT, temperature, hard), g)
 
 
 class Changed(Plain):
     """Its draws are changed by a function."""
 
-    def laws(self, temperature, hard):
-        laws = super().laws(temperature, hard)
-        return Gates(*(dist.Delta(self.change(law.rsample()), event_dim=1, validate_args=False) for law in laws))
+    def distributions(self, temperature, hard):
+        distributions = super().distributions(temperature, hard)
+        return Gates(
+            *(
+                dist.Delta(self.change(distribution.rsample()), event_dim=1, validate_args=False)
+                for distribution in distributions
+            )
+        )
 
 
 class Outside(Changed):
@@ -67,17 +72,17 @@ class Own(dist.TorchDistribution):
 
     has_rsample, arg_constraints = True, {}
 
-    def __init__(self, law):
-        self.law = law
-        super().__init__(law.batch_shape, law.event_shape)
+    def __init__(self, distribution):
+        self.distribution = distribution
+        super().__init__(distribution.batch_shape, distribution.event_shape)
 
     def rsample(self, sample_shape=()):
-        return self.law.rsample(sample_shape)
+        return self.distribution.rsample(sample_shape)
 
 
 class WithoutKL(Plain):
-    def laws(self, temperature, hard):
-        return Gates(*map(Own, super().laws(temperature, hard)))
+    def distributions(self, temperature, hard):
+        return Gates(*map(Own, super().distributions(temperature, hard)))
 
 
 class Detached(Plain):
@@ -103,7 +108,7 @@ class Tuple(Plain):
 
 class Relaxed(Plain):
     def posterior(self):
-        return self.laws(1.0, True)
+        return self.distributions(1.0, True)
 
 
 class Positive(Plain):
@@ -127,7 +132,7 @@ class Forgetful(Plain):
 
 class OtherComponents(Plain):
     def components(self):
-        return Gates(*(NestedBernoulli(0.5 * law.log_probs[None]) for law in self.posterior()))
+        return Gates(*(NestedBernoulli(0.5 * distribution.log_probs[None]) for distribution in self.posterior()))
 
 
 class FlatComponents(Plain):
@@ -153,15 +158,15 @@ class Failing(Plain):
 @pytest.mark.parametrize(
     ("guide", "message"),
     [
-        (lambda layout, prior: nn.Identity(), r"must return an nn.Module with laws\(\) and posterior\(\)"),
-        (lambda layout, prior: 3, r"missing: \['laws', 'posterior'\]"),
-        (NoDraw, "'NoDraw': z of laws.* is a NestedBernoulli, which has no reparametrized draw"),
-        (Transposed, r"a draw of z from laws.* has shape \(8, 4, 5\), expected \(8, 5, 4\)"),
-        (Outside, r"a draw of z from laws.* leaves \[0, 1\]"),
-        (NotNested, r"a draw of z from laws.* opens a gate above a closed one: multiply the gates"),
-        (Soft, "a draw of z from laws.* is not 0 or 1: threshold it"),
+        (lambda layout, prior: nn.Identity(), r"must return an nn.Module with distributions\(\) and posterior\(\)"),
+        (lambda layout, prior: 3, r"missing: \['distributions', 'posterior'\]"),
+        (NoDraw, "'NoDraw': z of distributions.* is a NestedBernoulli, which has no reparametrized draw"),
+        (Transposed, r"a draw of z from distributions.* has shape \(8, 4, 5\), expected \(8, 5, 4\)"),
+        (Outside, r"a draw of z from distributions.* leaves \[0, 1\]"),
+        (NotNested, r"a draw of z from distributions.* opens a gate above a closed one: multiply the gates"),
+        (Soft, "a draw of z from distributions.* is not 0 or 1: threshold it"),
         (WithoutKL, "no KL divergence is registered for z, a Own against a NestedBernoulli: register its closed form"),
-        (Detached, "the KL of z has no gradient: compute laws"),
+        (Detached, "the KL of z has no gradient: compute distributions"),
         (OneSite, "the KL of g does not depend on its parameters: nothing would be learned there"),
         (Infinite, "the gradient of the KL of z is not finite"),
         (Tuple, r"posterior\(\) must return Gates\(z, g\), got tuple"),

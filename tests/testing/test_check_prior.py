@@ -9,12 +9,12 @@ from pyro_blora.priors import PRIORS
 from pyro_blora.testing import check_prior, example_layout
 
 
-def laws(z, g):
+def distributions(z, g):
     return Gates(NestedBernoulli(z, validate_args=False), NestedBernoulli(g, validate_args=False))
 
 
 def good(layout, *, rate: float = 1.0):
-    return laws(torch.full(layout.z_shape, -rate), torch.full(layout.g_shape, -rate))
+    return distributions(torch.full(layout.z_shape, -rate), torch.full(layout.g_shape, -rate))
 
 
 class Learned(nn.Module):
@@ -27,7 +27,7 @@ class Learned(nn.Module):
         return self.log_rate.exp()
 
     def forward(self):
-        return laws(*(-self.rate().expand(shape) for shape in self.shapes))
+        return distributions(*(-self.rate().expand(shape) for shape in self.shapes))
 
 
 class FromRate(Learned):
@@ -97,23 +97,23 @@ class Talkative(Learned):
 
 
 def noisy(layout):
-    return laws(-torch.rand(layout.z_shape), -torch.rand(layout.g_shape))
+    return distributions(-torch.rand(layout.z_shape), -torch.rand(layout.g_shape))
 
 
 def positive(layout):
-    return laws(torch.full(layout.z_shape, 0.1), torch.zeros(layout.g_shape))
+    return distributions(torch.full(layout.z_shape, 0.1), torch.zeros(layout.g_shape))
 
 
 def not_a_number(layout):
-    return laws(torch.full(layout.z_shape, torch.nan), torch.zeros(layout.g_shape))
+    return distributions(torch.full(layout.z_shape, torch.nan), torch.zeros(layout.g_shape))
 
 
 def transposed(layout):
-    return laws(torch.zeros(layout.z_shape).mT, torch.zeros(layout.g_shape))
+    return distributions(torch.zeros(layout.z_shape).mT, torch.zeros(layout.g_shape))
 
 
 def double(layout):
-    return laws(torch.zeros(layout.z_shape).double(), torch.zeros(layout.g_shape))
+    return distributions(torch.zeros(layout.z_shape).double(), torch.zeros(layout.g_shape))
 
 
 def another_law(layout):

@@ -18,17 +18,17 @@ class Own(RandomWeights):
         super().__init__(weights, head)
         self.log_std = nn.Parameter(torch.zeros(()))
 
-    def law(self):
+    def distribution(self):
         return dist.Normal(self.mean, self.log_std.exp()).to_event(1)
 
     def prior(self):
         return dist.Normal(torch.zeros_like(self.mean), 1.0).to_event(1)
 
     def divergence(self):
-        return torch.distributions.kl_divergence(self.law(), self.prior())
+        return torch.distributions.kl_divergence(self.distribution(), self.prior())
 
     def draw(self, draws):
-        return self.law().sample((draws,))
+        return self.distribution().sample((draws,))
 
 
 class NoDraw(RandomWeights):
@@ -52,12 +52,12 @@ class OfNothing(Point):
 
 
 class Loose(Own):
-    def law(self):
+    def distribution(self):
         return dist.Normal(self.mean, self.log_std.exp())
 
 
 class Discrete(Own):
-    def law(self):
+    def distribution(self):
         return dist.Delta(self.mean.detach(), event_dim=1)
 
     def divergence(self):
@@ -128,10 +128,13 @@ class Failing(Own):
         (OtherKeys, "random has keys that it was not given: choose among"),
         (TooFew, "stored is 1, less than the 32 numbers of the mean"),
         (OfNothing, "it is in_training and nothing is random: subclass RandomWeights"),
-        (Loose, r"law\(\) has batch shape \(32,\) and event shape \(\), expected \(\) and \(32,\): end with .to_event"),
+        (
+            Loose,
+            r"distribution\(\) has batch shape \(32,\) and event shape \(\), expected \(\) and \(32,\): end with",
+        ),
         (Discrete, "gradient in some of its parameters"),
         (Unlearned, "the KL has no finite gradient in some of its parameters"),
-        (NumberKL, r"divergence\(\) must be KL\(law\(\) \|\| prior\(\)\), one finite number"),
+        (NumberKL, r"divergence\(\) must be KL\(distribution\(\) \|\| prior\(\)\), one finite number"),
         (Cold, "kl_weight is 0.0, expected a positive number"),
         (Flat, "two draws are the same"),
         (Double, r"draw\(4\) has shape \(4, 32\) and torch.float64, expected \(4, 32\) and torch.float32"),

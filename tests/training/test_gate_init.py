@@ -1,4 +1,4 @@
-"""Where the gates start: slopes against finite differences, and the laws that follow from them against brute force."""
+"""Where the gates start: slopes against finite differences, and the distributions from them against brute force."""
 
 import pytest
 import torch
@@ -229,21 +229,21 @@ def equicorrelated(z_rho, g_rho, *, examples=32):
 
 @pytest.mark.parametrize("z_rho", [(0.0, 0.0, 0.0), (0.3, 0.3, 0.3), (1.0, 0.5, 0.1)], ids=str)
 def test_the_rise_is_that_of_the_summed_changes(z_rho):
-    """N / 2 mean_i (sum_c D_ic)^2, of allocations and, summed over all of them, of laws."""
+    """N / 2 mean_i (sum_c D_ic)^2, of allocations and, summed over all of them, of distributions."""
     z, g = equicorrelated(z_rho, z_rho[:2])
     found = Sensitivity.of(z, g, torch.arange(L))
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         depths = Gates(*(torch.randint(n, shape, generator=generator) for n, shape in ((DEPTHS, (L, T)), (R, (L,)))))
-        laws = Gates(*(one_hot(d, n).double() for d, n in zip(depths, (DEPTHS, R), strict=True)))
-        summed = (z * laws.z).sum((1, 2, 3)) + (g * laws.g).sum((1, 2))
-        assert found.rise(laws, 70).item() == pytest.approx(35 * summed.square().mean().item(), rel=1e-9)
-    laws = Gates(*(torch.randn(shape, generator=generator, dtype=torch.double).softmax(-1)
+        distributions = Gates(*(one_hot(d, n).double() for d, n in zip(depths, (DEPTHS, R), strict=True)))
+        summed = (z * distributions.z).sum((1, 2, 3)) + (g * distributions.g).sum((1, 2))
+        assert found.rise(distributions, 70).item() == pytest.approx(35 * summed.square().mean().item(), rel=1e-9)
+    distributions = Gates(*(torch.randn(shape, generator=generator, dtype=torch.double).softmax(-1)
                    for shape in ((L, T, DEPTHS), (L, R))))  # fmt: skip
-    draws = [torch.distributions.Categorical(law).sample((4000,)) for law in laws]
+    draws = [torch.distributions.Categorical(distribution).sample((4000,)) for distribution in distributions]
     rises = torch.stack([found.rise(Gates(one_hot(a, DEPTHS).double(), one_hot(b, R).double()), 70)
                          for a, b in zip(*draws, strict=True)])  # fmt: skip
-    assert abs(found.rise(laws, 70) - rises.mean()) < 4 * rises.std() / 4000**0.5
+    assert abs(found.rise(distributions, 70) - rises.mean()) < 4 * rises.std() / 4000**0.5
 
 
 def test_precise_means_are_left_alone_and_zeros_stay_zeros():
@@ -286,13 +286,13 @@ def test_one_noisy_mean_does_not_draw_precise_ones():
 # --- log Bayes factors ------------------------------------------------------------------------------------------------
 
 
-def laws_of(prior, said):
-    return Gates(*((law.depth_log_probs + e).softmax(-1) for law, e in zip(prior, said, strict=True)))
+def distributions_of(prior, said):
+    return Gates(*((distribution.depth_log_probs + e).softmax(-1) for distribution, e in zip(prior, said, strict=True)))
 
 
-def mean_field(data, laws, n_train):
-    """Minus what each depth of each chain adds to the rise, at the means of the others' laws."""
-    at = Gates(*(law.double().requires_grad_() for law in laws))
+def mean_field(data, distributions, n_train):
+    """Minus what each depth of each chain adds to the rise, at the means of the others' distributions."""
+    at = Gates(*(distribution.double().requires_grad_() for distribution in distributions))
     rise = Sensitivity(*(Gates(*(x.double() for x in part)) for part in (data.alone, data.common))).rise(at, n_train)
     return Gates(*(-slope for slope in torch.autograd.grad(rise, at)))
 
@@ -304,7 +304,7 @@ def mean_field(data, laws, n_train):
 def test_log_bayes_factors_are_the_fixed_point_of_mean_field(bert, measured, prior, settings, kl_weight):
     program = program_of(bert, prior=prior, **settings)
     found = log_bayes_factors(program, measured, kl_weight)
-    expected = mean_field(measured, laws_of(program.prior(), found), N_TRAIN / kl_weight)
+    expected = mean_field(measured, distributions_of(program.prior(), found), N_TRAIN / kl_weight)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-2)
         assert bool((ours[..., -1] == 0).all())  # an open chain changes nothing
@@ -315,7 +315,9 @@ def test_log_bayes_factors_are_the_fixed_point_of_mean_field(bert, measured, pri
 def test_a_smaller_weight_of_the_kl_is_as_more_examples(bert, measured):
     program = program_of(bert, prior="nested", rate=0.5)
     half = log_bayes_factors(program, measured, 0.5)
-    double = measured.log_bayes_factors(lambda _: Gates(*(law.depth_log_probs for law in program.prior())), 2 * N_TRAIN)
+    double = measured.log_bayes_factors(
+        lambda _: Gates(*(distribution.depth_log_probs for distribution in program.prior())), 2 * N_TRAIN
+    )
     for ours, theirs in zip(half, double, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -365,7 +367,7 @@ def test_the_mode_is_left_as_it_was_and_no_gradient_behind(bert, training):
     program = program_of(bert).train(training)
     sensitivity(program, [batch()], ranges_of(bert))
     assert program.training is program.net.training is training
-    assert program.net.handover.gates is None and program.net.handover.observer is None
+    assert program.net.gate_context.gates is None and program.net.gate_context.observer is None
     assert all(p.grad is None for p in program.parameters())
 
 

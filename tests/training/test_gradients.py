@@ -49,9 +49,9 @@ def program_of(
     calibrate(net, [batch()[0]])
     prior = build_prior(prior, net.layout, prior_settings or {})
     guide = build_guide(guide, net.layout, prior, {"open_logit": 1.0})
-    law = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), {})
+    distribution = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), {})
     likelihood = get_task("sst2").likelihood
-    program = BayesianLoRA(net, prior, guide, likelihood, n_train=100, weights=law, estimator=estimator)
+    program = BayesianLoRA(net, prior, guide, likelihood, n_train=100, weights=distribution, estimator=estimator)
     return program.to(device).train()
 
 
@@ -86,7 +86,7 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-# bf16: the meta device has no autocast; Gaussian weights: their law holds parameters, which a move to it replaces
+# bf16: the meta device has no autocast; Gaussian weights: their distribution has parameters, which a move replaces
 @pytest.mark.parametrize("name", [name for name in RECORDED if name not in ("bf16", "XS, Gaussian weights")])
 def test_a_step_asks_the_host_for_nothing(name, monkeypatch, eager):
     """The meta device has no values: reading one raises. After the first step, which makes DeBERTa's positions."""

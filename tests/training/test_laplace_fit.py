@@ -23,12 +23,16 @@ def data():
     return regression_data()
 
 
-def covariance_of(law):
+def covariance_of(distribution):
     """(D, D), from what is kept."""
-    if law.curvature == "low_rank":
-        curvature = law.directions * law.eigenvalues @ law.directions.mT
-        return torch.linalg.inv(curvature + law.prior_precision * torch.eye(law.size))
-    return law.scale @ law.scale.mT if law.curvature == "full" else law.scale.square().diag()
+    if distribution.curvature == "low_rank":
+        curvature = distribution.directions * distribution.eigenvalues @ distribution.directions.mT
+        return torch.linalg.inv(curvature + distribution.prior_precision * torch.eye(distribution.size))
+    return (
+        distribution.scale @ distribution.scale.mT
+        if distribution.curvature == "full"
+        else distribution.scale.square().diag()
+    )
 
 
 def test_laplace_is_exact_on_a_gaussian_posterior(data):
@@ -145,12 +149,12 @@ def test_eigenvectors_are_found_in_blocks(size):
 
 def test_of_low_rank_it_is_the_full_one_where_the_rank_is_that_of_the_rows():
     """20 examples of two classes: a curvature of rank 20 at most."""
-    laws = {}
+    distributions = {}
     for structure in ("full", "low_rank"):
         program = weighted_program(weighted_net("xs"), "laplace", structure=structure, rank=20, prior_precision=3.0)
         fit_laplace(program, [batch(10, seed=1), batch(10, seed=2)], deployed(program))
-        laws[structure] = program.weights
-    full, low_rank = (covariance_of(law).detach() for law in laws.values())
+        distributions[structure] = program.weights
+    full, low_rank = (covariance_of(distribution).detach() for distribution in distributions.values())
     torch.testing.assert_close(full, low_rank, atol=1e-4, rtol=1e-3)
     assert (full.diagonal() < 0.99 / 3.0).any()  # the data say something
 

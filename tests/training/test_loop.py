@@ -134,7 +134,7 @@ def test_a_budget_follows_every_component_of_a_mixture(backbone, monkeypatch):
     config = tiny_config(backbone, prior="budget", guide="mixture", guide_settings={"components": 3})
     trained = fit(config, quiet=True)
     shape = torch.Size([3, *trained.program.layout.z_shape])
-    start = len(seen) - (8 - Schedule.of(config, 64).opening)  # the search for the start is one law's, before any step
+    start = len(seen) - (8 - Schedule.of(config, 64).opening)  # before any step, the start is searched
     assert seen[start:] == [shape] * len(seen[start:])
     assert {moved[0] for moved in seen[:start]} == {1}
 

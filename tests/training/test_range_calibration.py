@@ -152,7 +152,7 @@ def test_a_fitted_range_loses_no_more_than_covering_the_largest_value(found, pro
 
 def assert_as_before(program, training):
     assert program.net.training is training
-    assert program.net.handover.observer is None and program.net.handover.gates is None
+    assert program.net.gate_context.observer is None and program.net.gate_context.gates is None
     assert all(parameter.grad is None for parameter in program.parameters())
 
 

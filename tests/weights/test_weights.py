@@ -37,17 +37,17 @@ def fits(data, eager):
 
 
 def test_a_mean_field_has_the_posteriors_mean_and_the_inverse_of_its_precisions_diagonal(data, fits):
-    law, (*_, mean, covariance) = fits["gaussian"].weights, data
-    torch.testing.assert_close(law.mean.detach(), mean, atol=0.02, rtol=0.02)
+    distribution, (*_, mean, covariance) = fits["gaussian"].weights, data
+    torch.testing.assert_close(distribution.mean.detach(), mean, atol=0.02, rtol=0.02)
     expected = torch.linalg.inv(covariance).diagonal().rsqrt()
     assert (covariance.diagonal().sqrt() / expected).max() > 1.3  # what it would be if it were the marginal's
-    torch.testing.assert_close(law.std.detach(), expected, rtol=0.08, atol=0)
+    torch.testing.assert_close(distribution.std.detach(), expected, rtol=0.08, atol=0)
 
 
 def test_a_low_rank_gaussian_has_the_posteriors_mean_and_covariance(data, fits):
-    law, (*_, mean, covariance) = fits["low_rank"].weights, data
-    torch.testing.assert_close(law.mean.detach(), mean, atol=0.02, rtol=0.02)
-    found = law.law().covariance_matrix.detach()
+    distribution, (*_, mean, covariance) = fits["low_rank"].weights, data
+    torch.testing.assert_close(distribution.mean.detach(), mean, atol=0.02, rtol=0.02)
+    found = distribution.distribution().covariance_matrix.detach()
     torch.testing.assert_close(found, covariance, atol=0.1 * covariance.max().item(), rtol=0)
 
 
@@ -58,38 +58,40 @@ def test_its_elbo_is_the_evidence_and_a_mean_fields_is_below(data, fits):
     evidence = marginal.log_prob(labels).item()
 
     @torch.no_grad()
-    def elbo(law):  # exact: the expected squared error under a Gaussian
-        q = law.law()
-        covariance = q.covariance_matrix if hasattr(q, "covariance_matrix") else law.variance().diag()
-        squares = (labels - X @ law.mean).square() + (X @ covariance * X).sum(-1)
+    def elbo(distribution):  # exact: the expected squared error under a Gaussian
+        q = distribution.distribution()
+        covariance = q.covariance_matrix if hasattr(q, "covariance_matrix") else distribution.variance().diag()
+        squares = (labels - X @ distribution.mean).square() + (X @ covariance * X).sum(-1)
         expected = -squares.sum() / (2 * NOISE**2) - N * math.log(NOISE * math.sqrt(2 * math.pi))
-        return (expected - law.divergence()).item()
+        return (expected - distribution.divergence()).item()
 
     mean_field, low_rank = (elbo(fits[name].weights) for name in ("gaussian", "low_rank"))
     assert mean_field < low_rank < evidence and evidence - low_rank < 0.05 < 0.3 < evidence - mean_field
 
 
 def test_a_learned_prior_scale_is_the_best_one(data):
-    law = build_weights("gaussian", {(0, "core"): nn.Parameter(torch.randn(3, 3))}, {}, {"start_std": 0.3})
-    best = law.divergence().item()
+    distribution = build_weights("gaussian", {(0, "core"): nn.Parameter(torch.randn(3, 3))}, {}, {"start_std": 0.3})
+    best = distribution.divergence().item()
     for factor in (0.8, 0.95, 1.05, 1.3):
-        scale = factor * law.prior_scale()
+        scale = factor * distribution.prior_scale()
         other = dist.Normal(torch.zeros(9), scale).to_event(1)
-        assert torch.distributions.kl_divergence(law.law(), other).item() > best
-    squares = law.mean.square() + law.variance()
-    assert law.prior_scale()[0].item() == pytest.approx(squares.mean().sqrt().item())
+        assert torch.distributions.kl_divergence(distribution.distribution(), other).item() > best
+    squares = distribution.mean.square() + distribution.variance()
+    assert distribution.prior_scale()[0].item() == pytest.approx(squares.mean().sqrt().item())
 
 
 @pytest.mark.parametrize("name", ["gaussian", "low_rank"])
 def test_the_kl_of_the_weights_is_the_average_log_ratio(name):
     torch.manual_seed(0)
-    law = build_weights(name, {(0, "core"): nn.Parameter(0.2 * torch.randn(2, 3))}, {}, {"prior_std": 0.5})
+    distribution = build_weights(name, {(0, "core"): nn.Parameter(0.2 * torch.randn(2, 3))}, {}, {"prior_std": 0.5})
     if name == "low_rank":
-        law.columns.data.normal_(std=2.0)
-    law.spread.data.uniform_(0, 3.0)
-    theta = law.law().sample((100_000,))
-    ratio = law.law().log_prob(theta) - law.prior().log_prob(theta)
-    assert law.divergence().item() == pytest.approx(ratio.mean().item(), abs=5 * ratio.std().item() / 100_000**0.5)
+        distribution.columns.data.normal_(std=2.0)
+    distribution.spread.data.uniform_(0, 3.0)
+    theta = distribution.distribution().sample((100_000,))
+    ratio = distribution.distribution().log_prob(theta) - distribution.prior().log_prob(theta)
+    assert distribution.divergence().item() == pytest.approx(
+        ratio.mean().item(), abs=5 * ratio.std().item() / 100_000**0.5
+    )
 
 
 # --- dropout and ensembles -------------------------------------------------------------------------------------------
@@ -136,12 +138,12 @@ def test_members_of_an_ensemble_agree_where_the_data_speak_and_keep_their_start_
 
 
 def noted(rank, snapshots, path):
-    law = build_weights(
+    distribution = build_weights(
         "swag", {(0, "core"): nn.Parameter(torch.zeros(path.shape[1]))}, {}, {"rank": rank, "snapshots": 20}
     )
     for theta in path:
-        law.note(theta, torch.zeros(0))
-    return law
+        distribution.note(theta, torch.zeros(0))
+    return distribution
 
 
 @pytest.mark.parametrize("rank", [0, 2, 5])
@@ -150,7 +152,7 @@ def test_swags_draws_have_the_covariance_of_its_formula(rank):
     path = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)) @ torch.tensor(
         [[1.0, 0.5, 0.0], [0.0, 0.3, 0.2], [0.0, 0.0, 2.0]]
     )
-    law = noted(rank, 20, path)
+    distribution = noted(rank, 20, path)
     exact = path.double()
     variance = exact.square().mean(0) - exact.mean(0).square()
     expected = variance.diag()
@@ -159,7 +161,7 @@ def test_swags_draws_have_the_covariance_of_its_formula(rank):
         D = (exact - running)[-rank:]
         expected = (variance.diag() + D.T @ D / (rank - 1)) / 2
     torch.manual_seed(0)
-    draws = law.draw(200_000).double()
+    draws = distribution.draw(200_000).double()
     torch.testing.assert_close(draws.mean(0), exact.mean(0), atol=0.02, rtol=0)
     error = (draws.T.cov() - expected).abs().max() / expected.max()
     assert error < 0.02  # the release draws with four times this covariance
@@ -197,20 +199,20 @@ def test_swag_finds_the_mean_of_a_path_that_circles_the_posteriors(data):
 
 def test_the_head_ends_with_its_own_mean():
     head = {0: nn.Parameter(torch.zeros(2)), 1: nn.Parameter(torch.zeros(1, 3))}
-    law = build_weights("swag", {(0, "core"): nn.Parameter(torch.zeros(1))}, head, {"rank": 2, "snapshots": 2})
+    distribution = build_weights("swag", {(0, "core"): nn.Parameter(torch.zeros(1))}, head, {"rank": 2, "snapshots": 2})
     for value in (1.0, 3.0):
         for p in head.values():
             p.data.fill_(value)
-        law.note(torch.tensor([value]), torch.full((5,), value))
-    law.finish()
+        distribution.note(torch.tensor([value]), torch.full((5,), value))
+    distribution.finish()
     assert all(bool((p == 2.0).all()) for p in head.values())
 
 
 def test_snapshots_come_evenly_after_the_burn_in():
-    law = build_weights(
+    distribution = build_weights(
         "swag", {(0, "core"): nn.Parameter(torch.zeros(1))}, {}, {"rank": 2, "snapshots": 5, "burn_in": 0.4}
     )
-    assert [step for step in range(1, 101) if law.due(step, 100)] == [52, 64, 76, 88, 100]
+    assert [step for step in range(1, 101) if distribution.due(step, 100)] == [52, 64, 76, 88, 100]
 
 
 # --- in a network -----------------------------------------------------------------------------------------------------
@@ -320,8 +322,10 @@ def test_random_weights_learn_without_decay_beside_what_is_a_point():
 
 def test_swag_averages_at_a_constant_rate():
     config = RunConfig(epochs=10, batch_size=10, warmup=0.1, lr=1.0, lr_head=0.5)
-    law = build_weights("swag", {(0, "core"): nn.Parameter(torch.zeros(1))}, {}, {"burn_in": 0.5, "plateau": 0.4})
-    schedule = Schedule.of(config, 100, weights=law)
+    distribution = build_weights(
+        "swag", {(0, "core"): nn.Parameter(torch.zeros(1))}, {}, {"burn_in": 0.5, "plateau": 0.4}
+    )
+    schedule = Schedule.of(config, 100, weights=distribution)
     rates = [schedule.learning_rate("adapter", step) for step in range(100)]
     assert rates[9] == 1.0 and all(a > b for a, b in itertools.pairwise(rates[10:51]))
     assert rates[50:] == pytest.approx([0.4] * 50)
@@ -372,5 +376,7 @@ def test_numbers_that_are_stored_are_counted():
     assert set(WEIGHTS.names()) == {*counts, "ensemble", "dropout"}
     net = weighted_net("lora")
     one = 6 * 4 * 32  # lora_A of six projections of width 32, and as many of lora_B
-    found = {law: stored(weighted_program(net, law)) for law in ("point", "gaussian", "swag")}
+    found = {
+        distribution: stored(weighted_program(net, distribution)) for distribution in ("point", "gaussian", "swag")
+    }
     assert found == {"point": 2 * one, "gaussian": 3 * one, "swag": 12 * 2 * one}

@@ -16,43 +16,43 @@ from pyro_blora.training.laplace_fit import fit_run
 from pyro_blora.weights import Swag, build_weights
 
 _ENSEMBLES = ("lora", "lora-gaussian", "lora-swag", "xs8-swag")  # paths whose seeds are members
-Law = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many of its last deviations
+WeightDistribution = str | int  # "draws", "dropout", "laplace"; a number: SWAG with that many of its last deviations
 
 
-def laws_of(parts: Parts, laws: tuple[Law, ...]) -> dict[str, dict]:
+def distributions_of(parts: Parts, distributions: tuple[WeightDistribution, ...]) -> dict[str, dict]:
     """The point and these, by name: metric, scores, scaled, temperature, numbers learned and stored, log odds."""
     found = {"point": _scored(parts, _predictions(parts))}
-    found["point"]["stored"] = found["point"]["parameters"]  # the law's mean alone
-    for law in laws:
-        found[f"K = {law}" if isinstance(law, int) else law] = _read(parts, law)
+    found["point"]["stored"] = found["point"]["parameters"]  # the distribution's mean alone
+    for distribution in distributions:
+        found[f"K = {distribution}" if isinstance(distribution, int) else distribution] = _read(parts, distribution)
     return found
 
 
-def _read(parts: Parts, law: Law) -> dict:
+def _read(parts: Parts, distribution: WeightDistribution) -> dict:
     program, draws, seed = parts.program, parts.config.draws, parts.config.seed
-    if law == "laplace":
+    if distribution == "laplace":
         return _laplace(parts)
-    if law == "dropout":
+    if distribution == "dropout":
         return _scored(parts, _predictions(parts, dropout_seed=seed))
-    if law == "draws":
+    if distribution == "draws":
         gates = draw(program, draws, seed=seed) if parts.config.method == "bayesian_lora" else None
         found = _scored(parts, _predictions(parts, gates, draw_weights(program, draws, seed=seed)))
         return found | {"bops": float(bops(program).adapted_ratio)}
     swag = program.weights
-    if not (isinstance(swag, Swag) and isinstance(law, int)):
+    if not (isinstance(swag, Swag) and isinstance(distribution, int)):
         raise ValueError(
-            f"law {law!r} is not one of weights {parts.config.weights!r}: a number of deviations is SWAG's"
+            f"{distribution!r} is not one of weights {parts.config.weights!r}: a number of deviations is SWAG's"
         )
     with seeded(program, seed), torch.no_grad():
-        theta = swag.draw(draws, law)
-    return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + law) * swag.size}
+        theta = swag.draw(draws, distribution)
+    return _scored(parts, _predictions(parts, theta=theta)) | {"stored": (2 + distribution) * swag.size}
 
 
 def _laplace(parts: Parts) -> dict:
     program, config = parts.program, parts.config
     point, head = program.weights, dict(enumerate(program.net.head_parameters()))
-    law = build_weights("laplace", program.net.random_weights(), head, {})
-    program.weights = law.to(program.log_scale.device)
+    distribution = build_weights("laplace", program.net.random_weights(), head, {})
+    program.weights = distribution.to(program.log_scale.device)
     fit_run(parts)
     theta = draw_weights(program, config.draws, seed=config.seed)
     found = _scored(parts, _predictions(parts, theta=theta))
@@ -98,28 +98,28 @@ def ensembles(rows: list[dict]) -> list[dict]:
 
     The members' own draws are averaged first: of Laplace a mixture of Laplace approximations, of SWAG MultiSWAG.
     """
-    by_law: dict[tuple[str, str, str], list[dict]] = {}
+    by_distribution: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         if row["path"] in _ENSEMBLES:
-            by_law.setdefault((row["task"], row["path"], row["law"]), []).append(row)
+            by_distribution.setdefault((row["task"], row["path"], row["law"]), []).append(row)
     made = []
-    for (task, path, law), members in by_law.items():
-        if len(members) < 3 or (law == "point" and path != "lora"):
+    for (task, path, distribution), members in by_distribution.items():
+        if len(members) < 3 or (distribution == "point" and path != "lora"):
             continue
         labels = {split: torch.tensor(x) for split, x in members[0]["cell"]["labels"].items()}  # the same for all seeds
         kind = get_task(task).likelihood
         odds = {split: [m["log_odds"][split] for m in members] for split in labels}
         predictions = {split: _of_log_odds(odds[split], labels[split], kind) for split in labels}
         found = _scores(get_task(task), predictions)
-        name = f"ensemble of {len(members)}" + ("" if law == "point" else f" x {law}")
+        name = f"ensemble of {len(members)}" + ("" if distribution == "point" else f" x {distribution}")
         made.append({**members[0], "law": name, **found, "stored": sum(m["stored"] for m in members)})
     return made
 
 
 def _of_log_odds(log_odds: list[list[float]], labels: Tensor, likelihood: Likelihood) -> Prediction:
     odds = torch.tensor(log_odds)  # (members, E)
-    law = Categorical(logits=torch.stack([-odds / 2, odds / 2], -1))
-    return Prediction(law.probs, law.log_prob(labels), labels, likelihood)
+    distribution = Categorical(logits=torch.stack([-odds / 2, odds / 2], -1))
+    return Prediction(distribution.probs, distribution.log_prob(labels), labels, likelihood)
 
 
 def _log_odds(mean: Tensor) -> list[float]:
