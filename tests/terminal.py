@@ -20,7 +20,7 @@ def on_terminal(command, *, environment=None, columns=120, press=None):
     if child == 0:  # its size before its program: a busy machine may run the other side of the fork much later
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         kept = {**os.environ, "TERM": "xterm", **(environment or {})}
-        for of_the_parent in ("COLUMNS", "LINES"):  # pytest-xdist sets them for its workers
+        for of_the_parent in ("COLUMNS", "LINES"):  # readline, which pytest imports, sets them for workers
             kept.pop(of_the_parent, None)
         os.execvpe(command[0], [str(word) for word in command], kept)
     written, pressed, ends = "", press is None, time.monotonic() + _PATIENCE
