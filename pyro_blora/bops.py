@@ -12,13 +12,14 @@ whose gates are all open has the ratio 1.0 for both.
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .gates import Gates
-from .layout import INPUT, AdapterLayout
+from .layout import INPUT, PRODUCTS, AdapterLayout
 
 
 class Full(NamedTuple):
@@ -52,34 +53,27 @@ def expected_bits(layout: AdapterLayout, z_probs: Tensor) -> Tensor:
     return torch.cat([shared[..., None], bits[..., INPUT + 1 :]], -1)
 
 
-_PRODUCTS = {  # of a projection, and what their bit operations are proportional to
-    "W x": ("input", "base"),
-    "A x": ("rank", "input", "lora_A"),
-    "B h": ("rank", "hidden", "lora_B"),
-}
-
-
-def _macs(layout: AdapterLayout, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """(L,) MACs of each product of a projection, of A x and B h at one rank."""
-    macs, rank_macs = (layout.on(device, name) for name in ("macs", "rank_macs"))
-    return {"W x": macs, "A x": rank_macs[:, 0], "B h": rank_macs[:, 1]}
-
-
 def _per_rank(layout: AdapterLayout, z_probs: Tensor) -> dict[str, Tensor]:
     """E[BOPs] of W x, and of A x and B h at one rank, of every projection.  z_probs (..., L, T, K) -> (..., L)"""
-    widths, macs = expected_bits(layout, z_probs).unbind(-1), _macs(layout, z_probs.device)
+    widths, macs = expected_bits(layout, z_probs).unbind(-1), layout.product_macs(z_probs.device)
     bits = dict(zip(layout.tensors, widths, strict=True))
     return {
         name: math.prod((bits[factor] for factor in of if factor != "rank"), start=macs[name])
-        for name, of in _PRODUCTS.items()
+        for name, of in PRODUCTS.items()
     }
+
+
+def _by_rank(each: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(sum of the plain model's products, sum of the adapters')."""
+    plain, adapters = (sum(x for name, x in each.items() if ("rank" in PRODUCTS[name]) is of) for of in (False, True))
+    return torch.as_tensor(plain), torch.as_tensor(adapters)
 
 
 def bops_by_product(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> dict[str, Tensor]:
     """E[BOPs] of W x, and of A x and B h at the expected rank, of every projection.  Shapes as below -> (..., L)"""
     rank = expected_rank(g_probs)
     return {
-        name: each * rank if "rank" in _PRODUCTS[name] else each for name, each in _per_rank(layout, z_probs).items()
+        name: each * rank if "rank" in PRODUCTS[name] else each for name, each in _per_rank(layout, z_probs).items()
     }
 
 
@@ -90,8 +84,9 @@ def expected_rank(g_probs: Tensor) -> Tensor:
 
 def at_full_width(layout: AdapterLayout) -> Full:
     """What the ratios of `expected_bops` are of."""
-    full, adapter_macs = float(layout.ladder[-1] ** 2), layout.rank * layout.rank_macs.sum()
-    adapted = (layout.macs * _adapted(layout)).sum() + adapter_macs
+    plain, adapters = _by_rank(layout.product_macs())
+    full, adapter_macs = float(layout.ladder[-1] ** 2), layout.rank * adapters.sum()
+    adapted = (plain * _adapted(layout)).sum() + adapter_macs
     return Full(full * adapted, full * (layout.model_macs + adapter_macs))
 
 
@@ -113,11 +108,11 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
             f"expected (..., {layout.z_shape}) and (..., {layout.g_shape})"
         )
     z_probs, g_probs = z_probs.double(), g_probs.double()
-    each = _per_rank(layout, z_probs)
-    gated = each["W x"] + expected_rank(g_probs) * (each["A x"] + each["B h"])  # (..., L)
-    full = at_full_width(layout)
+    plain, adapters = _by_rank(_per_rank(layout, z_probs))
+    gated = plain + expected_rank(g_probs) * adapters  # (..., L)
+    full, plain_macs = at_full_width(layout), _by_rank(layout.product_macs(z_probs.device))[0]
     adapted = gated.masked_fill(~_adapted(layout, z_probs.device), 0.0).sum(-1)
-    model = gated.sum(-1) + layout.ladder[-1] ** 2 * (layout.model_macs - layout.on(z_probs.device, "macs").sum())
+    model = gated.sum(-1) + layout.ladder[-1] ** 2 * (layout.model_macs - plain_macs.sum())
     return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())
 
 
@@ -137,8 +132,8 @@ def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates[Te
     factors = {t: (torch.full_like(bits[:, i], most), bits[:, i]) for i, t in enumerate(layout.tensors)}
     factors["rank"] = (torch.full_like(bits[:, 0], rank), expected_rank(g_probs))
     saved = {name: torch.zeros_like(bits[:, 0]) for name in factors}
-    for product, macs in _macs(layout).items():
-        names = _PRODUCTS[product]
+    for product, macs in layout.product_macs().items():
+        names = PRODUCTS[product]
         for order in itertools.permutations(names):
             for place, name in enumerate(order):
                 full, expected = factors[name]

@@ -20,6 +20,13 @@ from torch import Tensor, nn
 
 TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
 INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
+ACTIVATIONS = ("input", "hidden")  # the others are weights
+OF_EVERY_PROJECTION = ("input", "base")  # the others are an adapter's
+PRODUCTS = {  # of a projection, and what their bit operations are proportional to; those by rank are an adapter's
+    "W x": ("input", "base"),
+    "A x": ("rank", "input", "lora_A"),
+    "B h": ("rank", "hidden", "lora_B"),
+}
 LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
 BATCH_SIZE = 32  # examples of the forward whose MACs are counted: the batch size of the presets
@@ -121,8 +128,8 @@ class AdapterLayout:
 
     @cached_property
     def z_mask(self) -> Tensor:
-        """(L, T) bool: the ladders that exist. A projection without an adapter has those of input and base only."""
-        always = torch.tensor([t in ("input", "base") for t in self.tensors])
+        """(L, T) bool: the ladders that exist. A projection without an adapter has none of an adapter's."""
+        always = torch.tensor([t in OF_EVERY_PROJECTION for t in self.tensors])
         mask = self.g_mask[:, None] | always
         mask[:, INPUT] = self.input_owner == torch.arange(len(self.projections))
         return mask
@@ -139,6 +146,11 @@ class AdapterLayout:
         tokens = torch.tensor([p.tokens for p in self.projections], dtype=torch.float64)
         return tokens[:, None] * torch.tensor(sizes, dtype=torch.float64)
 
+    def product_macs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """(L,) MACs of each of the PRODUCTS, of those by rank at one rank."""
+        macs, rank_macs = (self.on(device, name) for name in ("macs", "rank_macs"))
+        return {"W x": macs, "A x": rank_macs[:, 0], "B h": rank_macs[:, 1]}
+
     @cached_property
     def ladder_steps(self) -> Tensor:
         """(K,) bits that each open gate adds to the first rung's."""
@@ -154,6 +166,11 @@ class AdapterLayout:
     @cached_property
     def tensor_macs(self) -> Tensor:
         """(L, T) MACs of the products that each tensor takes part in, at full rank; a shared input in every one."""
-        down, up = (self.rank * self.rank_macs).unbind(-1)
-        read = torch.zeros_like(down).index_add(0, self.input_owner, self.macs + down)
-        return torch.stack([read, self.macs, down, up, up], -1)
+        each = {
+            name: (self.rank if "rank" in PRODUCTS[name] else 1) * macs for name, macs in self.product_macs().items()
+        }
+        taking_part = [[each[name] for name, of in PRODUCTS.items() if t in of] for t in self.tensors]
+        found = torch.stack([torch.stack(products).sum(0) for products in taking_part], -1)
+        read = found[:, INPUT].clone()
+        found[:, INPUT] = torch.zeros_like(read).index_add(0, self.input_owner, read)
+        return found

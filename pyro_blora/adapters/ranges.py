@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import whole
-from ..layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B
+from ..layout import ACTIVATIONS, BASE, LORA_A, LORA_B
 from .gate_context import Observer
 from .gated_model import GatedModel, observed
-
-if TYPE_CHECKING:
-    pass
-
 
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
 _SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
@@ -56,7 +51,7 @@ def start_ranges(net: GatedModel, observed: dict) -> None:
     ranges = torch.full_like(net.log_range, _UNSEEN_RANGE)
     for layer in net.layers():
         index = layer.index
-        for tensor in (INPUT, HIDDEN):
+        for tensor in map(net.layout.tensors.index, ACTIVATIONS):
             ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
         ranges[index, BASE] = whole(layer.base_weight().abs().max())
         if layer.has_adapter:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.gate_context import ADAPTER
-from ..layout import BASE, HIDDEN, INPUT
+from ..layout import ACTIVATIONS, BASE
 from ..models.architectures import example_rows
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
@@ -43,7 +43,7 @@ def verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] |
     reloaded.eval().to(device)
     z, g = deployed(program)
     z = z.clone()
-    z[:, [INPUT, BASE, HIDDEN]] = 1.0
+    z[:, [BASE, *map(program.layout.tensors.index, ACTIVATIONS)]] = 1.0
     tokens = min(32, net.layout.sequence_length)
     rows = rows or net.head.example(example_rows(net.backbone, 2, tokens, varied=True))
     batch = {key: value.to(device) for key, value in rows.items()}

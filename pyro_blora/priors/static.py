@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..gates import Gates, NestedBernoulli
-from ..layout import AdapterLayout
+from ..layout import ACTIVATIONS, AdapterLayout
 from ..registries import register_prior
 from .budget import Budget
 
@@ -73,7 +73,7 @@ def fixed(
     rank = layout.rank if rank is None else rank
     if not 1 <= rank <= layout.rank:
         raise ValueError(f"prior 'fixed': rank must be from 1 to the adapter's rank {layout.rank}, got {rank}")
-    widths = [activation_bits if tensor in ("input", "hidden") else bits for tensor in layout.tensors]
+    widths = [activation_bits if tensor in ACTIVATIONS else bits for tensor in layout.tensors]
     depths = torch.tensor([layout.ladder.index(width) for width in widths]).expand(layout.z_shape[:2])
     return Gates(
         _pinned(depths, layout.z_shape[-1]), _pinned(torch.full(layout.g_shape[:1], rank - 1), layout.rank - 1)
