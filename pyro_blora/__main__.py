@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config.command_line import run_fields, take_settings
+from .config.command_line import called_elsewhere, run_fields, take_settings
 from .config.completion import complete
 from .config.flags import add_run_flags
 from .config.methods import METHODS
@@ -24,6 +24,7 @@ from .progress import is_main, phase, prepare, silenced
 from .registries import CHOSEN, LISTED
 from .registry import REQUIRED
 from .signals import Interrupted, asked, heeded
+from .user_code import place_of
 from .user_values import nearest, suggest
 
 COMMANDS = ("train", "show", "report", "what-if", "methods", *LISTED, "doctor")
@@ -75,7 +76,15 @@ def _main(argv: list[str]) -> int:
         if not is_main():  # where the main process fails, too, its sentence is enough
             time.sleep(_LAUNCHERS_PATIENCE)
         remedy = ": `pyro-blora doctor` lists what is missing" if isinstance(error, ImportError) else ""
-        print(f"pyro-blora: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"pyro-blora: error: {' '.join(said.split())}{remedy}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        place = place_of(error)
+        if place is None or os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
+            raise
+        said = f"{place}: {type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"pyro-blora: error: {said}: correct it; PYRO_BLORA_TRACEBACK=1 shows the traceback", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_main():
@@ -90,11 +99,15 @@ def _command(argv: list[str]) -> int:
     settings, rest = take_settings(argv) if argv[:1] == ["train"] else ({}, argv)
     parser = _parser()
     complete(parser)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     arguments, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = [f"--{name}" for name in ("preset", "if_finished", "quiet", *field_names())]
         given = unknown[0].partition("=")[0]
-        raise ValueError(f"unknown argument {unknown[0]!r}: {nearest(given, flags) or suggest(given, flags)}")
+        remedy = called_elsewhere(given) or nearest(given, flags) or suggest(given, flags)
+        raise ValueError(f"unknown argument {unknown[0]!r}: {remedy}")
     if arguments.command == "train":
         return _train(arguments, settings)
     if arguments.command == "show":

@@ -20,7 +20,6 @@ _EXTRAS = {  # package: (what it is for, how it is had)
     "submitit": ("grids on a cluster", "pip install 'pyro-blora[cluster]'"),
     "tensorboard": ("--tracker tensorboard", "pip install tensorboard"),
     "wandb": ("--tracker wandb", "pip install wandb"),
-    "torchao": ("quantized exports of torchao", "pip install 'pyro-blora[export]'"),
 }
 _HUB = "https://huggingface.co"
 _PATIENCE = 3.0  # seconds for the hub's answer

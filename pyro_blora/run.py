@@ -54,6 +54,8 @@ def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     SIGTERM, SIGINT or SIGHUP, with a sentence on what is kept.
     """
     folder = config.folder
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ValueError(f"output_dir {config.output_dir!r} is a file: give a folder")
     check_names(config)
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process  # as fit's Accelerator is
     with heeded(), silenced(quiet), alone(folder) if main else contextlib.nullcontext():
@@ -85,6 +87,11 @@ def _require_unfinished(folder: Path, main: bool) -> None:
         if main:
             _write_page(folder)
         return
+    if not (folder / "summary.json").is_file():
+        raise FileExistsError(
+            f"{folder} is there, but is no finished run (it has no summary.json): move it away, or give another "
+            "--output_dir"
+        )
     raise FileExistsError(
         f"{folder} is a finished run already: look at it with `pyro-blora show {folder}`, or change --seed or "
         "--output_dir to run again"

@@ -88,6 +88,16 @@ def module_of(name: str, kind: str) -> types.ModuleType:
     return module
 
 
+def place_of(error: BaseException) -> str | None:
+    """ "FILE, line N" of the user's file in which an error was raised, at its innermost; None for other errors."""
+    place, trace = None, error.__traceback__
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_MODULE):
+            place = f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
 def replaces(new: Callable, old: Callable) -> bool:
     """Whether `new` is `old` from a notebook's cell that ran again, or from a user's file that was edited."""
     module = new.__module__ or ""  # none in code that was given to exec

@@ -54,7 +54,9 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
             return converted
     if literals:
         raise ValueError(f"{where} must be one of {', '.join(map(str, literals))}, got {shown(value)}")
-    raise ValueError(f"{where} must be {' or '.join(_NOUNS[kind] for kind in plain)}, got {shown(value)}")
+    comma = isinstance(value, str) and _converted(value.replace(",", ".", 1), float) is not _NOTHING and "," in value
+    remedy = f": write {value.replace(',', '.', 1)}" if comma else ""
+    raise ValueError(f"{where} must be {' or '.join(_NOUNS[kind] for kind in plain)}, got {shown(value)}{remedy}")
 
 
 def as_word(value: Any, annotation: Any) -> Any:

@@ -140,15 +140,43 @@ def test_settings_of_a_replaced_prior_go_with_it(tmp_path):
         (["train", "--preset", "dmo"], "unknown preset 'dmo': did you mean 'demo'?"),
         (["train", "--if_finished", "delete"], "argument --if_finished: invalid choice: 'delete'"),
         (["show"], "the following arguments are required: run"),
-        (
-            [],
-            "the following arguments are required: {train,show,report,what-if,",
-        ),
+        (["train", "--learning-rate", "1"], "unknown argument '--learning-rate': it is --lr here"),
+        (["train", "demo"], "unknown argument 'demo': did you mean --preset demo?"),
+        (["train", "--device", "cuda"], "unknown argument '--device': a GPU is used where torch finds one"),
+        (["train", "--lr", "0,01"], "lr must be a number or none, got '0,01': write 0.01"),
+        (["show", "nowhere"], "there is no folder nowhere: "),
         (["priors", "--all"], "unknown argument '--all'"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(capsys, argv, message):
     assert message in refused(capsys, *argv)
+
+
+def test_the_command_alone_shows_its_help(capsys):
+    assert main([]) == 2 and "usage: pyro-blora" in capsys.readouterr().err
+
+
+def test_an_error_in_a_users_function_names_its_line(capsys, tmp_path, monkeypatch):
+    file, output = tmp_path / "mine.py", tmp_path / "runs"
+    file.write_text(
+        "def late(layout):\n    return inverse(0)\n\n\ndef inverse(x):\n    return 1 / x\n", encoding="utf-8"
+    )
+    said = refused(
+        capsys, "train", "--quiet", "--max_train", "16", "--prior", f"{file}:late", "--output_dir", str(output)
+    )
+    assert f"{file}, line 6: ZeroDivisionError: division by zero" in said and not output.exists()
+    monkeypatch.setenv("PYRO_BLORA_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--max_train", "16", "--prior", f"{file}:late", "--output_dir", str(output)])
+
+
+def test_what_stands_where_a_run_should_go_is_named(capsys, tmp_path):
+    file = tmp_path / "runs"
+    file.touch()
+    assert "is a file: give a folder" in refused(capsys, "train", "--quiet", "--output_dir", str(file))
+    there = RunConfig(output_dir=str(tmp_path / "other"))
+    there.folder.mkdir(parents=True)
+    assert "is there, but is no finished run" in refused(capsys, "train", "--quiet", "--output_dir", there.output_dir)
 
 
 def test_a_message_of_many_lines_becomes_one(capsys, tmp_path):

@@ -27,6 +27,26 @@ EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number, also where Y
 _SETTING = re.compile(rf"--({_PATTERN})(?:=(.*))?", re.DOTALL)
 
 
+_ELSEWHERE = {  # what other programs call it
+    "learning_rate": "lr", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation", "max_seq_length": "max_length", "max_train_samples": "max_train",
+    "model": "backbone", "model_name_or_path": "backbone", "task_name": "task", "lora_r": "rank", "r": "rank",
+    "lora_alpha": "alpha", "warmup_ratio": "warmup", "bf16": "precision bf16", "max_grad_norm": "clip_norm",
+}  # fmt: skip
+
+
+def called_elsewhere(word: str) -> str | None:
+    """The remedy for a flag as other programs call it, for a preset without its flag, for a device; else None."""
+    name = word.lstrip("-").replace("-", "_")
+    if word.startswith("-") and name in _ELSEWHERE:
+        return f"it is --{_ELSEWHERE[name]} here"
+    if name in ("device", "cuda", "gpu", "no_cuda"):
+        return (
+            "a GPU is used where torch finds one: drop it (`pyro-blora doctor` tells; CUDA_VISIBLE_DEVICES= hides it)"
+        )
+    return f"did you mean --preset {word}?" if word in preset_names() else None
+
+
 def preset_names() -> list[str]:
     """The names of the presets that travel with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))

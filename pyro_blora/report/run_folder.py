@@ -83,6 +83,8 @@ class Section:
 
 def read_summary(folder: Path) -> dict:
     """The summary of a finished run.  Errors: ValueError for a folder that has none, and for one of another form."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: `pyro-blora train` prints that of its run, in runs/ by default")
     try:
         summary = read_json(folder / "summary.json")
         _require_form(summary)

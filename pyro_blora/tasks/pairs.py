@@ -47,6 +47,10 @@ def read_pairs(path: Path) -> datasets.Dataset:
     """One file.  Errors: ValueError for a file that is missing, or has no such columns, labels or rows."""
     import datasets  # now, as it takes a second
 
+    if path.parent.is_file():
+        raise ValueError(
+            f"task 'pairs': {path.parent} is a file: pass --glue_dir the folder that has train.csv and dev.csv"
+        )
     if not path.is_file():
         raise ValueError(f"task 'pairs': there is no file {path}: it has the columns first, second and label")
     rows: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "label")}
@@ -56,12 +60,18 @@ def read_pairs(path: Path) -> datasets.Dataset:
             header = reader.fieldnames or ()
         except csv.Error as error:
             raise ValueError(f"{path}, line 1: {error}") from None
+        if not header:
+            raise ValueError(f"{path} is empty: its first line names the columns, first,second,label")
+        if len(header) == 1 and "\t" in header[0]:
+            raise ValueError(f"{path}: its columns are separated by tabs: separate them by commas")
         require_header(path, header, tuple(rows), "name the columns so")
         try:
             for row in reader:
                 label = (row["label"] or "").strip().lower()
-                if label not in LABELS or not row["first"] or not row["second"]:
-                    raise ValueError(f"{row['label']!r} with {row['first']!r} is no pair: two texts and yes or no")
+                if label not in LABELS:
+                    raise ValueError(f"label {row['label']!r} must be yes or no")
+                if not row["first"] or not row["second"]:
+                    raise ValueError("a text of the pair is missing: fill it in, or drop the row")
                 for name in COLUMNS:
                     rows[name].append(row[name])
                 rows["label"].append(LABELS.index(label))

@@ -28,7 +28,7 @@ class Schedule:
         if n_train < per_step:
             raise ValueError(
                 f"{n_train} training examples do not fill one step of {per_step} (batch size x accumulation x "
-                "processes): lower --batch_size or raise --max_train"
+                "processes): lower --batch_size, or train on more rows"
             )
         own = () if weights is None else (weights.constant_from, weights.plateau)
         return cls(config, config.epochs * (n_train // per_step), n_train // per_step, *own)

@@ -38,11 +38,12 @@ def test_columns_may_be_in_any_order_beside_others_with_a_byte_order_mark(tmp_pa
     ("text", "message"),
     [
         (None, "there is no file .*train.csv: it has the columns first, second and label"),
-        ("", "the header line lacks the columns .'first', 'second', 'label'."),
+        ("", "is empty: its first line names the columns, first,second,label"),
+        ("first\tsecond\tlabel\na\tb\tyes\n", "its columns are separated by tabs: separate them by commas"),
         ("first,label\na,yes\n", "the header line lacks the columns .'second'., it has"),
-        ("first,second,label\na,b,yes\na,b,maybe\n", "line 3: 'maybe' with 'a' is no pair: two texts and yes or no"),
-        ("first,second,label\na,,yes\n", "line 2: 'yes' with 'a' is no pair"),
-        ("first,second,label\na,b\n", "line 2: None with 'a' is no pair"),
+        ("first,second,label\na,b,yes\na,b,maybe\n", "line 3: label 'maybe' must be yes or no"),
+        ("first,second,label\na,,yes\n", "line 2: a text of the pair is missing"),
+        ("first,second,label\na,b\n", "line 2: label None must be yes or no"),
         ("first,second,label\n", "has no rows under its header"),
         (
             "first,second,label,first\na,b,yes,c\n",
