@@ -23,14 +23,15 @@ class Row:
     limit: int | None
     prefix: str = ""  # of the classes, where transformers spells them otherwise
 
-    def build(self, *, num_labels: int = 2, **changes):
-        prefix = self.prefix or self.name
+    def config(self, *, num_labels: int = 2, **changes):
         usual = {"vocab_size": VOCABULARY, "pad_token_id": 1, "num_labels": num_labels, "initializer_range": 0.2}
         settings = {key: value for key, value in {**usual, **self.settings, **changes}.items() if value is not None}
-        config = getattr(transformers, f"{prefix}Config")(**settings)
+        return getattr(transformers, f"{self.prefix or self.name}Config")(**settings)
+
+    def build(self, **changes):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return getattr(transformers, f"{prefix}ForSequenceClassification")(config)
+            return getattr(transformers, f"{self.prefix or self.name}ForSequenceClassification")(self.config(**changes))
 
 
 QKV = ("query", "key", "value")

@@ -62,7 +62,7 @@ TARGETS = {
 }
 
 _ROLES = {
-    **{f"{q}{end}": role for role in _QUERY_KEY_VALUE for q in (role, role[0]) for end in ("", "_proj", "_lin", "_head")},
+    **{q + end: role for role in _QUERY_KEY_VALUE for q in (role, role[0]) for end in ("", "_proj", "_lin", "_head")},
     **dict.fromkeys(("attn.Wo", "o", "o_proj", "out_lin", "out_proj", "post_proj"), "attention.output"),
     "in_proj": "qkv", "Wqkv": "qkv", "mlp.Wi": "intermediate", "mlp.Wo": "output",
 }  # fmt: skip
