@@ -59,7 +59,7 @@ def few():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TASKS, "_functions", dict(TASKS._functions))
         patch.setattr(TASKS, "_entries", dict(TASKS._entries))
-        patch.setattr(range_calibration, "_CANDIDATES", range_calibration._CANDIDATES[::8])  # whether ranges are good is no matter here
+        patch.setattr(range_calibration, "_CANDIDATES", range_calibration._CANDIDATES[::8])  # good ranges are not asked
         register_task(dataclasses.replace(task, name="few", load=lambda **_: rows))
         yield "few"
 
