@@ -75,21 +75,20 @@ def layout_of(
 
 
 def _told_apart(projections: list[Projection]) -> tuple[Projection, ...]:
-    """Roles of a decoder's own where there is an encoder too (T5, BART), and layers counted through where those of
+    """Roles of their own for a decoder that reads an encoder (T5, BART), and layers counted through where those of
     several blocks have the same numbers (Funnel), so that a layer has one projection of a role; others stay."""
     if len({(p.layer, p.type) for p in projections}) == len(projections):
         return tuple(projections)
-    stacks = {name for p in projections for name in ("encoder", "decoder") if f".{name}." in p.name}
-    if len(stacks) == 2:
+    if any(_CROSS.search(p.name) for p in projections):
         return tuple(
             dataclasses.replace(p, type=f"{'cross' if _CROSS.search(p.name) else 'decoder'}.{p.type}")
             if ".decoder." in p.name else p
             for p in projections
         )  # fmt: skip
-    numbers = [re.findall(r"\.(\d+)(?=\.)", p.name) for p in projections]
-    order = list(dict.fromkeys(map(tuple, numbers)))
-    counted = [dataclasses.replace(p, layer=order.index(tuple(n))) for p, n in zip(projections, numbers, strict=True)]
-    is_better = len({(p.layer, p.type) for p in counted}) == len(projections)
+    numbers = [tuple(re.findall(r"\.(\d+)(?=\.)", p.name)) for p in projections]
+    order, are_of_layers = list(dict.fromkeys(numbers)), len({len(n) for n in numbers}) == 1  # none of parts of one
+    counted = [dataclasses.replace(p, layer=order.index(n)) for p, n in zip(projections, numbers, strict=True)]
+    is_better = are_of_layers and len({(p.layer, p.type) for p in counted}) == len(projections)
     return tuple(counted if is_better else projections)
 
 

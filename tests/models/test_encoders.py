@@ -232,6 +232,15 @@ def test_the_layers_of_blocks_are_numbered_through():
     assert [(p.layer, p.type) for p in layout.projections] == [(i, role) for i in range(3) for role in QKV]
 
 
+def test_a_decoder_that_is_adapted_alone_has_roles_of_its_own():
+    layout = AdapterLayout.of(
+        BY_NAME["Bart"].build(), rank=4, sequence_length=10, target_modules=r".*\.decoder\..*\.(q|v)_proj"
+    )
+    assert {p.type for p in layout.projections} == {"decoder.query", "decoder.value", "cross.query", "cross.value"}
+    plain = AdapterLayout.of(BY_NAME["OPT"].build(), rank=4, sequence_length=10, target_modules=["q_proj"])
+    assert {p.type for p in plain.projections} == {"query"}  # a decoder without an encoder
+
+
 def test_a_run_with_older_names_of_roles_keeps_them(tokenizer, few, tmp_path):
     """Before there were presets, MPNet's maps were called q, k and v."""
     from pyro_blora.checkpoint import read_tensors, write_tensors
