@@ -74,7 +74,7 @@ class GatedModel(nn.Module):
         """Take the roles of a stored layout of this network, see `AdapterLayout.named_as`."""
         self.layout = self.layout.named_as(layout)
         if self.layout.share_inputs:
-            self.handover.owners = self.layout.input_owner.tolist()
+            self.gate_context.owners = self.layout.input_owner.tolist()
 
     def layers(self) -> list[Gated]:
         """The gated layers in the layout's order."""

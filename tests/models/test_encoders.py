@@ -38,6 +38,7 @@ BY_NAME = {row.name: row for row in ROWS}
 VARIANTS = ("BigBirdSparse", "Esm")  # of an architecture that has a row already
 TRAINED = [row for row in ROWS if row.targets is None and row.name not in VARIANTS]
 QKV = ["query", "key", "value"]
+BART = ("q_proj", "k_proj", "v_proj")
 FUSED = {"Deberta": ["qkv"], "ModernBert": ["qkv"]}
 OTHERS = {"Longformer": [*QKV, *(f"{role}_global" for role in QKV)]}
 TWO_SIDES = [f"{side}{role}" for side in ("", "decoder.", "cross.") for role in QKV]
@@ -261,6 +262,16 @@ def test_a_run_with_older_names_of_roles_keeps_them(tokenizer, few, tmp_path):
     write_tensors(path, tensors, notes | {"layout": json.dumps(stored)})
     with pytest.raises(ValueError, match="does not fit the model"):
         load(run)
+
+
+def test_older_names_of_roles_decide_which_inputs_are_shared():
+    """BART's decoder shared its inputs when its roles were named as the encoder's."""
+    net = attach(BY_NAME["Bart"].build(), rank=4, sequence_length=10, target_modules=BART, share_inputs=True)
+    older = [dataclasses.replace(p, type=p.type.removeprefix("decoder.").removeprefix("cross."))
+             for p in net.layout.projections]  # fmt: skip
+    stored, owners = dataclasses.replace(net.layout, projections=tuple(older)), net.layout.input_owner.tolist()
+    net.name_as(stored)
+    assert net.layout == stored and net.gate_context.owners == stored.input_owner.tolist() != owners
 
 
 # --- an architecture without a preset ---------------------------------------------------------------------------------
