@@ -13,7 +13,7 @@ import torch
 from .adapters.attaching import attach
 from .config.run_config import RunConfig
 from .guides.base import build_guide
-from .layout import BATCH_SIZE
+from .layout import BATCH_SIZE, AdapterLayout
 from .models.loading import is_function, load_backbone, load_tokenizer
 from .models.tokenization import require_readable, suit
 from .priors import build_prior, parts
@@ -92,6 +92,9 @@ def build(config: RunConfig) -> Parts:
         torch.manual_seed(config.seed)  # the head and lora_A are drawn now
         program = build_program(config, task, len(rows["train"]))
         tokenizer = tokenizer or load_tokenizer(config.backbone)
+    if sharing := program.net.layout.sharing:
+        with phase(sharing, still=True):
+            pass
     suit(tokenizer, program.net.backbone, config.backbone)
     tokens = {}
     for split, table in rows.items():
@@ -107,15 +110,18 @@ def build(config: RunConfig) -> Parts:
     return Parts(config, task, rows, tokens, tokenizer, program)
 
 
-def build_program(config: RunConfig, task: Task, n_train: int, counted_at: int = BATCH_SIZE) -> BayesianLoRA:
-    """counted_at: batch size at which MACs are counted per example: of older runs, 1."""
+def build_program(config: RunConfig, task: Task, n_train: int, stored: AdapterLayout | None = None) -> BayesianLoRA:
+    """stored: the layout of a finished run, whose batch size for counting MACs and whose names of roles are kept."""
     kind = task.likelihood
     backbone = load_backbone(config.backbone, kind, revision=config.backbone_revision)
     net = attach(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
         adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,
-        share_inputs=config.share_inputs, sequence_length=config.max_length, batch_size=counted_at, head=kind.head,
+        share_inputs=config.share_inputs, sequence_length=config.max_length, head=kind.head,
+        batch_size=BATCH_SIZE if stored is None else stored.batch_size,
     )  # fmt: skip
+    if stored is not None:
+        net.name_as(stored)
     net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()

@@ -38,7 +38,8 @@ class Projection:
     """One linear map y = W x + b with W of shape (out_features, in_features).
 
     `tokens` is how many vectors pass through it per example (what passes once a batch is shared by its examples),
-    `adapted` whether it has a low-rank adapter.
+    `adapted` whether it has a low-rank adapter, `uses` how often a forward passes an example through it: more than once
+    where layers share their weights (ALBERT). `tokens` counts every use.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Projection:
     out_features: int
     tokens: float
     adapted: bool
+    uses: int = 1
 
     @property
     def macs(self) -> float:
@@ -95,6 +97,25 @@ class AdapterLayout:
         """The same projections for full fine-tuning."""
         return dataclasses.replace(
             self, projections=tuple(dataclasses.replace(p, adapted=False) for p in self.projections)
+        )
+
+    def named_as(self, other: "AdapterLayout") -> "AdapterLayout":
+        """Another layout if it differs by nothing but roles, layers and uses, which older versions named otherwise."""
+        alike = (
+            dataclasses.replace(p, type=q.type, layer=q.layer, uses=q.uses)
+            for p, q in zip(self.projections, other.projections, strict=False)
+        )
+        return other if dataclasses.replace(self, projections=tuple(alike)) == other else self
+
+    @property
+    def sharing(self) -> str:
+        """A sentence on layers that share their weights (ALBERT); empty where none do."""
+        uses = max((p.uses for p in self.projections), default=1)
+        if uses == 1:
+            return ""
+        return (
+            f"Layers share their weights: what is used {uses} times has one adapter and one set of gates, and bit "
+            "operations count every use."
         )
 
     @property

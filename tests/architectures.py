@@ -23,14 +23,15 @@ class Row:
     limit: int | None
     prefix: str = ""  # of the classes, where transformers spells them otherwise
 
-    def build(self, *, num_labels: int = 2, **changes):
-        prefix = self.prefix or self.name
+    def config(self, *, num_labels: int = 2, **changes):
         usual = {"vocab_size": VOCABULARY, "pad_token_id": 1, "num_labels": num_labels, "initializer_range": 0.2}
         settings = {key: value for key, value in {**usual, **self.settings, **changes}.items() if value is not None}
-        config = getattr(transformers, f"{prefix}Config")(**settings)
+        return getattr(transformers, f"{self.prefix or self.name}Config")(**settings)
+
+    def build(self, **changes):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return getattr(transformers, f"{prefix}ForSequenceClassification")(config)
+            return getattr(transformers, f"{self.prefix or self.name}ForSequenceClassification")(self.config(**changes))
 
 
 QKV = ("query", "key", "value")
@@ -56,49 +57,53 @@ ROWS = (
         None, 64),
     Row("DebertaV2", {**_DEBERTA, "position_biased_input": True, "pos_att_type": ["p2c", "c2p"]}, None, 64),
     Row("DebertaV3", _V3, None, None, "DebertaV2"),
-    Row("Deberta", {**_DEBERTA, "pos_att_type": ["c2p", "p2c"]}, ("in_proj",), 64),
+    Row("Deberta", {**_DEBERTA, "pos_att_type": ["c2p", "p2c"]}, None, 64),
     Row("XLMRoberta", _BERT, None, 62),
-    Row("Albert", {**_BERT, "embedding_size": 16}, QKV, 64),
-    Row("BigBird", {**_BERT, "attention_type": "original_full"}, QKV, 64),
+    Row("Albert", {**_BERT, "embedding_size": 16}, None, 64),
+    Row("BigBird", {**_BERT, "attention_type": "original_full"}, None, 64),
     Row("BigBirdSparse", {**_BERT, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1,
-                          "max_position_embeddings": 96}, QKV, 96, "BigBird"),
-    Row("Camembert", _BERT, QKV, 62),
+                          "max_position_embeddings": 96}, None, 96, "BigBird"),
+    Row("Camembert", _BERT, None, 62),
     Row("Canine", {**_BERT, "downsampling_rate": 4, "upsampling_kernel_size": 4, "num_hash_buckets": 64,
                    "num_hash_functions": 2, "local_transformer_stride": 16, "vocab_size": None}, QKV, 64),
-    Row("ConvBert", {**_BERT, "embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 3}, QKV, 64),
-    Row("Data2VecText", _BERT, QKV, 62),
-    Row("Electra", {**_BERT, "embedding_size": 16}, QKV, 64),
-    Row("Ernie", _BERT, QKV, 64),
-    Row("Esm", {**_BERT, "position_embedding_type": "absolute", "mask_token_id": 5}, QKV, 62),
-    Row("EsmRotary", {**_BERT, "position_embedding_type": "rotary", "mask_token_id": 5}, QKV, None, "Esm"),
-    Row("Flaubert", _XLM, ("q_lin", "k_lin", "v_lin"), 64),
+    Row("ConvBert", {**_BERT, "embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 3}, None, 64),
+    Row("Data2VecText", _BERT, None, 62),
+    Row("Electra", {**_BERT, "embedding_size": 16}, None, 64),
+    Row("Ernie", _BERT, None, 64),
+    Row("Esm", {**_BERT, "position_embedding_type": "absolute", "mask_token_id": 5}, None, 62),
+    Row("Esmc", {**_BERT, "mask_token_id": 5, "bos_token_id": 0, "eos_token_id": 2}, None, None),
+    Row("EuroBert", {**_BERT, "mask_token_id": 5, "bos_token_id": 0, "eos_token_id": 2}, None, None),
+    Row("Gte", _BERT, None, None),
+    Row("JinaEmbeddingsV3", {**_BERT, "bos_token_id": 0, "eos_token_id": 2}, None, None),
+    Row("EsmRotary", {**_BERT, "position_embedding_type": "rotary", "mask_token_id": 5}, None, None, "Esm"),
+    Row("Flaubert", _XLM, None, 64),
     Row("Funnel", {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 32, "n_head": 4, "d_head": 8,
-                   "d_inner": 64, "initializer_std": 0.2}, ("q_head", "k_head", "v_head"), None),
+                   "d_inner": 64, "initializer_std": 0.2}, None, None),
     Row("FNet", {**_BERT, "tpu_short_seq_length": 10}, ("intermediate.dense",), 64),
     Row("LayoutLM", _BERT, QKV, 64),
-    Row("Longformer", {**_BERT, "attention_window": 8}, QKV, 62),
+    Row("Longformer", {**_BERT, "attention_window": 8}, None, 62),
     Row("Luke", {**_BERT, "entity_vocab_size": 10, "entity_emb_size": 16}, QKV, 62),
-    Row("MegatronBert", _BERT, QKV, 64),
+    Row("MegatronBert", _BERT, None, 64),
     Row("MobileBert", {**_BERT, "embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32,
-                       "num_feedforward_networks": 1}, QKV, 64),
+                       "num_feedforward_networks": 1}, None, 64),
     Row("ModernBert", {**_BERT, "global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 0,
-                       "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}, ("Wqkv",), None),
-    Row("MPNet", _BERT, ("q", "k", "v"), 62),
-    Row("NomicBert", _BERT, ("q_proj", "k_proj", "v_proj"), None),
-    Row("Nystromformer", {**_BERT, "segment_means_seq_len": 8, "num_landmarks": 8}, QKV, 64),
-    Row("RemBert", {**_BERT, "input_embedding_size": 16}, QKV, 64),
-    Row("RobertaPreLayerNorm", _BERT, QKV, 62),
-    Row("XLMRobertaXL", _BERT, QKV, 62),
-    Row("RoFormer", {**_BERT, "embedding_size": 32}, QKV, 64),
-    Row("XLM", _XLM, ("q_lin", "k_lin", "v_lin"), 64),
+                       "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}, None, None),
+    Row("MPNet", _BERT, None, 62),
+    Row("NomicBert", _BERT, None, None),
+    Row("Nystromformer", {**_BERT, "segment_means_seq_len": 8, "num_landmarks": 8}, None, 64),
+    Row("RemBert", {**_BERT, "input_embedding_size": 16}, None, 64),
+    Row("RobertaPreLayerNorm", _BERT, None, 62),
+    Row("XLMRobertaXL", _BERT, None, 62),
+    Row("RoFormer", {**_BERT, "embedding_size": 32}, None, 64),
+    Row("XLM", _XLM, None, 64),
     Row("XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, ("layer_1",), None),
     Row("Xmod", {**_BERT, "languages": ["en_XX"], "default_language": "en_XX"}, QKV, 62),
     Row("Yoso", {**_BERT, "use_expectation": True}, QKV, 64),
     Row("Bart", _BART, ("q_proj", "k_proj", "v_proj"), 64),
     Row("MBart", _BART, ("q_proj", "k_proj", "v_proj"), 64),
-    Row("T5", _T5, ("q", "k", "v"), None),
-    Row("MT5", _T5, ("q", "k", "v"), None),
-    Row("UMT5", _T5, ("q", "k", "v"), None),
+    Row("T5", _T5, None, None),
+    Row("MT5", _T5, None, None),
+    Row("UMT5", _T5, None, None),
     Row("Llama", _LLAMA, ("q_proj", "k_proj", "v_proj"), None),
     Row("Qwen2", _LLAMA, ("q_proj", "k_proj", "v_proj"), None),
     Row("OPT", {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2, "bos_token_id": 0,

@@ -17,7 +17,7 @@ from experiments import grid
 from pyro_blora import draw, fit, predict
 from pyro_blora.__main__ import main
 from pyro_blora.config import RANGES, RunConfig
-from pyro_blora.models.architectures import _matching
+from pyro_blora.models.targets import _matching
 from pyro_blora.posterior import draw_weights
 from pyro_blora.report import RunFiles, show_run, write_report
 from pyro_blora.run import train_run

@@ -149,7 +149,7 @@ def test_a_layout_survives_json(layout):
 def test_targets_that_match_nothing_are_answered_with_what_exists(targets):
     with pytest.raises(ValueError, match="match no linear layer") as error:
         layout_of(tiny_bert(), target_modules=targets)
-    assert "dense, key, query, value" in str(error.value)
+    assert "dense (6), key (2), query (2), value (2)" in str(error.value)
     assert "'query'" not in str(error.value)  # only what is missing is named
 
 

@@ -70,6 +70,12 @@ class GatedModel(nn.Module):
     def has_cache(self) -> bool:
         return "use_cache" in inspect.signature(self.backbone.forward).parameters
 
+    def name_as(self, layout: AdapterLayout) -> None:
+        """Take the roles of a stored layout of this network, see `AdapterLayout.named_as`."""
+        self.layout = self.layout.named_as(layout)
+        if self.layout.share_inputs:
+            self.gate_context.owners = self.layout.input_owner.tolist()
+
     def layers(self) -> list[Gated]:
         """The gated layers in the layout's order."""
         found: list[Gated] = [m for m in self.peft_model.modules() if isinstance(m, Gated)]

@@ -41,7 +41,7 @@ def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[st
         require_belonging(path, notes, config)
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
         read_from = dataclasses.replace(config, backbone_revision=_commit(run) or config.backbone_revision)
-        program = build_program(read_from, task, n_train or rows, layout.batch_size)
+        program = build_program(read_from, task, n_train or rows, layout)
     parameters = trainable(program)
     if program.net.layout != layout or set(parameters) != set(tensors):
         raise ValueError(

@@ -78,6 +78,8 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         "peak_memory_bytes": _peak_memory(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
     }  # fmt: skip
+    if layout.sharing:
+        found["sharing"] = layout.sharing
     found["calibration"] = calibration_of(evaluated.pairs)
     for split, (predicted, _) in evaluated.pairs.items():
         if split not in ("eval", "ood"):

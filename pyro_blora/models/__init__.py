@@ -1,8 +1,9 @@
 """Hugging Face models: what they are made of, their costs, and how a backbone and its tokenizer are loaded."""
 
-from .architectures import TARGETS, head_modules
+from .architectures import head_modules
 from .layout import layout_of
 from .loading import backbone_path, commit_of, load_backbone, load_tokenizer, public_name
+from .targets import TARGETS
 
 __all__ = [
     "TARGETS",

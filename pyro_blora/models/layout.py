@@ -1,5 +1,6 @@
 """The AdapterLayout of a Hugging Face model: which of its linear maps carry gates, and their MACs."""
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable
@@ -8,8 +9,11 @@ from torch import nn
 
 from ..layout import BATCH_SIZE, READ_ALIKE, SCOPES, AdapterLayout, Projection
 from ..tasks.heads import SEQUENCE, Head
-from .architectures import encoder_linears, matched, type_of
+from .architectures import encoder_linears
 from .macs import cost
+from .targets import matched, type_of
+
+_CROSS = re.compile(r"EncDecAttention|encoder_attn|cross_att")  # maps of a decoder that read its encoder
 
 
 def layout_of(
@@ -40,12 +44,12 @@ def layout_of(
             f"{type(model).__name__} has no task head: load the backbone with a class such as {head.auto_class}"
         )
     architecture = getattr(model.config, "model_type", type(model).__name__)
-    linears, targets = encoder_linears(model), matched(model, target_modules, architecture)
+    linears, targets = encoder_linears(model), matched(model, target_modules, architecture, head)
     for name in linears:
         n, m = linears[name].in_features, linears[name].out_features
         if name in targets and rank > min(n, m):
             raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
-    tokens, model_macs, reaching = cost(model, sequence_length, batch_size, head)
+    tokens, model_macs, uses, reaching = cost(model, sequence_length, batch_size, head)
     _require_reached(targets, reaching)
     projections = []
     for name, linear in linears.items():
@@ -55,11 +59,11 @@ def layout_of(
         projections.append(
             Projection(
                 name=name, type=type_of(name), layer=int(layer[1]) if layer else 0, in_features=linear.in_features,
-                out_features=linear.out_features, tokens=tokens[name], adapted=name in targets,
+                out_features=linear.out_features, tokens=tokens[name], adapted=name in targets, uses=uses[name],
             )
         )  # fmt: skip
     layout = AdapterLayout(
-        architecture=architecture, projections=tuple(projections), rank=rank, alpha=float(alpha), scope=scope,
+        architecture=architecture, projections=_told_apart(projections), rank=rank, alpha=float(alpha), scope=scope,
         sequence_length=sequence_length, model_macs=model_macs, share_inputs=share_inputs, batch_size=batch_size,
     )  # fmt: skip
     if share_inputs and len(layout.input_owner.unique()) == len(projections):
@@ -68,6 +72,24 @@ def layout_of(
             f"quantized projections ({', '.join(sorted({p.type for p in projections}))}): drop --share_inputs"
         )
     return layout
+
+
+def _told_apart(projections: list[Projection]) -> tuple[Projection, ...]:
+    """Roles of their own for a decoder that reads an encoder (T5, BART), and layers counted through where those of
+    several blocks have the same numbers (Funnel), so that a layer has one projection of a role; others stay."""
+    if len({(p.layer, p.type) for p in projections}) == len(projections):
+        return tuple(projections)
+    if any(_CROSS.search(p.name) for p in projections):
+        return tuple(
+            dataclasses.replace(p, type=f"{'cross' if _CROSS.search(p.name) else 'decoder'}.{p.type}")
+            if ".decoder." in p.name else p
+            for p in projections
+        )  # fmt: skip
+    numbers = [tuple(re.findall(r"\.(\d+)(?=\.)", p.name)) for p in projections]
+    order, are_of_layers = list(dict.fromkeys(numbers)), len({len(n) for n in numbers}) == 1  # none of parts of one
+    counted = [dataclasses.replace(p, layer=order.index(n)) for p, n in zip(projections, numbers, strict=True)]
+    is_better = are_of_layers and len({(p.layer, p.type) for p in counted}) == len(projections)
+    return tuple(counted if is_better else projections)
 
 
 def _require_reached(targets: set[str], reaching: frozenset[str]) -> None:

@@ -35,11 +35,13 @@ _FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention
 class Cost(NamedTuple):
     """tokens: vectors through each linear map, per example. model_macs: of all products of a forward, per example.
 
+    uses: how often a forward passes an example through each map, more than once where layers share their weights.
     reaching: the maps whose output takes part in the logits, with a gradient.
     """
 
     tokens: dict[str, float]
     model_macs: float
+    uses: dict[str, int]
     reaching: frozenset[str]
 
 
@@ -50,20 +52,25 @@ def cost(model: nn.Module, sequence_length: int, batch_size: int, head: Head = S
     size; of sequences longer than is cheap, it is the parabola through three shorter lengths.
     Errors: ValueError for a sequence longer than the model takes, naming the longest.
     """
-    with _evaluated(model):
+    with evaluated(model):
         _require_length(model, sequence_length, head)
         lengths: tuple[int, ...] = (sequence_length,)
         if sequence_length > _LONGEST:
             lengths = _LONGEST // 4, _LONGEST // 2, 3 * _LONGEST // 4
         total: dict[str, float] = {}
+        uses: dict[str, int] = {}
         for length, share in zip(lengths, _lagrange(lengths, sequence_length), strict=True):
             one, reaching = _count(model, length, 1, head, reach=True)
             two, _ = _count(model, length, 2, head)
-            for name, first in one.items():
-                each = two[name] - first
+            for name, calls in one.items():
+                first, each = sum(calls), sum(two[name]) - sum(calls)
                 total[name] = total.get(name, 0.0) + share * (each + (first - each) / batch_size)
+                # a call for all examples alike is no use by one (DeBERTa's positions), nor is a part of the sequence
+                grown = sum(b > a for a, b in zip(calls, two[name], strict=False))
+                uses[name] = max(1, min(grown, each // length))
     total = {name: int(x) if x == int(x) else x for name, x in total.items()}
-    return Cost(total, total.pop(""), reaching)
+    uses.pop("")
+    return Cost(total, total.pop(""), uses, reaching)
 
 
 def _lagrange(nodes: tuple[int, ...], at: int) -> list[float]:
@@ -79,17 +86,20 @@ def _lagrange(nodes: tuple[int, ...], at: int) -> list[float]:
 
 def _count(
     model: nn.Module, length: int, size: int, head: Head, *, reach: bool = False
-) -> tuple[dict[str, int], frozenset[str]]:
-    """Vectors through each linear map of the encoder, and under "" MACs of the whole; the maps that reach the logits.
+) -> tuple[dict[str, list[int]], frozenset[str]]:
+    """Vectors through each linear map of the encoder, by call, and under "" MACs of the whole; the maps that reach the
+    logits.
 
     A map reaches them if a zero that is added to its output does: the graph is followed, nothing is kept for a backward
     pass and none is run.
     """
-    tokens, zeros, hooks = {"": 0}, {}, []
+    tokens: dict[str, list[int]] = {}
+    zeros: dict[str, Tensor] = {}
+    hooks = []
 
     def after(name, linear):
         def hook(_, args, output):
-            tokens[name] += output.numel() // linear.out_features
+            tokens[name].append(output.numel() // linear.out_features)
             if not reach:
                 return None
             if name not in zeros:
@@ -99,7 +109,7 @@ def _count(
         return hook
 
     for name, linear in encoder_linears(model).items():
-        tokens[name] = 0
+        tokens[name] = []
         hooks.append(linear.register_forward_hook(after(name, linear)))
     nothing: Any = None  # in the place of tensors that no backward pass will ask for
     keeping_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
@@ -110,7 +120,7 @@ def _count(
     finally:
         for hook in hooks:
             hook.remove()
-    tokens[""] = counter.get_total_flops() // 2
+    tokens[""] = [counter.get_total_flops() // 2]
     leaves = _leaves(logits) if reach else set()
     return tokens, frozenset(name for name, zero in zeros.items() if id(zero) in leaves)
 
@@ -129,7 +139,7 @@ def _leaves(tensor: Tensor) -> set[int]:
 
 
 @contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with attention that can be counted; afterwards whatever it was before.
 
     Modules and plain attributes are put back as well: attention may be another one here (`settle_attention`).

@@ -126,10 +126,11 @@ def result_tables(summary: dict) -> list[Table]:
 
 def result_sentences(summary: dict) -> list[str]:
     """What the numbers mean: whether anything was learned, and whether the ECE exceeds chance."""
+    shared = [summary["sharing"]] if summary.get("sharing") else []
     if nothing := nothing_learned(summary):
-        return [nothing]
+        return [nothing, *shared]
     chance = of_chance(summary)
-    return [f"± is a standard error over examples. ECE: {chance}."] if chance else []
+    return [*([f"± is a standard error over examples. ECE: {chance}."] if chance else []), *shared]
 
 
 def _constant(summary: dict, name: str) -> str:

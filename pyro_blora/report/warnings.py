@@ -70,7 +70,11 @@ def in_words(summary: dict) -> list[str]:
             f"{weights['random']:,} weights of the adapter are random, by distribution {weights_name(summary)}, with "
             f"a standard deviation of {weights['std']:.2g}. {weights['stored']:,} numbers are kept to draw them."
         )
-    text.append(f"Expected bits: {bits}." + (f" Expected ranks: {ranks}." if ranks else ""))
+    text.append(
+        f"Expected bits: {bits}."
+        + (f" Expected ranks: {ranks}." if ranks else "")
+        + (f" {summary['sharing']}" if summary.get("sharing") else "")
+    )
     return text
 
 
