@@ -5,6 +5,8 @@ import pandas as pd
 from ...registries import register_section
 from ..run_folder import RunFiles, Section
 
+_OPEN = 20  # rows of a table that is shown at once; a longer one opens on a click
+
 
 @register_section("In detail", place=45)
 def details(run: RunFiles, title: str) -> Section | None:
@@ -12,4 +14,5 @@ def details(run: RunFiles, title: str) -> Section | None:
     tables = run.summary.get("tables")
     if not tables:
         return None
-    return Section(title, tables=[(caption, pd.DataFrame(rows).round(4), True) for caption, rows in tables.items()])
+    shown = [(caption, pd.DataFrame(rows).round(4), len(rows) <= _OPEN) for caption, rows in tables.items()]
+    return Section(title, tables=shown)

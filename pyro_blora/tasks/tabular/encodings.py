@@ -15,8 +15,8 @@ _MARKS = {  # first bytes; UTF-32's begin with UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _USUAL = "cp1252"  # Windows' for western Europe and America; Latin-1 is a part of it
-_LATIN = (_USUAL, "cp1250", "cp1254", "cp1257", "mac_roman")  # where most letters are ASCII: guesses are short of data
-_FEW = 0.3  # of the bytes of lines that are not ASCII, which are letters beyond it in Latin scripts
+_LATIN = (_USUAL, "cp1250", "mac_roman")  # where most letters are ASCII: guesses are short of data
+_FEW = 0.4  # of the bytes of lines that are not ASCII, which are letters beyond it in Latin scripts
 _WIDE = ("utf_16", "utf_16_be", "utf_16_le", "utf_32", "utf_32_be", "utf_32_le", "utf_7")  # they would have NUL bytes
 _SAMPLE = 1 << 18  # bytes of lines that are not ASCII, from which an encoding is guessed
 LONGEST = 1 << 24  # characters of a line; a file without line ends is not read into memory

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,15 +20,14 @@ from ...user_files import require_plain
 from ...user_values import nearest
 from .delimited import delimiter_of, has_plain_quotes, header_of, in_words, rows_of
 from .encodings import broken_byte, encoding_of, lines_of
+from .sources import FORMATS, dataset_of
 
 if TYPE_CHECKING:
     import datasets
+    import pandas as pd
 
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _TEXT = ("csv", "tsv", "jsonl")
 _KNOWN = "CSV, TSV, JSONL, Parquet, a folder of datasets.save_to_disk, or the name of a data set on the hub"
-_HUB = re.compile(r"[\w.-]+(/[\w.-]+){0,2}")
-_SPLIT = re.compile(r"(.+):(\w+)")
 _LOOKED_AT = 100  # first objects of a JSONL file, whose keys are its columns
 _BATCH = 1024  # rows of Parquet and of datasets that are in memory at once
 Row = tuple[int, dict[str, Any]]
@@ -38,11 +36,12 @@ Row = tuple[int, dict[str, Any]]
 class Table:
     """columns: their names. features: their types, of Parquet and datasets; else None.
 
-    unit: what rows are numbered by, "line" or "row", from 1. splits: of a source that has several.
+    unit: what rows are numbered by, "line" or "row", from 1.
     remarks: sentences on how it was read, for the user: an encoding that was guessed, a separator.
     """
 
     features: datasets.Features | None = None
+    _rows: Callable[[Sequence[str] | None], Iterator[Row]]
 
     def __init__(
         self, source: str | Path | IO[str], *, skipped: Callable[[str], None] | None = None,
@@ -55,9 +54,8 @@ class Table:
         format: csv, tsv, jsonl or parquet; needed for a stream. split: of a source that has several.
         Errors: ValueError for what is no table, with the remedy.
         """
-        self._skipped, self._split = skipped, split
+        self._skipped = skipped
         self.remarks: list[str] = []
-        self.splits: tuple[str, ...] = ()
         self.unit = "row"
         if not isinstance(source, str | Path):
             self.name = str(getattr(source, "name", "<stdin>"))
@@ -66,19 +64,32 @@ class Table:
             self._of_stream(source, format)
             return
         self.name, path = str(source), Path(source).expanduser()
-        if not path.exists() and (found := _SPLIT.fullmatch(self.name)):
-            self.name, self._split = found.groups()
-            path = Path(self.name).expanduser()
-        if path.is_dir():
-            self._of_dataset(_from_disk(path))
-        elif path.exists() or format or path.suffix.lower() in FORMATS or not _HUB.fullmatch(self.name):
-            found = format or _format_of(path)
-            if found == "parquet":
-                self._of_parquet(path)
-            else:
-                self._of_file(path, found)
+        if (found := dataset_of(self.name, split)) is not None:
+            self._of_dataset(found)
+        elif (format := format or _format_of(path)) == "parquet":
+            self._of_parquet(path)
         else:
-            self._of_dataset(_from_hub(self.name))
+            self._of_file(path, format)
+
+    @classmethod
+    def of_frame(cls, frame: pd.DataFrame, name: str) -> Table:
+        """Of a pandas frame, whose missing values are None; rows are numbered from 1."""
+        table = cls.__new__(cls)
+        table.name, table.unit, table.remarks = name, "row", []
+        table.columns = tuple(map(str, frame.columns))
+        if len(set(table.columns)) < len(table.columns):
+            raise ValueError(f"{name}: the frame has a column twice: rename or drop one")
+
+        def rows(columns: Sequence[str] | None) -> Iterator[Row]:
+            taken = [n for n, column in enumerate(table.columns) if columns is None or column in columns]
+            names = [table.columns[n] for n in taken]
+            values = (frame.iloc[:, n].astype(object) for n in taken)
+            each = ([_plain(x) for x in column] for column in values)
+            for number, cells in enumerate(zip(*each, strict=True), start=1):
+                yield number, dict(zip(names, cells, strict=True))
+
+        table._rows = rows
+        return table
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """(number, cells by column), of the given columns or of all; of a stream only once.
@@ -179,6 +190,7 @@ class Table:
 
     def _of_parquet(self, path: Path) -> None:
         import datasets
+        import pyarrow
         import pyarrow.parquet
 
         require_plain(path)
@@ -203,14 +215,7 @@ class Table:
 
         self._rows = rows
 
-    def _of_dataset(self, found: datasets.Dataset | datasets.DatasetDict) -> None:
-        if isinstance(found, dict):
-            self.splits = tuple(map(str, found))
-            split = self._split or (self.splits[0] if len(self.splits) == 1 else None)
-            if split not in found:
-                given = "several splits" if split is None else f"no split {split!r}"
-                raise ValueError(f"{self.name} has {given}: give one of {', '.join(f'{self.name}:{x}' for x in found)}")
-            found = found[split]
+    def _of_dataset(self, found: datasets.Dataset) -> None:
         self.features, self.columns = found.features, tuple(found.column_names)
 
         def rows(columns: Sequence[str] | None) -> Iterator[Row]:
@@ -238,29 +243,9 @@ def _format_of(path: Path) -> str:
     return FORMATS[suffix]
 
 
-def _from_disk(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
-    import datasets
-
-    if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        files = sorted(x.name for x in folder.iterdir() if x.suffix.lower() in FORMATS)
-        remedy = f"name one of its files: {', '.join(files[:5])}" if files else "name a file"
-        raise ValueError(f"{folder} is no folder of datasets.save_to_disk: {remedy}")
-    try:
-        return datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever a damaged folder makes of pyarrow and json
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{folder} cannot be read ({what}): save it anew with datasets.save_to_disk") from None
-
-
-def _from_hub(name: str) -> datasets.Dataset | datasets.DatasetDict:
-    import datasets
-
-    owner, _, rest = name.partition("/")
-    own, _, configuration = rest.partition("/")
-    try:
-        return datasets.load_dataset(f"{owner}/{own}" if own else owner, configuration or None)
-    except Exception as error:  # of the network, the hub, or the data set
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(
-            f"there is no file {name}, and no such data set came from the hub ({what}): see the path, or the network"
-        ) from None
+def _plain(cell: Any) -> Any:
+    """A cell of a frame as Python's own: of NumPy's types, and None for what is missing."""
+    cell = cell.tolist() if hasattr(cell, "tolist") else cell
+    if isinstance(cell, list | dict | str):
+        return cell
+    return None if repr(cell) in ("<NA>", "NaT", "nan") else cell
