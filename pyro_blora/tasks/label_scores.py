@@ -12,7 +12,10 @@ _MOST = 100  # rows of the table
 
 
 def by_label(names: Sequence[str], decision: Tensor, labels: Tensor) -> dict[str, list[dict[str, Any]]]:
-    """Rows by caption, the lowest F1 first; of labels that occur.  decision, labels: (E,) of classes, or (E, C) of 0, 1."""
+    """Rows by caption, the lowest F1 first, of labels that occur.
+
+    decision, labels: classes (E,), or 0 and 1 of several labels (E, C).
+    """
     from sklearn.metrics import precision_recall_fscore_support  # now, as it takes a second
 
     precision, recall, f1, support = precision_recall_fscore_support(

@@ -116,5 +116,6 @@ class MultiLabel(Likelihood):
         p, found = mean.double().clamp(1e-12, 1 - 1e-12), labels.double()
         nll = -(found * p.log() + (1 - found) * torch.log1p(-p)).mean(0)
         return {
-            "nll_per_label": dict(zip(self.names, nll.tolist(), strict=True)), "tables": by_label(self.names, self.decision(mean), labels),
+            "nll_per_label": dict(zip(self.names, nll.tolist(), strict=True)),
+            "tables": by_label(self.names, self.decision(mean), labels),
         }  # fmt: skip

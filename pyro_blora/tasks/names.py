@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..registries import TASKS
-from ..registry import Maker
+from ..registry import REQUIRED, Maker
 from .base import Task
 
 _MADE: dict[tuple[Callable[..., Task], str], tuple[str, Task]] = {}  # once, of the same files: (their state, the task)
@@ -77,7 +77,7 @@ def register_task(task: Any = None, **declared: Any) -> Any:
         raise ValueError(f"register_task takes a Task, got {type(task).__name__}: Task(name=..., load=..., ...)")
     task.require_usable()
     if task.name in TASKS.names():
-        if get_task(task.name) != task:
+        if REQUIRED in TASKS.entry(task.name).settings.values() or get_task(task.name) != task:
             raise ValueError(f"the task name {task.name!r} is taken: give the new task another name")
         return task
 

@@ -133,7 +133,7 @@ def test_values_that_are_not_finite_are_refused():
         GlueScore("stsb").compute(predictions=[1.0, float("nan")], references=[1.0, 2.0])
 
 
-@pytest.mark.parametrize("name", task_names())
+@pytest.mark.parametrize("name", [name for name in task_names() if name != "files"])
 def test_the_headline_number_is_among_the_scores(name):
     task = get_task(name)
     assert task.metric_name in task.metric().compute(predictions=PREDICTIONS, references=REFERENCES)

@@ -43,7 +43,7 @@ def choose(source: str, columns: Sequence[str], text: str | None, label: str | N
     Errors: ValueError for a name that is no column, one column for both, and where no guess fits or more than one.
     """
     texts = () if text is None else _given_texts(source, columns, text)
-    labels = () if label is None else (_present(source, columns, label, "label"),)
+    labels: tuple[str, ...] = () if label is None else (_present(source, columns, label, "label"),)
     if not labels:
         labels = _guess(columns, _LABELS, texts) or _other(columns, texts or _guess(columns, _TEXTS, ()))
         if not labels:

@@ -89,8 +89,9 @@ def rows_of(
 
 
 def _reader(lines: Iterable[str], delimiter: str, quoted: bool) -> Any:
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    return csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
+    if quoted:
+        return csv.reader(lines, delimiter=delimiter, strict=True)
+    return csv.reader(lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE)
 
 
 def _in_words(error: str) -> str:

@@ -6,20 +6,16 @@ few, else a number; other numbers are a number; lists are several labels. The se
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import decimal
-import json
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..categorical import Categorical
-from ..likelihoods import Likelihood
-from ..multi_label import MultiLabel
 from ..normal import Normal
+from .cells import Cell, Labels, few, name_of, number_of, order_of, shown
+from .label_lists import parsed, several
 
 if TYPE_CHECKING:
     import datasets
@@ -30,28 +26,6 @@ _MOSTLY = 0.9  # of the labels that are numbers: a word among them is a mistake
 _MANY = 50  # classes, from which each must have two rows on average: else the column is text
 _WIDEST = 3.0  # times the training labels' range, beyond which a validation label is a mistake
 _LARGEST = 1e30  # of a number; squares of larger ones overflow
-_SEPARATORS = "|;"  # of several labels in one cell of text
-
-
-class Cell(NamedTuple):
-    """Of the label column, never empty: its row's number, and the table's words for a number."""
-
-    value: Any
-    number: int
-    words: Callable[[int], str]
-
-    @property
-    def where(self) -> str:
-        """The row in words, for messages."""
-        return self.words(self.number)
-
-
-class Labels(NamedTuple):
-    """rule: in words, why they are of this kind. encode: a cell -> what `likelihood` takes; ValueError for another."""
-
-    likelihood: Likelihood
-    rule: str
-    encode: Callable[[Cell], Any]
 
 
 def is_empty(value: Any, kind: Kind | None, feature: Any = None) -> bool:
@@ -78,9 +52,9 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
             f"names in the type of {column!r} are classes",
             column,
         )
-    if kind == "multi_label" or (kind is None and all(_parsed(cell.value) is not None for cell in cells)):
-        return _several(cells, names, column, given=kind is not None)
-    numbers = [_number(cell.value) for cell in cells]
+    if kind == "multi_label" or (kind is None and all(parsed(cell.value) is not None for cell in cells)):
+        return several(cells, names, column, given=kind is not None)
+    numbers = [number_of(cell.value) for cell in cells]
     if kind == "normal":
         return _a_number(cells, numbers, f"numbers, as kind normal says, in {column!r}", column)
     are_numbers = sum(x is not None for x in numbers)
@@ -88,7 +62,7 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
         if are_numbers < len(cells):
             wrong = next(cell for cell, x in zip(cells, numbers, strict=True) if x is None)
             raise ValueError(
-                f"{wrong.where}: the label {_shown(wrong.value)} is no number, and {are_numbers:,} of {len(cells):,} "
+                f"{wrong.where}: the label {shown(wrong.value)} is no number, and {are_numbers:,} of {len(cells):,} "
                 "are: correct it, leave it empty, or give --task.kind categorical"
             )
         values = {float(x) for x in numbers if x is not None}
@@ -105,8 +79,8 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
         rule = (
             f"words in {column!r} are classes" if kind is None else f"classes, as kind categorical says, in {column!r}"
         )
-    found = sorted({_name(cell) for cell in cells}, key=_by_number)
-    return _classes(cells, found, _name, rule, column)
+    found = sorted({name_of(cell) for cell in cells}, key=order_of)
+    return _classes(cells, found, name_of, rule, column)
 
 
 def widened(labels: Labels, cells: Sequence[Cell]) -> tuple[Labels, str]:
@@ -126,7 +100,7 @@ def widened(labels: Labels, cells: Sequence[Cell]) -> tuple[Labels, str]:
     if high - low > _WIDEST * (kind.high - kind.low):
         _, cell = max(beyond, key=lambda pair: abs(pair[0] - (kind.low + kind.high) / 2))
         raise ValueError(
-            f"{cell.where}: the label {_shown(cell.value)} is far outside of those in training, {kind.low:g} to "
+            f"{cell.where}: the label {shown(cell.value)} is far outside of those in training, {kind.low:g} to "
             f"{kind.high:g}: correct it or drop the row"
         )
     sentence = (
@@ -144,7 +118,7 @@ def _classes(
 ) -> Labels:
     if len({name_of(cell) for cell in cells}) < 2:
         raise ValueError(
-            f"{cells[0].where} and all other rows have the label {_shown(cells[0].value)}: two classes or more are "
+            f"{cells[0].where} and all other rows have the label {shown(cells[0].value)}: two classes or more are "
             "needed to learn from"
         )
     if len(names) > _MANY and len(names) > len(cells) / 2:
@@ -158,28 +132,12 @@ def _classes(
         name = name_of(cell)
         if name not in index:
             raise ValueError(
-                f"{cell.where}: the label {_shown(cell.value)} is not among those in training: {_few(names)}: add rows "
+                f"{cell.where}: the label {shown(cell.value)} is not among those in training: {few(names)}: add rows "
                 "of it to train on, or drop this one"
             )
         return index[name]
 
     return Labels(Categorical(tuple(names)), rule, encode)
-
-
-def _name(cell: Cell) -> str:
-    """Of a class; 1, 1.0 and "1" are one."""
-    number = _number(cell.value)
-    if number is not None and number.is_integer():
-        return str(int(number))
-    if isinstance(cell.value, list | dict):
-        raise ValueError(f"{cell.where}: the label {_shown(cell.value)} is a list, and others are not: correct it")
-    return str(cell.value).lower() if isinstance(cell.value, bool) else str(cell.value).strip()
-
-
-def _by_number(name: str) -> tuple[float, str]:
-    """Numbers in their order, before words in theirs."""
-    number = _number(name)
-    return (math.inf if number is None else number, name)
 
 
 # --- a number -------------------------------------------------------------------------------------------------------
@@ -195,110 +153,15 @@ def _a_number(cells: Sequence[Cell], numbers: Sequence[float | None], rule: str,
 
 def _encode_number(cell: Cell) -> float:
     """As float32, in which labels are kept, so that no rounding puts one beyond the range."""
-    number = _number(cell.value)
+    number = number_of(cell.value)
     if number is None or abs(number) > _LARGEST:
         raise ValueError(
-            f"{cell.where}: the label {_shown(cell.value)} is no finite number: correct it or leave it empty"
+            f"{cell.where}: the label {shown(cell.value)} is no finite number: correct it or leave it empty"
         )
     return float(np.float32(number))
-
-
-def _number(value: Any) -> float | None:
-    """None for what is no finite number; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str | decimal.Decimal):
-        return None
-    if isinstance(value, str) and "_" in value:  # Python reads 1_000 as a number
-        return None
-    with contextlib.suppress(ValueError, OverflowError):
-        number = float(value)
-        return number if math.isfinite(number) else None
-    return None
-
-
-# --- several labels -------------------------------------------------------------------------------------------------
-
-
-def _several(cells: Sequence[Cell], names: list[str] | None, column: str, *, given: bool) -> Labels:
-    lists = [(cell, _labels_in(cell)) for cell in cells]
-    size = _multi_hot(lists)
-    if size:
-        names = [f"label_{number}" for number in range(size)] if names is None else names
-        rule = f"lists of {size} zeros and ones in {column!r} are several labels"
-        if len(names) != size:
-            raise ValueError(f"column {column!r} has lists of {size} numbers, and {len(names)} names: correct its type")
-        return Labels(MultiLabel(tuple(names)), rule, lambda cell: [int(x) for x in _labels_in(cell)])
-    if names is None:
-        if given and not any(len(labels) > 1 for _, labels in lists):
-            raise ValueError(
-                f"no row has several labels in column {column!r}: separate them by {' or '.join(_SEPARATORS)}, write "
-                "JSON lists, or give --task.kind categorical"
-            )
-        names = sorted({_name(cell._replace(value=x)) for cell, labels in lists for x in labels}, key=_by_number)
-        coded = {name: number for number, name in enumerate(names)}
-    else:
-        coded = {str(number): number for number in range(len(names))}
-    if len(names) < 2:
-        raise ValueError(f"the lists in column {column!r} have {len(names)} different labels: two or more are needed")
-
-    def encode(cell: Cell) -> list[int]:
-        found = [0] * len(coded)
-        for label in _labels_in(cell):
-            name = _name(cell._replace(value=label))
-            if name not in coded:
-                raise ValueError(
-                    f"{cell.where}: the label {_shown(label)} is not among those in training: {_few(names)}: add rows "
-                    "of it to train on, or drop it"
-                )
-            found[coded[name]] = 1
-        return found
-
-    return Labels(MultiLabel(tuple(names)), f"lists in {column!r} are several labels a row", encode)
-
-
-def _multi_hot(lists: Sequence[tuple[Cell, list[Any]]]) -> int:
-    """The length of lists of 0 and 1, one a label; 0 for lists of labels."""
-    sizes = {len(labels) for _, labels in lists}
-    is_hot = len(sizes) == 1 and all(not isinstance(x, str) and x in (0, 1) for _, labels in lists for x in labels)
-    return sizes.pop() if is_hot and min(sizes) > 2 else 0  # of two, [0, 1] may be the labels 0 and 1
-
-
-def _labels_in(cell: Cell) -> list[Any]:
-    found = _parsed(cell.value)
-    if found is not None:
-        return [label for label in found if not (isinstance(label, str) and not label.strip())]
-    if not isinstance(cell.value, str):
-        raise ValueError(f"{cell.where}: {_shown(cell.value)} is no list of labels: write one, as others have")
-    if not cell.value.strip():
-        return []
-    separator = next((x for x in _SEPARATORS if x in cell.value), _SEPARATORS[0])
-    return [label.strip() for label in cell.value.split(separator) if label.strip()]
-
-
-def _parsed(value: Any) -> list[Any] | None:
-    """A list, also one written as JSON or as Python writes it; None for anything else."""
-    if isinstance(value, list):
-        return value
-    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
-        for read in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                found = read(value.strip())
-                return found if isinstance(found, list) else None
-    return None
-
-
-# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def _names_of(feature: Any) -> list[str] | None:
     """Of a ClassLabel, or of a list of them."""
     names = getattr(getattr(feature, "feature", feature), "names", None)
     return list(names) if names else None
-
-
-def _few(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

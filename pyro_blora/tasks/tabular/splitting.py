@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def split(texts: Sequence[Hashable], labels: Sequence[Any], kind: Likelihood, se
     for row, text in enumerate(texts):
         first.setdefault(text, row)
     if len(first) < _FEWEST:
-        raise ValueError(f"{len(first)} different texts are too few to split: give --validation_data, or more rows")
+        raise _too_few(first)
     strata = _strata([labels[row] for row in first.values()], kind)
     counts = Counter(strata)
     rows = [row for row, stratum in zip(first.values(), strata, strict=True) if counts[stratum] > 1]
@@ -43,7 +43,13 @@ def split(texts: Sequence[Hashable], labels: Sequence[Any], kind: Likelihood, se
     if lacking:
         chosen -= {texts[row] for row in held if _outcomes(labels, kind, [row]) & lacking}
         train = [row for row, text in enumerate(texts) if text not in chosen]
+    if not chosen:
+        raise _too_few(first)
     return train, [row for row, text in enumerate(texts) if text in chosen]
+
+
+def _too_few(texts: Sized) -> ValueError:
+    return ValueError(f"{len(texts)} different texts are too few to split: give --validation_data, or more rows")
 
 
 def _strata(labels: Sequence[Any], kind: Likelihood) -> list[int]:
