@@ -46,23 +46,28 @@ def findings(train: Rows, held_out: Rows, kind: Likelihood, read: Sequence[str])
         tables[f"Rows by label{more}"] = shown
     counts = Counter((text, _key(label)) for text, label in zip(train.texts, train.labels, strict=True))
     if copies := sum(count - 1 for count in counts.values()):
-        sentences.append(f"{copies:,} training rows repeat an earlier one, text and label: they were kept")
+        repeat = f"{counted(copies, 'training row')} repeat{'s' if copies == 1 else ''} an earlier one"
+        sentences.append(f"{repeat}, text and label: kept, as they may be meant to weigh more")
     known = set(train.texts)
     if common := [n for text, n in zip(held_out.texts, held_out.numbers, strict=True) if text in known]:
         warnings.append(
-            f"{len(common):,} of {len(held_out.texts):,} validation rows, the first in {held_out.where(common[0])}, "
-            "have texts that are trained on: scores are too good by them"
+            f"texts of {len(common):,} of {len(held_out.texts):,} validation rows, the first in "
+            f"{held_out.where(common[0])}, are trained on: scores are too good by them"
         )
     suspects = _suspects(train, kind)
     if suspects:
         warnings.append(
-            f"{len(suspects):,} texts have different labels in the training rows: "
+            f"{counted(len(suspects), 'text')} with more than one label in the training rows: "
             + "; ".join(f"{row['text']!r} is {row['labels']}" for row in suspects[:2])
             + ("; ..." if len(suspects) > 2 else "")
         )
         more = f", the first {_SHOWN} of {len(suspects):,}" if len(suspects) > _SHOWN else ""
-        tables[f"Texts with different labels{more}"] = suspects[:_SHOWN]
+        tables[f"Texts with more than one label{more}"] = suspects[:_SHOWN]
     return {"sentences": sentences, "warnings": warnings, "tables": tables}
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class _Balance(NamedTuple):
@@ -98,7 +103,7 @@ def _balance(train: Rows, held_out: Rows, kind: Likelihood) -> _Balance:
     warnings = []
     if rare:
         shown = ", ".join(map(repr, rare[:_SHOWN])) + (", ..." if len(rare) > _SHOWN else "")
-        warnings.append(f"{len(rare):,} {what} have fewer than {_FEW} training rows: {shown}")
+        warnings.append(f"fewer than {_FEW} training rows each: {shown}")
     return _Balance(sentences, warnings, table)
 
 

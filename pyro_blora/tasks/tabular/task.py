@@ -17,7 +17,7 @@ from ..files import limited, require_mostly_whole, require_rows
 from ..likelihoods import Likelihood
 from ..names import register_task
 from .columns import Columns, choose, require_columns
-from .findings import Rows, findings
+from .findings import Rows, counted, findings
 from .labels import Cell, Kind, Labels, infer, is_empty, widened
 from .reading import Table
 from .sources import splits_of
@@ -142,9 +142,8 @@ def _read(table: Table, chosen: Columns, kind: Kind | None) -> _Raw:
     require_mostly_whole(Path(table.name), left_out, len(found.texts), remedy)
     for numbers, what in zip(lacking, ("text", "label"), strict=True):
         if numbers:
-            found.said.append(
-                f"{len(numbers):,} rows without a {what} were left out, the first in {table.where(numbers[0])}"
-            )
+            first = table.where(numbers[0])
+            found.said.append(f"{counted(len(numbers), 'row')} without a {what} left out, the first in {first}")
     return found
 
 

@@ -62,14 +62,14 @@ def test_what_is_doubtful_in_the_rows_is_found(tmp_path):
     for sentence in (
         "texts from 'text' and labels from 'label', by their names",
         "words in 'label' are classes",
-        f"1 rows without a text were left out, the first in {train}, line 36",
-        f"1 rows without a label were left out, the first in {train}, line 37",
+        f"1 row without a text left out, the first in {train}, line 36",
+        f"1 row without a label left out, the first in {train}, line 37",
         "36 rows to train on, 3 to validate on",
         "3 classes: 'good' in 63.9% of the training rows, 'awful' in 5.6%",
-        "1 training rows repeat an earlier one, text and label: they were kept",
-        f"1 of 3 validation rows, the first in {dev}, line 2, have texts that are trained on",
-        "1 texts have different labels in the training rows: 'doubtful' is good (line 34), bad (line 35)",
-        "1 classes have fewer than 5 training rows: 'awful'",
+        "1 training row repeats an earlier one, text and label: kept",
+        f"texts of 1 of 3 validation rows, the first in {dev}, line 2, are trained on: scores are too good",
+        "1 text with more than one label in the training rows: 'doubtful' is good (line 34), bad (line 35)",
+        "fewer than 5 training rows each: 'awful'",
     ):
         assert sentence in found  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_a_frame_is_a_task_with_the_same_findings(forget):
     stars = frame.assign(stars=[x / 7 for x in range(30)], title="a", several=[["a"], ["b"], []] * 10)
     number = from_frame("stars", stars, stars.head(5), text=("title", "text"), label="stars")
     assert isinstance(number.likelihood, Normal) and number.text_columns == ("title", "text")
-    assert "5 of 5 validation rows, the first in validation, row 1, have texts that are trained on" in findings(number)
+    assert "texts of 5 of 5 validation rows, the first in validation, row 1, are trained on" in findings(number)
     assert from_frame("several", stars, label="several", text="text").likelihood == MultiLabel(("a", "b"))
 
 
