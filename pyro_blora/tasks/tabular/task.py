@@ -16,9 +16,10 @@ from ..base import Task
 from ..files import limited, require_mostly_whole, require_rows
 from ..likelihoods import Likelihood
 from ..names import register_task
+from .cells import Cell, Labels
 from .columns import Columns, choose, require_columns
 from .findings import Rows, counted, findings
-from .labels import Cell, Kind, Labels, infer, is_empty, widened
+from .labels import Kind, infer, is_empty, widened
 from .reading import Table
 from .sources import splits_of
 from .splitting import SHARE, split
