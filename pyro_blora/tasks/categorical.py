@@ -98,7 +98,8 @@ class Categorical(Likelihood):
         return [np.full(len(labels), c) for c in np.flatnonzero(np.bincount(labels, minlength=self.classes))]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
-        return np.asarray(np.log(np.bincount(labels, minlength=self.classes) / len(labels))[labels])
+        counts = np.bincount(labels, minlength=self.classes)
+        return np.asarray(np.log(np.maximum(counts, 1) / len(labels))[labels])  # a class of no example is not asked
 
     def right(self, decision: Tensor, labels: Tensor) -> float | None:
         return float((decision == labels).double().mean())
