@@ -21,7 +21,7 @@ from .config.methods import METHODS
 from .config.run_config import RunConfig, field_names
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
-from .registries import CHOSEN, LISTED
+from .registries import CHOSEN, LISTED, TASKS
 from .registry import REQUIRED
 from .signals import Interrupted, asked, heeded
 from .user_code import place_of
@@ -104,7 +104,8 @@ def _command(argv: list[str]) -> int:
         return 2
     arguments, unknown = parser.parse_known_args(rest)
     if unknown:
-        flags = [f"--{name}" for name in ("preset", "if_finished", "quiet", *field_names())]
+        of_tasks = (name for entry in TASKS.entries() for name in entry.flags)
+        flags = [f"--{name}" for name in ("preset", "if_finished", "quiet", *field_names(), *of_tasks)]
         given = unknown[0].partition("=")[0]
         remedy = called_elsewhere(given) or nearest(given, flags) or suggest(given, flags)
         raise ValueError(f"unknown argument {unknown[0]!r}: {remedy}")
@@ -257,7 +258,7 @@ def _print_list(command: str) -> None:
     width = max(14, *map(len, registry.names()))
     for entry in registry.entries():
         print(f"{entry.name:{width}s} {entry.line}")
-        if command == "tasks":
+        if command == "tasks" and REQUIRED not in entry.settings.values():  # of others, the data says it
             task = get_task(entry.name)
             print(f"{'':14s}   {' and '.join(task.text_columns)}; {task.metric_name}; {task.allowed_labels}")
         for setting, default in entry.settings.items():

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +18,10 @@ from .models.loading import is_function, load_backbone, load_tokenizer
 from .models.tokenization import require_readable, suit
 from .priors import build_prior, parts
 from .program import BayesianLoRA
-from .progress import phase
+from .progress import phase, say
 from .registries import ADAPTERS, ELBOS, GUIDES, WEIGHTS
 from .tasks import Task, get_task
-from .tasks.batching import held_out, tokenize, unlabelled
+from .tasks.batching import cut_short, held_out, tokenize, unlabelled
 from .tasks.likelihoods import Collate
 from .weights.base import build_weights
 
@@ -35,6 +35,7 @@ class Parts:
     """rows: the splits as text, "train", "eval" and others to evaluate; tokens: the same, tokenized.
 
     Of them "validation" is held out of "train"; "ood" has another task's sentences, labelled 0.
+    findings: `Task.findings`, with what max_train and max_length leave of the rows.
     """
 
     config: RunConfig
@@ -43,6 +44,7 @@ class Parts:
     tokens: dict[str, datasets.Dataset]
     tokenizer: PreTrainedTokenizerBase
     program: BayesianLoRA
+    findings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def collate(self) -> Collate:
@@ -107,7 +109,31 @@ def build(config: RunConfig) -> Parts:
             foreign = other.load(glue_dir=glue_dir, seed=seed, n_train=1)["eval"]
         rows["ood"] = unlabelled(foreign, other.text_columns)
         tokens["ood"] = tokenize(rows["ood"], tokenizer, other, config.max_length)
-    return Parts(config, task, rows, tokens, tokenizer, program)
+    return Parts(config, task, rows, tokens, tokenizer, program, _findings(config, task, rows, tokens, tokenizer))
+
+
+def _findings(
+    config: RunConfig, task: Task, rows: dict[str, datasets.Dataset], tokens: dict[str, datasets.Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:  # fmt: skip
+    """Those of the task, shown to the user, and the rows that are cut at max_length."""
+    if not task.findings:
+        return {}
+    found = {**task.findings, **{x: [*task.findings.get(x, ())] for x in ("sentences", "warnings")}}
+    if config.max_train is not None:
+        found["sentences"].append(
+            f"{len(rows['train']):,} of the training rows are used, --max_train {config.max_train}"
+        )
+    for split in ("train", "eval"):
+        count = cut_short(rows[split], tokens[split], tokenizer, task, config.max_length)
+        found["truncated"] = {**found.get("truncated", {}), split: count}
+        if count:
+            found["warnings"].append(
+                f"{count:,} of {len(rows[split]):,} rows of {split} have more than {config.max_length} tokens and are "
+                "cut: --max_length reads more, for more time"
+            )
+    say(f"Data of {found.get('source', task.name)}:", [*found["sentences"], *(f"! {x}" for x in found["warnings"])])
+    return found
 
 
 def build_program(config: RunConfig, task: Task, n_train: int, stored: AdapterLayout | None = None) -> BayesianLoRA:

@@ -80,6 +80,14 @@ def phase(
             form.close()
 
 
+def say(title: str, lines: Iterable[str]) -> None:
+    """A block of lines under a title, for the user to read; the same one once in a process."""
+    text = "\n  ".join([title, *lines])
+    if text not in _State.said:
+        _State.said.add(text)
+        (_State.form if _State.open else _form()).say(text)
+
+
 @contextlib.contextmanager
 def labelled(label: str) -> Iterator[None]:
     """Within, the names of phases begin with this: of which run among several they are; "" changes nothing."""
@@ -122,6 +130,8 @@ def is_terminal() -> bool:
 
 
 class _Silent:
+    def say(self, text: str) -> None: ...
+
     def begin(self, phase: Phase) -> None: ...
 
     def changed(self, phase: Phase) -> None: ...
@@ -156,8 +166,11 @@ class _Log(_Silent):
 
     def write(self, phase: Phase, rest: str) -> None:
         phase.shown_at, phase.shown_done = time.monotonic(), phase.done
+        self.say(f"{time.strftime('%H:%M:%S')} {phase.name}{rest}")
+
+    def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a reader that has gone, or a full disk, does not end the work
-            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {phase.name}{rest}\n")  # in one piece
+            sys.stderr.write(f"{text}\n")  # in one piece
             sys.stderr.flush()
 
 
@@ -166,6 +179,9 @@ class _Notebook(_Silent):
 
     def __init__(self):
         self.lines: dict[int, Any] = {}  # handles of IPython, by phase
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr)
 
     def begin(self, phase: Phase) -> None:
         from IPython.display import display
@@ -193,6 +209,9 @@ class _Live(_Silent):
             console=self.console, get_renderable=self.line, transient=True,
             redirect_stdout=bool(sys.stdout and sys.stdout.isatty()),  # what others print goes above the line
         )  # fmt: skip
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
 
     def begin(self, phase: Phase) -> None:
         if phase.still:
@@ -250,5 +269,6 @@ class _State:
 
     open: ClassVar[list[Phase]] = []
     labels: ClassVar[list[str]] = []
+    said: ClassVar[set[str]] = set()
     silenced = 0
     form: _Silent = _Silent()

@@ -35,6 +35,7 @@ class Entry:
     proposes: values of flags where neither the user nor the method sets them. sets: values of flags that follow.
     excludes: flags that must keep their default, each with a sentence that has the reason and the remedy.
     fits, each: the settings that say how many fits a run has, and the name by which each of them is chosen.
+    named_after: the setting whose value, a file, names runs. flags: of the line, each a setting with its help.
     place: in a list that has an order, the report's sections, whose last ones have 100 and 110.
     """
 
@@ -47,6 +48,8 @@ class Entry:
     excludes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fits: str = ""
     each: str = ""
+    named_after: str = ""
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     place: float = 90.0
 
 

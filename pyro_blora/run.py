@@ -56,7 +56,8 @@ def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     folder = config.folder
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ValueError(f"output_dir {config.output_dir!r} is a file: give a folder")
-    check_names(config)
+    with silenced(quiet):
+        check_names(config)
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process  # as fit's Accelerator is
     with heeded(), silenced(quiet), alone(folder) if main else contextlib.nullcontext():
         try:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from ..registries import TASKS
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
 from ..user_values import shown, suggest
 from .methods import left_open, require_consistent
@@ -103,6 +104,7 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
             value, kind = getattr(arguments, field.name), cast(Any, field.type)
             optional = not isinstance(kind, type) and isinstance(None, kind)
             given[field.name] = None if optional and value.lower() in ("none", "null") else value
+    settings = settings | _of_flags(arguments, given, settings)
     preset = read_preset(arguments.preset) if arguments.preset else {}
     if given.get("method", preset.get("method")) != preset.get("method"):
         preset = left_open(given["method"], preset)
@@ -116,6 +118,19 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     for key in line.keys() & preset.keys():
         line[key] = {**preset[key], **line[key]}
     return {**preset, **given, **line}
+
+
+def _of_flags(arguments: argparse.Namespace, given: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of flags that belong to a task, as --data does, which they choose in `given`."""
+    found = {}
+    for entry in TASKS.entries():
+        for name in (name for name in entry.flags if hasattr(arguments, name)):
+            if given.setdefault("task", entry.name) != entry.name:
+                raise ValueError(f"--{name} is of --task {entry.name}, not of {given['task']!r}: drop one of them")
+            if f"task.{name}" in settings:
+                raise ValueError(f"--{name} and --task.{name} are one setting: give it once")
+            found[f"task.{name}"] = getattr(arguments, name)
+    return found
 
 
 def command_line(config: RunConfig) -> str:

@@ -35,6 +35,8 @@ def complete(parser: argparse.ArgumentParser) -> None:
     for action in (action for command in commands.values() for action in command._actions):
         if values := _values(action):
             action.completer = named(values)
+        elif action.metavar == "FILE":
+            action.completer = FilesCompleter()
         elif action.metavar == "FOLDER" or action.dest == "run":
             action.completer = DirectoriesCompleter()
     argcomplete.autocomplete(parser, always_complete_options="long", default_completer=ChoicesCompleter({}))

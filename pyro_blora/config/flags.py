@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+from ..registries import TASKS
 from .command_line import preset_names
 from .run_config import CHOICES, RunConfig
 
@@ -57,7 +58,9 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> dict[str, argparse._ArgumentGroup]:
-    """A flag for every field of a RunConfig, and `--preset`; returns the groups by title, for flags of a command's own.
+    """A flag for every field of a RunConfig, for some settings of tasks, and `--preset`.
+
+    Returns the groups by title, for flags of a command's own.
 
     Values are words: RunConfig judges them, with better sentences than argparse.
     """
@@ -69,6 +72,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> dict[str, argparse._Argume
             group.add_argument("--preset", metavar="NAME", help=f"a YAML file, or one of {', '.join(preset_names())}")
         for name, unit in units.items():
             group.add_argument(f"--{name}", default=argparse.SUPPRESS, **_shown(fields[name], unit))
+        for entry in TASKS.entries() if "task" in units else ():
+            for name, text in entry.flags.items():
+                shown = f"{text} (--task {entry.name})"
+                group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=text.partition(" ")[0], help=shown)
     return groups
 
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..registries import CHOSEN, WEIGHTS
+from ..registries import CHOSEN, TASKS, WEIGHTS
 from ..user_code import file_of
 
 # Left out of the digest: they set where and how a run is logged and saved, not what it computes.
@@ -39,6 +40,12 @@ def _with_content(name: str) -> str:
     """A part in a user's file is identified by the file's content, not by its name."""
     file, _ = file_of(name)
     return f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" if file.is_file() else name
+
+
+def named_after(task: str, settings: Mapping[str, Any]) -> str:
+    """The name of the file that a task reads, where a setting names it (of `train.csv` its folder's), or the task's."""
+    path = Path(str(settings.get(TASKS.entry(task).named_after) or ""))
+    return basename((path.parent.name if path.stem == "train" and path.parent.name else path.stem) or task)
 
 
 def basename(name: str) -> str:

@@ -13,7 +13,7 @@ from ..user_files import load_json, read_text
 from ..user_values import shown, suggest
 from .fields import MOST_FITS, RANGES, fit
 from .methods import METHODS, resolved
-from .naming import basename, digest
+from .naming import basename, digest, named_after
 
 PRESETS = Path(__file__).parent / "presets"
 CHOICES = {  # of what cannot be added to
@@ -254,6 +254,8 @@ class RunConfig:
     def folder_name(self) -> str:
         """`<task>-<backbone>-<prior>-<digest>`, safe as a file name on every system.
 
+        In place of a task that reads a file of the user's, the name of that file.
+
         Of a method but bayesian_lora its name in place of a prior that it fixes, and before one that is free:
         `lora`, `bayesian_bits.bops+off`.
         """
@@ -273,7 +275,7 @@ class RunConfig:
         return "+".join(map(basename, self.prior_names))
 
     def _named(self, of: str) -> str:
-        return "-".join([basename(self.task), basename(self.backbone), of, self.digest])
+        return "-".join([named_after(self.task, self.task_settings), basename(self.backbone), of, self.digest])
 
 
 def field_names() -> list[str]:

@@ -7,6 +7,7 @@ Shapes: E examples, B resamples, U different pairs of label and decisions, C cla
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Brown, Cai and DasGupta (2001) for Jeffreys.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -68,9 +69,11 @@ def _of_score(name: str, value: float, decision, labels, kind: Likelihood) -> di
     def score(answers) -> float:
         return float(_at(name, np.ones((1, len(labels))), labels, answers, kind.classes)[0])
 
-    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES) or abs(score(decision) - value) > 1e-6:
+    known = name in (_OF_CLASSES if kind.classes else _OF_VALUES)
+    if not known or not math.isclose(score(decision), value, rel_tol=1e-6, abs_tol=1e-6):
         return None
-    constant, answer = max(((score(x), x) for x in kind.constants(labels)), key=lambda pair: pair[0])
+    best = min if name in _ERRORS else max
+    constant, answer = best(((score(x), x) for x in kind.constants(labels)), key=lambda pair: pair[0])
     each = _resampled(name, labels, [decision, answer], kind.classes)
     error = share_error(value, len(labels)) if name == "accuracy" else float(each[0].std())
     return dict(zip(_KEYS, (constant, error, float((each[0] - each[1]).std())), strict=True))
@@ -140,6 +143,13 @@ def _matthews(w, labels, decision, classes) -> np.ndarray:
     return np.where(spreads > 0, (right * total - (true * given).sum(1)) / np.sqrt(spreads), 0.0)
 
 
+def _macro_f1(w, labels, decision, classes) -> np.ndarray:
+    """Over the classes that are among labels or decisions."""
+    true, given = (w @ np.eye(classes)[x] for x in (labels, decision))  # (B, C)
+    hits = (w * (labels == decision)) @ np.eye(classes)[labels]
+    return np.nanmean(2 * hits / (true + given), axis=1)
+
+
 def _recall(positive: int) -> Callable:
     def found(w, labels, decision, classes) -> np.ndarray:
         return w @ ((labels == positive) & (decision == positive)) / (w @ (labels == positive))
@@ -166,8 +176,13 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
+def _rmse(w, labels, decision) -> np.ndarray:
+    return np.sqrt(w @ np.square(labels - decision) / w.sum(1))
+
+
 _OF_CLASSES = {
-    "accuracy": _accuracy, "f1": _f1, "matthews_correlation": _matthews, "sensitivity": _recall(1),
-    "specificity": _recall(0),
+    "accuracy": _accuracy, "f1": _f1, "macro_f1": _macro_f1, "matthews_correlation": _matthews,
+    "sensitivity": _recall(1), "specificity": _recall(0),
 }  # fmt: skip
-_OF_VALUES = {"pearson": _pearson, "spearmanr": _spearman}
+_OF_VALUES = {"pearson": _pearson, "spearmanr": _spearman, "rmse": _rmse}
+_ERRORS = ("rmse",)  # the best constant has the lowest

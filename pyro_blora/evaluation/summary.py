@@ -40,6 +40,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
     found = {
         "task": config.task,
         "outcome": described(parts.task.likelihood),
+        **({"data": parts.findings} if parts.findings else {}),
         "backbone": config.backbone,
         "method": config.method,
         "prior": "+".join(config.prior_names),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config.command_line import command_line
-from ..evaluation.verdicts import beside, ece_by_chance, nothing_learned, of_chance, of_score
+from ..evaluation.verdicts import beside, ece_by_chance, nothing_learned, of_chance, of_score, plus_minus
 from ..files import REPORT, require_whole
 from ..posterior.arviz_compat import read
 from ..posterior.gate_posterior import Posterior
@@ -85,6 +85,9 @@ def result_tables(summary: dict) -> list[Table]:
         head.add_column(column, justify="right")
     both, metric = (summary, summary["deployed"]), summary["metric"]["name"]
     head.add_row(metric, *(of_score(x, metric) for x in both), _constant(summary, metric))
+    for name in (name for name in summary.get("scores", {}) if name != metric):
+        each = (plus_minus(x["scores"][name], beside(x, name)) for x in both)
+        head.add_row(name, *each, _constant(summary, name))
     head.add_row("NLL (nats per example)", *(of_score(x, "nll") for x in both), _constant(summary, "nll"))
     if summary["ece"]["value"] is not None:
         head.add_row(f"ECE ({summary['ece']['bins']} bins)", *(_number(x["ece"]["value"]) for x in both))

@@ -1,4 +1,4 @@
-"""Tasks by name: the nine of GLUE, the embedded demo `acceptability`, `pairs` from CSV, and those a user registers.
+"""Tasks by name: the nine of GLUE, the embedded demo `acceptability`, a user's `files`, and those a user registers.
 
 `get_task("sst2").load(glue_dir=...)` gives the data, `.likelihood(logits)` the distribution of the labels, `.metric()`
 the score.
@@ -8,6 +8,7 @@ from ..registries import TASKS
 from .base import Task
 from .multi_label import MultiLabel
 from .names import get_task, register_task, task_names
+from .tabular.task import from_frame
 from .token_labels import TokenLabels
 
-__all__ = ["TASKS", "MultiLabel", "Task", "TokenLabels", "get_task", "register_task", "task_names"]
+__all__ = ["TASKS", "MultiLabel", "Task", "TokenLabels", "from_frame", "get_task", "register_task", "task_names"]

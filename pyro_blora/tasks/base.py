@@ -10,8 +10,8 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +47,9 @@ class Task:
     """Of the outcome, such as `MultiLabel(names)`; None for that of labels (classes) or label_range (a number)."""
     make_metric: Callable[[], evaluate.Metric] | None = None
     """Builds the metric; None takes the `GlueScore` of the task's name, and for other names that of the kind."""
+    findings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What was found in the rows, shown before a training, in the summary and on the page: `sentences`, `warnings`, and
+    `tables` (lists of rows by caption); {} for nothing."""
 
     def __post_init__(self) -> None:
         if isinstance(self.text_columns, str) or len(self.text_columns) not in (1, 2):

@@ -38,6 +38,15 @@ def tokenize(
             enable_progress_bar()
 
 
+def cut_short(
+    rows: datasets.Dataset, tokens: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int
+) -> int:
+    """How many of the rows had more tokens than max_length, so that their ends are not read."""
+    full = [row for row, length in enumerate(lengths_of(tokens)) if length >= max_length]
+    longer = tokenize(rows.select(full), tokenizer, task, max_length + 1) if full else tokens.select(())
+    return sum(length > max_length for length in lengths_of(longer))
+
+
 def take(rows: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:
     """`count` rows drawn without replacement, or all of them."""
     if count is None or count >= len(rows):

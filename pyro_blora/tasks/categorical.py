@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .label_scores import by_label
 from .likelihoods import Likelihood, numbers, register_likelihood
 
 if TYPE_CHECKING:
@@ -88,19 +89,24 @@ class Categorical(Likelihood):
         return {"label": label, "probability": outputs}
 
     def metric(self) -> evaluate.Metric:
-        """The accuracy."""
+        """Accuracy, macro F1 and Matthews' correlation."""
         from .glue_metric import GlueScore  # now, as evaluate takes seconds
 
-        return GlueScore("sst2")
+        return GlueScore("categorical")
 
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
         return [np.full(len(labels), c) for c in np.flatnonzero(np.bincount(labels, minlength=self.classes))]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
-        return np.asarray(np.log(np.bincount(labels, minlength=self.classes) / len(labels))[labels])
+        counts = np.bincount(labels, minlength=self.classes)
+        return np.asarray(np.log(np.maximum(counts, 1) / len(labels))[labels])  # a class of no example is not asked
 
     def right(self, decision: Tensor, labels: Tensor) -> float | None:
         return float((decision == labels).double().mean())
+
+    def details(self, mean: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Precision, recall and F1 of every class, worst first."""
+        return {"tables": by_label(self.names, self.decision(mean), labels)}
 
     def probabilities(self, table: pd.DataFrame) -> pd.DataFrame:
         return table[[f"p_{label}" for label in self.names]]

@@ -17,7 +17,7 @@ import datasets
 import evaluate
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score, root_mean_squared_error
 
 
 def matthews(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -52,6 +52,16 @@ def of_pairs(predictions: np.ndarray, references: np.ndarray) -> dict[str, float
     return matthews(predictions, references) | found | accuracy_and_f1(predictions, references)
 
 
+def of_classes(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """macro_f1: the mean over classes that are among labels or answers."""
+    macro = float(f1_score(references, predictions, average="macro", zero_division=0.0))
+    return accuracy(predictions, references) | {"macro_f1": macro} | matthews(predictions, references)
+
+
+def of_numbers(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    return correlations(predictions, references) | {"rmse": float(root_mean_squared_error(references, predictions))}
+
+
 SCORES = {
     "cola": matthews,
     "sst2": accuracy,
@@ -66,21 +76,22 @@ SCORES = {
     "acceptability": accuracy,
     "pairs": of_pairs,
 }
+OF_KINDS = {"categorical": of_classes, "normal": of_numbers}  # where a task has no score of its own
 
 
 class GlueScore(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
-    """The score of one GLUE task (or of the demo task); predictions stay in memory, no cache file is written.
+    """The score of one GLUE task, of the demo task, or of a kind of outcome; no cache file is written.
 
     Errors: ValueError for an unknown configuration, and for `compute` on nothing or on non-finite values.
     """
 
     def __init__(self, config_name: str, *, keep_in_memory: bool = True, **settings: Any) -> None:
-        if config_name not in SCORES:
+        if config_name not in SCORES | OF_KINDS:
             raise ValueError(f"no GLUE score is called {config_name!r}; known: {', '.join(SCORES)}")
         super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **settings)
 
     def _info(self) -> evaluate.MetricInfo:
-        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
+        value = datasets.Value("float64" if self.config_name in ("stsb", "normal") else "int64")
         return evaluate.MetricInfo(
             description="The official score of a GLUE task, computed offline.",
             citation="Wang et al. 2019, GLUE: a multi-task benchmark for natural language understanding, ICLR.",
@@ -101,7 +112,7 @@ class GlueScore(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
             raise ValueError(
                 f"{self.config_name!r}: predictions or references are not finite; see whether the loss diverged"
             )
-        return SCORES[self.config_name](predictions, references)
+        return (SCORES | OF_KINDS)[self.config_name](predictions, references)
 
 
 class LabelF1(evaluate.Metric):  # type: ignore[misc]

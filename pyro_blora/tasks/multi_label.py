@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .label_scores import by_label
 from .likelihoods import Likelihood, register_likelihood
 
 if TYPE_CHECKING:
@@ -111,7 +112,10 @@ class MultiLabel(Likelihood):
         return self.in_eigenbasis(logits, scale)
 
     def details(self, mean: Tensor, labels: Tensor) -> dict[str, Any]:
-        """nll_per_label: of each label's averaged probability, nats an example."""
+        """nll_per_label: of each label's averaged probability, nats an example; and a table of scores, worst first."""
         p, found = mean.double().clamp(1e-12, 1 - 1e-12), labels.double()
         nll = -(found * p.log() + (1 - found) * torch.log1p(-p)).mean(0)
-        return {"nll_per_label": dict(zip(self.names, nll.tolist(), strict=True))}
+        return {
+            "nll_per_label": dict(zip(self.names, nll.tolist(), strict=True)),
+            "tables": by_label(self.names, self.decision(mean), labels),
+        }  # fmt: skip

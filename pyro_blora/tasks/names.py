@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, overload
 
 from ..registries import TASKS
-from ..registry import Maker
+from ..registry import REQUIRED, Maker
 from .base import Task
 
-_MADE: dict[tuple[Callable[..., Task], str], Task] = {}  # once: a task is itself whoever asks
+_MADE: dict[tuple[Callable[..., Task], str], tuple[str, Task]] = {}  # once, of the same files: (their state, the task)
 
 
 def task_names() -> tuple[str, ...]:
@@ -24,8 +26,8 @@ def get_task(name: str | Callable[..., Task], settings: Mapping[str, Any] | None
     """
     make = TASKS.resolve(name)
     given = TASKS.settings(make, settings or {})
-    key = make, json.dumps(given, sort_keys=True, default=repr)
-    if key not in _MADE:
+    key, state = (make, json.dumps(given, sort_keys=True, default=repr)), _state_of(given)
+    if key not in _MADE or _MADE[key][0] != state:
         task = make(**given)
         if not isinstance(task, Task):
             found = type(task).__name__
@@ -34,8 +36,20 @@ def get_task(name: str | Callable[..., Task], settings: Mapping[str, Any] | None
             )
         if not make.__module__.startswith(f"{__package__}."):
             task.require_usable()
-        _MADE[key] = task
-    return _MADE[key]
+        _MADE[key] = state, task
+    return _MADE[key][1]
+
+
+def _state_of(settings: Mapping[str, Any]) -> str:
+    """Sizes and times of the files that settings name, and of those in folders: of changed ones a task is made anew."""
+    found = []
+    for value in settings.values():
+        with contextlib.suppress(OSError, ValueError):  # a text that can be no path
+            path = Path(value).expanduser() if isinstance(value, str) and value else None
+            for file in [] if path is None else [path, *path.glob("*"), *path.glob("*/*")]:
+                state = file.stat()
+                found.append((str(file), state.st_size, state.st_mtime_ns))
+    return repr(sorted(found))
 
 
 @overload
@@ -43,25 +57,27 @@ def register_task(task: Task) -> Task: ...
 
 
 @overload
-def register_task(task: str | None = None) -> Callable[[Maker], Maker]: ...
+def register_task(task: str | None = None, **declared: Any) -> Callable[[Maker], Maker]: ...
 
 
 @overload
 def register_task(task: Maker) -> Maker: ...
 
 
-def register_task(task: Any = None) -> Any:
+def register_task(task: Any = None, **declared: Any) -> Any:
     """Make a task known by its name, which is given once: a `Task`, or as a decorator the function that returns it.
+
+    declared: what else `registry.Entry` has.
 
     Errors: ValueError for a name that is taken, and for what would otherwise fail when a training has ended.
     """
     if task is None or isinstance(task, str) or (callable(task) and not isinstance(task, type)):
-        return TASKS.register(task)
+        return TASKS.register(task, **declared)
     if not isinstance(task, Task):
         raise ValueError(f"register_task takes a Task, got {type(task).__name__}: Task(name=..., load=..., ...)")
     task.require_usable()
     if task.name in TASKS.names():
-        if get_task(task.name) != task:
+        if REQUIRED in TASKS.entry(task.name).settings.values() or get_task(task.name) != task:
             raise ValueError(f"the task name {task.name!r} is taken: give the new task another name")
         return task
 

@@ -50,7 +50,8 @@ def test_a_command_line_is_understood(page, words):
     assert unknown == []
     if arguments.command == "train":
         config = RunConfig(**run_fields(arguments, settings))
-        if not any(".py:" in getattr(config, kind) for kind in OWNERS):  # a file that the reader writes
+        of_the_reader = [getattr(config, kind) for kind in OWNERS] + [f"{config.task_settings.get('data')}:"]
+        if not any(".py:" in name or ".csv:" in name for name in of_the_reader):  # files that the reader has
             check_names(config)
 
 

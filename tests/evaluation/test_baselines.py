@@ -20,7 +20,8 @@ BINARY = Categorical(("0", "1"))
 DECISION = np.where(RNG.random(800) < 0.8, LABELS, 1 - LABELS)
 BY_SKLEARN = {
     "accuracy": lambda y, x: float((x == y).mean()), "f1": f1_score, "matthews_correlation": matthews_corrcoef,
-    "sensitivity": recall_score, "specificity": lambda y, x: recall_score(y, x, pos_label=0),
+    "macro_f1": lambda y, x: f1_score(y, x, average="macro"), "sensitivity": recall_score,
+    "specificity": lambda y, x: recall_score(y, x, pos_label=0),
 }  # fmt: skip
 
 
@@ -42,6 +43,28 @@ def test_errors_of_scores_are_those_of_a_bootstrap_by_sklearn(name):
     assert found["constant"] == pytest.approx(score(LABELS, best), abs=1e-12)
     assert found["standard_error"] == pytest.approx(one.std(), rel=0.2)
     assert found["gain_error"] == pytest.approx((one - other).std(), rel=0.2)
+
+
+def test_macro_f1_of_many_classes_leaves_out_those_that_nobody_has_or_names():
+    labels = RNG.integers(0, 5, size=400)
+    decision = np.where(RNG.random(400) < 0.6, labels, RNG.integers(0, 5, size=400))
+    value = f1_score(labels, decision, average="macro")
+    found = of({"macro_f1": value}, decision, labels, classes=9)["macro_f1"]  # 4 of them do not occur
+    i = [np.random.default_rng(seed).integers(400, size=400) for seed in range(200)]
+    errors = np.std([f1_score(labels[each], decision[each], average="macro") for each in i])
+    assert found["standard_error"] == pytest.approx(errors, rel=0.2)
+    constants = [f1_score(labels, np.full(400, c), average="macro", zero_division=0.0) for c in range(5)]
+    assert found["constant"] == pytest.approx(max(constants))
+
+
+def test_the_best_constant_of_an_error_has_the_lowest():
+    labels = RNG.normal(2, 3, size=500)
+    decision = labels + RNG.normal(0, 1, size=500)
+    value = float(np.sqrt(np.square(labels - decision).mean()))
+    found = of({"rmse": value}, decision, labels, classes=0)["rmse"]
+    assert found["constant"] == pytest.approx(labels.std())
+    assert found["standard_error"] == pytest.approx(value / math.sqrt(2 * 500), rel=0.2)  # of a normal's spread
+    assert 0 < found["gain_error"] < 0.3
 
 
 def test_the_constant_answer_has_known_scores():

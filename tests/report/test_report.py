@@ -35,7 +35,7 @@ from pyro_blora.run import train_run
 
 pytestmark = pytest.mark.usefixtures("eager")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TITLES = ["In plain words", "Gate map", "Ranks", "Calibration", "Bit operations", "Training", "Restarts",
+TITLES = ["In plain words", "Gate map", "Ranks", "Calibration", "In detail", "Bit operations", "Training", "Restarts",
           "Confidently wrong", "Repeat this run", "Glossary"]  # fmt: skip
 
 

@@ -1,0 +1,167 @@
+"""From the cells of a label column to a kind of outcome, and to the labels that it takes.
+
+A rule a kind, of which the user is told: words, true and false are classes; whole numbers are classes where they are
+few, else a number; other numbers are a number; lists are several labels. The setting `kind` overrides it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ..categorical import Categorical
+from ..normal import Normal
+from .cells import Cell, Labels, few, name_of, number_of, order_of, shown
+from .label_lists import parsed, several
+
+if TYPE_CHECKING:
+    import datasets
+
+Kind = Literal["categorical", "normal", "multi_label"]
+MOST_CODES = 30  # different whole numbers that are classes; more are a number
+_MOSTLY = 0.9  # of the labels that are numbers: a word among them is a mistake
+_MANY = 50  # classes, from which each must have two rows on average: else the column is text
+_WIDEST = 3.0  # times the training labels' range, beyond which a validation label is a mistake
+_LARGEST = 1e30  # of a number; squares of larger ones overflow
+
+
+def is_empty(value: Any, kind: Kind | None, feature: Any = None) -> bool:
+    """Whether a cell has no label: nothing, white space, nan, -1 of a type with names. For several labels: nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if value == -1 and not isinstance(value, str) and _names_of(feature) is not None:
+        return True
+    return isinstance(value, str) and not value.strip() and kind != "multi_label"
+
+
+def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features | None, column: str) -> Labels:
+    """The kind of the training labels.  feature: the column's type, where the source has types.
+
+    Errors: ValueError for one class only, for labels of two sorts, and for a kind that they are not.
+    """
+    names = _names_of(feature)
+    if names is not None and kind in (None, "categorical") and not isinstance(cells[0].value, list):
+        codes: dict[Any, str] = dict(enumerate(names))
+        return _classes(
+            cells,
+            list(codes.values()),
+            lambda cell: codes.get(cell.value),
+            f"names in the type of {column!r} are classes",
+            column,
+        )
+    if kind == "multi_label" or (kind is None and all(parsed(cell.value) is not None for cell in cells)):
+        return several(cells, names, column, given=kind is not None)
+    numbers = [number_of(cell.value) for cell in cells]
+    if kind == "normal":
+        return _a_number(cells, numbers, f"numbers, as kind normal says, in {column!r}", column)
+    are_numbers = sum(x is not None for x in numbers)
+    if kind is None and are_numbers >= _MOSTLY * len(cells):
+        if are_numbers < len(cells):
+            wrong = next(cell for cell, x in zip(cells, numbers, strict=True) if x is None)
+            raise ValueError(
+                f"{wrong.where}: the label {shown(wrong.value)} is no number, and {are_numbers:,} of {len(cells):,} "
+                "are: correct it, leave it empty, or give --task.kind categorical"
+            )
+        values = {float(x) for x in numbers if x is not None}
+        if any(not x.is_integer() for x in values):
+            return _a_number(cells, numbers, f"numbers with decimals in {column!r} are a number to predict", column)
+        if len(values) > MOST_CODES:
+            rule = (
+                f"{len(values):,} different whole numbers in {column!r} are a number to predict (up to {MOST_CODES} "
+                "are classes; --task.kind categorical takes any number of them as classes)"
+            )
+            return _a_number(cells, numbers, rule, column)
+        rule = f"{len(values)} different whole numbers in {column!r} are classes; --task.kind normal: a number"
+    else:
+        rule = (
+            f"words in {column!r} are classes" if kind is None else f"classes, as kind categorical says, in {column!r}"
+        )
+    found = sorted({name_of(cell) for cell in cells}, key=order_of)
+    return _classes(cells, found, name_of, rule, column)
+
+
+def widened(labels: Labels, cells: Sequence[Cell]) -> tuple[Labels, str]:
+    """The same with a range that has the validation labels, and a sentence where it grew; other kinds as they are.
+
+    The range only scales the head's output; a normal distribution has none.
+    Errors: ValueError for a label that is so far out that it is a mistake.
+    """
+    kind = labels.likelihood
+    if not isinstance(kind, Normal):
+        return labels, ""
+    values = [(float(labels.encode(cell)), cell) for cell in cells]
+    beyond = [(x, cell) for x, cell in values if not kind.low <= x <= kind.high]
+    if not beyond:
+        return labels, ""
+    low, high = min(kind.low, *(x for x, _ in beyond)), max(kind.high, *(x for x, _ in beyond))
+    if high - low > _WIDEST * (kind.high - kind.low):
+        _, cell = max(beyond, key=lambda pair: abs(pair[0] - (kind.low + kind.high) / 2))
+        raise ValueError(
+            f"{cell.where}: the label {shown(cell.value)} is far outside of those in training, {kind.low:g} to "
+            f"{kind.high:g}: correct it or drop the row"
+        )
+    sentence = (
+        f"{len(beyond):,} validation labels, the first in {beyond[0][1].where}, are outside of those in training, "
+        f"{kind.low:g} to {kind.high:g}: the range was widened to {low:g} to {high:g}"
+    )
+    return labels._replace(likelihood=Normal(low, high)), sentence
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def _classes(
+    cells: Sequence[Cell], names: list[str], name_of: Callable[[Cell], str | None], rule: str, column: str
+) -> Labels:
+    if len({name_of(cell) for cell in cells}) < 2:
+        raise ValueError(
+            f"{cells[0].where} and all other rows have the label {shown(cells[0].value)}: two classes or more are "
+            "needed to learn from"
+        )
+    if len(names) > _MANY and len(names) > len(cells) / 2:
+        raise ValueError(
+            f"the column {column!r} has {len(names):,} different labels in {len(cells):,} rows: name the column "
+            "that has classes, --label NAME"
+        )
+    index = {name: number for number, name in enumerate(names)}
+
+    def encode(cell: Cell) -> int:
+        name = name_of(cell)
+        if name not in index:
+            raise ValueError(
+                f"{cell.where}: the label {shown(cell.value)} is not among those in training: {few(names)}: add rows "
+                "of it to train on, or drop this one"
+            )
+        return index[name]
+
+    return Labels(Categorical(tuple(names)), rule, encode)
+
+
+# --- a number -------------------------------------------------------------------------------------------------------
+
+
+def _a_number(cells: Sequence[Cell], numbers: Sequence[float | None], rule: str, column: str) -> Labels:
+    found = [_encode_number(cell) for cell in cells]
+    low, high = min(found), max(found)
+    if low == high:
+        raise ValueError(f"every label in column {column!r} is {low:g}: there is nothing to learn from one value")
+    return Labels(Normal(low, high), f"{rule}, from {low:g} to {high:g}", _encode_number)
+
+
+def _encode_number(cell: Cell) -> float:
+    """As float32, in which labels are kept, so that no rounding puts one beyond the range."""
+    number = number_of(cell.value)
+    if number is None or abs(number) > _LARGEST:
+        raise ValueError(
+            f"{cell.where}: the label {shown(cell.value)} is no finite number: correct it or leave it empty"
+        )
+    return float(np.float32(number))
+
+
+def _names_of(feature: Any) -> list[str] | None:
+    """Of a ClassLabel, or of a list of them."""
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return list(names) if names else None
