@@ -7,6 +7,7 @@ few, else a number; other numbers are a number; lists are several labels. The se
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,7 @@ MOST_CODES = 30  # different whole numbers that are classes; more are a number
 _MOSTLY = 0.9  # of the labels that are numbers: a word among them is a mistake
 _MANY = 50  # classes, from which each must have two rows on average: else the column is text
 _WIDEST = 3.0  # times the training labels' range, beyond which a validation label is a mistake
+_COMMA = re.compile(r"[-+]?\d+,\d+")  # a number as written in much of Europe
 _LARGEST = 1e30  # of a number; squares of larger ones overflow
 
 
@@ -76,11 +78,24 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
             return _a_number(cells, numbers, rule, column)
         rule = f"{len(values)} different whole numbers in {column!r} are classes; --task.kind normal: a number"
     else:
+        if kind is None:
+            _require_points(cells)
         rule = (
             f"words in {column!r} are classes" if kind is None else f"classes, as kind categorical says, in {column!r}"
         )
     found = sorted({name_of(cell) for cell in cells}, key=order_of)
     return _classes(cells, found, name_of, rule, column)
+
+
+def _require_points(cells: Sequence[Cell]) -> None:
+    """Refuse numbers with decimal commas, which would be words."""
+    found = [cell for cell in cells if _COMMA.fullmatch(str(cell.value).strip())]
+    others = sum(number_of(cell.value) is not None for cell in cells)
+    if found and len(found) + others >= _MOSTLY * len(cells):
+        raise ValueError(
+            f"{found[0].where}: the label {shown(found[0].value)} has a decimal comma: write numbers with a point, or "
+            "give --task.kind categorical"
+        )
 
 
 def widened(labels: Labels, cells: Sequence[Cell]) -> tuple[Labels, str]:

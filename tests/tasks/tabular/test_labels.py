@@ -102,6 +102,7 @@ def test_empty_cells_are_no_label_but_of_several_labels_none(empty):
     ((*range(50), "nan"), None, r"line 52: the label 'nan' is no number"),
     (("1", "x"), "normal", r"line 3: the label 'x' is no finite number"),
     (("1", "1e300"), "normal", r"line 3: the label '1e300' is no finite number"),
+    (("4,5", "3", "2,25"), None, r"line 2: the label '4,5' has a decimal comma: write numbers with a point"),
     ((["a"], "b"), None, r"line 2: the label \['a'\] is a list, and others are not"),
     (("a", "b"), "multi_label", r"no row has several labels in column 'stars': separate them by \| or ;"),
     ((["a"], ["a"]), None, "have 1 different labels: two or more"),
