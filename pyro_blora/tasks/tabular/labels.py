@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -39,23 +39,26 @@ def is_empty(value: Any, kind: Kind | None, feature: Any = None) -> bool:
     return isinstance(value, str) and not value.strip() and kind != "multi_label"
 
 
+def named(value: Any, feature: Any) -> Any:
+    """The names of a type in place of its numbers, so that sources of other types have the same labels."""
+    names = _names_of(feature)
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [named(each, feature) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
 def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features | None, column: str) -> Labels:
-    """The kind of the training labels.  feature: the column's type, where the source has types.
+    """The kind of the training labels.  feature: the column's type, where the source has types; its names are in cells.
 
     Errors: ValueError for one class only, for labels of two sorts, and for a kind that they are not.
     """
     names = _names_of(feature)
-    if names is not None and kind in (None, "categorical") and not isinstance(cells[0].value, list):
-        codes: dict[Any, str] = dict(enumerate(names))
-        return _classes(
-            cells,
-            list(codes.values()),
-            lambda cell: codes.get(cell.value),
-            f"names in the type of {column!r} are classes",
-            column,
-        )
     if kind == "multi_label" or (kind is None and all(parsed(cell.value) is not None for cell in cells)):
         return several(cells, names, column, given=kind is not None)
+    if names is not None and kind != "normal":
+        return _classes(cells, names, f"names in the type of {column!r} are classes")
     numbers = [number_of(cell.value) for cell in cells]
     if kind == "normal":
         return _a_number(cells, numbers, f"numbers, as kind normal says, in {column!r}", column)
@@ -84,7 +87,12 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
             f"words in {column!r} are classes" if kind is None else f"classes, as kind categorical says, in {column!r}"
         )
     found = sorted({name_of(cell) for cell in cells}, key=order_of)
-    return _classes(cells, found, name_of, rule, column)
+    if len(found) > _MANY and len(found) > len(cells) / 2 and kind is None:
+        raise ValueError(
+            f"the column {column!r} has {len(found):,} different labels in {len(cells):,} rows: name the column "
+            "that has classes, --label NAME"
+        )
+    return _classes(cells, found, rule)
 
 
 def _require_points(cells: Sequence[Cell]) -> None:
@@ -128,20 +136,13 @@ def widened(labels: Labels, cells: Sequence[Cell]) -> tuple[Labels, str]:
 # --- classes --------------------------------------------------------------------------------------------------------
 
 
-def _classes(
-    cells: Sequence[Cell], names: list[str], name_of: Callable[[Cell], str | None], rule: str, column: str
-) -> Labels:
+def _classes(cells: Sequence[Cell], names: Sequence[str], rule: str) -> Labels:
     if len({name_of(cell) for cell in cells}) < 2:
         raise ValueError(
             f"{cells[0].where} and all other rows have the label {shown(cells[0].value)}: two classes or more are "
             "needed to learn from"
         )
-    if len(names) > _MANY and len(names) > len(cells) / 2:
-        raise ValueError(
-            f"the column {column!r} has {len(names):,} different labels in {len(cells):,} rows: name the column "
-            "that has classes, --label NAME"
-        )
-    index = {name: number for number, name in enumerate(names)}
+    index = {name_of(cells[0]._replace(value=name)): number for number, name in enumerate(names)}
 
     def encode(cell: Cell) -> int:
         name = name_of(cell)
