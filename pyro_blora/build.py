@@ -124,12 +124,12 @@ def _findings(
         found["sentences"].append(
             f"{len(rows['train']):,} of the training rows are used, --max_train {config.max_train}"
         )
-    for split in ("train", "eval"):
+    for split, called in (("train", "training"), ("eval", "validation")):
         count = cut_short(rows[split], tokens[split], tokenizer, task, config.max_length)
         found["truncated"] = {**found.get("truncated", {}), split: count}
         if count:
             found["warnings"].append(
-                f"{count:,} of {len(rows[split]):,} rows of {split} have more than {config.max_length} tokens and are "
+                f"{count:,} of {len(rows[split]):,} {called} rows have more than {config.max_length} tokens and are "
                 "cut: --max_length reads more, for more time"
             )
     say(f"Data of {found.get('source', task.name)}:", [*found["sentences"], *(f"! {x}" for x in found["warnings"])])

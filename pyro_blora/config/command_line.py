@@ -129,7 +129,8 @@ def _of_flags(arguments: argparse.Namespace, given: dict[str, Any], settings: Ma
                 raise ValueError(f"--{name} is of --task {entry.name}, not of {given['task']!r}: drop one of them")
             if f"task.{name}" in settings:
                 raise ValueError(f"--{name} and --task.{name} are one setting: give it once")
-            found[f"task.{name}"] = getattr(arguments, name)
+            value = getattr(arguments, name)
+            found[f"task.{name}"] = None if value.lower() in ("none", "null") else value
     return found
 
 

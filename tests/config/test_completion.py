@@ -60,6 +60,8 @@ def test_every_choice_is_offered():
 def test_folders_and_files_are_completed(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "rule.py").touch()
+    (tmp_path / "films.csv").touch()
+    assert completed("pyro-blora train --data f", tmp_path) == {"films.csv"}
     assert completed("pyro-blora show r", tmp_path) == {"runs/"}
     assert completed("pyro-blora train --output_dir r", tmp_path) == {"runs/"}
     assert completed("pyro-blora train --prior ru", tmp_path) == {"rule.py", "runs/"}

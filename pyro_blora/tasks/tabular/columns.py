@@ -37,8 +37,10 @@ class Columns(NamedTuple):
     guessed: str
 
 
-def choose(source: str, columns: Sequence[str], text: str | None, label: str | None) -> Columns:
-    """The columns of texts and of the label.  text: a name, or two with a comma between; None: guessed, as is label.
+def choose(source: str, columns: Sequence[str], text: str | tuple[str, ...] | None, label: str | None) -> Columns:
+    """The columns of texts and of the label.
+
+    text: a name, or two, as a tuple or with a comma between; None: guessed, as is label.
 
     Errors: ValueError for a name that is no column, one column for both, and where no guess fits or more than one.
     """
@@ -69,8 +71,11 @@ def require_columns(source: str, columns: Sequence[str], chosen: Columns, traini
         raise ValueError(f"{source} lacks the columns {missing} of {training}; it has {_listed(columns)}: rename them")
 
 
-def _given_texts(source: str, columns: Sequence[str], text: str) -> tuple[str, ...]:
-    names = (text,) if text in columns else tuple(name.strip() for name in text.split(","))
+def _given_texts(source: str, columns: Sequence[str], text: str | tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(text, str):
+        names = (text,) if text in columns else tuple(name.strip() for name in text.split(","))
+    else:
+        names = tuple(text)
     if len(names) > 2 or not all(names):
         raise ValueError(f"{source}: --text {text!r} must be one column, or two with a comma between for pairs")
     for name in names:

@@ -57,12 +57,12 @@ def findings(train: Rows, held_out: Rows, kind: Likelihood, read: Sequence[str])
     suspects = _suspects(train, kind)
     if suspects:
         warnings.append(
-            f"{counted(len(suspects), 'text')} with more than one label in the training rows: "
+            f"{counted(len(suspects), 'text')} with different labels in different training rows: "
             + "; ".join(f"{row['text']!r} is {row['labels']}" for row in suspects[:2])
             + ("; ..." if len(suspects) > 2 else "")
         )
         more = f", the first {_SHOWN} of {len(suspects):,}" if len(suspects) > _SHOWN else ""
-        tables[f"Texts with more than one label{more}"] = suspects[:_SHOWN]
+        tables[f"Texts with different labels{more}"] = suspects[:_SHOWN]
     return {"sentences": sentences, "warnings": warnings, "tables": tables}
 
 

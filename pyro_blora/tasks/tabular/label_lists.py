@@ -16,13 +16,10 @@ _SEPARATORS = "|;"  # of several labels in one cell of text
 
 def several(cells: Sequence[Cell], names: list[str] | None, column: str, *, given: bool) -> Labels:
     lists = [(cell, _labels_in(cell)) for cell in cells]
-    size = _multi_hot(lists)
-    if size:
-        names = [f"label_{number}" for number in range(size)] if names is None else names
+    if size := _multi_hot(lists):
+        hot = MultiLabel(tuple(f"label_{number}" for number in range(size)))
         rule = f"lists of {size} zeros and ones in {column!r} are several labels"
-        if len(names) != size:
-            raise ValueError(f"column {column!r} has lists of {size} numbers, and {len(names)} names: correct its type")
-        return Labels(MultiLabel(tuple(names)), rule, lambda cell: [int(x) for x in _labels_in(cell)])
+        return Labels(hot, rule, lambda cell: [int(x) for x in _labels_in(cell)])
     if names is None:
         if given and not any(len(labels) > 1 for _, labels in lists):
             raise ValueError(
@@ -30,9 +27,7 @@ def several(cells: Sequence[Cell], names: list[str] | None, column: str, *, give
                 "JSON lists, or give --task.kind categorical"
             )
         names = sorted({name_of(cell._replace(value=x)) for cell, labels in lists for x in labels}, key=order_of)
-        coded = {name: number for number, name in enumerate(names)}
-    else:
-        coded = {str(number): number for number in range(len(names))}
+    coded = {name_of(cells[0]._replace(value=name)): number for number, name in enumerate(names)}
     if len(names) < 2:
         raise ValueError(f"the lists in column {column!r} have {len(names)} different labels: two or more are needed")
 

@@ -7,7 +7,8 @@ few, else a number; other numbers are a number; lists are several labels. The se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ MOST_CODES = 30  # different whole numbers that are classes; more are a number
 _MOSTLY = 0.9  # of the labels that are numbers: a word among them is a mistake
 _MANY = 50  # classes, from which each must have two rows on average: else the column is text
 _WIDEST = 3.0  # times the training labels' range, beyond which a validation label is a mistake
+_COMMA = re.compile(r"[-+]?\d+,\d+")  # a number as written in much of Europe
 _LARGEST = 1e30  # of a number; squares of larger ones overflow
 
 
@@ -37,23 +39,26 @@ def is_empty(value: Any, kind: Kind | None, feature: Any = None) -> bool:
     return isinstance(value, str) and not value.strip() and kind != "multi_label"
 
 
+def named(value: Any, feature: Any) -> Any:
+    """The names of a type in place of its numbers, so that sources of other types have the same labels."""
+    names = _names_of(feature)
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [named(each, feature) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
 def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features | None, column: str) -> Labels:
-    """The kind of the training labels.  feature: the column's type, where the source has types.
+    """The kind of the training labels.  feature: the column's type, where the source has types; its names are in cells.
 
     Errors: ValueError for one class only, for labels of two sorts, and for a kind that they are not.
     """
     names = _names_of(feature)
-    if names is not None and kind in (None, "categorical") and not isinstance(cells[0].value, list):
-        codes: dict[Any, str] = dict(enumerate(names))
-        return _classes(
-            cells,
-            list(codes.values()),
-            lambda cell: codes.get(cell.value),
-            f"names in the type of {column!r} are classes",
-            column,
-        )
     if kind == "multi_label" or (kind is None and all(parsed(cell.value) is not None for cell in cells)):
         return several(cells, names, column, given=kind is not None)
+    if names is not None and kind != "normal":
+        return _classes(cells, names, f"names in the type of {column!r} are classes")
     numbers = [number_of(cell.value) for cell in cells]
     if kind == "normal":
         return _a_number(cells, numbers, f"numbers, as kind normal says, in {column!r}", column)
@@ -76,11 +81,29 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
             return _a_number(cells, numbers, rule, column)
         rule = f"{len(values)} different whole numbers in {column!r} are classes; --task.kind normal: a number"
     else:
+        if kind is None:
+            _require_points(cells)
         rule = (
             f"words in {column!r} are classes" if kind is None else f"classes, as kind categorical says, in {column!r}"
         )
     found = sorted({name_of(cell) for cell in cells}, key=order_of)
-    return _classes(cells, found, name_of, rule, column)
+    if len(found) > _MANY and len(found) > len(cells) / 2 and kind is None:
+        raise ValueError(
+            f"the column {column!r} has {len(found):,} different labels in {len(cells):,} rows: name the column "
+            "that has classes, --label NAME"
+        )
+    return _classes(cells, found, rule)
+
+
+def _require_points(cells: Sequence[Cell]) -> None:
+    """Refuse numbers with decimal commas, which would be words."""
+    found = [cell for cell in cells if _COMMA.fullmatch(str(cell.value).strip())]
+    others = sum(number_of(cell.value) is not None for cell in cells)
+    if found and len(found) + others >= _MOSTLY * len(cells):
+        raise ValueError(
+            f"{found[0].where}: the label {shown(found[0].value)} has a decimal comma: write numbers with a point, or "
+            "give --task.kind categorical"
+        )
 
 
 def widened(labels: Labels, cells: Sequence[Cell]) -> tuple[Labels, str]:
@@ -113,20 +136,13 @@ def widened(labels: Labels, cells: Sequence[Cell]) -> tuple[Labels, str]:
 # --- classes --------------------------------------------------------------------------------------------------------
 
 
-def _classes(
-    cells: Sequence[Cell], names: list[str], name_of: Callable[[Cell], str | None], rule: str, column: str
-) -> Labels:
+def _classes(cells: Sequence[Cell], names: Sequence[str], rule: str) -> Labels:
     if len({name_of(cell) for cell in cells}) < 2:
         raise ValueError(
             f"{cells[0].where} and all other rows have the label {shown(cells[0].value)}: two classes or more are "
             "needed to learn from"
         )
-    if len(names) > _MANY and len(names) > len(cells) / 2:
-        raise ValueError(
-            f"the column {column!r} has {len(names):,} different labels in {len(cells):,} rows: name the column "
-            "that has classes, --label NAME"
-        )
-    index = {name: number for number, name in enumerate(names)}
+    index = {name_of(cells[0]._replace(value=name)): number for number, name in enumerate(names)}
 
     def encode(cell: Cell) -> int:
         name = name_of(cell)

@@ -19,7 +19,7 @@ from ..names import register_task
 from .cells import Cell, Labels
 from .columns import Columns, choose, require_columns
 from .findings import Rows, counted, findings
-from .labels import Kind, infer, is_empty, widened
+from .labels import Kind, infer, is_empty, named, widened
 from .reading import Table
 from .sources import splits_of
 from .splitting import SHARE, split
@@ -69,13 +69,12 @@ def from_frame(
     Errors: ValueError for whatever in the frames cannot work.
     """
     tables = Table.of_frame(train, "train"), None if validation is None else Table.of_frame(validation, "validation")
-    given = ",".join(text) if isinstance(text, tuple | list) else text
-    return _made(name, *tables, text=given, label=label, kind=kind, split_seed=split_seed, said=[])
+    return _made(name, *tables, text=text, label=label, kind=kind, split_seed=split_seed, said=[])
 
 
 def _made(
-    name: str, table: Table, other: Table | None, *, text: str | None, label: str | None, kind: Kind | None,
-    split_seed: int, said: list[str],
+    name: str, table: Table, other: Table | None, *, text: str | tuple[str, ...] | None, label: str | None,
+    kind: Kind | None, split_seed: int, said: list[str],
 ) -> Task:  # fmt: skip
     chosen = choose(table.name, table.columns, text, label)
     feature = None if table.features is None else table.features[chosen.label]
@@ -135,7 +134,7 @@ def _read(table: Table, chosen: Columns, kind: Kind | None) -> _Raw:
             lacking.label.append(number)
         else:
             found.texts.append(texts)
-            found.labels.append(Cell(cells[chosen.label], number, table.where))
+            found.labels.append(Cell(named(cells[chosen.label], feature), number, table.where))
     left_out = sorted([*lacking.text, *lacking.label])
     if not found.texts and not left_out:
         raise ValueError(f"{table.name} has no rows: it needs some under its columns")

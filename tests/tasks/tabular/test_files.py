@@ -9,8 +9,8 @@ import pytest
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import RunConfig, load
-from pyro_blora.__main__ import main
-from pyro_blora.config.command_line import command_line
+from pyro_blora.__main__ import _parser, main
+from pyro_blora.config.command_line import command_line, run_fields, take_settings
 from pyro_blora.run import train_run
 from pyro_blora.tasks import from_frame, get_task, register_task
 from pyro_blora.tasks.multi_label import MultiLabel
@@ -68,7 +68,7 @@ def test_what_is_doubtful_in_the_rows_is_found(tmp_path):
         "3 classes: 'good' in 63.9% of the training rows, 'awful' in 5.6%",
         "1 training row repeats an earlier one, text and label: kept",
         f"texts of 1 of 3 validation rows, the first in {dev}, line 2, are trained on: scores are too good",
-        "1 text with more than one label in the training rows: 'doubtful' is good (line 34), bad (line 35)",
+        "1 text with different labels in different training rows: 'doubtful' is good (line 34), bad (line 35)",
         "fewer than 5 training rows each: 'awful'",
     ):
         assert sentence in found  # fmt: skip
@@ -185,11 +185,33 @@ def test_flags_of_files_choose_the_task_whatever_the_preset(tmp_path, monkeypatc
     monkeypatch.setattr("pyro_blora.config.run_config.RunConfig.require_known", lambda config: seen.append(config))
     monkeypatch.setattr("pyro_blora.run.train_run", lambda config, quiet: tmp_path)
     monkeypatch.setattr("pyro_blora.distributed.leave", lambda code=0: None)
-    assert main(["train", "--preset", "demo", "--data", "a b.csv", "--text", "one,two", "--label", "stars"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--preset",
+                "demo",
+                "--data",
+                "a b.csv",
+                "--text",
+                "one,two",
+                "--label",
+                "stars",
+                "--validation_data",
+                "none",
+            ]
+        )
+        == 0
+    )
     config = seen[0]
     assert config.task == "files"
-    assert config.task_settings == {"data": "a b.csv", "text": "one,two", "label": "stars"}
-    assert "--task files --task.data 'a b.csv' --task.text one,two --task.label stars" in command_line(config)
+    assert config.task_settings == {"data": "a b.csv", "validation_data": None, "text": "one,two", "label": "stars"}
+    again = command_line(config)
+    assert (
+        "--task files --task.data 'a b.csv' --task.validation_data null --task.text one,two --task.label stars" in again
+    )
+    settings, rest = take_settings(shlex.split(again)[1:])
+    assert RunConfig(**run_fields(_parser().parse_args(rest), settings)) == config
 
 
 def test_a_csv_becomes_a_run_with_its_data_on_the_page(tmp_path, capsys):
@@ -208,7 +230,10 @@ def test_a_csv_becomes_a_run_with_its_data_on_the_page(tmp_path, capsys):
     run = train_run(tiny_config(backbone, **changes))
     assert run.name.startswith("films-")
     shown = capsys.readouterr()
-    assert f"Data of {path}:" in shown.err and "tokens and are cut: --max_length reads more" in shown.err
+    assert (
+        f"Data of {path}:" in shown.err
+        and "rows have more than 32 tokens and are cut: --max_length reads more" in shown.err
+    )
     assert "macro_f1" in shown.out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["data"]["truncated"]["eval"] + summary["data"]["truncated"]["train"] > 0

@@ -8,17 +8,16 @@ from pyro_blora.tasks import MultiLabel
 from pyro_blora.tasks.categorical import Categorical
 from pyro_blora.tasks.normal import Normal
 from pyro_blora.tasks.tabular.cells import Cell
-from pyro_blora.tasks.tabular.labels import infer, is_empty, widened
+from pyro_blora.tasks.tabular.labels import infer, is_empty, named, widened
 
 
-def cells(*values):
-    return [
-        Cell(value, number, lambda number: f"rows.csv, line {number}") for number, value in enumerate(values, start=2)
-    ]
+def cells(*values, feature=None):
+    each = [named(value, feature) for value in values]
+    return [Cell(value, number, "rows.csv, line {}".format) for number, value in enumerate(each, start=2)]
 
 
 def found(*values, kind=None, feature=None):
-    return infer(cells(*values), kind, feature, "stars")
+    return infer(cells(*values, feature=feature), kind, feature, "stars")
 
 
 def encoded(labels, *values):
@@ -74,12 +73,13 @@ def test_lists_of_zeros_and_ones_are_several_labels_too():
 
 
 def test_names_of_a_type_are_kept_in_their_order():
-    names = datasets.ClassLabel(names=["yes", "no", "never"])
+    names, others = datasets.ClassLabel(names=["yes", "no", "1.0"]), datasets.ClassLabel(names=["1", "no"])
     labels = found(1, 0, feature=names)
-    assert labels.likelihood.names == ("yes", "no", "never") and encoded(labels, 1, 2) == [1, 2]
+    assert labels.likelihood.names == ("yes", "no", "1.0") and encoded(labels, "no", "1.0", "1 ") == [1, 2, 2]
+    assert [labels.encode(cell) for cell in cells(0, 1, feature=others)] == [2, 1]  # by name, not by number
     assert is_empty(-1, None, names) and not is_empty(-1, None)
     several = found([0, 2], [], feature=datasets.Sequence(names))
-    assert several.likelihood == MultiLabel(("yes", "no", "never")) and encoded(several, [2, 0]) == [[1, 0, 1]]
+    assert several.likelihood == MultiLabel(("yes", "no", "1.0")) and encoded(several, ["1.0", "yes"]) == [[1, 0, 1]]
 
 
 def test_the_kind_that_is_given_counts():
@@ -102,6 +102,7 @@ def test_empty_cells_are_no_label_but_of_several_labels_none(empty):
     ((*range(50), "nan"), None, r"line 52: the label 'nan' is no number"),
     (("1", "x"), "normal", r"line 3: the label 'x' is no finite number"),
     (("1", "1e300"), "normal", r"line 3: the label '1e300' is no finite number"),
+    (("4,5", "3", "2,25"), None, r"line 2: the label '4,5' has a decimal comma: write numbers with a point"),
     ((["a"], "b"), None, r"line 2: the label \['a'\] is a list, and others are not"),
     (("a", "b"), "multi_label", r"no row has several labels in column 'stars': separate them by \| or ;"),
     ((["a"], ["a"]), None, "have 1 different labels: two or more"),
