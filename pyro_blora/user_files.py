@@ -23,20 +23,29 @@ _MAGIC = {  # first bytes: (what they are of, remedy)
     b"PK\x03\x04": ("is a ZIP archive or a spreadsheet", "unpack it, or save the sheet as text in UTF-8"),
     b"BZh": ("is compressed by bzip2", "unpack it: bunzip2 FILE"),
     b"\xfd7zXZ": ("is compressed by xz", "unpack it: unxz FILE"),
-    b"\xff\xfe": ("is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
-    b"\xfe\xff": ("is UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    b"\x28\xb5\x2f\xfd": ("is compressed by zstd", "unpack it: unzstd FILE"),
+    b"\xd0\xcf\x11\xe0": ("is an old spreadsheet", "save the sheet as text in UTF-8"),
 }
+_UTF16 = "is UTF-16, not UTF-8 text: convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"
 _HEAD = 4096  # bytes in which a NUL tells UTF-16 without a mark, or no text at all
 
 
-@contextlib.contextmanager
-def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """A file of UTF-8 text, with a byte-order mark or without."""
+def require_plain(path: Path) -> bytes:
+    """The first bytes of a file, which is neither compressed nor a spreadsheet."""
     with path.open("rb") as raw:
         head = raw.read(_HEAD)
     for magic, (what, remedy) in _MAGIC.items():
         if head.startswith(magic):
             raise ValueError(f"{path} {what}, not UTF-8 text: {remedy}")
+    return head
+
+
+@contextlib.contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A file of UTF-8 text, with a byte-order mark or without."""
+    head = require_plain(path)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} {_UTF16}")
     if b"\0" in head:
         raise ValueError(f"{path} has NUL bytes, it is UTF-16 or no text: convert it: iconv -f UTF-16 -t UTF-8")
     try:
