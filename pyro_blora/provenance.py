@@ -3,6 +3,7 @@
 `export` puts them into the notes of gates.safetensors; `load` compares them, and names the file of another run.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import trainable
+from .config.naming import NOT_IN_DIGEST, code_of, digest
 from .config.run_config import RunConfig
+from .user_code import may_run
 
 _CONFIGS = ("adapter_config.json", "config.json")
 _FREE = ("base_model_name_or_path", "revision", "_name_or_path")  # where a user keeps the backbone: theirs to change
@@ -22,9 +25,16 @@ _RESTORE = "restore the run folder from a copy"
 
 
 def notes_of(program: torch.nn.Module, folder: Path, config: RunConfig | None) -> dict[str, str]:
-    """Hashes of an export's other files, of what is frozen, and of the configuration where there is one."""
+    """Hashes of an export's other files and of what is frozen; with a configuration also that, its hash, and those of
+    the users' files that it names.
+    """
     notes = {"files": _of_files(folder), "backbone": frozen_hash(program)}
-    return notes | ({} if config is None else {"config": config.digest})
+    if config is None:
+        return notes
+    values = dataclasses.asdict(config)
+    run = {key: value for key, value in values.items() if key not in NOT_IN_DIGEST}
+    code = json.dumps(code_of(values), sort_keys=True)
+    return notes | {"config": config.digest, "run": json.dumps(run, sort_keys=True), "code": code}
 
 
 def warn_unchecked(path: Path, notes: Mapping[str, str]) -> None:
@@ -38,8 +48,13 @@ def warn_unchecked(path: Path, notes: Mapping[str, str]) -> None:
 
 
 def require_belonging(path: Path, notes: Mapping[str, str], config: RunConfig) -> None:
-    """Errors: ValueError where the configuration or the adapter is not that of the gates at `path`."""
-    if notes.get("config", config.digest) != config.digest:
+    """Errors: ValueError where the configuration or the adapter is not that of the gates at `path`.
+
+    Of users' files only those have to be as they were that may run here.
+    """
+    kept = {name: content for name, content in json.loads(notes.get("code", "{}")).items() if not may_run(name)}
+    found = digest(dataclasses.asdict(config), kept)
+    if notes.get("config", found) != found:
         raise ValueError(
             f"config.json is not that of {path}: it is of another run, was edited, or names code that was edited or "
             f"moved: {_RESTORE}"

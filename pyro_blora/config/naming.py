@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..registries import CHOSEN, WEIGHTS
@@ -20,25 +20,42 @@ _ADDED: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 
 
-def digest(config: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits that two configurations, as tables, share only if they compute the same."""
+def digest(config: Mapping[str, Any], contents: Mapping[str, str] | None = None) -> str:
+    """Eight hexadecimal digits that two configurations, as tables, share only if they compute the same.
+
+    contents: hashes of users' files by the names of parts in them, in place of the files that are there now.
+    """
     values = {key: value for key, value in config.items() if key not in NOT_IN_DIGEST}
     values = {key: value for key, value in values.items() if (key, value) not in _ADDED}
     for owner in (f"{owner}_settings" for owner in CHOSEN):  # 3 and 3.0 are the same setting
         if owner in values:
             values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
-    values |= {x: _with_content(values[x]) for x in (*CHOSEN, "backbone", "ood_task") if values.get(x)}
-    for owner, inside in (("prior", ("z", "g")), ("weights", (WEIGHTS.entry(config["weights"]).each,))):
-        own = values.get(f"{owner}_settings", {})  # that name parts in turn
-        own |= {key: _with_content(own[key]) for key in inside if isinstance(own.get(key), str)}
+    for table, key in _naming(values, config["weights"]):
+        name = table[key]
+        content = (contents or {}).get(name) or content_of(name)
+        table[key] = f"{name} {content}" if content else name
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
-def _with_content(name: str) -> str:
-    """A part in a user's file is identified by the file's content, not by its name."""
+def code_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the users' files that a configuration names parts of, by these names."""
+    named = {table[key]: content_of(table[key]) for table, key in _naming(config, config["weights"])}
+    return {name: content for name, content in named.items() if content}
+
+
+def content_of(name: str) -> str | None:
+    """A part in a user's file is identified by the file's content, not by its name alone."""
     file, _ = file_of(name)
-    return f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" if file.is_file() else name
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _naming(config: Any, weights: str) -> Iterator[tuple[Any, str]]:
+    """(table, key) of every name of a part; weights: the name of the run's."""
+    yield from ((config, key) for key in (*CHOSEN, "backbone", "ood_task") if config.get(key))
+    for owner, inside in (("prior", ("z", "g")), ("weights", (WEIGHTS.entry(weights).each,))):
+        own = config.get(f"{owner}_settings", {})  # that name parts in turn
+        yield from ((own, key) for key in inside if isinstance(own.get(key), str))
 
 
 def basename(name: str) -> str:
