@@ -3,14 +3,16 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..registries import CHOSEN, WEIGHTS
-from ..user_code import file_of
+from ..user_code import file_of, is_of_file
 
 # Left out of the digest: they set where and how a run is logged and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps", "checkpoint_minutes")
+_OF_DATA = ("task_settings", "glue_dir", "ood_task")
 # Newer fields: default values are left out of the digest, for compatibility.
 _ADDED: tuple[tuple[str, Any], ...] = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
@@ -20,34 +22,57 @@ _ADDED: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 
 
-def digest(config: Mapping[str, Any], contents: Mapping[str, str] | None = None) -> str:
+def digest(config: Mapping[str, Any], contents: Sequence[str] = ()) -> str:
     """Eight hexadecimal digits that two configurations, as tables, share only if they compute the same.
 
-    contents: hashes of users' files by the names of parts in them, in place of the files that are there now.
+    contents: of the files behind `functions_of`, as `content_of` gives them, in place of those that are there now.
     """
     values = {key: value for key, value in config.items() if key not in NOT_IN_DIGEST}
     values = {key: value for key, value in values.items() if (key, value) not in _ADDED}
     for owner in (f"{owner}_settings" for owner in CHOSEN):  # 3 and 3.0 are the same setting
         if owner in values:
             values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
+    known = dict(zip(functions_of(config), contents, strict=True)) if contents else {}
     for table, key in _naming(values, config["weights"]):
         name = table[key]
-        content = (contents or {}).get(name) or content_of(name)
+        content = known.get(name, content_of(name))
         table[key] = f"{name} {content}" if content else name
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
-def code_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """Hashes of the users' files that a configuration names parts of, by these names."""
-    named = {table[key]: content_of(table[key]) for table, key in _naming(config, config["weights"])}
-    return {name: content for name, content in named.items() if content}
+def functions_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of functions in users' files that a configuration has, in the order of its fields."""
+    names = (table[key] for table, key in _naming(config, config["weights"]))
+    return [name for name in names if is_of_file(name)]
 
 
-def content_of(name: str) -> str | None:
-    """A part in a user's file is identified by the file's content, not by its name alone."""
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trained program is loaded by, with no path of this machine: nothing of data, names without folders."""
+    values = {key: value for key, value in config.items() if key not in (*NOT_IN_DIGEST, *_OF_DATA)}
+    for table, key in _naming(values, config["weights"]):
+        table[key] = without_path(table[key])
+    return values
+
+
+def without_path(name: str) -> str:
+    """The name of a file's function, or of what is in a folder, without where that is."""
+    if is_of_file(name):
+        file, attribute = file_of(name)
+        return f"{file.name}:{attribute}"
+    return Path(name).expanduser().resolve().name if is_local(name) else name
+
+
+def is_local(name: str) -> bool:
+    """Whether a name, of a backbone, is that of a folder."""
+    path = Path(name).expanduser()
+    return path.is_absolute() or name.startswith((".", "~")) or path.is_dir()
+
+
+def content_of(name: str) -> str:
+    """The hash of the file that a function is in, "" without one: it is identified by that, not by its name alone."""
     file, _ = file_of(name)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _naming(config: Any, weights: str) -> Iterator[tuple[Any, str]]:

@@ -24,14 +24,17 @@ from .answering import Model, Source
 from .peft import GATES_FILE, STATED
 
 
-def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = ()) -> Model:
+def load(
+    run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = (), backbone: str | Path | None = None
+) -> Model:
     """The trained program of a run folder, or of a folder by `export(program, folder, config=..., tokenizer=...)`.
 
     It draws, prices, predicts on texts (`model.predict(["a good film"])`) and goes to ArviZ. Needed are the folder and
     the backbone. The task's code is not: its kind of outcome and text columns are in the folder. A prior of a user's
     own whose code may not run, or is not registered here, is replaced by its distributions at the end of the training:
     to train on with it, or to draw its random rates, allow or import its code.
-    n_train: N, in place of the number of training examples. allow_code: functions in files (`mine.py:late`) that the
+    n_train: N, in place of the number of training examples. backbone: where it is now, if not where it was; an export
+    does not name a folder of this machine. allow_code: functions in files (`mine.py:late`) that the
     configuration names and that may run: guide, weights, adapter, estimator, backbone, prior. No other does.
     Errors: ValueError for a folder that holds neither, whose files are damaged or belong to another model, that names
     code which is not allowed, or whose kind of outcome is not registered.
@@ -49,13 +52,21 @@ def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[st
             "tokenizer=trained.parts.tokenizer) writes a folder that can be loaded"
         )
     config = RunConfig.from_json(source if is_run else notes["run"])
+    if not is_run and backbone is None and notes["local_backbone"]:
+        raise ValueError(
+            f"{run} is of a backbone in a folder, {notes['local_backbone']!r}, and an export does not say where that "
+            "is: load(folder, backbone=PATH)"
+        )
     warn_unchecked(path, notes)
     with torch.random.fork_rng(devices=[]), only_code(allow_code, source):
         task, prior = _task(config, notes, path), _prior(config, tensors)
-        require_belonging(path, notes, config)
+        require_belonging(path, notes, config, from_notes=not is_run)
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
         commit = _commit(run) if is_run else notes.get("commit")
-        read_from = dataclasses.replace(config, backbone_revision=commit or config.backbone_revision)
+        moved = {"backbone_revision": commit or config.backbone_revision}
+        if backbone is not None:
+            moved = {"backbone": str(backbone), "backbone_revision": None}
+        read_from = dataclasses.replace(config, **moved)
         program = build_program(read_from, task, n_train or rows, layout, prior=prior, of=Model)
     assert isinstance(program, Model)
     parameters = trainable(program)
