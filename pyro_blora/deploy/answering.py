@@ -73,6 +73,8 @@ class Answers:
         for name, value in (("draws", draws), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 4294967295, got {seed}: leave it out for the run's")
         for name, share in (("abstain", abstain), ("coverage", coverage)):
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, got {share}: 0.9 for example")

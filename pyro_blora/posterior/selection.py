@@ -44,8 +44,8 @@ def threshold_for(mean: Tensor, labels: Tensor, accuracy: float) -> Threshold:
     if not len(reached):
         error = share_error(float(found[best]), best + 1)
         raise ValueError(
-            f"an accuracy of {accuracy:g} is not reached on the {len(order)} held-out rows, however few are answered, down "
-            f"to {FEWEST}; the best is {float(found[best]):.3f} ± {error:.3f}, on {best + 1} of them: ask for less"
+            f"an accuracy of {accuracy:g} is not reached on the {len(order)} held-out rows, down to {FEWEST} that are "
+            f"answered; the best is {float(found[best]):.3f} ± {error:.3f}, on {best + 1} of them: ask for less"
         )
     at = int(reached[-1])
     share = float(found[at])
