@@ -18,7 +18,7 @@ from .config.command_line import called_elsewhere, run_fields, take_settings
 from .config.completion import complete
 from .config.flags import add_run_flags
 from .config.methods import METHODS
-from .config.predict_flags import add_predict_flags, predict_options
+from .config.predict_flags import add_predict_command, predict_options
 from .config.run_config import RunConfig
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
@@ -174,15 +174,10 @@ def _predict(arguments: argparse.Namespace) -> int:
             from .deploy.predict_file import predict_file
 
         keep_freed_memory()
-        predict_file(**predict_options(arguments), say=functools.partial(_say, arguments.quiet))
+        predict_file(**predict_options(arguments))
     if arguments.out:
         print(arguments.out)
     return 0
-
-
-def _say(quiet: bool, sentence: str) -> None:
-    if not quiet or sentence.startswith("left out"):
-        print(f"pyro-blora: {sentence}", file=sys.stderr)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -221,15 +216,7 @@ def _parser() -> _Parser:
         help="what to do when this very run is finished already: refuse, or show its result (default: error)",
     )
     output.add_argument("--quiet", action="store_true", help="print nothing but the run's folder, warnings and errors")
-    predict = commands.add_parser(
-        "predict",
-        help="predict the rows of a table with a finished run",
-        usage="pyro-blora predict RUN FILE [--out FILE] [--FLAG VALUE ...]",
-        description="Predict the rows of a table, in its order and in constant memory. --out is written whole or not.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=_HELP_COLUMN),
-        allow_abbrev=False,
-    )
-    add_predict_flags(predict)
+    add_predict_command(commands, _HELP_COLUMN)
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     for name, what in _LISTS.items():
         commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)

@@ -1,9 +1,20 @@
-"""The flags of `pyro-blora predict`."""
+"""The command `pyro-blora predict` and its flags."""
 
 import argparse
+import functools
+from typing import Any
 
 
-def add_predict_flags(parser: argparse.ArgumentParser) -> None:
+def add_predict_command(commands: Any, help_column: int) -> None:
+    """The command with its flags, to the commands of a parser."""
+    parser = commands.add_parser(
+        "predict",
+        help="predict the rows of a table with a finished run",
+        usage="pyro-blora predict RUN FILE [--out FILE] [--FLAG VALUE ...]",
+        description="Predict the rows of a table, in its order and in constant memory. --out is written whole or not.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=help_column),
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("run", metavar="RUN", help="the run's folder, or an exported one")
     add("file", metavar="FILE", help="CSV, TSV, JSONL, Parquet, a folder of save_to_disk, a hub name, or - for stdin")
@@ -31,8 +42,8 @@ def add_predict_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def predict_options(arguments: argparse.Namespace) -> dict:
-    """What `deploy.predict_file` takes of them, but for `say`."""
-    values = {name: value for name, value in vars(arguments).items() if name not in ("command", "quiet", "file")}
+    """What `deploy.predict_file` takes of them."""
+    values = {name: value for name, value in vars(arguments).items() if name not in ("command", "file")}
     values["source"] = arguments.file
     values["skip"] = values.pop("on_error") == "skip"
     for name in ("text", "keep"):

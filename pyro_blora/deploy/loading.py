@@ -63,10 +63,9 @@ def load(
         require_belonging(path, notes, config, from_notes=not is_run)
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
         commit = _commit(run) if is_run else notes.get("commit")
-        moved = {"backbone_revision": commit or config.backbone_revision}
+        read_from = dataclasses.replace(config, backbone_revision=commit or config.backbone_revision)
         if backbone is not None:
-            moved = {"backbone": str(backbone), "backbone_revision": None}
-        read_from = dataclasses.replace(config, **moved)
+            read_from = dataclasses.replace(config, backbone=str(backbone), backbone_revision=None)
         program = build_program(read_from, task, n_train or rows, layout, prior=prior, of=Model)
     assert isinstance(program, Model)
     parameters = trainable(program)

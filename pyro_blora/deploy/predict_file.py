@@ -27,7 +27,7 @@ _NAMED = 10  # skipped rows that are reported one by one
 def predict_file(
     run: str | Path, source: str | Path, *, out: str | Path | None = None, format: str = "csv",
     text: Sequence[str] = (), keep: Sequence[str] = (), skip: bool = False, overwrite: bool = False,
-    allow_code: Iterable[str] = (), backbone: str | None = None, say: Callable[[str], None] = print, **options: Any,
+    allow_code: Iterable[str] = (), backbone: str | None = None, quiet: bool = False, **options: Any,
 ) -> int:  # fmt: skip
     """Predict every row of a table; returns how many were.
 
@@ -36,23 +36,23 @@ def predict_file(
     text columns in the file, where they are not those of the run. keep: columns that go along; `all` for every one.
     skip: leave out malformed rows and those without text, and report them; else the first one ends the work.
     overwrite: replace a file that is there. allow_code, backbone: as in `load`. options: as in `Model.predict`.
-    say: takes remarks.
+    quiet: of remarks, which go to stderr, only those on rows that were left out.
     Errors: ValueError with file, line and remedy; no file is left then. NotWritten for a full disk.
     """
     path = None if out is None else _free(Path(out).expanduser(), overwrite)
-    left_out = _LeftOut(say)
+    left_out = _LeftOut()
     table = Table(_stream() if str(source) == "-" else source, format=format if str(source) == "-" else None,
                   skipped=left_out if skip else None)  # fmt: skip
-    for remark in table.remarks:
-        say(remark)
+    for remark in () if quiet else table.remarks:
+        _say(remark)
     with phase("loading the model"):
         model = load(run, allow_code=allow_code, backbone=backbone)
         if torch.cuda.is_available():
             model.to("cuda")
     names, kept = _text_columns(table, tuple(text), model.text_columns), _kept(table, tuple(keep))
     answers = model.answers(**options)
-    for remark in answers.remarks:
-        say(remark)
+    for remark in () if quiet else answers.remarks:
+        _say(remark)
     rows = _texts(table, answers, names, kept, left_out if skip else None)
     if (first := next(rows, None)) is None:
         raise ValueError(f"{table.name} has no rows to predict: give a table with a text in each row")
@@ -148,14 +148,17 @@ def _answered(
 class _LeftOut:
     """Reports the first rows that are left out, and counts all."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say, self.count = say, 0
+    count = 0
 
     def __call__(self, sentence: str) -> None:
         self.count += 1
         if self.count <= _NAMED:
-            self._say(f"left out: {sentence}")
+            _say(f"left out: {sentence}")
 
     def sum_up(self) -> None:
         if self.count > _NAMED:
-            self._say(f"left out: {self.count:,} rows in all")
+            _say(f"left out: {self.count:,} rows in all")
+
+
+def _say(sentence: str) -> None:
+    print(f"pyro-blora: {sentence}", file=sys.stderr)
