@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.machine import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
 import transformers
 
 from pyro_blora import RunConfig, export, fit
