@@ -1,6 +1,7 @@
 """A trained adapter out, as PEFT reads it; a run folder in, and predictions on new texts."""
 
-from .answering import Answers, Model
+from .answering import Answers
+from .loaded_model import Model
 from .loading import load
 from .peft import export, plain_backbone, require_exportable
 

@@ -1,7 +1,4 @@
-"""Predictions of a trained program on new texts, as a table.
-
-    model = load("runs/...")
-    table = model.predict(["a good film", "a dull one"])
+"""Predictions of a trained program on new texts, as a table; loaded_model.py has what is called for it.
 
 Texts are read as in the run: its tokenizer, its longest input, its columns. What a table has depends on the kind of
 outcome (`Likelihood.answers`). Shapes: S draws, E examples; `*` further dimensions of an outcome.
@@ -12,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config.run_config import RunConfig
-from ..files import require_whole
 from ..posterior.calibration import uncertainty
 from ..posterior.draws import draw, draw_weights
 from ..posterior.prediction import Prediction, predict
@@ -36,7 +32,6 @@ if TYPE_CHECKING:
 
     from ..tasks.conformal import Conformal
 
-PREDICTIONS = "predictions.parquet"  # of the held-out rows of a run
 _SHOWN_FROM = 20  # batches, from which progress is shown
 
 
@@ -152,7 +147,7 @@ class Answers:
         labels = torch.as_tensor(self.kind.laid_out(table["label"].tolist()))
         if self._as_run and "decision" in table:
             return self.kind.read(table), labels
-        rows = {name: table[name].tolist() for name in self.columns}
+        rows = columns_of(table, self.columns)
         return self.prediction(rows, table["label"].tolist(), show=True).mean, labels
 
     def _threshold(self, accuracy: float) -> float:
@@ -209,7 +204,7 @@ def columns_of(texts: Any, columns: tuple[str, ...]) -> dict[str, list[Any]]:
         raise ValueError(f"there are no texts to predict: {wanted}")
     if frame is not None:
         _require_columns(columns, [*map(str, frame.columns)], "the frame")
-        return {name: [*frame[name]] for name in columns}
+        return {name: [x.tolist() if isinstance(x, np.ndarray) else x for x in frame[name]] for name in columns}
     if isinstance(rows[0], Mapping):
         for number, row in enumerate(rows):
             _require_columns(columns, [*row] if isinstance(row, Mapping) else [], f"row {number} (from 0)")
@@ -228,70 +223,3 @@ def _require_columns(columns: Sequence[str], have: Sequence[str], where: str) ->
     for name in columns:
         if name not in have:
             raise ValueError(f"{where} has no column {name!r}: {suggest(name, have)}")
-
-
-class Model(BayesianLoRA):
-    """The program of a folder, which predicts on texts."""
-
-    config: RunConfig
-    _adapter: Path
-    _run: Path | None
-    _others: Callable[[], tuple[Source, ...]]
-
-    def is_of(
-        self, config: RunConfig, adapter: Path, run: Path | None, others: Callable[[], tuple[Source, ...]]
-    ) -> None:
-        """adapter: the folder of the exported files; run: that of the run, where there is one. others: as in Source."""
-        self.config, self._adapter, self._run, self._others = config, adapter, run, others
-
-    def predict(
-        self, texts: Any, *, draws: int | None = None, deployed: bool = False, batch_size: int | None = None,
-        abstain: float | None = None, coverage: float | None = None, seed: int | None = None,
-    ) -> pd.DataFrame:  # fmt: skip
-        """A table with a row for each text, averaged over draws.
-
-        texts: a list of strings; for pairs of lists of two strings, for labels of words of lists of words; or a pandas
-        frame, or a list of dicts, with the columns `text_columns`.
-        draws: of gates and random weights; None: as many as in the run. deployed: the one allocation that is exported,
-        in place of draws. batch_size: texts in a forward; None: twice the run's. seed: of the draws; None: the run's,
-        which gives the held-out rows the predictions that they have in the run.
-        abstain: the accuracy that answered texts should have, by the run's held-out rows: `answered` says which are.
-        coverage: the share of new texts whose set should hold the label, calibrated on these rows.
-
-        Columns, of classes: label, confidence (its probability), entropy and mutual_information (nats: all uncertainty
-        of the label, and that by the draws), answered, set (names), p_NAME. Of numbers, in the label's units: mean,
-        std_over_draws (of the mean), std (of a label), low and high (94 %), set_low and set_high. Of several labels:
-        labels (those that are on), probability_NAME. Of words: labels, probability_NAME, a list each.
-        Errors: ValueError for what is no text, with its number; for an accuracy or a coverage that cannot be reached.
-        """
-        return self.answers(
-            draws=draws, deployed=deployed, batch_size=batch_size, abstain=abstain, coverage=coverage, seed=seed
-        )(texts)
-
-    def answers(self, **options: Any) -> Answers:
-        """The same in two steps, for many tables: `answers = model.answers(coverage=0.9)`, `answers(texts)`."""
-        return Answers(self.source, **options)
-
-    @functools.cached_property
-    def source(self) -> Source:
-        return Source(self, self.config, self._tokenizer(), self._held_out, self._others())
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        if not any(self._adapter.glob("tokenizer*")):
-            raise ValueError(
-                f"{self._adapter} has no tokenizer: export it with export(program, folder, config=..., tokenizer=...)"
-            )
-        return AutoTokenizer.from_pretrained(str(self._adapter), trust_remote_code=False)
-
-    def _held_out(self) -> pd.DataFrame:
-        import pandas as pd
-
-        if self._run is None or not (self._run / PREDICTIONS).is_file():
-            raise ValueError(
-                f"{self._run or self._adapter} has no held-out rows ({PREDICTIONS}), which abstain and coverage are "
-                "calibrated on: load the folder of a run"
-            )
-        require_whole(self._run, [PREDICTIONS])
-        return pd.read_parquet(self._run / PREDICTIONS)

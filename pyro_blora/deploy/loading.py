@@ -20,7 +20,8 @@ from ..registries import PRIORS, TASKS
 from ..tasks import Task, get_task
 from ..tasks.outcomes import Form
 from ..user_code import is_of_file, may_run, only_code
-from .answering import Model, Source
+from .answering import Source
+from .loaded_model import Model
 from .peft import GATES_FILE, STATED
 
 
@@ -113,9 +114,11 @@ def _task(config: RunConfig, notes: Mapping[str, str], path: Path) -> Task | For
     try:
         return Form.from_json(notes["task"])
     except ValueError as error:
-        if config.task in TASKS.names():  # in this process, with a kind that has no name
+        of_file = is_of_file(config.task)
+        if may_run(config.task) if of_file else config.task in TASKS.names():
             return get_task(config.task, config.task_settings)
-        raise ValueError(f"{path}: {error}") from None
+        allow = f"; if {config.task} does it, load(folder, allow_code=[{config.task!r}]), --allow_code {config.task}"
+        raise ValueError(f"{path}: {error}{allow if of_file else ''}") from None
 
 
 def _prior(config: RunConfig, tensors: Mapping[str, Tensor]) -> Callable[..., Any] | None:

@@ -14,6 +14,7 @@ from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import export, fit, load
 from pyro_blora.posterior.selection import threshold_for
+from pyro_blora.registries import LIKELIHOODS
 from pyro_blora.run import train_run
 from pyro_blora.tasks import MultiLabel, Task, TokenLabels, get_task, register_task
 from pyro_blora.tasks.categorical import Categorical
@@ -189,6 +190,8 @@ def test_every_kind_of_outcome_answers(backbone, name):
             trained.predict(texts, abstain=0.5)
     if name == "words":
         assert [*map(len, found["labels"])] == [2, 1] and {*found["labels"][0]} <= {"O", "B-X"}
+        frame = pd.DataFrame({"words": [*map(np.array, texts)]})  # as Parquet is read
+        pd.testing.assert_frame_equal(trained.predict(frame, draws=4), found)
     if name == "stars":
         noise = float(trained.program.log_scale.detach().exp())
         np.testing.assert_allclose(found["std"], np.hypot(found["std_over_draws"], noise), rtol=1e-6)
@@ -296,6 +299,29 @@ print(float(expected_bops(model.layout, *gates).adapted_ratio.mean()), [*to_arvi
     model = load(run)
     for mine, theirs in zip(model.prior(), expected.prior(), strict=True):
         assert torch.equal(mine.log_probs, theirs.log_probs)
+
+
+OWN_KIND = (
+    SCRIPT.replace('labels=("dull", "fine")', 'kind=Twofold(("dull", "fine"))')
+    + """
+from pyro_blora.tasks.categorical import Categorical
+from pyro_blora.tasks.likelihoods import register_likelihood
+
+@register_likelihood("twofold")
+class Twofold(Categorical):
+    "Two classes, in a file."
+"""
+)
+
+
+def test_a_kind_of_outcome_in_a_users_file_is_allowed_with_its_task(backbone, tmp_path, monkeypatch):
+    script = tmp_path / "mine.py"
+    script.write_text(OWN_KIND)
+    run = train_run(tiny_config(backbone, task=f"{script}:task", output_dir=str(tmp_path / "runs"), max_train=None))
+    monkeypatch.delitem(LIKELIHOODS._functions, "twofold")  # another process
+    with pytest.raises(ValueError, match=r"Twofold is not registered here: import .*if .*mine.py:task does it, load\("):
+        load(run)
+    assert load(run, allow_code=[f"{script}:task"]).predict(["The soldier"])["label"][0] in ("dull", "fine")
 
 
 def test_a_kind_of_outcome_that_is_not_registered_says_what_to_import(backbone, tmp_path):
