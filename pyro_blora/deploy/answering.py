@@ -73,10 +73,10 @@ class Answers:
         for name, share in (("abstain", abstain), ("coverage", coverage)):
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, got {share}: 0.9 for example")
-        self._as_run = draws in (None, config.draws) and seed in (None, config.seed) and not deployed
-        self._batch_size, self._deployed = batch_size or 2 * config.batch_size, deployed
+        self._as_run = draws in (None, config.draws) and seed is None and not deployed
+        self._batch_size = batch_size or 2 * config.batch_size
         self._fits = [source] if deployed else [source, *source.others]
-        self._draws = [_Draws(fit, draws, seed, deployed) for fit in self._fits]
+        self._draws = [{} if deployed else _drawn(fit, draws, seed) for fit in self._fits]
         self.remarks: list[str] = []
         self._confidence = None if abstain is None else self._threshold(abstain)
         self._sets = None if coverage is None else self._calibrated(coverage)
@@ -122,7 +122,7 @@ class Answers:
         outputs, scores = (torch.stack(x) for x in zip(*((p.mean, p.log_score) for p in each), strict=True))
         return Prediction(outputs, scores, each[0].labels, self.kind)
 
-    def _of_fit(self, fit: Source, draws: _Draws, rows: Rows, show: bool) -> Prediction:
+    def _of_fit(self, fit: Source, draws: dict[str, Any], rows: Rows, show: bool) -> Prediction:
         encoded = {"label": rows["label"], **self.kind.encode(fit.tokenizer, rows, self.columns, fit.config.max_length)}
         batches = longest_first(lengths_of(encoded), self._batch_size)
         collate, device = self.kind.collator(fit.tokenizer), fit.program.log_scale.device
@@ -133,9 +133,9 @@ class Answers:
 
         if show and len(batches) >= _SHOWN_FROM:
             with phase("predicting", len(batches), unit="batches") as shown_as:
-                found = predict(fit.program, shown_as.over(each()), **draws.arguments)
+                found = predict(fit.program, shown_as.over(each()), **draws)
         else:
-            found = predict(fit.program, each(), **draws.arguments)
+            found = predict(fit.program, each(), **draws)
         return found.restored(torch.tensor([i for batch in batches for i in batch]))
 
     # --- held-out rows ------------------------------------------------------------------------------------------------
@@ -176,18 +176,12 @@ class Answers:
         return self.kind.conformal(mean, labels, coverage)
 
 
-class _Draws:
-    """What `posterior.predict` draws of one fit."""
-
-    def __init__(self, fit: Source, draws: int | None, seed: int | None, deployed: bool):
-        config, self.arguments = fit.config, dict[str, Any]()
-        if not deployed:
-            count, seed = draws or config.draws, config.seed if seed is None else seed
-            masks = seed if config.average_over == "dropout" else None
-            self.arguments = {
-                "gates": draw(fit.program, count, seed=seed), "dropout_seed": masks,
-                "weights": draw_weights(fit.program, count, seed=seed),
-            }  # fmt: skip
+def _drawn(fit: Source, draws: int | None, seed: int | None) -> dict[str, Any]:
+    """What `posterior.predict` averages over, of one fit."""
+    config, program = fit.config, fit.program
+    count, seed = draws or config.draws, config.seed if seed is None else seed
+    gates, theta = draw(program, count, seed=seed), draw_weights(program, count, seed=seed)
+    return {"gates": gates, "weights": theta, "dropout_seed": seed if config.average_over == "dropout" else None}
 
 
 def columns_of(texts: Any, columns: tuple[str, ...]) -> dict[str, list[Any]]:
