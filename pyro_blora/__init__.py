@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .registries import register_prior as register_prior
     from .registries import register_section as register_section
     from .registries import register_weights as register_weights
+    from .run import train_run as train_run
+    from .tasks import Task as Task
     from .tasks import register_task as register_task
     from .training import fit as fit
 else:

@@ -18,16 +18,17 @@ from .config.command_line import called_elsewhere, run_fields, take_settings
 from .config.completion import complete
 from .config.flags import add_run_flags
 from .config.methods import METHODS
-from .config.run_config import RunConfig, field_names
+from .config.predict_flags import add_predict_command, predict_options
+from .config.run_config import RunConfig
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
-from .registries import CHOSEN, LISTED, TASKS
+from .registries import CHOSEN, LISTED
 from .registry import REQUIRED
 from .signals import Interrupted, asked, heeded
 from .user_code import place_of
 from .user_values import nearest, suggest
 
-COMMANDS = ("train", "show", "report", "what-if", "methods", *LISTED, "doctor")
+COMMANDS = ("train", "predict", "show", "report", "what-if", "methods", *LISTED, "doctor")
 _LISTS = {  # of LISTED, what each is a list of
     "priors": "priors of the gates", "guides": "guides, variational families of the gates",
     "adapters": "adapters, what learns beside the head", "weights": "distributions of the adapter's weights",
@@ -104,13 +105,15 @@ def _command(argv: list[str]) -> int:
         return 2
     arguments, unknown = parser.parse_known_args(rest)
     if unknown:
-        of_tasks = (name for entry in TASKS.entries() for name in entry.flags)
-        flags = [f"--{name}" for name in ("preset", "if_finished", "quiet", *field_names(), *of_tasks)]
+        (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        flags = [flag for action in commands[arguments.command]._actions for flag in action.option_strings[-1:]]
         given = unknown[0].partition("=")[0]
         remedy = called_elsewhere(given) or nearest(given, flags) or suggest(given, flags)
         raise ValueError(f"unknown argument {unknown[0]!r}: {remedy}")
     if arguments.command == "train":
         return _train(arguments, settings)
+    if arguments.command == "predict":
+        return _predict(arguments)
     if arguments.command == "show":
         from .report.terminal import show_run
 
@@ -164,6 +167,19 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     return 0
 
 
+def _predict(arguments: argparse.Namespace) -> int:
+    prepare(quiet=arguments.quiet)
+    with heeded(), silenced(arguments.quiet):
+        with phase("importing PyTorch, Pyro and transformers"):
+            from .deploy.predict_file import predict_file
+
+        keep_freed_memory()
+        predict_file(**predict_options(arguments))
+    if arguments.out:
+        print(arguments.out)
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     prepare(quiet=arguments.quiet)
     with silenced(arguments.quiet):
@@ -200,6 +216,7 @@ def _parser() -> _Parser:
         help="what to do when this very run is finished already: refuse, or show its result (default: error)",
     )
     output.add_argument("--quiet", action="store_true", help="print nothing but the run's folder, warnings and errors")
+    add_predict_command(commands, _HELP_COLUMN)
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     for name, what in _LISTS.items():
         commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)

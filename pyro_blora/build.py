@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .registries import ADAPTERS, ELBOS, GUIDES, WEIGHTS
 from .tasks import Task, get_task
 from .tasks.batching import cut_short, held_out, tokenize, unlabelled
 from .tasks.likelihoods import Collate
+from .tasks.outcomes import Form
 from .weights.base import build_weights
 
 if TYPE_CHECKING:
@@ -57,12 +59,7 @@ def check_names(config: RunConfig) -> Task:
     config.require_known()
     task = get_task(config.task, config.task_settings)
     parts(config.prior, config.prior_settings)
-    for registry, name, settings in (
-        (GUIDES, config.guide, config.guide_settings), (WEIGHTS, config.weights, config.weights_settings),
-        (ADAPTERS, config.adapter, config.adapter_settings), (ELBOS, config.estimator, config.estimator_settings),
-    ):  # fmt: skip
-        registry.settings(registry.resolve(name), settings)
-    WEIGHTS.resolve(config.weights_of_fits)
+    check_parts(config)
     if config.ood_task is not None:
         other, kind = get_task(config.ood_task), task.likelihood
         if not kind.has_confidence or other == task or other.likelihood.head != kind.head:
@@ -71,6 +68,16 @@ def check_names(config: RunConfig) -> Task:
                 f"and answers to {config.task!r} must have a confidence: drop it, or name a task of other sentences"
             )
     return task
+
+
+def check_parts(config: RunConfig) -> None:
+    """The same of guide, weights, adapter and ELBO alone."""
+    for registry, name, settings in (
+        (GUIDES, config.guide, config.guide_settings), (WEIGHTS, config.weights, config.weights_settings),
+        (ADAPTERS, config.adapter, config.adapter_settings), (ELBOS, config.estimator, config.estimator_settings),
+    ):  # fmt: skip
+        registry.settings(registry.resolve(name), settings)
+    WEIGHTS.resolve(config.weights_of_fits)
 
 
 def build(config: RunConfig) -> Parts:
@@ -136,8 +143,14 @@ def _findings(
     return found
 
 
-def build_program(config: RunConfig, task: Task, n_train: int, stored: AdapterLayout | None = None) -> BayesianLoRA:
-    """stored: the layout of a finished run, whose batch size for counting MACs and whose names of roles are kept."""
+def build_program(
+    config: RunConfig, task: Task | Form, n_train: int, stored: AdapterLayout | None = None, *,
+    prior: Callable[..., Any] | None = None, of: type[BayesianLoRA] = BayesianLoRA,
+) -> BayesianLoRA:  # fmt: skip
+    """stored: the layout of a finished run, whose batch size for counting MACs and whose names of roles are kept.
+
+    prior: in place of the named one. of: the class of the program.
+    """
     kind = task.likelihood
     backbone = load_backbone(config.backbone, kind, revision=config.backbone_revision)
     net = attach(
@@ -154,8 +167,8 @@ def build_program(config: RunConfig, task: Task, n_train: int, stored: AdapterLa
     drops = any(module.p > 0 for module in net.modules() if isinstance(module, torch.nn.Dropout))
     if config.average_over == "dropout" and not drops:
         raise ValueError(f"backbone {config.backbone!r} has no dropout to draw masks of: drop --average_over dropout")
-    prior = build_prior(config.prior, net.layout, config.prior_settings)
-    guide = build_guide(config.guide, net.layout, prior, config.guide_settings)
+    before = build_prior(prior or config.prior, net.layout, {} if prior else config.prior_settings)
+    guide = build_guide(config.guide, net.layout, before, config.guide_settings)
     head = dict(enumerate(net.head_parameters()))
     weights = build_weights(config.weights, net.random_weights(), head, config.weights_settings)
     if weights.curvature and kind.curvature is None:
@@ -168,7 +181,9 @@ def build_program(config: RunConfig, task: Task, n_train: int, stored: AdapterLa
             f"adapter {config.adapter!r} allocates ranks, which guide {config.guide!r} does not take: choose a guide "
             "with `allocate`"
         )
-    return BayesianLoRA(
-        net, prior, guide, kind, n_train=n_train, estimator=config.estimator,
+    program = of(
+        net, before, guide, kind, n_train=n_train, estimator=config.estimator,
         estimator_settings=config.estimator_settings, weights=weights,
     )  # fmt: skip
+    program.text_columns = task.text_columns
+    return program

@@ -199,6 +199,7 @@ class GateProgram(nn.Module, abc.ABC):
 class BayesianLoRA(GateProgram):
     """The program of a gated network: `net` is what `attach` returned."""
 
+    text_columns: tuple[str, ...] = ()  # of its task: what one example's texts are called
     _opened: Gates[Tensor] | None = None
     _at_32: list[bool] | None = None  # in a training step: which tensors always stay at 32 bit
 

@@ -3,6 +3,7 @@
 `export` puts them into the notes of gates.safetensors; `load` compares them, and names the file of another run.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import trainable
+from .config.naming import content_of, digest, functions_of, is_local, portable, without_path
 from .config.run_config import RunConfig
+from .user_code import may_run
 
 _CONFIGS = ("adapter_config.json", "config.json")
 _FREE = ("base_model_name_or_path", "revision", "_name_or_path")  # where a user keeps the backbone: theirs to change
@@ -22,9 +25,19 @@ _RESTORE = "restore the run folder from a copy"
 
 
 def notes_of(program: torch.nn.Module, folder: Path, config: RunConfig | None) -> dict[str, str]:
-    """Hashes of an export's other files, of what is frozen, and of the configuration where there is one."""
+    """Hashes of an export's other files and of what is frozen.
+
+    Of a configuration also what a program is loaded by, its hash, and those of the users' files that it names. No path.
+    """
     notes = {"files": _of_files(folder), "backbone": frozen_hash(program)}
-    return notes | ({} if config is None else {"config": config.digest})
+    if config is None:
+        return notes
+    values = dataclasses.asdict(config)
+    return notes | {
+        "config": config.digest, "run": json.dumps(portable(values), sort_keys=True),
+        "code": json.dumps([content_of(name) for name in functions_of(values)]),
+        "local_backbone": without_path(config.backbone) if is_local(config.backbone) else "",
+    }  # fmt: skip
 
 
 def warn_unchecked(path: Path, notes: Mapping[str, str]) -> None:
@@ -37,9 +50,18 @@ def warn_unchecked(path: Path, notes: Mapping[str, str]) -> None:
         )
 
 
-def require_belonging(path: Path, notes: Mapping[str, str], config: RunConfig) -> None:
-    """Errors: ValueError where the configuration or the adapter is not that of the gates at `path`."""
-    if notes.get("config", config.digest) != config.digest:
+def require_belonging(path: Path, notes: Mapping[str, str], config: RunConfig, *, from_notes: bool = False) -> None:
+    """Errors: ValueError where the configuration or the adapter is not that of the gates at `path`.
+
+    Of users' files only those have to be as they were that may run here. from_notes: the configuration was in them.
+    """
+    values, code = dataclasses.asdict(config), json.loads(notes.get("code", "[]"))
+    names = functions_of(values)
+    if len(code) != len(names):  # older files have none
+        code = []
+    found = notes.get("config") if from_notes else digest(values, code)
+    ran = [(name, was) for name, was in zip(names, code, strict=False) if may_run(name)]
+    if notes.get("config", found) != found or any(content_of(name) != was for name, was in ran):
         raise ValueError(
             f"config.json is not that of {path}: it is of another run, was edited, or names code that was edited or "
             f"moved: {_RESTORE}"

@@ -99,6 +99,10 @@ class Registry:
         """The registered names, sorted."""
         return sorted({*self._own, *self._functions})
 
+    def has_own(self, name: str) -> bool:
+        """Whether a name is of this package, so that every process knows it."""
+        return name in self._own
+
     def entries(self) -> list[Entry]:
         """What is known of every name, by place and name."""
         return sorted(map(self.entry, self.names()), key=lambda entry: entry.place)

@@ -53,11 +53,18 @@ def require_allowed(name: str, kind: str) -> None:
     if path == Path() or not attribute:
         raise ValueError(f"{kind} {name!r} names a file but no function: write path/to/file.py:function")
     limit = _LIMIT.get()
-    if limit is not None and _origin(name) not in limit.allowed:
+    if limit is not None and not may_run(name):
         raise ValueError(
             f"{limit.source} names code, {kind} {name!r}, and code never runs because a file names it: look at it, "
-            f"and if you trust it name it again, load(folder, allow_code=[{name!r}])"
+            f"and if you trust it name it again, load(folder, allow_code=[{name!r}]), on the command line --allow_code "
+            f"{name}"
         )
+
+
+def may_run(name: str) -> bool:
+    """Whether a function of a file may run here: outside of `only_code` each may."""
+    limit = _LIMIT.get()
+    return limit is None or _origin(name) in limit.allowed
 
 
 def module_of(name: str, kind: str) -> types.ModuleType:

@@ -157,6 +157,9 @@ class Choice(Categorical):
 
         return Head(auto_class="AutoModelForMultipleChoice", task_type=None, pipeline=None, example=example)
 
+    def is_text(self, cell):
+        return all(map(super().is_text, [cell] if isinstance(cell, str) else cell))
+
     def encode(self, tokenizer, rows, columns, max_length):
         pairs = zip(*(rows[column] for column in columns), strict=True)
         each = [tokenizer([text] * len(texts), texts, truncation=True, max_length=max_length) for text, texts in pairs]

@@ -141,7 +141,7 @@ def test_settings_of_a_replaced_prior_go_with_it(tmp_path):
         (["train", "--if_finished", "delete"], "argument --if_finished: invalid choice: 'delete'"),
         (["show"], "the following arguments are required: run"),
         (["train", "--learning-rate", "1"], "unknown argument '--learning-rate': it is --lr here"),
-        (["train", "demo"], "unknown argument 'demo': did you mean --preset demo?"),
+        (["train", "demo"], "unknown argument 'demo': a preset is chosen by --preset demo"),
         (["train", "--device", "cuda"], "unknown argument '--device': a GPU is used where torch finds one"),
         (["train", "--lr", "0,01"], "lr must be a number or none, got '0,01': write 0.01"),
         (["show", "nowhere"], "there is no folder nowhere: "),

@@ -22,7 +22,7 @@ def test_the_table_is_what_the_house_promises():
     assert set(pyro_blora.__all__) == {
         "attach", "fit", "draw", "predict", "expected_bops", "to_arviz", "export", "load", "RunConfig", "use_gates",
         "Gates", "NestedBernoulli", "register_prior", "register_guide", "register_adapter", "register_weights",
-        "register_elbo", "register_task", "register_section",
+        "register_elbo", "register_task", "register_section", "Task", "train_run",
     }  # fmt: skip
 
 

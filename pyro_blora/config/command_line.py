@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from ..registries import TASKS
+from ..registries import CHOSEN, TASKS
+from ..user_code import is_of_file
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
 from ..user_values import shown, suggest
 from .methods import left_open, require_consistent
@@ -45,7 +46,7 @@ def called_elsewhere(word: str) -> str | None:
         return (
             "a GPU is used where torch finds one: drop it (`pyro-blora doctor` tells; CUDA_VISIBLE_DEVICES= hides it)"
         )
-    return f"did you mean --preset {word}?" if word in preset_names() else None
+    return f"a preset is chosen by --preset {word}" if word in preset_names() else None
 
 
 def preset_names() -> list[str]:
@@ -148,6 +149,13 @@ def command_line(config: RunConfig) -> str:
         elif value != getattr(usual, field.name) or field.name in ("task", "method", "seed"):
             words += [f"--{field.name}", _word(value)]
     return shlex.join(words)
+
+
+def of_scripts(config: RunConfig) -> list[tuple[str, str]]:
+    """(kind, name) of parts that a script has registered: a command line knows them only where they are of a file."""
+    chosen = {kind: [getattr(config, kind)] for kind in CHOSEN} | {"prior": config.prior_names}
+    each = ((kind, name) for kind, names in chosen.items() for name in names if name != "off")
+    return [(kind, name) for kind, name in each if not is_of_file(name) and not CHOSEN[kind].has_own(name)]
 
 
 def _word(value: Any) -> str:

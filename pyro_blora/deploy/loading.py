@@ -1,48 +1,77 @@
-"""The trained program of a run folder, with its hashes checked."""
+"""The trained program of a run folder, or of an exported one, with its hashes checked; no code of the task is run."""
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from ..build import build_program, check_names
+from ..build import build_program, check_names, check_parts
 from ..checkpoint import read_tensors, trainable
 from ..config.run_config import RunConfig
+from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
-from ..program import BayesianLoRA
 from ..provenance import require_backbone, require_belonging, warn_unchecked
-from ..user_code import only_code
-from .peft import GATES_FILE
+from ..registries import PRIORS, TASKS
+from ..tasks import Task, get_task
+from ..tasks.outcomes import Form
+from ..user_code import is_of_file, may_run, only_code
+from .answering import Source
+from .loaded_model import Model
+from .peft import GATES_FILE, STATED
 
 
-def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = ()) -> BayesianLoRA:
-    """The trained program of a run folder, ready to draw, predict or go on.
+def load(
+    run: str | Path, *, n_train: int | None = None, allow_code: Iterable[str] = (), backbone: str | Path | None = None
+) -> Model:
+    """The trained program of a run folder, or of a folder by `export(program, folder, config=..., tokenizer=...)`.
 
-    allow_code: functions in files (`mine.py:late`) that config.json names and that may run: parts, backbone.
-    Errors: ValueError for a folder that is no finished run, whose files are damaged or belong to another model, or
-    that names code which is not allowed.
+    It draws, prices, predicts on texts (`model.predict(["a good film"])`) and goes to ArviZ. Needed are the folder and
+    the backbone. The task's code is not: its kind of outcome and text columns are in the folder. A prior of a user's
+    own whose code may not run, or is not registered here, is replaced by its distributions at the end of the training:
+    to train on with it, or to draw its random rates, allow or import its code.
+    n_train: N, in place of the number of training examples. backbone: where it is now, if not where it was; an export
+    does not name a folder of this machine. allow_code: functions in files (`mine.py:late`) that the
+    configuration names and that may run: guide, weights, adapter, estimator, backbone, prior. No other does.
+    Errors: ValueError for a folder that holds neither, whose files are damaged or belong to another model, that names
+    code which is not allowed, or whose kind of outcome is not registered.
     """
-    run = Path(run)
-    path = run / "adapter" / GATES_FILE
-    if not (run / "config.json").is_file() or not path.is_file():
-        raise ValueError(f"{run} is not a finished run: it has no config.json with adapter/{GATES_FILE}")
-    config = RunConfig.from_json(run / "config.json")
+    run, allow_code = Path(run), (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
+    path, source, is_run = _files(run)
     try:
         tensors, notes = read_tensors(path)
         layout, rows = AdapterLayout.from_dict(json.loads(notes["layout"])), int(notes["n_train"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore the run folder from a copy") from None
+    if not is_run and "run" not in notes:
+        raise ValueError(
+            f"{run} was exported without its configuration: export(program, folder, config=trained.parts.config, "
+            "tokenizer=trained.parts.tokenizer) writes a folder that can be loaded"
+        )
+    config = RunConfig.from_json(source if is_run else notes["run"])
+    if not is_run and backbone is None and notes["local_backbone"]:
+        raise ValueError(
+            f"{run} is of a backbone in a folder, {notes['local_backbone']!r}, and an export does not say where that "
+            "is: load(folder, backbone=PATH)"
+        )
     warn_unchecked(path, notes)
-    with torch.random.fork_rng(devices=[]), only_code(allow_code, run / "config.json"):
-        task = check_names(config)
-        require_belonging(path, notes, config)
+    with torch.random.fork_rng(devices=[]), only_code(allow_code, source):
+        task, prior = _task(config, notes, path), _prior(config, tensors)
+        require_belonging(path, notes, config, from_notes=not is_run)
         torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
-        read_from = dataclasses.replace(config, backbone_revision=_commit(run) or config.backbone_revision)
-        program = build_program(read_from, task, n_train or rows, layout)
+        commit = _commit(run) if is_run else notes.get("commit")
+        read_from = dataclasses.replace(config, backbone_revision=commit or config.backbone_revision)
+        if backbone is not None:
+            read_from = dataclasses.replace(config, backbone=str(backbone), backbone_revision=None)
+        program = build_program(read_from, task, n_train or rows, layout, prior=prior, of=Model)
+    assert isinstance(program, Model)
     parameters = trainable(program)
+    left_out = (STATED,) if prior is None else (STATED, "prior.")  # of the user's prior what it had learned
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(left_out)}
     if program.net.layout != layout or set(parameters) != set(tensors):
         raise ValueError(
             f"{path} does not fit the model that config.json describes: restore the run folder from a copy"
@@ -51,7 +80,57 @@ def load(run: str | Path, *, n_train: int | None = None, allow_code: Iterable[st
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+    def others() -> tuple[Source, ...]:
+        folders = (run / "restarts").glob("seed-*") if is_run and config.is_ensemble else ()
+        in_order = sorted(folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
+        return tuple(load(folder, allow_code=allow_code).source for folder in in_order)
+
+    program.is_of(config, path.parent, run if is_run else None, others)
     return program.eval()
+
+
+def _files(run: Path) -> tuple[Path, Path, bool]:
+    """(the gates, what names the configuration, whether it is a run's folder and not only an exported one)."""
+    of_run, exported = run / "adapter" / GATES_FILE, run / GATES_FILE
+    if of_run.is_file() and (run / "config.json").is_file():
+        return of_run, run / "config.json", True
+    if exported.is_file():
+        return exported, exported, False
+    raise ValueError(
+        f"{run} is not a finished run: it has no config.json with adapter/{GATES_FILE}; nor was it written by export, "
+        f"which leaves a {GATES_FILE}"
+    )
+
+
+def _task(config: RunConfig, notes: Mapping[str, str], path: Path) -> Task | Form:
+    """What is needed of the task; all names but the task's and the prior's are checked.
+
+    Older folders do not have it: then it is that of the task itself, whose code has to be there.
+    """
+    if "task" not in notes:
+        return check_names(config)
+    check_parts(config)
+    try:
+        return Form.from_json(notes["task"])
+    except ValueError as error:
+        of_file = is_of_file(config.task)
+        if may_run(config.task) if of_file else config.task in TASKS.names():
+            return get_task(config.task, config.task_settings)
+        allow = f"; if {config.task} does it, load(folder, allow_code=[{config.task!r}]), --allow_code {config.task}"
+        raise ValueError(f"{path}: {error}{allow if of_file else ''}") from None
+
+
+def _prior(config: RunConfig, tensors: Mapping[str, Tensor]) -> Callable[..., Any] | None:
+    """None for the one that the configuration names; else a function in its place, of the distributions at the end."""
+    usable = (may_run(name) if is_of_file(name) else name in ("off", *PRIORS.names()) for name in config.prior_names)
+    if all(usable) or not all(f"{STATED}{site}" in tensors for site in "zg"):
+        return None
+
+    def at_the_end(layout: AdapterLayout) -> Gates[NestedBernoulli]:
+        return Gates(*(NestedBernoulli(tensors[f"{STATED}{site}"]) for site in "zg"))
+
+    return at_the_end
 
 
 def _commit(run: Path) -> str | None:

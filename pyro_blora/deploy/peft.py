@@ -32,6 +32,7 @@ from ..posterior.draws import deployed
 from ..program import BayesianLoRA
 from ..provenance import notes_of
 from ..quantizer import mixture_weights, quantize_mixture
+from ..tasks.outcomes import Form
 from .model_card import write_card
 from .verify import copied, read_back, verify
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GATES_FILE = "gates.safetensors"
+STATED = "prior_log_probs."  # and a site: the prior as it is, which takes its place where its code may not run
 _AWAY = 0.02  # of an adapter that is exported before it is trained: as large as a fresh encoder's weights
 
 
@@ -50,7 +52,8 @@ def export(
     """Write the deployed adapter to `folder`, which must not exist.
 
     rows: inputs on which what was written is compared with the program; None: ordinary tokens of the vocabulary.
-    tokenizer, config: of the run; the tokenizer is saved too, and hashes tie the folder to the configuration.
+    tokenizer, config: of the run. With both, `load(folder)` gives a model that predicts on texts; the tokenizer is
+    saved too, and hashes tie the folder to the configuration.
     Errors: FileExistsError; RuntimeError if what was written does not predict what the program predicts (nothing is
     left behind then).
     """
@@ -75,9 +78,13 @@ def export(
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial, config)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
+        tensors |= {
+            f"{STATED}{site}": q.log_probs.detach().cpu().clone() for site, q in program.prior()._asdict().items()
+        }
         notes = {
             "layout": json.dumps(program.net.layout.to_dict()), "n_train": str(program.n_train),
             "labels": json.dumps(plain.config.id2label), **notes_of(program, partial, config),
+            "task": Form(program.text_columns, program.likelihood).to_json(), "commit": commit_of(plain) or "",
         }  # fmt: skip
         write_tensors(partial / GATES_FILE, tensors, notes)
         write_card(partial, plain, ranks, program.likelihood, task=config.task if config else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..config.command_line import command_line
+from ..config.command_line import command_line, of_scripts
 from ..evaluation.verdicts import beside, ece_by_chance, nothing_learned, of_chance, of_score, plus_minus
 from ..files import REPORT, require_whole
 from ..posterior.arviz_compat import read
@@ -55,6 +55,9 @@ def next_steps(run: RunFiles) -> list[tuple[str, str]]:
     with contextlib.suppress(ValueError, OSError):  # a folder without a readable config.json
         again = dataclasses.replace(run.config, seed=run.config.seed + 1)
         found["repeat it from another seed"] = command_line(again)
+        if script := of_scripts(again):
+            named = " and ".join(f"{kind} {name!r}" for kind, name in script)
+            found["repeat it from another seed"] = f"train_run in Python, after the import of what registers {named}"
     return list(found.items())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,15 +111,19 @@ def by_length(rows: datasets.Dataset, collate: Collate, batch_size: int) -> tupl
     return loader(rows, collate, batches), torch.tensor([i for batch in batches for i in batch])
 
 
-def lengths_of(rows: datasets.Dataset) -> list[int]:
+def lengths_of(rows: datasets.Dataset | Rows) -> list[int]:
     """Tokens of each row; of its longest part, where it has several."""
     return [max(map(len, row)) if row and isinstance(row[0], list) else len(row) for row in rows["input_ids"]]
 
 
 def batches_by_length(rows: datasets.Dataset, batch_size: int) -> list[list[int]]:
     """The numbers of all rows, long ones first, in batches."""
-    lengths = lengths_of(rows)
-    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    return longest_first(lengths_of(rows), batch_size)
+
+
+def longest_first(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The numbers of rows of these lengths, long ones first, in batches."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 

@@ -11,8 +11,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .columns import numbers
+from .conformal import ClassSets
 from .label_scores import by_label
-from .likelihoods import Likelihood, numbers, register_likelihood
+from .likelihoods import Likelihood, register_likelihood
 
 if TYPE_CHECKING:
     import datasets
@@ -83,6 +85,13 @@ class Categorical(Likelihood):
 
     def read(self, table: pd.DataFrame) -> Tensor:
         return torch.tensor(self.probabilities(table).to_numpy())
+
+    def answers(self, outputs: Tensor, scale: Tensor) -> dict[str, Any]:
+        decision = self.decision(outputs.mean(0)).tolist()
+        return {"label": [self.names[index] for index in decision], **self.columns(outputs)}
+
+    def conformal(self, mean: Tensor, labels: Tensor, coverage: float) -> ClassSets:
+        return ClassSets(self.names, mean, labels, coverage)
 
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         label = torch.multinomial(outputs.flatten(0, 1), 1, generator=generator).view(outputs.shape[:2]).short()

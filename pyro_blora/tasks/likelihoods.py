@@ -24,12 +24,15 @@ from torch.distributions import Distribution, kl_divergence
 
 from ..registries import LIKELIHOODS as LIKELIHOODS
 from ..registries import register_likelihood as register_likelihood  # for the files of kinds
+from .columns import least_expected
 from .heads import Head
 
 if TYPE_CHECKING:
     import datasets
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
+
+    from .conformal import Conformal
 
 IGNORED = -100  # a label where nothing is asked, as in transformers; labels are padded with it
 Rows = Mapping[str, list[Any]]  # columns of a task's rows, or of what a tokenizer makes of them
@@ -168,6 +171,20 @@ class Likelihood(abc.ABC):
     def read(self, table: pd.DataFrame) -> Tensor:
         """The averages (E, *) from such a table."""
 
+    # --- answers to new texts -----------------------------------------------------------------------------------------
+
+    def placeholder(self, texts: Sequence[Any]) -> Any:
+        """A label for an example that has none, which `averaged` needs where it is asked which outputs there are."""
+        return self.examples[0]
+
+    def answers(self, outputs: Tensor, scale: Tensor) -> dict[str, Any]:
+        """Columns of a table of predictions, the answer first.  outputs (S, E, *), scale ()"""
+        return {"decision": self.cells(self.decision(outputs.mean(0))), **self.columns(outputs)}
+
+    def conformal(self, mean: Tensor, labels: Tensor, coverage: float) -> Conformal:
+        """Prediction sets, from held-out averages (E, *) and labels.  Errors: ValueError for too few, or no sets."""
+        raise ValueError(f"there are no prediction sets for a label of kind {self.title}: leave out coverage")
+
     # --- ArviZ --------------------------------------------------------------------------------------------------------
 
     observed: ClassVar[str] = "label"  # variable of predictions_constant_data: the labels
@@ -279,21 +296,3 @@ class Likelihood(abc.ABC):
                 f"the likelihood needs logits of shape (..., {self.outputs}), not {tuple(logits.shape)}: build the "
                 f"head with num_labels={self.outputs}"
             )
-
-
-def numbers(labels: np.ndarray) -> np.ndarray:
-    """(E,) float64 of labels that should be one number each; nan for those that are something else."""
-    try:
-        found = np.asarray(labels, dtype=np.float64)
-    except (TypeError, ValueError):  # words, or lists of several lengths
-        found = np.array([x if isinstance(x, int | float | np.number) else np.nan for x in labels], dtype=np.float64)
-    return found if found.ndim == 1 else np.full(len(found), np.nan)
-
-
-def least_expected(table: pd.DataFrame, count: int) -> tuple[str, pd.DataFrame]:
-    """The examples of predictions.parquet whose labels had the lowest probability, of whatever kind they are."""
-    answers = ("idx", "label", "decision", "deployed_decision")
-    own = table.columns[: list(table.columns).index("decision")]
-    text = [name for name in own if table[name].dtype.kind not in "fiub" and name not in answers]
-    worst = table.sort_values("log_likelihood").head(count)
-    return "The examples whose value was least expected.", worst[[*text, "label", "decision"]].round(2)

@@ -89,6 +89,11 @@ class MultiLabel(Likelihood):
     def read(self, table: pd.DataFrame) -> Tensor:
         return torch.tensor(table[[f"probability_{label}" for label in self.names]].to_numpy())
 
+    def answers(self, outputs: Tensor, scale: Tensor) -> dict[str, Any]:
+        decisions = self.decision(outputs.mean(0)).tolist()
+        on = [[name for name, is_on in zip(self.names, row, strict=True) if is_on] for row in decisions]
+        return {"labels": on, **self.columns(outputs)}
+
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {"labels": torch.bernoulli(outputs, generator=generator).short(), "probability": outputs}
 

@@ -1,9 +1,13 @@
-"""The kind of outcome of a finished run: written into its summary, and found again by what reads its folder."""
+"""The kind of outcome of a finished run: written into its summary, and found again by what reads its folder.
+
+What a trained program needs of its task is a `Form`, which is exported with the adapter: the task's code is not needed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .categorical import Categorical
 from .likelihoods import LIKELIHOODS, Likelihood
@@ -12,6 +16,33 @@ from .normal import Normal
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class Form(NamedTuple):
+    """What of a task its trained program needs; a Task has both, too."""
+
+    text_columns: tuple[str, ...]
+    likelihood: Likelihood
+
+    def to_json(self) -> str:
+        kind = type(self.likelihood)
+        of_class = f"{kind.__module__}.{kind.__qualname__}"
+        stored = {"text_columns": self.text_columns, "outcome": described(self.likelihood), "class": of_class}
+        return json.dumps(stored, default=repr)
+
+    @classmethod
+    def from_json(cls, text: str) -> Form:
+        """Errors: ValueError for a kind of outcome that is not registered in this process."""
+        stored = json.loads(text)
+        kind = kind_of(stored["outcome"])
+        if kind is None:
+            registered = stored["outcome"]["kind"]
+            remedy = (
+                f"import the module that has it, in which @register_likelihood({registered!r}) stands above it"
+                if registered else "put @register_likelihood('NAME') above it and export again, or register the task"
+            )  # fmt: skip
+            raise ValueError(f"the kind of outcome {stored['class']} is not registered here: {remedy}")
+        return cls(tuple(stored["text_columns"]), kind)
 
 
 def described(kind: Likelihood) -> dict[str, Any]:

@@ -145,6 +145,14 @@ class TokenLabels(Likelihood):
         rows = [torch.tensor(np.stack(row, -1)) for row in columns]  # (words, C) each
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
+    def placeholder(self, texts: Sequence[Any]) -> list[int]:
+        return [0] * len(texts[0])
+
+    def answers(self, outputs: Tensor, scale: Tensor) -> dict[str, Any]:
+        """labels: of the words, as many as --max_length lets in."""
+        decisions = self.cells(self.decision(outputs.mean(0)))
+        return {"labels": [[self.names[index] for index in row] for row in decisions], **self.columns(outputs)}
+
     def predicted(self, outputs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """label: IGNORED, and probability: nan, beyond the words of an example."""
         asked = _asked(outputs)

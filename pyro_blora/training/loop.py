@@ -26,7 +26,6 @@ from ..deploy.peft import require_exportable
 from ..distributed import any_of, average_gradients, on_main, shard, sharding_wanted
 from ..machine import release_freed_memory
 from ..posterior.draws import component_marginals
-from ..program import BayesianLoRA
 from ..progress import phase, silenced
 from ..signals import Interrupted, asked, deferred
 from ..tasks.batching import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
@@ -41,24 +40,12 @@ from .optimizer import make_optimizer
 from .range_calibration import range_errors
 from .resuming import DIVERGED, Checkpoints
 from .schedule import Schedule
+from .trained import Trained
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _START_BATCHES = 32  # for an adapter that starts from its inputs, as EVA does
 _STARTING_EXAMPLES = 256  # to initialize the gates: mean squares with a standard error of about a tenth
 _SHOWN = 16  # numbers of rows that an error lists
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What `fit` returns: the parts with a trained program, the logged lines, and the seconds that training took."""
-
-    parts: Parts
-    metrics: list[dict]
-    seconds: float
-
-    @property
-    def program(self) -> BayesianLoRA:
-        return self.parts.program
 
 
 def step_seed(*numbers: int) -> int:

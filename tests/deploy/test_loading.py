@@ -1,5 +1,6 @@
 """What is loaded is what was meant: no code of a folder's, no file of another run, no cache that was damaged."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -61,30 +62,46 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("field", ["prior", "guide", "weights", "backbone", "prior.z", "prior.g"])
+@pytest.mark.parametrize("field", ["guide", "weights", "backbone"])
 def test_no_code_runs_because_a_folder_names_it(run, tmp_path, capsys, field):
     (tmp_path / "mine.py").write_text(MARKING)
     name = f"{tmp_path}/mine.py:late"
-    kind, _, site = field.partition(".")
-    edit(run / "config.json", **({f"{kind}_settings": {site: name}} if site else {field: name}))
-    gates = run / "adapter" / "gates.safetensors"  # whoever writes a configuration can write its hash, too
-    tensors, notes = read_tensors(gates)
-    write_tensors(gates, tensors, notes | {"config": RunConfig.from_json(run / "config.json").digest})
-    with pytest.raises(ValueError, match=rf"config.json names code, {kind} .*mine.py:late.*allow_code=\["):
+    rename(run, {field: name})
+    with pytest.raises(ValueError, match=rf"names code, {field} .*mine.py:late.*allow_code=\[.*--allow_code .*late"):
         load(run)
     with pytest.raises(ValueError, match="names code"):
         load(run, allow_code=[f"{tmp_path}/other.py:late", f"{tmp_path}/mine.py:early"])
     commands = (["show", run], ["report", run], ["what-if", run, "0.value.base.8", "closed"])
-    for command in commands if field == "prior" else commands[:1]:
+    for command in commands if field == "guide" else commands[:1]:
         assert main([str(word) for word in command]) == 0, capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("field", ["task", "ood_task", "prior", "prior.z", "prior.g"])
+def test_what_is_loaded_without_its_code_is_not_run_either(run, tmp_path, field):
+    (tmp_path / "mine.py").write_text(MARKING)
+    name = f"{tmp_path}/mine.py:late"
+    before, (_, _, site) = load(run), field.partition(".")
+    rename(run, {"prior_settings": {site: name}} if site else {field: name})
+    model = load(run)
+    for mine, theirs in zip(model.prior(), before.prior(), strict=True):
+        assert torch.equal(mine.log_probs, theirs.log_probs)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(RuntimeError, match="code of a folder ran") if "prior" in field else contextlib.nullcontext():
+        load(run, allow_code=[name])
+
+
+def rename(run, fields):
+    """Name other parts in config.json, and write its hash: whoever writes the one can write the other."""
+    edit(run / "config.json", **fields)
+    gates = run / "adapter" / "gates.safetensors"
+    tensors, notes = read_tensors(gates)
+    write_tensors(gates, tensors, notes | {"config": RunConfig.from_json(run / "config.json").digest})
 
 
 def test_code_that_is_named_again_runs(backbone, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(OWN_PRIOR)
     folder = train_run(tiny_config(backbone, prior=f"{tmp_path}/mine.py:late", output_dir=str(tmp_path)))
-    with pytest.raises(ValueError, match="names code"):
-        load(folder)
     with pytest.raises(ValueError, match="was edited or moved"):
         (tmp_path / "mine.py").write_text(f"{OWN_PRIOR}\n")
         load(folder, allow_code=[f"{tmp_path}/mine.py:late"])

@@ -110,8 +110,10 @@ def test_a_kind_of_a_users_own_goes_from_data_to_a_page_and_back(run):
     observed = group(read(run), "predictions_constant_data")[kind.observed]
     assert observed.dims == kind.dims[kind.observed] and observed.shape[0] == len(table)
     assert kind.read(table).shape[0] == len(table)
+    assert len(program.predict(table.head(5))) == 5
     page = (run / "report.html").read_text()
     assert "Gate map" in page and summary["metric"]["name"] in page
+    assert "registered by a script" in page and "import kinds  # registers task" in page and "train_run(" in page
     card = (run / "adapter" / "README.md").read_text()
     assert kind.head.auto_class in card
 

@@ -1,7 +1,7 @@
 """The section of the wrong answers that were the most confident."""
 
 from ...registries import register_section
-from ...tasks.likelihoods import least_expected
+from ...tasks.columns import least_expected
 from ..run_folder import RunFiles, Section
 
 _ROWS = 10  # of the examples that are named

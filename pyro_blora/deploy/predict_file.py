@@ -1,0 +1,164 @@
+"""`pyro-blora predict`: a file of texts in, a file of answers out, in constant memory, whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..files import replace
+from ..progress import phase
+from ..tasks.tabular.reading import Row, Table
+from ..user_values import shown, suggest
+from .answer_files import FORMATS, Rows, open_answers
+from .answering import Answers
+from .loading import load
+
+CHUNK = 1024  # rows that are in memory together, and sorted by length
+EVERY_COLUMN = "all"
+_NAMED = 10  # skipped rows that are reported one by one
+
+
+def predict_file(
+    run: str | Path, source: str | Path, *, out: str | Path | None = None, format: str = "csv",
+    text: Sequence[str] = (), keep: Sequence[str] = (), skip: bool = False, overwrite: bool = False,
+    allow_code: Iterable[str] = (), backbone: str | None = None, quiet: bool = False, **options: Any,
+) -> int:  # fmt: skip
+    """Predict every row of a table; returns how many were.
+
+    source: what `tasks.tabular.reading.Table` reads, or `-` for the standard input, whose format is csv, tsv or jsonl.
+    out: a new .csv, .jsonl or .parquet file; None: CSV on the standard output, as it is predicted. text: names of the
+    text columns in the file, where they are not those of the run. keep: columns that go along; `all` for every one.
+    skip: leave out malformed rows and those without text, and report them; else the first one ends the work.
+    overwrite: replace a file that is there. allow_code, backbone: as in `load`. options: as in `Model.predict`.
+    quiet: of remarks, which go to stderr, only those on rows that were left out.
+    Errors: ValueError with file, line and remedy; no file is left then. NotWritten for a full disk.
+    """
+    path = None if out is None else _free(Path(out).expanduser(), overwrite)
+    left_out = _LeftOut()
+    table = Table(_stream() if str(source) == "-" else source, format=format if str(source) == "-" else None,
+                  skipped=left_out if skip else None)  # fmt: skip
+    for remark in () if quiet else table.remarks:
+        _say(remark)
+    with phase("loading the model"):
+        model = load(run, allow_code=allow_code, backbone=backbone)
+        if torch.cuda.is_available():
+            model.to("cuda")
+    names, kept = _text_columns(table, tuple(text), model.text_columns), _kept(table, tuple(keep))
+    answers = model.answers(**options)
+    for remark in () if quiet else answers.remarks:
+        _say(remark)
+    rows = _texts(table, answers, names, kept, left_out if skip else None)
+    if (first := next(rows, None)) is None:
+        raise ValueError(f"{table.name} has no rows to predict: give a table with a text in each row")
+    rows, done = itertools.chain([first], rows), 0
+
+    def write(target: Path | IO[str]) -> None:
+        nonlocal done
+        suffix = ".csv" if path is None else path.suffix
+        with phase(f"predicting {table.name}") as progress, open_answers(target, suffix) as file:
+            while chunk := [*itertools.islice(rows, CHUNK)]:
+                file(_answered(chunk, answers, table, names, kept))
+                done += len(chunk)
+                progress.advance(len(chunk), note=f"{done:,} rows")
+
+    if path is None:
+        write(sys.stdout)
+    else:
+        replace(path, write)
+    left_out.sum_up()
+    return done
+
+
+def _free(path: Path, overwrite: bool) -> Path:
+    """Errors: ValueError for an output that could not be written, before anything is read."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path}: the ending must be one of {', '.join(FORMATS)}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ValueError(f"{path} exists already: give another --out, or --overwrite to replace it")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for {path.name}: make it, or give another --out")
+    return path
+
+
+def _stream() -> IO[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return sys.stdin
+
+
+def _text_columns(table: Table, given: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of the file that are the run's text columns.  Errors: ValueError for others."""
+    if given and len(given) != len(own):
+        raise ValueError(
+            f"--text {','.join(given)}: the run's texts have {len(own)} columns, {', '.join(own)}: name each"
+        )
+    for name in given or own:
+        if name not in table.columns:
+            remedy = suggest(name, table.columns)
+            which = "" if given else "the run's text column: name yours with --text COLUMN; "
+            raise ValueError(f"{table.name} has no column {name!r}, {which}{remedy}")
+    return given or own
+
+
+def _kept(table: Table, given: tuple[str, ...]) -> tuple[str, ...]:
+    if given == (EVERY_COLUMN,):
+        return tuple(table.columns)
+    for name in given:
+        if name not in table.columns:
+            raise ValueError(f"--keep: {table.name} has no column {name!r}: {suggest(name, table.columns)}")
+    return given
+
+
+def _texts(
+    table: Table, answers: Answers, names: tuple[str, ...], kept: tuple[str, ...],
+    left_out: Callable[[str], None] | None,
+) -> Iterator[Row]:  # fmt: skip
+    """The rows that have texts."""
+    for number, cells in table.rows([*dict.fromkeys((*names, *kept))]):
+        wrong = next((name for name in names if not answers.kind.is_text(cells[name])), None)
+        if wrong is None:
+            yield number, cells
+            continue
+        sentence = f"{table.where(number)}: {shown(cells[wrong])} in column {wrong!r} is no text"
+        if left_out is None:
+            raise ValueError(f"{sentence}: correct it, or leave such rows out with --on_error skip")
+        left_out(sentence)
+
+
+def _answered(
+    chunk: Sequence[Row], answers: Answers, table: Table, names: tuple[str, ...], kept: tuple[str, ...]
+) -> Rows:
+    """A table of one chunk: the number in the file, columns that are kept, the answers."""
+    texts = zip(answers.columns, names, strict=True)
+    found = answers.table({own: [cells[name] for _, cells in chunk] for own, name in texts})
+    taken = {table.unit, *map(str, found)}
+    columns: Rows = {table.unit: [number for number, _ in chunk]}
+    for name in kept:
+        free = name if name not in taken else f"input_{name}"
+        columns[free] = [cells[name] for _, cells in chunk]
+    return columns | {str(name): found[name].tolist() for name in found}
+
+
+class _LeftOut:
+    """Reports the first rows that are left out, and counts all."""
+
+    count = 0
+
+    def __call__(self, sentence: str) -> None:
+        self.count += 1
+        if self.count <= _NAMED:
+            _say(f"left out: {sentence}")
+
+    def sum_up(self) -> None:
+        if self.count > _NAMED:
+            _say(f"left out: {self.count:,} rows in all")
+
+
+def _say(sentence: str) -> None:
+    print(f"pyro-blora: {sentence}", file=sys.stderr)
