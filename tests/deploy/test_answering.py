@@ -124,7 +124,7 @@ def test_a_fit_in_memory_and_its_export_predict_alike(backbone, tmp_path):
     trained = fit(tiny_config(backbone, max_train=32, epochs=1))
     texts = ["the dog", "a cat sees the dog"]
     export(trained.program, tmp_path / "adapter", config=trained.parts.config, tokenizer=trained.parts.tokenizer)
-    with pytest.raises(ValueError, match=r"backbone in a folder, 'backbone0', .*load\(folder, backbone=PATH\)"):
+    with pytest.raises(ValueError, match=rf"backbone in a folder, '{backbone.name}', .*load\(folder, backbone=PATH\)"):
         load(tmp_path / "adapter")
     model = load(tmp_path / "adapter", backbone=backbone)
     pd.testing.assert_frame_equal(model.predict(texts), trained.predict(texts))
@@ -164,11 +164,11 @@ def rows_of(*texts, label):
 
 
 KINDS = {
-    "several": Task(name="several", text_columns=("text",), kind=MultiLabel(("a", "b", "c")), metric_name="micro_f1",
-                    load=rows_of(("text", "The soldier"), label=lambda i: [1, 0, i % 2])),
-    "stars": Task(name="stars", text_columns=("one", "other"), label_range=(0.0, 5.0), metric_name="pearson",
+    "several": Task(name="answered_several", text_columns=("text",), kind=MultiLabel(("a", "b", "c")),
+                    metric_name="micro_f1", load=rows_of(("text", "The soldier"), label=lambda i: [1, 0, i % 2])),
+    "stars": Task(name="answered_stars", text_columns=("one", "other"), label_range=(0.0, 5.0), metric_name="pearson",
                   load=rows_of(("one", "The soldier"), ("other", "The lawyer"), label=lambda i: i % 5 + 0.5)),
-    "words": Task(name="words", text_columns=("words",), kind=TokenLabels(("O", "B-X")), metric_name="f1",
+    "words": Task(name="answered_words", text_columns=("words",), kind=TokenLabels(("O", "B-X")), metric_name="f1",
                   load=rows_of(("words", ["The", "soldier"]), label=lambda i: [0, 1])),
 }  # fmt: skip
 
@@ -176,7 +176,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_outcome_answers(backbone, name):
     register_task(KINDS[name])
-    trained = fit(tiny_config(backbone, task=name, max_train=32, epochs=1))
+    trained = fit(tiny_config(backbone, task=KINDS[name].name, max_train=32, epochs=1))
     texts = {"several": ["the dog", "a cat"], "stars": [("the dog", "a cat"), ("a", "b c")],
              "words": [["the", "dog"], ["a"]]}[name]  # fmt: skip
     found = trained.predict(texts, draws=4)
