@@ -46,6 +46,8 @@ def next_steps(run: RunFiles) -> list[tuple[str, str]]:
     if (folder / REPORT).is_file():
         found["open its page in a browser"] = str(folder / REPORT)
     found["print this again"] = shlex.join(["pyro-blora", "show", str(folder)])
+    if (folder / "adapter" / "tokenizer_config.json").is_file():
+        found["predict new texts"] = shlex.join(["pyro-blora", "predict", str(folder), "FILE", "--out", "answers.csv"])
     if summary.get("kl", {}).get("z") and summary["expected_rank"]:  # bit gates are random
         gate = f"0.{next(iter(summary['expected_rank']))}.base.8"
         found["ask what forcing a gate costs"] = shlex.join(["pyro-blora", "what-if", str(folder), gate, "closed"])

@@ -18,7 +18,7 @@ from pyro_blora.posterior.arviz_compat import held_out_elpd, read
 from pyro_blora.report import RunFiles
 
 ANALYSIS = Path(__file__).resolve().parents[2] / "analysis"
-NAMES = ["gates", "convergence", "ablation"]
+NAMES = ["gates", "convergence", "ablation", "own_data"]
 NUMBER = r"-?(?:inf|\d+\.?\d*(?:e-?\d+)?)"
 
 
