@@ -1,0 +1,144 @@
+"""Of what use is the uncertainty? Abstention and rows out of scope, on intents: BANKING77 and CLINC150.
+
+    python experiments/uncertainty.py --data ../shared/data/intents --report benchmarks/uncertainty.md \\
+        --figures benchmarks/figures
+
+A way to be uncertain is one cell: LoRA alone, which a temperature then scales, three of them averaged, its dropout
+masks, the gates as they are deployed or drawn, draws of gates and weights. Held-out training rows fit the temperatures; test rows and rows
+out of scope are predicted once. A finished cell is one JSON file in --keep; an unfinished training resumes.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pyro_blora.machine import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
+import torch
+
+from experiments.studies import intents
+from experiments.studies.cells import CODE, kept, settings_of
+from experiments.studies.pages import study_parser
+from pyro_blora.config import RunConfig
+from pyro_blora.evaluation import predicted
+from pyro_blora.gates import Gates
+from pyro_blora.posterior import bops, calibration, deployed, draw, draw_weights
+from pyro_blora.run import versions
+from pyro_blora.training import fit
+
+_LORA = {"method": "lora"}
+_COLD = {"weights": "gaussian", "weights_settings": {"kl_weight": 0.01, "prior_std": 0.1}}
+WAYS = {  # name: what differs from the usual run
+    "lora": _LORA,
+    "ensemble": {**_LORA, "weights": "ensemble", "weights_settings": {"members": 3}},
+    "gates, deployed": {"prior": "bops"},
+    "gates": {"prior": "bops"},
+    "gates and weights": {"prior": "bops", **_COLD},
+    "dropout": {"method": "mc_dropout"},
+}
+
+
+def configuration(options, data: str, way: str) -> RunConfig:
+    return RunConfig(
+        task=data, ood_task=intents.outside_of(data), backbone=options.backbone, max_train=options.max_train,
+        validation=0.1, epochs=options.epochs, max_length=32, batch_size=32, group_by_length=True, lr=2e-3,
+        lr_head=1e-2, draws=options.draws, seed=options.seed, data_seed=0, output_dir=options.output_dir, **WAYS[way],
+    )  # fmt: skip
+
+
+def members(config: RunConfig) -> list[RunConfig]:
+    """The trainings of a cell: of an ensemble several, of dropout that of plain LoRA, so that cells share them."""
+    if config.average_over == "dropout":
+        return [dataclasses.replace(config, method="lora", average_over="gates")]
+    if not config.is_ensemble:
+        return [config]
+    plain = dataclasses.replace(config, weights="point", weights_settings={})
+    return [dataclasses.replace(plain, seed=config.seed + i) for i in range(config.fits)]
+
+
+def predictions(config: RunConfig, folder: Path, *, drawn: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
+    """(probabilities (S, E, C) by split, labels (E,) by split, what else is said of the trainings).
+
+    drawn: where gates are learned, they are drawn, and the weights with them; else as they are deployed.
+    """
+    outputs, labels, said = {}, {}, {"seconds": 0.0, "bops": []}
+    for member in members(config):
+        run = fit(member, folder=folder / f"{member.folder_name}")
+        said["seconds"] += run.seconds
+        program, draws = run.program, config.draws
+        gates, theta, dropout_seed = Gates(*(x[None] for x in deployed(program))), None, None
+        if config.average_over == "dropout":
+            gates, dropout_seed = Gates(*(x.expand(draws, *x.shape[1:]) for x in gates)), config.seed
+        elif drawn and config.method == "bayesian_lora":
+            gates, theta = draw(program, draws, seed=config.seed), draw_weights(program, draws, seed=config.seed)
+        said["bops"].append(float(bops(program).adapted_ratio))
+        for split in ("validation", "eval", "ood"):
+            found = predicted(run.parts, split, gates, theta, dropout_seed=dropout_seed)
+            outputs.setdefault(split, []).append(found.outputs)
+            labels[split] = found.labels
+    return {split: torch.cat(x) for split, x in outputs.items()}, labels, said
+
+
+def of_examples(outputs: torch.Tensor, labels: torch.Tensor | None) -> dict[str, list]:
+    """By example: greatest probability, entropy and mutual information; with labels, log-likelihood and rightness."""
+    mean = outputs.double().mean(0)
+    entropy, information = calibration.uncertainty(outputs)
+    found = {"confidence": mean.max(-1).values, "entropy": entropy, "information": information}
+    if labels is not None:
+        found["log_likelihood"] = mean.clamp(min=1e-12).log().gather(-1, labels[:, None])[:, 0]
+    kept_digits = {name: [float(f"{x:.4g}") for x in values.tolist()] for name, values in found.items()}
+    return kept_digits | ({"right": (mean.argmax(-1) == labels).int().tolist()} if labels is not None else {})
+
+
+def read(outputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> dict:
+    """What a cell keeps of predictions: scores, and examples inside and outside; as they are, and at a temperature."""
+    means = {split: x.double().mean(0) for split, x in outputs.items()}
+    temperature = calibration.fit_temperature(means["validation"], labels["validation"])
+    scaled = {split: calibration.at_temperature(x, temperature)[None] for split, x in means.items()}
+    return {"temperature": temperature} | {
+        name: {
+            "scores": calibration.scores(x["eval"], labels["eval"]),
+            "inside": of_examples(x["eval"], labels["eval"]), "outside": of_examples(x["ood"], None),
+        } for name, x in (("as is", outputs), ("scaled", scaled))
+    }  # fmt: skip
+
+
+def cell_of(options, data: str, way: str) -> dict | None:
+    config = configuration(options, data, way)
+    file = options.keep / f"uncertainty-{data}-{way.replace(',', '').replace(' ', '-')}-{options.seed}.json"
+    cell = kept(file, config)
+    if cell is not None or options.only_finished:
+        return cell
+    outputs, labels, said = predictions(config, Path(options.output_dir), drawn=not way.endswith("deployed"))
+    cell = {
+        "config": settings_of(config), "versions": versions(), "code": CODE, **said,
+        "summary": {"device": f"cpu ({torch.get_num_threads()} threads)"}, "data": data, "way": way,
+        "rows": {split: len(x) for split, x in labels.items()}, **read(outputs, labels),
+    }  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".tmp").write_text(json.dumps(cell) + "\n", encoding="utf-8")
+    file.with_suffix(".tmp").rename(file)
+    return cell
+
+
+def main(arguments: list[str]) -> None:
+    data = ("--data", "folder with banking77/ and clinc/")
+    parser = study_parser(__doc__, "uncertainty", max_train=5000, output_dir="runs/uncertainty", data=data)
+    parser.set_defaults(epochs=4)
+    parser.add_argument("--sets", nargs="+", default=intents.SETS, choices=intents.SETS)
+    parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
+    parser.add_argument("--seed", type=int, default=0, help="of the trainings; an ensemble has this and the next two")
+    parser.add_argument("--draws", type=int, default=10)
+    options = parser.parse_args(arguments)
+    intents.register(Path(options.data))
+    cells = [cell_of(options, data, way) for data in options.sets for way in options.ways]
+    print(len(cells))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
