@@ -3,9 +3,9 @@
     python experiments/uncertainty.py --data ../shared/data/intents --report benchmarks/uncertainty.md \\
         --figures benchmarks/figures
 
-A way to be uncertain is one cell: LoRA alone, which a temperature then scales, three of them averaged, its dropout
-masks, the gates as they are deployed or drawn, draws of gates and weights. Held-out training rows fit the temperatures; test rows and rows
-out of scope are predicted once. A finished cell is one JSON file in --keep; an unfinished training resumes.
+A way to be uncertain is one cell: LoRA alone, the same at a temperature, its dropout masks, three LoRAs averaged, the
+gates as they are deployed or drawn, draws of gates and weights. Held-out training rows fit the temperatures; test rows
+and rows out of scope are predicted once. A finished cell is one JSON file in --keep; an unfinished training resumes.
 """
 
 import dataclasses
@@ -35,11 +35,12 @@ _LORA = {"method": "lora"}
 _COLD = {"weights": "gaussian", "weights_settings": {"kl_weight": 0.01, "prior_std": 0.1}}
 WAYS = {  # name: what differs from the usual run
     "lora": _LORA,
+    "temperature": _LORA,
+    "dropout": {"method": "mc_dropout"},
     "ensemble": {**_LORA, "weights": "ensemble", "weights_settings": {"members": 3}},
     "gates, deployed": {"prior": "bops"},
     "gates": {"prior": "bops"},
     "gates and weights": {"prior": "bops", **_COLD},
-    "dropout": {"method": "mc_dropout"},
 }
 
 
@@ -61,14 +62,16 @@ def members(config: RunConfig) -> list[RunConfig]:
     return [dataclasses.replace(plain, seed=config.seed + i) for i in range(config.fits)]
 
 
-def predictions(config: RunConfig, folder: Path, *, drawn: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
+def predictions(
+    config: RunConfig, folder: Path, *, drawn: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
     """(probabilities (S, E, C) by split, labels (E,) by split, what else is said of the trainings).
 
     drawn: where gates are learned, they are drawn, and the weights with them; else as they are deployed.
     """
     outputs, labels, said = {}, {}, {"seconds": 0.0, "bops": []}
     for member in members(config):
-        run = fit(member, folder=folder / f"{member.folder_name}")
+        run = fit(member, folder=folder / member.folder_name)
         said["seconds"] += run.seconds
         program, draws = run.program, config.draws
         gates, theta, dropout_seed = Gates(*(x[None] for x in deployed(program))), None, None
@@ -84,28 +87,38 @@ def predictions(config: RunConfig, folder: Path, *, drawn: bool) -> tuple[dict[s
     return {split: torch.cat(x) for split, x in outputs.items()}, labels, said
 
 
-def of_examples(outputs: torch.Tensor, labels: torch.Tensor | None) -> dict[str, list]:
-    """By example: greatest probability, entropy and mutual information; with labels, log-likelihood and rightness."""
+def of_examples(outputs: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, list]:
+    """By example: doubt (1 - greatest probability), entropy, mutual information; with labels log-likelihood, rightness."""
     mean = outputs.double().mean(0)
+    decision = mean.argmax(-1, keepdim=True)
+    doubt = mean.scatter(-1, decision, 0.0).sum(-1)  # with more digits than the difference to 1 has
     entropy, information = calibration.uncertainty(outputs)
-    found = {"confidence": mean.max(-1).values, "entropy": entropy, "information": information}
+    found = {"doubt": doubt, "entropy": entropy, "information": information}
     if labels is not None:
         found["log_likelihood"] = mean.clamp(min=1e-12).log().gather(-1, labels[:, None])[:, 0]
-    kept_digits = {name: [float(f"{x:.4g}") for x in values.tolist()] for name, values in found.items()}
-    return kept_digits | ({"right": (mean.argmax(-1) == labels).int().tolist()} if labels is not None else {})
+    rounded = {name: [float(f"{x:.4g}") for x in values.tolist()] for name, values in found.items()}
+    return rounded if labels is None else rounded | {"right": (decision[:, 0] == labels).int().tolist()}
 
 
-def read(outputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> dict:
-    """What a cell keeps of predictions: scores, and examples inside and outside; as they are, and at a temperature."""
+def read(outputs: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], *, scaled: bool) -> dict:
+    """What a cell keeps: scores, examples, and what a temperature that held-out rows choose makes of them.
+
+    scaled: the predictions themselves are taken at that temperature.
+    """
     means = {split: x.double().mean(0) for split, x in outputs.items()}
     temperature = calibration.fit_temperature(means["validation"], labels["validation"])
-    scaled = {split: calibration.at_temperature(x, temperature)[None] for split, x in means.items()}
-    return {"temperature": temperature} | {
-        name: {
-            "scores": calibration.scores(x["eval"], labels["eval"]),
-            "inside": of_examples(x["eval"], labels["eval"]), "outside": of_examples(x["ood"], None),
-        } for name, x in (("as is", outputs), ("scaled", scaled))
-    }  # fmt: skip
+    at_best = {split: calibration.at_temperature(x, temperature)[None] for split, x in means.items()}
+    outputs, best = at_best if scaled else outputs, at_best["eval"]
+    return {
+        "temperature": temperature,
+        "scores": calibration.scores(outputs["eval"], labels["eval"]),
+        "inside": of_examples(outputs["eval"], labels["eval"]),
+        "outside": of_examples(outputs["ood"]),
+        "scaled": {
+            "scores": calibration.scores(best, labels["eval"]),
+            "log_likelihood": of_examples(best, labels["eval"])["log_likelihood"],
+        },
+    }
 
 
 def cell_of(options, data: str, way: str) -> dict | None:
@@ -117,8 +130,8 @@ def cell_of(options, data: str, way: str) -> dict | None:
     outputs, labels, said = predictions(config, Path(options.output_dir), drawn=not way.endswith("deployed"))
     cell = {
         "config": settings_of(config), "versions": versions(), "code": CODE, **said,
-        "summary": {"device": f"cpu ({torch.get_num_threads()} threads)"}, "data": data, "way": way,
-        "rows": {split: len(x) for split, x in labels.items()}, **read(outputs, labels),
+        "summary": {"task": data, "device": f"cpu ({torch.get_num_threads()} threads)"}, "way": way,
+        **read(outputs, labels, scaled=way == "temperature"),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".tmp").write_text(json.dumps(cell) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-
 GLUE = ("--glue_dir", "folder of the official TSV release")
 
 
