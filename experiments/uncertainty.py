@@ -23,7 +23,8 @@ import torch
 
 from experiments.studies import intents
 from experiments.studies.cells import CODE, kept, settings_of
-from experiments.studies.pages import study_parser
+from experiments.studies.pages import study_parser, write_page
+from experiments.studies.uncertainty_page import figure, report
 from pyro_blora.config import RunConfig
 from pyro_blora.evaluation import predicted
 from pyro_blora.gates import Gates
@@ -31,6 +32,7 @@ from pyro_blora.posterior import bops, calibration, deployed, draw, draw_weights
 from pyro_blora.run import versions
 from pyro_blora.training import fit
 
+ROWS = {"banking77": 5000, "clinc150": 3750}  # of training, a tenth of them held out
 _LORA = {"method": "lora"}
 _COLD = {"weights": "gaussian", "weights_settings": {"kl_weight": 0.01, "prior_std": 0.1}}
 WAYS = {  # name: what differs from the usual run
@@ -46,7 +48,7 @@ WAYS = {  # name: what differs from the usual run
 
 def configuration(options, data: str, way: str) -> RunConfig:
     return RunConfig(
-        task=data, ood_task=intents.outside_of(data), backbone=options.backbone, max_train=options.max_train,
+        task=data, ood_task=intents.outside_of(data), backbone=options.backbone, max_train=options.max_train or ROWS[data],
         validation=0.1, epochs=options.epochs, max_length=32, batch_size=32, group_by_length=True, lr=2e-3,
         lr_head=1e-2, draws=options.draws, seed=options.seed, data_seed=0, output_dir=options.output_dir, **WAYS[way],
     )  # fmt: skip
@@ -88,7 +90,7 @@ def predictions(
 
 
 def of_examples(outputs: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, list]:
-    """By example: doubt (1 - greatest probability), entropy, mutual information; with labels log-likelihood, rightness."""
+    """By example: doubt (1 - greatest probability), entropy, mutual information; with labels what is made of them."""
     mean = outputs.double().mean(0)
     decision = mean.argmax(-1, keepdim=True)
     doubt = mean.scatter(-1, decision, 0.0).sum(-1)  # with more digits than the difference to 1 has
@@ -141,16 +143,18 @@ def cell_of(options, data: str, way: str) -> dict | None:
 
 def main(arguments: list[str]) -> None:
     data = ("--data", "folder with banking77/ and clinc/")
-    parser = study_parser(__doc__, "uncertainty", max_train=5000, output_dir="runs/uncertainty", data=data)
+    parser = study_parser(__doc__, "uncertainty", max_train=None, output_dir="runs/uncertainty", data=data)
     parser.set_defaults(epochs=4)
     parser.add_argument("--sets", nargs="+", default=intents.SETS, choices=intents.SETS)
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
     parser.add_argument("--seed", type=int, default=0, help="of the trainings; an ensemble has this and the next two")
     parser.add_argument("--draws", type=int, default=10)
     options = parser.parse_args(arguments)
-    intents.register(Path(options.data))
+    if not options.only_finished:
+        intents.register(Path(options.data))
     cells = [cell_of(options, data, way) for data in options.sets for way in options.ways]
-    print(len(cells))
+    write_page(options, "uncertainty", [cell for cell in cells if cell is not None], report, figure)
+    print(options.report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""The page of experiments/uncertainty.py: scores of each way, differences between ways, measures of doubt, a figure."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.studies.cells import provenance
+from experiments.studies.doubts import (
+    AUROC,
+    DOUBTS,
+    LESS_IS_BETTER,
+    MEASURES,
+    Interval,
+    differences,
+    errors,
+    measures,
+    of_doubts,
+    rows_of,
+    sign,
+)
+from pyro_blora.posterior import calibration
+
+AGAINST = "temperature"  # what any way has to beat
+_PAIRS = [("gates", "gates, deployed"), ("gates and weights", "gates"), ("gates and weights", "ensemble")]
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
+_STYLES = ("-", "--", ":", "-", "--", "-", "-.")
+
+Cells = list[dict]
+
+
+def table(cells: Cells) -> str:
+    lines = [
+        "| way | bit operations | accuracy | NLL | T | NLL, scaled | ECE | by chance below | ECE, scaled | "
+        f"{' | '.join(MEASURES[3:])} |",
+        "|---" * 14 + "|",
+    ]
+    for cell in cells:
+        found, error, scores = measures(rows_of(cell)), errors(cell), cell["scores"]
+        said = {name: f"{found[name]:.4f} ± {error[name]:.4f}" for name in MEASURES}
+        if not any(cell["inside"]["information"]):
+            said[AUROC["information"]] = "none"
+        columns = [
+            cell["way"], _share(cell["bops"]), said["accuracy"], said["NLL"], f"{cell['temperature']:.2f}",
+            said["NLL, scaled"], f"{scores['ece_15']:.4f}", f"{scores['chance']['ece_15']['high']:.4f}",
+            f"{cell['scaled']['scores']['ece_15']:.4f}", *(said[name] for name in MEASURES[3:]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _share(bops: list[float]) -> str:
+    """Of one forward pass for each draw, in plain LoRA's; of an ensemble of all members."""
+    return f"{100 * sum(bops):.1f} %"
+
+
+def abstention(cells: Cells) -> str:
+    """Accuracy at the shares that `calibration.scores` answers."""
+    shares = [f"{share:g}" for share in sorted(calibration.COVERAGES, reverse=True)]
+    lines = [
+        f"| way | {' | '.join(f'{100 * float(s):.0f} % answered' for s in shares)} |",
+        "|---" * (len(shares) + 1) + "|",
+    ]
+    for cell in cells:
+        value, error = cell["scores"]["selective_accuracy"], cell["scores"]["errors"]["selective_accuracy"]
+        lines.append(f"| {cell['way']} | {' | '.join(f'{value[s]:.4f} ± {error[s]:.4f}' for s in shares)} |")
+    return "\n".join(lines)
+
+
+def compared(cells: Cells, pairs: list[tuple[str, str]]) -> dict[str, dict[str, Interval]]:
+    """The first of each pair of ways less the second, where both are there; by the first, or by both if they vary."""
+    by_way = {cell["way"]: cell for cell in cells}
+    rivals = {theirs for _, theirs in pairs}
+    return {
+        ours if len(rivals) == 1 else f"{ours} less {theirs}": differences(by_way[ours], by_way[theirs])
+        for ours, theirs in pairs if ours in by_way and theirs in by_way
+    }  # fmt: skip
+
+
+def differences_table(found: dict[str, dict[str, Interval]]) -> str:
+    lines = [f"| way | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
+    for way, values in found.items():
+        columns = [_interval(values[name]) if name in values else "" for name in MEASURES]
+        lines.append(f"| {way} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def verdicts(found: dict[str, dict[str, Interval]]) -> str:
+    """By measure: which ways are better or worse than the temperature beyond noise."""
+    lines = [f"| | better than {AGAINST}, beyond noise | worse, beyond noise | within noise |", "|---|---|---|---|"]
+    for name in MEASURES:
+        signs = {way: sign(x[name], name in LESS_IS_BETTER) for way, x in found.items() if name in x}
+        columns = [", ".join(f"`{way}`" for way, each in signs.items() if each == s) or "none" for s in (1, -1, 0)]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def doubts_table(cells: Cells) -> str:
+    lines = [
+        "| way | in place of 1 - p | AURC | AURC, all rows | AUROC |", "|---" * 5 + "|",
+    ]  # fmt: skip
+    for cell in cells:
+        for name, values in of_doubts(cell).items():
+            if any(cell["inside"][name]):
+                lines.append(f"| {cell['way']} | {DOUBTS[name]} | {' | '.join(map(_interval, values.values()))} |")
+    return "\n".join(lines)
+
+
+def _interval(found: Interval) -> str:
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
+
+
+def by_set(cells: Cells) -> dict[str, Cells]:
+    found: dict[str, Cells] = {}
+    for cell in cells:
+        found.setdefault(cell["summary"]["task"], []).append(cell)
+    return found
+
+
+def figure(cells: Cells, path: Path) -> None:
+    """Accuracy against the share of rows that is answered: of rows inside, and of all rows; a row of panels a set."""
+    sets = by_set(cells)
+    fig, axes = plt.subplots(len(sets), 2, figsize=(9, 3.6 * len(sets)), squeeze=False, constrained_layout=True)
+    for panels, (name, mine) in zip(axes, sets.items(), strict=True):
+        for cell, colour, style in zip(mine, _COLOURS, _STYLES, strict=False):
+            x = rows_of(cell)
+            for panel, which in zip(panels, (x["label"] == 1, x["label"] >= 0), strict=True):
+                right = x["right"][which][np.argsort(x["doubt"][which], kind="stable")]
+                count = np.arange(1, len(right) + 1)
+                shown = count > 0.05 * len(right)  # shares of a few rows are noise
+                panel.plot(count[shown] / len(right), (right.cumsum() / count)[shown], style, color=colour, lw=1.2,
+                           label=cell["way"])  # fmt: skip
+        for panel, what in zip(panels, ("test rows", "test rows and rows out of scope"), strict=True):
+            panel.set(xlabel="share answered, the most confident first", ylabel="accuracy", title=f"{name}: {what}")
+    axes[0, 0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def _size(cell: dict) -> str:
+    rows, outside = len(cell["inside"]["right"]), len(cell["outside"]["doubt"])
+    return (
+        f"{cell['summary']['task']} has {cell['config']['max_train']:,} training rows, {rows:,} test rows and "
+        f"{outside:,} out of scope"
+    )
+
+
+_INTRODUCTION = """A tenth of the training rows is held out for the temperatures: {sizes}. The
+backbone is MiniLM, with LoRA of rank 8 and {epochs} epochs; {draws} draws of gates, of weights and of dropout
+masks, three LoRAs in the ensemble; seed {seed}. One seed: errors and intervals are over the rows, not over
+trainings. The prior of the gates is `bops` at its usual rate, the weights are a cold Gaussian (`kl_weight` 0.01).
+Laplace is left out: with so many classes, its Jacobians take a backward pass for each of them.
+
+Of BANKING77, 20 intents are left out of training and their test rows are out of scope: the same bank, the same
+words, other questions. Rows of CLINC150 would be a poor choice: some ask BANKING77's questions, the others share no
+words with it. Of CLINC150, the rows out of scope are its authors'.
+
+Bit operations are of the adapted projections in one draw, in plain LoRA's; of an ensemble all members'. NLL is in
+nats per example. T is the temperature of least NLL on the held-out rows; scaled: at it. ECE is in 15 bins; that of
+calibrated predictions is below the next column in 95 % of cases. AURC is the share of wrong answers among the most
+confident rows, averaged over all shares answered (less is better); of all rows, where any answer to a row out of
+scope is wrong. AUROC is the probability that a row out of scope has more doubt than a test row, by three measures:
+1 - p with the greatest probability p, the entropy, and the mutual information of label and draw. ± are standard
+errors, of the AURC by bootstrap, of the AUROC as Hanley and McNeil's."""
+
+_PAIRED = """Each way less plain LoRA at its temperature, a single number. Intervals (95 %) are from a bootstrap of
+the rows, the same for both sides. `NLL, scaled` compares both at temperatures of their own. A mutual information is
+compared with the temperature's entropy, as a single prediction has none."""
+
+_BETWEEN = "The same differences between other ways: what averaging over draws adds, and what random weights add."
+
+_DOUBTS = """What is gained where rows are refused by entropy or by mutual information, rather than by the greatest
+probability of the same predictions. A positive difference of AURC is a loss, of AUROC a gain. Single predictions
+have no mutual information."""
+
+
+def report(options, cells: Cells) -> str:
+    config = cells[0]["config"]
+    sets = by_set(cells)
+    parts = [
+        "# What uncertainty is good for: abstention and rows out of scope",
+        f"`python experiments/uncertainty.py --data ../shared/data/intents`, {provenance(cells)}.",
+        _INTRODUCTION.format(
+            sizes="; ".join(_size(mine[0]) for mine in sets.values()),
+            epochs=config["epochs"], draws=config["draws"], seed=config["seed"],
+        ),
+    ]  # fmt: skip
+    sections: list[tuple[str, str, Callable[[Cells], str]]] = [
+        ("## Is it better than a temperature?", _PAIRED, _against_temperature),
+        ("## Do draws help?", _BETWEEN, lambda mine: differences_table(compared(mine, _PAIRS))),
+        ("## Which doubt? Entropy, mutual information, greatest probability", _DOUBTS, doubts_table),
+        ("## Accuracy against the share answered", "Of test rows, the most confident first.", abstention),
+    ]
+    parts += [f"## {name}\n\n{table(mine)}" for name, mine in sets.items()]
+    for title, text, written in sections:
+        parts += [f"{title}\n\n{text}", *(f"### {name}\n\n{written(mine)}" for name, mine in sets.items())]
+    return "\n\n".join([*parts, "![Accuracy against the share answered](figures/uncertainty.png)"]) + "\n"
+
+
+def _against_temperature(cells: Cells) -> str:
+    found = compared(cells, [(cell["way"], AGAINST) for cell in cells if cell["way"] != AGAINST])
+    return f"{verdicts(found)}\n\n{differences_table(found)}"
