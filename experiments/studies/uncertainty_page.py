@@ -11,15 +11,16 @@ import numpy as np
 
 from experiments.studies.cells import provenance
 from experiments.studies.doubts import (
+    ALL,
+    AURC,
     AUROC,
     DOUBTS,
     LESS_IS_BETTER,
-    MEASURES,
     Interval,
-    differences,
-    errors,
-    measures,
-    of_doubts,
+    error,
+    has_information,
+    interval,
+    resampled,
     rows_of,
     sign,
 )
@@ -30,24 +31,27 @@ _PAIRS = [("gates", "gates, deployed"), ("gates and weights", "gates"), ("gates 
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
 _STYLES = ("-", "--", ":", "-", "--", "-", "-.")
 
-Cells = list[dict]
+_SHOWN = ("accuracy", "NLL", "NLL, scaled", AURC["doubt"], ALL["doubt"], *AUROC.values())
+
+Cells = list[dict]  # of one set, but for those of `figure` and `report`
+Found = dict[str, dict[str, np.ndarray]]  # of `resampled`
 
 
-def table(cells: Cells) -> str:
+def table(cells: Cells, found: Found) -> str:
     lines = [
         "| way | bit operations | accuracy | NLL | T | NLL, scaled | ECE | by chance below | ECE, scaled | "
-        f"{' | '.join(MEASURES[3:])} |",
+        f"{' | '.join(_SHOWN[3:])} |",
         "|---" * 14 + "|",
     ]
     for cell in cells:
-        found, error, scores = measures(rows_of(cell)), errors(cell), cell["scores"]
-        said = {name: f"{found[name]:.4f} ± {error[name]:.4f}" for name in MEASURES}
-        if not any(cell["inside"]["information"]):
+        scores, scaled = cell["scores"], cell["scaled"]["scores"]
+        said = {name: f"{x[0]:.4f} ± {error(x):.4f}" for name, x in found[cell["way"]].items()}
+        if not has_information(cell):
             said[AUROC["information"]] = "none"
         columns = [
             cell["way"], _share(cell["bops"]), said["accuracy"], said["NLL"], f"{cell['temperature']:.2f}",
             said["NLL, scaled"], f"{scores['ece_15']:.4f}", f"{scores['chance']['ece_15']['high']:.4f}",
-            f"{cell['scaled']['scores']['ece_15']:.4f}", *(said[name] for name in MEASURES[3:]),
+            f"{scaled['ece_15']:.4f}", *(said[name] for name in _SHOWN[3:]),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
@@ -58,7 +62,7 @@ def _share(bops: list[float]) -> str:
     return f"{100 * sum(bops):.1f} %"
 
 
-def abstention(cells: Cells) -> str:
+def abstention(cells: Cells, _: Found) -> str:
     """Accuracy at the shares that `calibration.scores` answers."""
     shares = [f"{share:g}" for share in sorted(calibration.COVERAGES, reverse=True)]
     lines = [
@@ -66,47 +70,52 @@ def abstention(cells: Cells) -> str:
         "|---" * (len(shares) + 1) + "|",
     ]
     for cell in cells:
-        value, error = cell["scores"]["selective_accuracy"], cell["scores"]["errors"]["selective_accuracy"]
-        lines.append(f"| {cell['way']} | {' | '.join(f'{value[s]:.4f} ± {error[s]:.4f}' for s in shares)} |")
+        values, errors = cell["scores"]["selective_accuracy"], cell["scores"]["errors"]["selective_accuracy"]
+        lines.append(f"| {cell['way']} | {' | '.join(f'{values[s]:.4f} ± {errors[s]:.4f}' for s in shares)} |")
     return "\n".join(lines)
 
 
-def compared(cells: Cells, pairs: list[tuple[str, str]]) -> dict[str, dict[str, Interval]]:
-    """The first of each pair of ways less the second, where both are there; by the first, or by both if they vary."""
-    by_way = {cell["way"]: cell for cell in cells}
-    rivals = {theirs for _, theirs in pairs}
-    return {
-        ours if len(rivals) == 1 else f"{ours} less {theirs}": differences(by_way[ours], by_way[theirs])
-        for ours, theirs in pairs if ours in by_way and theirs in by_way
-    }  # fmt: skip
+def compared(cells: Cells, found: Found, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Interval]]:
+    """The first of each pair of ways less the second, where both are there.
+
+    Where the second has no mutual information, its entropy stands for it; where the first has none, it is left out.
+    """
+    by_way, differences = {cell["way"]: cell for cell in cells}, {}
+    for ours, theirs in (pair for pair in pairs if set(pair) <= set(by_way)):
+        names = {name: name for name in _SHOWN}
+        if not has_information(by_way[theirs]):
+            names[AUROC["information"]] = AUROC["entropy"]
+        if not has_information(by_way[ours]):
+            del names[AUROC["information"]]
+        differences[ours, theirs] = {a: interval(found[ours][a] - found[theirs][b]) for a, b in names.items()}
+    return differences
 
 
-def differences_table(found: dict[str, dict[str, Interval]]) -> str:
-    lines = [f"| way | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
-    for way, values in found.items():
-        columns = [_interval(values[name]) if name in values else "" for name in MEASURES]
-        lines.append(f"| {way} | {' | '.join(columns)} |")
+def differences_table(found: dict[tuple[str, str], dict[str, Interval]]) -> str:
+    lines = [f"| way | less | {' | '.join(_SHOWN)} |", "|---" * (len(_SHOWN) + 2) + "|"]
+    for ways, values in found.items():
+        columns = [_interval(values[name]) if name in values else "" for name in _SHOWN]
+        lines.append(f"| {' | '.join([*ways, *columns])} |")
     return "\n".join(lines)
 
 
-def verdicts(found: dict[str, dict[str, Interval]]) -> str:
+def verdicts(found: dict[tuple[str, str], dict[str, Interval]]) -> str:
     """By measure: which ways are better or worse than the temperature beyond noise."""
     lines = [f"| | better than {AGAINST}, beyond noise | worse, beyond noise | within noise |", "|---|---|---|---|"]
-    for name in MEASURES:
-        signs = {way: sign(x[name], name in LESS_IS_BETTER) for way, x in found.items() if name in x}
+    for name in _SHOWN:
+        signs = {way: sign(x[name], name in LESS_IS_BETTER) for (way, _), x in found.items() if name in x}
         columns = [", ".join(f"`{way}`" for way, each in signs.items() if each == s) or "none" for s in (1, -1, 0)]
         lines.append(f"| {name} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def doubts_table(cells: Cells) -> str:
-    lines = [
-        "| way | in place of 1 - p | AURC | AURC, all rows | AUROC |", "|---" * 5 + "|",
-    ]  # fmt: skip
+def doubts_table(cells: Cells, found: Found) -> str:
+    lines = ["| way | in place of 1 - p | AURC | AURC of all rows | AUROC |", "|---" * 5 + "|"]
     for cell in cells:
-        for name, values in of_doubts(cell).items():
-            if any(cell["inside"][name]):
-                lines.append(f"| {cell['way']} | {DOUBTS[name]} | {' | '.join(map(_interval, values.values()))} |")
+        x = found[cell["way"]]
+        for name in ("entropy", "information") if has_information(cell) else ("entropy",):
+            gains = [_interval(interval(x[what[name]] - x[what["doubt"]])) for what in (AURC, ALL, AUROC)]
+            lines.append(f"| {' | '.join([cell['way'], DOUBTS[name], *gains])} |")
     return "\n".join(lines)
 
 
@@ -128,7 +137,7 @@ def figure(cells: Cells, path: Path) -> None:
     for panels, (name, mine) in zip(axes, sets.items(), strict=True):
         for cell, colour, style in zip(mine, _COLOURS, _STYLES, strict=False):
             x = rows_of(cell)
-            for panel, which in zip(panels, (x["label"] == 1, x["label"] >= 0), strict=True):
+            for panel, which in zip(panels, (x["inside"], x["inside"] >= 0), strict=True):
                 right = x["right"][which][np.argsort(x["doubt"][which], kind="stable")]
                 count = np.arange(1, len(right) + 1)
                 shown = count > 0.05 * len(right)  # shares of a few rows are noise
@@ -165,7 +174,7 @@ calibrated predictions is below the next column in 95 % of cases. AURC is the sh
 confident rows, averaged over all shares answered (less is better); of all rows, where any answer to a row out of
 scope is wrong. AUROC is the probability that a row out of scope has more doubt than a test row, by three measures:
 1 - p with the greatest probability p, the entropy, and the mutual information of label and draw. ± are standard
-errors, of the AURC by bootstrap, of the AUROC as Hanley and McNeil's."""
+errors by bootstrap of the rows, inside and out of scope together."""
 
 _PAIRED = """Each way less plain LoRA at its temperature, a single number. Intervals (95 %) are from a bootstrap of
 the rows, the same for both sides. `NLL, scaled` compares both at temperatures of their own. A mutual information is
@@ -189,18 +198,23 @@ def report(options, cells: Cells) -> str:
             epochs=config["epochs"], draws=config["draws"], seed=config["seed"],
         ),
     ]  # fmt: skip
-    sections: list[tuple[str, str, Callable[[Cells], str]]] = [
+    sections: list[tuple[str, str, Callable[[Cells, Found], str]]] = [
         ("## Is it better than a temperature?", _PAIRED, _against_temperature),
-        ("## Do draws help?", _BETWEEN, lambda mine: differences_table(compared(mine, _PAIRS))),
+        ("## Do draws help?", _BETWEEN, _between),
         ("## Which doubt? Entropy, mutual information, greatest probability", _DOUBTS, doubts_table),
         ("## Accuracy against the share answered", "Of test rows, the most confident first.", abstention),
     ]
-    parts += [f"## {name}\n\n{table(mine)}" for name, mine in sets.items()]
+    found = {name: resampled(mine) for name, mine in sets.items()}
+    parts += [f"## {name}\n\n{table(mine, found[name])}" for name, mine in sets.items()]
     for title, text, written in sections:
-        parts += [f"{title}\n\n{text}", *(f"### {name}\n\n{written(mine)}" for name, mine in sets.items())]
+        parts += [f"{title}\n\n{text}", *(f"### {name}\n\n{written(mine, found[name])}" for name, mine in sets.items())]
     return "\n\n".join([*parts, "![Accuracy against the share answered](figures/uncertainty.png)"]) + "\n"
 
 
-def _against_temperature(cells: Cells) -> str:
-    found = compared(cells, [(cell["way"], AGAINST) for cell in cells if cell["way"] != AGAINST])
-    return f"{verdicts(found)}\n\n{differences_table(found)}"
+def _against_temperature(cells: Cells, found: Found) -> str:
+    differences = compared(cells, found, [(cell["way"], AGAINST) for cell in cells if cell["way"] != AGAINST])
+    return f"{verdicts(differences)}\n\n{differences_table(differences)}"
+
+
+def _between(cells: Cells, found: Found) -> str:
+    return differences_table(compared(cells, found, _PAIRS))

@@ -10,8 +10,20 @@ from tiny import save_tiny_backbone
 
 from experiments import uncertainty
 from experiments.studies import compare, intents
-from experiments.studies.doubts import AREAS, AUROC, MEASURES, auroc, differences, errors, measures, of_doubts, rows_of
-from experiments.studies.uncertainty_page import report
+from experiments.studies.doubts import (
+    ALL,
+    AURC,
+    AUROC,
+    MEASURES,
+    auroc,
+    error,
+    interval,
+    measures,
+    resampled,
+    rows_of,
+    sign,
+)
+from experiments.studies.uncertainty_page import compared, report
 from pyro_blora.posterior import calibration
 from pyro_blora.tasks import get_task
 
@@ -86,15 +98,17 @@ def cell(way="gates", *, scaled=False, **settings):
 
 def test_measures_are_those_of_calibration():
     outputs, labels = predictions()
-    mean, found = outputs["eval"].double().mean(0), measures(rows_of(cell()))
+    mean, found = outputs["eval"].double().mean(0), dict(zip(MEASURES, measures(rows_of(cell())), strict=True))
     told = calibration.out_of_distribution(outputs["eval"], outputs["ood"])
     right = mean.argmax(-1) == labels["eval"]
     assert found["accuracy"] == pytest.approx(right.double().mean().item())
     assert found["NLL"] == pytest.approx(calibration.nll(mean, labels["eval"]), rel=1e-3)
-    assert found["AURC"] == pytest.approx(calibration.aurc(mean.max(-1).values, right), rel=0.02)  # digits make ties
+    assert found[AURC["doubt"]] == pytest.approx(
+        calibration.aurc(mean.max(-1).values, right), rel=0.02
+    )  # digits make ties
     assert found[AUROC["entropy"]] == pytest.approx(told["entropy"], abs=1e-3) and told["entropy"] > 0.8
     assert found[AUROC["information"]] == pytest.approx(told["mutual_information"], abs=1e-3)
-    assert found["AURC, all rows"] > found["AURC"] and set(errors(cell())) == set(MEASURES)
+    assert found[ALL["doubt"]] > found[AURC["doubt"]]
 
 
 def test_auroc_from_ranks_counts_ties_half():
@@ -103,20 +117,30 @@ def test_auroc_from_ranks_counts_ties_half():
     assert auroc(doubt, outside) == pytest.approx(calibration.auroc(positive, negative))
 
 
-def test_differences_are_paired_and_have_a_sign():
-    sharp, same = cell(), cell()
-    assert all(found == (0, 0, 0) for found in differences(sharp, same).values())
-    single = cell("temperature", draws=1, scaled=True)
-    assert AUROC["information"] not in differences(single, sharp)
-    mean, low, high = differences(sharp, single)[AUROC["information"]]  # less the entropy of a single prediction
-    assert low < mean < high and mean == pytest.approx(
-        measures(rows_of(sharp))[AUROC["information"]] - measures(rows_of(single))[AUROC["entropy"]]
-    )
+def test_differences_are_paired():
+    gates, temperature = cell(), cell("temperature", draws=1, scaled=True)
+    found = resampled([gates, temperature, cell("same")])
+    pairs = [("gates", "same"), ("gates", "temperature"), ("temperature", "gates"), ("gates", "absent")]
+    differences = compared([gates, temperature, cell("same")], found, pairs)
+    assert set(differences) == set(pairs[:3])
+    assert all(each == (0, 0, 0) for each in differences["gates", "same"].values())
+    mean, low, high = differences["gates", "temperature"][AUROC["information"]]  # less the entropy of a point
+    assert mean == found["gates"][AUROC["information"]][0] - found["temperature"][AUROC["entropy"]][0]
+    assert low < mean < high and AUROC["information"] not in differences["temperature", "gates"]
+    n, accuracy = 400, found["gates"]["accuracy"]
+    assert error(accuracy) == pytest.approx((accuracy[0] * (1 - accuracy[0]) / n) ** 0.5, rel=0.25)  # of a share
+
+
+def test_an_interval_has_a_sign_where_it_excludes_zero():
+    values = np.r_[0.3, np.random.default_rng(0).normal(0.3, 0.1, 4000)]
+    assert interval(values) == pytest.approx((0.3, 0.3 - 0.196, 0.3 + 0.196), abs=0.01)
+    assert sign((0.3, 0.1, 0.5), False) == sign((-0.3, -0.5, -0.1), True) == 1
+    assert sign((0.3, 0.1, 0.5), True) == -1 and sign((0.1, -0.1, 0.3), True) == 0
 
 
 def test_a_doubt_in_which_draws_differ_finds_rows_whose_draws_differ():
-    found = of_doubts(cell(sharpness=1.0))
-    assert found["information"]["AUROC"][1] > 0 and set(found["entropy"]) == {*AREAS, "AUROC"}
+    found = resampled([cell(sharpness=1.0)])["gates"]
+    assert interval(found[AUROC["information"]] - found[AUROC["doubt"]])[1] > 0
 
 
 def test_a_temperature_is_taken_where_it_is_asked_for():
@@ -133,7 +157,7 @@ def test_the_page_says_what_is_better_beyond_noise():
     text = report(None, [cell("temperature", draws=1, scaled=True), worse, cell("gates", draws=4)])
     row = next(line for line in text.splitlines() if line.startswith("| accuracy |"))
     assert row.split(" | ")[2] == "`gates, deployed`"
-    assert "gates less gates, deployed" in text and "400 test rows and 100 out of scope" in text
+    assert "| gates | gates, deployed | " in text and "400 test rows and 100 out of scope" in text
     assert "nan" not in text
 
 
