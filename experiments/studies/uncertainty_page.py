@@ -1,5 +1,6 @@
 """The page of experiments/uncertainty.py: scores of each way, differences between ways, measures of doubt, a figure."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from experiments.studies.doubts import (
 )
 from pyro_blora.posterior import calibration
 
-AGAINST = "temperature"  # what any way has to beat
+AGAINST = ("lora", "temperature")  # what any way has to beat
 _PAIRS = [("gates", "gates, deployed"), ("gates and weights", "gates"), ("gates and weights", "ensemble")]
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
 _STYLES = ("-", "--", ":", "-", "--", "-", "-.")
@@ -100,12 +101,13 @@ def differences_table(found: dict[tuple[str, str], dict[str, Interval]]) -> str:
 
 
 def verdicts(found: dict[tuple[str, str], dict[str, Interval]]) -> str:
-    """By measure: which ways are better or worse than the temperature beyond noise."""
-    lines = [f"| | better than {AGAINST}, beyond noise | worse, beyond noise | within noise |", "|---|---|---|---|"]
-    for name in _SHOWN:
-        signs = {way: sign(x[name], name in LESS_IS_BETTER) for (way, _), x in found.items() if name in x}
-        columns = [", ".join(f"`{way}`" for way, each in signs.items() if each == s) or "none" for s in (1, -1, 0)]
-        lines.append(f"| {name} | {' | '.join(columns)} |")
+    """By measure: which ways are better or worse than each that they are compared with, beyond noise."""
+    lines = ["| | less | better, beyond noise | worse, beyond noise | within noise |", "|---" * 5 + "|"]
+    for name, rival in itertools.product(_SHOWN, dict.fromkeys(theirs for _, theirs in found)):
+        values = {ours: x[name] for (ours, theirs), x in found.items() if theirs == rival and name in x}
+        signs = {ours: sign(x, name in LESS_IS_BETTER) for ours, x in values.items()}
+        columns = [", ".join(f"`{ours}`" for ours, each in signs.items() if each == s) or "none" for s in (1, -1, 0)]
+        lines.append(f"| {name} | {rival} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -137,7 +139,7 @@ def figure(cells: Cells, path: Path) -> None:
     for panels, (name, mine) in zip(axes, sets.items(), strict=True):
         for cell, colour, style in zip(mine, _COLOURS, _STYLES, strict=False):
             x = rows_of(cell)
-            for panel, which in zip(panels, (x["inside"], x["inside"] >= 0), strict=True):
+            for panel, which in zip(panels, (x["inside"], slice(None)), strict=True):
                 right = x["right"][which][np.argsort(x["doubt"][which], kind="stable")]
                 count = np.arange(1, len(right) + 1)
                 shown = count > 0.05 * len(right)  # shares of a few rows are noise
@@ -176,9 +178,9 @@ scope is wrong. AUROC is the probability that a row out of scope has more doubt 
 1 - p with the greatest probability p, the entropy, and the mutual information of label and draw. ± are standard
 errors by bootstrap of the rows, inside and out of scope together."""
 
-_PAIRED = """Each way less plain LoRA at its temperature, a single number. Intervals (95 %) are from a bootstrap of
-the rows, the same for both sides. `NLL, scaled` compares both at temperatures of their own. A mutual information is
-compared with the temperature's entropy, as a single prediction has none."""
+_PAIRED = """Each way less plain LoRA, as it is and at its temperature, a single number. Intervals (95 %) are from a
+bootstrap of the rows, the same for both sides. `NLL, scaled` compares both at temperatures of their own. A mutual
+information is compared with an entropy of theirs, as a single prediction has none."""
 
 _BETWEEN = "The same differences between other ways: what averaging over draws adds, and what random weights add."
 
@@ -199,7 +201,7 @@ def report(options, cells: Cells) -> str:
         ),
     ]  # fmt: skip
     sections: list[tuple[str, str, Callable[[Cells, Found], str]]] = [
-        ("## Is it better than a temperature?", _PAIRED, _against_temperature),
+        ("## Is it better than plain LoRA, and than a temperature?", _PAIRED, _against_one_number),
         ("## Do draws help?", _BETWEEN, _between),
         ("## Which doubt? Entropy, mutual information, greatest probability", _DOUBTS, doubts_table),
         ("## Accuracy against the share answered", "Of test rows, the most confident first.", abstention),
@@ -211,8 +213,9 @@ def report(options, cells: Cells) -> str:
     return "\n\n".join([*parts, "![Accuracy against the share answered](figures/uncertainty.png)"]) + "\n"
 
 
-def _against_temperature(cells: Cells, found: Found) -> str:
-    differences = compared(cells, found, [(cell["way"], AGAINST) for cell in cells if cell["way"] != AGAINST])
+def _against_one_number(cells: Cells, found: Found) -> str:
+    pairs = [(cell["way"], rival) for rival in AGAINST for cell in cells if cell["way"] != rival]
+    differences = compared(cells, found, pairs)
     return f"{verdicts(differences)}\n\n{differences_table(differences)}"
 
 

@@ -156,7 +156,7 @@ def test_the_page_says_what_is_better_beyond_noise():
     worse = cell("gates, deployed", draws=1, sharpness=0.5, seed=1)
     text = report(None, [cell("temperature", draws=1, scaled=True), worse, cell("gates", draws=4)])
     row = next(line for line in text.splitlines() if line.startswith("| accuracy |"))
-    assert row.split(" | ")[2] == "`gates, deployed`"
+    assert row.split(" | ")[3] == "`gates, deployed`"
     assert "| gates | gates, deployed | " in text and "400 test rows and 100 out of scope" in text
     assert "nan" not in text
 
