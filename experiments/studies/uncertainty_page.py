@@ -160,23 +160,25 @@ def _size(cell: dict) -> str:
     )
 
 
-_INTRODUCTION = """A tenth of the training rows is held out for the temperatures: {sizes}. The
-backbone is MiniLM, with LoRA of rank 8 and {epochs} epochs; {draws} draws of gates, of weights and of dropout
-masks, three LoRAs in the ensemble; seed {seed}. One seed: errors and intervals are over the rows, not over
-trainings. The prior of the gates is `bops` at its usual rate, the weights are a cold Gaussian (`kl_weight` 0.01).
-Laplace is left out: with so many classes, its Jacobians take a backward pass for each of them.
+_INTRODUCTION = """{sizes}. A tenth of the training rows is held out for the temperatures.
 
-Of BANKING77, 20 intents are left out of training and their test rows are out of scope: the same bank, the same
-words, other questions. Rows of CLINC150 would be a poor choice: some ask BANKING77's questions, the others share no
-words with it. Of CLINC150, the rows out of scope are its authors'.
+The backbone is MiniLM, with LoRA of rank 8 and {epochs} epochs; {draws} draws of gates, of weights and of dropout
+masks, three LoRAs in the ensemble; seed {seed}. One seed: errors and intervals are over the rows, not over trainings.
+The prior of the gates is `bops` at its usual rate, the weights are a cold Gaussian (`kl_weight` 0.01). Laplace is left
+out: with so many classes, its Jacobians take a backward pass for each of them. What follows from the numbers is in
+[Findings](../docs/explanation/findings.md#abstention-and-rows-out-of-scope).
 
-Bit operations are of the adapted projections in one draw, in plain LoRA's; of an ensemble all members'. NLL is in
-nats per example. T is the temperature of least NLL on the held-out rows; scaled: at it. ECE is in 15 bins; that of
-calibrated predictions is below the next column in 95 % of cases. AURC is the share of wrong answers among the most
-confident rows, averaged over all shares answered (less is better); of all rows, where any answer to a row out of
-scope is wrong. AUROC is the probability that a row out of scope has more doubt than a test row, by three measures:
-1 - p with the greatest probability p, the entropy, and the mutual information of label and draw. ± are standard
-errors by bootstrap of the rows, inside and out of scope together."""
+Of BANKING77, 20 intents are left out of training and their test rows are out of scope: the same bank, the same words,
+other questions. Rows of CLINC150 would be a poor choice: some ask BANKING77's questions, the others share no words with
+it. Of CLINC150, the rows out of scope are its authors'.
+
+Bit operations are of the adapted projections in one draw, in plain LoRA's; of an ensemble all members'. NLL is in nats
+per example. T is the temperature of least NLL on the held-out rows, below 1 where predictions are too cautious; scaled:
+at it. ECE is in 15 bins; that of calibrated predictions is below the next column in 95 % of cases. AURC is the share of
+wrong answers among the most confident rows, averaged over all shares answered (less is better); of all rows, where any
+answer to a row out of scope is wrong. AUROC is the probability that a row out of scope has more doubt than a test row,
+by three measures: 1 - p with the greatest probability p, the entropy, and the mutual information of label and draw. ±
+are standard errors by bootstrap of the rows, inside and out of scope together."""
 
 _PAIRED = """Each way less plain LoRA, as it is and at its temperature, a single number. Intervals (95 %) are from a
 bootstrap of the rows, the same for both sides. `NLL, scaled` compares both at temperatures of their own. A mutual
@@ -214,7 +216,8 @@ def report(options, cells: Cells) -> str:
 
 
 def _against_one_number(cells: Cells, found: Found) -> str:
-    pairs = [(cell["way"], rival) for rival in AGAINST for cell in cells if cell["way"] != rival]
+    ways = [cell["way"] for cell in cells if cell["way"] != AGAINST[0]]
+    pairs = [(way, rival) for rival in AGAINST for way in ways if way != rival]
     differences = compared(cells, found, pairs)
     return f"{verdicts(differences)}\n\n{differences_table(differences)}"
 
