@@ -71,22 +71,23 @@ def predictions(
 
     drawn: where gates are learned, they are drawn, and the weights with them; else as they are deployed.
     """
-    outputs, labels, said = {}, {}, {"seconds": 0.0, "bops": []}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    labels, seconds, costs = {}, 0.0, []
     for member in members(config):
         run = fit(member, folder=folder / member.folder_name)
-        said["seconds"] += run.seconds
+        seconds += run.seconds
         program, draws = run.program, config.draws
         gates, theta, dropout_seed = Gates(*(x[None] for x in deployed(program))), None, None
         if config.average_over == "dropout":
             gates, dropout_seed = Gates(*(x.expand(draws, *x.shape[1:]) for x in gates)), config.seed
         elif drawn and config.method == "bayesian_lora":
             gates, theta = draw(program, draws, seed=config.seed), draw_weights(program, draws, seed=config.seed)
-        said["bops"].append(float(bops(program).adapted_ratio))
+        costs.append(float(bops(program).adapted_ratio))
         for split in ("validation", "eval", "ood"):
             found = predicted(run.parts, split, gates, theta, dropout_seed=dropout_seed)
             outputs.setdefault(split, []).append(found.outputs)
             labels[split] = found.labels
-    return {split: torch.cat(x) for split, x in outputs.items()}, labels, said
+    return {split: torch.cat(x) for split, x in outputs.items()}, labels, {"seconds": seconds, "bops": costs}
 
 
 def of_examples(outputs: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, list]:

@@ -139,10 +139,10 @@ def figure(cells: Cells, path: Path) -> None:
     for panels, (name, mine) in zip(axes, sets.items(), strict=True):
         for cell, colour, style in zip(mine, _COLOURS, _STYLES, strict=False):
             x = rows_of(cell)
-            for panel, which in zip(panels, (x["inside"], slice(None)), strict=True):
+            for panel, which in zip(panels, (x["inside"], np.full(len(x["inside"]), True)), strict=True):
                 right = x["right"][which][np.argsort(x["doubt"][which], kind="stable")]
                 count = np.arange(1, len(right) + 1)
-                shown = count > 0.05 * len(right)  # shares of a few rows are noise
+                shown = count > 0.2 * len(right)  # shares of a few rows are noise
                 panel.plot(count[shown] / len(right), (right.cumsum() / count)[shown], style, color=colour, lw=1.2,
                            label=cell["way"])  # fmt: skip
         for panel, what in zip(panels, ("test rows", "test rows and rows out of scope"), strict=True):
