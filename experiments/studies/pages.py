@@ -4,11 +4,15 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+GLUE = ("--glue_dir", "folder of the official TSV release")
 
-def study_parser(doc: str, name: str, *, max_train: int | None, output_dir: str) -> argparse.ArgumentParser:
-    """A parser of the shared options; the script's own are added to it."""
+
+def study_parser(
+    doc: str, name: str, *, max_train: int | None, output_dir: str, data: tuple[str, str] = GLUE
+) -> argparse.ArgumentParser:
+    """A parser of the shared options; the script's own are added to it.  data: flag and help of the data's folder."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--glue_dir", required=True, help="folder of the official TSV release")
+    parser.add_argument(data[0], required=True, help=data[1])
     parser.add_argument("--backbone", default="demo", help="demo (MiniLM), a folder, or a name on the hub")
     parser.add_argument("--max_train", type=int, default=max_train)
     parser.add_argument("--epochs", type=int, default=2)

@@ -2,8 +2,9 @@
 
 Shapes: S draws, E examples, C classes; outputs (S, E, C) probabilities of each draw, mean (E, C), labels (E,).
 Units: nats. Sources: Naeini et al. (2015) for ECE; Nixon et al. (2019) for equal counts; Guo et al. (2017) for the
-temperature; Depeweg et al. (2018) for the two parts of the entropy; Geifman and El-Yaniv (2017) for selection;
-Bröcker and Smith (2007) for what a calibrated model has by chance; Hanley and McNeil (1982) for the error of an AUROC.
+temperature; Depeweg et al. (2018) for the two parts of the entropy; Geifman and El-Yaniv (2017) for selection; Geifman,
+Uziel and El-Yaniv (2019) for its area; Bröcker and Smith (2007) for what a calibrated model has by chance; Hanley and
+McNeil (1982) for the error of an AUROC.
 """
 
 import numpy as np
@@ -128,6 +129,16 @@ def selective_accuracy(mean: Tensor, labels: Tensor) -> dict[str, float]:
     confidence, decision = mean.max(-1)
     right = (decision == labels)[confidence.argsort(descending=True, stable=True)].double()
     return {f"{share:g}": right[: _answered(share, len(right))].mean().item() for share in COVERAGES}
+
+
+def aurc(confidence: Tensor, right: Tensor) -> float:
+    """Area under the risk-coverage curve: the share of wrong answers among the k most confident, averaged over all k.
+
+    confidence, right: (E,). 0 where everything is right; where the confidence says nothing, about the share of wrong
+    answers. Equal confidences keep their order.
+    """
+    wrong = 1 - right[confidence.argsort(descending=True, stable=True)].double()
+    return (wrong.cumsum(0) / torch.arange(1, len(wrong) + 1, device=wrong.device)).mean().item()
 
 
 def _answered(share: float, n: int) -> int:

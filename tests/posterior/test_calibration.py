@@ -12,6 +12,7 @@ from pyro_blora.posterior import calibration
 from pyro_blora.posterior.calibration import (
     adaptive_ece,
     at_temperature,
+    aurc,
     auroc,
     brier,
     ece,
@@ -39,6 +40,20 @@ def test_three_examples_by_hand():
     assert adaptive_ece(mean, labels, bins=2) == pytest.approx((abs(0.6 + 0.8 - 1) + abs(0.9 - 1)) / 3)
     assert adaptive_ece(mean, labels, bins=1) == pytest.approx(abs((0.9 + 0.6 + 0.8) / 3 - 2 / 3))
     assert calibration.selective_accuracy(mean, labels) == {"0.5": 1.0, "0.8": 1.0, "0.9": 2 / 3, "0.95": 2 / 3}
+
+
+def test_the_area_of_risk_and_coverage_by_hand():
+    confidence, right = torch.tensor([0.2, 0.9, 0.6, 0.4]), torch.tensor([False, True, False, True])
+    assert aurc(confidence, right) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)  # risks of 1, 2, 3, 4 answers
+    assert aurc(confidence, torch.ones(4)) == 0 and aurc(confidence, torch.zeros(4)) == 1
+    assert aurc(torch.ones(4), right) == pytest.approx((1 + 1 / 2 + 2 / 3 + 2 / 4) / 4)  # equal ones in their order
+
+
+def test_the_best_and_the_worst_order_bound_the_area():
+    right = torch.rand(500, generator=torch.Generator().manual_seed(0)) < 0.8
+    noise = torch.rand(500, generator=torch.Generator().manual_seed(1))
+    best, by_chance, worst = (aurc(x, right) for x in (right + noise, noise, noise - right.float()))
+    assert best < by_chance < worst and by_chance == pytest.approx(1 - right.float().mean().item(), abs=0.05)
 
 
 def test_uncertainty_has_two_parts():
