@@ -112,8 +112,8 @@ new.join(answers[["label", "confidence", "entropy", "mutual_information"]]).roun
 #
 # ## Out and in
 #
-# `export` writes a PEFT adapter, which `load` reads back. The task's code is not needed for that: names of labels and of
-# the text column are in the folder.
+# `export` writes a PEFT adapter, which `load` reads back. The task's code is not needed for that: the names of labels
+# and of the text column are in the folder.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Of what use is the uncertainty? Abstention and rows out of scope, on intents: BANKING77 and CLINC150.
 
-    python experiments/uncertainty.py --data ../shared/data/intents --report benchmarks/uncertainty.md \\
+    python experiments/uncertainty.py --data INTENTS --report benchmarks/uncertainty.md \\
         --figures benchmarks/figures
 
 A way to be uncertain is one cell: LoRA alone, the same at a temperature, its dropout masks, three LoRAs averaged, the

@@ -196,7 +196,7 @@ def report(options, cells: Cells) -> str:
     sets = by_set(cells)
     parts = [
         "# What uncertainty is good for: abstention and rows out of scope",
-        f"`python experiments/uncertainty.py --data ../shared/data/intents`, {provenance(cells)}.",
+        f"`python experiments/uncertainty.py --data INTENTS`, {provenance(cells)}.",
         _INTRODUCTION.format(
             sizes="; ".join(_size(mine[0]) for mine in sets.values()),
             epochs=config["epochs"], draws=config["draws"], seed=config["seed"],

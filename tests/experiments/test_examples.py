@@ -53,7 +53,15 @@ def tiny_results(folder):
 
 
 def test_every_script_is_in_the_table():
-    with_their_own_tests = {"chaos.py", "gpu.py", "plan.py", "glue_table.py", "notebooks.py", "uncertainty.py"}
+    with_their_own_tests = {
+        "chaos.py",
+        "gpu.py",
+        "plan.py",
+        "glue_table.py",
+        "notebooks.py",
+        "uncertainty.py",
+        "predict_memory.py",
+    }
     assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS) | with_their_own_tests
 
 
@@ -101,3 +109,8 @@ def _in_a_process_of_its_own(script, arguments, monkeypatch):
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_memory_of_predictions_is_printed_by_rows(monkeypatch, capsys):
+    _here("predict_memory.py", ["--rows", "30"], monkeypatch)
+    assert "| rows | peak memory | seconds |" in (said := capsys.readouterr().out) and "| 30 | " in said
