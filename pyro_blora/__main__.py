@@ -4,7 +4,6 @@ torch and transformers are imported when a command needs them, so that `--help` 
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import signal
@@ -153,9 +152,13 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         return 0
     prepare(quiet=quiet)
     with heeded():
-        with contextlib.suppress(Interrupted), silenced(quiet), phase("importing PyTorch, Pyro and transformers"):
-            from .distributed import leave
-            from .run import train_run
+        try:
+            with silenced(quiet), phase("importing PyTorch, Pyro and transformers"):
+                from .distributed import leave
+                from .run import train_run
+        except BaseException:  # whatever a library has made of an interruption
+            if not asked():
+                raise
         if signum := asked():  # also where a library has caught it
             raise Interrupted(signum, "nothing had begun: the same command starts the run")
         keep_freed_memory()

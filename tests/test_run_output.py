@@ -59,12 +59,16 @@ def test_a_log_names_every_phase_in_lines(logged):
     assert done.stdout.splitlines()[-1] == str(config.folder)
 
 
-def test_what_a_run_says_can_be_done_next_can_be_done(logged, capsys):
+def test_what_a_run_says_can_be_done_next_can_be_done(logged, capsys, tmp_path, monkeypatch):
     config, done = logged
     steps = dict(re.findall(r"^  (\w[\w ]+?)  +(.+)$", done.stdout, re.MULTILINE))
-    assert len(steps) == 6
+    assert len(steps) == 7
     assert os.path.isfile(steps.pop("open its page in a browser"))
     assert os.path.isfile(steps.pop("use the exported adapter").removeprefix("the code in "))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.csv").write_text("sentence\nThe soldier lost these cameras.\n", encoding="utf-8")
+    predict = shlex.split(steps.pop("predict new texts").replace(" FILE ", " new.csv "))
+    assert main(predict[1:]) == 0 and len((tmp_path / "answers.csv").read_text("utf-8").splitlines()) == 2
     exec(steps.pop("go on in Python"), found := {})
     assert found["program"].net.layout.rank == config.rank
     again = dataclasses.replace(config, seed=config.seed + 1)

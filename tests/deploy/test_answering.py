@@ -174,7 +174,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_outcome_answers(backbone, name):
+def test_every_kind_of_outcome_answers(backbone, name, forget):
     register_task(KINDS[name])
     trained = fit(tiny_config(backbone, task=KINDS[name].name, max_train=32, epochs=1))
     texts = {"several": ["the dog", "a cat"], "stars": [("the dog", "a cat"), ("a", "b c")],

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_backbone, tiny_config, tiny_grid
+from tiny import save_tiny_backbone, tiny_config
 
 from experiments.grid import results, write_results
 from experiments.studies.grid_file import Cell
@@ -31,7 +31,6 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs e --simulations 5 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
-    "grid.py": "GRID --output_dir OUT",
     "glue_small.py": "--glue_dir GLUE --backbone TINY --tasks wnli --max_train 64 --max_length 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
     "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag xs8-gates-gaussian --max_train 100 --epochs 5 "
@@ -61,6 +60,7 @@ def test_every_script_is_in_the_table():
         "notebooks.py",
         "uncertainty.py",
         "predict_memory.py",
+        "grid.py",
     }
     assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS) | with_their_own_tests
 
@@ -68,9 +68,6 @@ def test_every_script_is_in_the_table():
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_a_script_runs_and_leaves_results(script, tmp_path, request, monkeypatch):
     arguments = SCRIPTS[script].replace("OUT", str(tmp_path / "out"))
-    if "GRID" in arguments:
-        backbone = save_tiny_backbone(tmp_path / "tiny")
-        arguments = arguments.replace("GRID", str(tiny_grid(tmp_path / "grid.yaml", backbone)))
     if "RUN" in arguments:
         config = tiny_config(save_tiny_backbone(tmp_path / "tiny"), output_dir=str(tmp_path / "out"))
         arguments = arguments.replace("RUN", str(train_run(config)))

@@ -213,8 +213,8 @@ def test_a_job_is_in_the_queue_while_slurm_names_it(tmp_path, monkeypatch):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", [[], ["--cluster", "local", "--job", "timeout_min=20"]])
-def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone, where):
+def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone):
+    where = ["--cluster", "local", "--job", "timeout_min=20"]
     file = tiny_grid(tmp_path / "grid.yaml", backbone, "  lr: [0.001, 1.0e+30]\n")
     out = tmp_path / "out"
     done = subprocess.run(grid(file, "--output_dir", out, "--at_a_time", 2, *where), cwd=ROOT, env=ENVIRONMENT,
