@@ -66,6 +66,14 @@ def test_the_best_constant_of_an_error_has_the_lowest():
     assert found["standard_error"] == pytest.approx(value / math.sqrt(2 * 500), rel=0.2)  # of a normal's spread
     assert 0 < found["gain_error"] < 0.3
 
+    class OrZero(Normal):
+        def constants(self, labels):
+            return [np.zeros(len(labels)), *super().constants(labels)]
+
+    kind = OrZero(float(labels.min()), float(labels.max()))
+    scores = beside({"rmse": value}, decision, labels, np.zeros(500), kind=kind)
+    assert scores["rmse"]["constant"] == pytest.approx(labels.std())  # not that of zero, which is larger
+
 
 def test_the_constant_answer_has_known_scores():
     share = LABELS.mean()
