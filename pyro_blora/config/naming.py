@@ -89,6 +89,11 @@ def named_after(task: str, settings: Mapping[str, Any]) -> str:
     return basename((path.parent.name if path.stem == "train" and path.parent.name else path.stem) or task)
 
 
+def task_called(task: str, settings: Mapping[str, Any]) -> str:
+    """What summary and page call a task: by the file that it reads, as the run's folder is, or by its name."""
+    return named_after(task, settings) if TASKS.entry(task).named_after else task
+
+
 def basename(name: str) -> str:
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return re.sub(r"[^A-Za-z0-9._]", "_", last).strip(".") or "local"

@@ -12,6 +12,7 @@ import torch
 
 from ..bops import expected_bits, expected_bops, expected_rank
 from ..build import Parts
+from ..config.naming import task_called
 from ..interval import INTERVAL
 from ..posterior.draws import bops, deployed, draw, draw_weights, marginals, mean_kl
 from ..posterior.prediction import Prediction
@@ -38,7 +39,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
     bits, ranks = expected_bits(layout, z).cpu(), expected_rank(g).cpu()
     kinds = {p.type: [i for i, q in enumerate(layout.projections) if q.type == p.type] for p in layout.adapted}
     found = {
-        "task": config.task,
+        "task": task_called(config.task, config.task_settings),
         "outcome": described(parts.task.likelihood),
         **({"data": parts.findings} if parts.findings else {}),
         "backbone": config.backbone,

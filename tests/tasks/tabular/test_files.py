@@ -234,7 +234,7 @@ def test_a_csv_becomes_a_run_with_its_data_on_the_page(tmp_path, capsys):
         f"Data of {path}:" in shown.err
         and "rows have more than 32 tokens and are cut: --max_length reads more" in shown.err
     )
-    assert "macro_f1" in shown.out
+    assert "macro_f1" in shown.out and "films · " in shown.out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["data"]["truncated"]["eval"] + summary["data"]["truncated"]["train"] > 0
     assert {"accuracy", "macro_f1", "matthews_correlation"} == set(summary["scores"]) == set(summary["beside"]) - {
