@@ -274,7 +274,7 @@ def test_every_estimator_has_the_same_kl():
     program = chains()
     q, p = program.gate_guide.posterior(), program.prior()
     expected = torch.where(program.z_mask, kl_divergence(q.z, p.z), 0.0).sum()
-    assert set(distributions) == {"relaxed", "straight_through", "score_function", "enumerate"}
+    assert set(distributions) == {"relaxed", "straight_through", "score_function", "gauss_newton", "enumerate"}
     for kl in distributions.values():
         torch.testing.assert_close(kl.z, expected)
 

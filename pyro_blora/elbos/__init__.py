@@ -3,6 +3,7 @@
     relaxed            one soft draw, reparametrized: low variance, biased by the temperature
     straight_through   one hard draw with the soft draw's gradient: exact values, biased gradient
     score_function     two antithetic hard draws: unbiased, two forwards, variance grows with the number of gates
+    gauss_newton       one hard draw, its slopes and their curvature: a natural gradient, of one forward
     enumerate          the sum over all states: exact, for programs with few free gates
 
 Each is a `pyro.infer` ELBO, which plain SVI accepts:
@@ -16,10 +17,11 @@ from ..registries import ELBOS, register_elbo
 from .base import Elbo, GateELBO, Terms, build_elbo
 from .enumeration import Enumerate
 from .evaluation import JOINT, Evaluation, JointDivergence
+from .gauss_newton import GaussNewton
 from .relaxed import Relaxed, StraightThrough
 from .score_function import ScoreFunction
 
 __all__ = [
-    "ELBOS", "JOINT", "Elbo", "Enumerate", "Evaluation", "GateELBO", "JointDivergence", "Relaxed", "ScoreFunction",
-    "StraightThrough", "Terms", "build_elbo", "register_elbo",
+    "ELBOS", "JOINT", "Elbo", "Enumerate", "Evaluation", "GateELBO", "GaussNewton", "JointDivergence", "Relaxed",
+    "ScoreFunction", "StraightThrough", "Terms", "build_elbo", "register_elbo",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from ..gates import Gates
 from ..guides.base import Guide
 from ..registries import ELBOS
 from ..registry import undefined
@@ -74,6 +75,8 @@ class GateELBO(TraceMeanField_ELBO):
     """
 
     draws: Draws = "hard"
+    curved = False  # whether `bend` is called when the gates start
+    natural = False  # whether the gradient that reaches the guide's log Bayes factors is the natural one
     first: int | None = None  # the first component to draw from; None: the guide draws one
 
     def __init__(self) -> None:
@@ -81,6 +84,10 @@ class GateELBO(TraceMeanField_ELBO):
 
     def check(self, family: Guide) -> None:
         """Refuse a guide that it cannot serve.  Errors: ValueError."""
+
+    def bend(self, curvature: Gates[Tensor]) -> None:
+        """Take the mean products of examples' changes of NLL at two depths.  z (L, T, K + 1, K + 1), g (L, R, R)"""
+        raise undefined(self, "bend")
 
     def draw(self, distribution: dist.TorchDistribution) -> Tensor:
         """The value of a gate site of the guide."""
@@ -91,11 +98,15 @@ class GateELBO(TraceMeanField_ELBO):
         """E_q[NLL], nats per example, whose gradient reaches the guide and all that the NLL depends on."""
         raise undefined(self, "expected_nll")
 
+    def divergences(self, at: Evaluation) -> dict[str, Tensor]:
+        """KL(guide || prior) by site, nats, after a run of the model."""
+        return at.divergences()
+
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """See `Elbo`. Where the gates are given (`poutine.condition` of model and guide), their KL has weight 0."""
         at = Evaluation(model, guide, args, kwargs, draw=self.draw, component=self.first)
         nll = at.nll(at.gates) if at.held else self.expected_nll(at)
-        kl = at.divergences()
+        kl = self.divergences(at)
         kl_z, kl_g, kl_theta = kl.pop("z"), kl.pop("g"), kl.pop("theta", 0.0)
         kl_z = kl_z + sum(kl.values())  # of the prior's random settings
         return Terms(nll, kl_z, kl_g, kl_theta, at.examples, at.scale("z"), at.scale("theta"))

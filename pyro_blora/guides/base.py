@@ -104,7 +104,7 @@ class Guide(nn.Module):
 
 
 _OPEN = 6.0  # log-odds of an open gate at the start: q(1 - q) = 0.0025, enough gradient to close it again
-_IMPOSSIBLE = -1e30  # in place of log 0 where a prior pins a gate, so that sums and gradients stay finite
+IMPOSSIBLE = -1e30  # in place of log 0 where a prior pins a gate, so that sums and gradients stay finite
 _SURE = 1e4  # nats, in place of an infinite log Bayes factor
 
 
@@ -121,7 +121,10 @@ class LogBayesFactors(Guide):
 
     z_pins: Tensor  # (L, T, K), log-odds at which the prior holds a gate, nan where it is free
     g_pins: Tensor  # (L, R - 1)
+    z_curvature: Tensor
+    g_curvature: Tensor
     _shared: Gates[Tensor] | None = None
+    _held = False
 
     def __init__(self, layout: AdapterLayout, prior: nn.Module, open_logit: float | None, components: int = 1):
         super().__init__()
@@ -152,16 +155,43 @@ class LogBayesFactors(Guide):
     @contextlib.contextmanager
     def computed_once(self) -> Iterator[None]:
         """A context in which parameters and prior do not change: sampling and KL share the log-odds."""
-        self._shared = LogBayesFactors.logits(self)  # a subclass that overrides it transforms this once
+        self._shared = self._logits()  # a subclass that overrides it transforms this once
         try:
             yield
         finally:
             self._shared = None
 
+    @property
+    def is_natural(self) -> bool:
+        """Whether q is the prior times exp(log Bayes factors), whose natural gradient is the slope in the marginals."""
+        return type(self).logits is LogBayesFactors.logits
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A context in which no gradient reaches parameters or prior through the distributions."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def factors(self, component: int) -> Gates[Tensor]:
+        """The log Bayes factors of a component, nats.  z (L, T, K), g (L, R - 1)"""
+        return Gates(self.z_evidence[component], self.g_evidence[component])
+
+    def kl_slopes(self, z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
+        """The natural gradient of KL(q || prior) in the factors, nats.  z (M, L, T, K), g (M, L, R - 1)
+
+        Of a mean field the factors themselves: its log-odds are the prior's plus these.
+        """
+        return Gates(self.z_evidence.detach(), self.g_evidence.detach())
+
     def logits(self) -> Gates[Tensor]:
         """Conditional log-odds of every component.  z (M, L, T, K), g (M, L, R - 1)"""
-        if self._shared is not None:
-            return self._shared
+        logits = self._logits() if self._shared is None else self._shared
+        return Gates(*(x.detach() for x in logits)) if self._held else logits
+
+    def _logits(self) -> Gates[Tensor]:
         prior: Gates[NestedBernoulli] = self.prior()
         return Gates(
             self._site_logits(prior.z, self.z_evidence, self.free.z, self.z_pins),
@@ -174,8 +204,19 @@ class LogBayesFactors(Guide):
         if not free:
             return pinned
         log_likelihood = nn.functional.pad(log_factors.cumsum(-1), (1, 0))  # of each depth, up to a constant
-        logits = conditional_logits(prior.depth_log_probs.clamp(min=_IMPOSSIBLE) + log_likelihood)
+        logits = conditional_logits(prior.depth_log_probs.clamp(min=IMPOSSIBLE) + log_likelihood)
         return torch.where(pinned.isnan(), logits, pinned)
+
+    def keep_curvature(self) -> None:
+        """Have buffers for the curvature that `gauss_newton` needs, zero until the gates start."""
+        for site, factors in (("z", self.z_evidence), ("g", self.g_evidence)):
+            *ladders, gates = factors.shape[1:]
+            self.register_buffer(f"{site}_curvature", factors.new_zeros(*ladders, gates + 1, gates + 1))
+
+    @property
+    def curvature(self) -> Gates[Tensor]:
+        """Mean products of an example's changes of NLL at two depths.  z (L, T, K + 1, K + 1), g (L, R, R)"""
+        return Gates(self.z_curvature, self.g_curvature)
 
     @torch.no_grad()
     def start(self, log_bayes_factors: Gates[Tensor]) -> None:

@@ -23,6 +23,8 @@ class MeanField(LogBayesFactors):
 class Point(LogBayesFactors):
     """One state of each ladder: a gate is open where the product up to it exceeds 1/2; KL = -log prior."""
 
+    is_natural = False
+
     def _deployed(self, logits: Tensor) -> Tensor:
         soft = torch.sigmoid(logits[0]).cumprod(-1)
         return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1

@@ -10,7 +10,7 @@ from torch.distributions import kl_divergence
 from ..gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import register_guide
-from .base import LogBayesFactors
+from .base import IMPOSSIBLE, LogBayesFactors
 
 _SPREAD = 0.5  # nats between the components of a mixture at its start: equal ones would stay equal
 _INFORMATION_DRAWS = 64  # of the gates, for their mutual information with the component; no forward of the backbone
@@ -61,6 +61,41 @@ class Mixture(LogBayesFactors):
         others = (reward.sum(0) - reward) / (S - 1)
         score = ((reward - others) * own).mean()
         return reward.mean() + score - score.detach()
+
+
+    @torch.no_grad()
+    def kl_slopes(self, z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
+        """The factors less M times the slopes of I in a component's marginals, averaged over draws of the gates.
+
+        The slope of E_qm[f] from one depth to the next is E_qm[f at the one - f at the other], all other ladders as
+        drawn, with f = log q_m - log q; the slopes of f itself average to zero.
+        Source: Titsias and Lazaro-Gredilla, Local expectation gradients (2015).
+        """
+        components = self.components()
+        M = len(components.z.log_probs)
+        S = max(2, _INFORMATION_DRAWS // M)
+        draws = [q.sample((S,)).sum(-1).long().flatten(0, 1) for q in components]  # depths, of component i % M
+        tables = [torch.where(mask[..., None], q.depth_log_probs.clamp(min=IMPOSSIBLE), 0.0)
+                  for q, mask in zip(components, (z_mask, g_mask), strict=True)]  # fmt: skip
+        log_q = sum(_at(table, depths) for table, depths in zip(tables, draws, strict=True))  # (S M, M)
+        of = torch.arange(M, device=log_q.device).repeat(S)
+        slopes = []
+        for factors, table, depths in zip((self.z_evidence, self.g_evidence), tables, draws, strict=True):
+            found = torch.zeros_like(factors)
+            for row, m, each in zip(depths, of, log_q, strict=True):
+                own = table.gather(-1, row.expand(M, *row.shape)[..., None])  # (M, ..., 1)
+                moved = each.view(M, *[1] * (table.dim() - 1)) - own + table  # log q_j, this ladder at every depth
+                f = moved[m] - (moved.logsumexp(0) - math.log(M))
+                found[m] += f.diff(dim=-1) / S
+            slopes.append(factors - found)
+        return Gates(*slopes)
+
+
+def _at(table: Tensor, depths: Tensor) -> Tensor:
+    """Sums over the ladders of the log-probabilities of drawn depths.  (M, ..., K + 1), (D, ...) -> (D, M)"""
+    each = torch.gather(table.expand(len(depths), *table.shape), -1, depths[:, None, ..., None].expand(
+        len(depths), *table.shape[:-1], 1))  # fmt: skip
+    return each.flatten(2).sum(-1)
 
 
 @register_guide("mixture")

@@ -107,18 +107,22 @@ class _Slopes(Observer):
 class Sensitivity:
     """Change of an example's NLL at each depth of each ladder: root mean square, and the part that all ladders share.
 
-    alone, common: z (L, T, K + 1), g (L, R), nats; 0 at the open depth.
+    alone, common: z (L, T, K + 1), g (L, R), nats; 0 at the open depth. curvature: mean products of the changes at two
+    depths, z (L, T, K + 1, K + 1), g (L, R, R); on its diagonal the squares of `alone`.
     """
 
     alone: Gates
     common: Gates
+    curvature: Gates
 
     @classmethod
     def of(cls, z: Tensor, g: Tensor, kinds: Tensor) -> "Sensitivity":
         """From the changes of M examples, z (M, L, T, K + 1) and g (M, L, R); kinds (L,) numbers the projections'."""
         alone = Gates(*(_pooled(x.square(), kinds).sqrt() for x in (z, g)))
+        products = Gates(*(torch.einsum("m...d,m...e->...de", x, x) / len(x) for x in (z, g)))
+        curvature = Gates(*(_rescaled(x, to) for x, to in zip(products, alone, strict=True)))
         shared = (_correlation(x.flatten(1, -2)).sqrt() for x in (z, g))  # (K + 1,), (R,)
-        return cls(alone, Gates(*(root * rho for root, rho in zip(alone, shared, strict=True))))
+        return cls(alone, Gates(*(root * rho for root, rho in zip(alone, shared, strict=True))), curvature)
 
     def rise(self, depth_probs: Gates, n_train: float) -> Tensor:
         """Expected rise of the NLL of `n_train` examples, nats.  depth_probs: z (L, T, K + 1), g (L, R)"""
@@ -166,6 +170,12 @@ def _pooled(squares: Tensor, kinds: Tensor) -> Tensor:
         keep = 1 / (1 + error / spread)
         pooled[kinds == kind] = torch.exp(keep * own + (1 - keep) * centre)
     return torch.where(mean > 0, pooled, 0.0)
+
+
+def _rescaled(products: Tensor, to: Tensor) -> Tensor:
+    """With the same correlations, and `to` squared on the diagonal.  (..., D, D), (..., D)"""
+    factor = to / products.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=1e-30)
+    return products * factor[..., :, None] * factor[..., None, :]
 
 
 def _correlation(D: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from .gradients import Gradients
 from .identity import identity
 from .laplace_fit import fit_run
 from .metrics_log import Logbook
+from .natural_gradient import NaturalGradient, is_natural
 from .non_finite import FiniteSteps, unvalidated
 from .optimizer import make_optimizer
 from .range_calibration import range_errors
@@ -110,6 +111,7 @@ class _Loop:
         self._calibrate()
         release_freed_memory()
         optimizer = make_optimizer(self.program, config)
+        self.natural = NaturalGradient(self.program, config.kl_weight, optimizer.state) if is_natural(self.program, config) else None
         total = self.schedule.steps
         last = total if until is None else min(until, total)
         self.finite = FiniteSteps(config.max_skipped_steps, total, accelerator.device)
@@ -119,6 +121,7 @@ class _Loop:
         first = self.checkpoints.resume()
         began -= self.book.lines[-1]["seconds"] if self.book.lines else 0.0
         self.learning = [p for group in optimizer.param_groups for p in group["params"]]
+        self.learning += self.natural.parameters if self.natural else []
         self.gradients = Gradients(self.program, self.learning, sharded=sharding_wanted())
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
@@ -224,7 +227,10 @@ class _Loop:
                     parameter.grad.masked_fill_(bad, 0.0)
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
-        optimizer.zero_grad()
+        if self.natural and kl_weight > 0 and config.lr_gates > 0:
+            self.natural.step(bad)
+        for parameter in self.learning:
+            parameter.grad = None
         self.program.weights.collect(step + 1, self.schedule.steps)
         if kl_weight > 0 and self.program.prior.adapts:
             self.program.prior.adapt(component_marginals(self.program))
@@ -262,18 +268,21 @@ class _Loop:
         with phase("fitting ranges"):
             errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
         torch.manual_seed(step_seed(config.seed, -1))
-        if guide.starts_from_data:
+        if guide.starts_from_data or program.elbo.curved:
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
             with phase("initializing gates", len(batches), unit="batches") as shown:
                 slopes = sensitivity(program, shown.over(batches), errors.best_by_width())
+            if guide.starts_from_data:
                 guide.start(log_bayes_factors(program, slopes, config.kl_weight))
+            if program.elbo.curved:
+                program.elbo.bend(slopes.curvature)
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)
         if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
-            for tensor in (*guide.parameters(), *program.prior.buffers(), program.net.log_range):
+            for tensor in (*guide.state_dict(keep_vars=True).values(), *program.prior.buffers(), program.net.log_range):
                 accelerate.utils.broadcast(tensor.data)
 
     def _training_batches(self, count: int, epoch: int) -> list[tuple[dict, torch.Tensor]]:

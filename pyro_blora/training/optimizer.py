@@ -6,6 +6,7 @@ import torch
 
 from ..config.run_config import RunConfig
 from ..program import BayesianLoRA
+from .natural_gradient import is_natural
 
 
 def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Optimizer:
@@ -14,6 +15,8 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
     random = program.weights.parameters_of_net
     fixed = [p for p in net.adapter_parameters() if all(p is not other for other in random)]
     gates = list(dict.fromkeys([*program.gate_guide.parameters(), *program.prior.parameters()]))
+    if is_natural(program, config):  # which the log Bayes factors do not need
+        gates = [*program.prior.parameters()]
     groups: list[dict[str, Any]] = [
         {"name": "adapter", "params": fixed, "weight_decay": decay},
         {"name": "weights", "params": random, "weight_decay": 0},  # their prior replaces it

@@ -15,6 +15,7 @@ from pyro_blora.guides import MeanField, base, build_guide, draw_gates, log_prob
 from pyro_blora.posterior import bops, deployed
 from pyro_blora.priors import build_prior
 from pyro_blora.program import GateProgram
+from pyro_blora.training.natural_gradient import fisher
 
 # --- evidence ---------------------------------------------------------------------------------------------------------
 
@@ -236,6 +237,22 @@ def test_the_divergence_of_a_mixture_and_its_slope_are_those_of_the_joint_law_on
         error = draws.std(0) / 800**0.5
         assert bool(((draws.mean(0) - expected).abs() <= 4 * error + 1e-5).all())
         assert error.max() < 0.03 * expected.abs().max()  # an estimate that says something
+
+
+def test_the_natural_slope_of_a_mixture_is_its_gradient_over_the_fisher_matrix_on_average():
+    layout = toy_layout()
+    guide, prior = mixture_of(layout)
+    exact, _ = enumerated_kl(guide, prior, layout)
+    gradients = torch.autograd.grad(exact, [guide.z_evidence, guide.g_evidence])
+    torch.manual_seed(0)
+    drawn = [guide.kl_slopes(layout.z_mask, layout.g_mask) for _ in range(400)]
+    masks = layout.z_mask[..., None], layout.g_mask[..., None]
+    for slopes, gradient, q, mask in zip(zip(*drawn, strict=True), gradients, guide.components(), masks, strict=True):
+        found = torch.stack([fisher(q.mean) @ x[..., None] for x in slopes])[..., 0]
+        found = torch.where(mask, found, 0.0)
+        error = found.std(0) / 400**0.5
+        assert bool(((found.mean(0) - 3 * gradient).abs() <= 4 * error + 1e-4).all())
+        assert error.max() < 0.05 * gradient.abs().max()  # an estimate that says something
 
 
 def information(guide, prior, layout):

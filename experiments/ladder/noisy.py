@@ -1,0 +1,72 @@
+"""How fast the gates learn where every step's log-likelihood is noisy, by optimizer and estimate of the gradient.
+
+A step sees the log-likelihood plus a random linear function of the gates, sum of noise * epsilon * z with epsilon
+standard normal: what a small batch adds to the data's slopes. Every estimator meets the same noise.
+Shapes: N examples; z (L, T, K), g (L, R - 1).   Units: nats, of all data.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from pyro_blora.elbos import Evaluation, GateELBO
+from pyro_blora.gates import Gates
+from pyro_blora.program import GateProgram
+from pyro_blora.training import Schedule
+from pyro_blora.training.natural_gradient import NaturalGradient
+from pyro_blora.config import RunConfig
+
+from .problems import Problem
+
+
+class _Noisy(Evaluation):
+    def __init__(self, problem: Problem, noise: float, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.slopes = [noise / len(problem.labels) * torch.randn(x.shape[-3 + i :]) for i, x in enumerate(self.gates)]
+
+    def nll(self, gates: Gates) -> Tensor:
+        return super().nll(gates) + sum((slope * x).sum() for slope, x in zip(self.slopes, gates, strict=True))
+
+
+def loss(program: GateProgram, problem: Problem, noise: float) -> Tensor:
+    """-ELBO / N at one draw, with noise."""
+    elbo: GateELBO = program.elbo
+    held = program.gate_guide.held() if elbo.natural else contextlib.nullcontext()
+    with held:
+        pair, batch = (program.model, program.guide), (problem.inputs, problem.labels)
+        at = _Noisy(problem, noise, *pair, batch, draw=elbo.draw, component=elbo.first)
+        nll = elbo.expected_nll(at)
+        return nll + sum(elbo.divergences(at).values()) / len(problem.labels)
+
+
+def learned(
+    program: GateProgram, problem: Problem, *, steps: int, noise: float = 5.0, adam: float | None = None, seed: int = 0
+) -> GateProgram:
+    """Fit the guide by natural gradients, or by Adam with the package's schedule from the rate `adam` on."""
+    schedule = Schedule(RunConfig(kl_warmup=0.0, lr_gates=adam or 0.1), steps, steps)
+    parameters = list(program.gate_guide.parameters())
+    optimizer = torch.optim.Adam(parameters) if adam else None
+    natural = None if adam else NaturalGradient(program)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for step in range(steps):
+            program.temperature = schedule.temperature(step)
+            for parameter, slope in zip(
+                parameters, torch.autograd.grad(loss(program, problem, noise), parameters, allow_unused=True), strict=True
+            ):
+                parameter.grad = slope
+            if natural:
+                natural.step(torch.tensor(False))
+            else:
+                optimizer.param_groups[0]["lr"] = schedule.learning_rate("gates", step)
+                optimizer.step()
+    return program
+
+
+def curvature_of(problem: Problem) -> Gates:
+    """Of a linear Gaussian problem: mean products of the changes by which closing a gate moves the mean of the data."""
+    changes = problem.inputs["x"] * problem.program().weight  # (N, gates)
+    z = torch.zeros(changes.shape[1], 1, 2, 2)
+    z[:, 0, 0, 0] = changes.square().mean(0)
+    return Gates(z, torch.zeros(len(z), 1, 1))
