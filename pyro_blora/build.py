@@ -13,7 +13,7 @@ import torch
 
 from .adapters.attaching import attach
 from .config.run_config import RunConfig
-from .guides.base import build_guide
+from .guides.base import build_guide, require_natural
 from .layout import BATCH_SIZE, AdapterLayout
 from .models.loading import is_function, load_backbone, load_tokenizer
 from .models.tokenization import require_readable, suit
@@ -181,9 +181,16 @@ def build_program(
             f"adapter {config.adapter!r} allocates ranks, which guide {config.guide!r} does not take: choose a guide "
             "with `allocate`"
         )
+    if config.gate_optimizer == "natural":
+        require_natural(guide, "--gate_optimizer natural", "--gate_optimizer adam")
     program = of(
         net, before, guide, kind, n_train=n_train, estimator=config.estimator,
         estimator_settings=config.estimator_settings, weights=weights,
     )  # fmt: skip
+    if config.gate_optimizer == "adam" and getattr(program.elbo, "natural", False):
+        raise ValueError(
+            f"the gradient of estimator {config.estimator!r} is a natural one: drop --gate_optimizer adam, or use "
+            "--estimator relaxed"
+        )
     program.text_columns = task.text_columns
     return program

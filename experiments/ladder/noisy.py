@@ -10,12 +10,12 @@ import contextlib
 import torch
 from torch import Tensor
 
+from pyro_blora.config import RunConfig
 from pyro_blora.elbos import Evaluation, GateELBO
 from pyro_blora.gates import Gates
 from pyro_blora.program import GateProgram
 from pyro_blora.training import Schedule
 from pyro_blora.training.natural_gradient import NaturalGradient
-from pyro_blora.config import RunConfig
 
 from .problems import Problem
 
@@ -53,7 +53,9 @@ def learned(
         for step in range(steps):
             program.temperature = schedule.temperature(step)
             for parameter, slope in zip(
-                parameters, torch.autograd.grad(loss(program, problem, noise), parameters, allow_unused=True), strict=True
+                parameters,
+                torch.autograd.grad(loss(program, problem, noise), parameters, allow_unused=True),
+                strict=True,
             ):
                 parameter.grad = slope
             if natural:

@@ -22,7 +22,7 @@ CHOICES = {  # of what cannot be added to
     "average_over": ("gates", "dropout"),
     "scope": ("adapted", "encoder"),
     "precision": ("float32", "bf16"),
-    "gate_optimizer": (None, "natural", "adam"),
+    "gate_optimizer": ("auto", "natural", "adam"),
 }
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method nor a part sets a value
@@ -54,8 +54,8 @@ class RunConfig:
     guide_settings: dict = _field(dict, "settings of the guide, on the command line as --guide.NAME VALUE")
     estimator: str = _field("relaxed", "gradient of the gates: a name that `pyro-blora elbos` lists, or file.py:name")
     estimator_settings: dict = _field(dict, "settings of the estimator, on the command line as --estimator.NAME VALUE")
-    gate_optimizer: str | None = _field(
-        None, "how the gates learn: natural (gradients) or adam; none: natural with the estimator gauss_newton"
+    gate_optimizer: str = _field(
+        "auto", "how the gates learn: natural (gradients, no rate), adam, or auto: natural for estimator gauss_newton"
     )
     adapter: str = _field(
         "lora", "what learns beside the head: a name that `pyro-blora adapters` lists, or file.py:function"

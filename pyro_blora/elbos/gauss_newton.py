@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..gates import Gates
-from ..guides.base import Guide, LogBayesFactors
+from ..guides.base import Guide, LogBayesFactors, require_natural
 from ..registries import register_elbo
 from .base import GateELBO, Terms
 from .evaluation import Evaluation, Program
@@ -32,20 +32,16 @@ class GaussNewton(GateELBO):
 
     draws = "discrete"
     first = 0
-    natural = curved = True
+    natural = True
 
     def __init__(self) -> None:
         super().__init__()
         self.family: LogBayesFactors | None = None
 
     def check(self, family: Guide) -> None:
-        if not isinstance(family, LogBayesFactors) or not family.is_natural:
-            raise ValueError(
-                f"estimator 'gauss_newton' needs a guide of log Bayes factors, not a {type(family).__name__}: use "
-                "--guide mean_field or mixture, or --estimator straight_through"
-            )
-        family.keep_curvature()
-        self.family = family
+        self.family = require_natural(family, "estimator 'gauss_newton'", "--estimator straight_through")
+        self.family.keep_curvature()
+        self.curved = any(self.family.free)
 
     @property
     def guide(self) -> LogBayesFactors:

@@ -228,6 +228,16 @@ class LogBayesFactors(Guide):
         return Gates(*(RelaxedNestedBernoulli(x, 1.0, validate_args=False).discrete for x in self.logits()))
 
 
+def require_natural(guide: nn.Module, wanted: str, remedy: str) -> LogBayesFactors:
+    """The guide, if it has log Bayes factors in their own terms.  Errors: ValueError for any other."""
+    if not isinstance(guide, LogBayesFactors) or not guide.is_natural:
+        raise ValueError(
+            f"{wanted} needs a guide of log Bayes factors, not a {type(guide).__name__}: use --guide mean_field or "
+            f"mixture, or {remedy}"
+        )
+    return guide
+
+
 def build_guide(
     name: str | Callable[..., Any], layout: AdapterLayout, prior: nn.Module, settings: dict | None = None
 ) -> Guide:

@@ -62,7 +62,6 @@ class Mixture(LogBayesFactors):
         score = ((reward - others) * own).mean()
         return reward.mean() + score - score.detach()
 
-
     @torch.no_grad()
     def kl_slopes(self, z_mask: Tensor, g_mask: Tensor) -> Gates[Tensor]:
         """The factors less M times the slopes of I in a component's marginals, averaged over draws of the gates.
@@ -74,28 +73,26 @@ class Mixture(LogBayesFactors):
         components = self.components()
         M = len(components.z.log_probs)
         S = max(2, _INFORMATION_DRAWS // M)
-        draws = [q.sample((S,)).sum(-1).long().flatten(0, 1) for q in components]  # depths, of component i % M
+        depths = [q.sample((S,)).sum(-1).long() for q in components]  # (S, M, ...), of each component
         tables = [torch.where(mask[..., None], q.depth_log_probs.clamp(min=IMPOSSIBLE), 0.0)
                   for q, mask in zip(components, (z_mask, g_mask), strict=True)]  # fmt: skip
-        log_q = sum(_at(table, depths) for table, depths in zip(tables, draws, strict=True))  # (S M, M)
-        of = torch.arange(M, device=log_q.device).repeat(S)
+        drawn = [_picked(table, depth) for table, depth in zip(tables, depths, strict=True)]
+        log_q = sum((x.flatten(3).sum(-1) for x in drawn), start=drawn[0].new_zeros(()))  # (S, M, M)
         slopes = []
-        for factors, table, depths in zip((self.z_evidence, self.g_evidence), tables, draws, strict=True):
-            found = torch.zeros_like(factors)
-            for row, m, each in zip(depths, of, log_q, strict=True):
-                own = table.gather(-1, row.expand(M, *row.shape)[..., None])  # (M, ..., 1)
-                moved = each.view(M, *[1] * (table.dim() - 1)) - own + table  # log q_j, this ladder at every depth
-                f = moved[m] - (moved.logsumexp(0) - math.log(M))
-                found[m] += f.diff(dim=-1) / S
-            slopes.append(factors - found)
+        for factors, table, own in zip((self.z_evidence, self.g_evidence), tables, drawn, strict=True):
+            others = log_q.view(S, M, M, *[1] * (own.dim() - 3)) - own
+            moved = others[..., None] + table  # log q_j with this ladder at every depth, (S, M, j, ..., K + 1)
+            of_own = moved.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+            f = of_own - (moved.logsumexp(2) - math.log(M))
+            slopes.append(factors - f.mean(0).diff(dim=-1))
         return Gates(*slopes)
 
 
-def _at(table: Tensor, depths: Tensor) -> Tensor:
-    """Sums over the ladders of the log-probabilities of drawn depths.  (M, ..., K + 1), (D, ...) -> (D, M)"""
-    each = torch.gather(table.expand(len(depths), *table.shape), -1, depths[:, None, ..., None].expand(
-        len(depths), *table.shape[:-1], 1))  # fmt: skip
-    return each.flatten(2).sum(-1)
+def _picked(table: Tensor, depths: Tensor) -> Tensor:
+    """Log-probabilities under every component j of the depths drawn from each.  (M, ..., K + 1) -> (S, M, j, ...)"""
+    S, M = depths.shape[:2]
+    index = depths[:, :, None, ..., None].expand(S, M, *table.shape[:-1], 1)
+    return table.expand(S, M, *table.shape).gather(-1, index)[..., 0]
 
 
 @register_guide("mixture")

@@ -24,6 +24,7 @@ from ..checkpoint import saved_in
 from ..config.run_config import RunConfig
 from ..deploy.peft import require_exportable
 from ..distributed import any_of, average_gradients, on_main, shard, sharding_wanted
+from ..elbos import GateELBO
 from ..machine import release_freed_memory
 from ..posterior.draws import component_marginals
 from ..progress import phase, silenced
@@ -111,7 +112,9 @@ class _Loop:
         self._calibrate()
         release_freed_memory()
         optimizer = make_optimizer(self.program, config)
-        self.natural = NaturalGradient(self.program, config.kl_weight, optimizer.state) if is_natural(self.program, config) else None
+        self.natural = None
+        if is_natural(self.program, config):
+            self.natural = NaturalGradient(self.program, config.kl_weight, optimizer.state)
         total = self.schedule.steps
         last = total if until is None else min(until, total)
         self.finite = FiniteSteps(config.max_skipped_steps, total, accelerator.device)
@@ -139,7 +142,7 @@ class _Loop:
                 more = self.validation.after_epoch(step + 1) if (step + 1) % self.schedule.steps_per_epoch == 0 else {}
                 if more or (step + 1) % config.logging_steps == 0 or step + 1 == last:
                     self.checkpoints.require_folder()
-                    more |= self._skipped()
+                    more |= self._skipped() | (self.natural.report() if self.natural else {})
                     seconds = time.perf_counter() - began
                     note = self.book.log(step + 1, seconds, self.last, self.grad_norm, optimizer, more)
                 shown.advance(note=note)
@@ -268,14 +271,15 @@ class _Loop:
         with phase("fitting ranges"):
             errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
         torch.manual_seed(step_seed(config.seed, -1))
-        if guide.starts_from_data or program.elbo.curved:
+        curved = program.elbo if isinstance(program.elbo, GateELBO) and program.elbo.curved else None
+        if guide.starts_from_data or curved:
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
             with phase("initializing gates", len(batches), unit="batches") as shown:
                 slopes = sensitivity(program, shown.over(batches), errors.best_by_width())
             if guide.starts_from_data:
                 guide.start(log_bayes_factors(program, slopes, config.kl_weight))
-            if program.elbo.curved:
-                program.elbo.bend(slopes.curvature)
+            if curved:
+                curved.bend(slopes.curvature)
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..config.run_config import RunConfig
 from ..elbos import GateELBO
 from ..gates import Gates
-from ..guides.base import LogBayesFactors
+from ..guides.base import require_natural
 from ..layout import AdapterLayout
 from ..program import GateProgram
 
@@ -37,29 +37,26 @@ _DAMPING = 0.05  # of the Fisher matrix: .02 diverged once in thirty runs of a p
 def is_natural(program: GateProgram, config: RunConfig) -> bool:
     """Whether the gates learn by natural gradients: as configured, or where the ELBO's gradient is one."""
     of_elbo = isinstance(program.elbo, GateELBO) and program.elbo.natural
-    return of_elbo if config.gate_optimizer is None else config.gate_optimizer == "natural"
+    return of_elbo if config.gate_optimizer == "auto" else config.gate_optimizer == "natural"
 
 
 class NaturalGradient:
     """Moves the log Bayes factors of a program's guide; their gradients must be those of the loss, -ELBO / N.
 
-    kl_weight: of the KL in that loss. state: where the averages are kept, by parameter, as an optimizer keeps its moments, for checkpoints.
+    kl_weight: of the KL in that loss. state: where the averages are kept, by parameter, as an optimizer keeps its
+    moments, for checkpoints.
     """
 
     def __init__(
         self, program: GateProgram, kl_weight: float = 1.0, state: MutableMapping[Any, dict[str, Tensor]] | None = None
     ):
-        guide = program.gate_guide
-        if not isinstance(guide, LogBayesFactors) or not guide.is_natural:
-            raise ValueError(
-                f"natural gradients need a guide of log Bayes factors, not a {type(guide).__name__}: use --guide "
-                "mean_field or mixture, or --gate_optimizer adam"
-            )
+        guide = require_natural(program.gate_guide, "--gate_optimizer natural", "--gate_optimizer adam")
         self.guide, self.state = guide, {} if state is None else state
         self.scale = program.n_train / kl_weight
         self.natural = isinstance(program.elbo, GateELBO) and program.elbo.natural
         self.parameters: list[nn.Parameter] = [guide.z_evidence, guide.g_evidence]
-        self.free = [guide.z_pins.isnan(), guide.g_pins.isnan()]
+        pins = guide.z_pins, guide.g_pins
+        self.free = [x.isnan().expand(e.shape) for x, e in zip(pins, self.parameters, strict=True)]
         self.members = [
             _members(role.to(free.device), free) for role, free in zip(roles(program.layout), self.free, strict=True)
         ]
@@ -79,6 +76,17 @@ class NaturalGradient:
             parameter.copy_(torch.where(left_out, parameter, moved))
             self.state[parameter] = {key: torch.where(left_out, before[key], x) for key, x in after.items()}
             parameter.grad = None
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """For the log: root mean squares, over free gates, of how far they have moved and of their averages' error."""
+        seen = [(p, free, self.state[p]) for p, free in zip(self.parameters, self.free, strict=True) if p in self.state]
+        seen = [(p, free, state) for p, free, state in seen if state["step"] >= _FIRST and bool(free.any())]
+        if not seen:
+            return {}
+        moved = torch.cat([(p - state["start"])[free] for p, free, state in seen])
+        error = torch.cat([standard_error(state)[free] for _, free, state in seen])
+        return {"gates_moved": moved.square().mean().sqrt().item(), "gates_error": error.square().mean().sqrt().item()}
 
     def _nothing(self, parameter: Tensor) -> dict[str, Tensor]:
         none = torch.zeros_like(parameter)

@@ -32,6 +32,7 @@ RECORDED = {
     "hierarchical": {"prior": "hierarchical"},
     "mixture": {"guide": "mixture"},
     "straight-through": {"estimator": "straight_through"},
+    "Gauss-Newton": {"estimator": "gauss_newton", "guide": "mixture"},
     "plain LoRA": {"prior": "fixed", "prior_settings": {"bits": 32}},
     "8 bit": {"prior": "fixed", "prior_settings": {"bits": 8}},
 }

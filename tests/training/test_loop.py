@@ -16,7 +16,7 @@ from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.priors import Budget
 from pyro_blora.tasks.batching import epoch_order
-from pyro_blora.training import Schedule, fit, make_optimizer, resuming
+from pyro_blora.training import Schedule, fit, make_optimizer, natural_gradient, resuming
 from pyro_blora.training.gate_pictures import gate_maps
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -80,9 +80,10 @@ def test_accumulated_gradients_equal_those_of_the_union_batch(tmp_path):
         torch.testing.assert_close(gradients[8][key], whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item() + 1e-9)
 
 
-@pytest.mark.parametrize("killed_after", [3, 6])
-def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after):
-    config = tiny_config(backbone, epochs=3)
+@pytest.mark.parametrize(("killed_after", "more"), [(3, {}), (6, {}), (9, {"estimator": "gauss_newton"})])
+def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after, more):
+    monkeypatch.setattr(natural_gradient, "_FIRST", 2)  # of twelve steps
+    config = tiny_config(backbone, epochs=3, **more)
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
 
     def killing(folder, module, optimizer, step, total, notes):
@@ -104,6 +105,7 @@ def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after):
         for run in ("whole", "cut")
     ]
     assert values(written[0]) == values(written[1]) == values(whole.metrics)
+    assert (written[0][-1].get("gates_moved", 0) > 0) is bool(more)
 
 
 def test_leaving_after_some_steps_and_going_on_is_bitwise(backbone, tmp_path):
@@ -152,6 +154,9 @@ def test_the_weight_of_the_kl_counts_from_the_opening_on(backbone):
     [
         ({"estimator": "score_function", "guide": "point"}, "'score_function' needs a guide with logits"),
         ({"estimator": "enumerate", "guide": "point"}, "'enumerate' has no gradient for a guide of one allocation"),
+        ({"estimator": "gauss_newton", "guide": "point"}, "'gauss_newton' needs a guide of log Bayes factors"),
+        ({"gate_optimizer": "natural", "guide": "point"}, "gate_optimizer natural needs a guide of log Bayes factors"),
+        ({"gate_optimizer": "adam", "estimator": "gauss_newton"}, "drop --gate_optimizer adam"),
         ({"estimator": "enumerate"}, r"'enumerate' would take 10\^\d+ forwards a step"),
     ],
     ids=str,
@@ -306,6 +311,9 @@ def test_bf16_trains(backbone):
         {"estimator": "straight_through"},
         {"estimator": "score_function"},
         {"estimator": "enumerate", "prior": "fixed", "prior_settings": {"bits": 4, "rank": 2}},
+        {"estimator": "gauss_newton", "guide": "mixture", "prior": "hierarchical"},
+        {"estimator": "gauss_newton", "prior": "fixed", "prior_settings": {"bits": 4, "rank": 2}},
+        {"gate_optimizer": "natural", "prior": "budget"},
         {"rank": 1},
         {"gradient_checkpointing": True},
         {"share_inputs": True, "gradient_checkpointing": True, "scope": "encoder"},
