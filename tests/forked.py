@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState
 
 _PATIENCE = 300.0  # seconds
@@ -24,6 +25,7 @@ def started(run: Callable[[], int | None], output: Path, **variables: str) -> in
         sys.stdout = sys.stderr = output.open("w", buffering=1, encoding="utf-8")
         os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
         os.environ.update(variables)
+        torch.set_num_threads(1)  # a fork has none of the threads that this one may have
         AcceleratorState._reset_state(reset_partial_state=True)  # it may say that this is the only process
         code = run()
     except BaseException:
