@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 
 import vl_convert
 
@@ -13,7 +14,7 @@ from ..machine import cache_folder
 @functools.cache
 def vega_script() -> str:
     """The script, from the cache where it is there and whole: making it takes more than a second."""
-    path = cache_folder() / "vega" / f"{vl_convert.__version__}.js"
+    path = cache_folder() / "vega" / f"{importlib.metadata.version('vl-convert-python')}.js"
     with contextlib.suppress(OSError):
         head, _, script = path.read_bytes().partition(b"\n")
         if head == _head(script):
