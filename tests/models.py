@@ -3,6 +3,8 @@
 Random weights of ten times the usual size, so that a changed layer shows in the output.
 """
 
+import unittest.mock
+
 import torch
 import transformers
 from torch import nn
@@ -81,13 +83,21 @@ def tiny_llama(*, num_labels=2, **settings):
     return _built(transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**sizes))
 
 
+@torch.no_grad()
+def _repeated_normal(tensor, mean, std, generator=None):
+    """A thousand numbers are drawn and repeated: 184 million would take seconds."""
+    drawn = torch.empty(1009, device=tensor.device).normal_(mean, std, generator=generator)  # prime, unlike any width
+    return tensor.copy_(drawn.repeat(-(-tensor.numel() // len(drawn)))[: tensor.numel()].view_as(tensor))
+
+
 def deberta_v3_base():
-    """DeBERTaV3-base, its exact configuration; build it under `torch.device("meta")`, it has 184 million weights."""
+    """DeBERTaV3-base, its exact configuration: build it under `torch.device("meta")`, it has 184 million weights."""
     config = _deberta_config(
         vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
         max_position_embeddings=512, max_relative_positions=-1, position_buckets=256, pooler_hidden_size=768,
     )  # fmt: skip
-    return transformers.DebertaV2ForSequenceClassification(config)
+    with unittest.mock.patch.dict(transformers.initialization.TORCH_INIT_FUNCTIONS, normal_=_repeated_normal):
+        return transformers.DebertaV2ForSequenceClassification(config)
 
 
 def batch(size=4, length=10, *, seed=0, num_labels=2):

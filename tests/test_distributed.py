@@ -6,16 +6,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pandas as pd
 import pytest
 import torch
+from forked import in_two
+from models import batch, tiny_bert
 from tiny import save_tiny_backbone
 
-from pyro_blora import draw, load
+from pyro_blora import adapters, attach, draw, fit, load
+from pyro_blora.__main__ import main
 from pyro_blora.bops import expected_bits
+from pyro_blora.build import build
 from pyro_blora.config import RunConfig
+from pyro_blora.distributed import average_gradients, gathered, leave, on_main, shard
+from pyro_blora.gates import Gates
+from pyro_blora.guides import build_guide
+from pyro_blora.posterior import predict
 from pyro_blora.posterior.arviz_compat import read
+from pyro_blora.priors import build_prior
+from pyro_blora.program import BayesianLoRA
+from pyro_blora.tasks import get_task
+from pyro_blora.tasks.batching import by_length, on_device
 
+pytestmark = pytest.mark.usefixtures("eager")
 ROOT = Path(__file__).resolve().parents[1]
 
 DECODER = '''
@@ -35,97 +49,89 @@ def decoder(num_labels):
     return transformers.LlamaForSequenceClassification(config), tokenizer
 '''
 
-GRADIENTS = """
-import accelerate
-import torch
-from models import batch, tiny_bert
 
-from pyro_blora import attach
-from pyro_blora.adapters import gates
-from pyro_blora.gates import Gates
-from pyro_blora.guides import build_guide
-from pyro_blora.priors import build_prior
-from pyro_blora.distributed import average_gradients, gathered, leave
-from pyro_blora.program import BayesianLoRA
-from pyro_blora.tasks import get_task
+def print_gradient_gaps():
+    """How far the mean gradients of two halves of a batch are from those of the whole batch, by process."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    torch.manual_seed(0)
+    net = attach(tiny_bert(dropout=0.0), rank=4, sequence_length=32)
+    for parameter in net.adapter_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    prior = build_prior("bops", net.layout)
+    guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
+    program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100)
+    inputs, labels = batch(size=8)
+    distributions = guide.distributions(0.5, False)
+    drawn = Gates(*(distribution.rsample() for distribution in distributions))  # the same everywhere, differentiable
+    learning = [p for p in program.parameters() if p.requires_grad]
 
-accelerator = accelerate.Accelerator(cpu=True)
-torch.manual_seed(0)
-net = attach(tiny_bert(dropout=0.0), rank=4, sequence_length=32)
-for parameter in net.adapter_parameters():
-    torch.nn.init.normal_(parameter, std=0.1)
-prior = build_prior("bops", net.layout)
-guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
-program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=100)
-inputs, labels = batch(size=8)
-distributions = guide.distributions(0.5, False)
-drawn = Gates(*(distribution.rsample() for distribution in distributions))  # the same everywhere, and differentiable
-learning = [p for p in program.parameters() if p.requires_grad]
+    def gradients(rows, average):
+        nll = program.nll({key: x[rows] for key, x in inputs.items()}, labels[rows], *drawn)
+        slopes = torch.autograd.grad(nll, learning, retain_graph=True, allow_unused=True)
+        for parameter, slope in zip(learning, slopes, strict=True):
+            parameter.grad = slope
+        if average:
+            average_gradients(learning, accelerator)
+        return [None if p.grad is None else p.grad.clone() for p in learning]
 
-
-def gradients(rows, average):
-    nll = program.nll({key: x[rows] for key, x in inputs.items()}, labels[rows], *drawn)
-    for parameter, slope in zip(learning, torch.autograd.grad(nll, learning, retain_graph=True, allow_unused=True)):
-        parameter.grad = slope
-    if average:
-        average_gradients(learning, accelerator)
-    return [None if p.grad is None else p.grad.clone() for p in learning]
-
-
-union = gradients(slice(None), False)
-mine = gradients(slice(accelerator.process_index, None, 2), True)
-gap = max((a - b).norm() / b.norm() for a, b in zip(mine, union) if b is not None and b.norm() > 0)
-found = sum(b is not None for b in union)
-assert [a is None for a in mine] == [b is None for b in union] and found == 17  # LoRA, head, ranges, z, g
-gaps = gathered(float(gap))
-if accelerator.is_main_process:  # lines of two processes would mix
-    print(*gaps)
-leave()
-"""
-
-DRAWS = """
-import json, sys
-
-import accelerate
-import pytest
-import torch
-
-from pyro_blora import adapters, fit
-from pyro_blora.config import RunConfig
-from pyro_blora.distributed import gathered, leave
-from pyro_blora.program import BayesianLoRA
-
-seen, losses, examples, inner, forward = [], [], [], adapters.use_gates, BayesianLoRA.forward
+    union = gradients(slice(None), False)
+    mine = gradients(slice(accelerator.process_index, None, 2), True)
+    both = zip(mine, union, strict=True)
+    gap = max((a - b).norm() / b.norm() for a, b in both if b is not None and b.norm() > 0)
+    found = sum(b is not None for b in union)
+    assert [a is None for a in mine] == [b is None for b in union] and found == 17  # LoRA, head, ranges, z, g
+    gaps = gathered(float(gap))
+    if accelerator.is_main_process:
+        print(*gaps)
+    leave()
 
 
-def watched(net, z, g, *theta, **more):
-    if torch.is_grad_enabled():  # else distributions are checked
-        seen.append(z.detach().clone())
-    return inner(net, z, g, *theta, **more)
+def print_draws(config):
+    """Whether two processes of a training draw gates of their own, share the rows and learn the same."""
+    seen, losses, examples, inner, forward = [], [], [], adapters.use_gates, BayesianLoRA.forward
+
+    def watched(net, z, g, *theta, **more):
+        if torch.is_grad_enabled():  # else distributions are checked
+            seen.append(z.detach().clone())
+        return inner(net, z, g, *theta, **more)
+
+    def weighed(program, inputs, *arguments):
+        loss, elbo = forward(program, inputs, *arguments)
+        if torch.is_grad_enabled():
+            examples.extend(tuple(row[row != 0].tolist()) for row in inputs["input_ids"])
+            losses.append(loss.item())
+        return loss, elbo
+
+    adapters.use_gates, BayesianLoRA.forward = watched, weighed
+    trained = fit(config, quiet=True)
+    z = gathered(torch.stack([x for x in seen if 0 < x.mean() < 1]))
+    each, shares = gathered(losses), gathered(examples)
+    parameters = gathered([p.detach() for p in trained.program.parameters() if p.requires_grad])
+    if accelerate.PartialState().is_main_process:
+        logged = [line["loss"] for line in trained.metrics]
+        print("draws", [not torch.equal(a, b) for a, b in zip(*z, strict=True)].count(True), len(z[0]))
+        rows = [tuple(row) for row in trained.parts.tokens["train"]["input_ids"]]
+        print(
+            "examples", *map(len, shares), sorted(row for share in shares for row in share) == sorted(rows)
+        )  # each once
+        print("logged", logged == pytest.approx([sum(pair) / 2 for pair in zip(*each, strict=True)], rel=1e-5))
+        print("same", all(torch.equal(a, b) for a, b in zip(*parameters, strict=True)))
+    leave()
 
 
-def weighed(program, inputs, *arguments):
-    loss, elbo = forward(program, inputs, *arguments)
-    if torch.is_grad_enabled():
-        examples.extend(tuple(row[row != 0].tolist()) for row in inputs["input_ids"])
-        losses.append(loss.item())
-    return loss, elbo
+def refuse():
+    state = accelerate.PartialState(cpu=True)
 
+    def check():
+        assert state.is_main_process, "the other process has nothing to check"
+        raise ValueError("it cannot be exported")
 
-adapters.use_gates, BayesianLoRA.forward = watched, weighed
-trained = fit(RunConfig.from_json(sys.argv[1]), quiet=True)
-z = gathered(torch.stack([x for x in seen if 0 < x.mean() < 1]))
-each, shares = gathered(losses), gathered(examples)
-parameters = gathered([p.detach() for p in trained.program.parameters() if p.requires_grad])
-if accelerate.PartialState().is_main_process:
-    logged = [line["loss"] for line in trained.metrics]
-    print("draws", [not torch.equal(a, b) for a, b in zip(*z)].count(True), len(z[0]))
-    rows = [tuple(row) for row in trained.parts.tokens["train"]["input_ids"]]
-    print("examples", *map(len, shares), sorted(sum(shares, [])) == sorted(rows))  # each once
-    print("logged", logged == pytest.approx([sum(pair) / 2 for pair in zip(*each)], rel=1e-5))
-    print("same", all(torch.equal(a, b) for a, b in zip(*parameters)))
-leave()
-"""
+    on_main(lambda: None)
+    try:
+        on_main(check)
+    except ValueError as error:
+        print(f"process {state.process_index}: {error}")
+    leave()
 
 
 def torchrun(*arguments: str, **variables: str) -> str:
@@ -166,29 +172,37 @@ def settings(backbone, output_dir, **changes) -> dict:
     }  # fmt: skip
 
 
-def train(config: dict, **variables: str) -> Path:
-    """The folder of a run that two processes train by the command line."""
-    flags = [part for key, value in config.items() for part in (f"--{key}", str(value))]
-    torchrun("-m", "pyro_blora", "train", *flags, **variables)
+def flags(config: dict) -> list[str]:
+    return ["train", *(part for key, value in config.items() for part in (f"--{key}", str(value)))]
+
+
+def folder_of(config: dict) -> Path:
     (found,) = Path(config["output_dir"]).glob("[!.]*")
     return found
 
 
+def train(config: dict, folder: Path, **variables: str) -> Path:
+    """The folder of a run that two processes train."""
+    in_two(lambda: main(flags(config)), folder, **variables)
+    return folder_of(config)
+
+
 @pytest.fixture(scope="module")
 def run(folder, backbone):
-    return train(settings(backbone, folder / "runs", tracker="tensorboard"))
+    """As a user starts it."""
+    config = settings(backbone, folder / "runs", tracker="tensorboard")
+    torchrun("-m", "pyro_blora", *flags(config))
+    return folder_of(config)
 
 
 def test_two_processes_have_the_gradients_of_the_union_of_their_batches(folder):
-    (folder / "gradients.py").write_text(GRADIENTS)
-    gaps = [float(word) for word in torchrun(str(folder / "gradients.py")).split()]
+    gaps = [float(word) for word in in_two(print_gradient_gaps, folder).split()]
     assert len(gaps) == 2 and max(gaps) <= 1e-5
 
 
 def test_every_process_draws_gates_of_its_own_and_learns_the_same(folder, backbone):
-    (folder / "draws.py").write_text(DRAWS)
     config = RunConfig(**settings(backbone, folder / "unused"))
-    said = torchrun(str(folder / "draws.py"), config.to_json()).splitlines()
+    said = in_two(lambda: print_draws(config), folder).splitlines()
     # of three steps with gates; every row on one process; the mean over processes
     assert said == ["draws 3 3", "examples 32 32 True", "logged True", "same True"]
 
@@ -203,10 +217,6 @@ def test_there_is_one_log_one_checkpoint_and_one_run(run):
 
 def test_evaluation_in_parts_is_that_of_one_process(run):
     """Every process predicts some of the batches, all under the same draws."""
-    from pyro_blora.build import build
-    from pyro_blora.posterior import predict
-    from pyro_blora.tasks.batching import by_length, on_device
-
     program = load(run)
     config = RunConfig.from_json(run / "config.json")
     parts = build(config)
@@ -224,12 +234,12 @@ def test_evaluation_in_parts_is_that_of_one_process(run):
 def test_a_sharded_decoder_trains_as_a_whole_one(folder, decoder, adapter):
     """The frozen weights are split over the processes by FSDP2; what is learned, saved and said is the same."""
     changes = {"target_modules": "q_proj,k_proj,v_proj", "scope": "encoder", "adapter": adapter}
-    plain = train(settings(decoder, folder / f"plain-{adapter}", **changes))
+    plain = train(settings(decoder, folder / f"plain-{adapter}", **changes), folder)
     fsdp = {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     }  # fmt: skip
-    sharded = train(settings(decoder, folder / f"sharded-{adapter}", **changes), **fsdp)
+    sharded = train(settings(decoder, folder / f"sharded-{adapter}", **changes), folder, **fsdp)
     for mine, true in zip(*((run / "metrics.jsonl").read_text().splitlines() for run in (sharded, plain)), strict=True):
         mine, true = json.loads(mine), json.loads(true)
         assert mine.keys() == true.keys()
@@ -243,10 +253,6 @@ def test_a_sharded_decoder_trains_as_a_whole_one(folder, decoder, adapter):
 
 
 def test_another_version_of_fsdp_is_refused(monkeypatch):
-    from models import tiny_bert
-
-    from pyro_blora.distributed import shard
-
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="--fsdp_version 2"):
         shard(tiny_bert(), None)
@@ -255,30 +261,6 @@ def test_another_version_of_fsdp_is_refused(monkeypatch):
         shard(tiny_bert(), None)
 
 
-REFUSAL = """
-import accelerate
-
-from pyro_blora.distributed import leave, on_main
-
-state = accelerate.PartialState(cpu=True)
-
-
-def check():
-    assert state.is_main_process, "the other process has nothing to check"
-    raise ValueError("it cannot be exported")
-
-
-on_main(lambda: None)
-try:
-    on_main(check)
-except ValueError as error:
-    print(f"process {state.process_index}: {error}\\n", end="", flush=True)
-leave()
-"""
-
-
 def test_what_the_main_process_refuses_ends_them_all(folder):
-    script = folder / "refusal.py"
-    script.write_text(REFUSAL)
-    printed = torchrun(str(script))
+    printed = in_two(refuse, folder)
     assert all(f"process {i}: it cannot be exported" in printed for i in (0, 1))

@@ -1,6 +1,7 @@
 """What a training says in a log and on a terminal, what can be done next, and how it ends when it is asked to."""
 
 import dataclasses
+import functools
 import os
 import re
 import shlex
@@ -79,14 +80,14 @@ def test_what_a_run_says_can_be_done_next_can_be_done(logged, capsys, tmp_path, 
 
 def test_ctrl_c_ends_a_training_with_code_130_and_the_same_command_goes_on(backbone, tmp_path):
     config = tiny_config(backbone, output_dir=str(tmp_path), epochs=200, max_train=480)  # longer than anybody waits
-    line = [*COMMAND, *line_of(config)]
-    code, written = on_terminal(line, columns=1000, press=("training", "\x03"))
+    training = functools.partial(main, line_of(config))
+    code, written = on_terminal(training, columns=1000, press=("training", "\x03"))
     said = screen(written)
     assert code == 130 and "once more to end at once" in written
     step = re.match(r"pyro-blora: interrupted; step (\d+) of 6000 is saved in \S+/state.safetensors, from where the "
                     r"same command goes on$", said[-1])  # fmt: skip
     assert step, said
-    code, written = on_terminal(line, columns=1000, press=(" steps in", "\x03"))
+    code, written = on_terminal(training, columns=1000, press=(" steps in", "\x03"))
     assert code == 130
     assert int(re.search(r"(\d+)/6,000 steps in", written)[1]) >= int(step[1])
 

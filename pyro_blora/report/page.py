@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jinja2
 import markupsafe
-import vl_convert
 
 from ..files import REPORT, replace_text
 from .cards import headline
 from .grid import grid_page
 from .run_folder import Link, RunFiles, Section
 from .sections.contents import sections_of
+from .vega import vega_script
 
 _CODE = re.compile(r"`([^`]+)`|(?<![\w-])(--[a-z]\w*(?:\.\w+)*)")
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -52,8 +52,7 @@ def render(title: str, name: str, cards: list[tuple[str, str, str]], sections: l
     environment.filters["marked"] = marked
     environment.tests["link"] = lambda cell: isinstance(cell, Link) and cell.is_safe
     specs = {f"chart-{i}-{j}": spec for i, s in enumerate(sections) for j, (spec, _) in enumerate(s.charts)}
-    bundle = vl_convert.javascript_bundle() if specs else ""  # type: ignore[call-arg]  # a default that is not declared
-    script = bundle.replace("</script", "<\\/script")
+    script = (vega_script() if specs else "").replace("</script", "<\\/script")
     return environment.get_template("report.html.jinja").render(
         title=title, name=name, cards=cards, sections=sections, specs=as_script(specs), script=script
     )

@@ -32,7 +32,8 @@ def tokenize(
     kept, bars = rows.select_columns([*columns, "label"]), is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        return kept.map(encode, batched=True, remove_columns=columns, keep_in_memory=True)
+        # no cache asks for its fingerprint, for which a tokenizer of 128,000 words would be pickled: a second
+        return kept.map(encode, batched=True, remove_columns=columns, keep_in_memory=True, new_fingerprint="tokens")
     finally:
         if bars:
             enable_progress_bar()

@@ -139,7 +139,7 @@ def test_step_zero_is_the_pretrained_model_and_the_core_gets_a_gradient():
     assert all(p.shape == (4, 4) and p.grad.abs().max() > 0 for p in net.adapter_parameters())
 
 
-@pytest.mark.parametrize("rank", [2, 8, 16, 25])
+@pytest.mark.parametrize("rank", [2, 25])
 def test_parameters_are_counted_as_in_the_paper(rank):
     """96 R^2 for four projections of each of RoBERTa-large's 24 layers, against 98,304 R of LoRA on query and value."""
     small = transformers.RobertaConfig(

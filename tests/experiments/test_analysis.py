@@ -48,6 +48,24 @@ def executed(name, **variables):
     return notebooks.executed(name, **variables)
 
 
+@pytest.fixture
+def here(monkeypatch, tmp_path, capsys):
+    """Runs a script in this process, not in a kernel, and gives (text put out, number of pictures)."""
+
+    def run(name, **variables):
+        pictures = []
+        monkeypatch.chdir(tmp_path)
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setattr(plt, "show", lambda: (pictures.append(1), plt.close("all")))
+        runpy.run_path(str(ANALYSIS / f"{name}.py"))
+        out, err = capsys.readouterr()
+        assert not err
+        return out, len(pictures)
+
+    return run
+
+
 def summary_of(name):
     return json.loads((ANALYSIS / "example" / name / "summary.json").read_text(encoding="utf-8"))
 
@@ -139,8 +157,8 @@ def test_gates():
     assert f"{silent} of 108 ladders" in text and "input: 4.query, 5.query" in text and "hidden: all" in text
 
 
-def test_convergence():
-    text, pictures = shown(executed("convergence"))
+def test_convergence(here):
+    text, pictures = here("convergence")
     summary, data = summary_of("bops"), read(ANALYSIS / "example" / "bops")
     assert pictures == 4 and "The weights are point estimates" in text
     for chain, one in enumerate([summary, *summary["restarts"]]):
@@ -152,9 +170,13 @@ def test_convergence():
     assert float(re.search(r"at most (\S+)", text)[1]) < 1e-6  # the loss is the sum of its parts
 
 
-@pytest.mark.parametrize("name, pictures", [("gates", 5), ("convergence", 3)])
-def test_one_chain(name, pictures):
-    text, found = shown(executed(name, PYRO_BLORA_RUN="example/nested"))
+@pytest.mark.parametrize(
+    ("name", "run", "pictures"),
+    [("gates", "example/nested", 5), ("convergence", str(ANALYSIS / "example" / "nested"), 3)],
+)
+def test_a_notebook_is_a_script_too_and_reads_a_run_of_one_chain(name, run, pictures, here):
+    """From any folder; the run's may be relative to the script's."""
+    text, found = here(name, PYRO_BLORA_RUN=run)
     assert found == pictures and f"{summary_of('nested')['bops']['adapted_ratio']:.4%}" in text
     if name == "convergence":
         assert "One chain: --restarts 3 would tell." in text and "The weights are point estimates" in text
@@ -182,17 +204,6 @@ def test_ablation():
         again = posterior.reweighted(factor)
         assert (weighted, exact, k) == pytest.approx((again.bops_adapted, again.bops_exact, again.pareto_k), abs=6e-5)
         assert effective == pytest.approx(1 / np.square(again.weights).sum(), abs=1e-3)
-
-
-@pytest.mark.parametrize("run", ["example/depth", str(ANALYSIS / "example" / "depth")])
-def test_a_notebook_is_a_script_too(run, monkeypatch, tmp_path, capsys):
-    """From any folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYRO_BLORA_RUN", run)
-    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
-    runpy.run_path(str(ANALYSIS / "gates.py"))
-    spent = summary_of("depth")["bops"]["adapted_ratio"]
-    assert capsys.readouterr().out.startswith(f"E[BOPs] {spent:.4%}")
 
 
 def test_the_page_about_reading_quotes_what_the_stored_run_says():

@@ -1,8 +1,6 @@
 """Every script in experiments/ runs: a script that is not in the table below fails."""
 
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -77,7 +75,7 @@ def test_a_script_runs_and_leaves_results(script, tmp_path, request, monkeypatch
         arguments = arguments.replace("TINY", str(save_tiny_backbone(tmp_path / "tiny", letters=True)))
     if "GLUE" in arguments:
         arguments = arguments.replace("GLUE", str(request.getfixturevalue("glue_dir")))
-    (_in_a_process_of_its_own if script == "train.py" else _here)(script, arguments.split(), monkeypatch)
+    _here(script, arguments.split(), monkeypatch)
     found = {"benchmark.py": "benchmark.json", "mrpc_as_pairs.py": "dev.csv", "weights.py": "report.md"}.get(
         script, "summary.json"
     )
@@ -94,18 +92,6 @@ def _here(script, arguments, monkeypatch):
         runpy.run_path(str(ROOT / "experiments" / script), run_name="__main__")
     except SystemExit as end:
         assert not end.code
-
-
-def _in_a_process_of_its_own(script, arguments, monkeypatch):
-    done = subprocess.run(
-        [sys.executable, f"experiments/{script}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYRO_BLORA_TRACEBACK": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_memory_of_predictions_is_printed_by_rows(monkeypatch, capsys):

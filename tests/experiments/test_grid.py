@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from forked import ended, started
 from tiny import save_tiny_backbone, tiny_config, tiny_grid
 
 from experiments.grid import main
@@ -32,6 +33,13 @@ def written(tmp_path, text):
     path = tmp_path / "study.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Of the runs that a grid of this process starts."""
+    for name in ("PYRO_BLORA_COMPILE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
 
 
 def grid(*arguments):
@@ -164,10 +172,11 @@ def test_a_missing_file_is_refused(tmp_path):
         read_grid(tmp_path / "none.yaml")
 
 
-def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path):
+def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path, capsys):
     file = written(tmp_path, GOOD.replace("nested\n", "nestd\n"))
-    done = subprocess.run(grid(file, "--output_dir", tmp_path / "out"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'nested'" in done.stderr
+    assert main([str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "did you mean 'nested'" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -213,42 +222,40 @@ def test_a_job_is_in_the_queue_while_slurm_names_it(tmp_path, monkeypatch):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone):
+def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone, environment, capsys):
     where = ["--cluster", "local", "--job", "timeout_min=20"]
     file = tiny_grid(tmp_path / "grid.yaml", backbone, "  lr: [0.001, 1.0e+30]\n")
     out = tmp_path / "out"
-    done = subprocess.run(grid(file, "--output_dir", out, "--at_a_time", 2, *where), cwd=ROOT, env=ENVIRONMENT,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "1 of 2 runs are finished" in done.stdout and "failed: lr=1e+30" in done.stdout and "diverged" in done.stdout
+    assert main([str(file), "--output_dir", str(out), "--at_a_time", "2", *where]) == 1
+    said = capsys.readouterr().out
+    assert "1 of 2 runs are finished" in said and "failed: lr=1e+30" in said and "diverged" in said
     table = pd.read_parquet(out / "results.parquet")
     assert len(table) == 1 and table.lr.tolist() == ["0.001"] and Path(table.folder[0]).is_dir()
     assert pd.read_csv(out / "results.csv").score[0] == pytest.approx(table.score[0])
     assert table.bops_adapted.between(0, 1).all() and table.metric[0] == "accuracy"
 
 
-def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone):
+def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone, environment, capsys):
     file, out = tiny_grid(tmp_path / "grid.yaml", backbone, "  seed: [0, 1]\n"), tmp_path / "out"
 
     def summaries():
-        return sorted(out.glob("*/summary.json"))
+        return sorted(out.glob("[!.]*/summary.json"))  # of runs that have their name
 
-    process = subprocess.Popen(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = started(lambda: main([str(file), "--output_dir", str(out)]), tmp_path / "printed.txt")
     deadline = time.monotonic() + 300
     while not (summaries() and list(out.glob(".*.partial"))):  # one run is finished, the next one has begun
-        assert process.poll() is None and time.monotonic() < deadline
+        assert ended(process) is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     time.sleep(1.0)
     logs = [out / "logs" / f"{path.parent.name}.txt" for path in summaries()]  # of a run that is not started again
     kept = {path: path.stat().st_mtime_ns for path in [*summaries(), *logs]}
     lines = {path: path.read_text("utf-8") for path in out.glob(".*.partial/metrics.jsonl")}
     time.sleep(1.5)  # no orphan goes on
     assert lines == {path: path.read_text("utf-8") for path in out.glob(".*.partial/metrics.jsonl")}
-    done = subprocess.run(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 runs are finished" in done.stdout and len(kept) == 2
+    assert main([str(file), "--output_dir", str(out)]) == 0
+    assert "2 of 2 runs are finished" in capsys.readouterr().out and len(kept) == 2
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     table = pd.read_parquet(out / "results.parquet")
     assert table.seed.tolist() == ["0", "1"]

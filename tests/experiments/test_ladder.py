@@ -3,6 +3,8 @@
 What misses its threshold is in benchmarks/posterior_ladder.md.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from experiments.ladder.batched import nll, trained_posteriors
 from experiments.ladder.calibration import Simulations, calibration, ecdf_p_value
 from experiments.ladder.fitting import svi
 from experiments.ladder.gradients import estimators, exact_gradient, place, quality, sampled
-from experiments.ladder.problems import Network, one_gate, twelve_gates
+from experiments.ladder.problems import Network, one_gate, prior_only, twelve_gates
 from experiments.ladder.starts import start_fits
 from experiments.ladder.states import best_on_table, coordinate_sweep
 from pyro_blora.elbos import build_elbo
@@ -84,8 +86,21 @@ def test_a_mixture_comes_closer_than_a_mean_field(problems):
 # --- the rungs --------------------------------------------------------------------------------------------------------
 
 
-def test_without_data_the_guide_returns_the_prior():
+def test_without_data_the_guide_returns_the_prior(monkeypatch):
+    """Of the mean field one estimator and two temperatures, which the next test extends to all of them."""
+    monkeypatch.setattr(rungs, "ESTIMATORS", ("relaxed",))
+    monkeypatch.setattr(rungs, "TEMPERATURES", (1.0, 0.1))
     require(rungs.rung_a(steps=250))
+
+
+def test_without_data_a_mean_field_learns_the_same_whatever_estimator_and_temperature():
+    """Its KL is exact: no sample enters."""
+    problem, learned = prior_only(), []
+    for estimator, temperature in itertools.product(rungs.ESTIMATORS, rungs.TEMPERATURES):
+        program = problem.program("mean_field", estimator, open_logit=2.0)
+        svi(program, problem, steps=3, lr=0.1, temperature=temperature)
+        learned.append(torch.cat([p.detach().flatten() for p in program.gate_guide.parameters()]))
+    assert len(learned) == 9 and all(torch.equal(one, learned[0]) for one in learned)
 
 
 def test_one_gate_has_its_closed_form_posterior():
@@ -161,7 +176,7 @@ def test_every_elbo_is_below_the_log_evidence(problems, name, guide, spread, see
 
 
 def test_the_reported_elbo_is_the_exact_one_within_its_error(problems):
-    require(rungs.rung_f({"network": problems["network"]}, guides=4, steps=150))
+    require(rungs.rung_f({"network": problems["network"]}, guides=2, steps=150))
 
 
 def test_training_and_evaluation_use_one_law(problems):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from forked import started
 from models import deberta_v3_base
 from tiny import save_tiny_backbone
 
@@ -62,14 +63,9 @@ def config(request, tmp_path):
     )  # fmt: skip
 
 
-def test_it_is_killed_resumed_exported_and_predicts(config, request):
+def test_it_is_killed_resumed_exported_and_predicts(config, request, tmp_path):
     partial = config.folder.with_name(f".{config.folder.name}.partial")
-    child = os.fork()
-    if child == 0:
-        try:
-            train_run(config)
-        finally:
-            os._exit(0)
+    child = started(lambda: train_run(config) and None, tmp_path / "printed.txt")
     log, checkpoint = partial / "metrics.jsonl", partial / "checkpoints" / "state.safetensors"
     wait_for(lambda: checkpoint.is_file() and log.read_text().count("\n") >= config.epochs - 1)
     os.kill(child, signal.SIGKILL)

@@ -23,7 +23,7 @@ from pyro_blora.config.command_line import command_line
 from pyro_blora.files import SUMS
 from pyro_blora.posterior import Posterior
 from pyro_blora.posterior.arviz_compat import group, read
-from pyro_blora.report import Link, RunFiles, Section, charts, headline, render, sections_of, write_report
+from pyro_blora.report import Link, RunFiles, Section, charts, headline, render, sections_of, vega, write_report
 from pyro_blora.report.glossary import GLOSSARY
 from pyro_blora.report.grid import grid_page
 from pyro_blora.report.page import as_script, marked
@@ -86,6 +86,22 @@ def test_a_run_ends_with_its_page(run):
     assert 'class="missing"' not in page
     loaded = re.search(r"""\ssrc=["']|<link[^>]*href=["'](?!data:)""", re.sub(r"(?s)<script>.*?</script>", "", page))
     assert not loaded, "the page would need a network"
+
+
+def test_the_script_of_the_charts_is_made_once_and_a_damaged_one_again(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(vega.vl_convert, "javascript_bundle", lambda: made.append(1) or "a('é');\r\nb()")
+    script = vega.vega_script.__wrapped__  # without what this process remembers
+    assert script() == script() == "a('é');\r\nb()" and len(made) == 1
+    (path,) = (tmp_path / "vega").iterdir()
+    kept = path.read_bytes()
+    for damaged in (kept[:-3], kept.replace(b"b()", b"c()"), b""):
+        path.write_bytes(damaged)
+        assert script() == "a('é');\r\nb()" and path.read_bytes() == kept
+    assert len(made) == 4
+    monkeypatch.setenv("PYRO_BLORA_CACHE", str(path))  # no folder: nothing is kept
+    assert script() == "a('é');\r\nb()"
 
 
 def test_headline_numbers_are_those_of_the_summary(run):
@@ -488,7 +504,8 @@ def test_warnings_name_what_is_wrong(backbone, plain, tmp_path):
     files = RunFiles(plain)
     of_plain = " ".join(warnings(files.summary, files.posterior))
     assert "No gate is random" in of_plain and "Few draws" not in of_plain  # nothing is averaged
-    assert "Prior-dominated" in said(prior="depth", seed=1) and "Collapsed" not in said(prior="depth", seed=2)
+    dominated = said(prior="depth", seed=1)
+    assert "Prior-dominated" in dominated and "Collapsed" not in dominated
 
 
 def test_the_calibration_section_has_the_scores_of_the_summary(backbone, tmp_path):
