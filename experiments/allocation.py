@@ -23,7 +23,7 @@ from pyro_blora.machine import spin_briefly
 spin_briefly()  # before anything imports torch
 
 from experiments.studies.allocation_page import figure, line, report
-from experiments.studies.allocations import METHODS, Cells, Wanted, add_options, plan
+from experiments.studies.allocations import EVERY, METHODS, Cells, Wanted, add_options, plan
 from experiments.studies.pages import study_parser, write_page
 
 BUDGETS = ("W8A8", "W4A8", "W4A4", "W3A4")
@@ -36,7 +36,9 @@ def wanted(options, cells: Cells) -> Wanted:
             yield task, seed, "lora", None
             for name in options.budgets:
                 budget = cells.uniform(task, name)
-                yield from ((task, seed, method, budget) for method in METHODS if method != "lora")
+                for method in EVERY[1:]:  # but `lora`
+                    if method in METHODS or method in options.cells:
+                        yield task, seed, method, budget
 
 
 def study(options, cells: Cells) -> list[dict]:
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
     add_options(parser)
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="as W4A8: BOPs of uniform widths")
-    parser.add_argument("--cells", nargs="+", default=METHODS, choices=METHODS, help="methods to run where missing")
+    parser.add_argument("--cells", nargs="+", default=METHODS, choices=EVERY, help="methods to run where missing")
     options = parser.parse_args(arguments)
     cells = Cells(options)
     if options.plan:

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "fewest_bops", max_train=4000, output_dir="runs/allocation")
     add_options(parser)
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "exact_hessian"))
     parser.add_argument("--steps", type=int, default=6, help="halvings of the distance from W2A2 to W8A8")
     options = parser.parse_args(arguments)
     cells = Cells(options)

@@ -9,13 +9,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.allocations import METHODS
+from experiments.studies.allocations import EVERY, METHODS
 from experiments.studies.cells import provenance
 from experiments.studies.compare import paired, spread
 
 STYLES = {  # colours of Okabe and Ito
     "lora": ("#000000", "*"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"), "random": ("#009E73", "^"),
     "post": ("#CC79A7", "v"), "hessian": ("#E69F00", "D"), "greedy": ("#56B4E9", "P"),
+    "exact_hessian": ("#F0E442", "X"),
 }  # fmt: skip
 OPERATIONS = "BOPs, deployed (% of the model at 32 x 32 bit)"
 
@@ -59,7 +60,7 @@ def differences(rows: list[dict]) -> str:
     found = groups(rows)
     for (task, budget, method), cells in found.items():
         mine = {x["seed"]: x for x in cells}
-        for other in METHODS if method == "budget" else ():
+        for other in EVERY if method == "budget" else ():
             rivals = {x["seed"]: x for x in found.get((task, None if other == "lora" else budget, other), [])}
             seeds = sorted(mine.keys() & rivals.keys())
             if other != "budget" and seeds:
@@ -75,7 +76,7 @@ def figure(rows: list[dict], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     _, panels = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 3.6), squeeze=False, constrained_layout=True)
     for panel, task in zip(panels[0], tasks, strict=True):
-        for method in METHODS:
+        for method in EVERY:
             points = [cells for (t, _, m), cells in groups(rows).items() if (t, m) == (task, method)]
             points.sort(key=lambda cells: cells[0]["share"])
             if not points:

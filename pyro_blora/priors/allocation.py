@@ -114,7 +114,10 @@ def of_file(path: str) -> dict[str, Widths]:
 def of_run(folder: str) -> dict[str, Widths]:
     """The setting `widths` from the deployed allocation of a finished run; of several fits, the exported one's."""
     posterior = importlib.import_module("pyro_blora.posterior.arviz_compat")  # by name: posterior/ builds on priors/
-    constant = posterior.group(posterior.read(Path(folder).expanduser()), "constant_data").isel(chain=0)
+    constant = posterior.group(posterior.read(Path(folder).expanduser()), "constant_data")
+    constant = constant.isel(chain=0) if "chain" in constant.dims else constant  # runs before restarts had none
+    if "z_deployed" not in constant:
+        raise ValueError(f"prior 'allocation': run {folder} is too old to hold its deployed allocation: train it again")
     layout = AdapterLayout.from_dict(json.loads(constant.attrs["layout"]))
     gates = (torch.tensor(constant[f"{site}_deployed"].values) for site in "zg")
     return {"widths": table_of(layout, *gates)}

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import batch, tiny_bert
-from torch.autograd.functional import hessian
+from torch.autograd.functional import hessian, jacobian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.studies import bisection, greedy, peers
 from experiments.studies.allocations import mixed_widths, uniform_budget
-from experiments.studies.hessian import mean_squared_errors, traces
+from experiments.studies.hessian import gauss_newton_traces, hessian_traces, mean_squared_errors
 from experiments.studies.integer_program import cheapest
 from pyro_blora import attach
 from pyro_blora.adapters import calibrate
@@ -78,10 +78,33 @@ def test_traces_are_those_of_the_exact_hessian(program, tensor):
 
     exact = hessian(nll, torch.zeros(shape)).flatten(len(shape)).flatten(0, len(shape) - 1)
     expected = exact.trace().item() / len(labels)
-    estimates = torch.stack([traces(program, [(inputs, labels)], probes=4, seed=seed)[0, at] for seed in range(8)])
+    estimates = torch.stack(
+        [hessian_traces(program, [(inputs, labels)], probes=4, seed=seed)[0, at] for seed in range(8)]
+    )
     error = estimates.std().item() / len(estimates) ** 0.5
     assert abs(estimates.mean().item() - expected) < 4 * error + 1e-9
     assert error < 0.5 * abs(expected)  # so that a wrong scale is seen
+
+
+@pytest.mark.parametrize("tensor", TENSOR)
+def test_gauss_newton_traces_are_those_of_the_exact_matrix(program, tensor):
+    """Sum over logits of |J' F^(1/2)|^2, with F = diag(p) - p p' of two classes."""
+    inputs, labels = batch(size=2)
+    at = TENSOR[tensor]
+    shape = program.net.low_rank(program.layout.projections[0].name)[0].shape
+    if tensor == "hidden":
+        shape = (2, inputs["input_ids"].shape[1], program.layout.rank)
+
+    def logits(shift):
+        with observed(program.net, _Moved(at, shift)):
+            return program.net.logits(**inputs)
+
+    J = jacobian(logits, torch.zeros(shape)).flatten(2)  # (B, C, n)
+    p = logits(torch.zeros(shape)).softmax(-1).detach()
+    F = p.diag_embed() - p[:, :, None] * p[:, None]
+    exact = torch.einsum("bcn,bcd,bdn->", J, F, J).item() / len(labels)
+    found = gauss_newton_traces(program, [(inputs, labels)], probes=400)[0, at].item()
+    assert found == pytest.approx(exact, rel=1e-4 if tensor == "hidden" else 0.15)  # of weights, examples share noise
 
 
 def test_squared_errors_leave_out_padding(program):
