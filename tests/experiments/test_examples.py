@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
 SMALL = f"--glue_dir GLUE --backbone TINY --max_train 64 --epochs 1 {KEPT}"
 SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a small BERT, GLUE: the release (or a skip)
-    "allocation.py": f"--tasks wnli --seeds 0 --budgets W3A4 --cells lora uniform budget hessian {SMALL}",
+    "allocation.py": f"--tasks wnli --seeds 0 --budgets W3A4 --cells lora budget hessian {SMALL}",
     "benchmark.py": "--only quantizer gates --seconds 0.01 --output_dir OUT",
     "compare.py": "RESULTS --axis prior --against nested --report OUT/page.md",
     "demo_deberta.py": "--backbones TINY --tasks acceptability --max_train 32 --epochs 1 --draws 2 "
