@@ -122,6 +122,12 @@ class AdapterLayout:
     def adapted(self) -> tuple[Projection, ...]:
         return tuple(p for p in self.projections if p.adapted)
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the projections: `7.value`, or their full path where that is not unique."""
+        short = [f"{p.layer}.{p.type}" for p in self.projections]
+        return short if len(set(short)) == len(short) else [p.name for p in self.projections]
+
     @property
     def z_shape(self) -> tuple[int, int, int]:
         """(L, T, K): the bit gates."""

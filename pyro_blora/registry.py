@@ -37,6 +37,8 @@ class Entry:
     fits, each: the settings that say how many fits a run has, and the name by which each of them is chosen.
     named_after: the setting whose value, a file, names runs. flags: of the line, each a setting with its help.
     place: in a list that has an order, the report's sections, whose last ones have 100 and 110.
+    reads: settings that name a file, each with the function, `module:name`, that makes settings of it: a configuration
+    has these in place of the name, so that what was read decides its digest, and its runs need the file no more.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Entry:
     named_after: str = ""
     flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     place: float = 90.0
+    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Registry:
@@ -115,6 +118,21 @@ class Registry:
                 found = _written(file_of(name)[0], "", self._decorator)
                 known = next((entry for function, entry in found if function == file_of(name)[1]), None)
         return known or Entry(name)
+
+    def read_files(self, name: str, settings: dict[str, Any], prefix: str = "") -> None:
+        """Put what the files of the part's settings hold in place of their names (`Entry.reads`).
+
+        prefix: of the settings that are the part's.   Errors: ValueError for a file that cannot be read.
+        """
+        for setting, reader in self.entry(name).reads.items():
+            if (path := settings.pop(prefix + setting, None)) is not None:
+                module, _, function = reader.partition(":")
+                found = getattr(importlib.import_module(module), function)(str(path))
+                if twice := [key for key in found if prefix + key in settings]:
+                    raise ValueError(
+                        f"{self.kind} {name!r}: {setting} {path} sets {twice[0]!r}, which is set already: drop one"
+                    )
+                settings |= {prefix + key: value for key, value in found.items()}
 
     def require_known(self, name: str) -> None:
         """Errors: ValueError for a name that is neither registered nor that of a function in a file."""

@@ -5,7 +5,9 @@ import torch
 from pyro_blora import testing
 from pyro_blora.gates import Gates
 from pyro_blora.guides import GUIDES, fixed_rank
+from pyro_blora.priors import PRIORS
 
+BY_NAME = [name for name in PRIORS.names() if name != "allocation"]  # priors that need no setting
 LEARNING = [name for name in GUIDES.names() if GUIDES.resolve(name).__module__ != fixed_rank.__name__]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import pyro.distributions as dist
 import pytest
 import torch
-from contracts import LEARNING
+from contracts import BY_NAME, LEARNING
 from models import batch, tiny_bert
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
@@ -17,7 +17,7 @@ from pyro_blora.elbos import Terms
 from pyro_blora.elbos.evaluation import closed_form_kl
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide
-from pyro_blora.priors import PRIORS, build_prior
+from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 
@@ -55,7 +55,7 @@ def learning(program):
 
 
 @pytest.mark.parametrize("guide", SUMS)
-@pytest.mark.parametrize("prior", PRIORS.names())
+@pytest.mark.parametrize("prior", BY_NAME)
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 @pytest.mark.parametrize("estimator", ["straight_through", "relaxed"])
 def test_elbo_equals_that_of_pyro(task, prior, guide, estimator):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..registries import CHOSEN
 from ..user_values import LARGEST, coerce, shown
 
 _DEEPEST = 20  # levels of a setting
@@ -96,6 +97,15 @@ def _table(name: str, value: Any) -> dict:
         return json.loads(json.dumps(dict(value), allow_nan=False))  # a copy, and proof that it can be stored
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must hold plain numbers, words and lists, got {shown(value)}: {error}") from error
+
+
+def read_files(config: Any) -> None:
+    """Put what the files that settings name hold in place of their names; of a prior, also of a site's own prior."""
+    for owner, registry in CHOSEN.items():
+        settings = getattr(config, f"{owner}_settings")
+        own = [(f"{site}.", settings[site]) for site in ("z", "g") if owner == "prior" and site in settings]
+        for prefix, name in (("", getattr(config, owner)), *own):
+            registry.read_files(str(name), settings, prefix)
 
 
 def _require_short(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from ..registries import CHOSEN, WEIGHTS
 from ..registry import Entry
 from ..user_files import load_json, read_text
 from ..user_values import shown, suggest
-from .fields import MOST_FITS, RANGES, fit
+from .fields import MOST_FITS, RANGES, fit, read_files
 from .methods import METHODS, resolved
 from .naming import basename, digest, named_after
 
@@ -123,6 +123,7 @@ class RunConfig:
         for part in self._parts:
             for flag, value in part.sets.items():
                 object.__setattr__(self, flag, value)
+        read_files(self)
         object.__setattr__(self, "target_modules", _targets(self.target_modules))
         if self.precision in ("fp16", "float16", "half"):
             raise ValueError(

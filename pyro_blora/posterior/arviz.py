@@ -79,9 +79,8 @@ _SAID = {  # (long_name, units)
 
 def coordinates(layout: AdapterLayout) -> dict[str, list]:
     """Real names: projections as `7.value` (their full path where that is not unique), rungs in bit, ranks from 2."""
-    short = [f"{p.layer}.{p.type}" for p in layout.projections]
     return {
-        "projection": short if len(set(short)) == len(short) else [p.name for p in layout.projections],
+        "projection": list(layout.names),
         "tensor": list(layout.tensors),
         "rung": list(layout.ladder[1:]),
         "rank": list(range(2, layout.rank + 1)),

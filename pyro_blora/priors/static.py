@@ -75,9 +75,7 @@ def fixed(
         raise ValueError(f"prior 'fixed': rank must be from 1 to the adapter's rank {layout.rank}, got {rank}")
     widths = [activation_bits if tensor in ACTIVATIONS else bits for tensor in layout.tensors]
     depths = torch.tensor([layout.ladder.index(width) for width in widths]).expand(layout.z_shape[:2])
-    return Gates(
-        _pinned(depths, layout.z_shape[-1]), _pinned(torch.full(layout.g_shape[:1], rank - 1), layout.rank - 1)
-    )
+    return Gates(pinned(depths, layout.z_shape[-1]), pinned(torch.full(layout.g_shape[:1], rank - 1), layout.rank - 1))
 
 
 @register_prior("random")
@@ -98,10 +96,10 @@ def random(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adap
     while steer._ratio((gate < depths[..., None]).double(), ranks) > bops:
         closing = torch.multinomial((depths > 0).double().flatten(), 1, generator=generator)
         depths.view(-1)[closing] -= 1
-    return Gates(_pinned(depths, ladder), _pinned(torch.full(layout.g_shape[:1], layout.rank - 1), layout.rank - 1))
+    return Gates(pinned(depths, ladder), pinned(torch.full(layout.g_shape[:1], layout.rank - 1), layout.rank - 1))
 
 
-def _pinned(depths: Tensor, gates: int) -> NestedBernoulli:
+def pinned(depths: Tensor, gates: int) -> NestedBernoulli:
     """Ladders of `gates` gates with known depths.  depths (...) -> batch shape (...)"""
     return NestedBernoulli(torch.where(torch.arange(gates) < depths[..., None], 0.0, -torch.inf))
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
 SMALL = f"--glue_dir GLUE --backbone TINY --max_train 64 --epochs 1 {KEPT}"
 SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a small BERT, GLUE: the release (or a skip)
-    "allocation.py": f"--tasks wnli --seeds 0 --budgets W4A4 --cells lora uniform budget {SMALL}",
+    "allocation.py": f"--tasks wnli --seeds 0 --budgets W3A4 --cells lora budget hessian {SMALL}",
     "benchmark.py": "--only quantizer gates --seconds 0.01 --output_dir OUT",
     "compare.py": "RESULTS --axis prior --against nested --report OUT/page.md",
     "demo_deberta.py": "--backbones TINY --tasks acceptability --max_train 32 --epochs 1 --draws 2 "
@@ -29,6 +29,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs e --simulations 5 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
+    "fewest_bops.py": f"--tasks wnli --seeds 0 --methods greedy --steps 0 {SMALL}",
     "glue_small.py": "--glue_dir GLUE --backbone TINY --tasks wnli --max_train 64 --max_length 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
     "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag xs8-gates-gaussian --max_train 100 --epochs 5 "

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from contracts import LEARNING, check_guide, masks
+from contracts import BY_NAME, LEARNING, check_guide, masks
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -44,12 +44,12 @@ def own_file(tmp_path):
 # --- the contract -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRIORS.names())
+@pytest.mark.parametrize("name", BY_NAME)
 def test_a_registered_prior_keeps_the_contract(name, layout):
     check_prior(name, layout)
 
 
-@pytest.mark.parametrize("prior", PRIORS.names())
+@pytest.mark.parametrize("prior", BY_NAME)
 @pytest.mark.parametrize("name", LEARNING)
 def test_a_registered_guide_keeps_the_contract_under_every_prior(name, prior, layout):
     check_guide(name, layout, prior)
@@ -96,7 +96,7 @@ def test_a_prior_and_a_guide_from_the_decorator_keep_the_contract(forget, layout
     check_prior("halves", layout)
     for guide in LEARNING:
         check_guide(guide, layout, "halves")
-    for prior in PRIORS.names():
+    for prior in BY_NAME:
         check_guide("undecided", layout, prior)
 
 
@@ -190,7 +190,7 @@ def test_fixed_is_plain_lora_by_default(layout):
     assert bops.adapted_ratio == 1 and bops.model_ratio == 1
 
 
-@pytest.mark.parametrize("prior", PRIORS.names())
+@pytest.mark.parametrize("prior", BY_NAME)
 @pytest.mark.parametrize("guide", LEARNING)
 def test_chains_that_do_not_exist_are_open_whatever_the_prior_says(guide, prior, layout):
     guide = build_guide(guide, layout, build_prior(prior, layout))

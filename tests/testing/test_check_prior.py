@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from contracts import BY_NAME
 from torch import nn
 
 from pyro_blora.gates import Gates, NestedBernoulli
-from pyro_blora.priors import PRIORS
 from pyro_blora.testing import check_prior, example_layout
 
 
@@ -159,7 +159,7 @@ def test_settings_are_those_of_the_function():
         check_prior(good, settings={"rat": 2})
 
 
-@pytest.mark.parametrize("name", PRIORS.names())
+@pytest.mark.parametrize("name", BY_NAME)
 def test_the_packages_own_pass_on_the_example(name):
     check_prior(name, settings={"bops": 0.5} if name in ("budget", "random") else {})
 

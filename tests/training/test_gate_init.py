@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contracts import LEARNING
+from contracts import BY_NAME, LEARNING
 from models import batch, tiny_bert, tiny_deberta
 from scipy.stats import spearmanr
 from torch.nn.functional import linear, one_hot
@@ -13,7 +13,7 @@ from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B
 from pyro_blora.posterior import bops
-from pyro_blora.priors import PRIORS, build_prior
+from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.quantizer import rounded
 from pyro_blora.tasks import get_task
@@ -353,7 +353,7 @@ def test_the_estimate_orders_tensors_as_their_true_rise(bert, measured):
 # --- a start ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior", PRIORS.names())
+@pytest.mark.parametrize("prior", BY_NAME)
 @pytest.mark.parametrize("guide", LEARNING)
 def test_a_started_guide_is_finite(bert, measured, guide, prior):
     program = program_of(bert, guide=guide, prior=prior)

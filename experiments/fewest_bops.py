@@ -1,0 +1,72 @@
+"""LoRA's score at x % of its bit operations: the fewest BOPs at which a method is within half a point of plain LoRA.
+
+    python experiments/fewest_bops.py --glue_dir GLUE --report benchmarks/fewest_bops.md --figures benchmarks/figures
+
+For each task and method, bisection over budgets on a log scale between the bit operations of W2A2 and W8A8 (and above,
+where W8A8's are not enough); of uniform allocations over their widths, those of activations at least as large as those
+of weights, as activations are the more sensitive. A budget is enough where the score of what is deployed, on the dev
+set, is on average over seeds not more than 0.005 below that of LoRA. Cells are those of `allocation.py`, kept in the
+same folder and shared with it, so the study may be spread out; `--methods` runs some methods only.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pyro_blora.machine import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
+from experiments.studies.allocations import Cells, add_options
+from experiments.studies.bisection import Found, families, grid, search
+from experiments.studies.fewest_page import figure, report
+from experiments.studies.pages import study_parser, write_page
+
+METHODS = ("budget", "hessian", "greedy", "uniform")
+LOW, HIGH = "W2A2", "W8A8"
+UNIFORM = ("W2A2", "W2A4", "W4A4", "W2A8", "W4A8", "W8A8", "W8A16", "W16A16")
+
+
+def study(options, cells: Cells) -> list[Found]:
+    """One search a task and method, of those for which a cell is finished."""
+    found = []
+    for task in options.tasks:
+        for method in options.methods:
+            if method == "uniform":
+                points, top = families(cells, task, UNIFORM, HIGH)
+            else:
+                points, top = grid(cells.uniform(task, LOW), cells.uniform(task, HIGH), options.steps)
+            result = search(cells, task, method, points, top)
+            found += [result] if result.tried else []
+    return found
+
+
+def planned(options, cells: Cells) -> str:
+    """A guess of the number of cells and their minutes; kept ones are not looked up, as bisection decides which."""
+    lines, total = [], 0.0
+    for task in options.tasks:
+        number = {method: (4 if method == "uniform" else options.steps + 1) for method in options.methods}
+        minutes = sum(count * cells.minutes(task, method) for method, count in number.items())
+        minutes = len(options.seeds) * (minutes + cells.shared_minutes(task, tuple(options.methods)))
+        count, total = len(options.seeds) * sum(number.values()), total + minutes
+        lines.append(f"{task}: about {count} cells, {minutes:.0f} minutes")
+    return "\n".join([*lines, f"about {total / 60:.1f} hours on one core, less what is kept"])
+
+
+def main(arguments: list[str]) -> None:
+    parser = study_parser(__doc__, "fewest_bops", max_train=4000, output_dir="runs/allocation")
+    add_options(parser)
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "exact_hessian"))
+    parser.add_argument("--steps", type=int, default=6, help="halvings of the distance from W2A2 to W8A8")
+    options = parser.parse_args(arguments)
+    cells = Cells(options)
+    if options.plan:
+        print(planned(options, cells))
+        return
+    write_page(options, "fewest_bops", study(options, cells), report, figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

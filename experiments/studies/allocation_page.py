@@ -1,0 +1,129 @@
+"""The page of `allocation.py`: cells in tables, paired differences, a picture."""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.studies.allocations import EVERY, METHODS
+from experiments.studies.cells import provenance
+from experiments.studies.compare import paired, spread
+
+STYLES = {  # colours of Okabe and Ito
+    "lora": ("#000000", "*"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"), "random": ("#009E73", "^"),
+    "post": ("#CC79A7", "v"), "hessian": ("#E69F00", "D"), "greedy": ("#56B4E9", "P"),
+    "exact_hessian": ("#F0E442", "X"),
+}  # fmt: skip
+OPERATIONS = "BOPs, deployed (% of the model at 32 x 32 bit)"
+
+
+def line(row: dict) -> str:
+    at = row["deployed"]
+    return (f"{row['task']} seed {row['seed']} {row['budget'] or '':5s} {row['method']:8s} {at['metric']['name']} "
+            f"{at['metric']['value']:.4f} NLL {at['nll']:.4f} BOPs {row['bops']['deployed']['model_ratio']:.4f} of the "
+            f"model; {row['draws']} draws: {row['metric']['value']:.4f} NLL {row['nll']:.4f} BOPs "
+            f"{row['bops']['model_ratio']:.4f}; {row['seconds']['training']:.0f} s")  # fmt: skip
+
+
+def groups(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Cells by (task, budget, method), the seeds together."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| task | BOPs of | method | seeds | deployed: score | NLL | BOPs | draws: score | NLL | E[BOPs] |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, budget, method), cells in groups(rows).items():
+        lines.append(
+            f"| {task} | {budget or '32 bit'} | `{method}` | {len(cells)} | "
+            f"{spread([x['deployed']['metric']['value'] for x in cells])} | "
+            f"{spread([x['deployed']['nll'] for x in cells])} | "
+            f"{np.mean([x['bops']['deployed']['model_ratio'] for x in cells]):.2%} | "
+            f"{spread([x['metric']['value'] for x in cells])} | {spread([x['nll'] for x in cells])} | "
+            f"{np.mean([x['bops']['model_ratio'] for x in cells]):.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(rows: list[dict]) -> str:
+    """Paired differences of `budget` to every other method at the same BOPs, and to LoRA."""
+    lines = ["| task | BOPs of | `budget` minus | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|"]
+    found = groups(rows)
+    for (task, budget, method), cells in found.items():
+        mine = {x["seed"]: x for x in cells}
+        for other in EVERY if method == "budget" else ():
+            rivals = {x["seed"]: x for x in found.get((task, None if other == "lora" else budget, other), [])}
+            seeds = sorted(mine.keys() & rivals.keys())
+            if other != "budget" and seeds:
+                result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
+                                cells[0]["metric"]["name"])  # fmt: skip
+                told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values())
+                lines.append(f"| {task} | {budget} | `{other}` | {len(seeds)} | {told} |")
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """NLL against the BOPs of the model, a panel a task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    _, panels = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 3.6), squeeze=False, constrained_layout=True)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for method in EVERY:
+            points = [cells for (t, _, m), cells in groups(rows).items() if (t, m) == (task, method)]
+            points.sort(key=lambda cells: cells[0]["share"])
+            if not points:
+                continue
+            x = [100 * np.mean([c["bops"]["deployed"]["model_ratio"] for c in cells]) for cells in points]
+            y = [np.mean([c["deployed"]["nll"] for c in cells]) for cells in points]
+            error = [np.std([c["deployed"]["nll"] for c in cells]) for cells in points]
+            colour, marker = STYLES[method]
+            panel.errorbar(x, y, yerr=error, color=colour, marker=marker, label=method, capsize=2, linewidth=1.2)
+        panel.set(xscale="log", xlabel=OPERATIONS, ylabel="NLL (nats an example)")
+        panel.set_title(f"{task}: mean and spread over seeds", fontsize=10)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    plt.savefig(path, dpi=110)
+    plt.close()
+
+
+def rows_of(options: argparse.Namespace) -> str:
+    """How many training rows the cells have, for a page."""
+    every = ", ".join(task for task in options.tasks if task in options.all_rows)
+    return f"at most {options.max_train} training examples" + (f" (of {every} all)" if every else "")
+
+
+def report(options: argparse.Namespace, rows: list[dict]) -> str:
+    cells = len(options.tasks) * len(options.seeds) * (1 + len(options.budgets) * (len(METHODS) - 1))
+    seconds = [x["seconds"]["training"] for x in rows]
+    return f"""# Is the allocation worth anything?
+
+```sh
+python experiments/allocation.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} --seeds \\
+    {" ".join(map(str, options.seeds))} --report benchmarks/allocation.md --figures benchmarks/figures
+```
+
+MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
+{options.kl_warmup:.0%} of the steps; {len(rows)} of {cells} cells are finished (the rest are not shown, nothing is
+filled in); {np.median(seconds):.0f} s of training a cell in the median, beside other work;
+{provenance([row["cell"] for row in rows])}.
+`score` is the task's metric on the dev set, mean ± standard deviation over seeds. `deployed` is the one allocation that
+is exported, one forward an example; `draws` averages the predictions of {options.draws} draws of the gates. BOPs are of
+the model. `hessian` (HAWQ-V2) and `greedy` (a start of AutoQRA) choose widths from training examples where the gates
+start, and are then trained as `uniform` is. W3A4 has no rung of its own: weights of every second layer are at 4 bit,
+the first layer's among them, the others' at 2 bit. W2A8 has the bit operations of W4A4.
+
+{table(rows)}
+
+Paired differences of what is deployed, with intervals over examples and seeds; a negative NLL is in favour of `budget`:
+
+{differences(rows)}
+
+![NLL against BOPs](figures/allocation.png)
+"""
