@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -137,3 +138,19 @@ def _require_small(name: str, settings: Mapping) -> None:
         level = below
     if level:
         raise ValueError(f"{name} has more than {_DEEPEST} levels inside each other: flatten it")
+
+
+def targets(value: str | tuple | None) -> str | tuple[str, ...] | None:
+    """None, a tuple of names (also from `query,value`), or one regular expression."""
+    if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", value.strip()):
+        value = tuple(part.strip() for part in value.split(","))
+    if isinstance(value, tuple):
+        if not value or not all(isinstance(part, str) and part for part in value):
+            raise ValueError(f"target_modules must be names of modules, got {value!r}: query,value for example")
+        return value
+    if value is not None:
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"target_modules {shown(value)} is no regular expression ({error})") from error
+    return value

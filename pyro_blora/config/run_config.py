@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +10,7 @@ from ..registries import CHOSEN, WEIGHTS
 from ..registry import Entry
 from ..user_files import load_json, read_text
 from ..user_values import shown, suggest
-from .fields import MOST_FITS, RANGES, fit, read_files
+from .fields import MOST_FITS, RANGES, fit, read_files, targets
 from .methods import METHODS, resolved
 from .naming import basename, digest, named_after
 
@@ -124,7 +123,7 @@ class RunConfig:
             for flag, value in part.sets.items():
                 object.__setattr__(self, flag, value)
         read_files(self)
-        object.__setattr__(self, "target_modules", _targets(self.target_modules))
+        object.__setattr__(self, "target_modules", targets(self.target_modules))
         if self.precision in ("fp16", "float16", "half"):
             raise ValueError(
                 f"precision {self.precision!r} is refused: the summed likelihood and the 16-bit grid overflow or round "
@@ -286,19 +285,3 @@ class RunConfig:
 def field_names() -> list[str]:
     """The names of all fields, in the order of the dataclass."""
     return [field.name for field in dataclasses.fields(RunConfig)]
-
-
-def _targets(value: str | tuple | None) -> str | tuple[str, ...] | None:
-    """None, a tuple of names (also from `query,value`), or one regular expression."""
-    if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", value.strip()):
-        value = tuple(part.strip() for part in value.split(","))
-    if isinstance(value, tuple):
-        if not value or not all(isinstance(part, str) and part for part in value):
-            raise ValueError(f"target_modules must be names of modules, got {value!r}: query,value for example")
-        return value
-    if value is not None:
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"target_modules {shown(value)} is no regular expression ({error})") from error
-    return value
