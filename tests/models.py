@@ -8,6 +8,7 @@ import unittest.mock
 import torch
 import transformers
 from torch import nn
+from transformers import initialization
 
 from pyro_blora import attach
 from pyro_blora.adapters import calibrate
@@ -96,7 +97,7 @@ def deberta_v3_base():
         vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
         max_position_embeddings=512, max_relative_positions=-1, position_buckets=256, pooler_hidden_size=768,
     )  # fmt: skip
-    with unittest.mock.patch.dict(transformers.initialization.TORCH_INIT_FUNCTIONS, normal_=_repeated_normal):
+    with unittest.mock.patch.dict(initialization.TORCH_INIT_FUNCTIONS, normal_=_repeated_normal):
         return transformers.DebertaV2ForSequenceClassification(config)
 
 

@@ -4,7 +4,7 @@ from ..registries import ADAPTERS, register_adapter
 from .adalora import AdaLoRAModel
 from .attaching import attach
 from .gate_context import Observer
-from .gated_model import GatedModel, exact_tensors, gates, observed, open_gates, use_gates
+from .gated_model import GatedModel, exact_tensors, gates, observed, open_gates, use_gates, without_dropout
 from .lora import gated
 from .ranges import calibrate, clipped, set_ranges
 
@@ -24,4 +24,5 @@ __all__ = [
     "register_adapter",
     "set_ranges",
     "use_gates",
+    "without_dropout",
 ]

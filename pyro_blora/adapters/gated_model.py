@@ -192,20 +192,27 @@ def open_gates(layout: AdapterLayout, device: torch.device | str = "cpu") -> tup
 
 @contextlib.contextmanager
 def observed(net: GatedModel, observer: Observer) -> Iterator[GatedModel]:
-    """Let `observer` see every forward in the block, in evaluation mode, without gates.
+    """Let `observer` see every forward in the block, without dropout and gates.
 
-    Gradient checkpointing stays on where it reads a block's own training flag, and dropout reads those of inner layers.
     Gradients are to be taken within the block, as the observer sees the recomputation too.
     """
     training, net.gate_context.observer = net.training, observer
-    net.eval()
-    for module in net.modules():
-        module.training = getattr(module, "gradient_checkpointing", False) and not _drops_itself(module)
+    without_dropout(net)
     try:
         yield net
     finally:
         net.gate_context.observer = net.gate_context.shared = None
         net.train(training)
+
+
+def without_dropout(net: nn.Module) -> None:
+    """Put the network into evaluation mode, with gradient checkpointing where it has that.
+
+    Checkpointing reads a block's own training flag, and dropout those of inner layers.
+    """
+    net.eval()
+    for module in net.modules():
+        module.training = getattr(module, "gradient_checkpointing", False) and not _drops_itself(module)
 
 
 def _drops_itself(module: nn.Module) -> bool:

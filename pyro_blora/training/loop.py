@@ -210,6 +210,8 @@ class _Loop:
             group["lr"] = self.schedule.learning_rate(group["name"], step)
         temperature, kl_weight = self.schedule.temperature(step), self.schedule.kl_weight(step)
         self.program.train()
+        if self.natural and kl_weight > 0:
+            adapters.without_dropout(self.program.net)
         parts = []
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
@@ -231,7 +233,7 @@ class _Loop:
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
         if self.natural and kl_weight > 0 and config.lr_gates > 0:
-            self.natural.step(bad)
+            self.natural.step(bad, self.schedule.gates_move(step))
         for parameter in self.learning:
             parameter.grad = None
         self.program.weights.collect(step + 1, self.schedule.steps)

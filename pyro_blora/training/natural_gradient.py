@@ -62,8 +62,11 @@ class NaturalGradient:
         ]
 
     @torch.no_grad()
-    def step(self, left_out: Tensor) -> None:
-        """Take the gradients in. left_out: (), whether this step's are not finite; then nothing changes."""
+    def step(self, left_out: Tensor, moving: bool = True) -> None:
+        """Take the gradients in, and move the gates if `moving`.
+
+        left_out: (), whether this step's gradients are not finite; then nothing changes.
+        """
         for site, parameter in enumerate(self.parameters):
             if parameter.grad is None or not parameter.numel():
                 continue
@@ -71,9 +74,9 @@ class NaturalGradient:
             target = torch.where(self.free[site], parameter - self.scale * slope, 0.0)
             before = self.state.get(parameter) or self._nothing(parameter)
             after = averaged(before, target)
-            moved = shrunk(after, self.members[site])
-            moved = torch.where(self.free[site] & (after["step"] >= _FIRST), moved, parameter)
-            parameter.copy_(torch.where(left_out, parameter, moved))
+            if moving:
+                seen = self.free[site] & (after["step"] >= _FIRST) & ~left_out
+                parameter.copy_(torch.where(seen, shrunk(after, self.members[site]), parameter))
             self.state[parameter] = {key: torch.where(left_out, before[key], x) for key, x in after.items()}
             parameter.grad = None
 

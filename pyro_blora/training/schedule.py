@@ -38,6 +38,10 @@ class Schedule:
         """The step at which the gates start."""
         return int(cast(float, self.config.kl_warmup) * self.steps)  # which RunConfig has set
 
+    def gates_move(self, step: int) -> bool:
+        """Whether natural gradients move the gates: from the middle of the steps after the opening."""
+        return 2 * step >= self.opening + self.steps
+
     def kl_weight(self, step: int) -> float:
         return self.config.kl_weight if step >= self.opening else 0.0
 

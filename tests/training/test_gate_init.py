@@ -293,7 +293,8 @@ def distributions_of(prior, said):
 def mean_field(data, distributions, n_train):
     """Minus what each depth of each chain adds to the rise, at the means of the others' distributions."""
     at = Gates(*(distribution.double().requires_grad_() for distribution in distributions))
-    rise = Sensitivity(*(Gates(*(x.double() for x in part)) for part in (data.alone, data.common))).rise(at, n_train)
+    parts = data.alone, data.common, data.curvature
+    rise = Sensitivity(*(Gates(*(x.double() for x in part)) for part in parts)).rise(at, n_train)
     return Gates(*(-slope for slope in torch.autograd.grad(rise, at)))
 
 
