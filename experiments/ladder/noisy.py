@@ -13,11 +13,22 @@ from torch import Tensor
 from pyro_blora.config import RunConfig
 from pyro_blora.elbos import Evaluation, GateELBO
 from pyro_blora.gates import Gates
+from pyro_blora.guides import components
 from pyro_blora.program import GateProgram
 from pyro_blora.training import Schedule
 from pyro_blora.training.natural_gradient import NaturalGradient
 
-from .problems import Problem
+from .problems import Problem, twelve_gates
+from .states import best_on_table
+
+RIVALS = {  # estimator, and Adam's first rate or None for natural gradients
+    "natural gradients, `gauss_newton`": ("gauss_newton", None),
+    "natural gradients, `relaxed` over the Fisher matrix": ("relaxed", None),
+    "natural gradients, `straight_through` over the Fisher matrix": ("straight_through", None),
+    "natural gradients, `score_function` (DisARM) over the Fisher matrix": ("score_function", None),
+    "Adam at .1 (as shipped), `relaxed`": ("relaxed", 0.1),
+    "Adam at .02, `relaxed`": ("relaxed", 0.02),
+}
 
 
 class _Noisy(Evaluation):
@@ -72,3 +83,30 @@ def curvature_of(problem: Problem) -> Gates:
     z = torch.zeros(changes.shape[1], 1, 2, 2)
     z[:, 0, 0, 0] = changes.square().mean(0)
     return Gates(z, torch.zeros(len(z), 1, 1))
+
+
+def table(*, problems: int = 3, seeds: int = 2, steps: tuple[int, ...] = (500, 2000), noise: float = 5.0) -> str:
+    """Gaps of the ELBO to the exact mean field by optimizer and estimator, least, median and largest; markdown."""
+    lines = [f"| gates by | {' | '.join(f'{n:,} steps' for n in steps)} |", "|---|" + "---|" * len(steps)]
+    known = [(twelve_gates(seed), *_best(twelve_gates(seed))) for seed in range(problems)]
+    for name, (estimator, adam) in RIVALS.items():
+        gaps = torch.tensor([
+            [_gap(problem, best, estimator, adam, n, noise, seed) for n in steps]
+            for problem, best in known for seed in range(seeds)
+        ])  # fmt: skip
+        cells = [f"{x.min():.2f}, {x.median():.2f}, {x.max():.2f}" for x in gaps.T]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _best(problem: Problem) -> tuple[float]:
+    found = best_on_table(problem.table.states, problem.table.log_joint, restarts=4, steps=300)[0]
+    return (problem.table.elbo(found),)
+
+
+def _gap(problem, best: float, estimator: str, adam: float | None, steps: int, noise: float, seed: int) -> float:
+    program = problem.program(estimator=estimator)
+    if program.elbo.curved:
+        program.elbo.bend(curvature_of(problem))
+    learned(program, problem, steps=steps, noise=noise, adam=adam, seed=seed)
+    return best - problem.table.elbo(problem.table.states.log_q(components(program.gate_guide)))

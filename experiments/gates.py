@@ -1,0 +1,169 @@
+"""Do the gates learn? SVI of the gates against leaving them where they start, the adapter trained on all the same.
+
+    python experiments/gates.py --glue_dir GLUE --report benchmarks/gates.md --figures benchmarks/figures
+
+For each task and seed, from the same LoRA and the same estimate of every gate's log Bayes factor:
+
+    frozen      gates stay at their start; adapter, head and ranges are trained on under discrete draws of them
+    natural     natural gradients: estimator `gauss_newton`
+    adam        Adam on one relaxed draw: estimator `relaxed`
+
+The ELBO is that of discrete draws, by 64 of them on 400 training rows. Beside it stands the ELBO of the adapter of
+`natural` with the gates that it started from, which separates what the gates gain from what the adapter does. Finished
+cells are kept; `--cells` trains some methods only. With `--noise`, the table of optimizers and estimators on problems
+of twelve gates that can be enumerated.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pyro_blora.machine import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
+from experiments.ladder.noisy import table as noise_table
+from experiments.studies.compare import spread
+from experiments.studies.gate_learning import DRAWS, ROWS, cell
+from experiments.studies.pages import study_parser, write_page
+from pyro_blora.config import RunConfig
+
+METHODS = {
+    "frozen": {"estimator": "gauss_newton", "lr_gates": 0.0},
+    "natural": {"estimator": "gauss_newton"},
+    "adam": {"estimator": "relaxed"},
+}
+
+
+def configuration(options, task: str, seed: int, **changes) -> RunConfig:
+    return RunConfig(**{
+        "task": task, "glue_dir": options.glue_dir, "backbone": options.backbone, "seed": seed, "kl_warmup": 1 / 3,
+        "max_train": options.max_train, "epochs": options.epochs, "max_length": 64, "output_dir": options.output_dir,
+        **changes,
+    })  # fmt: skip
+
+
+def study(options) -> list[dict]:
+    """One row a cell; trains what is missing among `options.cells`."""
+    rows = []
+    for seed, task in itertools.product(options.seeds, options.tasks):
+        lora = configuration(options, task, seed, prior="fixed", prior_settings={"bits": 32})
+        for method, changes in METHODS.items():
+            path = options.keep / "gates" / f"{task}-{seed}-{method}.json"
+            train = method in options.cells and not options.only_finished
+            found = cell(path, configuration(options, task, seed, **changes), lora, train=train)
+            if found is not None:
+                rows.append({"task": task, "seed": seed, "method": method, **found})
+                print(task, seed, method, f"{found['learned']['elbo']:.4f}", flush=True)
+    return rows
+
+
+def by(rows: list[dict], task: str, method: str) -> dict[int, dict]:
+    return {row["seed"]: row for row in rows if (row["task"], row["method"]) == (task, method)}
+
+
+def disagreement(cells: list[dict]) -> str:
+    """Ladders that two seeds deploy at different depths, on average over pairs, of all."""
+    depths = [np.array(cell["learned"]["depths"]) for cell in cells]
+    pairs = [(a != b).sum() for a, b in itertools.combinations(depths, 2)]
+    return f"{np.mean(pairs):.0f} of {len(depths[0])}" if pairs else "-"
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| task | gates | seeds | ELBO per example | KL | E[BOPs] | E[bits] | NLL, draws | NLL, deployed | score, "
+             "deployed | seeds disagree |", "|" + "---|" * 11]  # fmt: skip
+    for task, method in itertools.product(dict.fromkeys(row["task"] for row in rows), METHODS):
+        cells = list(by(rows, task, method).values())
+        if not cells:
+            continue
+        elbo, kl, bops, bits = ([c["learned"][key] for c in cells] for key in ("elbo", "kl", "bops", "bits"))
+        scores = [spread([c[what][key] for c in cells])
+                  for what, key in (("draws", "nll"), ("deployed", "nll"), ("deployed", "score"))]  # fmt: skip
+        lines.append(
+            f"| {task} | `{method}` | {len(cells)} | {spread(elbo, 4)} | {np.mean(kl):.1f} | {np.mean(bops):.2%} | "
+            f"{np.mean(bits):.2f} | {' | '.join(scores)} | {disagreement(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(rows: list[dict]) -> str:
+    """Of `natural`, by seed: to `frozen`, and to the gates that it started from under its own adapter; nats of ELBO."""
+    lines = ["| task | seed | `natural` minus `frozen`, nats | minus its own start, nats | error of the latter | "
+             "moved, nats (root mean square) |", "|" + "---|" * 6]  # fmt: skip
+    for task in dict.fromkeys(row["task"] for row in rows):
+        frozen = by(rows, task, "frozen")
+        for seed, cell_ in by(rows, task, "natural").items():
+            n = cell_["config"]["max_train"]
+            gain = n * (cell_["learned"]["elbo"] - frozen[seed]["learned"]["elbo"]) if seed in frozen else np.nan
+            own = n * (cell_["learned"]["elbo"] - cell_["start"]["elbo"])
+            error = n * np.hypot(cell_["learned"]["error"], cell_["start"]["error"])
+            lines.append(f"| {task} | {seed} | {gain:+.1f} | {own:+.1f} | {error:.1f} | {cell_['moved']:.2f} |")
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """ELBO against E[BOPs], a panel a task, a line from `frozen` to `natural` of each seed."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    _, panels = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False, constrained_layout=True)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for method, colour, marker in zip(METHODS, ("#000000", "#0072B2", "#D55E00"), "o^s", strict=True):
+            points = [c["learned"] for c in by(rows, task, method).values()]
+            panel.plot(
+                [100 * p["bops"] for p in points], [p["elbo"] for p in points], marker, color=colour, label=method
+            )
+        panel.set(xlabel="E[BOPs] (% of the model)", ylabel="ELBO (nats per example)")
+        panel.set_title(task, fontsize=10)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    plt.savefig(path, dpi=110)
+    plt.close()
+
+
+def report(options, rows: list[dict]) -> str:
+    noise = f"""
+## Twelve gates, enumerated
+
+Gap of the ELBO to the exact mean field, nats, at a noise of 5 nats a step in the slope of every gate: least, median and
+largest of three problems, two seeds each (`--noise`).
+
+{noise_table()}
+""" if options.noise else ""  # fmt: skip
+    return f"""# Do the gates learn?
+
+```sh
+python experiments/gates.py --glue_dir GLUE --seeds {" ".join(map(str, options.seeds))}{" --noise" * options.noise} \\
+    --tasks {" ".join(options.tasks)} --report benchmarks/gates.md --figures benchmarks/figures
+```
+
+MiniLM, scope `adapted`, prior `bops`, {options.max_train} training examples, {options.epochs} epochs, gates start after
+a third of the steps; {len(rows)} of {len(options.tasks) * len(options.seeds) * len(METHODS)} cells are finished. The
+ELBO is of discrete draws, {DRAWS} of them on {ROWS} training rows; mean ± standard deviation over seeds.
+
+{table(rows)}
+
+{differences(rows)}
+
+![ELBO against bit operations](figures/gates.png)
+{noise}"""
+
+
+def main(arguments: list[str]) -> None:
+    parser = study_parser(__doc__, "gates", max_train=2000, output_dir="runs/gates")
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "acceptability"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cells", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--noise", action="store_true", help="also the table of twelve gates: minutes")
+    parser.set_defaults(epochs=3)
+    options = parser.parse_args(arguments)
+    write_page(options, "gates", study(options), report, figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
