@@ -30,6 +30,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "check_posterior.py": "--rungs e --simulations 5 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
     "fewest_bops.py": f"--tasks wnli --seeds 0 --methods greedy --steps 0 {SMALL}",
+    "gates.py": f"--tasks wnli --seeds 0 --cells frozen natural {SMALL}",
     "glue_small.py": "--glue_dir GLUE --backbone TINY --tasks wnli --max_train 64 --max_length 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
     "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag xs8-gates-gaussian --max_train 100 --epochs 5 "
@@ -77,9 +78,12 @@ def test_a_script_runs_and_leaves_results(script, tmp_path, request, monkeypatch
     if "GLUE" in arguments:
         arguments = arguments.replace("GLUE", str(request.getfixturevalue("glue_dir")))
     _here(script, arguments.split(), monkeypatch)
-    found = {"benchmark.py": "benchmark.json", "mrpc_as_pairs.py": "dev.csv", "weights.py": "report.md"}.get(
-        script, "summary.json"
-    )
+    found = {
+        "benchmark.py": "benchmark.json",
+        "mrpc_as_pairs.py": "dev.csv",
+        "weights.py": "report.md",
+        "gates.py": "report.md",
+    }.get(script, "summary.json")
     assert any((tmp_path / "out").rglob(found))
 
 
