@@ -3,12 +3,13 @@
 A guide of log Bayes factors is prior x exp(e), so e is the site term of conjugate-computation variational inference,
 and the ELBO is stationary where e = -N dE_q[NLL] / dm, m the marginals of the ladder. A natural-gradient step of rate
 r is e <- (1 - r) e + r target, with `target` an estimate of the right-hand side at the current e: the gates are an
-average of targets. It weighs the t-th of them by t, r = 2 / (t + 2), as the first ones are of other gates than those
-that are reached. How far the average of t targets can be trusted is measured: their variance gives its standard error.
-By James and Stein's rule, gates of one role (a rung of one tensor of one type of projection) share what they deviate
-from their start by, in standard errors, and each adds as much of its own as exceeds what noise alone would make. So a
-gate whose deviations are noise stays where it started, one that has been seen clearly moves all the way, and nothing
-is tuned. With a KL weight beta, a cold posterior has N / beta for N.
+average of targets. It weighs the t-th of them by t, r = 2 / (t + 1), as the first ones are of other gates than those
+that are reached. How far the average can be trusted is measured: the targets' variance gives its standard error. By
+James and Stein's rule, gates of one role (a rung of one tensor of one type of projection) share what they deviate from
+their start by, in standard errors, and each adds as much of its own as exceeds what noise alone would make. So a gate
+whose deviations are noise stays where it started, and one that has been seen clearly moves all the way. Nothing is
+tuned. The first half of the gated steps only measures (`Schedule.gates_move`): gates that move on few targets take the
+adapter with them, which then fits gates that do not stay. With a KL weight beta, a cold posterior has N / beta for N.
 
 Estimators whose gradient is not the natural one already are divided by the Fisher matrix of the ladder's statistics.
 Shapes: M components; z (M, L, T, K), g (M, L, R - 1).   Units: nats.
