@@ -107,7 +107,8 @@ def test_the_cells_that_are_kept_are_still_those_of_their_configurations():
     assert len(paths) > 100
     for path in paths:
         config = RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
-        assert kept(path, config)["summary"]["task"] == config.task
+        cell = kept(path, config)
+        assert path.parent.name == "gates" or cell["summary"]["task"] == config.task
     with pytest.raises(ValueError, match=r"another configuration \(seed differ\)"):
         kept(path, dataclasses.replace(config, seed=config.seed + 1))
 
