@@ -111,7 +111,7 @@ def differences(rows: list[dict]) -> str:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """ELBO against E[BOPs], a panel a task, a line from `frozen` to `natural` of each seed."""
+    """ELBO against E[BOPs], a panel a task, a point a seed."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     _, panels = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False, constrained_layout=True)
     for panel, task in zip(panels[0], tasks, strict=True):

@@ -18,6 +18,7 @@ from pyro_blora.priors import Budget
 from pyro_blora.tasks.batching import epoch_order
 from pyro_blora.training import Schedule, fit, make_optimizer, natural_gradient, resuming
 from pyro_blora.training.gate_pictures import gate_maps
+from pyro_blora.training.gradients import Gradients
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -326,6 +327,24 @@ def test_every_choice_trains(backbone, changes):
     assert all(math.isfinite(value) for line in lines for value in line.values())
     if changes.get("prior") == "fixed":
         assert lines[-1]["expected_bits"] == 4.0 and lines[-1]["expected_rank"] == 2.0 and lines[-1]["kl_z"] == 0.0
+
+
+def test_natural_gradients_measure_without_dropout_for_half_of_the_gated_steps_before_gates_move(backbone, monkeypatch):
+    monkeypatch.setattr(natural_gradient, "_FIRST", 2)  # of twelve steps
+    dropping, inner = [], Gradients.__call__
+
+    def watched(gradients, *arguments):
+        dropouts = [x for x in gradients.program.modules() if isinstance(x, torch.nn.Dropout)]
+        dropping.append(any(x.training for x in dropouts))
+        return inner(gradients, *arguments)
+
+    monkeypatch.setattr(Gradients, "__call__", watched)
+    config = tiny_config(backbone, epochs=3, estimator="gauss_newton")
+    opening = Schedule.of(config, 64).opening
+    lines = fit(config, quiet=True).metrics
+    assert dropping == [step < opening for step in range(12)]
+    moved = [line.get("gates_moved", 0.0) > 0 for line in lines]
+    assert moved == [2 * step >= opening + 12 for step in range(12)]
 
 
 def test_a_tracker_gets_the_logged_numbers(backbone, tmp_path):
