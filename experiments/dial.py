@@ -49,6 +49,7 @@ MARKERS = {"evidence": "o", "blind": "s", "closed": "^"}
 def configuration(options, **changes) -> RunConfig:
     return RunConfig(
         task=options.task, glue_dir=options.glue_dir, backbone=options.backbone, scope="encoder", max_length=64,
+        estimator="relaxed",
         max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=options.draws,
         output_dir=options.output_dir, **changes,
     )  # fmt: skip

@@ -34,8 +34,8 @@ TOLERANCE = 0.05
 def configuration(options, task: str, **changes) -> RunConfig:
     return RunConfig(
         task=task, glue_dir=options.glue_dir if task != "acceptability" else None, backbone=options.backbone,
-        max_length=64, max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup, draws=2,
-        output_dir=options.output_dir, **changes,
+        estimator="relaxed", max_length=64, max_train=options.max_train, epochs=options.epochs,
+        kl_warmup=options.kl_warmup, draws=2, output_dir=options.output_dir, **changes,
     )  # fmt: skip
 
 

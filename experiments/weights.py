@@ -62,9 +62,10 @@ def configuration(options, task: str, path: str, seed: int) -> RunConfig:
     held_out = min(0.2, max(0.1, _HELD_OUT / rows))
     chosen = changes.get("weights") != "swag" and "-of-" not in path  # SWAG averages epochs; few rows choose by chance
     return RunConfig(
-        task=task, glue_dir=options.glue_dir, backbone=options.backbone, max_length=64, group_by_length=True,
-        max_train=rows, validation=held_out, epochs=round((options.epochs or usual[1]) / fraction),
-        lr_head=5e-3, choose_epoch=chosen and not options.last_epoch, draws=options.draws, seed=seed, data_seed=0,
+        task=task, glue_dir=options.glue_dir, backbone=options.backbone, estimator="relaxed", max_length=64,
+        group_by_length=True, max_train=rows, validation=held_out,
+        epochs=round((options.epochs or usual[1]) / fraction), lr_head=5e-3,
+        choose_epoch=chosen and not options.last_epoch, draws=options.draws, seed=seed, data_seed=0,
         output_dir=options.output_dir, **changes,
     )  # fmt: skip
 

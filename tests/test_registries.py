@@ -77,7 +77,13 @@ def test_a_method_consists_of_parts_that_are_registered_with_their_settings(meth
     check_names(RunConfig(method=method))
 
 
-TABLES = ("METHODS", "_LORA", "CHOICES", "_ADDED")  # of config/: data that names parts, and choices of two words
+TABLES = (
+    "METHODS",
+    "_LORA",
+    "CHOICES",
+    "_ADDED",
+    "_USUAL",
+)  # of config/: data that names parts, and choices of two words
 
 
 def _assigned(node):

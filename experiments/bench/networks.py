@@ -23,6 +23,7 @@ from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 from pyro_blora.training import make_optimizer
 from pyro_blora.training.gradients import Gradients
+from pyro_blora.training.natural_gradient import NaturalGradient, is_natural
 
 N_TRAIN = 2000
 CLASSES = 2
@@ -95,7 +96,9 @@ def flashdeberta(setting: Setting) -> nn.Module:
 _BACKBONES = {"minilm": minilm, "deberta": deberta, "flashdeberta": flashdeberta}
 
 
-def program_of(setting: Setting, prior: str = "bops", **attached) -> BayesianLoRA:
+def program_of(
+    setting: Setting, prior: str = "bops", estimator: str = "gauss_newton", **attached
+) -> BayesianLoRA:  # fmt: skip
     """The gated network with undecided gates, so that every grid takes part."""
     net = adapters.attach(
         setting.network(), rank=setting.rank, alpha=2.0 * setting.rank, scope=setting.scope,
@@ -104,7 +107,8 @@ def program_of(setting: Setting, prior: str = "bops", **attached) -> BayesianLoR
     net.autocast = torch.bfloat16 if setting.precision == "bf16" else None
     prior = build_prior(prior, net.layout)
     guide = build_guide("mean_field", net.layout, prior, {"open_logit": 1.0})
-    program = BayesianLoRA(net, prior, guide, get_task("sst2").likelihood, n_train=N_TRAIN).to(setting.device)
+    likelihood = get_task("sst2").likelihood
+    program = BayesianLoRA(net, prior, guide, likelihood, n_train=N_TRAIN, estimator=estimator).to(setting.device)
     adapters.calibrate(net, [setting.examples()[0]])
     return program
 
@@ -116,15 +120,22 @@ def gated_step(setting: Setting, *, compiled: bool = False, graphs: bool = True,
     if compiled:
         net.peft_model.compile()
     learning = [p for group in optimizer.param_groups for p in group["params"]]
+    natural = NaturalGradient(program) if is_natural(program, RunConfig()) else None
+    learning += natural.parameters if natural else []
     gradients = Gradients(program, learning, graphs=graphs and not compiled)
     clipped = [*net.adapter_parameters(), *net.head_parameters()]
     program.train()
+    if natural:
+        adapters.without_dropout(net)
+    left_out = torch.zeros((), dtype=torch.bool, device=setting.device)
     release_freed_memory()  # as the loop does
 
     def step():
         gradients(inputs, labels, 0.3, 1.0)
         torch.nn.utils.clip_grad_norm_(clipped, 1.0)
         optimizer.step()
+        if natural:
+            natural.step(left_out)
         optimizer.zero_grad()
 
     return step

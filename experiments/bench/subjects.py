@@ -41,6 +41,10 @@ def _encoder(setting: Setting) -> Callable[[], None]:
     return gated_step(dataclasses.replace(setting, scope="encoder"))
 
 
+def _relaxed(setting: Setting) -> Callable[[], None]:
+    return gated_step(setting, estimator="relaxed")
+
+
 def _shared(setting: Setting) -> Callable[[], None]:
     return gated_step(setting, share_inputs=True)
 
@@ -59,6 +63,7 @@ def _plain(setting: Setting) -> Callable[[], None]:
 STEPS = {
     "gated": gated_step,
     "LoRA in the same loop": _plain,
+    "gated, relaxed draws": _relaxed,
     "gated, shared inputs": _shared,
     "gated, every projection": _encoder,
     "PEFT LoRA": lora_step,
@@ -74,7 +79,14 @@ STEPS = {
 def steps(setting: Setting, seconds: float) -> list[Row]:
     section = "Training step"
     on_gpu = setting.device == "cuda"
-    names = ("gated", "gated, shared inputs", "gated, every projection", "PEFT AdaLoRA", "PEFT LoRA")
+    names = (
+        "gated",
+        "gated, relaxed draws",
+        "gated, shared inputs",
+        "gated, every projection",
+        "PEFT AdaLoRA",
+        "PEFT LoRA",
+    )
     functions = {name: STEPS[name](setting) for name in names}
     if on_gpu:  # on two CPU cores, compiling a network takes minutes
         functions |= {
@@ -84,6 +96,7 @@ def steps(setting: Setting, seconds: float) -> list[Row]:
     taken = in_turn(functions, seconds=seconds, device=setting.device)
     goals = {"gated": 1.15, "gated, every projection": 1.3 if on_gpu else 1.4}
     rows = [compared(section, taken, name, "PEFT LoRA", goal=goals.get(name)) for name in names[:-1]]
+    rows.append(compared(section, taken, "gated", "gated, relaxed draws", goal=1.0))
     if on_gpu:
         rows.append(compared(section, taken, "gated, network compiled", "PEFT LoRA, compiled"))
     return rows

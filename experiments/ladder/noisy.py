@@ -106,7 +106,7 @@ def _best(problem: Problem) -> tuple[float]:
 
 def _gap(problem, best: float, estimator: str, adam: float | None, steps: int, noise: float, seed: int) -> float:
     program = problem.program(estimator=estimator)
-    if program.elbo.curved:
-        program.elbo.bend(curvature_of(problem))
+    if program.elbo.needs_curvature:
+        program.elbo.take_curvature(curvature_of(problem))
     learned(program, problem, steps=steps, noise=noise, adam=adam, seed=seed)
     return best - problem.table.elbo(problem.table.states.log_q(components(program.gate_guide)))

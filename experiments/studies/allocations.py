@@ -92,7 +92,7 @@ class Cells:
         return RunConfig(**{
             "task": task, "glue_dir": options.glue_dir, "backbone": options.backbone, "scope": "encoder", "seed": seed,
             "max_train": None if task in options.all_rows else options.max_train, "epochs": options.epochs,
-            "kl_warmup": options.kl_warmup, "max_length": 64, "draws": options.draws, "lr_gates": 2e-2,
+            "kl_warmup": options.kl_warmup, "max_length": 64, "draws": options.draws,
             "output_dir": options.output_dir, **changes,
         })  # fmt: skip
 
@@ -104,7 +104,7 @@ class Cells:
             widths = peers.allocation(method, self.options.keep, f"{task}-{seed}", budget.name, self.lora(task, seed),
                                       self.layout_and_rows(task)[0], budget.share)  # fmt: skip
             own = {"prior": "allocation", "prior_settings": {"widths": widths}}
-            return None if widths is None else self._config(task, seed, own)
+            return None if widths is None else self._quantized(task, seed, own)
         target = {"bops": budget.share, "denominator": "model"}
         uniform = {"prior": budget.prior, "prior_settings": budget.settings}
         changes: dict[str, dict[str, Any]] = {
@@ -113,7 +113,11 @@ class Cells:
             "random": {"prior": "random", "prior_settings": {**target, "seed": seed}},
             "budget": {"prior": "budget", "prior_settings": target, "kl_weight": COLD},
         }
-        return self._config(task, seed, changes[method])
+        return self._quantized(task, seed, changes[method])
+
+    def _quantized(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
+        """Dropout is off once gates have started, for every method as for learned gates."""
+        return self._config(task, seed, {"gated_dropout": False, **changes})
 
     def path(self, task: str, seed: int, method: str, budget: Budget | None = None) -> Path:
         return self.options.keep / f"{task}-{seed}-{budget.name if budget else 'full'}-{method}.json"

@@ -62,7 +62,7 @@ def _add_settings(train: argparse.ArgumentParser, line: str) -> None:
         chosen = read_preset(given["preset"]) if "preset" in given else {}
     for owner in OWNERS:
         name = given.get(owner, chosen.get(owner, RunConfig.__dataclass_fields__[owner].default))
-        for setting in CHOSEN[owner].entry(os.path.expanduser(name)).settings:
+        for setting in CHOSEN[owner].entry(os.path.expanduser(name)).settings if name else ():
             train.add_argument(f"--{owner}.{setting}")
     train.add_argument("--prior.z")
     train.add_argument("--prior.g")

@@ -30,7 +30,7 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
         {
             "prior": "NAME", "guide": "NAME", "estimator": "NAME", "kl_weight": "WEIGHT", "kl_warmup": "FRACTION",
             "temperature_start": "TEMPERATURE", "temperature_end": "TEMPERATURE", "gate_optimizer": "NAME",
-            "lr_gates": "RATE", "lr_ranges": "RATE",
+            "lr_gates": "RATE", "lr_ranges": "RATE", "gated_dropout": "",
         },
     ),
     "weights": (

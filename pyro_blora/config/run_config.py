@@ -24,7 +24,7 @@ CHOICES = {  # of what cannot be added to
     "gate_optimizer": ("auto", "natural", "adam"),
 }
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
-_USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method nor a part sets a value
+_USUAL = {"lr": 1e-3, "kl_warmup": 0.3, "estimator": "relaxed"}  # where neither user nor method nor a part sets a value
 
 
 def _field(default: Any, description: str) -> Any:
@@ -51,10 +51,12 @@ class RunConfig:
     prior_settings: dict = _field(dict, "settings of the prior, on the command line as --prior.rate 3")
     guide: str = _field("mean_field", "variational family: a name that `pyro-blora guides` lists, or file.py:function")
     guide_settings: dict = _field(dict, "settings of the guide, on the command line as --guide.NAME VALUE")
-    estimator: str = _field("relaxed", "gradient of the gates: a name that `pyro-blora elbos` lists, or file.py:name")
+    estimator: str | None = _field(
+        None, "gradient of the gates: a name that `pyro-blora elbos` lists, or file.py:name; none: the guide's own"
+    )
     estimator_settings: dict = _field(dict, "settings of the estimator, on the command line as --estimator.NAME VALUE")
     gate_optimizer: str = _field(
-        "auto", "how the gates learn: natural (gradients, no rate), adam, or auto: natural for estimator gauss_newton"
+        "auto", "how the gates learn: natural (gradients, no rate), adam, or auto: as the estimator's gradient is"
     )
     adapter: str = _field(
         "lora", "what learns beside the head: a name that `pyro-blora adapters` lists, or file.py:function"
@@ -83,13 +85,19 @@ class RunConfig:
     group_by_length: bool = _field(False, "batches of rows of similar length: less padding, so less time")
     lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, of xs 5e-3, or the method's own")
     lr_head: float | None = _field(None, "learning rate of the classification head; none: lr")
-    lr_gates: float = _field(0.1, "first learning rate of the gates, nats per step; falls to 1 %; 0 freezes them")
+    lr_gates: float = _field(
+        0.1, "first learning rate of gates under Adam, nats per step; falls to 1 %; 0 freezes gates"
+    )
     lr_ranges: float = _field(1e-3, "learning rate of the quantization ranges; 0 freezes them")
     weight_decay: float = _field(0.01, "decoupled weight decay of adapter and head; gates and ranges have none")
     warmup: float = _field(0.06, "learning-rate warm-up, as a fraction of the steps")
     kl_weight: float = _field(1.0, "weight of the KL once the gates start; below 1: a cold, more confident posterior")
     kl_warmup: float | None = _field(
         None, "fraction of the steps with open gates, before they start; 1: after training; none: 0.3, or the method's"
+    )
+    gated_dropout: bool | None = _field(
+        None,
+        "dropout once the gates have started; none: not where they learn by natural gradients, as what is deployed",
     )
     temperature_start: float = _field(0.5, "temperature of the relaxed gates at the first step")
     temperature_end: float = _field(0.1, "temperature of the relaxed gates at the last step")
@@ -147,16 +155,20 @@ class RunConfig:
         given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
         for owner in OWNERS:
             given |= {f"{owner}.{key}": value for key, value in given.pop(f"{owner}_settings").items()}
-        usual = _USUAL.copy()
-        for part in self._parts:
-            usual |= part.proposes
-        usual = {flag: value for flag, value in usual.items() if flag not in given}
-        for flag, value in {**usual, **resolved(self.method, given)}.items():
+        own = resolved(self.method, given)
+        for flag, value in own.items():
             owner, dot, setting = flag.partition(".")
             if dot:
                 getattr(self, f"{owner}_settings")[setting] = value
             else:
                 object.__setattr__(self, flag, value)
+        usual = _USUAL.copy()
+        for part in self._parts:  # the method's among them
+            usual |= part.proposes
+        if self.gate_optimizer == "adam":  # which takes no natural gradients
+            usual["estimator"] = _USUAL["estimator"]
+        for flag in usual.keys() - given.keys() - own.keys():
+            object.__setattr__(self, flag, usual[flag])
 
     def _require_consistent(self) -> None:
         if self.choose_epoch and not self.validation:
@@ -186,7 +198,8 @@ class RunConfig:
     @property
     def _parts(self) -> list[Entry]:
         """What is known of the parts that were chosen."""
-        return [registry.entry(getattr(self, kind)) for kind, registry in CHOSEN.items()]
+        names = {kind: getattr(self, kind) for kind in CHOSEN}
+        return [CHOSEN[kind].entry(name) for kind, name in names.items() if name is not None]
 
     def require_known(self) -> None:
         """Errors: ValueError for a part that is not registered, with the nearest name; nothing is imported."""

@@ -75,7 +75,7 @@ class GateELBO(TraceMeanField_ELBO):
     """
 
     draws: Draws = "hard"
-    curved = False  # whether `bend` is called when the gates start
+    needs_curvature = False  # whether `take_curvature` is called when the gates start
     natural = False  # whether the gradient that reaches the guide's log Bayes factors is the natural one
     first: int | None = None  # the first component to draw from; None: the guide draws one
 
@@ -85,9 +85,9 @@ class GateELBO(TraceMeanField_ELBO):
     def check(self, family: Guide) -> None:
         """Refuse a guide that it cannot serve.  Errors: ValueError."""
 
-    def bend(self, curvature: Gates[Tensor]) -> None:
+    def take_curvature(self, curvature: Gates[Tensor]) -> None:
         """Take the mean products of examples' changes of NLL at two depths.  z (L, T, K + 1, K + 1), g (L, R, R)"""
-        raise undefined(self, "bend")
+        raise undefined(self, "take_curvature")
 
     def draw(self, distribution: dist.TorchDistribution) -> Tensor:
         """The value of a gate site of the guide."""

@@ -147,6 +147,14 @@ class Evaluation:
         drawn = self._run_guide(poutine.condition(self.guide, data=self.shared), component)
         return Gates(*(drawn[site]["value"] for site in _GATES))
 
+    def mean_over_components(self, nll: Callable[[Gates[Tensor], int], Tensor]) -> Tensor:
+        """The mean of nll(gates, component) over a draw of each component of a mixture, or over the one draw."""
+        count = 1 if self.joint is None else self.joint.components
+        total = nll(self.gates, 0)
+        for component in range(1, count):
+            total = total + nll(self.gates_of(component), component)
+        return total / count
+
     def run_model(self, gates: Gates[Tensor]) -> Sites:
         """Run the model at given gates, and at the guide's draws of all other sites."""
         given = poutine.condition(self.model, data={**self.shared, **gates._asdict()})

@@ -1,5 +1,6 @@
 """A natural gradient of the gates from one hard draw: slopes of the NLL, and its Gauss-Newton curvature."""
 
+import functools
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class GaussNewton(GateELBO):
     def check(self, family: Guide) -> None:
         self.family = require_natural(family, "estimator 'gauss_newton'", "--estimator straight_through")
         self.family.keep_curvature()
-        self.curved = any(self.family.free)
+        self.needs_curvature = any(self.family.free)
 
     @property
     def guide(self) -> LogBayesFactors:
@@ -49,25 +50,22 @@ class GaussNewton(GateELBO):
         return self.family
 
     @torch.no_grad()
-    def bend(self, curvature: Gates[Tensor]) -> None:
+    def take_curvature(self, curvature: Gates[Tensor]) -> None:
         for kept, found in zip(self.guide.curvature, curvature, strict=True):
             kept.copy_(found)
 
     def expected_nll(self, at: Evaluation) -> Tensor:
-        count = 1 if at.joint is None else at.joint.components
-        total = self._nll(at, at.gates, 0, count)
-        for component in range(1, count):
-            total = total + self._nll(at, at.gates_of(component), component, count)
-        return total / count
+        return at.mean_over_components(functools.partial(self._nll, at))
 
-    def _nll(self, at: Evaluation, drawn: Gates[Tensor], component: int, count: int) -> Tensor:
+    def _nll(self, at: Evaluation, drawn: Gates[Tensor], component: int) -> Tensor:
         """The NLL at a draw of a component, whose gradient in its factors is the natural one."""
-        factors, passed, bent = self.guide.factors(component), [], []
+        count = 1 if at.joint is None else at.joint.components
+        factors, passed, half_curvatures = self.guide.factors(component), [], []
         for gates, e, curvature, free in zip(drawn, factors, self.guide.curvature, self.guide.free, strict=True):
             slope = count * _zero(e)
             passed.append(gates.detach() + slope if free else gates)
-            bent.append((bends(gates.detach(), curvature) * slope).sum() if free else 0.0)
-        return at.nll(Gates(*passed)) + sum(bent)
+            half_curvatures.append((half_curvature(gates.detach(), curvature) * slope).sum() if free else 0.0)
+        return at.nll(Gates(*passed)) + sum(half_curvatures)
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         with self.guide.held():
@@ -88,7 +86,7 @@ def _zero(factors: Tensor) -> Tensor:
     return factors - factors.detach()
 
 
-def bends(gates: Tensor, curvature: Tensor) -> Tensor:
+def half_curvature(gates: Tensor, curvature: Tensor) -> Tensor:
     """Half the curvature of the NLL from a drawn depth c to depth d, less that to d - 1, nats an example.
 
     gates (..., K) of 0 and 1, curvature (..., K + 1, K + 1) -> (..., K)

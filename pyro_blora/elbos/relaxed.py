@@ -18,10 +18,7 @@ class Relaxed(GateELBO):
     first = 0
 
     def expected_nll(self, at: Evaluation) -> Tensor:
-        total, count = at.nll(at.gates), 1 if at.joint is None else at.joint.components
-        for component in range(1, count):
-            total = total + at.nll(at.gates_of(component))
-        return total / count
+        return at.mean_over_components(lambda gates, component: at.nll(gates))
 
 
 @register_elbo("straight_through")

@@ -39,7 +39,7 @@ class Point(LogBayesFactors):
         return Gates(*(NestedBernoulli(q.log_probs[None], validate_args=False) for q in self.posterior()))
 
 
-@register_guide("mean_field")
+@register_guide("mean_field", proposes={"estimator": "gauss_newton"})
 def mean_field(layout: AdapterLayout, prior: nn.Module, *, open_logit: float | None = None) -> MeanField:
     """Independent relaxed nested Bernoullis, one per ladder; KL in closed form.
 

@@ -95,7 +95,7 @@ def _picked(table: Tensor, depths: Tensor) -> Tensor:
     return table.expand(S, M, *table.shape).gather(-1, index)[..., 0]
 
 
-@register_guide("mixture")
+@register_guide("mixture", proposes={"estimator": "gauss_newton"})
 def mixture(
     layout: AdapterLayout, prior: nn.Module, *, components: int = 4, open_logit: float | None = None
 ) -> Mixture:

@@ -112,9 +112,9 @@ class _Loop:
         self._calibrate()
         release_freed_memory()
         optimizer = make_optimizer(self.program, config)
-        self.natural = None
-        if is_natural(self.program, config):
-            self.natural = NaturalGradient(self.program, config.kl_weight, optimizer.state)
+        natural = is_natural(self.program, config)
+        self.natural = NaturalGradient(self.program, config.kl_weight, optimizer.state) if natural else None
+        self.drops_out = not natural if config.gated_dropout is None else config.gated_dropout
         total = self.schedule.steps
         last = total if until is None else min(until, total)
         self.finite = FiniteSteps(config.max_skipped_steps, total, accelerator.device)
@@ -210,7 +210,7 @@ class _Loop:
             group["lr"] = self.schedule.learning_rate(group["name"], step)
         temperature, kl_weight = self.schedule.temperature(step), self.schedule.kl_weight(step)
         self.program.train()
-        if self.natural and kl_weight > 0:
+        if kl_weight > 0 and not self.drops_out:
             adapters.without_dropout(self.program.net)
         parts = []
         for micro, batch in enumerate(micro_batches):
@@ -273,15 +273,15 @@ class _Loop:
         with phase("fitting ranges"):
             errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
         torch.manual_seed(step_seed(config.seed, -1))
-        curved = program.elbo if isinstance(program.elbo, GateELBO) and program.elbo.curved else None
-        if guide.starts_from_data or curved:
+        elbo = program.elbo if isinstance(program.elbo, GateELBO) and program.elbo.needs_curvature else None
+        if guide.starts_from_data or elbo:
             batches = self._training_batches(math.ceil(_STARTING_EXAMPLES / config.batch_size), epoch=-2)
             with phase("initializing gates", len(batches), unit="batches") as shown:
                 slopes = sensitivity(program, shown.over(batches), errors.best_by_width())
             if guide.starts_from_data:
                 guide.start(log_bayes_factors(program, slopes, config.kl_weight))
-            if curved:
-                curved.bend(slopes.curvature)
+            if elbo:
+                elbo.take_curvature(slopes.curvature)
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..config.run_config import RunConfig
 from ..elbos import GateELBO
 from ..gates import Gates
-from ..guides.base import require_natural
+from ..guides.base import LogBayesFactors, require_natural
 from ..layout import AdapterLayout
 from ..program import GateProgram
 
@@ -36,7 +36,10 @@ _DAMPING = 0.05  # of the Fisher matrix: .02 diverged once in thirty runs of a p
 
 
 def is_natural(program: GateProgram, config: RunConfig) -> bool:
-    """Whether the gates learn by natural gradients: as configured, or where the ELBO's gradient is one."""
+    """Whether gates learn by natural gradients: some are free, and it is configured or the ELBO's gradient is one."""
+    guide = program.gate_guide
+    if isinstance(guide, LogBayesFactors) and not any(guide.free):
+        return False
     of_elbo = isinstance(program.elbo, GateELBO) and program.elbo.natural
     return of_elbo if config.gate_optimizer == "auto" else config.gate_optimizer == "natural"
 
@@ -59,7 +62,8 @@ class NaturalGradient:
         pins = guide.z_pins, guide.g_pins
         self.free = [x.isnan().expand(e.shape) for x, e in zip(pins, self.parameters, strict=True)]
         self.members = [
-            _members(role.to(free.device), free) for role, free in zip(roles(program.layout), self.free, strict=True)
+            _members(role.to(e.device), free).to(e.dtype)
+            for role, free, e in zip(roles(program.layout), self.free, self.parameters, strict=True)
         ]
 
     @torch.no_grad()
@@ -157,4 +161,4 @@ def roles(layout: AdapterLayout) -> Gates[Tensor]:
 def _members(role: Tensor, free: Tensor) -> Tensor:
     """(roles, gates): a product with it sums over roles in an order that never changes.  free (M, ...)"""
     each = role.expand(free.shape).flatten()
-    return ((each == each.unique()[:, None]) & free.flatten()).float()
+    return (each == each.unique()[:, None]) & free.flatten()

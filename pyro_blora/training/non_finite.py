@@ -41,7 +41,7 @@ class FiniteSteps:
 
         norm: of the gradients that were clipped; others: the parameters beside those.
         """
-        slopes = [p.grad for p in others if p.grad is not None]
+        slopes = [p.grad for p in others if p.grad is not None and p.numel()]
         norms = torch._foreach_norm(slopes, torch.inf) if slopes else []  # largest values: their squares could overflow
         bad = ~torch.stack([norm, *norms]).isfinite().all()
         optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by a gradient scaler, whose place this takes

@@ -25,7 +25,7 @@ OTHER = {
     "tracker": "tensorboard",
     "adapter_settings": {"svd": "randomized"}, "weights": "gaussian", "weights_settings": {"prior_std": 0.1},
     "validation": 0.1, "choose_epoch": True, "ood_task": "rte", "task_settings": {"column": "text"},
-    "estimator_settings": {"draws": 2}, "gate_optimizer": "natural",
+    "estimator_settings": {"draws": 2}, "gate_optimizer": "natural", "gated_dropout": False,
 }  # fmt: skip
 NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
 
@@ -75,7 +75,28 @@ def test_the_digest_depends_on_what_changes_results_and_on_nothing_else(name):
 
 
 def test_fields_that_came_later_leave_the_folders_of_older_runs_their_names():
-    assert RunConfig().digest == "14745926" and RunConfig(task="sst2", method="lora", seed=3).digest == "4bbf442d"
+    """With the estimator that was the default then."""
+    assert RunConfig(estimator="relaxed").digest == "14745926"
+    assert RunConfig(estimator="relaxed", task="sst2", method="lora", seed=3).digest == "4bbf442d"
+
+
+@pytest.mark.parametrize(
+    "changes, estimator",
+    [
+        ({}, "gauss_newton"),
+        ({"guide": "mixture"}, "gauss_newton"),
+        ({"guide": "point"}, "relaxed"),
+        ({"guide": "mine.py:guide"}, "relaxed"),
+        ({"method": "adalora"}, "relaxed"),
+        ({"method": "dylora"}, "straight_through"),
+        ({"gate_optimizer": "adam"}, "relaxed"),
+        ({"estimator": "relaxed"}, "relaxed"),
+    ],
+)
+def test_the_estimator_is_the_guides_own_unless_one_is_named(changes, estimator, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def guide(layout, prior):\n    ...\n", encoding="utf-8")
+    assert RunConfig(**changes).estimator == estimator
 
 
 def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():

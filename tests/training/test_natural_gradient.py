@@ -20,8 +20,8 @@ def problem():
 
 def program_of(problem, estimator="gauss_newton", *, curved=True, **settings):
     program = problem.program("mean_field", estimator, **settings)
-    if program.elbo.curved and curved:
-        program.elbo.bend(curvature_of(problem))
+    if program.elbo.needs_curvature and curved:
+        program.elbo.take_curvature(curvature_of(problem))
     return program
 
 

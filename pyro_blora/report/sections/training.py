@@ -16,6 +16,8 @@ _CURVES = (  # logged numbers, title of their axis, caption, whether the axis is
     (("grad_norm", "gate_gradient"), "norm", "Norms of the gradients of adapter and gates.", True),
     (("gate_noise", "temperature"), "share, temperature",
      "Share of the gates' gradient that is noise, and the temperature of the relaxation.", False),
+    (("gates_moved", "gates_error"), "nats", "Log Bayes factors of the gates: how far they are from their start, and "
+     "the standard error of the averages that they follow (root mean squares).", False),
 )  # fmt: skip
 
 
