@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -76,7 +76,7 @@ def check_parts(config: RunConfig) -> None:
         (GUIDES, config.guide, config.guide_settings), (WEIGHTS, config.weights, config.weights_settings),
         (ADAPTERS, config.adapter, config.adapter_settings), (ELBOS, config.estimator, config.estimator_settings),
     ):  # fmt: skip
-        registry.settings(registry.resolve(name), settings)
+        registry.settings(registry.resolve(cast(str, name)), settings)
     WEIGHTS.resolve(config.weights_of_fits)
 
 
