@@ -3,11 +3,11 @@
 It is the pivot of the package: priors see costs through it, guides take their shapes from it, BOPs, ArviZ coordinates
 and export read the same fields. `models.layout_of(model, ...)` reads it off a Hugging Face model.
 
-Shape letters: L gated projections, T = 5 tensors each, K = 4 random bit gates (the 2-bit rung is always open), R ranks
-(the first is always open). Units: MACs are per example, of a forward of `batch_size` examples of `sequence_length`
-tokens (macs.py counts them). DeBERTa's positional stream passes through `query` and `key` a second time, 512
-positions once a batch, whatever the examples: each of 32 examples has 16 of them, so `tokens` exceeds the sequence
-length there. The batch size is a constant, not the run's own, so that figures of all runs compare.
+Shape letters: L gated projections, T = 5 tensors each, K random bit gates (4: the lowest rung, 2 bit, is always open),
+R ranks (the first is always open). Units: MACs are per example, of a forward of `batch_size` examples of
+`sequence_length` tokens (macs.py counts them). DeBERTa's positional stream passes through `query` and `key` a second
+time, 512 positions once a batch, whatever the examples: each of 32 examples has 16 of them, so `tokens` exceeds the
+sequence length there. The batch size is a constant, not the run's own, so that figures of all runs compare.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bit_widths import LADDER
+
 TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
 INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
 ACTIVATIONS = ("input", "hidden")  # the others are weights
@@ -27,7 +29,6 @@ PRODUCTS = {  # of a projection, and what their bit operations are proportional 
     "A x": ("rank", "input", "lora_A"),
     "B h": ("rank", "hidden", "lora_B"),
 }
-LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
 BATCH_SIZE = 32  # examples of the forward whose MACs are counted: the batch size of the presets
 READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input
@@ -62,7 +63,7 @@ class AdapterLayout:
 
     `model_macs` counts every matrix product of the plain model per example, attention products and head included.
     `share_inputs`: query, key and value of a layer share one ladder for their input, which is the first one's.
-    `batch_size`: examples of the forward that was counted.
+    `batch_size`: examples of the forward that was counted. `ladder`: bit widths, rising; the last is unquantized.
     """
 
     architecture: str

@@ -144,7 +144,7 @@ def use_gates(
 ) -> Iterator[GatedModel]:  # fmt: skip
     """Set the gates z and g in every layer of `net` for the duration of the block, then clear them.
 
-    Shapes: z (L, T, K) bit ladders above the always-open 2-bit rung; g (L, R - 1) rank ladders after the first rank.
+    Shapes: z (L, T, K) bit ladders above the always-open lowest rung; g (L, R - 1) rank ladders after the first rank.
     weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B, one
     draw per example. opened: the caller knows that everything is open; then z and g are not read. at_32: which
     tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it.
@@ -173,7 +173,8 @@ def _current(
     if opened:
         return [None] * z[..., 0].numel(), None
     z, g = z.to(net.log_range.device), g.to(net.log_range.device)
-    by_tensor: list[Grid | None] = [*grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))]
+    weights = mixture_weights(F.pad(z.float(), (1, 0), value=1.0))
+    by_tensor: list[Grid | None] = [*grids(net.log_range.exp(), weights, net.layout.ladder)]
     if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
         at_32 = at_32 or exact_tensors(z)
         by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, at_32, strict=True)]

@@ -1,7 +1,8 @@
 """Fake quantization: the grids of a bit ladder, and a tensor rounded to a mixture of them, in PyTorch, C and Triton."""
 
+from ..bit_widths import LADDER
 from .fake_quantize import kernels, quantize, quantize_mixture, quantize_on
-from .grid import LADDER, Grid, grids, integer_codes, mixture_weights, rounded, squared_errors
+from .grid import Grid, grids, integer_codes, mixture_weights, rounded, squared_errors
 
 __all__ = [
     "LADDER",

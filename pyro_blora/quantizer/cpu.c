@@ -1,5 +1,7 @@
 /* The quantizer's loops on a CPU; cpu.py compiles and calls them, fake_quantize.py has the equations.
 
+   GRIDS, their number, is a constant of a compilation, and EACH(DO) is DO(0) DO(1) ... for each of them.
+
    x and gradients are float (0) or bfloat16 (1), the arithmetic is float, operation by operation that of
    quantizer._EAGER (no product is fused with a sum). Sums are taken in blocks of one size, and those of the blocks in
    double and in order: the same bits with any number of threads. */
@@ -9,8 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { RANGE, WEIGHT, EXACT = 5, SCALE, INVERSE = 10, WEIGHTED_SCALE = 14, BELOW_32 = 18, EDGE }; /* in c[20] */
-enum { GRIDS = 4, BLOCK = 4096, PARALLEL = 32768, SUMS = 3 + GRIDS };
+enum { RANGE, WEIGHT, EXACT = WEIGHT + GRIDS, SCALE, INVERSE = SCALE + GRIDS, WEIGHTED_SCALE = INVERSE + GRIDS };
+enum { BELOW_32 = WEIGHTED_SCALE + GRIDS, EDGE }; /* in c[4 GRIDS + 4] */
+enum { BLOCK = 4096, PARALLEL = 32768, SUMS = 3 + GRIDS };
 
 typedef float f32;
 typedef uint16_t b16;
@@ -56,6 +59,11 @@ FORWARD(f32, f32)
 FORWARD(f32, b16)
 FORWARD(b16, b16)
 
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define NAME(i) , e##i
+#define ZERO(i) , e##i = 0
+#define ADD(i) e##i += g * (rintf(inside * c[INVERSE + i]) * c[SCALE + i] - inside);
+
 /* dL/dx (n), where of_x is not NULL, and the sums (SUMS) of each block: whole, beyond, of the range, of each error */
 #define BACKWARD(G, X)                                                                                                 \
     static void backward_##G##_##X(const G *restrict grad, const X *restrict x, const float *c, X *restrict of_x,      \
@@ -63,25 +71,21 @@ FORWARD(b16, b16)
         _Pragma("omp parallel for num_threads(threads) if (n > PARALLEL)") for (int64_t block = 0; block < n;          \
                                                                                 block += BLOCK) {                      \
             int64_t end = block + BLOCK < n ? block + BLOCK : n;                                                       \
-            float whole = 0, beyond = 0, range = 0, e0 = 0, e1 = 0, e2 = 0, e3 = 0;                                    \
-            _Pragma("omp simd reduction(+ : whole, beyond, range, e0, e1, e2, e3)") for (int64_t j = block; j < end;   \
-                                                                                         j++) {                        \
+            float whole = 0, beyond = 0, range = 0 EACH(ZERO);                                                         \
+            PRAGMA(omp simd reduction(+ : whole, beyond, range EACH(NAME))) for (int64_t j = block; j < end; j++) {    \
                 float g = from_##G(grad[j]), exact = from_##X(x[j]), inside = clipped(exact, c[EDGE]);                 \
                 float sign = exact > 0 ? 1.0f : exact < 0 ? -1.0f : 0.0f;                                              \
                 int is_inside = fabsf(exact) < c[RANGE];                                                               \
                 whole += g * inside;                                                                                   \
                 beyond += g * (exact - inside);                                                                        \
                 range += is_inside ? 0.0f : g * sign;                                                                  \
-                e0 += g * (rintf(inside * c[INVERSE]) * c[SCALE] - inside);                                            \
-                e1 += g * (rintf(inside * c[INVERSE + 1]) * c[SCALE + 1] - inside);                                    \
-                e2 += g * (rintf(inside * c[INVERSE + 2]) * c[SCALE + 2] - inside);                                    \
-                e3 += g * (rintf(inside * c[INVERSE + 3]) * c[SCALE + 3] - inside);                                    \
+                EACH(ADD)                                                                                              \
             }                                                                                                          \
             float slope = c[EXACT], below_32 = c[BELOW_32], value_range = c[RANGE];                                    \
             for (int64_t j = block; of_x && j < end; j++) /* what was just read is in the cache */                     \
                 of_x[j] = to_##X(from_##G(grad[j]) *                                                                   \
                                  (slope + (fabsf(from_##X(x[j])) < value_range ? below_32 : 0.0f)));                   \
-            float found[SUMS] = {whole, beyond, range, e0, e1, e2, e3};                                                \
+            float found[SUMS] = {whole, beyond, range EACH(NAME)};                                                     \
             memcpy(sums + block / BLOCK * SUMS, found, sizeof found);                                                  \
         }                                                                                                              \
     }
@@ -101,7 +105,7 @@ void quantizer_forward(int of_x, int of_out, const void *x, const float *c, void
         forward_f32_f32(x, c, out, n, threads);
 }
 
-/* out (6): dL/d[range, w_2, ..., w_32].  Returns 0, or 1 where there is no memory for the blocks' sums. */
+/* out (GRIDS + 2): dL/d[range, w_2, ..., w_32].  Returns 0, or 1 where there is no memory for the blocks' sums. */
 int quantizer_backward(int of_grad, int of_x, const void *grad, const void *x, const float *c, void *to_x, float *out,
                        int64_t n, int threads) {
     int64_t blocks = (n + BLOCK - 1) / BLOCK;

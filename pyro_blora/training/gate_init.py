@@ -188,7 +188,7 @@ def _correlation(D: Tensor) -> Tensor:
 def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], ranges: Tensor) -> Sensitivity:
     """Slopes of the examples in `batches`; the values of their labels are not used.
 
-    ranges (L, T, 5): of each tensor at each bit width.   Errors: ValueError without any batch.
+    ranges (L, T, K + 1): of each tensor at each bit width.   Errors: ValueError without any batch.
     """
     z, g = [], []
     for inputs, labels in _with_examples(program.net, batches):

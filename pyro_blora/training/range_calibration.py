@@ -19,26 +19,26 @@ from torch import Tensor
 from ..adapters.gate_context import Observer, watched
 from ..adapters.gated_model import observed
 from ..program import BayesianLoRA
-from ..quantizer.grid import LADDER, squared_errors
+from ..quantizer.grid import squared_errors
 
 _CANDIDATES = 0.88 ** torch.arange(40)  # of the largest value, down to 0.7 % of it
 _SAMPLE = 1 << 14  # values a tensor
 
 
 class RangeErrors(NamedTuple):
-    """ranges (L, T, C): those tried; errors (L, T, C, 5): weighted squared error of each bit width of the ladder."""
+    """ranges (L, T, C): those tried; errors (L, T, C, K + 1): weighted squared error at each bit width."""
 
     ranges: Tensor
     errors: Tensor
 
     def best(self, widths: Tensor) -> Tensor:
-        """The range of least expected error.  widths (L, T, 5), the probability of each bit width -> (L, T)."""
+        """The range of least expected error.  widths (L, T, K + 1), the probability of each bit width -> (L, T)."""
         expected = (self.errors * widths[..., None, :].to(self.errors)).sum(-1)
         return self.ranges.gather(-1, expected.argmin(-1, keepdim=True)).squeeze(-1)
 
     def best_by_width(self) -> Tensor:
-        """(L, T, 5): the range of least error of each bit width."""
-        each = torch.eye(len(LADDER), device=self.errors.device)
+        """(L, T, K + 1): the range of least error of each bit width."""
+        each = torch.eye(self.errors.shape[-1], device=self.errors.device)
         return torch.stack([self.best(width.expand(*self.ranges.shape[:2], -1)) for width in each], -1)
 
 
@@ -83,7 +83,7 @@ class _Sample(Observer):
 
 def range_errors(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) -> RangeErrors:
     """Every candidate range of every tensor, tried on a sample of it. A tensor of zeros keeps the net's range."""
-    net, batches = program.net, list(batches)
+    net, ladder, batches = program.net, program.layout.ladder, list(batches)
     sample = _Sample(_SAMPLE // max(1, len(batches)), net.log_range.device)
     for inputs, labels in batches:
         with observed(net, sample):
@@ -93,10 +93,10 @@ def range_errors(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]]) 
     candidates = _CANDIDATES.to(net.log_range.device)
     with torch.no_grad():
         ranges = net.log_range.exp()[..., None].repeat(1, 1, len(candidates))  # (L, T, C)
-        errors = torch.zeros(*ranges.shape, len(LADDER), device=ranges.device)
+        errors = torch.zeros(*ranges.shape, len(ladder), device=ranges.device)
         for key, largest in sample.largest.items():
             if largest > 0:
                 weights = torch.cat(sample.slopes[key]).square()
                 ranges[key] = largest * candidates
-                errors[key] = squared_errors(torch.cat(sample.values[key]), ranges[key], weights)
+                errors[key] = squared_errors(torch.cat(sample.values[key]), ranges[key], weights, ladder)
     return RangeErrors(ranges, errors)

@@ -23,6 +23,14 @@ for n in (1, 7, 1024, 5000, 3 * 4096 + 5):
         assert torch.equal(of_x, of_x_there), (n, gates)
         assert torch.allclose(sums, sums_there, rtol=1e-4, atol=1e-4 * n**0.5), (n, gates, sums, sums_there)
         assert torch.equal(sums_there, t.backward_of_gates(grad, x, c)), (n, gates)
+for ladder in ((2, 3, 4, 6, 8, 16, 32), (3, 32)):
+    torch.manual_seed(0)
+    x, grad = 2 * torch.randn(3000), torch.randn(3000)
+    weights = q.mixture_weights(torch.linspace(0.9, 0.1, len(ladder)))
+    c = q.grids(torch.tensor(2.5), weights, ladder)[0].constants
+    assert torch.equal(q._forward(x, c), t.forward(x, c)), ladder
+    (of_x, sums), (of_x_there, sums_there) = q._backward(grad, x, c), t.backward(grad, x, c)
+    assert torch.equal(of_x, of_x_there) and torch.allclose(sums, sums_there, rtol=1e-4, atol=1e-2), ladder
 print("the same")
 """
 
