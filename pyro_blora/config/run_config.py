@@ -21,6 +21,7 @@ CHOICES = {  # of what cannot be added to
     "init_lora_weights": ("default", "eva"),
     "average_over": ("gates", "dropout"),
     "scope": ("adapted", "encoder"),
+    "granularity": ("tensor", "channel"),
     "precision": ("float32", "bf16"),
     "gate_optimizer": ("auto", "natural", "adam"),
 }
@@ -73,6 +74,7 @@ class RunConfig:
     )
     scope: str = _field("adapted", "what is quantized: adapted (the adapted projections) or encoder (every projection)")
     bit_widths: str | tuple = _field(written(LADDER), "bit widths that a tensor can have, rising; 32 is unquantized")
+    granularity: str = _field("tensor", "what of a weight has a range of its own: the tensor, or every output channel")
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")

@@ -131,7 +131,7 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
             continue
         ranks[projection.name] = rank = 1 + int(g[i].sum())
         down, up = (
-            quantize_mixture(side, net.log_range[i, t].exp(), mixture[i, t], layout.ladder)
+            quantize_mixture(side, net.value_range(i, t), mixture[i, t], layout.ladder)
             for side, t in zip(net.low_rank(projection.name), (LORA_A, LORA_B), strict=True)
         )
         missing = max(0, rank - len(down))  # AdaLoRA may leave none, PEFT needs one

@@ -42,26 +42,31 @@ def serves(x: Tensor, constants: Tensor) -> bool:
 def forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """sum_b w_b Q_b(x), in x's dtype, or of float32 in bfloat16 where that is wanted.
 
-    x (n,), c the `Constants` of G grids (4 G + 4,).
+    x and c the `Constants` of G grids: (n,) and (4 G + 4,), or (rows, n) and (C, 4 G + 4), rows a multiple of C.
     """
     x, c = x.contiguous(), c.contiguous()
     out = torch.empty_like(x, dtype=dtype if x.dtype == torch.float32 and dtype in _KINDS else x.dtype)
     loops(number_of_grids(c)).quantizer_forward(
-        _KINDS[x.dtype], _KINDS[out.dtype], x.data_ptr(), c.data_ptr(), out.data_ptr(), x.numel(),
+        _KINDS[x.dtype], _KINDS[out.dtype], x.data_ptr(), c.data_ptr(), out.data_ptr(), *_sizes(x, c),
         torch.get_num_threads(),
     )  # fmt: skip
     return out if dtype is None else out.to(dtype)
 
 
 def backward(grad: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx (n,) and dL/d[range, w_2, ..., w_32] (G + 2,)."""
+    """dL/dx as x and dL/d[ranges, w_2, ..., w_32] (C + G + 1,)."""
     of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return of_x, _sums(grad, x, c, of_x)
 
 
 def backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:
-    """dL/d[range, w_2, ..., w_32], (G + 2,)."""
+    """dL/d[ranges, w_2, ..., w_32], (C + G + 1,)."""
     return _sums(grad, x, c, None)
+
+
+def _sizes(x: Tensor, c: Tensor) -> tuple[int, int, int]:
+    """Rows, elements of a row, and how many rows have constants of their own."""
+    return (1, x.numel(), 1) if c.dim() == 1 else (x.shape[0], x.shape[1], len(c))
 
 
 KERNELS = (forward, backward, backward_of_gates)
@@ -70,10 +75,12 @@ KERNELS = (forward, backward, backward_of_gates)
 def _sums(grad: Tensor, x: Tensor, c: Tensor, of_x: Tensor | None) -> Tensor:
     grad = grad if grad.dtype in _KINDS else grad.float()
     grad, x, c, n = grad.contiguous(), x.contiguous(), c.contiguous(), number_of_grids(c)
-    out = c.new_empty(n + 2)
+    rows, length, channels = _sizes(x, c)
+    out = c.new_empty(channels + n + 1)
     failed = loops(n).quantizer_backward(
         _KINDS[grad.dtype], _KINDS[x.dtype], grad.data_ptr(), x.data_ptr(), c.data_ptr(),
-        None if of_x is None else of_x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads(),
+        None if of_x is None else of_x.data_ptr(), out.data_ptr(), rows, length, channels,
+        torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory for the sums of {x.numel():,} elements")
@@ -108,9 +115,9 @@ def loops(grids: int = len(LADDER) - 1) -> ctypes.CDLL:
             _compile(compiler, flags, path)
             found = ctypes.CDLL(str(path))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.quantizer_forward.argtypes = [number, number, *[pointer] * 3, size, number]
+    found.quantizer_forward.argtypes = [number, number, *[pointer] * 3, *[size] * 3, number]
     found.quantizer_forward.restype = None
-    found.quantizer_backward.argtypes = [number, number, *[pointer] * 5, size, number]
+    found.quantizer_backward.argtypes = [number, number, *[pointer] * 5, *[size] * 3, number]
     return found
 
 

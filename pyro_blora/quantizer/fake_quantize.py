@@ -14,6 +14,9 @@ c = clamp(x, -range, range), e_b = Q_b(x) - c and W = sum of w_b over b < 32:
     dL/dw_b   = sum of g * c  +  sum of g * e_b            dL/dw_32 = sum of g * x
     dL/drange = sum_b w_b * (sum of g * e_b) / range  +  W * sum over |x| >= range of g * sign(x)
 
+A weight may have a range for each of its rows (output channels): then the constants are (C, ...), a row's range gets
+the sums over the row, and the weights w_b get those over all rows.
+
 32 bit is the unquantized float: it is not clipped, so an open ladder is exactly the pretrained network and exactly
 plain LoRA, whatever the range. The clip is a few roundings inside the range, so that no code exceeds 2^(b-1) - 1: there
 are at most 2^b - 1 distinct values, an int8 at 8 bit. The grid is computed in float32 at least (x / s_16 needs 16 bits
@@ -34,7 +37,7 @@ from torch import Tensor
 
 from ..bit_widths import LADDER
 from . import cpu
-from .grid import EXACT_BITS, Constants, Grid, grids, mixture_weights, number_of_grids
+from .grid import EXACT_BITS, Constants, Grid, Rows, grids, grids_of_rows, mixture_weights, number_of_grids
 
 # forward (x, constants, dtype), backward and the backward of range and weights (grad, x, constants)
 Kernels = tuple[
@@ -50,33 +53,46 @@ log = logging.getLogger(__name__)
 
 
 def _forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """sum_b w_b Q_b(x), in x's dtype or another.  x (n,), c the `Constants` of G grids (4 G + 4,)"""
-    exact, of = x.to(c.dtype), Constants.of(c)
+    """sum_b w_b Q_b(x), in x's dtype or another.  x and c the `Constants` of G grids: (n,) and (4 G + 4,), or by row
+    (rows, n) and (C, 4 G + 4), rows a multiple of C."""
+    exact, of = _by_row(x, c).to(c.dtype), Constants.of(c)
     clipped, out = exact.clamp(-of.edge, of.edge), of.exact * exact
-    for inverse, weighted in zip(of.inverse, of.weighted_scales, strict=True):
+    for inverse, weighted in zip(of.inverse.split(1, -1), of.weighted_scales.split(1, -1), strict=True):
         out = out + (clipped * inverse).round() * weighted
-    return out.to(dtype or x.dtype)
+    return out.to(dtype or x.dtype).view(x.shape)
+
+
+def _by_row(x: Tensor, c: Tensor) -> Tensor:
+    """(rows / C, C, n), to which the parts of constants (C, 4 G + 4) broadcast; x itself where it has one range."""
+    return x if c.dim() == 1 else x.view(x.shape[0] // len(c), len(c), x.shape[1])
+
+
+def _summed(x: Tensor, c: Tensor) -> Tensor:
+    """The sum of each range's values, (1,) or (C,)."""
+    return x.sum()[None] if c.dim() == 1 else x.sum((0, -1))
 
 
 def _backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:
-    """dL/d[range, w_2, ..., w_32], (G + 2,), from sums over the elements; those of Q_b for e_b would cancel."""
-    grad, exact, of = grad.to(c.dtype), x.to(c.dtype), Constants.of(c)
-    clipped = exact.clamp(-of.edge, of.edge)
-    whole, beyond = (grad * clipped).sum(), (grad * (exact - clipped)).sum()
-    to_range = of.below_exact * torch.where(exact.abs() < of.range, 0.0, grad * exact.sign()).sum()
-    to_weights = []
-    for weight, inverse, scale in zip(of.weights, of.inverse, of.scales, strict=True):
-        error = (grad * ((clipped * inverse).round() * scale - clipped)).sum()
-        to_range = to_range + weight * error / of.range
-        to_weights.append(whole + error)
-    return torch.cat([to_range, torch.stack([*to_weights, whole + beyond])])
+    """dL/d[ranges, w_2, ..., w_32], (C + G + 1,), from sums over the elements; those of Q_b for e_b would cancel."""
+    grad, exact, of = _by_row(grad, c).to(c.dtype), _by_row(x, c).to(c.dtype), Constants.of(c)
+    clipped, value_range = exact.clamp(-of.edge, of.edge), of.range.flatten()
+    whole, beyond = _summed(grad * clipped, c), _summed(grad * (exact - clipped), c)
+    outside = _summed(torch.where(exact.abs() < of.range, 0.0, grad * exact.sign()), c)
+    to_range, to_weights = of.below_exact.flatten() * outside, []
+    for weight, inverse, scale in zip(
+        *(part.split(1, -1) for part in (of.weights, of.inverse, of.scales)), strict=True
+    ):
+        error = _summed(grad * ((clipped * inverse).round() * scale - clipped), c)
+        to_range = to_range + weight.flatten() * error / value_range
+        to_weights.append((whole + error).sum())
+    return torch.cat([to_range, torch.stack([*to_weights, (whole + beyond).sum()])])
 
 
 def _backward(grad: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx (n,), and the above, in the same pass over grad and x."""
+    """dL/dx as x, and the above, in the same pass over grad and x."""
     of = Constants.of(c)
-    slope = of.exact + torch.where(x.to(c.dtype).abs() < of.range, of.below_exact, 0.0)
-    return (grad.to(c.dtype) * slope).to(x.dtype), _backward_of_gates(grad, x, c)
+    slope = of.exact + torch.where(_by_row(x, c).to(c.dtype).abs() < of.range, of.below_exact, 0.0)
+    return (_by_row(grad, c).to(c.dtype) * slope).to(x.dtype).view(x.shape), _backward_of_gates(grad, x, c)
 
 
 _EAGER = (_forward, _backward, _backward_of_gates)
@@ -142,28 +158,51 @@ class _Quantize(torch.autograd.Function):
         return None, of_gates(grad.contiguous().data, x.data, constants) if of_learned else None, None
 
 
+def as_kernels_take(x: Tensor, constants: Tensor) -> Tensor:
+    """x as (n,), or (rows, n) where its rows have ranges.  Errors: ValueError for another number of rows."""
+    if constants.dim() == 1:
+        return x.contiguous().view(-1)
+    if x.dim() < 2 or x.shape[-2] != len(constants):
+        raise ValueError(f"{len(constants)} ranges do not fit the rows of {tuple(x.shape)}: give one for each row")
+    return x.contiguous().view(-1, x.shape[-1])
+
+
 def quantize_on(x: Tensor, grid: Grid) -> Tensor:
     """sum_b w_b Q_b(x), differentiable in x and in the grid.  x any shape; grid one of `grids`."""
-    out: Tensor = _Quantize.apply(x.contiguous().view(-1), *grid)  # one dynamic dimension: the same kernels
+    out: Tensor = _Quantize.apply(as_kernels_take(x, grid.constants), *grid)
     return out.view(x.shape)
 
 
 def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor, ladder: Sequence[int] = LADDER) -> Tensor:
-    """sum_b w_b Q_b(x), differentiable in all three.  x any; value_range () > 0; weights as of `mixture_weights`"""
-    (grid,) = grids(value_range, weights, ladder)
+    """sum_b w_b Q_b(x), differentiable in all three.
+
+    Shapes: x any, value_range () > 0, or x (..., C, n) and value_range (C,) of its rows; weights of `mixture_weights`.
+    """
+    if value_range.dim() == 0:
+        (grid,) = grids(value_range, weights, ladder)
+    else:
+        device, size = weights.device, len(value_range)
+        rows = Rows((size,), torch.zeros(size, dtype=torch.long, device=device),
+                    torch.arange(size + len(ladder), device=device))  # fmt: skip
+        (grid,) = grids_of_rows(value_range, weights, rows, ladder)
     return quantize_on(x, grid)
 
 
 def quantize(x: Tensor, value_range: Tensor, gates: Tensor, ladder: Sequence[int] = LADDER) -> Tensor:
     """x on the grid that a ladder of gates selects, differentiable in x, range and gates.
 
-    Shapes: x any; value_range a scalar > 0; gates (5,), the ladder [z_2, z_4, z_8, z_16, z_32] or another one's, each
-    at most the one before it; relaxed ladders in [0, 1] mix the grids.
-    Errors: ValueError for a range that is not a positive scalar, or another length of the ladder.
+    Shapes: x any; value_range a scalar > 0, or one for each row of x (..., C, n), (C,); gates (5,), the ladder [z_2,
+    z_4, z_8, z_16, z_32] or another one's, each at most the one before it; relaxed ladders in [0, 1] mix the grids.
+    Errors: ValueError for ranges that are not positive or fit no rows, or another length of the ladder.
     """
     value_range = torch.as_tensor(value_range, dtype=gates.dtype, device=x.device)
-    if value_range.numel() != 1 or not bool(value_range > 0):
-        raise ValueError(f"the range of a quantizer must be one number > 0, got {value_range}")
+    by_row = value_range.dim() == 1 and x.dim() > 1 and x.shape[-2] == len(value_range)
+    if not (by_row or value_range.numel() == 1) or not bool((value_range > 0).all()):
+        raise ValueError(
+            f"the range of a quantizer must be one number > 0, or one for each row of {tuple(x.shape)}, got "
+            f"{value_range}"
+        )
     if gates.shape != (len(ladder),):
         raise ValueError(f"gates must be the ladder of {ladder} bit, shape ({len(ladder)},), got {tuple(gates.shape)}")
-    return quantize_mixture(x, value_range.reshape(()), mixture_weights(gates), ladder)
+    value_range = value_range if by_row else value_range.reshape(())
+    return quantize_mixture(x, value_range, mixture_weights(gates), ladder)
