@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from .adapters.attaching import attach
+from .bit_widths import ladder_of
 from .config.run_config import RunConfig
 from .guides.base import build_guide, require_natural
 from .layout import BATCH_SIZE, AdapterLayout
@@ -157,6 +158,7 @@ def build_program(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
         adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,
         share_inputs=config.share_inputs, sequence_length=config.max_length, head=kind.head,
+        ladder=ladder_of(config.bit_widths), granularity=config.granularity,
         batch_size=BATCH_SIZE if stored is None else stored.batch_size,
     )  # fmt: skip
     if stored is not None:

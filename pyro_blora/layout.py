@@ -3,20 +3,23 @@
 It is the pivot of the package: priors see costs through it, guides take their shapes from it, BOPs, ArviZ coordinates
 and export read the same fields. `models.layout_of(model, ...)` reads it off a Hugging Face model.
 
-Shape letters: L gated projections, T = 5 tensors each, K = 4 random bit gates (the 2-bit rung is always open), R ranks
-(the first is always open). Units: MACs are per example, of a forward of `batch_size` examples of `sequence_length`
-tokens (macs.py counts them). DeBERTa's positional stream passes through `query` and `key` a second time, 512
-positions once a batch, whatever the examples: each of 32 examples has 16 of them, so `tokens` exceeds the sequence
-length there. The batch size is a constant, not the run's own, so that figures of all runs compare.
+Shape letters: L gated projections, T = 5 tensors each, K random bit gates (4: the lowest rung, 2 bit, is always open),
+R ranks (the first is always open). Units: MACs are per example, of a forward of `batch_size` examples of
+`sequence_length` tokens (macs.py counts them). DeBERTa's positional stream passes through `query` and `key` a second
+time, 512 positions once a batch, whatever the examples: each of 32 examples has 16 of them, so `tokens` exceeds the
+sequence length there. The batch size is a constant, not the run's own, so that figures of all runs compare.
 """
 
 import dataclasses
 import importlib
+import itertools
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .bit_widths import LADDER
 
 TENSORS = ("input", "base", "lora_A", "lora_B", "hidden")
 INPUT, BASE, LORA_A, LORA_B, HIDDEN = range(len(TENSORS))  # their places in the T dimension
@@ -27,8 +30,8 @@ PRODUCTS = {  # of a projection, and what their bit operations are proportional 
     "A x": ("rank", "input", "lora_A"),
     "B h": ("rank", "hidden", "lora_B"),
 }
-LADDER = (2, 4, 8, 16, 32)
 SCOPES = ("adapted", "encoder")
+GRANULARITIES = ("tensor", "channel")  # what has a range of its own
 BATCH_SIZE = 32  # examples of the forward whose MACs are counted: the batch size of the presets
 READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input
 
@@ -62,7 +65,8 @@ class AdapterLayout:
 
     `model_macs` counts every matrix product of the plain model per example, attention products and head included.
     `share_inputs`: query, key and value of a layer share one ladder for their input, which is the first one's.
-    `batch_size`: examples of the forward that was counted.
+    `batch_size`: examples of the forward that was counted. `ladder`: bit widths, rising; the last is unquantized.
+    `granularity`: whether a weight has one range, or one for each output channel (row); activations have one.
     """
 
     architecture: str
@@ -76,6 +80,7 @@ class AdapterLayout:
     ladder: tuple[int, ...] = LADDER
     share_inputs: bool = False
     batch_size: int = BATCH_SIZE
+    granularity: str = GRANULARITIES[0]
 
     @classmethod
     def of(cls, model: nn.Module, **settings: Any) -> "AdapterLayout":
@@ -137,6 +142,56 @@ class AdapterLayout:
     def g_shape(self) -> tuple[int, int]:
         """(L, R - 1): the rank gates."""
         return len(self.projections), self.rank - 1
+
+    @cached_property
+    def range_sizes(self) -> tuple[int, ...]:
+        """L T: how many ranges each (projection, tensor) has. By channel, the rows of a weight; else 1."""
+        rows = [{"base": p.out_features, "lora_A": self.rank, "lora_B": p.out_features} for p in self.projections]
+        exist = self.z_mask.tolist()
+        return tuple(
+            of.get(tensor, 1) if self.granularity == "channel" and exist[i][t] else 1
+            for i, of in enumerate(rows)
+            for t, tensor in enumerate(self.tensors)
+        )
+
+    @cached_property
+    def range_owner(self) -> Tensor:
+        """(V,) the tensor, counted from 0 to L T, that each range is of; V ranges by projection, tensor and row."""
+        return torch.arange(len(self.range_sizes)).repeat_interleave(torch.tensor(self.range_sizes))
+
+    @property
+    def range_shape(self) -> tuple[int, ...]:
+        """Of what has a number for every range: (L, T), by channel (V,)."""
+        return self.z_shape[:2] if self.granularity == "tensor" else (sum(self.range_sizes),)
+
+    def by_range(self, each: Tensor) -> Tensor:
+        """What each tensor has, for each of its ranges.  (L, T, ...) -> (*range_shape, ...)"""
+        return each if self.granularity == "tensor" else each.flatten(0, 1)[self.on(each.device, "range_owner")]
+
+    def ranges_of(self, ranges: Tensor, projection: int, tensor: int) -> Tensor:
+        """Those of one tensor: a view, without a dimension of rows where it has one range.
+
+        (*range_shape, ...) -> (...), or (rows, ...)
+        """
+        if self.granularity == "tensor":
+            return ranges[projection, tensor]
+        index = projection * len(self.tensors) + tensor
+        start, size = self._range_starts[index], self.range_sizes[index]
+        return ranges[start] if size == 1 else ranges[start : start + size]
+
+    @cached_property
+    def range_order(self) -> Tensor:
+        """(V + L T (K + 1),) where [ranges, mixture weights] of tensor after tensor stand among all ranges, then all
+        weights."""
+        starts, widths, order = self._range_starts, len(self.ladder), []
+        for i, size in enumerate(self.range_sizes):
+            first = starts[-1] + i * widths
+            order += [*range(starts[i], starts[i] + size), *range(first, first + widths)]
+        return torch.tensor(order)
+
+    @cached_property
+    def _range_starts(self) -> list[int]:
+        return [0, *itertools.accumulate(self.range_sizes)]
 
     @cached_property
     def g_mask(self) -> Tensor:

@@ -68,12 +68,16 @@ Measure = Callable[[Depths], float]
 
 
 def loss_of(program: BayesianLoRA, batches: Sequence[tuple[dict, Tensor]], ranges: Tensor) -> Measure:
-    """The NLL per example of the batches at an allocation, each tensor with the range of its width (L, T, 5)."""
+    """The NLL per example of the batches at an allocation, each tensor with the range of its width.
+
+    ranges (*layout.range_shape, K + 1).
+    """
     kept = program.net.log_range.detach().exp()
 
     @torch.no_grad()
     def measure(depths: Depths) -> float:
-        adapters.set_ranges(program.net, ranges.gather(-1, depths.z[..., None].to(ranges.device)).squeeze(-1))
+        widths = program.layout.by_range(depths.z)[..., None].to(ranges.device)
+        adapters.set_ranges(program.net, ranges.gather(-1, widths).squeeze(-1))
         gates = Gates(*(x.to(ranges) for x in depths.gates(program.layout)))
         total, scale = 0.0, program.log_scale.exp()
         each = program.each_logits([inputs for inputs, _ in batches], gates)

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_blora.adapters.gate_context import Observer
 from pyro_blora.adapters.gated_model import observed
+from pyro_blora.layout import AdapterLayout
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.quantizer.grid import rounded
 
@@ -52,14 +53,15 @@ class _Shifted(Observer):
 class _Errors(Observer):
     """Mean squared error of every tensor at every bit width, over calls; of activations without padding.
 
-    ranges (L, T, 5).
+    ranges (*layout.range_shape, K + 1).
     """
 
     mask: Tensor | None = None  # of the batch, (B, tokens)
 
-    def __init__(self, ranges: Tensor, ladder: tuple[int, ...]):
-        self.ranges, self.ladder = ranges, ladder
-        self.total, self.calls = torch.zeros_like(ranges), torch.zeros_like(ranges[..., :1])
+    def __init__(self, layout: AdapterLayout, ranges: Tensor):
+        self.layout, self.ranges = layout, ranges
+        self.total = ranges.new_zeros(*layout.z_shape[:2], len(layout.ladder))
+        self.calls = torch.zeros_like(self.total[..., :1])
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         read = x[self.mask] if self.mask is not None and x.shape[:2] == self.mask.shape else x
@@ -67,8 +69,9 @@ class _Errors(Observer):
         return x
 
     def _count(self, projection: int, tensor: int, x: Tensor) -> None:
-        for i, bits in enumerate(self.ladder[:-1]):  # the last is exact
-            error = rounded(x, self.ranges[projection, tensor, i], bits) - x
+        ranges = self.layout.ranges_of(self.ranges, projection, tensor)
+        for i, bits in enumerate(self.layout.ladder[:-1]):  # the last is exact
+            error = rounded(x, ranges[..., i], bits) - x
             self.total[projection, tensor, i] += error.square().mean()
         self.calls[projection, tensor] += 1
 
@@ -125,8 +128,8 @@ def hessian_traces(program: BayesianLoRA, batches: Batches, *, probes: int, seed
 
 @torch.no_grad()
 def mean_squared_errors(program: BayesianLoRA, batches: Batches, ranges: Tensor) -> Tensor:
-    """Mean of (Q_b(x) - x)^2 over the values of every tensor.  ranges (L, T, 5), at each bit width -> (L, T, 5)"""
-    errors = _Errors(ranges, program.layout.ladder)
+    """Mean of (Q_b(x) - x)^2 over the values of every tensor.  ranges (*range_shape, K + 1) -> (L, T, K + 1)"""
+    errors = _Errors(program.layout, ranges)
     with observed(program.net, errors):
         for inputs, _ in batches:
             errors.mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None

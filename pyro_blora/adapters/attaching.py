@@ -12,12 +12,13 @@ head stays at 32 bit, and a pooler inside the base model is frozen.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..layout import BATCH_SIZE
+from ..bit_widths import LADDER
+from ..layout import BATCH_SIZE, GRANULARITIES
 from ..models.layout import layout_of
 from ..registries import ADAPTERS
 from ..tasks.heads import SEQUENCE, Head
@@ -37,6 +38,8 @@ def attach(
     share_inputs: bool = False,
     adapter_settings: dict | None = None,
     batch_size: int = BATCH_SIZE,
+    ladder: Sequence[int] = LADDER,
+    granularity: str = GRANULARITIES[0],
     head: Head = SEQUENCE,
 ) -> GatedModel:
     """Put gated adapters into a Hugging Face backbone (in place) and freeze the rest but the task head.
@@ -48,6 +51,8 @@ def attach(
     adapter: a name that `pyro-blora adapters` lists, `file.py:function`, or the function itself, with adapter_settings.
     head: of a task's `likelihood`, how the backbone is called and read.
     init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`.
+    ladder: the bit widths that a tensor can have, rising, the last 32. granularity: `tensor` or `channel`, what of a
+    weight has a range of its own.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
     """
     make = ADAPTERS.resolve(adapter)
@@ -57,7 +62,8 @@ def attach(
         raise ValueError(f"init_lora_weights {init_lora_weights!r} is for LoRA, not for adapter {called!r}: drop one")
     layout = layout_of(
         backbone, rank=rank, alpha=alpha, target_modules=target_modules, scope=scope, sequence_length=sequence_length,
-        share_inputs=share_inputs, batch_size=batch_size, head=head,
+        share_inputs=share_inputs, batch_size=batch_size, ladder=ladder, granularity=granularity,
+        head=head,
     )  # fmt: skip
     start = () if init_lora_weights == "default" else (init_lora_weights,)
     net = make(backbone, layout, head, *start, **settings)

@@ -2,8 +2,8 @@
 
 Gates are drawn once at the top of the program. The context manager `use_gates` passes them to the layers and clears
 them when it ends: no draw outlives a call, and a projection that is called twice in one forward (DeBERTa's content and
-positions) sees the same gates both times. Ranges are one (L, T) parameter, learned as log(range), which `calibrate`
-(ranges.py) sets from data.
+positions) sees the same gates both times. Ranges are one parameter, learned as log(range), which `calibrate`
+(ranges.py) sets from data: (L, T), or a vector of the ranges of all tensors where weights have one for every row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import AdapterLayout, Projection
-from ..quantizer.grid import Grid, grids, mixture_weights
+from ..quantizer.grid import Grid, Rows, grids, grids_of_rows, mixture_weights
 from ..registry import undefined
 from ..tasks.heads import SEQUENCE, Head
 from .gate_context import GateContext, Gated, LayerGates, Observer, gates_set
@@ -36,7 +36,7 @@ class GatedModel(nn.Module):
     must override `low_rank` (adalora.py). `penalty`, `allocate`, `parameters_per_rank` and `start_from_inputs` have
     defaults here.
 
-    Parameters: those that PEFT trains (adapters, task head) and `log_range` (L, T).
+    Parameters: those that PEFT trains (adapters, task head) and `log_range`, (L, T) or of `layout.range_shape`.
     """
 
     autocast: torch.dtype | None = None
@@ -52,7 +52,7 @@ class GatedModel(nn.Module):
         super().__init__()
         self.peft_model, self.layout, self.gate_context, self.head = peft_model, layout, gate_context, head
         device = next(peft_model.parameters()).device
-        self.log_range = nn.Parameter(torch.zeros(layout.z_shape[:2], device=device))
+        self.log_range = nn.Parameter(torch.zeros(layout.range_shape, device=device))
 
     def forward(self, **batch):
         if self.has_cache:  # of keys and values, for a text that goes on: none does here
@@ -69,6 +69,10 @@ class GatedModel(nn.Module):
     @functools.cached_property
     def has_cache(self) -> bool:
         return "use_cache" in inspect.signature(self.backbone.forward).parameters
+
+    def value_range(self, projection: int, tensor: int) -> Tensor:
+        """The range of a quantized tensor, (), or by channel of a weight one for each of its rows, (m,)."""
+        return self.layout.ranges_of(self.log_range, projection, tensor).exp()
 
     def name_as(self, layout: AdapterLayout) -> None:
         """Take the roles of a stored layout of this network, see `AdapterLayout.named_as`."""
@@ -144,7 +148,7 @@ def use_gates(
 ) -> Iterator[GatedModel]:  # fmt: skip
     """Set the gates z and g in every layer of `net` for the duration of the block, then clear them.
 
-    Shapes: z (L, T, K) bit ladders above the always-open 2-bit rung; g (L, R - 1) rank ladders after the first rank.
+    Shapes: z (L, T, K) bit ladders above the always-open lowest rung; g (L, R - 1) rank ladders after the first rank.
     weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B, one
     draw per example. opened: the caller knows that everything is open; then z and g are not read. at_32: which
     tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it.
@@ -173,11 +177,20 @@ def _current(
     if opened:
         return [None] * z[..., 0].numel(), None
     z, g = z.to(net.log_range.device), g.to(net.log_range.device)
-    by_tensor: list[Grid | None] = [*grids(net.log_range.exp(), mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))]
+    by_tensor: list[Grid | None] = [*_grids(net, mixture_weights(F.pad(z.float(), (1, 0), value=1.0)))]
     if not z.requires_grad:  # nothing to learn from a tensor at 32 bit: leave it alone, as plain LoRA does
         at_32 = at_32 or exact_tensors(z)
         by_tensor = [None if exact else grid for grid, exact in zip(by_tensor, at_32, strict=True)]
     return by_tensor, F.pad(g.float(), (1, 0), value=1.0).unbind(0)
+
+
+def _grids(net: GatedModel, weights: Tensor) -> list[Grid]:
+    """Of each (projection, tensor).  weights (L, T, K + 1)"""
+    layout, device, ranges = net.layout, net.log_range.device, net.log_range.exp()
+    if layout.granularity == "tensor":
+        return grids(ranges, weights, layout.ladder)
+    rows = Rows(layout.range_sizes, layout.on(device, "range_owner"), layout.on(device, "range_order"))
+    return grids_of_rows(ranges, weights, rows, layout.ladder)
 
 
 def exact_tensors(z: Tensor) -> list[bool]:

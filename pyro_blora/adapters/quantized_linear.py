@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizer.fake_quantize import kernels
+from ..quantizer.fake_quantize import as_kernels_take, kernels
 from ..quantizer.grid import Grid
 
 _LARGE = 1 << 26  # multiplications from which on a product of bfloat16 repays its two conversions
@@ -120,7 +120,7 @@ def _on(x: Tensor, constants: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x on its grid, in a dtype; None: the unquantized x."""
     if constants is None:
         return x.to(dtype)
-    return kernels(x, constants)[0](x.contiguous().view(-1).data, constants, dtype).view(x.shape)
+    return kernels(x, constants)[0](as_kernels_take(x, constants).data, constants, dtype).view(x.shape)
 
 
 def _slopes(grad: Tensor | None, x: Tensor, constants: Tensor | None, of_x: bool, of_grid: bool) -> tuple:
@@ -128,7 +128,7 @@ def _slopes(grad: Tensor | None, x: Tensor, constants: Tensor | None, of_x: bool
     if grad is None or constants is None:
         return (grad.to(x.dtype) if grad is not None and of_x else None), None
     _, backward, of_gates = kernels(x, constants)
-    flat = grad.contiguous().view(-1).data, x.contiguous().view(-1).data, constants
+    flat = as_kernels_take(grad, constants).data, as_kernels_take(x, constants).data, constants
     if not of_x:
         return None, of_gates(*flat) if of_grid else None
     to_x, to_grid = backward(*flat)

@@ -48,32 +48,44 @@ def calibrate(net: GatedModel, batches: Iterable[dict]) -> None:
 
 @torch.no_grad()
 def start_ranges(net: GatedModel, observed: dict) -> None:
-    ranges = torch.full_like(net.log_range, _UNSEEN_RANGE)
+    ranges, layout = torch.full_like(net.log_range, _UNSEEN_RANGE), net.layout
     for layer in net.layers():
         index = layer.index
-        for tensor in map(net.layout.tensors.index, ACTIVATIONS):
-            ranges[index, tensor] = observed.get((index, tensor), _UNSEEN_RANGE)
-        ranges[index, BASE] = whole(layer.base_weight().abs().max())
+        for tensor in map(layout.tensors.index, ACTIVATIONS):
+            if (index, tensor) in observed:
+                layout.ranges_of(ranges, index, tensor).copy_(observed[index, tensor])
+        base = layout.ranges_of(ranges, index, BASE)
+        base.copy_(whole(_largest(layer.base_weight(), base)))
         if layer.has_adapter:
-            down, up = (side.abs().max() for side in layer.low_rank())
-            ranges[index, LORA_A], ranges[index, LORA_B] = down, torch.where(up > 0, up, down)
+            down, up = layer.low_rank()
+            of_down, of_up = (layout.ranges_of(ranges, index, tensor) for tensor in (LORA_A, LORA_B))
+            of_down.copy_(_largest(down, of_down))
+            largest = _largest(up, of_up)
+            of_up.copy_(torch.where(largest > 0, largest, down.abs().max()))
     set_ranges(net, ranges)
+
+
+def _largest(weight: Tensor, ranges: Tensor) -> Tensor:
+    """The largest |w|: of the whole weight for a range (), of each row for ranges (m,)."""
+    return weight.abs().amax(-1) if ranges.dim() else weight.abs().max()
 
 
 @torch.no_grad()
 def set_ranges(net: GatedModel, ranges: Tensor) -> None:
-    """ranges (L, T) >= 0; zero becomes the smallest positive range."""
+    """ranges (*layout.range_shape) >= 0; zero becomes the smallest positive range."""
     net.log_range.copy_(ranges.clamp(min=_SMALLEST_RANGE).log())
 
 
 class _Clipped(Observer):
     """Counts the values of every tensor, and those beyond its range."""
 
-    def __init__(self, ranges: Tensor):
-        self.ranges, self.beyond, self.all = ranges, torch.zeros_like(ranges), torch.zeros_like(ranges)
+    def __init__(self, net: GatedModel):
+        self.layout, self.ranges = net.layout, net.log_range.double().exp()
+        self.beyond, self.all = self.ranges.new_zeros(2, *net.layout.z_shape[:2])
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
-        self.beyond[projection, tensor] += (x.abs() > self.ranges[projection, tensor]).sum()
+        limit = self.layout.ranges_of(self.ranges, projection, tensor)
+        self.beyond[projection, tensor] += (x.abs() > (limit[:, None] if limit.dim() else limit)).sum()
         self.all[projection, tensor] += x.numel()
         return x
 
@@ -86,7 +98,7 @@ def clipped(net: GatedModel, batches: Iterable[tuple[dict, Tensor]]) -> Tensor:
     """Share of each tensor's values that lie beyond its range, at 32 bit; nan where there is none.  (L, T)"""
     if not net.layers():  # PEFT's own layers have no ranges
         return torch.full(net.layout.z_shape[:2], torch.nan)
-    seen = _Clipped(net.log_range.double().exp())
+    seen = _Clipped(net)
     for inputs, _ in batches:
         with observed(net, seen):
             net(**inputs)

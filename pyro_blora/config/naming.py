@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bit_widths import LADDER, written
 from ..registries import CHOSEN, TASKS, WEIGHTS
 from ..user_code import file_of, is_of_file
 
@@ -18,7 +19,8 @@ _ADDED: tuple[tuple[str, Any], ...] = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
     ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
     ("group_by_length", False), ("backbone_revision", None), ("max_skipped_steps", 10), ("estimator_settings", {}),
-    ("task_settings", {}), ("gate_optimizer", "auto"), ("gated_dropout", None),
+    ("task_settings", {}), ("gate_optimizer", "auto"), ("gated_dropout", None), ("bit_widths", written(LADDER)),
+    ("granularity", "tensor"),
 )  # fmt: skip
 
 

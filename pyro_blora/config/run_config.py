@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from ..bit_widths import LADDER, ladder_of, written
 from ..registries import CHOSEN, WEIGHTS
 from ..registry import Entry
 from ..user_files import load_json, read_text
@@ -20,6 +21,7 @@ CHOICES = {  # of what cannot be added to
     "init_lora_weights": ("default", "eva"),
     "average_over": ("gates", "dropout"),
     "scope": ("adapted", "encoder"),
+    "granularity": ("tensor", "channel"),
     "precision": ("float32", "bf16"),
     "gate_optimizer": ("auto", "natural", "adam"),
 }
@@ -73,6 +75,8 @@ class RunConfig:
         None, "modules to adapt: names separated by commas, or one regular expression; none: the architecture's preset"
     )
     scope: str = _field("adapted", "what is quantized: adapted (the adapted projections) or encoder (every projection)")
+    bit_widths: str | tuple = _field(written(LADDER), "bit widths that a tensor can have, rising; 32 is unquantized")
+    granularity: str = _field("tensor", "what of a weight has a range of its own: the tensor, or every output channel")
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")
@@ -132,6 +136,7 @@ class RunConfig:
                 object.__setattr__(self, flag, value)
         read_files(self)
         object.__setattr__(self, "target_modules", targets(self.target_modules))
+        object.__setattr__(self, "bit_widths", written(ladder_of(self.bit_widths)))
         if self.precision in ("fp16", "float16", "half"):
             raise ValueError(
                 f"precision {self.precision!r} is refused: the summed likelihood and the 16-bit grid overflow or round "

@@ -124,14 +124,14 @@ def plain_backbone(net: adapters.GatedModel) -> PreTrainedModel:
 def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]]]:
     """Open ranks, and (lora_A (r, n), lora_B (m, r)) as quantized, of every adapted projection by name."""
     net, layout, (z, g) = program.net, program.net.layout, deployed(program)
-    ladder = mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, 5)
+    mixture = mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, K + 1)
     ranks, weights = {}, {}
     for i, projection in enumerate(layout.projections):
         if not projection.adapted:
             continue
         ranks[projection.name] = rank = 1 + int(g[i].sum())
         down, up = (
-            quantize_mixture(side, net.log_range[i, t].exp(), ladder[i, t])
+            quantize_mixture(side, net.value_range(i, t), mixture[i, t], layout.ladder)
             for side, t in zip(net.low_rank(projection.name), (LORA_A, LORA_B), strict=True)
         )
         missing = max(0, rank - len(down))  # AdaLoRA may leave none, PEFT needs one

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..layout import BATCH_SIZE, READ_ALIKE, SCOPES, AdapterLayout, Projection
+from ..bit_widths import LADDER, ladder_of
+from ..layout import BATCH_SIZE, GRANULARITIES, READ_ALIKE, SCOPES, AdapterLayout, Projection
 from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears
 from .macs import cost
@@ -26,19 +27,25 @@ def layout_of(
     sequence_length: int = 128,
     share_inputs: bool = False,
     batch_size: int = BATCH_SIZE,
+    ladder: Sequence[int] = LADDER,
+    granularity: str = GRANULARITIES[0],
     head: Head = SEQUENCE,
 ) -> AdapterLayout:
     """The layout of a Hugging Face model.
 
     target_modules: None for the architecture's preset (`TARGETS`), names (matched as the end of a module's path),
     or one regular expression (matched against the whole path). head: how the model is called and read, of a task's
-    `likelihood`.
-    Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope.
+    `likelihood`. ladder: the bit widths that a tensor can have. granularity: see `AdapterLayout`.
+    Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope or
+    granularity, a ladder that is none.
     """
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity {granularity!r}: known are {', '.join(GRANULARITIES)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
+    ladder = ladder_of(ladder)
     if not hasattr(model, str(model.base_model_prefix)):
         raise ValueError(
             f"{type(model).__name__} has no task head: load the backbone with a class such as {head.auto_class}"
@@ -65,6 +72,7 @@ def layout_of(
     layout = AdapterLayout(
         architecture=architecture, projections=_told_apart(projections), rank=rank, alpha=float(alpha), scope=scope,
         sequence_length=sequence_length, model_macs=model_macs, share_inputs=share_inputs, batch_size=batch_size,
+        ladder=ladder, granularity=granularity,
     )  # fmt: skip
     if share_inputs and len(layout.input_owner.unique()) == len(projections):
         raise ValueError(

@@ -1,7 +1,9 @@
 /* The quantizer's loops on a CPU; cpu.py compiles and calls them, fake_quantize.py has the equations.
 
+   GRIDS, their number, is a constant of a compilation, and EACH(DO) is DO(0) DO(1) ... for each of them.
+
    x and gradients are float (0) or bfloat16 (1), the arithmetic is float, operation by operation that of
-   quantizer._EAGER (no product is fused with a sum). Sums are taken in blocks of one size, and those of the blocks in
+   quantizer._EAGER (no product is fused with a sum). Sums are taken in pieces of one size, and those of the pieces in
    double and in order: the same bits with any number of threads. */
 
 #include <math.h>
@@ -9,8 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { RANGE, WEIGHT, EXACT = 5, SCALE, INVERSE = 10, WEIGHTED_SCALE = 14, BELOW_32 = 18, EDGE }; /* in c[20] */
-enum { GRIDS = 4, BLOCK = 4096, PARALLEL = 32768, SUMS = 3 + GRIDS };
+enum { RANGE, WEIGHT, EXACT = WEIGHT + GRIDS, SCALE, INVERSE = SCALE + GRIDS, WEIGHTED_SCALE = INVERSE + GRIDS };
+enum { BELOW_32 = WEIGHTED_SCALE + GRIDS, EDGE, CONSTANTS }; /* in c[4 GRIDS + 4] */
+enum { BLOCK = 4096, PARALLEL = 32768, SUMS = 3 + GRIDS };
 
 typedef float f32;
 typedef uint16_t b16;
@@ -37,13 +40,33 @@ static inline float clipped(float x, float edge) { /* nan stays nan */
     return x > edge ? edge : x;
 }
 
-/* sum_b w_b Q_b(x).  x, out (n) */
+/* x, out and gradients are (rows, n), c is (channels, CONSTANTS): row r has the constants r % channels, and is taken in
+   pieces of at most BLOCK elements. A tensor with one range is one row. */
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define EACH_PIECE(piece)                                                                                              \
+    int64_t of_row = (n + BLOCK - 1) / BLOCK, pieces = rows * of_row;                                                  \
+    PRAGMA(omp parallel for num_threads(threads) if (rows * n > PARALLEL))                                             \
+    for (int64_t piece = 0; piece < pieces; piece++)
+
+typedef struct {
+    const float *c;
+    int64_t start, end;
+} Piece;
+
+static inline Piece piece_at(int64_t piece, int64_t of_row, const float *c, int64_t n, int64_t channels) {
+    int64_t row = piece / of_row, start = row * n + piece % of_row * BLOCK, end = (row + 1) * n;
+    Piece found = {c + row % channels * CONSTANTS, start, start + BLOCK < end ? start + BLOCK : end};
+    return found;
+}
+
+/* sum_b w_b Q_b(x) */
 #define FORWARD(X, O)                                                                                                  \
-    static void forward_##X##_##O(const X *restrict x, const float *c, O *restrict out, int64_t n, int threads) {      \
-        _Pragma("omp parallel for num_threads(threads) if (n > PARALLEL)") for (int64_t block = 0; block < n;          \
-                                                                                block += BLOCK) {                      \
-            int64_t end = block + BLOCK < n ? block + BLOCK : n;                                                       \
-            for (int64_t j = block; j < end; j++) {                                                                    \
+    static void forward_##X##_##O(const X *restrict x, const float *all, O *restrict out, int64_t rows, int64_t n,     \
+                                  int64_t channels, int threads) {                                                     \
+        EACH_PIECE(piece) {                                                                                            \
+            Piece at = piece_at(piece, of_row, all, n, channels);                                                      \
+            const float *c = at.c;                                                                                     \
+            for (int64_t j = at.start; j < at.end; j++) {                                                              \
                 float exact = from_##X(x[j]), inside = clipped(exact, c[EDGE]), value = c[EXACT] * exact;              \
                 for (int i = 0; i < GRIDS; i++)                                                                        \
                     value = value + rintf(inside * c[INVERSE + i]) * c[WEIGHTED_SCALE + i];                            \
@@ -56,33 +79,34 @@ FORWARD(f32, f32)
 FORWARD(f32, b16)
 FORWARD(b16, b16)
 
-/* dL/dx (n), where of_x is not NULL, and the sums (SUMS) of each block: whole, beyond, of the range, of each error */
+#define NAME(i) , e##i
+#define ZERO(i) , e##i = 0
+#define ADD(i) e##i += g * (rintf(inside * c[INVERSE + i]) * c[SCALE + i] - inside);
+
+/* dL/dx, where of_x is not NULL, and the sums (SUMS) of each piece: whole, beyond, of the range, of each error */
 #define BACKWARD(G, X)                                                                                                 \
-    static void backward_##G##_##X(const G *restrict grad, const X *restrict x, const float *c, X *restrict of_x,      \
-                                   float *restrict sums, int64_t n, int threads) {                                     \
-        _Pragma("omp parallel for num_threads(threads) if (n > PARALLEL)") for (int64_t block = 0; block < n;          \
-                                                                                block += BLOCK) {                      \
-            int64_t end = block + BLOCK < n ? block + BLOCK : n;                                                       \
-            float whole = 0, beyond = 0, range = 0, e0 = 0, e1 = 0, e2 = 0, e3 = 0;                                    \
-            _Pragma("omp simd reduction(+ : whole, beyond, range, e0, e1, e2, e3)") for (int64_t j = block; j < end;   \
-                                                                                         j++) {                        \
+    static void backward_##G##_##X(const G *restrict grad, const X *restrict x, const float *all, X *restrict of_x,    \
+                                   float *restrict sums, int64_t rows, int64_t n, int64_t channels, int threads) {     \
+        EACH_PIECE(piece) {                                                                                            \
+            Piece at = piece_at(piece, of_row, all, n, channels);                                                      \
+            const float *c = at.c;                                                                                     \
+            float whole = 0, beyond = 0, range = 0 EACH(ZERO);                                                         \
+            PRAGMA(omp simd reduction(+ : whole, beyond, range EACH(NAME)))                                            \
+            for (int64_t j = at.start; j < at.end; j++) {                                                              \
                 float g = from_##G(grad[j]), exact = from_##X(x[j]), inside = clipped(exact, c[EDGE]);                 \
                 float sign = exact > 0 ? 1.0f : exact < 0 ? -1.0f : 0.0f;                                              \
                 int is_inside = fabsf(exact) < c[RANGE];                                                               \
                 whole += g * inside;                                                                                   \
                 beyond += g * (exact - inside);                                                                        \
                 range += is_inside ? 0.0f : g * sign;                                                                  \
-                e0 += g * (rintf(inside * c[INVERSE]) * c[SCALE] - inside);                                            \
-                e1 += g * (rintf(inside * c[INVERSE + 1]) * c[SCALE + 1] - inside);                                    \
-                e2 += g * (rintf(inside * c[INVERSE + 2]) * c[SCALE + 2] - inside);                                    \
-                e3 += g * (rintf(inside * c[INVERSE + 3]) * c[SCALE + 3] - inside);                                    \
+                EACH(ADD)                                                                                              \
             }                                                                                                          \
             float slope = c[EXACT], below_32 = c[BELOW_32], value_range = c[RANGE];                                    \
-            for (int64_t j = block; of_x && j < end; j++) /* what was just read is in the cache */                     \
+            for (int64_t j = at.start; of_x && j < at.end; j++) /* what was just read is in the cache */               \
                 of_x[j] = to_##X(from_##G(grad[j]) *                                                                   \
                                  (slope + (fabsf(from_##X(x[j])) < value_range ? below_32 : 0.0f)));                   \
-            float found[SUMS] = {whole, beyond, range, e0, e1, e2, e3};                                                \
-            memcpy(sums + block / BLOCK * SUMS, found, sizeof found);                                                  \
+            float found[SUMS] = {whole, beyond, range EACH(NAME)};                                                     \
+            memcpy(sums + piece * SUMS, found, sizeof found);                                                          \
         }                                                                                                              \
     }
 
@@ -92,41 +116,48 @@ BACKWARD(b16, f32)
 BACKWARD(b16, b16)
 
 /* of_x, of_out: what they are of; bfloat16 gives bfloat16 */
-void quantizer_forward(int of_x, int of_out, const void *x, const float *c, void *out, int64_t n, int threads) {
+void quantizer_forward(int of_x, int of_out, const void *x, const float *c, void *out, int64_t rows, int64_t n,
+                       int64_t channels, int threads) {
     if (of_x)
-        forward_b16_b16(x, c, out, n, threads);
+        forward_b16_b16(x, c, out, rows, n, channels, threads);
     else if (of_out)
-        forward_f32_b16(x, c, out, n, threads);
+        forward_f32_b16(x, c, out, rows, n, channels, threads);
     else
-        forward_f32_f32(x, c, out, n, threads);
+        forward_f32_f32(x, c, out, rows, n, channels, threads);
 }
 
-/* out (6): dL/d[range, w_2, ..., w_32].  Returns 0, or 1 where there is no memory for the blocks' sums. */
+/* out (channels + GRIDS + 1): dL/d[ranges, w_2, ..., w_32].  Returns 0, or 1 where there is no memory for the sums. */
 int quantizer_backward(int of_grad, int of_x, const void *grad, const void *x, const float *c, void *to_x, float *out,
-                       int64_t n, int threads) {
-    int64_t blocks = (n + BLOCK - 1) / BLOCK;
-    float *sums = malloc((size_t)(blocks + 1) * SUMS * sizeof *sums);
-    double total[SUMS] = {0};
+                       int64_t rows, int64_t n, int64_t channels, int threads) {
+    int64_t of_row = (n + BLOCK - 1) / BLOCK;
+    float *sums = malloc((size_t)(rows * of_row + 1) * SUMS * sizeof *sums);
+    double of_weights[GRIDS + 1] = {0};
     if (!sums)
         return 1;
     if (of_grad && of_x)
-        backward_b16_b16(grad, x, c, to_x, sums, n, threads);
+        backward_b16_b16(grad, x, c, to_x, sums, rows, n, channels, threads);
     else if (of_grad)
-        backward_b16_f32(grad, x, c, to_x, sums, n, threads);
+        backward_b16_f32(grad, x, c, to_x, sums, rows, n, channels, threads);
     else if (of_x)
-        backward_f32_b16(grad, x, c, to_x, sums, n, threads);
+        backward_f32_b16(grad, x, c, to_x, sums, rows, n, channels, threads);
     else
-        backward_f32_f32(grad, x, c, to_x, sums, n, threads);
-    for (int64_t block = 0; block < blocks; block++)
-        for (int k = 0; k < SUMS; k++)
-            total[k] += sums[block * SUMS + k];
-    free(sums);
-    double range = c[BELOW_32] * total[2];
-    for (int i = 0; i < GRIDS; i++) {
-        range += c[WEIGHT + i] * total[3 + i] / c[RANGE];
-        out[1 + i] = (float)(total[0] + total[3 + i]);
+        backward_f32_f32(grad, x, c, to_x, sums, rows, n, channels, threads);
+    for (int64_t channel = 0; channel < channels; channel++, c += CONSTANTS) {
+        double total[SUMS] = {0};
+        for (int64_t row = channel; row < rows; row += channels)
+            for (int64_t piece = row * of_row; piece < (row + 1) * of_row; piece++)
+                for (int k = 0; k < SUMS; k++)
+                    total[k] += sums[piece * SUMS + k];
+        double range = c[BELOW_32] * total[2];
+        for (int i = 0; i < GRIDS; i++) {
+            range += c[WEIGHT + i] * total[3 + i] / c[RANGE];
+            of_weights[i] += total[0] + total[3 + i];
+        }
+        out[channel] = (float)range;
+        of_weights[GRIDS] += total[0] + total[1];
     }
-    out[0] = (float)range;
-    out[1 + GRIDS] = (float)(total[0] + total[1]);
+    free(sums);
+    for (int i = 0; i <= GRIDS; i++)
+        out[channels + i] = (float)of_weights[i];
     return 0;
 }

@@ -3,15 +3,19 @@
     s_b = 2 range / (2^b - 1),   Q_b(x) = s_b * round(clamp(x, -range, range) / s_b),   Q_32(x) = x
     quantize(x) = sum_b w_b Q_b(x),   w_b = z_b - z_next(b)        for a ladder z = [z_2, z_4, z_8, z_16, z_32]
 
-z are the gates of the tensor's ladder: gate z_b is 1 if the bit width is at least b. The scales have odd integer ratios
-(5, 17, 257), so the grids nest, and the published residual ladder
+z are the gates of the tensor's ladder: gate z_b is 1 if the bit width is at least b. The scales of these widths have
+odd integer ratios (5, 17, 257), so the grids nest, and the published residual ladder
 x_2 + z_4 (e_4 + z_8 (e_8 + ...)) equals this mixture, which needs no residual, saves only x and reads no gate on the
-host. With binary gates one weight is 1 and the value is one rounding. Gradients are straight-through, with
+host. It needs no nesting either: a ladder may have any widths, such as 3 and 6 bit. With binary gates one weight is 1
+and the value is one rounding. Gradients are straight-through, with
 c = clamp(x, -range, range), e_b = Q_b(x) - c and W = sum of w_b over b < 32:
 
     dL/dx     = g * (w_32 + W * 1[|x| < range])
     dL/dw_b   = sum of g * c  +  sum of g * e_b            dL/dw_32 = sum of g * x
     dL/drange = sum_b w_b * (sum of g * e_b) / range  +  W * sum over |x| >= range of g * sign(x)
+
+A weight may have a range for each of its rows (output channels): then the constants are (C, ...), a row's range gets
+the sums over the row, and the weights w_b get those over all rows.
 
 32 bit is the unquantized float: it is not clipped, so an open ladder is exactly the pretrained network and exactly
 plain LoRA, whatever the range. The clip is a few roundings inside the range, so that no code exceeds 2^(b-1) - 1: there
@@ -25,28 +29,15 @@ Source: van Baalen et al., Bayesian Bits (2020), whose ladder this mixture equal
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..bit_widths import LADDER
 from . import cpu
-from .grid import (
-    BELOW_32,
-    EDGE,
-    EXACT,
-    GRIDS,
-    INVERSE,
-    LADDER,
-    RANGE,
-    SCALE,
-    WEIGHT,
-    WEIGHTED_SCALE,
-    Grid,
-    grids,
-    mixture_weights,
-)
+from .grid import EXACT_BITS, Constants, Grid, Rows, grids, grids_of_rows, mixture_weights, number_of_grids
 
 # forward (x, constants, dtype), backward and the backward of range and weights (grad, x, constants)
 Kernels = tuple[
@@ -62,41 +53,57 @@ log = logging.getLogger(__name__)
 
 
 def _forward(x: Tensor, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """sum_b w_b Q_b(x), in x's dtype or another.  x (n,), c the constants (20,)"""
-    exact = x.to(c.dtype)
-    clipped, out = exact.clamp(-c[EDGE], c[EDGE]), c[EXACT] * exact
-    for i in range(len(GRIDS)):
-        out = out + (clipped * c[INVERSE + i]).round() * c[WEIGHTED_SCALE + i]
-    return out.to(dtype or x.dtype)
+    """sum_b w_b Q_b(x), in x's dtype or another.  x and c the `Constants` of G grids: (n,) and (4 G + 4,), or by row
+    (rows, n) and (C, 4 G + 4), rows a multiple of C."""
+    exact, of = _by_row(x, c).to(c.dtype), Constants.of(c)
+    clipped, out = exact.clamp(-of.edge, of.edge), of.exact * exact
+    for inverse, weighted in zip(of.inverse.split(1, -1), of.weighted_scales.split(1, -1), strict=True):
+        out = out + (clipped * inverse).round() * weighted
+    return out.to(dtype or x.dtype).view(x.shape)
+
+
+def _by_row(x: Tensor, c: Tensor) -> Tensor:
+    """(rows / C, C, n), to which the parts of constants (C, 4 G + 4) broadcast; x itself where it has one range."""
+    return x if c.dim() == 1 else x.view(x.shape[0] // len(c), len(c), x.shape[1])
+
+
+def _summed(x: Tensor, c: Tensor) -> Tensor:
+    """The sum of each range's values, (1,) or (C,)."""
+    return x.sum()[None] if c.dim() == 1 else x.sum((0, -1))
 
 
 def _backward_of_gates(grad: Tensor, x: Tensor, c: Tensor) -> Tensor:
-    """dL/d[range, w_2, ..., w_32], (6,), from seven sums over the elements; those of Q_b for e_b would cancel."""
-    grad, exact = grad.to(c.dtype), x.to(c.dtype)
-    clipped = exact.clamp(-c[EDGE], c[EDGE])
-    whole, beyond = (grad * clipped).sum(), (grad * (exact - clipped)).sum()
-    to_range = c[BELOW_32] * torch.where(exact.abs() < c[RANGE], 0.0, grad * exact.sign()).sum()
-    to_weights = []
-    for i in range(len(GRIDS)):
-        error = (grad * ((clipped * c[INVERSE + i]).round() * c[SCALE + i] - clipped)).sum()
-        to_range = to_range + c[WEIGHT + i] * error / c[RANGE]
-        to_weights.append(whole + error)
-    return torch.stack([to_range, *to_weights, whole + beyond])
+    """dL/d[ranges, w_2, ..., w_32], (C + G + 1,), from sums over the elements; those of Q_b for e_b would cancel."""
+    grad, exact, of = _by_row(grad, c).to(c.dtype), _by_row(x, c).to(c.dtype), Constants.of(c)
+    clipped, value_range = exact.clamp(-of.edge, of.edge), of.range.flatten()
+    whole, beyond = _summed(grad * clipped, c), _summed(grad * (exact - clipped), c)
+    outside = _summed(torch.where(exact.abs() < of.range, 0.0, grad * exact.sign()), c)
+    to_range, to_weights = of.below_exact.flatten() * outside, []
+    for weight, inverse, scale in zip(
+        *(part.split(1, -1) for part in (of.weights, of.inverse, of.scales)), strict=True
+    ):
+        error = _summed(grad * ((clipped * inverse).round() * scale - clipped), c)
+        to_range = to_range + weight.flatten() * error / value_range
+        to_weights.append((whole + error).sum())
+    return torch.cat([to_range, torch.stack([*to_weights, (whole + beyond).sum()])])
 
 
 def _backward(grad: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dx (n,), and the above, in the same pass over grad and x."""
-    inside = x.to(c.dtype).abs() < c[RANGE]
-    slope = c[EXACT] + torch.where(inside, c[BELOW_32], 0.0)
-    return (grad.to(c.dtype) * slope).to(x.dtype), _backward_of_gates(grad, x, c)
+    """dL/dx as x, and the above, in the same pass over grad and x."""
+    of = Constants.of(c)
+    slope = of.exact + torch.where(_by_row(x, c).to(c.dtype).abs() < of.range, of.below_exact, 0.0)
+    return (_by_row(grad, c).to(c.dtype) * slope).to(x.dtype).view(x.shape), _backward_of_gates(grad, x, c)
 
 
 _EAGER = (_forward, _backward, _backward_of_gates)
 
 
 @functools.cache
-def _kernels(device: str = "cpu") -> Kernels:
-    """The three functions: Triton's on CUDA, else compiled from C; eager where no compiler works."""
+def _kernels(device: str = "cpu", widths: int = len(LADDER)) -> Kernels:
+    """The three functions: Triton's on CUDA, else compiled from C; eager where no compiler works.
+
+    widths: of the ladder, whose number of grids they are compiled for.
+    """
     if os.environ.get("PYRO_BLORA_COMPILE", "1") == "0":
         return _EAGER
     try:
@@ -104,7 +111,7 @@ def _kernels(device: str = "cpu") -> Kernels:
             from .triton import KERNELS as found
         else:
             from .cpu import KERNELS as found
-        _probe(found, device)
+        _probe(found, device, widths)
     except Exception as error:  # a missing or broken compiler shows itself in many types; eager is always right
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("no working compiler for the quantizer (%s): running it eagerly, several times slower", reason)
@@ -112,10 +119,11 @@ def _kernels(device: str = "cpu") -> Kernels:
     return found
 
 
-def _probe(found: Kernels, device: str) -> None:
+def _probe(found: Kernels, device: str, widths: int) -> None:
     """Errors: RuntimeError where what was compiled computes something else."""
     x = torch.linspace(-2, 2, _PROBED, device=device)
-    (grid,) = grids(torch.ones((), device=device), torch.full((len(LADDER),), 0.2, device=device))
+    weights = torch.full((widths,), 0.2, device=device)
+    (grid,) = grids(torch.ones((), device=device), weights, [*range(2, 1 + widths), EXACT_BITS])
     of_x, sums = found[1](x, x, grid.constants)
     right = torch.equal(found[0](x, grid.constants), _forward(x, grid.constants))
     right &= torch.equal(of_x, _backward(x, x, grid.constants)[0])
@@ -127,9 +135,10 @@ def kernels(x: Tensor, constants: Tensor) -> Kernels:
     """Those for x's device; eager where a whole network is being compiled, for tensors without values, in float64."""
     if torch.compiler.is_compiling() or constants.dtype != torch.float32:
         return _EAGER
+    widths = number_of_grids(constants) + 1
     if x.is_cuda:
-        return _kernels("cuda")
-    return _kernels("cpu") if x.device.type == "cpu" and cpu.serves(x, constants) else _EAGER
+        return _kernels("cuda", widths)
+    return _kernels("cpu", widths) if x.device.type == "cpu" and cpu.serves(x, constants) else _EAGER
 
 
 class _Quantize(torch.autograd.Function):
@@ -149,28 +158,51 @@ class _Quantize(torch.autograd.Function):
         return None, of_gates(grad.contiguous().data, x.data, constants) if of_learned else None, None
 
 
+def as_kernels_take(x: Tensor, constants: Tensor) -> Tensor:
+    """x as (n,), or (rows, n) where its rows have ranges.  Errors: ValueError for another number of rows."""
+    if constants.dim() == 1:
+        return x.contiguous().view(-1)
+    if x.dim() < 2 or x.shape[-2] != len(constants):
+        raise ValueError(f"{len(constants)} ranges do not fit the rows of {tuple(x.shape)}: give one for each row")
+    return x.contiguous().view(-1, x.shape[-1])
+
+
 def quantize_on(x: Tensor, grid: Grid) -> Tensor:
     """sum_b w_b Q_b(x), differentiable in x and in the grid.  x any shape; grid one of `grids`."""
-    out: Tensor = _Quantize.apply(x.contiguous().view(-1), *grid)  # one dynamic dimension: the same kernels
+    out: Tensor = _Quantize.apply(as_kernels_take(x, grid.constants), *grid)
     return out.view(x.shape)
 
 
-def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor) -> Tensor:
-    """sum_b w_b Q_b(x), differentiable in all three.  x any; value_range () > 0; weights (5,) of `mixture_weights`"""
-    (grid,) = grids(value_range, weights)
+def quantize_mixture(x: Tensor, value_range: Tensor, weights: Tensor, ladder: Sequence[int] = LADDER) -> Tensor:
+    """sum_b w_b Q_b(x), differentiable in all three.
+
+    Shapes: x any, value_range () > 0, or x (..., C, n) and value_range (C,) of its rows; weights of `mixture_weights`.
+    """
+    if value_range.dim() == 0:
+        (grid,) = grids(value_range, weights, ladder)
+    else:
+        device, size = weights.device, len(value_range)
+        rows = Rows((size,), torch.zeros(size, dtype=torch.long, device=device),
+                    torch.arange(size + len(ladder), device=device))  # fmt: skip
+        (grid,) = grids_of_rows(value_range, weights, rows, ladder)
     return quantize_on(x, grid)
 
 
-def quantize(x: Tensor, value_range: Tensor, gates: Tensor) -> Tensor:
+def quantize(x: Tensor, value_range: Tensor, gates: Tensor, ladder: Sequence[int] = LADDER) -> Tensor:
     """x on the grid that a ladder of gates selects, differentiable in x, range and gates.
 
-    Shapes: x any; value_range a scalar > 0; gates (5,), the ladder [z_2, z_4, z_8, z_16, z_32], each at most the one
-    before it; relaxed ladders in [0, 1] mix the grids.
-    Errors: ValueError for a range that is not a positive scalar, or another length of the ladder.
+    Shapes: x any; value_range a scalar > 0, or one for each row of x (..., C, n), (C,); gates (5,), the ladder [z_2,
+    z_4, z_8, z_16, z_32] or another one's, each at most the one before it; relaxed ladders in [0, 1] mix the grids.
+    Errors: ValueError for ranges that are not positive or fit no rows, or another length of the ladder.
     """
     value_range = torch.as_tensor(value_range, dtype=gates.dtype, device=x.device)
-    if value_range.numel() != 1 or not bool(value_range > 0):
-        raise ValueError(f"the range of a quantizer must be one number > 0, got {value_range}")
-    if gates.shape != (len(LADDER),):
-        raise ValueError(f"gates must be the ladder of {LADDER} bit, shape ({len(LADDER)},), got {tuple(gates.shape)}")
-    return quantize_mixture(x, value_range.reshape(()), mixture_weights(gates))
+    by_row = value_range.dim() == 1 and x.dim() > 1 and x.shape[-2] == len(value_range)
+    if not (by_row or value_range.numel() == 1) or not bool((value_range > 0).all()):
+        raise ValueError(
+            f"the range of a quantizer must be one number > 0, or one for each row of {tuple(x.shape)}, got "
+            f"{value_range}"
+        )
+    if gates.shape != (len(ladder),):
+        raise ValueError(f"gates must be the ladder of {ladder} bit, shape ({len(ladder)},), got {tuple(gates.shape)}")
+    value_range = value_range if by_row else value_range.reshape(())
+    return quantize_mixture(x, value_range, mixture_weights(gates), ladder)

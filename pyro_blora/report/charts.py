@@ -7,7 +7,7 @@ say the rest. An axis whose values are all alike is as wide as a reader expects,
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import altair as alt
 import pandas as pd
@@ -17,7 +17,7 @@ from ..interval import PERCENT
 _TEXT, _LINES = "currentColor", "#88888855"
 _FONT = "system-ui, sans-serif"  # the page's; a name that Vega can measure, which "inherit" is not
 _ALIKE = 1e-6  # of the largest value: a smaller range is a rounding error
-WIDTHS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"]  # viridis, from 2 to 32 bit
+VIRIDIS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"]  # of bit widths, from the fewest to 32
 TYPES = ["#3182bd", "#D55E00", "#009E73", "#CC79A7", "#b8860b", "#8c6bb1"]  # nearly Okabe and Ito's, on either paper
 _CONFIG = {
     "background": "transparent",
@@ -58,7 +58,19 @@ def _data(table: pd.DataFrame) -> alt.Data:
     return alt.Data(values=json.loads(table.to_json(orient="records")))
 
 
-def gate_map(cells: pd.DataFrame) -> dict:
+def _shades(count: int) -> list[str]:
+    """Colours of viridis at equal distances, as many as there are bit widths."""
+    found = []
+    for i in range(count):
+        place, part = divmod(i * (len(VIRIDIS) - 1), max(1, count - 1))
+        near, far = (bytes.fromhex(VIRIDIS[min(k, len(VIRIDIS) - 1)][1:]) for k in (place, place + 1))
+        share = part / max(1, count - 1)
+        mixed = (round((1 - share) * a + share * b) for a, b in zip(near, far, strict=True))
+        found.append("#" + bytes(mixed).hex())
+    return found
+
+
+def gate_map(cells: pd.DataFrame, ladder: Sequence[int]) -> dict:
     """Deployed width as colour, a circle as large as the doubt; columns: see `sections.gates.cells_of`."""
     columns = list(dict.fromkeys(cells["column"]))
     tips = [name for name in cells.columns if name not in ("column", "layer", "doubt", "label", "width")]
@@ -72,8 +84,7 @@ def gate_map(cells: pd.DataFrame) -> dict:
         y=alt.Y("layer:O", title="layer"),
         tooltip=[alt.Tooltip(f"{name}:N") for name in tips],
     )
-    widths = sorted(set(cells["width"]) | {2, 4, 8, 16, 32})
-    colours = alt.Scale(domain=widths, range=WIDTHS)
+    colours = alt.Scale(domain=[*ladder], range=_shades(len(ladder)))
     squares = base.mark_rect(stroke="#8888", strokeWidth=0.5).encode(
         color=alt.Color("width:O", scale=colours, title="deployed bits")
     )

@@ -32,8 +32,8 @@ GLOSSARY = {
         "Expected calibration error: the mean distance between confidence and accuracy, in equal bins of confidence."
     ),
     "gate, ladder": (
-        "A gate is open or closed. Gates of one tensor form a ladder of bit widths (2, 4, 8, 16, 32), those of "
-        "one adapter a ladder of ranks; a gate can only be open where the one below it is."
+        "A gate is open or closed. Gates of one tensor form a ladder of bit widths (2, 4, 8, 16, 32 unless told), "
+        "those of one adapter a ladder of ranks; a gate can only be open where the one below it is."
     ),
     "KL to prior": (
         "How far the posterior of a ladder moved from its prior, in nats. Near 0 the data had no influence."

@@ -52,7 +52,7 @@ class _Slopes(Observer):
     """
 
     def __init__(self, layout: AdapterLayout, ranges: Tensor, batch: int):
-        self.ranges, self.batch = ranges, batch
+        self.layout, self.ranges, self.batch = layout, ranges, batch
         self.widths = [i for i, bits in enumerate(layout.ladder) if bits <= _FINE]
         self.bits, device = layout.ladder, ranges.device
         self.z = torch.zeros(batch, *layout.z_shape[:2], len(self.widths), device=device, requires_grad=True)
@@ -94,9 +94,9 @@ class _Slopes(Observer):
         return self.batch == 1 or len(x) == self.batch
 
     def _changes(self, projection: int, tensor: int, x: Tensor) -> Iterable[Tensor]:
-        x = x.to(self.z.dtype)
+        x, ranges = x.to(self.z.dtype), self.layout.ranges_of(self.ranges, projection, tensor)
         for i in self.widths:
-            yield rounded(x, self.ranges[projection, tensor, i], self.bits[i]) - x
+            yield rounded(x, ranges[..., i], self.bits[i]) - x
 
     def _by_example(self, grad: Tensor, change: Tensor) -> Tensor:
         """<grad, change> of each example, (B,)."""
@@ -188,7 +188,7 @@ def _correlation(D: Tensor) -> Tensor:
 def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], ranges: Tensor) -> Sensitivity:
     """Slopes of the examples in `batches`; the values of their labels are not used.
 
-    ranges (L, T, 5): of each tensor at each bit width.   Errors: ValueError without any batch.
+    ranges (*layout.range_shape, K + 1): of each tensor at each bit width.   Errors: ValueError without any batch.
     """
     z, g = [], []
     for inputs, labels in _with_examples(program.net, batches):

@@ -26,6 +26,7 @@ OTHER = {
     "adapter_settings": {"svd": "randomized"}, "weights": "gaussian", "weights_settings": {"prior_std": 0.1},
     "validation": 0.1, "choose_epoch": True, "ood_task": "rte", "task_settings": {"column": "text"},
     "estimator_settings": {"draws": 2}, "gate_optimizer": "natural", "gated_dropout": False,
+    "bit_widths": "2,3,4,6,8,16,32", "granularity": "channel",
 }  # fmt: skip
 NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
 

@@ -1,5 +1,6 @@
 """Allocations of peers have the answers that are known: traces, the best widths, budgets, the end of a bisection."""
 
+import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
@@ -220,6 +221,8 @@ def test_a_width_between_two_rungs_is_a_mix_of_layers(layout):
     assert {of["base"] for name, of in widths.items() if name.startswith("1.")} == {2}
     below, mixed, above = (uniform_budget(name, layout) for name in ("W2A4", "W3A4", "W4A4"))
     assert below.share < mixed.share < above.share and mixed.prior == "allocation"
+    with_3_bit = dataclasses.replace(layout, ladder=(2, 3, 4, 8, 16, 32))
+    assert uniform_budget("W3A4", with_3_bit).prior == "fixed" != mixed.prior
     assert uniform_budget("W2A8", layout).share == pytest.approx(above.share)
     build_prior(mixed.prior, layout, mixed.settings)
 

@@ -50,7 +50,8 @@ def gate_map(run: RunFiles, title: str) -> Section:
         "probability of any other width, from 0 to 80 % and more."
     )
     shown = cells[["tensor", "deployed", "expected", "distribution", "KL to prior", "R-hat"]]
-    return Section(title, [text], charts=[(charts.gate_map(cells), "Hover or touch a square for details.")],
+    chart = charts.gate_map(cells, run.posterior.layout.ladder)
+    return Section(title, [text], charts=[(chart, "Hover or touch a square for details.")],
                    tables=[("The gate map as a table: probabilities of every width", shown, False)])  # fmt: skip
 
 
