@@ -13,6 +13,7 @@ import torch
 
 from .adapters.attaching import attach
 from .config.run_config import RunConfig
+from .distillation import Teacher
 from .guides.base import build_guide, require_natural
 from .layout import BATCH_SIZE, AdapterLayout
 from .models.loading import is_function, load_backbone, load_tokenizer
@@ -100,6 +101,9 @@ def build(config: RunConfig) -> Parts:
         tokenizer = None if own else load_tokenizer(config.backbone, revision=config.backbone_revision)
         torch.manual_seed(config.seed)  # the head and lora_A are drawn now
         program = build_program(config, task, len(rows["train"]))
+        if config.distillation:
+            net, closes = program.net, program.gates_close
+            program.teacher = Teacher(net, program.log_scale, config.distillation, gates_close=closes)
         tokenizer = tokenizer or load_tokenizer(config.backbone)
     if sharing := program.net.layout.sharing:
         with phase(sharing, still=True):

@@ -91,6 +91,7 @@ class RunConfig:
     kl_warmup: float | None = _field(
         None, "fraction of the steps with open gates, before they start; 1: after training; none: 0.3, or the method's"
     )
+    distillation: float = _field(0.0, "weight of the open network's answers beside the labels, once gates start")
     temperature_start: float = _field(0.5, "temperature of the relaxed gates at the first step")
     temperature_end: float = _field(0.1, "temperature of the relaxed gates at the last step")
     clip_norm: float = _field(1.0, "largest norm of the gradient of adapter and head")

@@ -81,7 +81,9 @@ def test_accumulated_gradients_equal_those_of_the_union_batch(tmp_path):
         torch.testing.assert_close(gradients[8][key], whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item() + 1e-9)
 
 
-@pytest.mark.parametrize(("killed_after", "more"), [(3, {}), (6, {}), (9, {"estimator": "gauss_newton"})])
+@pytest.mark.parametrize(
+    ("killed_after", "more"), [(3, {}), (6, {}), (9, {"estimator": "gauss_newton", "distillation": 0.3})]
+)
 def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after, more):
     monkeypatch.setattr(natural_gradient, "_FIRST", 2)  # of twelve steps
     config = tiny_config(backbone, epochs=3, **more)
