@@ -160,7 +160,7 @@ def build_program(
     net = attach(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
         adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,
-        share_inputs=config.share_inputs, sequence_length=config.max_length, head=kind.head,
+        share_inputs=config.share_inputs, smoothing=config.smoothing, sequence_length=config.max_length, head=kind.head,
         batch_size=BATCH_SIZE if stored is None else stored.batch_size,
     )  # fmt: skip
     if stored is not None:

@@ -35,6 +35,7 @@ def attach(
     sequence_length: int = 128,
     init_lora_weights: str = "default",
     share_inputs: bool = False,
+    smoothing: bool = False,
     adapter_settings: dict | None = None,
     batch_size: int = BATCH_SIZE,
     head: Head = SEQUENCE,
@@ -47,7 +48,8 @@ def attach(
     sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
     adapter: a name that `pyro-blora adapters` lists, `file.py:function`, or the function itself, with adapter_settings.
     head: of a task's `likelihood`, how the backbone is called and read.
-    init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`.
+    init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`. smoothing:
+    see smoothing.py.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
     """
     make = ADAPTERS.resolve(adapter)
@@ -66,4 +68,6 @@ def attach(
             f"adapter {ADAPTERS.called(adapter)!r} must return a pyro_blora.adapters.GatedModel, got "
             f"{type(net).__name__}: pyro_blora.adapters.gated makes one"
         )
+    if smoothing:
+        net.smooth()
     return net

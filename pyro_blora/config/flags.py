@@ -21,7 +21,8 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
         "Settings of an adapter have a dot: --adapter xs --adapter.singular_values split.",
         {
             "backbone": "NAME", "backbone_revision": "COMMIT", "adapter": "NAME", "rank": "RANKS", "alpha": "SCALE",
-            "target_modules": "NAMES", "scope": "NAME", "share_inputs": "", "init_lora_weights": "NAME",
+            "target_modules": "NAMES", "scope": "NAME", "share_inputs": "", "smoothing": "",
+            "init_lora_weights": "NAME",
         },
     ),
     "gates": (

@@ -18,7 +18,7 @@ _ADDED: tuple[tuple[str, Any], ...] = (
     ("data_seed", None), ("restarts", 1), ("share_inputs", False), ("adapter_settings", {}), ("weights", "point"),
     ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
     ("group_by_length", False), ("backbone_revision", None), ("max_skipped_steps", 10), ("estimator_settings", {}),
-    ("task_settings", {}), ("gate_optimizer", "auto"), ("distillation", 0.0),
+    ("task_settings", {}), ("gate_optimizer", "auto"), ("distillation", 0.0), ("smoothing", False),
 )  # fmt: skip
 
 

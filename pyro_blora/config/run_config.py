@@ -72,6 +72,7 @@ class RunConfig:
     )
     scope: str = _field("adapted", "what is quantized: adapted (the adapted projections) or encoder (every projection)")
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
+    smoothing: bool = _field(False, "learned scales move outliers of inputs into weights, channel by channel")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")
     validation: float = _field(

@@ -254,7 +254,7 @@ class _Loop:
             self.program.teacher.follow(self.program.net, self.program.log_scale)
         with unvalidated():
             self._start_gates(optimizer)
-        started = (*self.program.gate_guide.parameters(), self.program.net.log_range)
+        started = (*self.program.gate_guide.parameters(), *self.program.net.grid_parameters())
         if not all(bool(x.isfinite().all()) for x in started):
             what = "the gates cannot start, as slopes of the loss are not finite"
             raise ValueError(DIVERGED.format(step, what, self.checkpoints.kept()))
@@ -264,12 +264,13 @@ class _Loop:
         program, guide, config = self.program, self.program.gate_guide, self.config
         if not program.net.layers():  # PEFT's own layers are not gated
             return
+        batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         if program.prior.explains:
-            batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
             with phase("explaining variances"):
                 program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
         with phase("fitting ranges"):
-            errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
+            adapters.start_smoothing(program.net, (inputs for inputs, _ in batches))
+            errors = range_errors(program, batches)
         torch.manual_seed(step_seed(config.seed, -1))
         curved = program.elbo if isinstance(program.elbo, GateELBO) and program.elbo.curved else None
         if guide.starts_from_data or curved:
@@ -286,7 +287,8 @@ class _Loop:
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)
         if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
-            for tensor in (*guide.state_dict(keep_vars=True).values(), *program.prior.buffers(), program.net.log_range):
+            state = guide.state_dict(keep_vars=True).values()
+            for tensor in (*state, *program.prior.buffers(), *program.net.grid_parameters()):
                 accelerate.utils.broadcast(tensor.data)
 
     def _training_batches(self, count: int, epoch: int) -> list[tuple[dict, torch.Tensor]]:

@@ -36,7 +36,7 @@ RECORDED = {
     "Gauss-Newton": {"estimator": "gauss_newton", "guide": "mixture"},
     "plain LoRA": {"prior": "fixed", "prior_settings": {"bits": 32}},
     "8 bit": {"prior": "fixed", "prior_settings": {"bits": 8}},
-    "distillation": {"build": tiny_deberta, "distillation": 0.5},
+    "distillation, smoothing": {"build": tiny_deberta, "distillation": 0.5, "smoothing": True},
 }
 
 

@@ -82,7 +82,8 @@ def test_accumulated_gradients_equal_those_of_the_union_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("killed_after", "more"), [(3, {}), (6, {}), (9, {"estimator": "gauss_newton", "distillation": 0.3})]
+    ("killed_after", "more"),
+    [(3, {}), (6, {}), (9, {"estimator": "gauss_newton", "distillation": 0.3, "smoothing": True})],
 )
 def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after, more):
     monkeypatch.setattr(natural_gradient, "_FIRST", 2)  # of twelve steps
