@@ -156,7 +156,9 @@ def build_program(
     prior: in place of the named one. of: the class of the program.
     """
     kind = task.likelihood
-    backbone = load_backbone(config.backbone, kind, revision=config.backbone_revision)
+    backbone = load_backbone(
+        config.backbone, kind, revision=config.backbone_revision, attention=config.attention
+    )  # fmt: skip
     net = attach(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
         adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,

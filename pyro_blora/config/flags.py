@@ -22,7 +22,7 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
         {
             "backbone": "NAME", "backbone_revision": "COMMIT", "adapter": "NAME", "rank": "RANKS", "alpha": "SCALE",
             "target_modules": "NAMES", "scope": "NAME", "share_inputs": "", "smoothing": "",
-            "init_lora_weights": "NAME",
+            "init_lora_weights": "NAME", "attention": "NAME",
         },
     ),
     "gates": (

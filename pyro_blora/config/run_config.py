@@ -22,6 +22,7 @@ CHOICES = {  # of what cannot be added to
     "scope": ("adapted", "encoder"),
     "precision": ("float32", "bf16"),
     "gate_optimizer": ("auto", "natural", "adam"),
+    "attention": ("softmax", "softmax1"),
 }
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3}  # where neither user nor method nor a part sets a value
@@ -72,6 +73,7 @@ class RunConfig:
     )
     scope: str = _field("adapted", "what is quantized: adapted (the adapted projections) or encoder (every projection)")
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
+    attention: str = _field("softmax", "softmax, or softmax1: fewer outliers; it starts from another network then")
     smoothing: bool = _field(False, "learned scales move outliers of inputs into weights, channel by channel")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")

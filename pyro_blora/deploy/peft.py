@@ -27,6 +27,7 @@ from ..checkpoint import trainable, write_tensors
 from ..config.run_config import RunConfig
 from ..files import NotWritten, writing
 from ..layout import LORA_A, LORA_B
+from ..models.attention import attention_of, set_attention
 from ..models.loading import commit_of, public_name, quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
@@ -74,6 +75,7 @@ def export(
             with quiet():
                 plain.save_pretrained(str(partial))
                 reloaded = type(plain).from_pretrained(str(partial), trust_remote_code=False)
+                set_attention(reloaded, attention_of(plain))
         verify(program, reloaded, rows)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial, config)

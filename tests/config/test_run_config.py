@@ -25,7 +25,8 @@ OTHER = {
     "tracker": "tensorboard",
     "adapter_settings": {"svd": "randomized"}, "weights": "gaussian", "weights_settings": {"prior_std": 0.1},
     "validation": 0.1, "choose_epoch": True, "ood_task": "rte", "task_settings": {"column": "text"},
-    "estimator_settings": {"draws": 2}, "gate_optimizer": "natural", "distillation": 0.5, "smoothing": True,
+    "estimator_settings": {"draws": 2}, "gate_optimizer": "natural",
+    "distillation": 0.5, "smoothing": True, "attention": "softmax1",
 }  # fmt: skip
 NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
 
