@@ -116,8 +116,7 @@ class Distilled(Messenger):
 
     def told(self, terms: Terms) -> Terms:
         """The terms for a log, with the NLL apart from the divergence; both are means over the runs of the model."""
-        means = (torch.stack(x).mean() for x in (self.nlls, self.divergences))
-        nll, divergence = means
+        nll, divergence = (torch.stack(x).mean() for x in (self.nlls, self.divergences))
         return dataclasses.replace(terms, nll=nll, teacher_kl=divergence)
 
 

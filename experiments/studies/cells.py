@@ -84,8 +84,11 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     program = parts.program
     found, notes = read_tensors(source)
     state = trainable(program, in_training=True)
-    of_lora = (name for name in state if name.startswith("net.") or name == "log_scale")
-    shared = {name for name in of_lora if f"parameter/{name}" in found}  # LoRA has no smoothing
+    shapes = {key.partition("/")[2]: x.shape for key, x in found.items() if key.startswith("parameter/")}
+    shared = {
+        name for name, x in state.items()  # LoRA has no smoothing
+        if (name.startswith("net.") or name == "log_scale") and shapes.get(name) == x.shape
+    }  # fmt: skip
     tensors = {key: x for key, x in found.items() if key.partition("/")[2] in shared}
     own = {f"parameter/{name}": x.detach().clone() for name, x in state.items() if name not in shared}
     (partial / CHECKPOINT).parent.mkdir(parents=True)

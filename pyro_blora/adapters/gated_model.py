@@ -171,8 +171,9 @@ def use_gates(
     if torch.is_grad_enabled() or not net.gate_context.keeps_weights:
         kept = None
     by_tensor, ranks = _current(net, z, g, opened, at_32)
-    smooths = net.smoothing is not None and any(grid is not None for grid in by_tensor)
-    scales = net.smoothing.scales() if smooths else None
+    scales = None
+    if net.smoothing is not None and any(grid is not None for grid in by_tensor):
+        scales = net.smoothing.scales()
     with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {}, scales)):
         yield net
 

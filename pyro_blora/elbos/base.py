@@ -30,8 +30,8 @@ class Terms:
     """The terms of one estimate of the negative ELBO.
 
     nll: the batch's mean, nats per example. kl_*: nats; a prior's random settings count with kl_z. n_train: N.
-    *_weight: of the KLs; below 1 the posterior is cold, at 0 the gates are fixed. teacher_kl: nats per example, of
-    distillation, for the log only: a part of the loss from the start.
+    *_weight: of the KLs; below 1 the posterior is cold, at 0 the gates are fixed. teacher_kl: of distillation,
+    nats per example, for the log: `loss` is without it.
     """
 
     nll: Tensor

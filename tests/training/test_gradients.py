@@ -14,12 +14,20 @@ from pyro_blora import attach, fit
 from pyro_blora.adapters import calibrate
 from pyro_blora.distillation import Teacher
 from pyro_blora.guides import build_guide
+from pyro_blora.models import set_attention
 from pyro_blora.models.relative_positions import remember_positions
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 from pyro_blora.training.gradients import Gradients
 from pyro_blora.weights import build_weights
+
+
+def bert_with_softmax1():
+    model = tiny_bert()
+    set_attention(model)
+    return model
+
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: a CUDA graph needs one")
 RECORDED = {
@@ -37,6 +45,7 @@ RECORDED = {
     "plain LoRA": {"prior": "fixed", "prior_settings": {"bits": 32}},
     "8 bit": {"prior": "fixed", "prior_settings": {"bits": 8}},
     "distillation, smoothing": {"build": tiny_deberta, "distillation": 0.5, "smoothing": True},
+    "softmax1": {"build": bert_with_softmax1},
 }
 
 
