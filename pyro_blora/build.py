@@ -14,6 +14,7 @@ import torch
 from .adapters.attaching import attach
 from .bit_widths import ladder_of
 from .config.run_config import RunConfig
+from .distillation import Teacher
 from .guides.base import build_guide, require_natural
 from .layout import BATCH_SIZE, AdapterLayout
 from .models.loading import is_function, load_backbone, load_tokenizer
@@ -101,6 +102,9 @@ def build(config: RunConfig) -> Parts:
         tokenizer = None if own else load_tokenizer(config.backbone, revision=config.backbone_revision)
         torch.manual_seed(config.seed)  # the head and lora_A are drawn now
         program = build_program(config, task, len(rows["train"]))
+        if config.distillation:
+            net, closes = program.net, program.gates_close
+            program.teacher = Teacher(net, program.log_scale, config.distillation, gates_close=closes)
         tokenizer = tokenizer or load_tokenizer(config.backbone)
     if sharing := program.net.layout.sharing:
         with phase(sharing, still=True):
@@ -153,11 +157,13 @@ def build_program(
     prior: in place of the named one. of: the class of the program.
     """
     kind = task.likelihood
-    backbone = load_backbone(config.backbone, kind, revision=config.backbone_revision)
+    backbone = load_backbone(
+        config.backbone, kind, revision=config.backbone_revision, attention=config.attention
+    )  # fmt: skip
     net = attach(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
         adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,
-        share_inputs=config.share_inputs, sequence_length=config.max_length, head=kind.head,
+        share_inputs=config.share_inputs, smoothing=config.smoothing, sequence_length=config.max_length, head=kind.head,
         ladder=ladder_of(config.bit_widths), granularity=config.granularity,
         batch_size=BATCH_SIZE if stored is None else stored.batch_size,
     )  # fmt: skip

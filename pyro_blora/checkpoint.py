@@ -42,7 +42,7 @@ class Resumed(NamedTuple):
 def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torch.Tensor]:
     """Trained parameters, frozen parts of adapters, and the state of prior, guide, weights and allocator, by name.
 
-    in_training: without what is fitted when training has ended (Laplace's curvature).
+    in_training: without what is fitted when training has ended (Laplace's curvature), and with a teacher.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -55,7 +55,7 @@ def trainable(module: nn.Module, *, in_training: bool = False) -> dict[str, torc
     weights = parts.get("weights")
     if in_training and isinstance(weights, Weights) and weights.curvature:
         del parts["weights"]
-    for name in ("prior", "gate_guide", "weights", "net.allocation"):
+    for name in ("prior", "gate_guide", "weights", "net.allocation", *(("teacher",) if in_training else ())):
         state = parts[name].state_dict(keep_vars=True) if name in parts else {}
         known = set(map(id, found.values()))  # a guide holds its prior too
         found |= {f"{name}.{key}": x for key, x in state.items() if id(x) not in known}

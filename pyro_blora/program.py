@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from . import adapters
 from .adapters.example_axis import leads_with_examples
+from .distillation import Distilled, Teacher
 from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
 from .elbos.evaluation import Distributions, Program, closed_form_kl, mean_nll, sites_of, unused
 from .gates import Gates
@@ -208,6 +209,7 @@ class BayesianLoRA(GateProgram):
     ):
         super().__init__(net.layout, prior, guide, likelihood, **settings)
         self.net = net
+        self.teacher: Teacher | None = None  # of a training with distillation
 
     @property
     def opened(self) -> Gates[Tensor]:
@@ -248,16 +250,22 @@ class BayesianLoRA(GateProgram):
     ) -> tuple[Tensor, Terms]:
         """The training loss and its terms, at a temperature of the relaxation.
 
-        held_open: before the gates start; the loss is that of LoRA, with its weights' distribution.
+        held_open: before the gates start; the loss is that of LoRA, with its weights' distribution. Then with a teacher
+        the NLL in the loss is mixed with the divergence from its answers; the terms have both.
         """
         self.temperature, self.kl_weight = temperature, kl_weight
         model: Program = self.model
         guide: Program = self.guide
+        distilled: Distilled | None = None
         if held_open:
             model, guide = (poutine.condition(part, data=self.opened._asdict()) for part in (model, guide))
+        elif self.teacher is not None:
+            answers = self.teacher.answers(self.net, self.likelihood, self.opened, inputs)
+            distilled = Distilled(self.likelihood, answers, self.teacher.weight)
+            model = distilled(model)
         self._at_32 = None if held_open else self.pinned_at_32
         try:
             terms = self._terms(model, guide, inputs, labels)
         finally:
             self._at_32 = None
-        return terms.loss + self.net.penalty(), terms
+        return terms.loss + self.net.penalty(), terms if distilled is None else distilled.told(terms)

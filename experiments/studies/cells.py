@@ -82,10 +82,15 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     """Put a state of LoRA where the run of `config` resumes: until then both are the same."""
     parts = build(config)
     program = parts.program
-    shared = {name for name in trainable(program) if name.startswith("net.") or name == "log_scale"}
     found, notes = read_tensors(source)
+    state = trainable(program, in_training=True)
+    shapes = {key.partition("/")[2]: x.shape for key, x in found.items() if key.startswith("parameter/")}
+    shared = {
+        name for name, x in state.items()  # LoRA has no smoothing
+        if (name.startswith("net.") or name == "log_scale") and shapes.get(name) == x.shape
+    }  # fmt: skip
     tensors = {key: x for key, x in found.items() if key.partition("/")[2] in shared}
-    own = {f"parameter/{name}": x.detach().clone() for name, x in trainable(program).items() if name not in shared}
+    own = {f"parameter/{name}": x.detach().clone() for name, x in state.items() if name not in shared}
     (partial / CHECKPOINT).parent.mkdir(parents=True)
     write_tensors(partial / CHECKPOINT, tensors | own, {**notes, **identity(parts), "lines": "0"})
 

@@ -6,7 +6,7 @@ from .attaching import attach
 from .gate_context import Observer
 from .gated_model import GatedModel, exact_tensors, gates, observed, open_gates, use_gates, without_dropout
 from .lora import gated
-from .ranges import calibrate, clipped, set_ranges
+from .ranges import calibrate, clipped, set_ranges, start_smoothing
 
 __all__ = [
     "ADAPTERS",
@@ -23,6 +23,7 @@ __all__ = [
     "open_gates",
     "register_adapter",
     "set_ranges",
+    "start_smoothing",
     "use_gates",
     "without_dropout",
 ]

@@ -36,6 +36,7 @@ def attach(
     sequence_length: int = 128,
     init_lora_weights: str = "default",
     share_inputs: bool = False,
+    smoothing: bool = False,
     adapter_settings: dict | None = None,
     batch_size: int = BATCH_SIZE,
     ladder: Sequence[int] = LADDER,
@@ -50,9 +51,9 @@ def attach(
     sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
     adapter: a name that `pyro-blora adapters` lists, `file.py:function`, or the function itself, with adapter_settings.
     head: of a task's `likelihood`, how the backbone is called and read.
-    init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`.
-    ladder: the bit widths that a tensor can have, rising, the last 32. granularity: `tensor` or `channel`, what of a
-    weight has a range of its own.
+    init_lora_weights: `default`, as in PEFT, or `eva`: see input_pca.py. share_inputs: see `AdapterLayout`. smoothing:
+    see smoothing.py. ladder: the bit widths that a tensor can have, rising, the last 32. granularity: `tensor` or
+    `channel`, what of a weight has a range of its own.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
     """
     make = ADAPTERS.resolve(adapter)
@@ -72,4 +73,6 @@ def attach(
             f"adapter {ADAPTERS.called(adapter)!r} must return a pyro_blora.adapters.GatedModel, got "
             f"{type(net).__name__}: pyro_blora.adapters.gated makes one"
         )
+    if smoothing:
+        net.smooth()
     return net

@@ -18,6 +18,7 @@ from ..quantizer.fake_quantize import quantize_on
 from ..quantizer.grid import Grid
 from ..registry import undefined
 from .quantized_linear import Map, Source, quantized_products
+from .smoothing import Smoothing
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 
@@ -53,6 +54,8 @@ class LayerGates(NamedTuple):
     """Rounded weights by (projection, tensor), which no gradient can change during the call; None to keep none."""
     drawn: Mapping[tuple[int, str], Tensor]
     """Weights by (projection, name)."""
+    scales: Sequence[Tensor] | None = None
+    """Of the smoothing, by projection; None where there is none, and where nothing is rounded."""
 
 
 class Observer:
@@ -109,6 +112,7 @@ class GateContext:
         self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
         self.gates: LayerGates | None = None
         self.keeps_weights = True
+        self.smoothing: Smoothing | None = None
         self.observer: Observer | None = None
 
     def drawn(self, projection: int, name: str, parameter: Tensor) -> Tensor:
@@ -126,7 +130,9 @@ class GateContext:
     ) -> Sequence[Tensor]:
         """Linear maps of the projection's quantized input: (tensor, weight, bias) of each. source: of an x that nobody
         else keeps."""
-        given, (x, grid) = x, self._input(projection, x)
+        given, (x, grid), scale = x, self._input(projection, x), self._scale(projection)
+        if scale is not None:
+            maps = tuple((tensor, weight * scale, bias) for tensor, weight, bias in maps)
         if self.observer is not None:
             return [self.observer.product(projection, tensor, x, weight, bias) for tensor, weight, bias in maps]
         if any(weight.dim() == 3 for _, weight, _ in maps):  # one weight per example: operation by operation
@@ -140,11 +146,21 @@ class GateContext:
         if self.owners is not None:
             owner = self.owners[projection]
             if self.shared is None or self.shared[0] != owner or self.shared[1] is not x:
-                self.shared = owner, x, self.activation(owner, INPUT, x)
+                self.shared = owner, x, self.activation(owner, INPUT, self._smoothed(owner, x))
             return self.shared[2], None
         if self.observer is not None:
-            return self.observer.activation(projection, INPUT, x), None
-        return x, self._grid(projection, INPUT)
+            return self.observer.activation(projection, INPUT, self._smoothed(projection, x)), None
+        return self._smoothed(projection, x), self._grid(projection, INPUT)
+
+    def _smoothed(self, projection: int, x: Tensor) -> Tensor:
+        scale = self._scale(projection)
+        return x if scale is None else x / scale
+
+    def _scale(self, projection: int) -> Tensor | None:
+        if self.observer is not None:
+            return None if self.smoothing is None else self.smoothing.scales()[projection]
+        scales = self._current().scales
+        return None if scales is None else scales[projection]
 
     def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor) -> Tensor:
         if self.observer is not None:

@@ -23,6 +23,7 @@ from ..quantizer.grid import Grid, Rows, grids, grids_of_rows, mixture_weights
 from ..registry import undefined
 from ..tasks.heads import SEQUENCE, Head
 from .gate_context import GateContext, Gated, LayerGates, Observer, gates_set
+from .smoothing import Smoothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ class GatedModel(nn.Module):
     must override `low_rank` (adalora.py). `penalty`, `allocate`, `parameters_per_rank` and `start_from_inputs` have
     defaults here.
 
-    Parameters: those that PEFT trains (adapters, task head) and `log_range`, (L, T) or of `layout.range_shape`.
+    Parameters: those that PEFT trains (adapters, task head), `log_range` (of `layout.range_shape`) and `smoothing`'s.
     """
 
     autocast: torch.dtype | None = None
@@ -53,6 +54,7 @@ class GatedModel(nn.Module):
         self.peft_model, self.layout, self.gate_context, self.head = peft_model, layout, gate_context, head
         device = next(peft_model.parameters()).device
         self.log_range = nn.Parameter(torch.zeros(layout.range_shape, device=device))
+        self.smoothing: Smoothing | None = None
 
     def forward(self, **batch):
         if self.has_cache:  # of keys and values, for a text that goes on: none does here
@@ -73,6 +75,16 @@ class GatedModel(nn.Module):
     def value_range(self, projection: int, tensor: int) -> Tensor:
         """The range of a quantized tensor, (), or by channel of a weight one for each of its rows, (m,)."""
         return self.layout.ranges_of(self.log_range, projection, tensor).exp()
+
+    def smooth(self) -> None:
+        """Smooth the inputs from now on.  Errors: ValueError without gated layers."""
+        if not self.layers():
+            raise ValueError("smoothing is of quantized projections, which this adapter does not have: drop it")
+        self.smoothing = self.gate_context.smoothing = Smoothing(self.layout, self.log_range.device)
+
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """What learns at the ranges' rate: those, and the smoothing."""
+        return [self.log_range, *([] if self.smoothing is None else self.smoothing.parameters())]
 
     def name_as(self, layout: AdapterLayout) -> None:
         """Take the roles of a stored layout of this network, see `AdapterLayout.named_as`."""
@@ -163,7 +175,10 @@ def use_gates(
     if torch.is_grad_enabled() or not net.gate_context.keeps_weights:
         kept = None
     by_tensor, ranks = _current(net, z, g, opened, at_32)
-    with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {})):
+    scales = None
+    if net.smoothing is not None and any(grid is not None for grid in by_tensor):
+        scales = net.smoothing.scales()
+    with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {}, scales)):
         yield net
 
 

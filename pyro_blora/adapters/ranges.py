@@ -1,4 +1,7 @@
-"""Ranges of the quantizers: started from the weights and from data, and the share of values beyond them."""
+"""Ranges of the quantizers: started from the weights and from data, and the share of values beyond them.
+
+Where inputs are smoothed, the start of that, too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import whole
-from ..layout import ACTIVATIONS, BASE, LORA_A, LORA_B
+from ..layout import ACTIVATIONS, BASE, INPUT, LORA_A, LORA_B
 from .gate_context import Observer
 from .gated_model import GatedModel, observed
 
@@ -74,6 +77,44 @@ def _largest(weight: Tensor, ranges: Tensor) -> Tensor:
 def set_ranges(net: GatedModel, ranges: Tensor) -> None:
     """ranges (*layout.range_shape) >= 0; zero becomes the smallest positive range."""
     net.log_range.copy_(ranges.clamp(min=_SMALLEST_RANGE).log())
+
+
+class _Channels(Observer):
+    """The largest |value| of each channel of each input, (n,) by projection."""
+
+    def __init__(self) -> None:
+        self.largest: dict[int, Tensor] = {}
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        if tensor == INPUT:
+            found = x.detach().float().abs().flatten(0, -2).amax(0)
+            self.largest[projection] = torch.maximum(self.largest.get(projection, found), found)
+        return x
+
+
+@torch.no_grad()
+def start_smoothing(net: GatedModel, batches: Iterable[dict]) -> None:
+    """Start each channel's scale from sqrt(largest |x| / largest |W|), in batches and in the weights that read it.
+
+    Where a channel or its weights are zero it is 1. Without smoothing nothing is done.
+    Source: Xiao et al., SmoothQuant (2023), with alpha = 1/2.
+    """
+    if net.smoothing is None:
+        return
+    net.smoothing.log_scale.zero_()
+    channels, of_weights = _Channels(), dict[int, Tensor]()
+    with observed(net, channels):
+        for batch in batches:
+            net(**batch)
+    for layer, owner in zip(net.layers(), net.smoothing.owners, strict=True):
+        for weight in (whole(layer.base_weight()), *(layer.low_rank()[:1] if layer.has_adapter else ())):
+            found = weight.abs().amax(0)
+            of_weights[owner] = torch.maximum(of_weights.get(owner, found), found)
+    scales = {}
+    for owner, largest in of_weights.items():
+        x = channels.largest.get(owner, torch.zeros_like(largest))
+        scales[owner] = torch.where((x > 0) & (largest > 0), (x / largest).sqrt(), 1.0)
+    net.smoothing.set(scales)
 
 
 class _Clipped(Observer):

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterable
 
 from ..registries import CHOSEN
+from .checks import CHOICES
 from .command_line import preset_names, read_preset
 from .methods import METHODS
-from .run_config import CHOICES, OWNERS, RunConfig
+from .run_config import OWNERS, RunConfig
 
 _FLAG = re.compile(r"--(\w+)[ =]+([^-\s]\S*)")  # of a line, with its value
 

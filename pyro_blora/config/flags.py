@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 
 from ..registries import TASKS
+from .checks import CHOICES
 from .command_line import preset_names
-from .run_config import CHOICES, RunConfig
+from .run_config import RunConfig
 
 _LISTED = 5  # choices that a flag's help names; more have a command that lists them
 GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value is})
@@ -22,7 +23,7 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
         {
             "backbone": "NAME", "backbone_revision": "COMMIT", "adapter": "NAME", "rank": "RANKS", "alpha": "SCALE",
             "target_modules": "NAMES", "scope": "NAME", "bit_widths": "BITS", "granularity": "NAME",
-            "share_inputs": "", "init_lora_weights": "NAME",
+            "share_inputs": "", "smoothing": "", "init_lora_weights": "NAME", "attention": "NAME",
         },
     ),
     "gates": (
@@ -30,6 +31,7 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
         "--prior bops --prior.rate 3: one more bit of the tensor with the most MACs costs 3 nats.",
         {
             "prior": "NAME", "guide": "NAME", "estimator": "NAME", "kl_weight": "WEIGHT", "kl_warmup": "FRACTION",
+            "distillation": "WEIGHT",
             "temperature_start": "TEMPERATURE", "temperature_end": "TEMPERATURE", "gate_optimizer": "NAME",
             "lr_gates": "RATE", "lr_ranges": "RATE", "gated_dropout": "",
         },

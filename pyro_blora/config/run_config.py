@@ -10,21 +10,13 @@ from ..bit_widths import LADDER, ladder_of, written
 from ..registries import CHOSEN, WEIGHTS
 from ..registry import Entry
 from ..user_files import load_json, read_text
-from ..user_values import shown, suggest
-from .fields import MOST_FITS, RANGES, fit, read_files, targets
+from ..user_values import suggest
+from .checks import require_valid
+from .fields import fit, read_files, targets
 from .methods import METHODS, resolved
 from .naming import basename, digest, named_after
 
 PRESETS = Path(__file__).parent / "presets"
-CHOICES = {  # of what cannot be added to
-    "method": tuple(METHODS),
-    "init_lora_weights": ("default", "eva"),
-    "average_over": ("gates", "dropout"),
-    "scope": ("adapted", "encoder"),
-    "granularity": ("tensor", "channel"),
-    "precision": ("float32", "bf16"),
-    "gate_optimizer": ("auto", "natural", "adam"),
-}
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
 _USUAL = {"lr": 1e-3, "kl_warmup": 0.3, "estimator": "relaxed"}  # where neither user nor method nor a part sets a value
 
@@ -78,6 +70,8 @@ class RunConfig:
     bit_widths: str | tuple = _field(written(LADDER), "bit widths that a tensor can have, rising; 32 is unquantized")
     granularity: str = _field("tensor", "what of a weight has a range of its own: the tensor, or every output channel")
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
+    attention: str = _field("softmax", "softmax, or softmax1: fewer outliers; it starts from another network then")
+    smoothing: bool = _field(False, "learned scales move outliers of inputs into weights, channel by channel")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")
     validation: float = _field(
@@ -101,8 +95,9 @@ class RunConfig:
     )
     gated_dropout: bool | None = _field(
         None,
-        "dropout once the gates have started; none: not where they learn by natural gradients, as what is deployed",
+        "dropout once the gates have started; none: where they do not learn by natural gradients",
     )
+    distillation: float = _field(0.0, "weight of the open network's answers beside the labels, once gates start")
     temperature_start: float = _field(0.5, "temperature of the relaxed gates at the first step")
     temperature_end: float = _field(0.1, "temperature of the relaxed gates at the last step")
     clip_norm: float = _field(1.0, "largest norm of the gradient of adapter and head")
@@ -131,28 +126,13 @@ class RunConfig:
             object.__setattr__(self, field.name, fit(field.name, field.type, getattr(self, field.name)))
         if self.method in METHODS:  # an unknown one is refused below
             self._follow_method()
-        for part in self._parts:
+        for part in self.parts:
             for flag, value in part.sets.items():
                 object.__setattr__(self, flag, value)
         read_files(self)
         object.__setattr__(self, "target_modules", targets(self.target_modules))
         object.__setattr__(self, "bit_widths", written(ladder_of(self.bit_widths)))
-        if self.precision in ("fp16", "float16", "half"):
-            raise ValueError(
-                f"precision {self.precision!r} is refused: the summed likelihood and the 16-bit grid overflow or round "
-                "away in half precision: use bf16"
-            )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: {suggest(getattr(self, name), choices)}")
-        for name, (holds, expected, remedy) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {expected}, got {shown(value)}: {remedy}")
-        self._require_consistent()
-        start, end = self.temperature_start, self.temperature_end
-        if end > start:
-            raise ValueError(f"temperature_end must be at most temperature_start, got {end} > {start}: it is cooled")
+        require_valid(self)
 
     def _follow_method(self) -> None:
         """Set what the method fixes or proposes."""
@@ -168,40 +148,15 @@ class RunConfig:
             else:
                 object.__setattr__(self, flag, value)
         usual = _USUAL.copy()
-        for part in self._parts:  # the method's among them
+        for part in self.parts:  # the method's among them
             usual |= part.proposes
         if self.gate_optimizer == "adam":  # which takes no natural gradients
             usual["estimator"] = _USUAL["estimator"]
         for flag in usual.keys() - given.keys() - own.keys():
             object.__setattr__(self, flag, usual[flag])
 
-    def _require_consistent(self) -> None:
-        if self.choose_epoch and not self.validation:
-            raise ValueError("choose_epoch needs rows to choose by: give --validation 0.1, or drop --choose_epoch")
-        if self.choose_epoch and self.kl_warmup == 1:
-            raise ValueError(
-                "gates that are set after training (kl_warmup 1) leave no epoch for --choose_epoch to choose: drop it, "
-                "or lower --kl_warmup"
-            )
-        of_fits = WEIGHTS.entry(self.weights_of_fits)
-        for flag, sentence in [pair for part in (*self._parts, of_fits) for pair in part.excludes.items()]:
-            if getattr(self, flag) != type(self).__dataclass_fields__[flag].default:
-                raise ValueError(sentence)
-        if not self.is_ensemble:
-            return
-        weights = WEIGHTS.entry(self.weights)
-        if of_fits.fits or of_fits.sets:
-            known = [entry.name for entry in WEIGHTS.entries() if not (entry.fits or entry.sets)]
-            raise ValueError(
-                f"weights {self.weights!r}: {weights.each} must be one of {', '.join(known)}, or file.py:function, got "
-                f"{of_fits.name!r}"
-            )
-        count = self._of_weights(weights.fits)
-        if isinstance(count, int | float) and not count <= MOST_FITS:
-            raise ValueError(f"weights.{weights.fits} must be at most {MOST_FITS:,}, got {count}: 3 to 10 are usual")
-
     @property
-    def _parts(self) -> list[Entry]:
+    def parts(self) -> list[Entry]:
         """What is known of the parts that were chosen."""
         names = {kind: getattr(self, kind) for kind in CHOSEN}
         return [CHOSEN[kind].entry(name) for kind, name in names.items() if name is not None]
@@ -221,14 +176,14 @@ class RunConfig:
     @property
     def fits(self) -> int:
         """Number of fits of the run, each from its own seed: its restarts, or the members of an ensemble."""
-        return int(self._of_weights(WEIGHTS.entry(self.weights).fits)) if self.is_ensemble else self.restarts
+        return int(self.of_weights(WEIGHTS.entry(self.weights).fits)) if self.is_ensemble else self.restarts
 
     @property
     def weights_of_fits(self) -> str:
         """The name of the weights' distribution of every fit; an ensemble's members may have another than the run."""
-        return str(self._of_weights(WEIGHTS.entry(self.weights).each)) if self.is_ensemble else self.weights
+        return str(self.of_weights(WEIGHTS.entry(self.weights).each)) if self.is_ensemble else self.weights
 
-    def _of_weights(self, setting: str) -> Any:
+    def of_weights(self, setting: str) -> Any:
         """A setting of the weights, or its default."""
         return self.weights_settings.get(setting, WEIGHTS.entry(self.weights).settings[setting])
 

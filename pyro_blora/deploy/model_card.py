@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..models.attention import SOFTMAX1, attention_of
 from ..models.loading import DEMO_DEBERTA, DEMO_ON_THE_HUB, public_name
 from ..tasks.likelihoods import Likelihood
 
@@ -18,7 +19,7 @@ answer = transformers.pipeline("{pipeline}", model="this folder")
 _MODEL_OF_NO_PIPELINE = """import transformers
 
 model = transformers.{auto_class}.from_pretrained("this folder").eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+{attention}tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 """
 _ADAPTER = """import peft
 import transformers
@@ -26,9 +27,10 @@ import transformers
 {labels}backbone = transformers.{auto_class}.from_pretrained(
     "{name}",{settings}
 )
-model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
+{attention}model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 """
+_SOFTMAX1 = "pyro_blora.models.set_attention({})  # softmax1: transformers alone would compute something else\n"
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
 _NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
@@ -46,15 +48,18 @@ def write_card(
     name, head, outputs = public_name(model), outcome.head, outcome.head_settings.get("num_labels", 0)
     known: dict = model.config.id2label or {}
     labels = [str(known.get(index, label)) for index, label in enumerate(outcome.names)]
-    code = (_MODEL if head.pipeline else _MODEL_OF_NO_PIPELINE).format(
-        pipeline=head.pipeline, auto_class=head.auto_class
-    )
+    changed = attention_of(model) == SOFTMAX1
+    code = (_MODEL if head.pipeline and not changed else _MODEL_OF_NO_PIPELINE).format(
+        pipeline=head.pipeline, auto_class=head.auto_class, attention=_SOFTMAX1.format("model") if changed else "",
+    )  # fmt: skip
     if ranks:
         settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if labels else "")
         code = _ADAPTER.format(
             labels=f"labels = {labels}\n" if outputs else "", name=name, auto_class=head.auto_class,
             settings=settings + (_NEW if head.is_new else ""),
+            attention=_SOFTMAX1.format("backbone") if changed else "",
         )  # fmt: skip
+    code = f"import pyro_blora.models\n{code}" if changed else code
     kind = f"A LoRA adapter of {name or 'a model of its own'}" if ranks else f"{name or 'A model'}, fully fine-tuned"
     text = [
         f"# {kind}",

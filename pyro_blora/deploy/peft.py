@@ -27,6 +27,7 @@ from ..checkpoint import trainable, write_tensors
 from ..config.run_config import RunConfig
 from ..files import NotWritten, writing
 from ..layout import LORA_A, LORA_B
+from ..models.attention import attention_of, set_attention
 from ..models.loading import commit_of, public_name, quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
@@ -74,6 +75,7 @@ def export(
             with quiet():
                 plain.save_pretrained(str(partial))
                 reloaded = type(plain).from_pretrained(str(partial), trust_remote_code=False)
+                set_attention(reloaded, attention_of(plain))
         verify(program, reloaded, rows)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial, config)
@@ -125,15 +127,21 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
     """Open ranks, and (lora_A (r, n), lora_B (m, r)) as quantized, of every adapted projection by name."""
     net, layout, (z, g) = program.net, program.net.layout, deployed(program)
     mixture = mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, K + 1)
+    scales = net.smoothing.scales() if net.smoothing else None
     ranks, weights = {}, {}
     for i, projection in enumerate(layout.projections):
         if not projection.adapted:
             continue
         ranks[projection.name] = rank = 1 + int(g[i].sum())
+        down, up = net.low_rank(projection.name)
+        if scales is not None:
+            down = down * scales[i]
         down, up = (
             quantize_mixture(side, net.value_range(i, t), mixture[i, t], layout.ladder)
-            for side, t in zip(net.low_rank(projection.name), (LORA_A, LORA_B), strict=True)
+            for side, t in zip((down, up), (LORA_A, LORA_B), strict=True)
         )
+        if scales is not None:  # PEFT's input is not smoothed
+            down = down / scales[i]
         missing = max(0, rank - len(down))  # AdaLoRA may leave none, PEFT needs one
         down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
         weights[projection.name] = down[:rank].cpu(), up[:, :rank].cpu()

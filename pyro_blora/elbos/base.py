@@ -30,7 +30,8 @@ class Terms:
     """The terms of one estimate of the negative ELBO.
 
     nll: the batch's mean, nats per example. kl_*: nats; a prior's random settings count with kl_z. n_train: N.
-    *_weight: of the KLs; below 1 the posterior is cold, at 0 the gates are fixed.
+    *_weight: of the KLs; below 1 the posterior is cold, at 0 the gates are fixed. teacher_kl: of distillation,
+    nats per example, for the log: `loss` is without it.
     """
 
     nll: Tensor
@@ -40,6 +41,7 @@ class Terms:
     n_train: int
     gate_weight: float = 1.0
     theta_weight: float = 1.0
+    teacher_kl: Tensor | float = 0.0
 
     @property
     def loss(self) -> Tensor:

@@ -23,6 +23,7 @@ from ..registry import Registry
 from ..tasks.heads import SEQUENCE, Head
 from ..tasks.likelihoods import Likelihood
 from .architectures import head_modules
+from .attention import SOFTMAX, set_attention
 from .deberta_from_bert import CACHED, converted_folder
 from .tokenization import require_vocabulary
 
@@ -61,13 +62,15 @@ def public_name(model: nn.Module) -> str:
     return Path(path).resolve().name if path and is_local else path
 
 
-def load_backbone(name: str, kind: int | Likelihood, *, revision: str | None = None) -> nn.Module:
+def load_backbone(
+    name: str, kind: int | Likelihood, *, revision: str | None = None, attention: str = SOFTMAX
+) -> nn.Module:
     """A pretrained model with the head of a kind of outcome, in float32.
 
     The head is untrained, or a pretrained one of as many outputs: one with the same labels in another order has its
     outputs put into this order.
     kind: a task's `likelihood`; a number is that of outputs of a sequence classifier without names. revision: of a
-    name on the hub.
+    name on the hub. attention: `softmax`, or `softmax1`, see attention.py.
     Errors: ValueError for a name that neither the hub nor the disk has, a hub out of reach, and for files that are
     damaged or hold another model.
     """
@@ -90,6 +93,7 @@ def load_backbone(name: str, kind: int | Likelihood, *, revision: str | None = N
     _require_finite(model, name)
     if labels:
         _name_labels(model, labels)
+    set_attention(model, attention)
     return model
 
 

@@ -25,6 +25,7 @@ from torch.distributions import Distribution, kl_divergence
 from ..registries import LIKELIHOODS as LIKELIHOODS
 from ..registries import register_likelihood as register_likelihood  # for the files of kinds
 from .columns import least_expected
+from .fisher import in_eigenbasis
 from .heads import Head
 
 if TYPE_CHECKING:
@@ -257,19 +258,18 @@ class Likelihood(abc.ABC):
         return slope
 
     def in_eigenbasis(self, logits: Tensor, scale: Tensor) -> Tensor:
-        """Such directions where groups of outputs along the last dimension are independent.  (..., C) -> (..., C)
+        """Such directions where groups of outputs along the last dimension are independent.  (..., C) -> (..., C)"""
+        return in_eigenbasis(lambda x: self(x, scale=scale), logits)
 
-        Of signs in the eigenbasis: for two classes v v' is the Fisher information itself, without any noise.
+    # --- distillation -------------------------------------------------------------------------------------------------
+
+    def divergence(self, teacher: Distribution, student: Distribution, labels: Tensor) -> Tensor:
+        """KL(teacher || student) of an example's label, nats, (..., B).
+
+        teacher, student: what the object itself returned. labels: as `log_prob` takes them; where one is IGNORED,
+        nothing is asked. Errors: NotImplementedError where torch knows no divergence between the two.
         """
-        with torch.enable_grad():
-            here = logits.clone().requires_grad_()
-            divergence = kl_divergence(self(logits, scale=scale), self(here, scale=scale))
-            (slope,) = torch.autograd.grad(divergence.sum(), here, create_graph=True)
-            columns = [torch.autograd.grad(column.sum(), here, retain_graph=True)[0] for column in slope.unbind(-1)]
-        values, vectors = torch.linalg.eigh(torch.stack(columns, -1))
-        signs = torch.randint(0, 2, values.shape, device=values.device) * 2 - 1
-        directions: Tensor = vectors @ (values.clamp(min=0.0).sqrt() * signs)[..., None]
-        return directions.squeeze(-1)
+        return kl_divergence(teacher, student)
 
     # --- curvature (Laplace) ------------------------------------------------------------------------------------------
 

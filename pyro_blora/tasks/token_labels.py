@@ -16,6 +16,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from .heads import Head
 from .likelihoods import IGNORED, PAD_TO, Collate, Likelihood, Rows, register_likelihood
@@ -124,6 +125,9 @@ class TokenLabels(Likelihood):
         places, asked = _asked_first(labels)
         probs = torch.take_along_dim(distribution.base_dist.probs, places[..., None], -2)
         return torch.where(asked[..., None], probs, 0.0)
+
+    def divergence(self, teacher: Any, student: Any, labels: Tensor) -> Tensor:
+        return torch.where(labels != IGNORED, kl_divergence(teacher.base_dist, student.base_dist), 0.0).sum(-1)
 
     def scored(self, labels: Tensor) -> Tensor:
         places, _ = _asked_first(labels)

@@ -50,7 +50,7 @@ class Gradients:
         self, inputs: dict[str, Tensor], labels: Tensor, temperature: float, kl_weight: float = 1.0,
         held_open: bool = False, micro_batches: int = 1,
     ) -> Tensor:  # fmt: skip
-        """(loss, nll, kl_z, kl_g, kl_theta), (5,), of the micro-batch; the gradient is of loss / micro_batches.
+        """(loss, nll, kl_z, kl_g, kl_theta, teacher_kl), (6,), of the micro-batch; the gradient is of its share.
 
         held_open: before the gates start.
 
@@ -84,7 +84,7 @@ class Gradients:
         with unvalidated():  # a loss that is not finite is for the step to leave out
             loss, terms = self.program(inputs, labels, temperature, kl_weight, held_open)
         (loss / micro_batches).backward()
-        parts = loss, terms.nll, terms.kl_z, terms.kl_g, terms.kl_theta
+        parts = loss, terms.nll, terms.kl_z, terms.kl_g, terms.kl_theta, terms.teacher_kl
         return torch.stack([(x + loss.new_zeros(())).detach().float() for x in parts])
 
     def _validate(self, inputs: dict, labels: Tensor, arguments: tuple) -> None:

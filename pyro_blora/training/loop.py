@@ -8,7 +8,6 @@ generator seeded by (seed, step, micro-batch, process), so a run that is cut off
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import math
 import time
@@ -41,18 +40,13 @@ from .non_finite import FiniteSteps, unvalidated
 from .optimizer import make_optimizer
 from .range_calibration import range_errors
 from .resuming import DIVERGED, Checkpoints
-from .schedule import Schedule
+from .schedule import Schedule, step_seed
 from .trained import Trained
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
 _START_BATCHES = 32  # for an adapter that starts from its inputs, as EVA does
 _STARTING_EXAMPLES = 256  # to initialize the gates: mean squares with a standard error of about a tenth
 _SHOWN = 16  # numbers of rows that an error lists
-
-
-def step_seed(*numbers: int) -> int:
-    """A seed that differs whenever one of the numbers does."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
 def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, until: int | None = None) -> Trained:
@@ -82,6 +76,8 @@ def _fit(config: RunConfig, folder: Path | None, until: int | None) -> Trained:
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
     parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
+    if parts.program.teacher is not None:
+        parts.program.teacher.require(schedule.steps, schedule.opening, sharded=sharding_wanted())
     if folder is not None:
         if not (folder / "checkpoints").exists():
             rows = first_inputs(parts.tokens["train"], parts.collate)
@@ -254,9 +250,11 @@ class _Loop:
     def _open_phase(self, step: int, optimizer) -> None:
         """Start the gates.  Errors: ValueError where the network's answers give them no finite start."""
         self.gradients.forget()
+        if self.program.teacher is not None:
+            self.program.teacher.follow(self.program.net, self.program.log_scale)
         with unvalidated():
             self._start_gates(optimizer)
-        started = (*self.program.gate_guide.parameters(), self.program.net.log_range)
+        started = (*self.program.gate_guide.parameters(), *self.program.net.grid_parameters())
         if not all(bool(x.isfinite().all()) for x in started):
             what = "the gates cannot start, as slopes of the loss are not finite"
             raise ValueError(DIVERGED.format(step, what, self.checkpoints.kept()))
@@ -266,12 +264,13 @@ class _Loop:
         program, guide, config = self.program, self.program.gate_guide, self.config
         if not program.net.layers():  # PEFT's own layers are not gated
             return
+        batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         if program.prior.explains:
-            batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
             with phase("explaining variances"):
                 program.prior.explain(explained_variances(program.net, (inputs for inputs, _ in batches)))
         with phase("fitting ranges"):
-            errors = range_errors(program, self._training_batches(_CALIBRATION_BATCHES, epoch=-1))
+            adapters.start_smoothing(program.net, (inputs for inputs, _ in batches))
+            errors = range_errors(program, batches)
         torch.manual_seed(step_seed(config.seed, -1))
         elbo = program.elbo if isinstance(program.elbo, GateELBO) and program.elbo.needs_curvature else None
         if guide.starts_from_data or elbo:
@@ -288,7 +287,8 @@ class _Loop:
         for parameter in guide.parameters():
             optimizer.state.pop(parameter, None)
         if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
-            for tensor in (*guide.state_dict(keep_vars=True).values(), *program.prior.buffers(), program.net.log_range):
+            state = guide.state_dict(keep_vars=True).values()
+            for tensor in (*state, *program.prior.buffers(), *program.net.grid_parameters()):
                 accelerate.utils.broadcast(tensor.data)
 
     def _training_batches(self, count: int, epoch: int) -> list[tuple[dict, torch.Tensor]]:

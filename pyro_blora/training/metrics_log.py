@@ -51,7 +51,7 @@ class Logbook:
         z, g = (q.mean for q in program.gate_guide.posterior())
         expected = bops(program)
         numbers = {
-            **dict(zip(("loss", "nll", "kl_z", "kl_g", "kl_theta"), last, strict=True)),
+            **dict(zip(("loss", "nll", "kl_z", "kl_g", "kl_theta", "teacher_kl"), last, strict=True)),
             "expected_bits": expected_bits(layout, z)[program.z_mask].mean(),
             "expected_rank": expected_rank(g)[program.g_mask].sum() / max(1, len(layout.adapted)),
             "bops_adapted": expected.adapted_ratio,
@@ -59,6 +59,8 @@ class Logbook:
         }
         if not program.weights.in_training:
             numbers.pop("kl_theta")
+        if program.teacher is None:
+            numbers.pop("teacher_kl")
         return {key: float(value) for key, value in (numbers | program.prior.report()).items()}
 
     def _gradients(self, step: int, grad_norm: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict:

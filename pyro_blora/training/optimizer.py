@@ -23,6 +23,6 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
         {"name": "spread", "params": [*program.weights.parameters()], "weight_decay": 0},
         {"name": "head", "params": [*net.head_parameters(), program.log_scale], "weight_decay": decay},
         {"name": "gates", "params": gates, "weight_decay": 0},
-        {"name": "ranges", "params": [net.log_range], "weight_decay": 0},
+        {"name": "ranges", "params": net.grid_parameters(), "weight_decay": 0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=cast(float, config.lr), fused=True)

@@ -1,6 +1,7 @@
-"""Learning rates, temperature and KL weight: pure functions of the step, so that a checkpoint need not hold them."""
+"""Learning rates, temperature, KL weight, seeds: pure functions of the step, so no checkpoint holds them."""
 
 import dataclasses
+import hashlib
 import math
 from typing import cast
 
@@ -10,6 +11,11 @@ from ..weights.base import Weights
 _SPREAD_RATE = 0.02  # first learning rate of log standard deviations, whatever that of their means
 _LAST_RATE = 0.01  # of the gates' learning rate, at the last step, of the first
 _COOLED_BY = 0.75  # the temperature reaches its end at this fraction of the steps, the rest trains at it
+
+
+def step_seed(*numbers: int) -> int:
+    """A seed that differs whenever one of the numbers does."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from pyro_blora.__main__ import COMMANDS
 from pyro_blora.config import METHODS
-from pyro_blora.config.run_config import CHOICES
+from pyro_blora.config.checks import CHOICES
 
 
 def completed(line, folder=None):

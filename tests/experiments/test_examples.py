@@ -31,6 +31,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "--report OUT/report.md --figures OUT/copied",
     "fewest_bops.py": f"--tasks wnli --seeds 0 --methods greedy --steps 0 {SMALL}",
     "gates.py": f"--tasks wnli --seeds 0 --cells frozen natural {SMALL}",
+    "levers.py": f"--tasks wnli --seeds 0 --methods uniform --levers all --without OUT/without {SMALL}",
     "glue_small.py": "--glue_dir GLUE --backbone TINY --tasks wnli --max_train 64 --max_length 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
     "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag xs8-gates-gaussian --max_train 100 --epochs 5 "

@@ -12,13 +12,22 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_blora import attach, fit
 from pyro_blora.adapters import calibrate
+from pyro_blora.distillation import Teacher
 from pyro_blora.guides import build_guide
+from pyro_blora.models import set_attention
 from pyro_blora.models.relative_positions import remember_positions
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 from pyro_blora.training.gradients import Gradients
 from pyro_blora.weights import build_weights
+
+
+def bert_with_softmax1():
+    model = tiny_bert()
+    set_attention(model)
+    return model
+
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: a CUDA graph needs one")
 RECORDED = {
@@ -35,12 +44,14 @@ RECORDED = {
     "Gauss-Newton": {"estimator": "gauss_newton", "guide": "mixture"},
     "plain LoRA": {"prior": "fixed", "prior_settings": {"bits": 32}},
     "8 bit": {"prior": "fixed", "prior_settings": {"bits": 8}},
+    "distillation, smoothing": {"build": tiny_deberta, "distillation": 0.5, "smoothing": True},
+    "softmax1": {"build": bert_with_softmax1},
 }
 
 
 def program_of(
     build=tiny_bert, prior="bops", prior_settings=None, guide="mean_field", weights="point", estimator="relaxed",
-    autocast=None, device="cpu", **attached,
+    autocast=None, device="cpu", distillation=0.0, **attached,
 ):  # fmt: skip
     torch.manual_seed(0)
     net = attach(build(), rank=4, sequence_length=10, **attached)
@@ -53,6 +64,8 @@ def program_of(
     distribution = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), {})
     likelihood = get_task("sst2").likelihood
     program = BayesianLoRA(net, prior, guide, likelihood, n_train=100, weights=distribution, estimator=estimator)
+    if distillation:
+        program.teacher = Teacher(net, program.log_scale, distillation, gates_close=True)
     return program.to(device).train()
 
 

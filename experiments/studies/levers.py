@@ -1,0 +1,60 @@
+"""Levers that could raise the score at given bit operations, as changes of a configuration, and their cells.
+
+Budgets are shares of bit operations without any lever, so that a row is at the same bit operations with and without it.
+Cells without a lever are those of `allocation.py`.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from experiments.studies.allocations import Budget, Cells
+from pyro_blora.build import build
+from pyro_blora.config import RunConfig
+from pyro_blora.layout import AdapterLayout
+
+NONE, ALL = "none", "all"
+ALONE: dict[str, dict[str, Any]] = {
+    "distillation": {"distillation": 0.5},
+    "smoothing": {"smoothing": True},
+    "softmax1": {"attention": "softmax1"},
+}
+LEVERS = {NONE: {}, **ALONE, ALL: {field: value for changes in ALONE.values() for field, value in changes.items()}}
+BEFORE = ("attention",)  # fields that change the network before gates start: these levers have a LoRA of their own
+NEEDS_GATES = ("distillation",)  # fields that a run whose gates all stay open refuses
+
+
+class LeverCells(Cells):
+    """The cells of one lever."""
+
+    def __init__(self, options: argparse.Namespace, lever: str):
+        super().__init__(options)
+        self.lever, self.changes = lever, LEVERS[lever]
+
+    @property
+    def has_own_lora(self) -> bool:
+        """Whether plain LoRA is another network with this lever, or there is none."""
+        return self.lever == NONE or any(field in self.changes for field in BEFORE)
+
+    def _layout_and_rows(self, task: str) -> tuple[AdapterLayout, int]:
+        program = build(self._open(task, self.options.seeds[0], {*self.changes} - {*NEEDS_GATES})).program
+        return program.layout, program.n_train
+
+    def lora(self, task: str, seed: int) -> RunConfig:
+        return self._open(task, seed, {*BEFORE})
+
+    def _open(self, task: str, seed: int, fields: set[str]) -> RunConfig:
+        some = {field: value for field, value in self.changes.items() if field in fields}
+        return super()._config(task, seed, {**some, "prior": "fixed", "prior_settings": {"bits": 32}})
+
+    def _config(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
+        return super()._config(task, seed, {**self.changes, **changes})
+
+    def at(self, task: str, name: str, share: float) -> Budget:
+        """The uniform allocation of that name on this lever's ladder, and a share for prior `budget`."""
+        return dataclasses.replace(self.uniform(task, name), share=share)
+
+    def path(self, task: str, seed: int, method: str, budget: Budget | None = None) -> Path:
+        path = super().path(task, seed, method, budget)
+        return (self.options.without if self.lever == NONE else self.options.keep / self.lever) / path.name

@@ -1,0 +1,118 @@
+"""The page of `levers.py`: cells in tables, paired differences to no lever, a picture."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.studies.allocation_page import rows_of
+from experiments.studies.cells import provenance
+from experiments.studies.compare import paired, spread
+from experiments.studies.levers import LEVERS, NONE
+
+COLOURS = {"uniform": "#D55E00", "budget": "#0072B2", "lora": "#000000"}  # of Okabe and Ito
+Group = tuple[str, str | None, str]  # task, budget, method
+
+
+def groups(rows: list[dict]) -> dict[Group, dict[str, list[dict]]]:
+    """Cells by (task, budget, method) and lever, the seeds together."""
+    found: dict[Group, dict[str, list[dict]]] = {}
+    for row in rows:
+        by_lever = found.setdefault((row["task"], row["budget"], row["method"]), {})
+        by_lever.setdefault(row["lever"], []).append(row)
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| task | BOPs of | method | lever | seeds | score | NLL | BOPs |", "|---|---|---|---|---|---|---|---|"]
+    for (task, budget, method), by_lever in groups(rows).items():
+        for lever, cells in by_lever.items():
+            lines.append(
+                f"| {task} | {budget or '32 bit'} | `{method}` | {lever} | {len(cells)} | "
+                f"{spread([x['deployed']['metric']['value'] for x in cells])} | "
+                f"{spread([x['deployed']['nll'] for x in cells])} | "
+                f"{np.mean([x['bops']['deployed']['model_ratio'] for x in cells]):.2%} |"
+            )
+    return "\n".join(lines)
+
+
+def differences(rows: list[dict]) -> Iterator[tuple[Group, str, int, dict[str, tuple[float, ...]]]]:
+    """(group, lever, seeds, paired differences of score and NLL to the runs without a lever)."""
+    for group, by_lever in groups(rows).items():
+        without = {x["seed"]: x for x in by_lever.get(NONE, [])}
+        for lever, cells in by_lever.items():
+            mine = {x["seed"]: x for x in cells}
+            seeds = sorted(mine.keys() & without.keys())
+            if lever != NONE and seeds:
+                pairs = ([by[seed]["cell"] for seed in seeds] for by in (mine, without))
+                yield group, lever, len(seeds), paired(*pairs, cells[0]["metric"]["name"])
+
+
+def compared(rows: list[dict]) -> str:
+    lines = ["| task | BOPs of | method | lever | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|---|"]
+    for (task, budget, method), lever, seeds, found in differences(rows):
+        told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in found.values())
+        lines.append(f"| {task} | {budget or '32 bit'} | `{method}` | {lever} | {seeds} | {told} |")
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Differences of NLL to no lever with their intervals, a panel a task, of the first budget."""
+    tasks, found = list(dict.fromkeys(row["task"] for row in rows)), list(differences(rows))
+    first = next((row["budget"] for row in rows if row["budget"]), None)
+    names = [lever for lever in LEVERS if lever != NONE]
+    _, panels = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 3.2), squeeze=False, constrained_layout=True)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for offset, method in ((-0.12, "uniform"), (0.12, "budget")):
+            of = [(lever, x["nll"]) for (t, b, m), lever, _, x in found if (t, b, m) == (task, first, method)]
+            if of:
+                places = [names.index(lever) + offset for lever, _ in of]
+                mean, low, high = np.array([x for _, x in of]).T
+                panel.errorbar(mean, places, xerr=[mean - low, high - mean], fmt="o", color=COLOURS[method],
+                               label=method, capsize=2)  # fmt: skip
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set(yticks=range(len(names)), yticklabels=names, xlabel="NLL minus that without (nats an example)")
+        panel.invert_yaxis()
+        panel.set_title(f"{task}, BOPs of {first}", fontsize=10)
+    if found:
+        panels[0][0].legend(frameon=False, fontsize=8)
+    plt.savefig(path, dpi=110)
+    plt.close()
+
+
+def report(options: argparse.Namespace, rows: list[dict]) -> str:
+    changes = "\n".join(
+        f"- `{lever}`: {', '.join(f'`--{field} {value}`' for field, value in LEVERS[lever].items())}"
+        for lever in LEVERS if lever != NONE
+    )  # fmt: skip
+    return f"""# What raises the score at given bit operations?
+
+```sh
+python experiments/levers.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} --budgets \\
+    {" ".join(options.budgets)} --report benchmarks/levers.md --figures benchmarks/figures
+```
+
+Levers, as flags of `pyro-blora train`:
+
+{changes}
+
+MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
+{options.kl_warmup:.0%} of the steps; {provenance([row["cell"] for row in rows])}.
+Numbers are of the one allocation that is deployed, on the dev set: mean ± standard deviation over seeds, and BOPs of
+the model. `uniform` has every weight at one width and every activation at one, `budget` learns widths and ranks at the
+same bit operations. Softmax1 changes the network from its first step on, so its LoRA at 32 bit has a row, too.
+
+{table(rows)}
+
+Paired differences to the same run without a lever, with intervals over examples and seeds; a positive score and a
+negative NLL are in favour of the lever:
+
+{compared(rows)}
+
+![Differences of NLL](figures/levers.png)
+"""

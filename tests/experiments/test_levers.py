@@ -1,0 +1,58 @@
+"""The study of levers: what a lever changes, which LoRA its runs go on from, and what is compared."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from experiments.studies.allocations import Budget
+from experiments.studies.levers import ALL, ALONE, LEVERS, NONE, LeverCells
+from experiments.studies.levers_page import compared, figure, table
+
+OPTIONS = argparse.Namespace(
+    glue_dir="glue", backbone="demo", max_train=64, all_rows=[], epochs=1, kl_warmup=0.7, draws=2, output_dir="runs",
+    keep=Path("kept"), without=Path("without"), seeds=[0],
+)  # fmt: skip
+BUDGET = Budget("W4A4", 0.04, "fixed", {"bits": 4, "activation_bits": 4})
+
+
+@pytest.mark.parametrize("lever", LEVERS)
+def test_a_lever_changes_what_it_says_and_nothing_else(lever):
+    with_lever, without = (LeverCells(OPTIONS, name).config("sst2", 1, "budget", BUDGET) for name in (lever, NONE))
+    for field in without.__dataclass_fields__:
+        expected = LEVERS[lever].get(field, getattr(without, field))
+        assert getattr(with_lever, field) == expected, field
+
+
+def test_runs_go_on_from_the_same_lora_unless_the_network_is_another_one():
+    plain = LeverCells(OPTIONS, NONE).lora("sst2", 1)
+    same = {lever: LeverCells(OPTIONS, lever).lora("sst2", 1) == plain for lever in LEVERS}
+    assert same == {lever: "attention" not in changes for lever, changes in LEVERS.items()}
+    assert [lever for lever in LEVERS if LeverCells(OPTIONS, lever).has_own_lora] == [NONE, "softmax1", ALL]
+    assert {field for changes in ALONE.values() for field in changes} == set(LEVERS[ALL])
+
+
+def test_cells_without_a_lever_are_those_of_the_allocation_study():
+    paths = [LeverCells(OPTIONS, lever).path("sst2", 1, "budget", BUDGET) for lever in (NONE, "smoothing")]
+    assert paths == [Path("without/sst2-1-W4A4-budget.json"), Path("kept/smoothing/sst2-1-W4A4-budget.json")]
+
+
+def row(lever, seed, decisions, nll):
+    """A cell of four examples, labelled 0, 1, 1, 1."""
+    examples = {"label": [0, 1, 1, 1], "deployed_decision": decisions, "deployed_log_likelihood": [-nll] * 4}
+    score = sum(a == b for a, b in zip(decisions, [0, 1, 1, 1], strict=True)) / 4
+    return {
+        "task": "sst2", "budget": "W4A4", "method": "uniform", "lever": lever, "seed": seed,
+        "cell": {"examples": examples}, "metric": {"name": "accuracy"},
+        "deployed": {"metric": {"value": score}, "nll": nll}, "bops": {"deployed": {"model_ratio": 0.04}},
+    }  # fmt: skip
+
+
+def test_a_difference_is_paired_with_the_same_seed_without_a_lever(tmp_path):
+    rows = [row(NONE, 0, [0, 1, 1, 0], 0.5), row(NONE, 1, [0, 0, 0, 0], 0.9), row("smoothing", 0, [0, 1, 1, 1], 0.4)]
+    told = compared(rows).splitlines()
+    assert len(told) == 3 and told[-1].startswith("| sst2 | W4A4 | `uniform` | smoothing | 1 | +0.250 [")
+    assert told[-1].endswith("| -0.100 [-0.100, -0.100] |")
+    assert "| sst2 | W4A4 | `uniform` | none | 2 | 0.500 ± 0.354 | 0.700 ± 0.283 | 4.00% |" in table(rows)
+    figure(rows, tmp_path / "levers.png")
+    assert (tmp_path / "levers.png").stat().st_size > 1000
