@@ -1,14 +1,11 @@
 """What a run's configuration must fulfil, each with the sentence that names the remedy."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..registries import WEIGHTS
 from ..user_values import shown, suggest
 from .fields import MOST_FITS, RANGES
 from .methods import METHODS
-
-if TYPE_CHECKING:
-    from .run_config import RunConfig
 
 CHOICES = {  # of what cannot be added to
     "method": tuple(METHODS),
@@ -22,8 +19,11 @@ CHOICES = {  # of what cannot be added to
 }
 
 
-def require_valid(config: "RunConfig") -> None:
-    """Errors: ValueError naming the field, what was given, what was expected and the remedy."""
+def require_valid(config: Any) -> None:
+    """Check a RunConfig.
+
+    Errors: ValueError naming the field, what was given, what was expected and the remedy.
+    """
     if config.precision in ("fp16", "float16", "half"):
         raise ValueError(
             f"precision {config.precision!r} is refused: the summed likelihood and the 16-bit grid overflow or round "
@@ -42,7 +42,7 @@ def require_valid(config: "RunConfig") -> None:
         raise ValueError(f"temperature_end must be at most temperature_start, got {end} > {start}: it is cooled")
 
 
-def _require_consistent(config: "RunConfig") -> None:
+def _require_consistent(config: Any) -> None:
     if config.choose_epoch and not config.validation:
         raise ValueError("choose_epoch needs rows to choose by: give --validation 0.1, or drop --choose_epoch")
     if config.choose_epoch and config.kl_warmup == 1:
