@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import h5netcdf
 import h5py
 import numpy as np
 import pandas as pd
 import xarray
+from xarray.backends import H5NetCDFStore
 
 IS_TREE = int(importlib.metadata.version("arviz").split(".")[0]) >= 1
 _FILE = "posterior.nc"
@@ -63,6 +65,21 @@ def save(data, path: Path) -> None:
     data.to_netcdf(str(path), engine="h5netcdf")
 
 
+class _Once(h5py.File):
+    """A file to read that opens each object once: h5netcdf asks for it again for every property of a variable."""
+
+    def __init__(self, raw: bytes):
+        super().__init__(io.BytesIO(raw), "r")
+        self._opened: dict = {}
+
+    def __getitem__(self, name):
+        if not isinstance(name, str):  # a reference
+            return super().__getitem__(name)
+        if name not in self._opened:
+            self._opened[name] = super().__getitem__(name)
+        return self._opened[name]
+
+
 def read(path: str | Path):
     """The container of a posterior.nc (or of the run folder that has one), in memory, the file closed.
 
@@ -74,11 +91,12 @@ def read(path: str | Path):
     if not path.is_file():
         raise ValueError(f"{path} does not exist: a finished run has one")
     try:
-        raw = path.read_bytes()  # from memory: no handle stays open, whatever is found inside
-        with h5py.File(io.BytesIO(raw), "r") as file:
+        with _Once(path.read_bytes()) as file:  # from memory: no handle stays open, whatever is found inside
             file.visititems(lambda name, item: None)  # every header: h5netcdf stumbles over a bad one, and again later
             names = [name for name, item in file.items() if isinstance(item, h5py.Group)]
-        root, *parts = (xarray.load_dataset(io.BytesIO(raw), group=name, engine="h5netcdf") for name in (None, *names))
+            with h5netcdf.File(file, "r", decode_vlen_strings=True) as opened:
+                stores = (H5NetCDFStore(opened, group=name) for name in (None, *names))
+                root, *parts = (xarray.open_dataset(store).load() for store in stores)
         found = dict(zip(names, parts, strict=True))
     except Exception as error:  # whatever h5py, xarray or ArviZ make of bytes that are none of theirs
         said = " ".join(str(error).split())[:200]
