@@ -61,23 +61,31 @@ def group(data, name: str) -> xarray.Dataset:
     return data[name].to_dataset() if IS_TREE else data[name]
 
 
-def save(data, path: Path) -> None:
-    data.to_netcdf(str(path), engine="h5netcdf")
-
-
 class _Once(h5py.File):
-    """A file to read that opens each object once: h5netcdf asks for it again for every property of a variable."""
+    """A file that opens each object once: h5netcdf asks for it again for every property of a variable."""
 
-    def __init__(self, raw: bytes):
-        super().__init__(io.BytesIO(raw), "r")
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
         self._opened: dict = {}
 
     def __getitem__(self, name):
         if not isinstance(name, str):  # a reference
             return super().__getitem__(name)
-        if name not in self._opened:
-            self._opened[name] = super().__getitem__(name)
-        return self._opened[name]
+        found = self._opened.get(name)
+        if found is None or found.name is None:  # deleted, to be made anew
+            found = self._opened[name] = super().__getitem__(name)
+        return found
+
+
+def save(data, path: Path) -> None:
+    if IS_TREE:
+        data.to_netcdf(str(path), engine="h5netcdf")
+        return
+    with _Once(path, "w", track_order=True) as file, h5netcdf.File(file, "w") as opened:
+        groups = {"/": xarray.Dataset(attrs=data.attrs), **{f"/{name}": data[name] for name in data.groups()}}
+        for name, dataset in groups.items():
+            squeezed = {v: {"zlib": True} for v, x in dataset.variables.items() if x.dtype.kind in "biufc"}
+            dataset.dump_to_store(H5NetCDFStore(opened, group=name, mode="w"), encoding=squeezed)
 
 
 def read(path: str | Path):
@@ -91,7 +99,9 @@ def read(path: str | Path):
     if not path.is_file():
         raise ValueError(f"{path} does not exist: a finished run has one")
     try:
-        with _Once(path.read_bytes()) as file:  # from memory: no handle stays open, whatever is found inside
+        with _Once(
+            io.BytesIO(path.read_bytes()), "r"
+        ) as file:  # from memory: no handle stays open, whatever is found inside
             file.visititems(lambda name, item: None)  # every header: h5netcdf stumbles over a bad one, and again later
             names = [name for name, item in file.items() if isinstance(item, h5py.Group)]
             with h5netcdf.File(file, "r", decode_vlen_strings=True) as opened:
