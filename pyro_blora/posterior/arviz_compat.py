@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import h5netcdf
 import h5py
 import numpy as np
 import pandas as pd
 import xarray
+from xarray.backends import H5NetCDFStore
 
 IS_TREE = int(importlib.metadata.version("arviz").split(".")[0]) >= 1
 _FILE = "posterior.nc"
@@ -59,8 +61,31 @@ def group(data, name: str) -> xarray.Dataset:
     return data[name].to_dataset() if IS_TREE else data[name]
 
 
+class _Once(h5py.File):
+    """A file that opens each object once: h5netcdf asks for it again for every property of a variable."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self._opened: dict = {}
+
+    def __getitem__(self, name):
+        if not isinstance(name, str):  # a reference
+            return super().__getitem__(name)
+        found = self._opened.get(name)
+        if found is None or found.name is None:  # deleted, to be made anew
+            found = self._opened[name] = super().__getitem__(name)
+        return found
+
+
 def save(data, path: Path) -> None:
-    data.to_netcdf(str(path), engine="h5netcdf")
+    if IS_TREE:
+        data.to_netcdf(str(path), engine="h5netcdf")
+        return
+    with _Once(path, "w", track_order=True) as file, h5netcdf.File(file, "w") as opened:
+        groups = {"/": xarray.Dataset(attrs=data.attrs), **{f"/{name}": data[name] for name in data.groups()}}
+        for name, dataset in groups.items():
+            squeezed = {v: {"zlib": True} for v, x in dataset.variables.items() if x.dtype.kind in "biufc"}
+            dataset.dump_to_store(H5NetCDFStore(opened, group=name, mode="w"), encoding=squeezed)
 
 
 def read(path: str | Path):
@@ -74,11 +99,14 @@ def read(path: str | Path):
     if not path.is_file():
         raise ValueError(f"{path} does not exist: a finished run has one")
     try:
-        raw = path.read_bytes()  # from memory: no handle stays open, whatever is found inside
-        with h5py.File(io.BytesIO(raw), "r") as file:
+        with _Once(
+            io.BytesIO(path.read_bytes()), "r"
+        ) as file:  # from memory: no handle stays open, whatever is found inside
             file.visititems(lambda name, item: None)  # every header: h5netcdf stumbles over a bad one, and again later
             names = [name for name, item in file.items() if isinstance(item, h5py.Group)]
-        root, *parts = (xarray.load_dataset(io.BytesIO(raw), group=name, engine="h5netcdf") for name in (None, *names))
+            with h5netcdf.File(file, "r", decode_vlen_strings=True) as opened:
+                stores = (H5NetCDFStore(opened, group=name) for name in (None, *names))
+                root, *parts = (xarray.open_dataset(store).load() for store in stores)
         found = dict(zip(names, parts, strict=True))
     except Exception as error:  # whatever h5py, xarray or ArviZ make of bytes that are none of theirs
         said = " ".join(str(error).split())[:200]

@@ -46,6 +46,11 @@ def _scale(values: Iterable[float], log: bool = False) -> alt.Scale:
     return alt.Scale(domain=[low - pad, high + pad])
 
 
+# Altair would check each object as it is made: the tests check what comes out. And it looks for the class of a plain
+# string among all that it has, hence Tooltip, Y2 and X2 below.
+_unchecked = alt.utils.schemapi.debug_mode(False)
+
+
 def _spec(chart: alt.TopLevelMixin, description: str) -> dict:
     spec = chart.properties(width="container", description=description).to_dict(validate=False)
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
@@ -70,6 +75,7 @@ def _shades(count: int) -> list[str]:
     return found
 
 
+@_unchecked
 def gate_map(cells: pd.DataFrame, ladder: Sequence[int]) -> dict:
     """Deployed width as colour, a circle as large as the doubt; columns: see `sections.gates.cells_of`."""
     columns = list(dict.fromkeys(cells["column"]))
@@ -97,6 +103,7 @@ def gate_map(cells: pd.DataFrame, ladder: Sequence[int]) -> dict:
     return _spec(chart.properties(height=28 * layers), "Gate map: bit width of every tensor by layer")
 
 
+@_unchecked
 def rank_map(ranks: pd.DataFrame) -> dict:
     """Probability of every number of open ranks, a row a projection; its mean and interval on hover."""
     order = list(dict.fromkeys(ranks["projection"]))
@@ -105,29 +112,31 @@ def rank_map(ranks: pd.DataFrame) -> dict:
         x=alt.X("rank:O", title="open ranks", axis=alt.Axis(labelAngle=0)), y=y,
         color=alt.Color("probability:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]),
                         legend=alt.Legend(format=".0%", columns=1, values=[0, 0.5, 1])),
-        tooltip=["projection:N", "rank:O", alt.Tooltip("probability:Q", format=".3f"),
-                 alt.Tooltip("mean:Q", format=".2f"), "interval:N"],
+        tooltip=[alt.Tooltip("projection:N"), alt.Tooltip("rank:O"), alt.Tooltip("probability:Q", format=".3f"),
+                 alt.Tooltip("mean:Q", format=".2f"), alt.Tooltip("interval:N")],
     )  # fmt: skip
     return _spec(squares.properties(height=17 * len(order)), "Posterior of the rank of every projection")
 
 
+@_unchecked
 def rank_means(means: pd.DataFrame) -> dict:
     """Mean rank with its 94 % interval by layer, a colour a projection type: the paper's Figure 2."""
     types = list(dict.fromkeys(means["type"]))
     base = alt.Chart(_data(means)).encode(
         x=alt.X("layer:O", axis=alt.Axis(labelAngle=0)), xOffset=alt.XOffset("type:N", sort=types),
         color=alt.Color("type:N", sort=types, scale=alt.Scale(domain=types, range=TYPES[: len(types)])),
-        tooltip=["projection:N", alt.Tooltip("mean:Q", format=".2f"), "interval:N"],
+        tooltip=[alt.Tooltip("projection:N"), alt.Tooltip("mean:Q", format=".2f"), alt.Tooltip("interval:N")],
     )  # fmt: skip
     scale = _scale([*means["low"], *means["high"], *means["mean"]])
     y, low = (alt.Y(f"{name}:Q", title="open ranks", scale=scale) for name in ("mean", "low"))
     return _spec(
-        (base.mark_rule(strokeWidth=2).encode(y=low, y2="high:Q")
+        (base.mark_rule(strokeWidth=2).encode(y=low, y2=alt.Y2("high:Q"))
          + base.mark_point(filled=True, size=45, opacity=1).encode(y=y)).properties(height=220),
         f"Mean rank of query, key and value by layer with {PERCENT} intervals",
     )  # fmt: skip
 
 
+@_unchecked
 def reliability(bins: pd.DataFrame) -> dict:
     """Accuracy against confidence, a point a bin, as large as its share of the examples; the diagonal is calibrated."""
     end = pd.DataFrame({"confidence": [0.0, 1.0], "accuracy": [0.0, 1.0]})
@@ -142,16 +151,19 @@ def reliability(bins: pd.DataFrame) -> dict:
     y = alt.Y("accuracy:Q", scale=scale, title="accuracy")
     line = alt.Chart(_data(end)).mark_line(color=_TEXT, strokeDash=[4, 4], opacity=0.6).encode(x=x, y=y)
     base = alt.Chart(_data(bins)).encode(
-        x=x, tooltip=["bin:N", alt.Tooltip("confidence:Q", format=".3f"), alt.Tooltip("accuracy:Q", format=".3f"),
-                      "examples:Q"],
+        x=x, tooltip=[alt.Tooltip("bin:N"), alt.Tooltip("confidence:Q", format=".3f"),
+                      alt.Tooltip("accuracy:Q", format=".3f"), alt.Tooltip("examples:Q")],
     )  # fmt: skip
-    errors = base.mark_rule(color=TYPES[0], strokeWidth=1.5).encode(y=alt.Y("low:Q", title="accuracy"), y2="high:Q")
+    errors = base.mark_rule(color=TYPES[0], strokeWidth=1.5).encode(
+        y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q")
+    )
     points = base.mark_point(filled=True, color=TYPES[0], opacity=1).encode(
         y=y, size=alt.Size("examples:Q", scale=alt.Scale(range=[20, 260]), legend=None)
     )
     return _spec((line + errors + points).properties(height=300), "Reliability diagram")
 
 
+@_unchecked
 def curves(log: pd.DataFrame, names: list[str], axis: str, description: str, log_scale: bool = False) -> dict:
     """Lines of logged numbers over the optimizer steps."""
     long = log.melt("step", names, var_name="quantity", value_name="value").dropna()
@@ -163,12 +175,13 @@ def curves(log: pd.DataFrame, names: list[str], axis: str, description: str, log
             x=alt.X("step:Q", scale=_scale(long["step"]), axis=alt.Axis(format="d", tickMinStep=1)),
             y=alt.Y("value:Q", title=axis, scale=_scale(long["value"], log_scale), axis=alt.Axis(tickCount=5)),
             color=colour,
-            tooltip=["step:Q", "quantity:N", alt.Tooltip("value:Q", format=".4g")],
+            tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("quantity:N"), alt.Tooltip("value:Q", format=".4g")],
         )
     )
     return _spec(lines.properties(height=200), description)
 
 
+@_unchecked
 def bars(table: pd.DataFrame, category: str, value: str, group: str, title: str) -> dict:
     """Stacked horizontal bars, shares of the denominator."""
     order, groups = list(dict.fromkeys(table[category])), list(dict.fromkeys(table[group]))
@@ -182,12 +195,17 @@ def bars(table: pd.DataFrame, category: str, value: str, group: str, title: str)
             y=alt.Y(f"{category}:N", sort=order, title=None),
             x=alt.X(f"sum({value}):Q", title=title, axis=alt.Axis(format="~%", tickCount=5), scale=scale),
             color=alt.Color(f"{group}:N", sort=groups, scale=alt.Scale(domain=groups, range=colours)),
-            tooltip=[f"{category}:N", f"{group}:N", alt.Tooltip(f"sum({value}):Q", format=".3%", title=title)],
+            tooltip=[
+                alt.Tooltip(f"{category}:N"),
+                alt.Tooltip(f"{group}:N"),
+                alt.Tooltip(f"sum({value}):Q", format=".3%", title=title),
+            ],
         )
     )
     return _spec(chart.properties(height=26 * len(order) + 10), title)
 
 
+@_unchecked
 def trade_off(runs: pd.DataFrame, metric: str) -> dict:
     """A grid's runs: metric against expected bit operations; lines are 94 % intervals, and ± a standard error."""
     names = list(dict.fromkeys(runs["run"]))
@@ -196,8 +214,8 @@ def trade_off(runs: pd.DataFrame, metric: str) -> dict:
                           for side, sign in (("below", -1), ("above", 1))})  # fmt: skip
     base = alt.Chart(_data(runs)).encode(
         color=alt.Color("run:N", sort=names, legend=alt.Legend(columns=1, labelLimit=280) if few else None),
-        tooltip=["run:N", "seed:N", alt.Tooltip("score:Q", format=".4f", title=metric),
-                 alt.Tooltip("bops:Q", format=".2%", title="E[BOPs] / adapted"), "interval:N"],
+        tooltip=[alt.Tooltip("run:N"), alt.Tooltip("seed:N"), alt.Tooltip("score:Q", format=".4f", title=metric),
+                 alt.Tooltip("bops:Q", format=".2%", title="E[BOPs] / adapted"), alt.Tooltip("interval:N")],
     )  # fmt: skip
     across = _scale([*runs["low"], *runs["high"], *runs["bops"]], log=True)
     axis = alt.Axis(format="~%", tickCount=4)
@@ -206,7 +224,7 @@ def trade_off(runs: pd.DataFrame, metric: str) -> dict:
     y, below = (
         alt.Y(f"{name}:Q", title=metric, scale=upright, axis=alt.Axis(tickCount=6)) for name in ("score", "below")
     )
-    rules = base.mark_rule(opacity=0.5).encode(x=low, x2="high:Q", y=y)
-    errors = base.mark_rule(opacity=0.5).encode(x=x, y=below, y2="above:Q")
+    rules = base.mark_rule(opacity=0.5).encode(x=low, x2=alt.X2("high:Q"), y=y)
+    errors = base.mark_rule(opacity=0.5).encode(x=x, y=below, y2=alt.Y2("above:Q"))
     points = base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y)
     return _spec((rules + errors + points).properties(height=320), f"{metric} against expected bit operations")

@@ -475,7 +475,7 @@ def test_the_whole_network_can_be_compiled_without_a_break(monkeypatch):
     """For torch.compile the layers are plain PyTorch: the quantizer's own compiled kernels stay out of the way."""
     torch.compiler.reset()
     monkeypatch.setattr(fake_quantize, "_kernels", None)  # nobody asks for them
-    net = gated(tiny_bert, scope="encoder")
+    net = gated(lambda: tiny_bert(num_hidden_layers=1), scope="encoder")  # each layer takes seconds to compile
     z, g = some_gates(net.layout)
     with monkeypatch.context() as patch:
         patch.setattr(fake_quantize, "_kernels", lambda *_: fake_quantize._EAGER)

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
+from forked import started
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import load
@@ -165,16 +165,16 @@ def test_no_run_is_one_sentence(tmp_path, capsys):
     assert "is not a finished run" in err
 
 
-def test_a_signal_leaves_nothing_half_written(run, tmp_path):
+def test_a_signal_leaves_nothing_half_written(run, tmp_path, tmp_path_factory):
     path, out = tmp_path / "many.csv", tmp_path / "out.csv"
     path.write_text("sentence\n" + "The soldier painted the bike.\n" * 200_000)
-    command = [sys.executable, "-m", "pyro_blora", "predict", str(run), str(path), "--out", str(out), "--quiet"]
-    process = subprocess.Popen(command, env={**os.environ, "PYRO_BLORA_COMPILE": "0"}, stderr=subprocess.PIPE)
+    printed = tmp_path_factory.mktemp("printed") / "printed.txt"
+    process = started(lambda: main(["predict", str(run), str(path), "--out", str(out), "--quiet"]), printed)
     partial = tmp_path / ".out.csv.partial"
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143 and b"interrupted" in err
+    os.kill(process, signal.SIGTERM)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 143 and "interrupted" in printed.read_text("utf-8")
     assert [*tmp_path.iterdir()] == [path]

@@ -1,5 +1,6 @@
 """Grids: what a file means, what is wrong with it and where, and that no finished run is lost or repeated."""
 
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from forked import ended, started
 from tiny import save_tiny_backbone, tiny_config, tiny_grid
 
 from experiments.grid import main
+from experiments.studies import launchers, one_run
 from experiments.studies.grid_file import read_grid
 from experiments.studies.launchers import in_queue
 from experiments.studies.one_run import Job, train_or_make_room
@@ -235,7 +237,20 @@ def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone, environment, 
     assert table.bops_adapted.between(0, 1).all() and table.metric[0] == "accuracy"
 
 
-def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone, environment, capsys):
+class Forked:
+    """A run in a copy of this process instead of a new one, which would import its libraries for five seconds."""
+
+    def __init__(self, config, log):
+        run = functools.partial(one_run.train, str(config), str(log), os.getpid())
+        self.process, self.code = started(run, Path(log).with_suffix(".printed")), None
+
+    def ended(self):
+        self.code = ended(self.process) if self.code is None else self.code
+        return self.code is not None
+
+
+def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone, environment, capsys, monkeypatch):
+    monkeypatch.setattr(launchers.Processes, "start", lambda self, *arguments: Forked(*arguments))
     file, out = tiny_grid(tmp_path / "grid.yaml", backbone, "  seed: [0, 1]\n"), tmp_path / "out"
 
     def summaries():

@@ -87,24 +87,26 @@ def test_a_mixture_comes_closer_than_a_mean_field(problems):
 
 
 def test_without_data_the_guide_returns_the_prior(monkeypatch):
-    """Of the mean field one estimator and two temperatures, which the next test extends to all of them."""
+    """Of one estimator and one temperature, which the next test extends to all of them."""
     monkeypatch.setattr(rungs, "ESTIMATORS", ("relaxed",))
-    monkeypatch.setattr(rungs, "TEMPERATURES", (1.0, 0.1))
+    monkeypatch.setattr(rungs, "TEMPERATURES", (0.1,))
     require(rungs.rung_a(steps=250))
 
 
-def test_without_data_a_mean_field_learns_the_same_whatever_estimator_and_temperature():
-    """Its KL is exact: no sample enters."""
+@pytest.mark.parametrize(("guide", "estimators"), [("mean_field", rungs.ESTIMATORS), ("mixture", ("relaxed",))])
+def test_without_data_a_guide_learns_the_same_whatever_estimator_and_temperature(guide, estimators):
+    """The KL of a mean field is exact: no sample enters.  That of a mixture draws no gates at a temperature."""
     problem, learned = prior_only(), []
-    for estimator, temperature in itertools.product(rungs.ESTIMATORS, rungs.TEMPERATURES):
-        program = problem.program("mean_field", estimator, open_logit=2.0)
+    for estimator, temperature in itertools.product(estimators, rungs.TEMPERATURES):
+        torch.manual_seed(0)
+        program = problem.program(guide, estimator, open_logit=2.0)
         svi(program, problem, steps=3, lr=0.1, temperature=temperature)
         learned.append(torch.cat([p.detach().flatten() for p in program.gate_guide.parameters()]))
-    assert len(learned) == 9 and all(torch.equal(one, learned[0]) for one in learned)
+    assert len(learned) == 3 * len(estimators) and all(torch.equal(one, learned[0]) for one in learned)
 
 
 def test_one_gate_has_its_closed_form_posterior():
-    runs = [("relaxed", 2000), ("straight_through", 2000), ("score_function", 1000), ("enumerate", 400)]
+    runs = [("relaxed", 2000), ("straight_through", 2000), ("score_function", 500), ("enumerate", 300)]
     assert {name for name, _ in runs} == {name for name, _ in rungs.ONE_GATE}
     require(rungs.rung_b(runs=runs, ratios=(-1.0,)))
 
@@ -176,7 +178,7 @@ def test_every_elbo_is_below_the_log_evidence(problems, name, guide, spread, see
 
 
 def test_the_reported_elbo_is_the_exact_one_within_its_error(problems):
-    require(rungs.rung_f({"network": problems["network"]}, guides=2, steps=150))
+    require(rungs.rung_f({"network": problems["network"]}, guides=2, steps=50))
 
 
 def test_training_and_evaluation_use_one_law(problems):

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from urllib.parse import unquote
 
+import altair
 import numpy as np
 import pandas as pd
 import pytest
@@ -361,6 +362,16 @@ def test_an_axis_of_equal_values_is_wider_than_a_rounding_error(values, log):
     inside = [x for x in values if math.isfinite(x)] or [1.0]
     assert low < min(inside) <= max(inside) < high and high - low >= 0.05 * max(map(abs, inside))
     assert "domain" not in charts._scale([1.0, 1.1], log).to_dict()
+
+
+def test_charts_are_valid_vega_lite(run, plain, tmp_path):
+    """As Altair has its schema, which it does not ask while it makes them."""
+    shutil.copytree(run, tmp_path / "one")
+    shutil.copytree(plain, tmp_path / "two")
+    specs = [spec for folder in (run, plain, tmp_path) for spec in specs_of(text_of(folder)).values()]
+    assert len(specs) > 10
+    for spec in specs:
+        altair.utils.schemapi.validate_jsonschema(spec, altair.load_schema())
 
 
 def test_a_run_without_gates_has_no_empty_chart(plain):

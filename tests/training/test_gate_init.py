@@ -23,7 +23,7 @@ from pyro_blora.training.range_calibration import range_errors
 N_TRAIN = 500
 STEP = 1e-4  # of the finite differences, in float64
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "as_shipped")
 
 
 def net_of(model, *, scope="encoder", target_modules=None):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import matplotlib
 import numpy as np
@@ -28,6 +29,18 @@ def backbone(tmp_path_factory):
     return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where `usual` was trained: not to be changed."""
+    return tmp_path_factory.mktemp("usual")
+
+
+@pytest.fixture(scope="module")
+def usual(backbone, folder, eager):
+    """The training of a configuration that changes nothing, beside which tests put their own: not to be changed."""
+    return fit(tiny_config(backbone), folder=folder, quiet=True)
+
+
 def values(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
@@ -36,22 +49,19 @@ def state(trained):
     return {name: p.detach().clone() for name, p in trainable(trained.program).items()}
 
 
-def test_the_same_seed_gives_the_same_lines_and_parameters(backbone):
-    one, two = (fit(tiny_config(backbone), quiet=True) for _ in range(2))
+def test_the_same_seed_gives_the_same_lines_and_parameters(backbone, usual):
+    one, two = usual, fit(tiny_config(backbone), quiet=True)
     assert values(one.metrics) == values(two.metrics)
     assert len(one.metrics) == 8 and all(math.isfinite(line["loss"]) for line in one.metrics)
     assert all(torch.equal(a, b) for a, b in zip(state(one).values(), state(two).values(), strict=True))
 
 
-def test_another_seed_gives_other_lines(backbone):
-    assert (
-        fit(tiny_config(backbone), quiet=True).metrics[0]["nll"]
-        != (fit(tiny_config(backbone, seed=1), quiet=True).metrics[0]["nll"])
-    )
+def test_another_seed_gives_other_lines(backbone, usual):
+    assert usual.metrics[0]["nll"] != fit(tiny_config(backbone, seed=1), quiet=True).metrics[0]["nll"]
 
 
-def test_another_prior_changes_the_kl_at_once_and_the_fit_only_when_the_gates_start(backbone):
-    bops = fit(tiny_config(backbone), quiet=True)
+def test_another_prior_changes_the_kl_at_once_and_the_fit_only_when_the_gates_start(backbone, usual):
+    bops = usual
     nested = fit(tiny_config(backbone, prior="nested", prior_settings={"rate": 5.0}), quiet=True)
     opening = Schedule.of(tiny_config(backbone), 64).opening
     assert 0 < opening < 8
@@ -61,8 +71,8 @@ def test_another_prior_changes_the_kl_at_once_and_the_fit_only_when_the_gates_st
     assert bops.metrics[-1]["expected_bits"] != nested.metrics[-1]["expected_bits"]
 
 
-def test_the_loss_is_minus_elbo_over_n(backbone):
-    for line in fit(tiny_config(backbone), quiet=True).metrics[4:]:
+def test_the_loss_is_minus_elbo_over_n(usual):
+    for line in usual.metrics[4:]:
         assert line["loss"] == pytest.approx(line["nll"] + (line["kl_z"] + line["kl_g"]) / 64, rel=1e-5)
 
 
@@ -176,46 +186,43 @@ def test_a_guide_that_an_estimator_cannot_serve_is_refused_before_anything_is_wr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(backbone, tmp_path):
+def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(usual, folder):
     from safetensors import safe_open
 
-    trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
-    files = [path for path in (tmp_path / "checkpoints").iterdir()]
+    files = [path for path in (folder / "checkpoints").iterdir()]
     assert {path.name for path in files} == {"state.safetensors", "state.previous.safetensors"}
     for path in files:
         with safe_open(path, framework="pt") as file:
             parameters = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118 (not a dict)
-        assert parameters == set(trainable(trained.program))
+        assert parameters == set(trainable(usual.program))
     assert not any("base_layer" in name or "embeddings" in name for name in parameters)
 
 
-def test_a_damaged_checkpoint_is_refused(backbone, tmp_path):
-    fit(tiny_config(backbone), folder=tmp_path, quiet=True)
+def test_a_damaged_checkpoint_is_refused(backbone, usual, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"damaged.*delete its folder"):
         fit(tiny_config(backbone), folder=tmp_path, quiet=True)
 
 
-def test_a_checkpoint_of_another_model_is_refused(backbone, tmp_path):
-    trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
+def test_a_checkpoint_of_another_model_is_refused(usual, folder):
     module = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="another model"):
-        load_checkpoint(tmp_path / "checkpoints", module, torch.optim.AdamW(module.parameters()), 8)
-    assert trained.metrics
+        load_checkpoint(folder / "checkpoints", module, torch.optim.AdamW(module.parameters()), 8)
 
 
-def test_a_checkpoint_of_another_number_of_steps_is_refused(backbone, tmp_path):
-    trained = fit(tiny_config(backbone), folder=tmp_path, quiet=True)
-    optimizer = make_optimizer(trained.program, tiny_config(backbone))
-    assert load_checkpoint(tmp_path / "checkpoints", trained.program, optimizer, 8).step == 8
+def test_a_checkpoint_of_another_number_of_steps_is_refused(backbone, usual, folder):
+    program = build(tiny_config(backbone)).program
+    optimizer = make_optimizer(program, tiny_config(backbone))
+    assert load_checkpoint(folder / "checkpoints", program, optimizer, 8).step == 8
     with pytest.raises(ValueError, match="run of 8 steps, this one has 4: resume on as many processes"):
-        load_checkpoint(tmp_path / "checkpoints", trained.program, optimizer, 4)
+        load_checkpoint(folder / "checkpoints", program, optimizer, 4)
 
 
-def test_the_gates_are_open_before_they_start(backbone):
+def test_the_gates_are_open_before_they_start(backbone, usual):
     """Phase one is plain LoRA: its losses are those of a prior that pins every gate open."""
-    bops, lora = (fit(tiny_config(backbone, prior=prior), quiet=True).metrics for prior in ("bops", "fixed"))
+    bops, lora = usual.metrics, fit(tiny_config(backbone, prior="fixed"), quiet=True).metrics
     opening = Schedule.of(tiny_config(backbone), 64).opening
     assert [line["loss"] for line in bops[:opening]] == [line["loss"] for line in lora[:opening]]
     assert bops[-1]["loss"] != lora[-1]["loss"]
@@ -241,7 +248,7 @@ def test_the_parameter_store_of_pyro_stays_empty(backbone):
 
 
 def test_four_groups_hold_every_trained_parameter_once(backbone):
-    program = fit(tiny_config(backbone, max_train=16, epochs=1, estimator="relaxed"), quiet=True).program
+    program = build(tiny_config(backbone, estimator="relaxed")).program
     optimizer = make_optimizer(program, tiny_config(backbone, estimator="relaxed"))
     assert [group["name"] for group in optimizer.param_groups] == ["adapter", "head", "gates", "ranges"]
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -249,10 +256,9 @@ def test_four_groups_hold_every_trained_parameter_once(backbone):
     assert [group["weight_decay"] for group in optimizer.param_groups][2:] == [0, 0]
 
 
-def test_gates_and_ranges_move_only_after_the_opening(backbone):
+def test_gates_and_ranges_move_only_after_the_opening(backbone, usual):
     before = fit(tiny_config(backbone, lr_gates=0.0, guide_settings={"open_logit": 3.0}), quiet=True)
-    after = fit(tiny_config(backbone), quiet=True)
-    still, moved = (trained.program.gate_guide.posterior().z.log_probs.exp() for trained in (before, after))
+    still, moved = (trained.program.gate_guide.posterior().z.log_probs.exp() for trained in (before, usual))
     torch.testing.assert_close(still, torch.full_like(still, 3.0).sigmoid(), atol=1e-4, rtol=0)
     assert moved.std() > 0.1
 
@@ -288,8 +294,8 @@ def test_rows_of_similar_length_share_a_batch():
     assert longest != sorted(longest) and grouped != epoch_order(1000, 8, 2, seed=0, epoch=1, lengths=lengths)
 
 
-def test_a_run_can_group_its_rows_by_length(backbone):
-    mixed, grouped = (fit(tiny_config(backbone, group_by_length=x), quiet=True) for x in (False, True))
+def test_a_run_can_group_its_rows_by_length(backbone, usual):
+    mixed, grouped = usual, fit(tiny_config(backbone, group_by_length=True), quiet=True)
     assert mixed.metrics[0]["nll"] != grouped.metrics[0]["nll"] and len(mixed.metrics) == len(grouped.metrics)
 
 
@@ -298,9 +304,8 @@ def test_too_few_examples_for_a_step_are_refused(backbone):
         fit(tiny_config(backbone, max_train=8), quiet=True)
 
 
-def test_bf16_trains(backbone):
-    lines = fit(tiny_config(backbone, precision="bf16"), quiet=True).metrics
-    exact = fit(tiny_config(backbone), quiet=True).metrics
+def test_bf16_trains(backbone, usual):
+    lines, exact = fit(tiny_config(backbone, precision="bf16"), quiet=True).metrics, usual.metrics
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert lines[0]["nll"] != exact[0]["nll"] and lines[0]["nll"] == pytest.approx(exact[0]["nll"], abs=0.05)
 
@@ -422,7 +427,7 @@ def test_the_log_has_the_temperature_of_its_step_and_the_gradient_before_it_is_c
 
 
 def test_pictures_are_bright_where_gates_are_open_and_grey_where_there_are_none(backbone):
-    program = fit(tiny_config(backbone, scope="encoder", max_train=16, epochs=1), quiet=True).program
+    program = build(tiny_config(backbone, scope="encoder")).program
     L, T, _ = program.layout.z_shape
     with torch.no_grad():
         program.gate_guide.z_evidence.fill_(50.0), program.gate_guide.g_evidence.fill_(50.0)

@@ -15,7 +15,7 @@ from pyro_blora.quantizer import LADDER, rounded
 from pyro_blora.tasks import get_task
 from pyro_blora.training.range_calibration import _CANDIDATES, RangeErrors, range_errors
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "as_shipped")
 
 
 def program_of(*, trained=True, task="sst2", scope="encoder"):
