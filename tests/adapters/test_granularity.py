@@ -60,7 +60,9 @@ def test_rows_of_zeros_start_at_the_range_of_the_other_side():
         torch.testing.assert_close(net.value_range(layer.index, LORA_B), largest.expand(32))
 
 
-@pytest.mark.parametrize("settings", [{"scope": "encoder"}, {"adapter": "xs"}, {"build": tiny_deberta}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"scope": "encoder"}, {"adapter": "xs"}, {"build": tiny_deberta}], ids=["encoder", "xs", "deberta"]
+)
 def test_with_equal_ranges_the_network_is_that_of_one_range_a_tensor(settings):
     outputs, slopes = [], []
     for net in both(**settings):
