@@ -49,6 +49,14 @@ def _shared(setting: Setting) -> Callable[[], None]:
     return gated_step(setting, share_inputs=True)
 
 
+def _by_channel(setting: Setting) -> Callable[[], None]:
+    return gated_step(dataclasses.replace(setting, scope="encoder"), granularity="channel")
+
+
+def _seven_widths(setting: Setting) -> Callable[[], None]:
+    return gated_step(dataclasses.replace(setting, scope="encoder"), ladder=(2, 3, 4, 6, 8, 16, 32))
+
+
 def _predictive(setting: Setting, draws: int) -> Callable[[], None]:
     program = program_of(setting)
     gates = some_draws(program, draws)
@@ -66,6 +74,8 @@ STEPS = {
     "gated, relaxed draws": _relaxed,
     "gated, shared inputs": _shared,
     "gated, every projection": _encoder,
+    "gated, every projection, by channel": _by_channel,
+    "gated, every projection, seven widths": _seven_widths,
     "PEFT LoRA": lora_step,
     "PEFT AdaLoRA": adalora_step,
     "5 draws": lambda setting: _predictive(setting, 5),

@@ -24,6 +24,7 @@ import numpy as np
 
 from experiments.studies import peers
 from experiments.studies.cells import finished, kept
+from pyro_blora.bit_widths import LADDER, written
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
@@ -92,8 +93,8 @@ class Cells:
         return RunConfig(**{
             "task": task, "glue_dir": options.glue_dir, "backbone": options.backbone, "scope": "encoder", "seed": seed,
             "max_train": None if task in options.all_rows else options.max_train, "epochs": options.epochs,
-            "kl_warmup": options.kl_warmup, "max_length": 64, "draws": options.draws,
-            "output_dir": options.output_dir, **changes,
+            "kl_warmup": options.kl_warmup, "max_length": 64, "draws": options.draws, "output_dir": options.output_dir,
+            "granularity": options.granularity, "bit_widths": options.bit_widths, **changes,
         })  # fmt: skip
 
     def config(self, task: str, seed: int, method: str, budget: Budget | None = None) -> RunConfig | None:
@@ -158,6 +159,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all_rows", nargs="*", default=["cola"], help="tasks that --max_train does not cut")
     parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--granularity", default="tensor", help="of all methods' ranges: tensor or channel")
+    parser.add_argument("--bit_widths", default=written(LADDER), help="rungs of all methods' ladders")
     parser.add_argument("--plan", action="store_true", help="count what is missing, with minutes, and train nothing")
     parser.set_defaults(keep=Path("benchmarks/cells/allocation"))
 

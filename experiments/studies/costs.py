@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pyro_blora.bit_widths import LADDER, written
 from pyro_blora.config import METHODS, RunConfig
 from pyro_blora.training import Schedule
 from pyro_blora.user_files import read_json
@@ -21,7 +22,8 @@ _PHASES = 2  # a graph for every shape before the gates start, and one after
 _TO_RECORD = 2  # steps launched kernel by kernel: one before the recording, and the recording
 _USUAL = {  # a step of `gauss_newton` takes no longer than one of `relaxed`, by which steps were measured
     "guide": ("mean_field",), "estimator": ("relaxed", "gauss_newton"), "adapter": ("lora",), "weights": ("point",),
-    "precision": ("bf16",), "gradient_checkpointing": (False,),
+    "precision": ("bf16",), "gradient_checkpointing": (False,), "granularity": ("tensor",),
+    "bit_widths": (written(LADDER),),
 }  # fmt: skip
 
 
