@@ -16,10 +16,9 @@ import torch
 from hypothesis import settings
 
 from pyro_blora.posterior.arviz_compat import arviz_itself
-from pyro_blora.tasks.demo import acceptability
 from pyro_blora.training import range_calibration
 
-CANDIDATES, N_EVAL = range_calibration._CANDIDATES, acceptability.N_EVAL
+CANDIDATES = range_calibration._CANDIDATES
 arviz_itself()  # before any test's own import of ArviZ, which can fail beside another process
 
 # The same examples everywhere, and a slow machine is no failure.
@@ -66,10 +65,9 @@ def eager():
 
 @pytest.fixture(scope="session", autouse=True)
 def short():
-    """Runs of the tests try few ranges and answer few rows: in eight steps nothing is learned that more would show."""
+    """Runs of the tests try few ranges: in eight steps nothing is learned that more would show."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(range_calibration, "_CANDIDATES", range_calibration._CANDIDATES[::5])
-        patch.setattr(acceptability, "N_EVAL", 128)
         yield
 
 
@@ -78,7 +76,6 @@ def as_shipped():
     """What `short` leaves out, for modules that are about it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(range_calibration, "_CANDIDATES", CANDIDATES)
-        patch.setattr(acceptability, "N_EVAL", N_EVAL)
         yield
 
 

@@ -21,9 +21,6 @@ from pyro_blora.tasks.demo.acceptability import N_EVAL, N_TRAIN, PHENOMENA
 NEAR_CHANCE = 0.58
 
 
-pytestmark = pytest.mark.usefixtures("as_shipped")
-
-
 @pytest.fixture(scope="module")
 def splits():
     return get_task("acceptability").load()
