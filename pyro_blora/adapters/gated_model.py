@@ -55,6 +55,9 @@ class GatedModel(nn.Module):
         device = next(peft_model.parameters()).device
         self.log_range = nn.Parameter(torch.zeros(layout.range_shape, device=device))
         self.smoothing: Smoothing | None = None
+        if layout.granularity == "channel":  # in buffers, which move with the net: no step copies them
+            for name in ("range_owner", "range_order"):
+                self.register_buffer(name, getattr(layout, name).to(device), persistent=False)
 
     def forward(self, **batch):
         if self.has_cache:  # of keys and values, for a text that goes on: none does here
@@ -201,10 +204,10 @@ def _current(
 
 def _grids(net: GatedModel, weights: Tensor) -> list[Grid]:
     """Of each (projection, tensor).  weights (L, T, K + 1)"""
-    layout, device, ranges = net.layout, net.log_range.device, net.log_range.exp()
+    layout, ranges = net.layout, net.log_range.exp()
     if layout.granularity == "tensor":
         return grids(ranges, weights, layout.ladder)
-    rows = Rows(layout.range_sizes, layout.on(device, "range_owner"), layout.on(device, "range_order"))
+    rows = Rows(layout.range_sizes, net.get_buffer("range_owner"), net.get_buffer("range_order"))
     return grids_of_rows(ranges, weights, rows, layout.ladder)
 
 

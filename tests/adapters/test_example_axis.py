@@ -149,7 +149,7 @@ def test_the_start_of_the_gates_keeps_no_more_than_a_training_step(build, checkp
             kind, scale = program.likelihood, program.log_scale.exp().detach()
             (logits * kind.fisher_directions(logits.detach(), labels, scale)).sum()
     assert start.bytes <= step.bytes
-    with Saved(program) as fitted, observed(program.net, _Sample(program.layout, 64, torch.device("cpu"))):
+    with Saved(program) as fitted, observed(program.net, _Sample(program.layout, 1, torch.device("cpu"))):
         program.net(**inputs).logits.sum()
     assert fitted.bytes <= step.bytes
 

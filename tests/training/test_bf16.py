@@ -111,7 +111,7 @@ def test_observers_return_the_dtype_and_shape_they_were_given(build):
     calibrate(net, [inputs])
     ranges = net.log_range.exp().detach()
     observers = [
-        Observer(), _Extent(), _Sample(8, torch.device("cpu")), _Clipped(ranges), _Moments({0}),
+        Observer(), _Extent(), _Sample(net.layout, 1, torch.device("cpu")), _Clipped(net), _Moments({0}),
         _Slopes(net.layout, ranges[..., None].expand(*ranges.shape, 5), len(labels)),
     ]  # fmt: skip
     for observer in observers:

@@ -34,6 +34,7 @@ RECORDED = {
     "adapted": {},
     "encoder": {"scope": "encoder", "build": tiny_deberta},
     "DeBERTaV2, shared inputs": {"build": tiny_deberta_v2, "share_inputs": True},
+    "by channel, seven widths": {"granularity": "channel", "ladder": (2, 3, 4, 6, 8, 16, 32)},
     "decoder": {"build": tiny_llama, "target_modules": ["q_proj", "v_proj"]},
     "bf16": {"build": tiny_deberta, "scope": "encoder", "autocast": torch.bfloat16},
     "XS, Gaussian weights": {"adapter": "xs", "weights": "gaussian"},
