@@ -5,7 +5,8 @@
 
 For each task, seed and budget (the BOPs of uniform W4A4, or of `--budgets`), with uniform widths and with prior
 `budget`, the levers of studies/levers.py: distillation from the open network, smoothing of outliers between activations
-and weights, softmax1 in the attention. Everything else is as in `allocation.py`, whose cells are those without a lever.
+and weights, softmax1 in the attention, ranges of every output channel of a weight, rungs of 3 and 6 bit. Everything
+else is as in `allocation.py`, whose cells are those without a lever.
 A lever that changes the network from its first step also has a row for its LoRA at 32 bit.
 """
 

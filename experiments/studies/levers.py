@@ -19,6 +19,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "distillation": {"distillation": 0.5},
     "smoothing": {"smoothing": True},
     "softmax1": {"attention": "softmax1"},
+    "granularity": {"granularity": "channel"},
+    "rungs": {"bit_widths": "2,3,4,6,8,16,32"},
 }
 LEVERS = {NONE: {}, **ALONE, ALL: {field: value for changes in ALONE.values() for field, value in changes.items()}}
 BEFORE = ("attention",)  # fields that change the network before gates start: these levers have a LoRA of their own
