@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..models.loading import DEMO_DEBERTA, DEMO_ON_THE_HUB, public_name
+from ..models.names import DEMO_DEBERTA, DEMO_ON_THE_HUB, public_name
 from ..tasks.likelihoods import Likelihood
 
 if TYPE_CHECKING:

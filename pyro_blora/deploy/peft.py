@@ -25,9 +25,10 @@ from ..adapters import peft_config
 from ..adapters.gate_context import ADAPTER
 from ..checkpoint import trainable, write_tensors
 from ..config.run_config import RunConfig
-from ..files import NotWritten, writing
+from ..files import NotWritten, new_folder, writing
 from ..layout import LORA_A, LORA_B
-from ..models.loading import commit_of, public_name, quiet
+from ..models.names import commit_of, public_name
+from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
 from ..provenance import notes_of
@@ -58,11 +59,7 @@ def export(
     left behind then).
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: give another folder, an adapter is never overwritten")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(folder, "an adapter") as partial:
         plain = plain_backbone(program.net)
         ranks: dict[str, int] = {}
         reloaded: Any
@@ -76,7 +73,7 @@ def export(
                 reloaded = type(plain).from_pretrained(str(partial), trust_remote_code=False)
         verify(program, reloaded, rows)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, partial, config)
+            save_tokenizer(tokenizer, partial, config)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
         tensors |= {
             f"{STATED}{site}": q.log_probs.detach().cpu().clone() for site, q in program.prior()._asdict().items()
@@ -88,13 +85,10 @@ def export(
         }  # fmt: skip
         write_tensors(partial / GATES_FILE, tensors, notes)
         write_card(partial, plain, ranks, program.likelihood, task=config.task if config else None)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
+def save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
     """As it was loaded, not as it was last called, with the longest input of the training."""
     tokenizer = copy.deepcopy(tokenizer)
     if getattr(tokenizer, "is_fast", False):
