@@ -6,7 +6,10 @@ from ..lazily import lazily
 
 if TYPE_CHECKING:
     from .answering import Answers as Answers
+    from .draw_tree import export_draws as export_draws
+    from .exporting import export_run as export_run
     from .loaded_model import Model as Model
+    from .merged import merge as merge
     from .opening import load as load
     from .packing import pack as pack
     from .peft import export as export

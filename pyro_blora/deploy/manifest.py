@@ -23,6 +23,10 @@ _PLAIN = re.compile(r"\w[\w.-]*")
 _SHOWN = 60  # characters of a value in a message
 
 
+class Refused(ValueError):
+    """An artefact that is not read; the text is one sentence that says why."""
+
+
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Write the manifest of a folder in which all other files are."""
     others = sorted(x for x in path.parent.iterdir() if x.name not in (CARD, path.name))
@@ -34,18 +38,21 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
 def read_manifest(path: Path, *, schema: str, version: int) -> dict[str, Any]:
     """The content of a manifest, by the schema of that name beside this module, when every file is whole.
 
-    Errors: ValueError saying what is wrong: a newer version, no manifest of this kind, a damaged or missing file.
+    Errors: Refused saying what is wrong: a newer version, no manifest of this kind, a damaged or missing file.
     """
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read ({' '.join(str(error).split())}): {_RESTORE}") from None
     if not isinstance(content, dict) or content.get("schema") != schema:
-        raise ValueError(f"{path} is no description of a model by {schema}: {_RESTORE}")
+        raise Refused(f"{path} is no description of a model by {schema}: {_RESTORE}")
     if content.get("version") != version:
-        raise ValueError(
+        raise Refused(
             f"{path} has version {str(content.get('version'))[:_SHOWN]!r} of {schema}, this package reads {version}: "
             "install a newer one, or export again"
         )
     if content.pop(SUM, None) != _sum_of(content):
-        raise ValueError(f"{path} is not what was written, its hash is another: {_RESTORE}")
+        raise Refused(f"{path} is not what was written, its hash is another: {_RESTORE}")
     _require_schema(path, content, schema)
     for name, expected in content["files"].items():
         _require_whole(path.parent, name, expected)
@@ -68,7 +75,7 @@ def _sum_of(content: dict[str, Any]) -> str:
 
 
 def _require_schema(path: Path, content: dict[str, Any], schema: str) -> None:
-    """Errors: ValueError naming the first place that is not as the schema says."""
+    """Errors: Refused naming the first place that is not as the schema says."""
     import jsonschema
 
     rules = json.loads(Path(__file__).with_name(f"{schema}.schema.json").read_text(encoding="utf-8"))
@@ -76,7 +83,7 @@ def _require_schema(path: Path, content: dict[str, Any], schema: str) -> None:
     if error is not None:
         place = "/".join(map(str, error.absolute_path)) or "the whole"
         wanted = json.dumps(error.validator_value)
-        raise ValueError(
+        raise Refused(
             f"{path}, {place}: {json.dumps(error.instance)[:_SHOWN]} is not as version {content['version']} of "
             f"{schema} has it ({error.validator}: {wanted[:_SHOWN]}): {_RESTORE}"
         )
@@ -84,12 +91,12 @@ def _require_schema(path: Path, content: dict[str, Any], schema: str) -> None:
 
 def _require_whole(folder: Path, name: str, expected: dict[str, Any]) -> None:
     if not _PLAIN.fullmatch(name):
-        raise ValueError(f"{folder} lists a file {name[:_SHOWN]!r}, which is no plain name: {_RESTORE}")
+        raise Refused(f"{folder} lists a file {name[:_SHOWN]!r}, which is no plain name: {_RESTORE}")
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {_RESTORE}")
+        raise Refused(f"{path} is missing: {_RESTORE}")
     size = path.stat().st_size
     if size != expected["bytes"]:
-        raise ValueError(f"{path} has {size:,} bytes, not {expected['bytes']:,}: {_RESTORE}")
+        raise Refused(f"{path} has {size:,} bytes, not {expected['bytes']:,}: {_RESTORE}")
     if sha256(path) != expected[SUM]:
-        raise ValueError(f"{path} is not what was written, its hash is another: {_RESTORE}")
+        raise Refused(f"{path} is not what was written, its hash is another: {_RESTORE}")

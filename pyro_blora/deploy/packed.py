@@ -25,7 +25,7 @@ from ..models.names import DEMO, DEMO_ON_THE_HUB, backbone_path
 from ..models.quiet_loading import quiet
 from ..quantizer.packing import Scale, restored
 from .low_bit import LowRank, Rounded, Site, put_in
-from .manifest import content_sum, read_manifest
+from .manifest import Refused, content_sum, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SCHEMA, VERSION = "packed", 1
 MANIFEST, WEIGHTS = "packed.json", "packed.safetensors"
 EXACT = 32  # bits of what has no grid
+_SHOWN = 200  # characters of another error in a message
 _RESTORE = "copy or export the folder again"
 
 
@@ -49,9 +50,11 @@ def load_packed(folder: Path, *, backbone: str | Path | None = None) -> PreTrain
     content = read_manifest(folder / MANIFEST, schema=SCHEMA, version=VERSION)
     try:
         return _loaded(folder, content, backbone)
-    except (KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:  # of a file that only looks right
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{folder} is not a packed model that can be built ({said}): {_RESTORE}") from None
+    except Refused:
+        raise
+    except Exception as error:  # whatever transformers makes of a description that only looks right
+        said = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        raise Refused(f"{folder} is not a packed model that can be built ({said}): {_RESTORE}") from None
 
 
 @torch.no_grad()
@@ -86,7 +89,7 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
         )  # fmt: skip
     for what, found in report.items():
         if found:
-            raise ValueError(
+            raise Refused(
                 f"{folder / WEIGHTS} has {what.replace('_', ' ')}: {sorted(map(str, found))[0]}: {_RESTORE}"
             )
     put_in(model, sites)
@@ -102,13 +105,13 @@ class _Tensors:
     def _take(self, part: str) -> Tensor:
         found = self.tensors.pop(f"{self.name}.{part}", None)
         if found is None:
-            raise ValueError(f"{WEIGHTS} has no tensor {self.name}.{part}: {_RESTORE}")
+            raise Refused(f"{WEIGHTS} has no tensor {self.name}.{part}: {_RESTORE}")
         return found
 
     def _range(self, part: str) -> Tensor:
         found = self._take(f"{part}.range")
         if found.dtype != torch.float32 or not bool((found > 0).all() and found.isfinite().all()):
-            raise ValueError(f"{WEIGHTS}: {self.name}.{part}.range is no positive number: {_RESTORE}")
+            raise Refused(f"{WEIGHTS}: {self.name}.{part}.range is no positive number: {_RESTORE}")
         return found
 
     def weight(self, part: str, shape: tuple[int, int]) -> Tensor:
@@ -116,7 +119,7 @@ class _Tensors:
         bits, stored = self.bits[part], self._take(part)
         x = stored if bits == EXACT else restored(stored, self._range(part), bits, shape)
         if x.shape != tuple(shape) or x.dtype != torch.float32:
-            raise ValueError(f"{WEIGHTS}: {self.name}.{part} is {tuple(x.shape)} {x.dtype}, not {shape}: {_RESTORE}")
+            raise Refused(f"{WEIGHTS}: {self.name}.{part} is {tuple(x.shape)} {x.dtype}, not {shape}: {_RESTORE}")
         return x
 
     def on_grid(self, part: str, x: Tensor) -> Tensor:
@@ -129,13 +132,13 @@ class _Tensors:
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:
-    """A model's class by its name.  Errors: ValueError for what transformers does not have."""
+    """A model's class by its name.  Errors: Refused for what transformers does not have."""
     import transformers
 
     found: Any = getattr(transformers, name, None)
     own = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if not own or found.__module__.partition(".")[0] != "transformers" or found.config_class is None:
-        raise ValueError(f"transformers {transformers.__version__} has no model {name!r}: install the version that has")
+        raise Refused(f"transformers {transformers.__version__} has no model {name!r}: install the version that has")
     model_class: type[PreTrainedModel] = found
     return model_class
 
@@ -145,7 +148,7 @@ def _referenced(
 ) -> dict[str, Tensor]:
     """The tensors that the folder has not, from transformers' files, by name.
 
-    Errors: ValueError where the base is not found, or is another one.
+    Errors: Refused where the base is not found, or is another one.
     """
     name = str(backbone) if backbone is not None else base["name"]
     if backbone is None and name == DEMO_ON_THE_HUB:
@@ -161,10 +164,10 @@ def _referenced(
             ).state_dict()  # fmt: skip
     except Exception as error:  # whatever transformers makes of a folder, or of a hub out of reach
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the base {name!r} could not be read ({first}): load(FOLDER, backbone=PATH)") from None
+        raise Refused(f"the base {name!r} could not be read ({first}): load(FOLDER, backbone=PATH)") from None
     tensors = {key: found[key] for key in base["tensors"] if key in found}
     if len(tensors) < len(base["tensors"]) or content_sum(tensors) != base["sha256"]:
-        raise ValueError(
+        raise Refused(
             f"{name!r} is not the base that was exported, its weights differ: load(FOLDER, backbone=PATH) with "
             f"{base['name']} at revision {base['revision'] or 'that it had'}"
         )

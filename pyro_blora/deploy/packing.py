@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,21 @@ from torch import Tensor, nn
 from .. import adapters
 from ..config.run_config import RunConfig
 from ..files import new_folder
-from ..layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, Projection
 from ..models.architectures import example_rows
 from ..models.names import commit_of, public_name
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
-from ..quantizer.packing import packed
+from ..quantizer.packing import WIDEST, packed
 from ..tasks.outcomes import described
+from . import cards
+from .about import About
+from .held_out import HeldOut, answer_of
 from .manifest import content_sum, write_manifest
+from .model_card import write_card
 from .packed import EXACT, MANIFEST, SCHEMA, VERSION, WEIGHTS, load_packed
 from .peft import plain_backbone, save_tokenizer
+from .widths import Widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,32 +41,39 @@ _LEFT_OUT = ("auto_map", "quantization_config", "_name_or_path", "attn_implement
 @torch.no_grad()
 def pack(
     program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None, tokenizer=None,
-    config: RunConfig | None = None, reference: bool = False,
+    config: RunConfig | None = None, reference: bool = False, merged: bool = False, embeddings: int = EXACT,
+    held_out: HeldOut | None = None,
 ) -> Path:  # fmt: skip
     """Write the deployed model to `folder`, which must not exist: codes of as many bits as were learned.
 
     rows: inputs on which what was written is compared with the program; None: ordinary tokens of the vocabulary.
     tokenizer, config: of the run; the tokenizer is saved too. reference: leave out what the base has, and name it with
-    its revision and a hash; it is read from there by `load`.
+    its revision and a hash; it is read from there by `load`. held_out: of the run, on which it is measured.
+    Two options give up the equality. merged: the adapter is added to the dequantized base, and the sum rounded again.
+    embeddings: their bits, with a range for every row; 32 leaves them as they are.
     Errors: FileExistsError; ValueError for a network that has no such form; RuntimeError if what was written does not
     predict what the program predicts (nothing is left behind then).
     """
     folder, net = Path(folder), program.net
     _require_form(net)
+    if merged and (reference or not net.layout.adapted):
+        raise ValueError("a merged base is not the one to refer to, and needs an adapter: drop one of the two options")
+    if embeddings != EXACT and not 2 <= embeddings <= WIDEST:
+        raise ValueError(f"embeddings have 2 to {WIDEST} bit, or {EXACT} as they are, got {embeddings}")
     with new_folder(folder, "a model") as partial:
         plain = plain_backbone(net)
-        state, projections = _state(plain), {}
-        widths = Widths.of(program)
+        state, widths = _state(plain), Widths.of(program, merged)
+        rounded = {} if embeddings == EXACT else _round_embeddings(plain, state, embeddings)
         for index, projection in enumerate(net.layout.projections):
             state |= widths.packed(index, state.pop(f"{projection.name}.weight"))
-            projections[projection.name] = widths.entry(index)
         content: dict[str, Any] = {
             "schema": SCHEMA, "version": VERSION, "made_by": _made_by(), "architecture": _architecture(plain),
             "task": {
                 "name": config.task if config else None, "text_columns": list(program.text_columns),
                 "outcome": described(program.likelihood), "max_length": config.max_length if config else None,
             },
-            "projections": projections, "embeddings": {},
+            "projections": {p.name: widths.entry(index) for index, p in enumerate(net.layout.projections)},
+            "embeddings": rounded,
         }  # fmt: skip
         if reference:
             content["base"] = _refer(plain, state, [p.name for p in net.layout.projections])
@@ -70,61 +81,14 @@ def pack(
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, config)
         write_manifest(partial / MANIFEST, content)
-        require_equal(program, load_packed(partial, backbone=plain.name_or_path if reference else None), rows)
+        written = load_packed(partial, backbone=plain.name_or_path if reference else None)
+        if not merged and embeddings == EXACT:
+            require_equal(program, written, rows)
+        measured = None if held_out is None else held_out.measure(answer_of(written, program))
+        about, share = About.of(program, plain, config), share_of_disk(plain, state)
+        card = cards.packed(about, is_merged=merged, share=share, reference=reference, embeddings=embeddings)
+        write_card(partial, about, card, measured)
     return folder
-
-
-class Widths(NamedTuple):
-    """The deployed allocation of a program: bits (L, T), open ranks (L,), ranges (L, T)."""
-
-    program: BayesianLoRA
-    bits: Tensor
-    ranks: Tensor
-    ranges: Tensor
-
-    @classmethod
-    def of(cls, program: BayesianLoRA) -> Widths:
-        net, (z, g) = program.net, deployed(program)
-        layout = net.layout
-        bits = torch.tensor(layout.ladder)[z.sum(-1).long().cpu()]
-        ranges, owners = net.log_range.exp().cpu(), layout.input_owner
-        bits[:, INPUT], ranges[:, INPUT] = bits[owners, INPUT], ranges[owners, INPUT]
-        return cls(program, bits, 1 + g.sum(-1).long().cpu(), ranges)
-
-    def _tensors(self, index: int) -> dict[str, int]:
-        """Places of the tensors that a projection has."""
-        adapted = self.program.layout.projections[index].adapted
-        places = {"input": INPUT, "base": BASE}
-        return places | ({"lora_A": LORA_A, "lora_B": LORA_B, "hidden": HIDDEN} if adapted else {})
-
-    def entry(self, index: int) -> dict[str, Any]:
-        """Of a projection in the manifest."""
-        layout, rank = self.program.layout, int(self.ranks[index])
-        projection: Projection = layout.projections[index]
-        found: dict[str, Any] = {
-            "shape": [projection.out_features, projection.in_features],
-            "bits": {name: int(self.bits[index, t]) for name, t in self._tensors(index).items()},
-        }
-        if projection.adapted:
-            found |= {"rank": layout.rank, "open": rank, "scale": layout.alpha / layout.rank}
-        return found
-
-    def packed(self, index: int, base: Tensor) -> dict[str, Tensor]:
-        """Codes and ranges of a projection's tensors, by their names in the file."""
-        projection, rank = self.program.layout.projections[index], int(self.ranks[index])
-        weights = {"base": base.float()}
-        if projection.adapted:
-            down, up = self.program.net.low_rank(projection.name)
-            weights |= {"lora_A": down[:rank], "lora_B": up[:, :rank]}
-        found = {}
-        for name, t in self._tensors(index).items():
-            bits, value_range = int(self.bits[index, t]), self.ranges[index, t].clone()
-            if bits < EXACT:
-                found[f"{projection.name}.{name}.range"] = value_range
-            if name in weights:
-                x = weights[name].detach().cpu()
-                found[f"{projection.name}.{name}"] = packed(x, value_range, bits) if bits < EXACT else x
-        return found
 
 
 def _require_form(net: adapters.GatedModel) -> None:
@@ -154,6 +118,35 @@ def _state(plain: PreTrainedModel) -> dict[str, Tensor]:
 def _architecture(plain: PreTrainedModel) -> dict[str, Any]:
     config = {key: x for key, x in plain.config.to_dict().items() if key not in _LEFT_OUT}
     return {"class": type(plain).__name__, "attention": plain.config._attn_implementation, "config": config}
+
+
+def _round_embeddings(plain: PreTrainedModel, state: dict[str, Tensor], bits: int) -> dict[str, Any]:
+    """Put every embedding's table into codes, a range for each row; returns their entries of the manifest."""
+    entries = {}
+    for path, module in plain.named_modules():
+        name = f"{path}.weight"
+        if isinstance(module, nn.Embedding) and name in state:
+            x = state.pop(name)
+            value_range = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+            state |= {f"{name}.codes": packed(x, value_range, bits), f"{name}.codes.range": value_range}
+            entries[name] = {"shape": list(x.shape), "bits": bits}
+    return entries
+
+
+def share_of_disk(plain: PreTrainedModel, state: dict[str, Tensor]) -> str:
+    """Bytes of what is stored, and of it without embeddings, in % of the plain model's at 32 bit."""
+    embeddings = {f"{path}.weight" for path, module in plain.named_modules() if isinstance(module, nn.Embedding)}
+
+    def sizes(tensors: dict[str, Tensor]) -> tuple[int, int]:
+        own = {name: x.numel() * x.element_size() for name, x in tensors.items()}
+        of_embeddings = sum(size for name, size in own.items() if name.partition(".codes")[0] in embeddings)
+        return sum(own.values()), sum(own.values()) - of_embeddings
+
+    (stored, without), (whole, rest) = sizes(state), sizes(_state(plain))
+    return (
+        f"{stored / 1e6:.1f} MB, {100 * stored / whole:.0f} % of the model at 32 bit; without embeddings "
+        f"{without / 1e6:.1f} MB, {100 * without / rest:.0f} %"
+    )
 
 
 def _refer(plain: PreTrainedModel, state: dict[str, Tensor], projections: list[str]) -> dict[str, Any]:
