@@ -6,6 +6,7 @@ from typing import Any
 
 FORMATS = {
     "packed": "the deployed low-bit model in as many bits as were learned, for pyro_blora.load",
+    "onnx": "the same for onnxruntime, on int8 kernels where both factors have 8 bit or fewer",
     "peft": "an adapter of PEFT, over a base of 32 bit",
     "merged": "a model of transformers at 32 bit, with the adapter in its weights",
 }

@@ -52,6 +52,29 @@ tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 with torch.no_grad():
     logits = model(**tokenizer(["a text"], truncation=True, return_tensors="pt")).logits
 """
+_ONNX = """import json
+
+import numpy as np
+import onnxruntime
+import tokenizers
+
+folder = "this folder"
+about = json.load(open(f"{folder}/onnx.json"))
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+tokenizer.enable_truncation(about["task"]["max_length"] or 512)
+tokenizer.enable_padding()
+
+
+def logits(texts):
+    rows = tokenizer.encode_batch(texts)
+    every = {
+        "input_ids": [row.ids for row in rows],
+        "attention_mask": [row.attention_mask for row in rows],
+        "token_type_ids": [row.type_ids for row in rows],
+    }
+    return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
+"""
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
 _NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
@@ -145,6 +168,31 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
         ],
         _PACKED.format(backbone=', backbone="PATH of the base"' if reference else ""), "pyro_blora",
         ["lora", "bayesian", "quantized"], "quantized",
+    )  # fmt: skip
+
+
+def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: int) -> Card:
+    """Of the deployed model for onnxruntime. products: of two codes, and all. gaps: of logits, of the largest."""
+    bits, opened = deployed_widths(about.program)
+    integer, every = products
+    return Card(
+        f"{about.base or 'A model'} at learned bit widths, for onnxruntime",
+        [
+            f"The deployed allocation of the run, with its learned scales. {integer} of the {every} matrix products of "
+            "the quantized projections have both factors at 8 bit or fewer: onnxruntime runs them on int8 kernels, but "
+            "for some of the small ones with A. Codes of fewer bits are bytes, too, so they cost the time and the disk "
+            "of 8. All else is float32.",
+            f"Compared with the packed model, logits differ by {gaps['logit_gap_mean']:.1g} of the largest on average, "
+            f"and by up to {gaps['logit_gap_largest']:.1g}: onnxruntime sums in another order, so a value at the "
+            "border between two codes may take the other one.",
+            f"**Bit operations** on hardware with products of every width: {_share(about)}. On int8 kernels, widths "
+            "below 8 bit save nothing more.",
+            f"**Disk**: {size / 1e6:.1f} MB.",
+            f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, list(about.layout.tensors))}",
+            "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
+            "and tokenizers, neither torch nor pyro_blora.",
+        ],
+        _ONNX, "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from ..config.export_flags import require_together
 from ..progress import phase
 from .held_out import Measured, held_out_of
 from .loading import load
+
+_OF_ONNX = ("onnx", "onnxscript", "onnxruntime")  # the extra
 
 
 def export_run(
@@ -28,6 +31,8 @@ def export_run(
     folder = Path(folder).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} exists already: give another --to, an export is never overwritten")
+    if format == "onnx" and (missing := [name for name in _OF_ONNX if importlib.util.find_spec(name) is None]):
+        raise ValueError(f"--format onnx needs {', '.join(missing)}: pip install 'pyro-blora[onnx]'")
     with phase(f"loading {run}"):
         model = load(run, allow_code=allow_code, backbone=backbone)
     held_out = held_out_of(model.source, model.run)
@@ -48,6 +53,10 @@ def export_run(
             from .merged import merge as merged
 
             merged(model, folder, **shared)
+        elif format == "onnx":
+            from .onnx_file import export_onnx
+
+            export_onnx(model, folder, **shared)
         else:
             from .packing import pack
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..quantizer.packing import Scale
 
+INT8 = 8  # bits of the codes that integer kernels take
+
 
 class Rounded(nn.Module):
     """Q_b of an activation at its learned range, () or (n,)."""
@@ -39,12 +41,19 @@ class Rounded(nn.Module):
         return f"bits={self.bits}"
 
 
-class LowRank(NamedTuple):
-    """An adapter on its grids: lora_A (R, n), what rounds A x, lora_B (m, R), and alpha / R."""
+class OnGrid(NamedTuple):
+    """A weight on its grid, step * code: (m, n); step () or (m, 1), None for one that has no codes of at most 8 bit."""
 
-    down: Tensor
+    x: Tensor
+    step: Tensor | None = None
+
+
+class LowRank(NamedTuple):
+    """An adapter: lora_A (R, n), what rounds A x, lora_B (m, R), and alpha / R."""
+
+    down: OnGrid
     hidden: nn.Module
-    up: Tensor
+    up: OnGrid
     scale: float
 
 
@@ -54,15 +63,17 @@ class LowBitLinear(nn.Module):
     lora_A: Tensor
     lora_B: Tensor
 
-    def __init__(self, linear: nn.Linear, rounded: nn.Module, adapter: LowRank | None):
-        """linear: its weight (m, n) is on its grid. rounded: of x, `Rounded`, or `nn.Identity` at 32 bit."""
+    def __init__(self, linear: nn.Linear, rounded: nn.Module, step: Tensor | None, adapter: LowRank | None):
+        """linear: its weight (m, n) is on its grid, of this step. rounded: of x, `Rounded`, or `nn.Identity`."""
         super().__init__()
         self.weight, self.bias, self.rounded = linear.weight, linear.bias, rounded
         self.scale = None if adapter is None else adapter.scale
+        self.steps = {"weight": step}
         if adapter is not None:
             self.hidden = adapter.hidden
-            self.register_buffer("lora_A", adapter.down, persistent=False)
-            self.register_buffer("lora_B", adapter.up, persistent=False)
+            self.register_buffer("lora_A", adapter.down.x, persistent=False)
+            self.register_buffer("lora_B", adapter.up.x, persistent=False)
+            self.steps |= {"lora_A": adapter.down.step, "lora_B": adapter.up.step}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.rounded(x)
@@ -73,9 +84,10 @@ class LowBitLinear(nn.Module):
 
 
 class Site(NamedTuple):
-    """What a projection has beside its weight: what rounds x, and an adapter."""
+    """What a projection has beside its weight: what rounds x, the weight's step as in `OnGrid`, and an adapter."""
 
     rounded: nn.Module
+    step: Tensor | None
     adapter: LowRank | None
 
 

@@ -31,7 +31,7 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Write the manifest of a folder in which all other files are."""
     others = sorted(x for x in path.parent.iterdir() if x.name not in (CARD, path.name))
     files = {x.name: {"bytes": x.stat().st_size, SUM: sha256(x)} for x in others}
-    whole = {**content, "files": files}
+    whole = json.loads(json.dumps({**content, "files": files}))  # as it is read: keys are text, and sorted as that
     replace_text(path, json.dumps({**whole, SUM: _sum_of(whole)}, indent=1, sort_keys=True) + "\n")
 
 

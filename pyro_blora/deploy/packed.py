@@ -3,7 +3,7 @@
 `packed.json` says what every tensor of `packed.safetensors` is (packed.schema.json); packing.py writes both.
 
     NAME.weight            of a layer that has no grid, as it is
-    PROJECTION.base        its weight: codes, or at 32 bit the numbers; of a merged or referenced one as well
+    PROJECTION.base        its weight: codes, or at 32 bit the numbers; none where the base is not packed in
     PROJECTION.lora_A, .lora_B      the same of an adapter's open ranks
     PROJECTION.input.range, .base.range, ...    of each tensor below 32 bit, one number or one per row
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..models.names import DEMO, DEMO_ON_THE_HUB, backbone_path
 from ..models.quiet_loading import quiet
 from ..quantizer.packing import Scale, restored
-from .low_bit import LowRank, Rounded, Site, put_in
+from .low_bit import INT8, LowRank, OnGrid, Rounded, Site, put_in
 from .manifest import Refused, content_sum, read_manifest
 
 if TYPE_CHECKING:
@@ -70,16 +70,17 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
         own = _Tensors(tensors, name, entry["bits"])
         m, n = entry["shape"]
         given = base.pop(f"{name}.weight", None)
-        weights[f"{name}.weight"] = own.weight("base", (m, n)) if given is None else own.on_grid("base", given)
+        weight = own.weight("base", (m, n)) if given is None else own.on_grid("base", given)
+        weights[f"{name}.weight"] = weight.x
         adapter = None
         if "rank" in entry:
             closed = entry["rank"] - entry["open"]  # rows and columns of zeros, for products of the trained shape
-            down = F.pad(own.weight("lora_A", (entry["open"], n)), (0, 0, 0, closed))
-            up = F.pad(own.weight("lora_B", (m, entry["open"])), (0, closed))
+            down, up = own.weight("lora_A", (entry["open"], n)), own.weight("lora_B", (m, entry["open"]))
+            down, up = down._replace(x=F.pad(down.x, (0, 0, 0, closed))), up._replace(x=F.pad(up.x, (0, closed)))
             adapter = LowRank(down, own.rounded("hidden"), up, entry["scale"])
-        sites[name] = Site(own.rounded("input"), adapter)
+        sites[name] = Site(own.rounded("input"), weight.step, adapter)
     for name, entry in content["embeddings"].items():
-        weights[name] = _Tensors(tensors, name, {"codes": entry["bits"]}).weight("codes", entry["shape"])
+        weights[name] = _Tensors(tensors, name, {"codes": entry["bits"]}).weight("codes", entry["shape"]).x
     with quiet(), torch.random.fork_rng(devices=[]):
         model: Any
         report: dict[str, Any]
@@ -89,9 +90,7 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
         )  # fmt: skip
     for what, found in report.items():
         if found:
-            raise Refused(
-                f"{folder / WEIGHTS} has {what.replace('_', ' ')}: {sorted(map(str, found))[0]}: {_RESTORE}"
-            )
+            raise Refused(f"{folder / WEIGHTS} has {what.replace('_', ' ')}: {sorted(map(str, found))[0]}: {_RESTORE}")
     put_in(model, sites)
     return model.requires_grad_(False).eval()
 
@@ -114,21 +113,33 @@ class _Tensors:
             raise Refused(f"{WEIGHTS}: {self.name}.{part}.range is no positive number: {_RESTORE}")
         return found
 
-    def weight(self, part: str, shape: tuple[int, int]) -> Tensor:
+    def weight(self, part: str, shape: tuple[int, int]) -> OnGrid:
         """Stored codes as numbers, or the stored numbers, of this shape."""
         bits, stored = self.bits[part], self._take(part)
-        x = stored if bits == EXACT else restored(stored, self._range(part), bits, shape)
-        if x.shape != tuple(shape) or x.dtype != torch.float32:
-            raise Refused(f"{WEIGHTS}: {self.name}.{part} is {tuple(x.shape)} {x.dtype}, not {shape}: {_RESTORE}")
-        return x
+        found = OnGrid(stored)
+        if bits != EXACT:
+            value_range = self._range(part)
+            found = OnGrid(restored(stored, value_range, bits, shape), _step(value_range, bits))
+        if found.x.shape != tuple(shape) or found.x.dtype != torch.float32:
+            is_of = f"{tuple(found.x.shape)} {found.x.dtype}"
+            raise Refused(f"{WEIGHTS}: {self.name}.{part} is {is_of}, not {shape}: {_RESTORE}")
+        return found
 
-    def on_grid(self, part: str, x: Tensor) -> Tensor:
+    def on_grid(self, part: str, x: Tensor) -> OnGrid:
         """Another weight on the grid of this part."""
-        return x if self.bits[part] == EXACT else Scale.of(self._range(part), self.bits[part]).rounded(x)
+        bits = self.bits[part]
+        if bits == EXACT:
+            return OnGrid(x)
+        value_range = self._range(part)
+        return OnGrid(Scale.of(value_range, bits).rounded(x), _step(value_range, bits))
 
     def rounded(self, part: str) -> nn.Module:
         """What rounds an activation."""
         return nn.Identity() if self.bits[part] == EXACT else Rounded(self._range(part), self.bits[part])
+
+
+def _step(value_range: Tensor, bits: int) -> Tensor | None:
+    return Scale.of(value_range, bits).step if bits <= INT8 else None
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:

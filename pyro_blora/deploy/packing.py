@@ -67,11 +67,8 @@ def pack(
         for index, projection in enumerate(net.layout.projections):
             state |= widths.packed(index, state.pop(f"{projection.name}.weight"))
         content: dict[str, Any] = {
-            "schema": SCHEMA, "version": VERSION, "made_by": _made_by(), "architecture": _architecture(plain),
-            "task": {
-                "name": config.task if config else None, "text_columns": list(program.text_columns),
-                "outcome": described(program.likelihood), "max_length": config.max_length if config else None,
-            },
+            "schema": SCHEMA, "version": VERSION, "made_by": made_by(), "architecture": _architecture(plain),
+            "task": described_task(program, config),
             "projections": {p.name: widths.entry(index) for index, p in enumerate(net.layout.projections)},
             "embeddings": rounded,
         }  # fmt: skip
@@ -89,6 +86,14 @@ def pack(
         card = cards.packed(about, is_merged=merged, share=share, reference=reference, embeddings=embeddings)
         write_card(partial, about, card, measured)
     return folder
+
+
+def described_task(program: BayesianLoRA, config: RunConfig | None) -> dict[str, Any]:
+    """What a manifest says of the task."""
+    return {
+        "name": config.task if config else None, "text_columns": list(program.text_columns),
+        "outcome": described(program.likelihood), "max_length": config.max_length if config else None,
+    }  # fmt: skip
 
 
 def _require_form(net: adapters.GatedModel) -> None:
@@ -117,7 +122,8 @@ def _state(plain: PreTrainedModel) -> dict[str, Tensor]:
 
 def _architecture(plain: PreTrainedModel) -> dict[str, Any]:
     config = {key: x for key, x in plain.config.to_dict().items() if key not in _LEFT_OUT}
-    return {"class": type(plain).__name__, "attention": plain.config._attn_implementation, "config": config}
+    attention = plain.config._attn_implementation
+    return {"class": type(plain).__name__, "attention": attention if attention == "eager" else "sdpa", "config": config}
 
 
 def _round_embeddings(plain: PreTrainedModel, state: dict[str, Tensor], bits: int) -> dict[str, Any]:
@@ -179,7 +185,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: x.contiguous().clone() for name, x in state.items()}, path)
 
 
-def _made_by() -> str:
+def made_by() -> str:
     try:
         return f"pyro_blora {importlib.metadata.version('pyro-blora')}"
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

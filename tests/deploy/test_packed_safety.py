@@ -18,6 +18,7 @@ from pyro_blora.deploy.packed import MANIFEST, WEIGHTS, load_packed
 
 pytestmark = pytest.mark.usefixtures("eager")
 INPUTS = batch(2, 7)[0]
+BASE = {"name": "someone/tiny", "revision": None, "tensors": ["bert.x.weight"], "sha256": "0" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,7 @@ def changed(copy, *path, to):
         (("architecture", "config", "auto_map"), {"AutoModel": "x--y.Z"}, "architecture/config"),
         (("architecture", "config", "hidden_size"), 48, "is not a packed model that can be built"),
         (("files", "../secret"), {"bytes": 1, "sha256": "0" * 64}, "lists a file '../secret', which is no plain name"),
+        (("base",), {**BASE, "name": "../x"}, 'base/name: "../x" is not as version 1 of packed has it (pattern'),
         (("files", "more.json"), {"bytes": 1, "sha256": "0" * 64}, "more.json is missing"),
         (("projections", "bert.x"), {"shape": [1, 1], "bits": {"base": 2, "input": 2}}, "has no tensor bert.x.base"),
     ],
