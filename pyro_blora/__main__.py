@@ -8,38 +8,27 @@ import functools
 import os
 import signal
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .config.command_line import called_elsewhere, run_fields, take_settings
 from .config.completion import complete
+from .config.export_flags import add_export_command, export_options, require_together
 from .config.flags import add_run_flags
-from .config.methods import METHODS
+from .config.lists import LISTS, choices, print_list, print_methods
 from .config.predict_flags import add_predict_command, predict_options
 from .config.run_config import RunConfig
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
-from .registries import CHOSEN, LISTED
-from .registry import REQUIRED
+from .registries import LISTED
 from .signals import Interrupted, asked, heeded
 from .user_code import place_of
 from .user_values import nearest, suggest
 
-COMMANDS = ("train", "predict", "show", "report", "what-if", "methods", *LISTED, "doctor")
-_LISTS = {  # of LISTED, what each is a list of
-    "priors": "priors of the gates", "guides": "guides, variational families of the gates",
-    "adapters": "adapters, what learns beside the head", "weights": "distributions of the adapter's weights",
-    "elbos": "ELBOs, whose names --estimator takes", "tasks": "tasks, with texts, labels and metrics",
-    "likelihoods": "likelihoods, kinds of outcome that a task may have", "sections": "sections of a report",
-}  # fmt: skip
+COMMANDS = ("train", "predict", "export", "show", "report", "what-if", "methods", *LISTED, "doctor")
 _LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
 _HELP_COLUMN = 34  # of `train --help`: beside most flags with their values
-_SITES = (
-    "--prior.z NAME or --prior.g NAME gives the bit gates or the rank gates a separate prior, --prior.z.SETTING "
-    "VALUE its settings; the name `off` opens them for good."
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +102,8 @@ def _command(argv: list[str]) -> int:
         return _train(arguments, settings)
     if arguments.command == "predict":
         return _predict(arguments)
+    if arguments.command == "export":
+        return _export(arguments)
     if arguments.command == "show":
         from .report.terminal import show_run
 
@@ -126,14 +117,14 @@ def _command(argv: list[str]) -> int:
         show_what_if(Path(arguments.run), arguments.gate, arguments.state == "open")
         return 0
     if arguments.command == "methods":
-        _print_methods()
+        print_methods()
         return 0
     if arguments.command == "doctor":
         from .doctor import show
 
         show()
         return 0
-    _print_list(arguments.command)
+    print_list(arguments.command)
     return 0
 
 
@@ -183,6 +174,21 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    options = export_options(arguments)
+    require_together(**options)
+    prepare(quiet=arguments.quiet)
+    with silenced(arguments.quiet):
+        with phase("importing PyTorch, Pyro and transformers"):
+            from .deploy.exporting import export_run
+
+        folder, measured = export_run(options.pop("run"), **options)
+    if measured is not None and not arguments.quiet:
+        print(f"{measured}.")
+    print(folder)
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     prepare(quiet=arguments.quiet)
     with silenced(arguments.quiet):
@@ -207,7 +213,7 @@ def _parser() -> _Parser:
         help="train, or resume, one run",
         description="Train one run, or resume it: a flag overrides the preset, the preset overrides the defaults.",
         usage="pyro-blora train [--preset NAME] [--FLAG VALUE ...] [--prior.SETTING VALUE ...]",
-        epilog=_epilog(),
+        epilog=choices(),
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=_HELP_COLUMN),
         allow_abbrev=False,
     )
@@ -220,8 +226,9 @@ def _parser() -> _Parser:
     )
     output.add_argument("--quiet", action="store_true", help="print nothing but the run's folder, warnings and errors")
     add_predict_command(commands, _HELP_COLUMN)
+    add_export_command(commands, _HELP_COLUMN)
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
-    for name, what in _LISTS.items():
+    for name, what in LISTS.items():
         commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)
     commands.add_parser(
         "doctor",
@@ -247,45 +254,6 @@ def _parser() -> _Parser:
     )
     what_if.add_argument("state", choices=("open", "closed"))
     return parser
-
-
-def _epilog() -> str:
-    """What can be chosen by name."""
-    lines = ["methods:", *(f"  {name:14s} {method.line}" for name, method in METHODS.items())]
-    for kind, registry in CHOSEN.items():
-        command = next(name for name, listed in LISTED.items() if listed is registry)
-        lines += ["", f"{command}, with their settings (--{kind}.NAME VALUE; `pyro-blora {command}` lists them):"]
-        for entry in registry.entries():
-            shown = ", ".join(f"{name}={default!r}" for name, default in entry.settings.items())
-            lines.append(f"  {entry.name:14s} {entry.line}{f' ({shown})' if shown else ''}")
-    return "\n".join([*lines, "", *textwrap.wrap(_SITES, 100)])
-
-
-def _print_methods() -> None:
-    for name, method in METHODS.items():
-        print(f"{name:14s} {method.line}")
-        for verb, flags in (("sets", method.fixes), ("proposes", method.proposes)):
-            if flags:
-                print(f"{'':14s}   {verb} {' '.join(f'--{flag} {value}' for flag, value in flags.items())}")
-
-
-def _print_list(command: str) -> None:
-    """The names of a kind, with their settings."""
-    if command == "tasks":
-        from .tasks import get_task  # what is learned is known to the task itself
-
-    registry = LISTED[command]
-    width = max(14, *map(len, registry.names()))
-    for entry in registry.entries():
-        print(f"{entry.name:{width}s} {entry.line}")
-        if command == "tasks" and REQUIRED not in entry.settings.values():  # of others, the data says it
-            task = get_task(entry.name)
-            print(f"{'':14s}   {' and '.join(task.text_columns)}; {task.metric_name}; {task.allowed_labels}")
-        for setting, default in entry.settings.items():
-            shown = "required" if default is REQUIRED else f"default: {default}"
-            print(f"{'':14s}   --{registry.kind}.{setting} VALUE ({shown})")
-    if command == "priors":
-        print(_SITES)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,26 @@ def replace(path: Path, write: Callable[[Path], object], rename: Callable[[], No
 
 def replace_text(path: Path, text: str) -> None:
     replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A temporary folder beside, which takes this name when the block has ended; nothing is left where it fails.
+
+    what: is never overwritten, for the message.   Errors: FileExistsError for a folder that is there; NotWritten.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: give another folder, {what} is never overwritten")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            sync_tree(partial)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -31,7 +31,7 @@ from .distributed import sharding_wanted
 from .evaluation.evaluating import Evaluated, evaluate, predictions_file, with_members
 from .evaluation.summary import of_restart, predictions_table, summarize
 from .files import REPORT, NotWritten, replace_text, require_whole, sync, sync_tree, write_sums, writing
-from .models.loading import commit_of
+from .models.names import commit_of
 from .posterior.arviz import to_arviz
 from .posterior.arviz_compat import concatenate, read, save
 from .program import BayesianLoRA

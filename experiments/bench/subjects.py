@@ -89,14 +89,8 @@ STEPS = {
 def steps(setting: Setting, seconds: float) -> list[Row]:
     section = "Training step"
     on_gpu = setting.device == "cuda"
-    names = (
-        "gated",
-        "gated, relaxed draws",
-        "gated, shared inputs",
-        "gated, every projection",
-        "PEFT AdaLoRA",
-        "PEFT LoRA",
-    )
+    names = ("gated", "gated, relaxed draws", "gated, shared inputs", "gated, every projection", "PEFT AdaLoRA",
+             "PEFT LoRA")  # fmt: skip
     functions = {name: STEPS[name](setting) for name in names}
     if on_gpu:  # on two CPU cores, compiling a network takes minutes
         functions |= {

@@ -1,8 +1,19 @@
-"""A trained adapter out, as PEFT reads it; a run folder in, and predictions on new texts."""
+"""A trained model out, as PEFT, transformers or this package reads it; a folder in, and predictions on new texts."""
 
-from .answering import Answers
-from .loaded_model import Model
-from .loading import load
-from .peft import export, plain_backbone, require_exportable
+from typing import TYPE_CHECKING
 
-__all__ = ["Answers", "Model", "export", "load", "plain_backbone", "require_exportable"]
+from ..lazily import lazily
+
+if TYPE_CHECKING:
+    from .answering import Answers as Answers
+    from .draw_tree import export_draws as export_draws
+    from .exporting import export_run as export_run
+    from .loaded_model import Model as Model
+    from .merged import merge as merge
+    from .opening import load as load
+    from .packing import pack as pack
+    from .peft import export as export
+    from .peft import plain_backbone as plain_backbone
+    from .peft import require_exportable as require_exportable
+else:
+    __getattr__, __dir__, __all__ = lazily(__name__, __file__)

@@ -65,6 +65,11 @@ class Model(BayesianLoRA):
         """The same in two steps, for many tables: `answers = model.answers(coverage=0.9)`, `answers(texts)`."""
         return Answers(self.source, **options)
 
+    @property
+    def run(self) -> Path | None:
+        """The folder of its run; None of one that was exported without it."""
+        return self._run
+
     @functools.cached_property
     def source(self) -> Source:
         return Source(self, self.config, self._tokenizer(), self._held_out, self._others())

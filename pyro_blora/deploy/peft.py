@@ -25,15 +25,20 @@ from ..adapters import peft_config
 from ..adapters.gate_context import ADAPTER
 from ..checkpoint import trainable, write_tensors
 from ..config.run_config import RunConfig
-from ..files import NotWritten, writing
+from ..files import NotWritten, new_folder, writing
+from ..gates import Gates
 from ..layout import LORA_A, LORA_B
 from ..models.attention import attention_of, set_attention
-from ..models.loading import commit_of, public_name, quiet
+from ..models.names import commit_of, public_name
+from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
 from ..provenance import notes_of
 from ..quantizer import mixture_weights, quantize_mixture
 from ..tasks.outcomes import Form
+from . import cards
+from .about import About
+from .held_out import HeldOut, answer_of
 from .model_card import write_card
 from .verify import copied, read_back, verify
 
@@ -48,28 +53,24 @@ _AWAY = 0.02  # of an adapter that is exported before it is trained: as large as
 @torch.no_grad()
 def export(
     program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None, tokenizer=None,
-    config: RunConfig | None = None,
+    config: RunConfig | None = None, held_out: HeldOut | None = None,
 ) -> Path:  # fmt: skip
-    """Write the deployed adapter to `folder`, which must not exist.
+    """Write an adapter of PEFT, with the deployed ranks and rounded weights, to `folder`, which must not exist.
 
     rows: inputs on which what was written is compared with the program; None: ordinary tokens of the vocabulary.
     tokenizer, config: of the run. With both, `load(folder)` gives a model that predicts on texts; the tokenizer is
-    saved too, and hashes tie the folder to the configuration.
+    saved too, and hashes tie the folder to the configuration. held_out: of the run, on which it is measured.
     Errors: FileExistsError; RuntimeError if what was written does not predict what the program predicts (nothing is
     left behind then).
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: give another folder, an adapter is never overwritten")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(folder, "an adapter") as partial:
         plain = plain_backbone(program.net)
         ranks: dict[str, int] = {}
         reloaded: Any
         if program.net.layout.adapted:
-            ranks, weights = _deployed_weights(program)
-            _save_peft(plain, program.net, ranks, weights, partial)
+            ranks, weights = weights_at(program, deployed(program))
+            save_peft(plain, program.net, ranks, weights, partial)
             reloaded = read_back(plain, ranks, partial)
         else:
             with quiet():
@@ -78,7 +79,7 @@ def export(
                 set_attention(reloaded, attention_of(plain))
         verify(program, reloaded, rows)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, partial, config)
+            save_tokenizer(tokenizer, partial, config)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(program).items()}
         tensors |= {
             f"{STATED}{site}": q.log_probs.detach().cpu().clone() for site, q in program.prior()._asdict().items()
@@ -89,14 +90,13 @@ def export(
             "task": Form(program.text_columns, program.likelihood).to_json(), "commit": commit_of(plain) or "",
         }  # fmt: skip
         write_tensors(partial / GATES_FILE, tensors, notes)
-        write_card(partial, plain, ranks, program.likelihood, task=config.task if config else None)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        about = About.of(program, plain, config)
+        card = cards.adapter(about, ranks) if ranks else cards.whole(about)
+        write_card(partial, about, card, None if held_out is None else held_out.measure(answer_of(reloaded, program)))
     return folder
 
 
-def _save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
+def save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
     """As it was loaded, not as it was last called, with the longest input of the training."""
     tokenizer = copy.deepcopy(tokenizer)
     if getattr(tokenizer, "is_fast", False):
@@ -123,17 +123,25 @@ def plain_backbone(net: adapters.GatedModel) -> PreTrainedModel:
     return model
 
 
-def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]]]:
-    """Open ranks, and (lora_A (r, n), lora_B (m, r)) as quantized, of every adapted projection by name."""
-    net, layout, (z, g) = program.net, program.net.layout, deployed(program)
+def weights_at(
+    program: BayesianLoRA, gates: Gates[Tensor], theta: Tensor | None = None
+) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]]]:
+    """Open ranks, and (lora_A (r, n), lora_B (m, r)) as quantized, of every adapted projection by name.
+
+    gates: z (L, T, K), g (L, R - 1). theta: (D,) a draw of the weights; None: the parameters.
+    """
+    net, layout, (z, g) = program.net, program.net.layout, gates
+    random = None if theta is None else program.weights.split(theta)
     mixture = mixture_weights(torch.nn.functional.pad(z.float(), (1, 0), value=1.0))  # (L, T, K + 1)
     scales = net.smoothing.scales() if net.smoothing else None
+    with adapters.use_gates(net, z, g, random):
+        low_rank = {p.name: net.low_rank(p.name) for p in layout.adapted}
     ranks, weights = {}, {}
     for i, projection in enumerate(layout.projections):
         if not projection.adapted:
             continue
         ranks[projection.name] = rank = 1 + int(g[i].sum())
-        down, up = net.low_rank(projection.name)
+        down, up = low_rank[projection.name]
         if scales is not None:
             down = down * scales[i]
         down, up = (
@@ -148,7 +156,7 @@ def _deployed_weights(program: BayesianLoRA) -> tuple[dict[str, int], dict[str, 
     return ranks, weights
 
 
-def _save_peft(plain: PreTrainedModel, net: adapters.GatedModel, ranks: dict, weights: dict, folder: Path) -> None:
+def save_peft(plain: PreTrainedModel, net: adapters.GatedModel, ranks: dict, weights: dict, folder: Path) -> None:
     layout = net.layout
     alphas = {name: layout.alpha * rank / layout.rank for name, rank in ranks.items()}
     config = peft_config.lora_config(plain, layout, net.head, rank_pattern=dict(ranks), alpha_pattern=alphas)

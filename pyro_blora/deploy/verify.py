@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.gate_context import ADAPTER
+from ..gates import Gates
 from ..layout import ACTIVATIONS, BASE
 from ..models.architectures import example_rows
 from ..posterior.draws import deployed
@@ -37,22 +38,28 @@ def copied(module: Module) -> Module:
     return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
 
 
-def verify(program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] | None) -> None:
-    """What was written, against the gated network with activations and base weights at 32 bit."""
+def verify(
+    program: BayesianLoRA, reloaded: nn.Module, rows: dict[str, Tensor] | None, gates: Gates[Tensor] | None = None,
+    theta: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What was written, against the gated network with activations and base weights at 32 bit.
+
+    gates: None for the deployed ones. theta: a draw of the weights, (D,).
+    """
     device, net = program.net.log_range.device, program.net
     reloaded.eval().to(device)
-    z, g = deployed(program)
-    z = z.clone()
+    z, g = gates or deployed(program)
+    z, random = z.clone(), None if theta is None else program.weights.split(theta)
     z[:, [BASE, *map(program.layout.tensors.index, ACTIVATIONS)]] = 1.0
     tokens = min(32, net.layout.sequence_length)
     rows = rows or net.head.example(example_rows(net.backbone, 2, tokens, varied=True))
     batch = {key: value.to(device) for key, value in rows.items()}
     training = program.training
     program.eval()
-    with adapters.use_gates(net, z, g):
+    with adapters.use_gates(net, z, g, random):
         expected = net.head.read(net.peft_model(**batch)).float()  # not under autocast, as PEFT will run it
     program.train(training)
     found = net.head.read(reloaded(**batch)).float()
     gap = (found - expected).abs().max().item() / max(1.0, expected.abs().max().item())
     if not gap <= _GAP:
-        raise RuntimeError(f"the exported adapter's logits differ by {gap:.2g} from the program's: please report this")
+        raise RuntimeError(f"the exported model's logits differ by {gap:.2g} from the program's: please report this")

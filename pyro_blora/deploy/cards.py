@@ -1,0 +1,230 @@
+"""What each kind of export says in its card: what it computes, what is simulated or left out, how it is read.
+
+Only a packed model, and an ONNX file of one, computes the deployed allocation: an adapter of PEFT runs over a base of
+32 bit.
+"""
+
+from __future__ import annotations
+
+from ..models.attention import SOFTMAX1, attention_of
+from .about import About, allocation, bops_ratio, deployed_widths
+from .model_card import Card
+
+_MODEL = """import transformers
+
+answer = transformers.pipeline("{pipeline}", model="this folder")
+"""
+_MODEL_OF_NO_PIPELINE = """import transformers
+
+model = transformers.{auto_class}.from_pretrained("this folder").eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+"""
+_BACKBONE = """import peft
+import transformers
+
+{labels}backbone = transformers.{auto_class}.from_pretrained(
+    "{name}",{settings}
+)
+"""
+_ADAPTER = """model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+"""
+_DRAWS = """names = [f"draw-{{i}}" for i in range({draws})]
+model = peft.PeftModel.from_pretrained(backbone, "this folder/draw-0", adapter_name=names[0]).eval()
+for name in names[1:]:
+    model.load_adapter(f"this folder/{{name}}", adapter_name=name)
+tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+
+
+def probabilities(texts):
+    inputs, each = tokenizer(texts, padding=True, truncation=True, return_tensors="pt"), []
+    for name in names:
+        model.set_adapter(name)
+        with torch.no_grad():
+            each.append(model(**inputs).logits.softmax(-1))
+    return torch.stack(each).mean(0)
+"""
+_PACKED = """import torch
+import transformers
+from pyro_blora import load
+
+model = load("this folder"{backbone})
+tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+with torch.no_grad():
+    logits = model(**tokenizer(["a text"], truncation=True, return_tensors="pt")).logits
+"""
+_ONNX = """import json
+
+import numpy as np
+import onnxruntime
+import tokenizers
+
+folder = "this folder"
+about = json.load(open(f"{folder}/onnx.json"))
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+tokenizer.enable_truncation(about["task"]["max_length"] or 512)
+tokenizer.enable_padding()
+
+
+def logits(texts):
+    rows = tokenizer.encode_batch(texts)
+    every = {
+        "input_ids": [row.ids for row in rows],
+        "attention_mask": [row.attention_mask for row in rows],
+        "token_type_ids": [row.type_ids for row in rows],
+    }
+    return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
+"""
+_SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
+_OUTPUTS = "\n    num_labels={},"
+_NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
+_NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
+_OWN_FILE = (
+    "`gates.safetensors` is the posterior in full rank, which `pyro_blora.load` reads with the run's config.json."
+)
+
+
+def adapter(about: About, ranks: dict[str, int]) -> Card:
+    """Of PEFT. ranks: of adapted projections."""
+    bits, opened = deployed_widths(about.program)
+    tensors = [name for name in ("lora_A", "lora_B") if about.program.net.layers()]
+    return Card(
+        f"A LoRA adapter of {about.base or 'a model of its own'}",
+        [
+            f"{_ranks(ranks)} Its matrices are rounded to the bit widths that were learned; PEFT runs them, the base's "
+            "weights and all inputs at 32 bit. This is **not** the low-bit model of the run: that has its base and "
+            "inputs rounded too (`pyro-blora export RUN --to FOLDER --format packed`), and its decisions differ from "
+            "these where that matters.",
+            f"**Bit operations** of this adapter on its base: {_share(about, activations=32, weights=32)}.",
+            f"**Bit widths** that its matrices are rounded to:\n\n{allocation(about.layout, bits, opened, tensors)}",
+            _OWN_FILE,
+        ],
+        _backbone(about) + _ADAPTER, "peft", ["lora", "bayesian"], "adapter",
+    )  # fmt: skip
+
+
+def draws(about: About, count: int) -> Card:
+    """Of several adapters, a draw of the posterior each."""
+    return Card(
+        f"{count} LoRA adapters of {about.base or 'a model of its own'}, draws of one posterior",
+        [
+            f"Each folder `draw-0` to `draw-{count - 1}` is an adapter of PEFT: ranks, bit widths and, where they are "
+            "random, weights are one draw of the posterior. The mean of their predicted probabilities is the "
+            "prediction; where they disagree, it is uncertain.",
+            "Matrices are rounded to the bit widths of the draw; PEFT runs them, the base's weights and all inputs at "
+            "32 bit, while the run's own averaged predictions have these rounded too.",
+        ],
+        "import torch\n" + _backbone(about) + _DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
+        "adapter",
+    )  # fmt: skip
+
+
+def whole(about: About) -> Card:
+    """Of full fine-tuning, which has no adapter."""
+    return Card(
+        f"{about.base or 'A model'}, fully fine-tuned",
+        ["Its weights and inputs are at 32 bit here, whatever bit widths were learned.", _OWN_FILE],
+        _whole(about), "transformers", ["bayesian"], "finetune",
+    )  # fmt: skip
+
+
+def merged(about: About) -> Card:
+    """Of a base of 32 bit with the adapter in its weights."""
+    return Card(
+        f"{about.base or 'A model'} with a LoRA adapter merged into it",
+        [
+            "Weights are W0 + (alpha / R) B A, with A and B rounded to the bit widths that were learned; the base's "
+            "weights and all inputs are at 32 bit. So this is **not** the low-bit model of the run, whose decisions "
+            "differ where rounding the base and its inputs matters.",
+            "**Bit operations**: those of the base model at 32 bit; the adapter costs nothing more.",
+        ],
+        _whole(about), "transformers", ["lora", "merged", "bayesian"], "merge",
+    )  # fmt: skip
+
+
+def packed(about: About, *, is_merged: bool, share: str, reference: bool, embeddings: int) -> Card:
+    """Of the deployed model in codes. share: of the disk, in words."""
+    bits, opened = deployed_widths(about.program)
+    tensors = ["input", "base"] if is_merged or not about.layout.adapted else list(about.layout.tensors)
+    kept = (
+        "its logits are those of the run's deployed allocation, equal to the bit in float32"
+        if embeddings == 32 else f"its embeddings are rounded to {embeddings} bit, row by row, which the run's are not"
+    )  # fmt: skip
+    if is_merged:
+        kept = (
+            "the adapter was added to the dequantized base and the sum rounded to the base's bit widths again, at the "
+            "range of least squared error, so its logits are not those of the run's deployed allocation"
+        )
+    return Card(
+        f"{about.base or 'A model'} at learned bit widths",
+        [
+            f"Every quantized tensor is stored at the bit width that was learned; {kept}.",
+            "**Simulated**: PyTorch computes in float32 on numbers of these few bits. Disk is saved, not time.",
+            f"**Bit operations** on hardware with such products: {_share(about, is_merged=is_merged)}.",
+            f"**Disk**: {share}.",
+            f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, tensors)}",
+            *(["The base is not in this folder: it is read from the hub or a folder, and compared by hash."]
+              if reference else []),
+            "`packed.json` describes `packed.safetensors` and has the hashes of all files; loading runs no code.",
+        ],
+        _PACKED.format(backbone=', backbone="PATH of the base"' if reference else ""), "pyro_blora",
+        ["lora", "bayesian", "quantized"], "quantized",
+    )  # fmt: skip
+
+
+def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: int) -> Card:
+    """Of the deployed model for onnxruntime. products: of two codes, and all. gaps: of logits, of the largest."""
+    bits, opened = deployed_widths(about.program)
+    integer, every = products
+    return Card(
+        f"{about.base or 'A model'} at learned bit widths, for onnxruntime",
+        [
+            f"The deployed allocation of the run, with its learned scales. {integer} of the {every} matrix products of "
+            "the quantized projections have both factors at 8 bit or fewer: onnxruntime runs them on int8 kernels, but "
+            "for some of the small ones with A. Codes of fewer bits are bytes, too, so they cost the time and the disk "
+            "of 8. All else is float32.",
+            f"Compared with the packed model, logits differ by {gaps['logit_gap_mean']:.1g} of the largest on average, "
+            f"and by up to {gaps['logit_gap_largest']:.1g}: onnxruntime sums in another order, so a value at the "
+            "border between two codes may take the other one.",
+            f"**Bit operations** on hardware with products of every width: {_share(about)}. On int8 kernels, widths "
+            "below 8 bit save nothing more.",
+            f"**Disk**: {size / 1e6:.1f} MB.",
+            f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, list(about.layout.tensors))}",
+            "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
+            "and tokenizers, neither torch nor pyro_blora.",
+        ],
+        _ONNX, "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
+    )  # fmt: skip
+
+
+def _share(about: About, *, activations: int | None = None, weights: int | None = None, is_merged: bool = False) -> str:
+    ratio = bops_ratio(about.program, activations=activations, weights=weights, is_merged=is_merged)
+    return f"{100 * ratio:.1f} % of those of the model at 32 bit with adapters of rank {about.layout.rank}"
+
+
+def _ranks(ranks: dict[str, int]) -> str:
+    low, high = min(ranks.values()), max(ranks.values())
+    return f"{len(ranks)} projections have ranks {f'from {low} to {high}' if low < high else f'of {low}'}."
+
+
+def _whole(about: About) -> str:
+    head = about.kind.head
+    changed = attention_of(about.program.net.backbone) == SOFTMAX1
+    code = _MODEL if head.pipeline and not changed else _MODEL_OF_NO_PIPELINE
+    return code.format(pipeline=head.pipeline, auto_class=head.auto_class) + _attention(about, "model")
+
+
+def _backbone(about: About) -> str:
+    head, outputs = about.kind.head, about.kind.head_settings.get("num_labels", 0)
+    settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if about.labels else "")
+    code = _BACKBONE.format(
+        labels=f"labels = {about.labels}\n" if outputs else "", name=about.base, auto_class=head.auto_class,
+        settings=(f'\n    revision="{about.revision}",' if about.revision else "")
+        + settings + (_NEW if head.is_new else ""),
+    )  # fmt: skip
+    return code + _attention(about, "backbone")
+
+
+def _attention(about: About, name: str) -> str:
+    return _SOFTMAX1.format(name) if attention_of(about.program.net.backbone) == SOFTMAX1 else ""

@@ -1,0 +1,157 @@
+"""A packed model as an ONNX file, which onnxruntime runs on integer kernels without torch.
+
+torch.onnx's exporter writes it from the plain network of packed.py, whose projections are onnx_modules.py's. It is
+compared with that network before the call returns. The scales are the same, but onnxruntime sums in another order, so
+that here and there a value at the border between two codes takes the other one, which the layers above amplify.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config.run_config import RunConfig
+from ..files import new_folder
+from ..models.architectures import example_rows
+from ..models.quiet_loading import quiet
+from ..program import BayesianLoRA
+from . import cards
+from .about import About
+from .held_out import Answer, HeldOut, answer_of
+from .manifest import write_manifest
+from .model_card import write_card
+from .onnx_modules import in_onnx_operators
+from .packed import load_packed
+from .packing import described_task, made_by, pack
+from .peft import plain_backbone, save_tokenizer
+
+SCHEMA, VERSION = "onnx", 1
+MANIFEST, MODEL = "onnx.json", "model.onnx"
+_OPSET = 21  # QuantizeLinear of int16, and per-axis scales; onnxruntime reads it since 1.20
+_GAP = 0.02  # mean difference of logits, of the largest: codes at a border make a tenth of it, a wrong scale far more
+_OUTPUT = "logits"
+
+
+@torch.no_grad()
+def export_onnx(
+    program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None, tokenizer: Any = None,
+    config: RunConfig | None = None, held_out: HeldOut | None = None,
+) -> Path:  # fmt: skip
+    """Write the deployed model to `folder`, which must not exist, as ONNX. Arguments as in `packing.pack`.
+
+    Errors: as there; ImportError without the extra `onnx`; ValueError for a network that torch.onnx cannot export;
+    RuntimeError if onnxruntime's logits are not the program's.
+    """
+    import onnxruntime
+
+    with new_folder(Path(folder), "a model") as partial:
+        with tempfile.TemporaryDirectory() as place:
+            packed = load_packed(pack(program, Path(place) / "packed", rows=rows))
+            model = load_packed(Path(place) / "packed")
+        batch = rows or program.net.head.example(example_rows(packed, 2, 16, varied=True))
+        taken = inspect.signature(packed.forward).parameters
+        inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
+        products = in_onnx_operators(model)
+        _write(model, {name: batch[name] for name in inputs}, program, partial / MODEL)
+        session = onnxruntime.InferenceSession(partial / MODEL, providers=["CPUExecutionProvider"])
+        answer, expected = answer_by(session, inputs), answer_of(packed, program)
+        gap = _gap(answer, expected, _checked(batch, held_out))
+        if not gap.mean() <= _GAP:
+            raise RuntimeError(f"onnxruntime's logits differ by {gap.mean():.2g} of the largest: please report this")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, partial, config)
+        about = About.of(program, plain_backbone(program.net), config)
+        measured = None if held_out is None else held_out.measure(answer)
+        gaps = {"logit_gap_mean": gap.mean().item(), "logit_gap_largest": gap.max().item()}
+        content: dict[str, Any] = {
+            "schema": SCHEMA, "version": VERSION, "made_by": made_by(), "inputs": inputs, "output": _OUTPUT,
+            "labels": about.labels, "task": described_task(program, config),
+            "products": dict(zip(("integer", "all"), products, strict=True)),
+            "measured": {**gaps, **({} if measured is None else measured._asdict())},
+        }  # fmt: skip
+        write_manifest(partial / MANIFEST, content)
+        size = (partial / MODEL).stat().st_size
+        write_card(partial, about, cards.onnx(about, products, gaps, size), measured)
+    return Path(folder)
+
+
+def answer_by(session: Any, inputs: list[str]) -> Answer:
+    """An onnxruntime session, called on a batch as the program's network is."""
+
+    def answer(batch: dict[str, Tensor]) -> Tensor:
+        (found,) = session.run(None, {name: batch[name].numpy() for name in inputs})
+        return torch.from_numpy(np.asarray(found))
+
+    return answer
+
+
+class _Logits(nn.Module):
+    """The network from named inputs to what the likelihood takes."""
+
+    def __init__(self, model: nn.Module, program: BayesianLoRA):
+        super().__init__()
+        self.model, self.read = model, program.net.head.read
+        self.settings = {"use_cache": False} if program.net.has_cache else {}
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.read(self.model(**inputs, **self.settings))
+
+
+def _write(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, path: Path) -> None:
+    """Errors: ValueError where torch.onnx cannot export this network, with its first line."""
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    try:
+        with _silently():
+            exported: Any = torch.onnx.export(
+                _Logits(model, program).eval(), (), kwargs={"inputs": batch}, dynamo=True, opset_version=_OPSET,
+                dynamic_shapes={"inputs": dict.fromkeys(batch, sizes)}, input_names=list(batch),
+                output_names=[_OUTPUT], verbose=False,
+            )  # fmt: skip
+            exported.save(path, external_data=False)
+    except Exception as error:  # whatever torch.export and the translation make of a network
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        first = (str(root).strip().splitlines() or [type(root).__name__])[0]
+        raise ValueError(
+            f"torch.onnx cannot export {type(model).__name__} ({first}): --format packed writes the same model"
+        ) from error
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    """Without the exporter's own progress, and warnings of the libraries about each other."""
+    loud = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
+    levels = [logger.level for logger in loud]
+    try:
+        with warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
+            for logger in loud:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loud, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _checked(batch: dict[str, Tensor], held_out: HeldOut | None) -> list[dict[str, Tensor]]:
+    """Batches to compare on: of other sizes than the one that was traced."""
+    few = {name: x[:1, : max(2, x.shape[1] // 2)] for name, x in batch.items()}
+    return [batch, few, *([] if held_out is None else [held_out.batch(-1)[0]])]
+
+
+def _gap(answer: Answer, expected: Answer, batches: list[dict[str, Tensor]]) -> Tensor:
+    """The differences of all logits of these batches, of the largest logit or 1."""
+    found = [(answer(batch).flatten(), expected(batch).flatten()) for batch in batches]
+    one, other = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return (one - other).abs() / other.abs().max().clamp(min=1.0)

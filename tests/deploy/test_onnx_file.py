@@ -1,0 +1,96 @@
+"""An ONNX file gives the deployed predictions in plain onnxruntime, with products of codes as integers."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import batch, tiny_bert
+from packed_models import allocated
+from tiny import save_tiny_backbone
+
+from pyro_blora.adapters import use_gates
+from pyro_blora.posterior import deployed
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+transformers = pytest.importorskip("transformers")
+from pyro_blora.deploy.onnx_file import MANIFEST, MODEL, export_onnx  # noqa: E402 (what it imports is there)
+
+pytestmark = pytest.mark.usefixtures("eager")
+NOT_NEEDED = ("torch", "pyro_blora")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    backbone = save_tiny_backbone(tmp_path_factory.mktemp("words"))
+    program = allocated(
+        lambda dropout: tiny_bert(
+            dropout=dropout,
+            num_hidden_layers=1,
+            vocab_size=transformers.AutoConfig.from_pretrained(backbone).vocab_size,
+        ),
+        scope="encoder",
+    )
+    words = transformers.AutoTokenizer.from_pretrained(backbone)
+    rows = {**batch(3, 8)[0]}
+    return program, export_onnx(program, tmp_path_factory.mktemp("onnx") / "model", rows=rows, tokenizer=words)
+
+
+def test_logits_of_any_batch_are_those_of_the_deployed_allocation(made):
+    program, folder = made
+    session = onnxruntime.InferenceSession(folder / MODEL)
+    for size, length in ((1, 3), (3, 8), (7, 21)):
+        inputs = batch(size, length)[0]
+        with torch.no_grad(), use_gates(program.net, *deployed(program)):
+            expected = program.net.logits(**inputs)
+        (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        assert np.allclose(found, expected.numpy(), atol=1e-3)
+    content = json.loads((folder / MANIFEST).read_text())
+    assert content["measured"]["logit_gap_largest"] < 1e-3 and content["inputs"] == ["attention_mask", "input_ids"]
+
+
+def test_products_of_two_codes_are_integer_products(made, tmp_path):
+    program, folder = made
+    bits = [dict(zip(program.layout.tensors, b, strict=True)) for b in widths(program)]
+    layers = [*zip(bits, program.layout.projections, strict=True)]
+    both = {name: [b[x] <= 8 and b[name] <= 8 for b, p in layers if p.adapted or name == "base"]
+            for x, name in (("input", "base"), ("input", "lora_A"), ("hidden", "lora_B"))}  # fmt: skip
+    expected = [x for of in both.values() for x in of]
+    content, graph = json.loads((folder / MANIFEST).read_text()), onnx.load(folder / MODEL).graph
+    assert content["products"] == {"integer": sum(expected), "all": len(expected)} and 0 < sum(expected) < len(expected)
+    codes = [x for x in graph.initializer if x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 2]
+    assert len(codes) == sum(expected)
+    quantized = sum(node.op_type == "QuantizeLinear" for node in graph.node)
+    assert quantized == sum(b[x] <= 8 for b, p in layers for x in (("input", "hidden") if p.adapted else ("input",)))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
+    onnxruntime.InferenceSession(folder / MODEL, options)
+    as_run = onnx.load(tmp_path / "as_run.onnx").graph
+    fused = sum(node.op_type == "MatMulIntegerToFloat" for node in as_run.node)
+    assert sum(both["base"] + both["lora_B"]) <= fused <= sum(expected)
+
+
+def widths(program):
+    ladder = torch.tensor(program.layout.ladder)
+    return ladder[deployed(program).z.sum(-1).long()].tolist()
+
+
+def test_the_cards_program_needs_neither_torch_nor_this_package(made):
+    program, folder = made
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace('"this folder"', repr(str(folder)))
+    code += f"\nimport sys\nprint(logits(['she sings', 'she']).tolist(), *(x in sys.modules for x in {NOT_NEEDED}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.endswith("False False\n"), done.stderr
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = words(["she sings", "she"], padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), use_gates(program.net, *deployed(program)):
+        expected = program.net.logits(**inputs)
+    found = json.loads(done.stdout.partition(" False")[0])
+    assert np.allclose(found, expected.numpy(), atol=1e-3)

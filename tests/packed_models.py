@@ -1,0 +1,17 @@
+"""Programs with a deployed allocation of every width, to export."""
+
+import torch
+from models import random_chains, weighted_net, weighted_program
+
+from pyro_blora.gates import Gates
+
+
+def allocated(build, *, seed=0, adapter="lora", **settings):
+    """A program whose deployed allocation is random: widths from 2 to 32 bit, ranks from 1 to 4."""
+    net = weighted_net(adapter, build, **settings)
+    program = weighted_program(net, weights="point")
+    gates = Gates(random_chains(net.layout.z_shape, seed=seed), random_chains(net.layout.g_shape, seed=seed + 1))
+    program.gate_guide.deployed = lambda: gates
+    with torch.no_grad():
+        net.log_range.add_(0.1 * torch.randn(net.log_range.shape, generator=torch.Generator().manual_seed(seed)))
+    return program
