@@ -137,7 +137,11 @@ Gap of the ELBO to the exact mean field, nats, at a noise of 5 nats a step in th
 largest of three problems, two seeds each (`--noise`).
 
 {noise_table()}
+{estimates_section(keep)}"""
 
+
+def estimates_section(keep: Path) -> str:
+    return f"""
 ### Estimates of the natural gradient
 
 The target of a gate is t = -N dE_q[NLL]/dm, m the marginals of its ladder; here it is exact, by enumeration. An
@@ -160,7 +164,11 @@ examples are the noise; gaps of two seeds. The start's curvature is the package'
 
 {network_table(keep)}
 
-FINDING
+Of estimates with one forward a step `gauss_newton` has the least noise, on both problems by a factor of two to eight,
+and the smallest gap after 100 and 500 steps: so it is the default. It is not exact on the network: with the curvature
+of the start it ends 1.2 nats off a target and 0.3 nats below the best ELBO, which more steps do not mend. Curvature
+at the present draw halves that bias but did not lower the gap (two seeds), and the control variate, at two forwards,
+gains on the network nothing beyond the second forward.
 """
 
 

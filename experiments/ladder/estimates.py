@@ -195,7 +195,7 @@ def table(rows: Iterator[tuple[str, dict]]) -> str:
         biases = [f"{row[where]['bias']:.2f} ± {row[where]['error']:.2f}" for where in GUIDES]
         noises = [f"{row[where]['noise']:.1f}" for where in GUIDES]
         gaps = [torch.tensor(row["gaps"][str(n)]) for n in STEPS]
-        spans = [f"{x.min():.2f}, {x.median():.2f}, {x.max():.2f}" for x in gaps]
+        spans = [f"{x.min():.2f}, {x.quantile(0.5):.2f}, {x.max():.2f}" for x in gaps]
         lines.append(f"| {' | '.join([name, *biases, *noises, *spans])} |")
     return "\n".join(lines)
 
