@@ -164,7 +164,7 @@ examples are the noise; gaps of two seeds. The start's curvature is the package'
 
 {network_table(keep)}
 
-With curvature, `gauss_newton` has a half to an eighth of the noise of `relaxed`, `straight_through`, DisARM and the path,
+`gauss_newton` with curvature has half to an eighth the noise of `relaxed`, `straight_through`, DisARM and the path,
 and the smallest gap of them after 100 steps on both problems; after 500 it leads on twelve gates and is level with
 `relaxed` on the network: so it is the default, for runs with few gated steps. It is not exact on the network: with the
 curvature of the start it is 1.2 nats off at the converged guide and stays 0.3 nats below the best ELBO, where `relaxed`
