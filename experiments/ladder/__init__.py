@@ -4,6 +4,8 @@
     problems.py     programs that small: Gaussian toys, and the real adapter layers in a tiny BERT
     fitting.py      stochastic variational inference as it is shipped, and Pyro's naive pairing for contrast
     rivals.py       gradient estimators that the package does not ship
+    tabulated.py    the same posterior on a table of every example: values and slopes in all states
+    estimates.py    estimates of the natural gradient: bias, noise, and what is reached with them
     gradients.py    bias and variance of every estimator against enumeration
     calibration.py  simulation-based calibration
     rungs.py        the rungs, their thresholds, and what each measures

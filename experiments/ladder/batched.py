@@ -23,14 +23,18 @@ from .calibration import Simulations
 from .problems import UNDECIDED, Network
 
 
-class _EachItsOwn(Observer):
-    """Gives every block of N examples the gates of its own simulation."""
+class EachItsOwn(Observer):
+    """Gives every block of N examples the gates of its own simulation.
 
-    def __init__(self, net: GatedModel, gates: Gates):
+    free (L, T): ladders whose slopes are wanted, also where they are open; default: all that are not at 32 bit.
+    """
+
+    def __init__(self, net: GatedModel, gates: Gates, free: Tensor | None = None):
         self.ranges = net.log_range.exp()
         self.weights = mixture_weights(F.pad(gates.z, (1, 0), value=1.0))  # (D, L, T, 5)
         self.open_ranks = F.pad(gates.g, (1, 0), value=1.0)  # (D, L, R)
-        self.exact = (gates.z == 1).all(-1).all(0).tolist()  # (L, T): at 32 bit in every simulation
+        at_32 = (gates.z == 1).all(-1).all(0)  # (L, T), in every simulation
+        self.exact = (at_32 if free is None else at_32 & ~free).tolist()
 
     def _quantized(self, projection: int, tensor: int, each) -> Tensor:
         """each: D tensors of one shape -> (D, ...)"""
@@ -59,7 +63,7 @@ class _EachItsOwn(Observer):
 def nll(network: Network, gates: Gates, labels: Tensor) -> Tensor:
     """Mean NLL of each simulation's labels (D, N) at its gates, nats an example.  (D,)"""
     inputs = {name: x.repeat(len(labels), *(1,) * (x.dim() - 1)) for name, x in network.inputs.items()}
-    with observed(network.net, _EachItsOwn(network.net, gates)):
+    with observed(network.net, EachItsOwn(network.net, gates)):
         logits = network.net(**inputs).logits.float()
     return F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape).mean(-1)
 

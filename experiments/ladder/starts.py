@@ -4,6 +4,7 @@ Labels are drawn with everything open, as the start takes the network for traine
 """
 
 import torch
+from torch import Tensor
 
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.training.gate_init import log_bayes_factors, sensitivity
@@ -20,16 +21,24 @@ def open_problem(network: Network, seed: int) -> Problem:
     return network.problem(depths=tuple(size - 1 for size in network.states.sizes), seed=seed)
 
 
+def ranges(program: BayesianLoRA) -> Tensor:
+    """Those that the table was made with, for each width.  (L, T, 5)"""
+    return program.net.log_range.detach().exp()[..., None].expand(-1, -1, len(program.layout.ladder))
+
+
+def batches(problem: Problem) -> list[tuple[dict, Tensor]]:
+    """All examples."""
+    firsts = range(0, len(problem.labels), _BATCH)
+    parts = [slice(first, first + _BATCH) for first in firsts]
+    return [({name: x[rows] for name, x in problem.inputs.items()}, problem.labels[rows]) for rows in parts]
+
+
 def start_from_data(problem: Problem, program: BayesianLoRA) -> BayesianLoRA:
     """As training starts the guide, from all examples and at the ranges that the table was made with."""
-    ranges = program.net.log_range.detach().exp()[..., None].expand(-1, -1, len(program.layout.ladder))
-    batches = []
-    for first in range(0, len(problem.labels), _BATCH):
-        rows = slice(first, first + _BATCH)
-        batches.append(({name: x[rows] for name, x in problem.inputs.items()}, problem.labels[rows]))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        program.gate_guide.start(log_bayes_factors(program, sensitivity(program, batches, ranges)))
+        found = sensitivity(program, batches(problem), ranges(program))
+        program.gate_guide.start(log_bayes_factors(program, found))
     return program
 
 

@@ -152,14 +152,23 @@ def best_on_table(
 
 def coordinate_sweep(states: States, log_joint: Tensor, log_q: Tensor) -> Tensor:
     """One sweep of exact coordinate ascent from a mean field: at its optimum nothing moves.  (S,) -> (S,)"""
-    shape = states.sizes
-    distributions = [_marginal(log_q.exp().view(shape), c) for c in range(len(shape))]
-    for c in range(len(shape)):
-        weighted = log_joint.view(shape)
-        for other in reversed([i for i in range(len(shape)) if i != c]):  # from the last, so that places stay
-            weighted = torch.tensordot(weighted, distributions[other], dims=([other], [0]))
-        distributions[c] = weighted.softmax(0)
+    distributions = depth_distributions(states, log_q)
+    for c in range(len(distributions)):
+        distributions[c] = by_depth(states, log_joint, distributions, c).softmax(0)
     return sum(distribution.log()[states.depths[:, c]] for c, distribution in enumerate(distributions))
+
+
+def depth_distributions(states: States, log_q: Tensor) -> list[Tensor]:
+    """The marginal distribution of each ladder's depth, (K + 1,) each.  log_q (S,)"""
+    return [_marginal(log_q.exp().view(states.sizes), c) for c in range(len(states.sizes))]
+
+
+def by_depth(states: States, values: Tensor, distributions: list[Tensor], chain: int) -> Tensor:
+    """The mean of values (S,) at each depth of one ladder, the others as distributed.  (K + 1,)"""
+    mean = values.view(states.sizes)
+    for other in reversed([i for i in range(len(states.sizes)) if i != chain]):  # from the last, so that places stay
+        mean = torch.tensordot(mean, distributions[other], dims=([other], [0]))
+    return mean
 
 
 def _marginal(distribution: Tensor, chain: int) -> Tensor:
