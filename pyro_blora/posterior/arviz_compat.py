@@ -81,11 +81,13 @@ def save(data, path: Path) -> None:
     if IS_TREE:
         data.to_netcdf(str(path), engine="h5netcdf")
         return
-    with _Once(path, "w", track_order=True) as file, h5netcdf.File(file, "w") as opened:
+    written = io.BytesIO()  # HDF5 may crash the process when a disk is full
+    with _Once(written, "w", track_order=True) as file, h5netcdf.File(file, "w") as opened:
         groups = {"/": xarray.Dataset(attrs=data.attrs), **{f"/{name}": data[name] for name in data.groups()}}
         for name, dataset in groups.items():
             squeezed = {v: {"zlib": True} for v, x in dataset.variables.items() if x.dtype.kind in "biufc"}
             dataset.dump_to_store(H5NetCDFStore(opened, group=name, mode="w"), encoding=squeezed)
+    path.write_bytes(written.getbuffer())
 
 
 def read(path: str | Path):
