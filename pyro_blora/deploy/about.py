@@ -19,6 +19,7 @@ from ..layout import ACTIVATIONS, AdapterLayout
 from ..models.names import commit_of, public_name
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
+from ..tasks.base import has_glue_score
 from ..tasks.likelihoods import Likelihood
 
 if TYPE_CHECKING:
@@ -61,9 +62,7 @@ class About(NamedTuple):
     @property
     def data_set(self) -> str:
         """On the hub, "" for others."""
-        from ..tasks.glue_metric import SCORES  # now, as evaluate takes seconds
-
-        return _GLUE if self.task in SCORES and self.task not in _OURS else ""
+        return _GLUE if has_glue_score(self.task) and self.task not in _OURS else ""
 
     @property
     def trained_on(self) -> str:

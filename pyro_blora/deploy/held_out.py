@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
 from ..progress import phase
+from ..tasks.base import metric_of
 from ..tasks.batching import lengths_of, longest_first, split_labels
 from .answering import Source
 
@@ -107,11 +108,8 @@ class HeldOut:
 
     def _metric(self) -> tuple[str, Callable[[list[Any], list[Any]], float] | None]:
         """The run's headline metric, where the task's own scores or those of its kind have it."""
-        from ..tasks.glue_metric import SCORES, GlueScore
-
         name: str = json.loads((self.run / "summary.json").read_text(encoding="utf-8"))["metric"]["name"]
-        task = self.source.config.task
-        metric = GlueScore(task) if task in SCORES else self.kind.metric()
+        metric = metric_of(self.source.config.task, self.kind)
         if name not in metric.compute(predictions=self.kind.examples, references=self.kind.examples):
             return name, None
         return name, lambda decisions, labels: metric.compute(predictions=decisions, references=labels)[name]

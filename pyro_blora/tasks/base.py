@@ -102,9 +102,7 @@ class Task:
         """A fresh metric; predictions are decisions, as the labels are."""
         if self.make_metric:
             return self.make_metric()
-        from .glue_metric import SCORES, GlueScore  # now, as evaluate takes seconds to import
-
-        return GlueScore(self.name) if self.name in SCORES else self.likelihood.metric()
+        return metric_of(self.name, self.likelihood)
 
     def validate(
         self, splits: Mapping[str, datasets.Dataset], *, source: str = "the data"
@@ -136,3 +134,16 @@ class Task:
     def allowed_labels(self) -> str:
         """The labels in words, for messages."""
         return self.likelihood.allowed_labels
+
+
+def metric_of(task: str, likelihood: Likelihood) -> Any:
+    """The `GlueScore` of a task's name, and for other names the metric of its kind of outcome."""
+    from .glue_metric import SCORES, GlueScore  # now, as evaluate takes seconds to import
+
+    return GlueScore(task) if task in SCORES else likelihood.metric()
+
+
+def has_glue_score(task: str) -> bool:
+    from .glue_metric import SCORES
+
+    return task in SCORES
