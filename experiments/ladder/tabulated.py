@@ -97,9 +97,9 @@ class Tabulated(GateProgram):
         z (L, T, K + 1, K + 1), g (L, R, R)
         """
         at = self.examples.states.index(gates)
-        changes = (F.pad(-x[at].flip(-1).cumsum(-1).flip(-1), (0, 1)) for x in self.examples.directions)
+        z, g = (F.pad(-x[at].flip(-1).cumsum(-1).flip(-1), (0, 1)) for x in self.examples.directions)
         types = [p.type for p in self.layout.projections]
-        return Sensitivity.of(*changes, torch.tensor([types.index(kind) for kind in types])).curvature
+        return Sensitivity.of(z, g, torch.tensor([types.index(kind) for kind in types])).curvature
 
 
 def tabulated(problem: Problem) -> Problem:
