@@ -9,7 +9,7 @@ theta are the adapter's weights, where their distribution (weights/) is learned 
 site. A prior with random settings has sites of its own for them, in the model and in the guide (priors/base.py).
 
 All gates of a network are two sites, drawn once at the top of the program and passed to the layers. The KL is that of
-the discrete distributions, in closed form; only the guide's sample is relaxed. The pair is plain Pyro: training
+the discrete distributions, in closed form; at most the guide's sample is relaxed. The pair is plain Pyro: training
 minimizes `program.elbo.differentiable_loss(program.model, program.guide, inputs, labels) / N`, and so does
 `pyro.infer.SVI` with `program.elbo` (elbos/) or Pyro's `TraceMeanField_ELBO`. Nothing is in the global parameter store.
 Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1), theta (D,).   Units: nats.

@@ -147,13 +147,17 @@ class Evaluation:
         drawn = self._run_guide(poutine.condition(self.guide, data=self.shared), component)
         return Gates(*(drawn[site]["value"] for site in _GATES))
 
+    @property
+    def components(self) -> int:
+        """Of the guide, which `joint` knows where there are several."""
+        return 1 if self.joint is None else self.joint.components
+
     def mean_over_components(self, nll: Callable[[Gates[Tensor], int], Tensor]) -> Tensor:
         """The mean of nll(gates, component) over a draw of each component of a mixture, or over the one draw."""
-        count = 1 if self.joint is None else self.joint.components
         total = nll(self.gates, 0)
-        for component in range(1, count):
+        for component in range(1, self.components):
             total = total + nll(self.gates_of(component), component)
-        return total / count
+        return total / self.components
 
     def run_model(self, gates: Gates[Tensor]) -> Sites:
         """Run the model at given gates, and at the guide's draws of all other sites."""

@@ -59,10 +59,9 @@ class GaussNewton(GateELBO):
 
     def _nll(self, at: Evaluation, drawn: Gates[Tensor], component: int) -> Tensor:
         """The NLL at a draw of a component, whose gradient in its factors is the natural one."""
-        count = 1 if at.joint is None else at.joint.components
         factors, passed, half_curvatures = self.guide.factors(component), [], []
         for gates, e, curvature, free in zip(drawn, factors, self.guide.curvature, self.guide.free, strict=True):
-            slope = count * _zero(e)
+            slope = at.components * _zero(e)
             passed.append(gates.detach() + slope if free else gates)
             half_curvatures.append((half_curvature(gates.detach(), curvature) * slope).sum() if free else 0.0)
         return at.nll(Gates(*passed)) + sum(half_curvatures)

@@ -141,7 +141,7 @@ def _backward(
         more = (_error(g, clipped, errors[0], c + SCALE, c + INVERSE),)
         for i in tl.static_range(1, GRIDS):
             so_far = _error(g, clipped, errors[i], c + SCALE + i, c + INVERSE + i)
-            more = more + (so_far,)  # type: ignore[assignment]  # noqa: RUF005
+            more = more + (so_far,)  # type: ignore[assignment]  # noqa: RUF005  # Triton has no unpacking
         errors = more
     everything, of_range = tl.sum(whole), below_32 * tl.sum(outside)
     mine = parts + tl.program_id(0) * (GRIDS + 2)
