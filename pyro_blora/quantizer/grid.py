@@ -16,6 +16,7 @@ from torch import Tensor
 from ..bit_widths import LADDER
 
 EXACT_BITS = 32  # the unquantized float
+_AT_ONCE = 1 << 16  # values times ranges: as many as stay in a core's cache
 _INSIDE = 4  # of the dtype's epsilons, so that x / s_b, with its roundings, stays below 2^(b-1) - 1/2
 
 
@@ -134,14 +135,14 @@ def squared_errors(x: Tensor, ranges: Tensor, weights: Tensor, ladder: Sequence[
 
     Shapes: x (..., n), weights (>= 0) as x; ranges (..., C) > 0 -> (..., C, G + 1).
     """
-    x, weights, errors = x.to(ranges.dtype), weights.to(ranges.dtype), []
-    for value_range in ranges.unbind(-1):
-        edge = _edge(value_range)[..., None]
-        clipped, scales = x.clamp(-edge, edge), _scales(value_range, ladder)
+    x, weights, errors = x.to(ranges.dtype)[..., None, :], weights.to(ranges.dtype)[..., None, :], []
+    for some in ranges.split(max(1, _AT_ONCE // max(1, x.numel())), -1):
+        edge, scales = _edge(some)[..., None], _scales(some, ladder)  # (..., C, 1), (..., C, G)
+        clipped = x.clamp(-edge, edge)
         on_grids = ((clipped * (1 / scale)).round() * scale for scale in scales.split(1, -1))
         each = [((value - x).square() * weights).mean(-1) for value in on_grids]
-        errors.append(torch.stack([*each, torch.zeros_like(value_range)], -1))
-    return torch.stack(errors, -2)
+        errors.append(torch.stack([*each, torch.zeros_like(some)], -1))
+    return torch.cat(errors, -2)
 
 
 def rounded(x: Tensor, value_range: Tensor, bits: int) -> Tensor:

@@ -86,6 +86,8 @@ class _Sample(Observer):
         """Which values are kept, and a note of the largest."""
         largest = x.detach().abs().max().float()
         self.largest[key] = torch.maximum(self.largest.get(key, largest), largest)
+        if x.numel() <= self.size:
+            return torch.arange(x.numel(), device=x.device)
         return torch.randint(x.numel(), (self.size,), generator=torch.Generator().manual_seed(0)).to(x.device)
 
     def _drawn_columns(self, key: tuple[int, int], weight: Tensor) -> Tensor:

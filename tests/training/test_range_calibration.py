@@ -13,6 +13,7 @@ from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.quantizer import LADDER, rounded
 from pyro_blora.tasks import get_task
+from pyro_blora.training import range_calibration
 from pyro_blora.training.range_calibration import _CANDIDATES, RangeErrors, range_errors
 
 pytestmark = pytest.mark.usefixtures("eager", "as_shipped")
@@ -61,8 +62,11 @@ class Recorder(Observer):
 # --- the errors -------------------------------------------------------------------------------------------------------
 
 
-def test_errors_are_weighted_by_the_squared_gradient_of_the_loss(program):
-    """Of a sample with repetition: the mean over it is that of all elements within its own sampling error."""
+@pytest.mark.parametrize("size", [None, 60])
+def test_errors_are_weighted_by_the_squared_gradient_of_the_loss(program, monkeypatch, size):
+    """Exactly, of a tensor that is taken whole; of a sample with repetition within its own sampling error."""
+    if size:
+        monkeypatch.setattr(range_calibration, "_SAMPLE", size)
     inputs, labels = batch(size=8)
     found, recorder = range_errors(program, [(inputs, labels)]), Recorder(0)
     with observed(program.net, recorder):
@@ -76,8 +80,8 @@ def test_errors_are_weighted_by_the_squared_gradient_of_the_loss(program):
         for i, bits in enumerate(LADDER[:2]):
             for c in (0, 5, 12):
                 each = (rounded(values, found.ranges[0, tensor, c], bits) - values).square() * weights
-                error = 5 * each.std().item() / (1 << 14) ** 0.5
-                assert found.errors[0, tensor, c, i].item() == pytest.approx(each.mean().item(), abs=error)
+                error = 5 * each.std().item() / size**0.5 if size and size < len(values) else 0.0
+                assert found.errors[0, tensor, c, i].item() == pytest.approx(each.mean().item(), abs=error, rel=1e-5)
 
 
 def test_nothing_is_lost_at_32_bit_and_less_with_every_rung(found, program):
