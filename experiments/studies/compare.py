@@ -12,6 +12,7 @@ from scipy import stats
 BOOTSTRAP = 2000
 LEVEL = 0.95
 _CORRELATIONS = ("pearson", "matthews_correlation")  # of two classes, Matthews' is Pearson's
+ROLES = ("query", "key", "value")
 
 
 def _arrays(cell: dict) -> dict[str, np.ndarray]:
@@ -76,17 +77,17 @@ def _half_width(values: np.ndarray) -> np.ndarray:
     return stats.t.ppf((1 + LEVEL) / 2, n - 1) * values.std(0, ddof=1) / n**0.5
 
 
-def rank_differences(cells: list[dict]) -> tuple[float, float, float, int]:
-    """E[rank] of `value` minus the mean of `query` and `key`: mean and 95 % interval (Student) over the layers.
+def rank_differences(cells: list[dict], over: str = "layers") -> tuple[float, float, float, int]:
+    """E[rank] of `value` minus the mean of `query` and `key`: mean and 95 % interval (Student).
 
-    cells: runs of one task that differ in their seed; a layer's difference is averaged over them first.
-    Returns (mean, low, high, layers).
+    cells: runs of one task that differ in their seed. over: layers, each averaged over seeds first, or seeds, each
+    averaged over layers.   Returns (mean, low, high, how many of these).
     """
-    by_layer: dict[str, list[float]] = {}
+    differences = []
     for cell in cells:
-        for layer in {name.rpartition(".")[0] for name in cell["ranks"]}:
-            value, query, key = (cell["ranks"][f"{layer}.{kind}"] for kind in ("value", "query", "key"))
-            by_layer.setdefault(layer, []).append(value - (query + key) / 2)
-    values = np.array([np.mean(found) for found in by_layer.values()])
+        layers = sorted({name.rpartition(".")[0] for name in cell["ranks"]})
+        of = {kind: np.array([cell["ranks"][f"{layer}.{kind}"] for layer in layers]) for kind in ROLES}
+        differences.append(of["value"] - (of["query"] + of["key"]) / 2)
+    values = np.mean(differences, axis=1 if over == "seeds" else 0)
     half = float(_half_width(values))
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half, len(values)

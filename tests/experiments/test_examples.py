@@ -24,7 +24,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "--lengths 16 --output_dir OUT --table OUT/table.md",
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
     "mrpc_as_pairs.py": "--glue_dir GLUE --max_train 20 --output_dir OUT",
-    "ranks.py": f"--tasks wnli --hierarchical wnli {SMALL}",
+    "ranks.py": f"--tasks wnli --seeds 0 --backbones TINY --cells hierarchical {SMALL}",
     "reading.py": "RUN --figures OUT/figures",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs e --simulations 5 --simulated_steps 10 --output_dir OUT "

@@ -75,15 +75,17 @@ def test_intervals_of_paired_differences_cover(seeds, monkeypatch):
     assert covered >= 88  # of 95 expected, 3 standard errors below
 
 
-def test_rank_differences_average_seeds_within_a_layer():
+def test_rank_differences_average_seeds_within_a_layer_or_layers_within_a_seed():
     def run(*values):
         ranks = {f"{i}.{kind}": rank for i, v in enumerate(values) for kind, rank in
                  {"query": 2.0, "key": 4.0, "value": v}.items()}  # fmt: skip
         return {"ranks": ranks}
 
-    mean, low, high, layers = rank_differences([run(4.0, 5.0, 6.0), run(6.0, 7.0, 8.0)])  # by layer 2, 3, 4
-    half = stats.t.ppf(0.975, 2) * 1 / 3**0.5
-    assert (mean, layers) == (3.0, 3) and (low, high) == pytest.approx((3 - half, 3 + half))
+    cells = [run(4.0, 5.0, 6.0), run(6.0, 7.0, 8.0)]  # by layer 2, 3, 4; by seed 2, 4
+    for over, number, error in (("layers", 3, 1 / 3**0.5), ("seeds", 2, 1.0)):
+        mean, low, high, count = rank_differences(cells, over)
+        half = stats.t.ppf(0.975, number - 1) * error
+        assert (mean, count) == (3.0, number) and (low, high) == pytest.approx((3 - half, 3 + half))
 
 
 def test_a_page_names_every_code_that_trained_its_cells():
