@@ -167,8 +167,9 @@ def report(options, rows: list[dict]) -> str:
 
 ```sh
 python experiments/ranks.py --glue_dir GLUE --backbones {" ".join(options.backbones)} \\
-    --tasks {" ".join(options.tasks)} --seeds {" ".join(map(str, options.seeds))} --max_train {options.max_train} --epochs {options.epochs} \\
-    --kl_warmup {options.kl_warmup} --report benchmarks/ranks.md --figures benchmarks/figures
+    --tasks {" ".join(options.tasks)} --seeds {" ".join(map(str, options.seeds))} \\
+    --max_train {options.max_train} --epochs {options.epochs} --kl_warmup {options.kl_warmup} \\
+    --report benchmarks/ranks.md --figures benchmarks/figures
 ```
 
 {summary(groups)}
