@@ -7,6 +7,8 @@ For each task and seed, from the same LoRA and the same estimate of every gate's
     frozen      gates stay at their start; adapter, head and ranges are trained on under discrete draws of them
     natural     natural gradients: estimator `gauss_newton`
     adam        Adam on one relaxed draw: estimator `relaxed`
+    alone       as `natural`, with adapter, head and ranges left as they are when the gates start
+    alone_4     the same, with four times the steps: is there more to gain?
 
 The ELBO is that of discrete draws, by 64 of them on 400 training rows. Beside it stands the ELBO of the adapter of
 `natural` with the gates that it started from, which separates what the gates gain from what the adapter does. Finished
@@ -14,6 +16,7 @@ cells are kept; `--cells` trains some methods only. With `--noise`, tables of op
 gradient, on problems that can be enumerated: twelve gates, and a tiny network. Rows of estimates are kept, too.
 """
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -37,11 +40,16 @@ from experiments.studies.gate_learning import DRAWS, ROWS, cell
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.config import RunConfig
 
+STILL = {"lr": 1e-20, "lr_ranges": 0.0}  # too small a step to change a float32
 METHODS = {
     "frozen": {"estimator": "gauss_newton", "lr_gates": 0.0},
     "natural": {"estimator": "gauss_newton"},
     "adam": {"estimator": "relaxed"},
+    "alone": {"estimator": "gauss_newton", **STILL},
+    "alone_4": {"estimator": "gauss_newton", **STILL},
 }
+TRAINED, ALONE = ("frozen", "natural", "adam"), ("alone", "alone_4")  # beside a trained adapter, or an adapter at rest
+LONGER = {"alone_4": 4}  # times the steps of the others
 OWN = {"acceptability": {"epochs": 5, "kl_warmup": 0.5}}  # of the demo's preset: nothing is learned before
 
 
@@ -53,15 +61,21 @@ def configuration(options, task: str, seed: int, **changes) -> RunConfig:
     })  # fmt: skip
 
 
+def of_method(options, task: str, seed: int, method: str) -> RunConfig:
+    """Gates start at the same step, however long they learn."""
+    config, times = configuration(options, task, seed, **METHODS[method]), LONGER.get(method, 1)
+    return dataclasses.replace(config, epochs=times * config.epochs, kl_warmup=config.kl_warmup / times)
+
+
 def study(options) -> list[dict]:
     """One row a cell; trains what is missing among `options.cells`."""
     rows = []
     for seed, task in itertools.product(options.seeds, options.tasks):
         lora = configuration(options, task, seed, prior="fixed", prior_settings={"bits": 32})
-        for method, changes in METHODS.items():
+        for method in METHODS:
             path = options.keep / "gates" / f"{task}-{seed}-{method}.json"
             train = method in options.cells and not options.only_finished
-            found = cell(path, configuration(options, task, seed, **changes), lora, train=train)
+            found = cell(path, of_method(options, task, seed, method), lora, train=train)
             if found is not None:
                 rows.append({"task": task, "seed": seed, "method": method, **found})
                 print(task, seed, method, f"{found['learned']['elbo']:.4f}", flush=True)
@@ -82,7 +96,7 @@ def disagreement(cells: list[dict]) -> str:
 def table(rows: list[dict]) -> str:
     lines = ["| task | gates | seeds | ELBO per example | KL | E[BOPs] | E[bits] | NLL, draws | NLL, deployed | score, "
              "deployed | seeds disagree |", "|" + "---|" * 11]  # fmt: skip
-    for task, method in itertools.product(dict.fromkeys(row["task"] for row in rows), METHODS):
+    for task, method in itertools.product(dict.fromkeys(row["task"] for row in rows), TRAINED):
         cells = list(by(rows, task, method).values())
         if not cells:
             continue
@@ -103,12 +117,31 @@ def differences(rows: list[dict]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         frozen = by(rows, task, "frozen")
         for seed, cell_ in by(rows, task, "natural").items():
-            n = cell_["config"]["max_train"]
+            n, (own, error) = cell_["config"]["max_train"], gained(cell_)
             gain = n * (cell_["learned"]["elbo"] - frozen[seed]["learned"]["elbo"]) if seed in frozen else np.nan
-            own = n * (cell_["learned"]["elbo"] - cell_["start"]["elbo"])
-            error = n * np.hypot(cell_["learned"]["error"], cell_["start"]["error"])
             lines.append(f"| {task} | {seed} | {gain:+.1f} | {own:+.1f} | {error:.1f} | {cell_['moved']:.2f} |")
     return "\n".join(lines)
+
+
+def alone(rows: list[dict]) -> str:
+    """What gates gain under an adapter at rest, nats above their start, after as many steps and four times as many."""
+    lines = ["| task | seed | gain, nats | gain of four times the steps, nats | their moves, nats (root mean square) |",
+             "|" + "---|" * 5]  # fmt: skip
+    for task, seed in itertools.product(*(dict.fromkeys(row[key] for row in rows) for key in ("task", "seed"))):
+        cells = [by(rows, task, method).get(seed) for method in ALONE]
+        if any(cells):
+            gains = (f"{gain[0]:+.1f} ± {gain[1]:.1f}" if (gain := gained(cell)) else "-" for cell in cells)
+            moves = " / ".join(f"{cell['moved']:.2f}" if cell else "-" for cell in cells)
+            lines.append(f"| {task} | {seed} | {' | '.join(gains)} | {moves} |")
+    return "\n".join(lines) if len(lines) > 2 else "No run is finished."
+
+
+def gained(cell: dict | None) -> tuple[float, float] | None:
+    """ELBO of all examples above that of the gates' start under the same adapter, and its standard error; nats."""
+    if cell is None:
+        return None
+    n, learned, start = cell["config"]["max_train"], cell["learned"], cell["start"]
+    return n * (learned["elbo"] - start["elbo"]), n * float(np.hypot(learned["error"], start["error"]))
 
 
 def figure(rows: list[dict], path: Path) -> None:
@@ -116,7 +149,7 @@ def figure(rows: list[dict], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     _, panels = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False, constrained_layout=True)
     for panel, task in zip(panels[0], tasks, strict=True):
-        for method, colour, marker in zip(METHODS, ("#000000", "#0072B2", "#D55E00"), "o^s", strict=True):
+        for method, colour, marker in zip(TRAINED, ("#000000", "#0072B2", "#D55E00"), "o^s", strict=True):
             points = [c["learned"] for c in by(rows, task, method).values()]
             panel.plot(
                 [100 * p["bops"] for p in points], [p["elbo"] for p in points], marker, color=colour, label=method
@@ -191,6 +224,10 @@ draws, is what the gates have learned.
 {table(rows)}
 
 {differences(rows)}
+
+Under an adapter at rest, natural gradients for as many steps, and for four times as many:
+
+{alone(rows)}
 
 ![ELBO against bit operations](figures/gates.png)
 {noise}"""

@@ -30,7 +30,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "check_posterior.py": "--rungs e --simulations 5 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
     "fewest_bops.py": f"--tasks wnli --seeds 0 --methods greedy --steps 0 {SMALL}",
-    "gates.py": f"--tasks wnli --seeds 0 --cells frozen natural {SMALL}",
+    "gates.py": f"--tasks wnli --seeds 0 --cells frozen natural alone_4 {SMALL}",
     "levers.py": f"--tasks wnli --seeds 0 --methods uniform --levers all --without OUT/without {SMALL}",
     "glue_small.py": "--glue_dir GLUE --backbone TINY --tasks wnli --max_train 64 --max_length 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
