@@ -92,7 +92,8 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     tensors = {key: x for key, x in found.items() if key.partition("/")[2] in shared}
     own = {f"parameter/{name}": x.detach().clone() for name, x in state.items() if name not in shared}
     (partial / CHECKPOINT).parent.mkdir(parents=True)
-    write_tensors(partial / CHECKPOINT, tensors | own, {**notes, **identity(parts), "lines": "0"})
+    changed = {"total": str(Schedule.of(config, program.n_train).steps), "lines": "0"}
+    write_tensors(partial / CHECKPOINT, tensors | own, {**notes, **identity(parts), **changed})
 
 
 def _code_digest() -> str:
