@@ -15,7 +15,7 @@ from pyro_blora.run import train_run
 pytestmark = pytest.mark.usefixtures("eager")
 WITH_CODE = [page for page in GUIDES if blocks(page, "python")]
 SMALLER = {  # what the pages show takes minutes: the same on a tiny network
-    '"runs/acceptability-demo-bops-76a62f60': '"RUN',
+    '"runs/acceptability-demo-bops-e4812fd6': '"RUN',
     '"runs/…': '"RUN',
     '"runs/priors': '"GRID',
     '"3.value"': '"1.value"',  # of two layers
