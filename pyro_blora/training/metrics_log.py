@@ -64,9 +64,10 @@ class Logbook:
         return {key: float(value) for key, value in (numbers | program.prior.report()).items()}
 
     def _gradients(self, step: int, grad_norm: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict:
-        """Temperature, the norm of the adapter's and head's gradient before clipping, and how noisy the gates' one is.
+        """Norm of the adapter's and head's gradient before clipping, temperature where draws are relaxed, and how noisy
+        the gates' gradient is.
 
-        From Adam's running means of the gradient and of its square: gate_gradient is the root of the mean square of a
+        The last from Adam's running means of the gradient and of its square: gate_gradient is the root of the mean square of a
         gate's gradient (nats over N), gate_noise the share of that square that is variance; 1 where nothing but noise
         is left, as the mean then stays at about 1/19 of it.
         """
@@ -76,7 +77,9 @@ class Logbook:
             for b1, b2 in [group["betas"]]
             for state in map(optimizer.state.get, group["params"]) if state
         ]  # fmt: skip
-        found = {"temperature": self.schedule.temperature(step - 1), "grad_norm": float(grad_norm)}
+        found = {"grad_norm": float(grad_norm)}
+        if self.program.elbo.draws != "discrete":
+            found["temperature"] = self.schedule.temperature(step - 1)
         if step > self.schedule.opening and moments:
             means, squares = (torch.cat([x.flatten() for x in each]) for each in zip(*moments, strict=True))
             alive = squares > 0  # pinned gates have no gradient
