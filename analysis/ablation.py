@@ -67,9 +67,9 @@ table = pd.DataFrame([
 table.T.round(4)
 
 # %% [markdown]
-# On the stored runs accuracy is 0.845, 0.835 and 0.834: a point apart, less than the standard error of 872 examples
-# (1.2 points). Bit operations are fourfold apart: `depth`, which has no price for bits, spends 23 %, the others 6 %.
-# `bops` and `nested` reach the same total in different ways, with the adapters at 30 and at 4 bit, as they price them.
+# On the stored runs accuracy is 0.835, 0.841 and 0.834: within a point, less than the standard error of 872 examples
+# (1.2 points). Bit operations are fourfold apart: `depth`, which has no price for bits, spends 25 %, the others 7 %.
+# `bops` and `nested` reach the same total in different ways, with the adapters at 30 and at 5 bit, as they price them.
 #
 # ## Metric against bit operations
 #
@@ -91,7 +91,7 @@ plt.show()
 
 # %% [markdown]
 # On the stored runs nothing is bought with the bits that `depth` spends, and all three accuracies are within each
-# other's whiskers. One seed each: restarts of `bops` alone have 0.845, 0.815 and 0.818.
+# other's whiskers. One seed each: restarts of `bops` alone have 0.835, 0.819 and 0.820.
 #
 # ## Held-out log scores
 #
@@ -103,7 +103,7 @@ elpd = {name: held_out_elpd(one) for name, one in data.items()}
 pd.DataFrame(elpd, index=["held-out elpd", "standard error"]).T.round(4)
 
 # %% [markdown]
-# On the stored runs it is -0.375, -0.388 and -0.381, each with a standard error of 0.02: no difference shows so.
+# On the stored runs it is -0.372, -0.377 and -0.376, each with a standard error of 0.02: no difference shows so.
 #
 # ## Differences of log scores
 #
@@ -117,8 +117,8 @@ scores = {name: held_out(held_out_scores(one), group(one, "predictions").sizes["
 az.compare(scores).round(3) if len(scores) > 1 else None
 
 # %% [markdown]
-# On the stored runs `bops` is ahead of `depth` by 5.4 nats (standard error of the difference 4.2) and of `nested` by
-# 11.3 (4.3). The second is more than the noise of the examples; whether it is more than that of seeds, one cannot say.
+# On the stored runs `bops` is ahead of `depth` by 3.2 nats (standard error of the difference 5.6) and of `nested` by
+# 4.1 (4.7): no more than the noise of the examples.
 #
 # ## Other rates, without training
 #
@@ -160,8 +160,7 @@ plt.show()
 rows.round(4)
 
 # %% [markdown]
-# On the stored run under `bops` k is above 0.7 at factor 0.5 only, 0.74 (7.0 for 11.8 %). But for a mean field the line
-# is what the weights estimate, and they miss it at 1.5 (5.1 for 4.4 %) and at 2 (5.0 for 3.6 %) too, where k is 0.32
-# and 0.56: they leave 7 and 4 of 50 draws, too few to show a tail, and no draw is as cheap. Believe the line, and the
-# weights near 1. Accuracy is 0.835 to 0.846, less than its standard error apart; at 0.5, 1.5 and 2 it rests on 4 to 7
-# draws.
+# On the stored run under `bops` k is above 0.7 at factors 1.5 and 2, 0.74 and 1.45 (5.5 for 4.2 % at 2). But for a mean
+# field the line is what the weights estimate, and they miss it at 0.5 (8.5 for 15.7 %) too, where k is 0.36: they leave
+# 7 of 50 draws, too few to show a tail, and no draw is as dear. Believe the line, and the weights near 1. Accuracy is
+# 0.834 to 0.836, less than its standard error apart; at 0.5, 1.5 and 2 it rests on 2 to 7 draws.
