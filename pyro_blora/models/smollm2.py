@@ -13,6 +13,7 @@ import importlib.util
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 from .converted import converted
 from .quiet_loading import quiet
@@ -41,10 +42,14 @@ def _write(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(gguf.parent),
+        "gguf_file": gguf.name,
+        "trust_remote_code": False,
+    }
     with quiet(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a bar, whatever is asked
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model = transformers.LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     del model.config.quantization_config  # the weights are plain numbers now, in a model that is free of the file
     with torch.device("meta"):
