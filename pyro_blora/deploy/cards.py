@@ -218,7 +218,7 @@ def _whole(about: About) -> str:
 
 def _backbone(about: About) -> str:
     head, outputs = about.kind.head, about.kind.head_settings.get("num_labels", 0)
-    settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if about.labels else "")
+    settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if about.labels and outputs else "")
     code = _BACKBONE.format(
         labels=f"labels = {about.labels}\n" if outputs else "", name=about.base, auto_class=head.auto_class,
         settings=(f'\n    revision="{about.revision}",' if about.revision else "")

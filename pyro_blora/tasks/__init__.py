@@ -8,6 +8,7 @@ from ..registries import TASKS
 from .base import Task
 from .causal_lm import CausalLM
 from .multi_label import MultiLabel
+from .multiple_choice import MultipleChoice
 from .names import get_task, register_task, task_names
 from .tabular.task import from_frame
 from .token_labels import TokenLabels
@@ -16,6 +17,7 @@ __all__ = [
     "TASKS",
     "CausalLM",
     "MultiLabel",
+    "MultipleChoice",
     "Task",
     "TokenLabels",
     "from_frame",

@@ -67,7 +67,7 @@ def greedy(
             )  # fmt: skip
         for i, tokens in zip(batch, found[:, width:].tolist(), strict=True):
             own = tokens[: tokens.index(end)] if end in tokens else tokens
-            texts[i] = tokenizer.decode(own, skip_special_tokens=True).strip()
+            texts[i] = str(tokenizer.decode(own, skip_special_tokens=True)).strip()
 
     if len(batches) < _SHOWN_FROM:
         for batch in batches:
