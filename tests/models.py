@@ -84,6 +84,12 @@ def tiny_llama(*, num_labels=2, **settings):
     return _built(transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**sizes))
 
 
+def tiny_language_model(**settings):
+    """Llama in small with the head of a language model."""
+    sizes = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, **_SMALL, **settings}
+    return _built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))
+
+
 def tiny_gpt2(*, num_labels=2, dropout=0.0):
     """GPT-2 in small: every map is a Conv1D, and one makes query, key and value."""
     config = transformers.GPT2Config(

@@ -48,6 +48,9 @@ class NextTokens(dist.TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape[:-2], logits.shape[-2:-1], validate_args=False)
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> NextTokens:
+        return NextTokens(self.logits.expand(*batch_shape, *self.logits.shape[-2:]))
+
     def log_prob(self, value: Tensor) -> Tensor:
         labels = value.expand(self.logits.shape[:-1]).flatten()
         each = F.cross_entropy(self.logits.flatten(0, -2), labels, ignore_index=IGNORED, reduction="none")

@@ -48,6 +48,9 @@ class NextLetter(dist.TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape[:-2], torch.Size([1]), validate_args=False)  # one dimension, of any size
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> NextLetter:
+        return NextLetter(self.logits.expand(*batch_shape, *self.logits.shape[-2:]))
+
     def letters(self, rows: Tensor) -> dist.Categorical:
         """(..., B) over the letters of the rows."""
         return dist.Categorical(logits=at_letters(self.logits, rows))

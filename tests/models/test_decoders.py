@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import batch, tiny_gpt2
+from models import batch, tiny_gpt2, tiny_language_model
 from packed_models import allocated
 from safetensors.torch import load_file
 from tiny import save_tiny_decoder, tiny_config
@@ -15,11 +15,12 @@ from tiny import save_tiny_decoder, tiny_config
 from pyro_blora import attach, export, load, use_gates
 from pyro_blora.adapters import open_gates
 from pyro_blora.deploy import merge, pack
-from pyro_blora.models import load_backbone, load_tokenizer
+from pyro_blora.models import layout_of, load_backbone, load_tokenizer
 from pyro_blora.models.conv1d import LinearOfConv1D, to_conv1d, to_linear
 from pyro_blora.models.names import backbone_path
 from pyro_blora.posterior import deployed
 from pyro_blora.run import train_run
+from pyro_blora.tasks.causal_lm import LANGUAGE_MODEL
 from pyro_blora.training import fit
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -90,6 +91,17 @@ def test_a_packed_gpt2_has_the_logits_of_the_deployed_allocation(reference, tmp_
     model = load(folder, backbone=tmp_path / "base" if reference else None)
     with use_gates(program.net, *deployed(program)):
         assert torch.equal(model(**inputs).logits, program.net.logits(**inputs))
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_a_language_model_costs_its_products_and_those_of_its_head(size):
+    """Grouped queries: keys and values are half as wide. Every query meets every key, as the products are computed."""
+    layout = layout_of(tiny_language_model(), scope="encoder", sequence_length=10, batch_size=size, head=LANGUAGE_MODEL)
+    T, H, F, V = 10, 32, 64, 100
+    maps = 2 * (H * H) + 2 * (H * H // 2) + 3 * H * F
+    assert sum(p.macs for p in layout.projections) == 2 * T * maps and len(layout.projections) == 14
+    assert layout.model_macs == 2 * (T * maps + 2 * T * T * H) + T * H * V
+    assert [(p.type, p.out_features) for p in layout.adapted[:3]] == [("query", 32), ("key", 16), ("value", 16)]
 
 
 def test_gpt2_without_padding_is_trained_resumed_to_the_same_bits_and_predicts(decoder, tmp_path):
