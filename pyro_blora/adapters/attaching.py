@@ -19,6 +19,7 @@ from torch import nn
 
 from ..bit_widths import LADDER
 from ..layout import BATCH_SIZE, GRANULARITIES
+from ..models.conv1d import to_linear
 from ..models.layout import layout_of
 from ..registries import ADAPTERS
 from ..tasks.heads import SEQUENCE, Head
@@ -66,6 +67,7 @@ def attach(
         share_inputs=share_inputs, batch_size=batch_size, ladder=ladder, granularity=granularity,
         head=head,
     )  # fmt: skip
+    to_linear(backbone, [p.name for p in layout.projections])
     start = () if init_lora_weights == "default" else (init_lora_weights,)
     net = make(backbone, layout, head, *start, **settings)
     if not isinstance(net, GatedModel):

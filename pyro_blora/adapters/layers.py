@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Module, Gated):
 
     def __init__(self, linear: nn.Linear, gate_context: GateContext, index: int):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.kind = linear.weight, linear.bias, type(linear)
         self.gate_context, self.index = gate_context, index
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,6 +94,6 @@ class QuantizedLinear(nn.Module, Gated):
         return self.weight
 
     def plain(self) -> nn.Linear:
-        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
+        linear = self.kind(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear

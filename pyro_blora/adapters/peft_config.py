@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layout import AdapterLayout
 from ..models.architectures import head_modules, settle_attention
+from ..models.conv1d import is_conv1d
 from ..models.relative_positions import remember_positions
 from ..tasks.heads import SEQUENCE, Head
 from .quantized_linear import remember_sources
@@ -65,6 +66,7 @@ def lora_config(backbone: nn.Module, layout: AdapterLayout, head: Head = SEQUENC
         task_type=SEQUENCE.task_type if above else task_type,
         r=layout.rank, lora_alpha=layout.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=[p.name for p in layout.adapted],
+        fan_in_fan_out=any(is_conv1d(backbone.get_submodule(p.name)) for p in layout.adapted),
         modules_to_save=saved, **patterns,
     )  # fmt: skip
 

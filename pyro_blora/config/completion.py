@@ -50,7 +50,7 @@ def _values(action: argparse.Action) -> Iterable[str]:
     if action.dest == "preset":
         return preset_names()
     if action.dest == "backbone":
-        return ("demo", "demo-deberta")
+        return ("demo", "demo-deberta", "demo-decoder")
     if action.dest in ("prior.z", "prior.g"):
         return [*_registered("prior"), "off"]
     return CHOICES.get(action.dest) or _registered(action.dest) or ()

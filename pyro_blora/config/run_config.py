@@ -36,7 +36,9 @@ class RunConfig:
     task: str = _field("acceptability", "task to learn: a name that `pyro-blora tasks` lists, or file.py:function")
     task_settings: dict = _field(dict, "settings of the task, on the command line as --task.NAME VALUE")
     backbone: str = _field(
-        "demo", "demo (a packaged MiniLM), demo-deberta, a folder, a name on the hub, or file.py:function"
+        "demo",
+        "demo (a packaged MiniLM), demo-deberta, demo-decoder (SmolLM2), a folder, a name on the hub, or "
+        "file.py:function",
     )
     backbone_revision: str | None = _field(None, "branch, tag or commit of a backbone on the hub; none: its newest")
     glue_dir: str | None = _field(None, "folder of GLUE files to read instead of downloading; none: download")

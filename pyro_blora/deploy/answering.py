@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from ..config.run_config import RunConfig
+from ..gates import Gates
 from ..posterior.calibration import uncertainty
 from ..posterior.draws import draw, draw_weights
 from ..posterior.prediction import Prediction, predict
 from ..posterior.selection import threshold_for
+from ..posterior.writing import write
 from ..program import BayesianLoRA, Inputs
 from ..progress import phase
 from ..tasks.batching import lengths_of, longest_first, split_labels
 from ..tasks.likelihoods import Rows
+from ..tasks.writing import Writer
 from ..user_values import shown, suggest
 
 if TYPE_CHECKING:
@@ -95,6 +98,8 @@ class Answers:
         """The same of texts by column that are known to be texts."""
         import pandas as pd
 
+        if isinstance(self.kind, Writer):
+            return pd.DataFrame(self._written(rows))
         prediction = self.prediction(rows, show=show)
         found = self.kind.answers(prediction.outputs, self.source.program.log_scale.detach().exp())
         first = next(iter(found))
@@ -108,6 +113,19 @@ class Answers:
         if self._sets is not None:
             table |= self._sets.columns(mean)
         return pd.DataFrame({name: x.numpy() if isinstance(x, Tensor) else x for name, x in {**table, **found}.items()})
+
+    def _written(self, rows: Rows) -> dict[str, list[Any]]:
+        """text: of the deployed allocation; drawn: those of every draw, without `deployed`."""
+        source, columns = self.source, {name: rows[name] for name in self.columns}
+        found: dict[str, list[Any]] = {"text": write(source.program, source.tokenizer, columns, None, None,
+                                                     self._batch_size)}  # fmt: skip
+        each = []
+        for fit, draws in zip(self._fits, self._draws, strict=True):
+            for i in range(len(draws["gates"].z) if draws else 0):
+                at, theta = Gates(*(x[i] for x in draws["gates"])), draws["weights"]
+                random = None if theta is None else theta[i]
+                each.append(write(fit.program, fit.tokenizer, columns, at, random, self._batch_size))
+        return found | ({"drawn": [list(texts) for texts in zip(*each, strict=True)]} if each else {})
 
     def prediction(self, rows: Rows, labels: Sequence[Any] | None = None, *, show: bool = False) -> Prediction:
         """Of texts by column, (S, E, *); of an ensemble a fit's mean is a draw."""

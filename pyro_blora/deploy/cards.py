@@ -80,6 +80,7 @@ _SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # 
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
 _NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
+_PADDED = "\n    pad_token_id={},  # the end of a text, as its tokenizer has no token for padding"
 _OWN_FILE = (
     "`gates.safetensors` is the posterior in full rank, which `pyro_blora.load` reads with the run's config.json."
 )
@@ -217,13 +218,20 @@ def _whole(about: About) -> str:
 
 def _backbone(about: About) -> str:
     head, outputs = about.kind.head, about.kind.head_settings.get("num_labels", 0)
-    settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if about.labels else "")
+    settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if about.labels and outputs else "")
     code = _BACKBONE.format(
         labels=f"labels = {about.labels}\n" if outputs else "", name=about.base, auto_class=head.auto_class,
         settings=(f'\n    revision="{about.revision}",' if about.revision else "")
-        + settings + (_NEW if head.is_new else ""),
+        + settings + (_NEW + _padding(about) if head.is_new else ""),
     )  # fmt: skip
     return code + _attention(about, "backbone")
+
+
+def _padding(about: About) -> str:
+    """Of a decoder that has no token for it: its own configuration does not say which one was taken."""
+    config = about.program.net.backbone.config
+    token = getattr(config, "pad_token_id", None)
+    return _PADDED.format(token) if token is not None and token == getattr(config, "eos_token_id", None) else ""
 
 
 def _attention(about: About, name: str) -> str:

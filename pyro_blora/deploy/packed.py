@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.conv1d import to_linear, transposed
 from ..models.names import DEMO, DEMO_ON_THE_HUB, backbone_path
 from ..models.quiet_loading import quiet
 from ..quantizer.packing import Scale, restored
@@ -64,7 +65,7 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
     tensors, made_of = load_file(folder / WEIGHTS), content["architecture"]
     model_class = transformers_class(made_of["class"])
     config = model_class.config_class.from_dict(dict(made_of["config"]))  # type: ignore[union-attr]  # a class has one
-    base = _referenced(model_class, config, content["base"], backbone) if "base" in content else {}
+    base = _referenced(model_class, config, content, backbone) if "base" in content else {}
     sites, weights = {}, {}
     for name, entry in content["projections"].items():
         own = _Tensors(tensors, name, entry["bits"])
@@ -81,6 +82,7 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
         sites[name] = Site(own.rounded("input"), weight.step, adapter)
     for name, entry in content["embeddings"].items():
         weights[name] = _Tensors(tensors, name, {"codes": entry["bits"]}).weight("codes", entry["shape"]).x
+    weights = transposed(model_class, config, weights)
     with quiet(), torch.random.fork_rng(devices=[]):
         model: Any
         report: dict[str, Any]
@@ -91,6 +93,7 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
     for what, found in report.items():
         if found:
             raise Refused(f"{folder / WEIGHTS} has {what.replace('_', ' ')}: {sorted(map(str, found))[0]}: {_RESTORE}")
+    to_linear(model, sites)
     put_in(model, sites)
     return model.requires_grad_(False).eval()
 
@@ -155,12 +158,13 @@ def transformers_class(name: str) -> type[PreTrainedModel]:
 
 
 def _referenced(
-    model_class: type[PreTrainedModel], config: Any, base: dict[str, Any], backbone: str | Path | None
+    model_class: type[PreTrainedModel], config: Any, content: dict[str, Any], backbone: str | Path | None
 ) -> dict[str, Tensor]:
     """The tensors that the folder has not, from transformers' files, by name.
 
     Errors: Refused where the base is not found, or is another one.
     """
+    base = content["base"]
     name = str(backbone) if backbone is not None else base["name"]
     if backbone is None and name == DEMO_ON_THE_HUB:
         with contextlib.suppress(ValueError):
@@ -169,13 +173,15 @@ def _referenced(
     settings = {} if Path(place).is_dir() else {"revision": base["revision"]}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
-            found = model_class.from_pretrained(
+            model: Any = model_class.from_pretrained(
                 place, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False,
                 use_safetensors=True, **settings,
-            ).state_dict()  # fmt: skip
+            )  # fmt: skip
     except Exception as error:  # whatever transformers makes of a folder, or of a hub out of reach
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Refused(f"the base {name!r} could not be read ({first}): load(FOLDER, backbone=PATH)") from None
+    to_linear(model, content["projections"])
+    found = model.state_dict()
     tensors = {key: found[key] for key in base["tensors"] if key in found}
     if len(tensors) < len(base["tensors"]) or content_sum(tensors) != base["sha256"]:
         raise Refused(

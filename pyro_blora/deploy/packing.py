@@ -18,6 +18,7 @@ from ..config.run_config import RunConfig
 from ..files import new_folder
 from ..models.architectures import example_rows
 from ..models.attention import SOFTMAX1, attention_of
+from ..models.conv1d import to_linear
 from ..models.names import commit_of, public_name
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
@@ -63,6 +64,7 @@ def pack(
         raise ValueError(f"embeddings have 2 to {WIDEST} bit, or {EXACT} as they are, got {embeddings}")
     with new_folder(folder, "a model") as partial:
         plain = plain_backbone(net)
+        to_linear(plain, [p.name for p in net.layout.projections])
         state, widths = _state(plain), Widths.of(program, merged)
         rounded = {} if embeddings == EXACT else _round_embeddings(plain, state, embeddings)
         for index, projection in enumerate(net.layout.projections):
@@ -174,6 +176,7 @@ def _refer(plain: PreTrainedModel, state: dict[str, Tensor], projections: list[s
             plain.name_or_path, config=plain.config, dtype=torch.float32, ignore_mismatched_sizes=True,
             revision=commit_of(plain) or "main", trust_remote_code=False,
         )  # fmt: skip
+    to_linear(again, projections)
     base, own, kept = again.state_dict(), plain.state_dict(), {}
     for key, x in base.items():
         path = key.removesuffix(".weight")

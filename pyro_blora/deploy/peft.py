@@ -29,6 +29,7 @@ from ..files import NotWritten, new_folder, writing
 from ..gates import Gates
 from ..layout import LORA_A, LORA_B
 from ..models.attention import attention_of, set_attention
+from ..models.conv1d import to_conv1d
 from ..models.names import commit_of, public_name
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
@@ -117,6 +118,7 @@ def plain_backbone(net: adapters.GatedModel) -> PreTrainedModel:
         if isinstance(module, QuantizedLinear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.plain())
+    to_conv1d(model)
     for config in ("peft_config", "_hf_peft_config_loaded"):
         if config in vars(model):
             delattr(model, config)

@@ -21,6 +21,7 @@ from ..tasks.outcomes import described
 from ..weights.laplace import Laplace
 from .evaluating import Evaluated
 from .metrics import calibration_of, deployed_scores, scores_of
+from .writing import scored_texts
 
 _WEIGHT_DRAWS = 100  # for their mean standard deviation
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
@@ -88,6 +89,11 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
             found[split] = scores_of(parts.task, predicted)
     if evaluated.by_rank:
         found["by_rank"] = evaluated.by_rank
+    rows = {name: parts.rows["eval"][name] for name in (*program.text_columns, "label")}
+    texts = scored_texts(program, parts.tokenizer, rows, evaluated.draws, evaluated.theta, 2 * config.batch_size)
+    if texts:
+        tables = {**found.get("tables", {}), **texts.pop("tables")}
+        found |= {**texts, "tables": tables}
     return found
 
 

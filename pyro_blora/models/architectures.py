@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conv1d import is_linear
+
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Paths of the task head, which stays at 32 bit: what stands beside the base model, and a pooler inside it."""
@@ -24,9 +26,9 @@ def outside_the_head(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{h}.") for h in head)}
 
 
-def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer but the task head's, by path: the head is trained whole, a target may not be in it."""
-    return {name: module for name, module in outside_the_head(model).items() if isinstance(module, nn.Linear)}
+def encoder_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer but the task head's, by path, `nn.Linear` or `Conv1D`: a target may not be in the head."""
+    return {name: module for name, module in outside_the_head(model).items() if is_linear(module)}
 
 
 def example_rows(model: nn.Module, size: int, length: int, *, varied: bool = False) -> dict[str, Tensor]:

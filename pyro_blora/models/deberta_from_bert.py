@@ -11,26 +11,21 @@ Source: He et al., DeBERTa (2021), equation 4, and DeBERTaV3 (2023), which share
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..machine import cache_folder
+from .converted import converted
 
 if TYPE_CHECKING:
     from transformers import BertModel, DebertaV2Model
 
 CACHED = "deberta_from_bert"  # the folder of converted models in the cache
-_VERSION = 1  # of the conversion: a cached one of another version is not used
-_SUM = "model.sha256"
+_VERSION = "1"  # of the conversion: a cached one of another version is not used
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
@@ -82,42 +77,12 @@ def converted_folder(bert_folder: Path) -> Path:
     """
     import transformers
 
-    digest = hashlib.sha256(f"{_VERSION} {transformers.__version__}".encode())
-    for path in sorted([*bert_folder.glob("*.safetensors"), bert_folder / "config.json"]):
-        digest.update(path.read_bytes())
-    folder = cache_folder() / CACHED / digest.hexdigest()[:16]
-    if folder.is_dir():
-        if _is_whole(folder):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)  # damaged: it is made anew
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    except OSError as error:
-        raise ValueError(
-            f"the converted model cannot be kept in {folder.parent} ({error}): name another folder in PYRO_BLORA_CACHE"
-        ) from None
-    try:
+    def write(folder: Path) -> None:
         bert = transformers.BertModel.from_pretrained(str(bert_folder), dtype=torch.float32, trust_remote_code=False)
-        deberta_from_bert(bert).save_pretrained(str(partial))
+        deberta_from_bert(bert).save_pretrained(str(folder))
         for name in _TOKENIZER_FILES:
             if (bert_folder / name).is_file():
-                shutil.copy(bert_folder / name, partial)
-        (partial / _SUM).write_text(_sum_of(partial))
-        partial.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was faster: its folder is the same
-            os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+                shutil.copy(bert_folder / name, folder)
 
-
-def _is_whole(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return (folder / _SUM).read_text() == _sum_of(folder)
-    return False
-
-
-def _sum_of(folder: Path) -> str:
-    with (folder / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sources = sorted([*bert_folder.glob("*.safetensors"), bert_folder / "config.json"])
+    return converted(CACHED, _VERSION, sources, write)

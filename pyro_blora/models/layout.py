@@ -11,6 +11,7 @@ from ..bit_widths import LADDER, ladder_of
 from ..layout import BATCH_SIZE, GRANULARITIES, READ_ALIKE, SCOPES, AdapterLayout, Projection
 from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears
+from .conv1d import sizes
 from .macs import cost
 from .targets import matched, type_of
 
@@ -53,7 +54,7 @@ def layout_of(
     architecture = getattr(model.config, "model_type", type(model).__name__)
     linears, targets = encoder_linears(model), matched(model, target_modules, architecture, head)
     for name in linears:
-        n, m = linears[name].in_features, linears[name].out_features
+        n, m = sizes(linears[name])
         if name in targets and rank > min(n, m):
             raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
     tokens, model_macs, uses, reaching = cost(model, sequence_length, batch_size, head)
@@ -62,11 +63,11 @@ def layout_of(
     for name, linear in linears.items():
         if name not in reaching or (name not in targets and scope != "encoder"):
             continue
-        layer = re.search(r"\.(\d+)\.", name)
+        layer, (n, m) = re.search(r"\.(\d+)\.", name), sizes(linear)
         projections.append(
             Projection(
-                name=name, type=type_of(name), layer=int(layer[1]) if layer else 0, in_features=linear.in_features,
-                out_features=linear.out_features, tokens=tokens[name], adapted=name in targets, uses=uses[name],
+                name=name, type=type_of(name), layer=int(layer[1]) if layer else 0, in_features=n, out_features=m,
+                tokens=tokens[name], adapted=name in targets, uses=uses[name],
             )
         )  # fmt: skip
     layout = AdapterLayout(

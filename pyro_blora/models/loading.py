@@ -1,6 +1,7 @@
 """Backbones by name: a hub name, a local folder, `demo` (the MiniLM encoder that installs as a Python package),
-`demo-deberta` (the same, converted into DeBERTaV3's architecture), or a function of the user's, `file.py:function`,
-which takes the number of outputs and returns (model, tokenizer).
+`demo-deberta` (the same, converted into DeBERTaV3's architecture), `demo-decoder` (SmolLM2, which installs as a
+package too), or a function of the user's, `file.py:function`, which takes the number of outputs and returns (model,
+tokenizer).
 
 What transformers reports about the loading is read: only the head and the pooler may be new. No code of a backbone's
 runs but that function's.
@@ -25,7 +26,7 @@ from .architectures import head_modules
 from .attention import SOFTMAX, set_attention
 from .names import backbone_path
 from .quiet_loading import quiet
-from .tokenization import require_vocabulary
+from .tokenization import require_vocabulary, settle_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,8 @@ def load_backbone(
         _require_pretrained(model, report, name, head)
         model.config._commit_hash = _commit(name, revision)
     _require_finite(model, name)
+    if getattr(model.config, "pad_token_id", None) is None and head.is_new:
+        model.config.pad_token_id = _padding(name, revision)
     if labels:
         _name_labels(model, labels)
     set_attention(model, attention)
@@ -76,10 +79,22 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     from transformers import AutoTokenizer
 
     if is_function(name):
-        return _OWN_TOKENIZERS.pop(name, None) or _own(name, 2)[1]
+        tokenizer = _OWN_TOKENIZERS.pop(name, None) or _own(name, 2)[1]
+        settle_padding(tokenizer, name)
+        return tokenizer
     tokenizer = _load(AutoTokenizer, name, revision)
     require_vocabulary(tokenizer, name, backbone_path(name))
+    settle_padding(tokenizer, name)
     return tokenizer
+
+
+def _padding(name: str, revision: str | None) -> int | None:
+    """By the tokenizer: a decoder's class is read from its last token before the padding.  None without a tokenizer."""
+    with contextlib.suppress(ValueError):
+        tokenizer = _OWN_TOKENIZERS[name] if is_function(name) else load_tokenizer(name, revision=revision)
+        settle_padding(tokenizer, name)
+        return int(tokenizer.pad_token_id)
+    return None
 
 
 def is_function(name: str) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears, example_rows, settle_attention
+from .conv1d import sizes
 
 _LONGEST = 2048  # tokens of a forward that is counted; costs of longer ones follow from a half, a quarter and 3/4 of it
 _COUNTED = ("eager", "sdpa")  # implementations of attention whose products the counter sees
@@ -98,8 +99,10 @@ def _count(
     hooks = []
 
     def after(name, linear):
+        _, width = sizes(linear)
+
         def hook(_, args, output):
-            tokens[name].append(output.numel() // linear.out_features)
+            tokens[name].append(output.numel() // width)
             if not reach:
                 return None
             if name not in zeros:

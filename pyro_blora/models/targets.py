@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears, example_rows, outside_the_head
+from .conv1d import is_linear
 from .macs import evaluated
 
 _LONGEST_MATCH = 1.0  # seconds of a regular expression on one name, which takes microseconds
@@ -26,6 +27,7 @@ TARGETS = {
     "albert": _QUERY_KEY_VALUE,
     "bert": _QUERY_KEY_VALUE,
     "big_bird": _QUERY_KEY_VALUE,
+    "bloom": ("query_key_value",),  # fused, a head's query, key and value after each other
     "camembert": _QUERY_KEY_VALUE,
     "convbert": _QUERY_KEY_VALUE,
     "data2vec-text": _QUERY_KEY_VALUE,
@@ -39,17 +41,24 @@ TARGETS = {
     "eurobert": _PROJ,
     "flaubert": _LIN,
     "funnel": ("q_head", "k_head", "v_head"),
+    "gpt2": ("c_attn",),  # fused
+    "gpt_neox": ("query_key_value",),  # fused as BLOOM's
     "gte": _PROJ,
     "jina_embeddings_v3": _PROJ,
+    "llama": _PROJ,
     # the first token, from which a class is read, attends to the others through the maps of global attention alone
     "longformer": (*_QUERY_KEY_VALUE, "query_global", "key_global", "value_global"),
     "megatron-bert": _QUERY_KEY_VALUE,
+    "mistral": _PROJ,
     "mobilebert": _QUERY_KEY_VALUE,
     "modernbert": ("Wqkv",),  # fused
     "mpnet": ("q", "k", "v"),
     "mt5": ("q", "k", "v"),
     "nomic_bert": _PROJ,
     "nystromformer": _QUERY_KEY_VALUE,
+    "opt": _PROJ,
+    "qwen2": _PROJ,
+    "qwen3": _PROJ,
     "rembert": _QUERY_KEY_VALUE,
     "roberta": _QUERY_KEY_VALUE,
     "roberta-prelayernorm": _QUERY_KEY_VALUE,
@@ -64,7 +73,8 @@ TARGETS = {
 _ROLES = {
     **{q + end: role for role in _QUERY_KEY_VALUE for q in (role, role[0]) for end in ("", "_proj", "_lin", "_head")},
     **dict.fromkeys(("attn.Wo", "o", "o_proj", "out_lin", "out_proj", "post_proj"), "attention.output"),
-    "in_proj": "qkv", "Wqkv": "qkv", "mlp.Wi": "intermediate", "mlp.Wo": "output",
+    **dict.fromkeys(("in_proj", "Wqkv", "c_attn", "query_key_value"), "qkv"), "attn.c_proj": "attention.output",
+    **dict.fromkeys(("mlp.Wi", "c_fc"), "intermediate"), **dict.fromkeys(("mlp.Wo", "mlp.c_proj"), "output"),
 }  # fmt: skip
 
 
@@ -75,8 +85,8 @@ def matched(
     linears = encoder_linears(model)
     if not linears:
         raise ValueError(
-            f"the encoder of {type(model).__name__} has no torch.nn.Linear, and layers of other kinds cannot be "
-            f"adapted: {_other_maps(model)}. Choose another backbone"
+            f"the encoder of {type(model).__name__} has no torch.nn.Linear and no Conv1D, and layers of other "
+            f"kinds cannot be adapted: {_other_maps(model)}. Choose another backbone"
         )
     if targets is None:
         if architecture not in TARGETS:
@@ -136,11 +146,11 @@ def _end(name: str) -> str:
 
 
 def _other_maps(model: nn.Module) -> str:
-    """Layers that have a matrix of weights and are neither linear nor a table, as `Conv1D (c_attn, c_proj)`."""
+    """Layers that have a matrix of weights and are neither linear nor a table, as `QuantLinear (dense, query)`."""
     found: dict[str, set[str]] = {}
     for name, module in outside_the_head(model).items():
         weight, of_table = getattr(module, "weight", None), hasattr(module, "num_embeddings")
-        if isinstance(weight, Tensor) and weight.dim() > 1 and not of_table and not isinstance(module, nn.Linear):
+        if isinstance(weight, Tensor) and weight.dim() > 1 and not of_table and not is_linear(module):
             found.setdefault(type(module).__name__, set()).add(_end(name))
     return "; ".join(f"{kind} ({', '.join(sorted(ends))})" for kind, ends in sorted(found.items()))
 
@@ -168,7 +178,7 @@ def attention_maps(model: nn.Module, head: Head = SEQUENCE) -> tuple[str, ...]:
         return hook
 
     for name, module in outside_the_head(model).items():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             hooks.append(module.register_forward_pre_hook(reading(name)))
         elif "att" in f"{type(module).__name__} {_end(name)}".lower():
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))

@@ -37,6 +37,20 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, path: str)
         )
 
 
+def settle_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Pad with the end of a text where there is no token for padding, as decoders were trained without one.
+
+    Errors: ValueError where there is neither.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer of backbone {name!r} has no pad token and no end of a text to take for one: set "
+                "tokenizer.pad_token, and save it into the folder of its model"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def suit(tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str) -> None:
     """Leave out token types that the model does not tell apart.
 

@@ -6,9 +6,22 @@ the score.
 
 from ..registries import TASKS
 from .base import Task
+from .causal_lm import CausalLM
 from .multi_label import MultiLabel
+from .multiple_choice import MultipleChoice
 from .names import get_task, register_task, task_names
 from .tabular.task import from_frame
 from .token_labels import TokenLabels
 
-__all__ = ["TASKS", "MultiLabel", "Task", "TokenLabels", "from_frame", "get_task", "register_task", "task_names"]
+__all__ = [
+    "TASKS",
+    "CausalLM",
+    "MultiLabel",
+    "MultipleChoice",
+    "Task",
+    "TokenLabels",
+    "from_frame",
+    "get_task",
+    "register_task",
+    "task_names",
+]

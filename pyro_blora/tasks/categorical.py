@@ -28,10 +28,10 @@ class Categorical(Likelihood):
     """One of several classes."""
 
     names: tuple[str, ...]
-    problem_type = "single_label_classification"
+    problem_type: ClassVar[str | None] = "single_label_classification"
     has_confidence = True
     dims: ClassVar = {"label": ("example",), "probability": ("example", "class")}
-    curvature = "classification"
+    curvature: ClassVar[str | None] = "classification"
 
     def __post_init__(self) -> None:
         if len(self.names) < 2:

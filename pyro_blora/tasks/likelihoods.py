@@ -4,6 +4,8 @@
     normal.py         a number in a range
     multi_label.py    any of several labels
     token_labels.py   a label of every word
+    causal_lm.py      a text that continues another
+    multiple_choice.py  one of several options
 
 A task has one; a kind of one's own is a subclass with `@register_likelihood("name")`, in a file of its own. Nothing
 outside this folder asks which kind it is.

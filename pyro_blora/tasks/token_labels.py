@@ -122,7 +122,7 @@ class TokenLabels(Likelihood):
 
     def averaged(self, distribution: _OfTokens, labels: Tensor) -> Tensor:
         """Probabilities at the words, (..., B, W, C)."""
-        places, asked = _asked_first(labels)
+        places, asked = asked_first(labels)
         probs = torch.take_along_dim(distribution.base_dist.probs, places[..., None], -2)
         return torch.where(asked[..., None], probs, 0.0)
 
@@ -130,7 +130,7 @@ class TokenLabels(Likelihood):
         return torch.where(labels != IGNORED, kl_divergence(teacher.base_dist, student.base_dist), 0.0).sum(-1)
 
     def scored(self, labels: Tensor) -> Tensor:
-        places, _ = _asked_first(labels)
+        places, _ = asked_first(labels)
         return labels.gather(-1, places)
 
     def decision(self, mean: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def _asked(outputs: Tensor) -> Tensor:
     return outputs.sum(-1) > 0
 
 
-def _asked_first(labels: Tensor) -> tuple[Tensor, Tensor]:
+def asked_first(labels: Tensor) -> tuple[Tensor, Tensor]:
     """(places of the labels that are asked, then of others; which of them are), (B, W) each."""
     asked = labels != IGNORED
     most = int(asked.sum(-1).max())

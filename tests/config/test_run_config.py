@@ -288,7 +288,7 @@ def test_a_configuration_does_not_change():
 
 
 def test_there_is_a_preset_for_the_demo_and_for_every_glue_task():
-    assert preset_names() == sorted([*GLUE, "demo", "blora_xs", "protein_pairs"])
+    assert preset_names() == sorted([*GLUE, "demo", "blora_xs", "choice", "protein_pairs"])
 
 
 @pytest.mark.parametrize("name", ["demo", *GLUE])

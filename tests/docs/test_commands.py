@@ -52,7 +52,9 @@ def test_a_command_line_is_understood(page, words):
     if arguments.command == "train":
         config = RunConfig(**run_fields(arguments, settings))
         of_the_reader = [getattr(config, kind) for kind in OWNERS] + [f"{config.task_settings.get('data')}:"]
-        if not any(".py:" in name or ".csv:" in name for name in of_the_reader):  # files that the reader has
+        if "choice_dir" not in config.task_settings and not any(
+            ".py:" in name or ".csv:" in name for name in of_the_reader
+        ):  # files that the reader has
             check_names(config)
 
 

@@ -20,6 +20,7 @@ from pyro_blora.guides import build_guide
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.models import macs
 from pyro_blora.models.architectures import encoder_linears
+from pyro_blora.models.conv1d import sizes
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
@@ -129,7 +130,7 @@ def counted(model, size, length=LENGTH):
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])
-@pytest.mark.parametrize("name", ["Bert", "DebertaV2", "DebertaV3", "Deberta", "ModernBert", "T5", "Llama"])
+@pytest.mark.parametrize("name", ["Bert", "DebertaV2", "DebertaV3", "Deberta", "ModernBert", "T5", "Llama", "GPT2"])
 def test_costs_are_those_of_a_batch_divided_by_its_size(name, size):
     row = BY_NAME[name]
     layout = AdapterLayout.of(
@@ -140,7 +141,7 @@ def test_costs_are_those_of_a_batch_divided_by_its_size(name, size):
     seen, model = {}, row.build().eval()
     for path, linear in encoder_linears(model).items():
         linear.register_forward_hook(
-            lambda m, _, y, path=path: seen.update({path: seen.get(path, 0) + y.numel() // m.out_features})
+            lambda m, _, y, path=path: seen.update({path: seen.get(path, 0) + y.numel() // sizes(m)[1]})
         )
     with torch.no_grad():
         model(**rows_for(model, size))
@@ -159,7 +160,7 @@ def test_positions_are_shared_by_the_batch():
     assert layout.batch_size == 32  # whatever a run's own batches are
 
 
-@pytest.mark.parametrize("name", ["Bert", "ModernBert", "Llama", "BigBird"])
+@pytest.mark.parametrize("name", ["Bert", "ModernBert", "Llama", "GPT2", "BigBird"])
 def test_fused_attention_costs_what_its_products_cost(name):
     found = []
     for attention in ("eager", "sdpa"):
@@ -253,12 +254,14 @@ def test_sparse_attention_that_would_end_within_a_training_ends_before_it():
         assert torch.equal(net(**long).logits, first) and not torch.allclose(first, sparse, atol=1e-3)
 
 
-def test_layers_that_are_no_linear_maps_of_torch_are_listed():
-    config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    model = transformers.GPT2ForSequenceClassification(config)
-    for targets in (None, ["c_attn"]):
+def test_layers_that_are_no_linear_maps_are_listed():
+    config = transformers.IBertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
+    model = transformers.IBertForSequenceClassification(config)
+    for targets in (None, ["query"]):
         with pytest.raises(
-            ValueError, match=r"no torch\.nn\.Linear.*cannot be adapted: Conv1D \(c_attn, c_fc, c_proj\)\. Choose"
+            ValueError, match=r"no torch\.nn\.Linear.*adapted: .*QuantLinear \(dense, key, query, value\)\. Choose"
         ):
             AdapterLayout.of(model, sequence_length=LENGTH, target_modules=targets)
 

@@ -5,7 +5,7 @@ import traceback
 
 import pytest
 import torch
-from models import batch, tiny_bert, tiny_deberta, tiny_deberta_v2, tiny_llama
+from models import batch, tiny_bert, tiny_deberta, tiny_deberta_v2, tiny_gpt2, tiny_language_model, tiny_llama
 from tiny import save_tiny_backbone, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,8 @@ from pyro_blora.models import set_attention
 from pyro_blora.models.relative_positions import remember_positions
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
-from pyro_blora.tasks import get_task
+from pyro_blora.tasks import CausalLM, MultipleChoice, get_task
+from pyro_blora.tasks.likelihoods import IGNORED
 from pyro_blora.training.gradients import Gradients
 from pyro_blora.weights import build_weights
 
@@ -47,15 +48,29 @@ RECORDED = {
     "8 bit": {"prior": "fixed", "prior_settings": {"bits": 8}},
     "distillation, smoothing": {"build": tiny_deberta, "distillation": 0.5, "smoothing": True},
     "softmax1": {"build": bert_with_softmax1},
+    "GPT-2": {"build": tiny_gpt2, "scope": "encoder"},
+    "language model": {"build": tiny_language_model, "kind": CausalLM(), "distillation": 0.5},
+    "multiple choice": {"build": tiny_language_model, "kind": MultipleChoice(("A", "B")), "distillation": 0.5},
 }
+
+
+def batch_of(name):
+    """Inputs and labels, as the kind of outcome has them."""
+    inputs, labels = batch()
+    if name == "language model":
+        labels = torch.where(inputs["attention_mask"] > 0, inputs["input_ids"].roll(-1, 1), IGNORED)
+    if name == "multiple choice":
+        labels = torch.stack([labels, torch.full_like(labels, 4), *torch.tensor([[7], [8]]).expand(2, len(labels))], 1)
+    return inputs, labels
 
 
 def program_of(
     build=tiny_bert, prior="bops", prior_settings=None, guide="mean_field", weights="point", estimator="relaxed",
-    autocast=None, device="cpu", distillation=0.0, **attached,
+    autocast=None, device="cpu", distillation=0.0, kind=None, **attached,
 ):  # fmt: skip
     torch.manual_seed(0)
-    net = attach(build(), rank=4, sequence_length=10, **attached)
+    likelihood = kind or get_task("sst2").likelihood
+    net = attach(build(), rank=4, sequence_length=10, head=likelihood.head, **attached)
     for p in net.adapter_parameters():
         torch.nn.init.normal_(p, std=0.2)
     net.autocast = autocast
@@ -63,7 +78,6 @@ def program_of(
     prior = build_prior(prior, net.layout, prior_settings or {})
     guide = build_guide(guide, net.layout, prior, {"open_logit": 1.0})
     distribution = build_weights(weights, net.random_weights(), dict(enumerate(net.head_parameters())), {})
-    likelihood = get_task("sst2").likelihood
     program = BayesianLoRA(net, prior, guide, likelihood, n_train=100, weights=distribution, estimator=estimator)
     if distillation:
         program.teacher = Teacher(net, program.log_scale, distillation, gates_close=True)
@@ -106,7 +120,7 @@ class Transfers(TorchDispatchMode):
 def test_a_step_asks_the_host_for_nothing(name, monkeypatch, eager):
     """The meta device has no values: reading one raises. After the first step, which makes DeBERTa's positions."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": False)  # it does not know the device
-    program, (inputs, labels) = program_of(**RECORDED[name]), batch()
+    program, (inputs, labels) = program_of(**RECORDED[name]), batch_of(name)
     gradients = Gradients(program, learning(program))
     gradients(inputs, labels, 0.5, 1.0)
     # while a graph is recorded, transformers does not read its masks
