@@ -100,8 +100,12 @@ def _files(run: Path) -> tuple[Path, Path, bool]:
         return exported, exported, False
     if is_packed(run):
         raise ValueError(
-            f"{run} is a packed model, which has no posterior to predict with: pyro_blora.load gives its network, and "
-            "predictions on texts are of a run's folder, or of an adapter's"
+            f"{run} is a packed model, which has no posterior: pyro_blora.load gives its network, and `pyro-blora "
+            "predict` its answers; give the folder of a run, or of an adapter"
+        )
+    if (run / "onnx.json").is_file():
+        raise ValueError(
+            f"{run} is an ONNX model, for onnxruntime: its card has the program, and `pyro-blora predict` its answers"
         )
     raise ValueError(
         f"{run} is not a finished run: it has no config.json with adapter/{GATES_FILE}; nor was it written by export, "
