@@ -89,7 +89,7 @@ class Answers:
         if None not in (abstain, confidence):
             raise ValueError("abstain finds the confidence from which texts are answered: give one of the two")
         self._as_run = draws in (None, config.draws) and seed is None and not deployed
-        self._batch_size = batch_size or 2 * config.batch_size
+        self.batch_size = batch_size or 2 * config.batch_size
         self._fits = [source] if deployed else [source, *source.others]
         self.drawn = [{} if deployed else fit.drawn(draws, seed) for fit in self._fits]
         self.remarks: list[str] = []
@@ -144,7 +144,7 @@ class Answers:
 
     def _of_fit(self, fit: Source, draws: dict[str, Any], rows: Rows, show: bool) -> Prediction:
         encoded = {"label": rows["label"], **self.kind.encode(fit.tokenizer, rows, self.columns, fit.config.max_length)}
-        batches = longest_first(lengths_of(encoded), self._batch_size)
+        batches = longest_first(lengths_of(encoded), self.batch_size)
         collate, device = self.kind.collator(fit.tokenizer), fit.program.log_scale.device
 
         def each() -> Iterator[tuple[Inputs, Tensor]]:
