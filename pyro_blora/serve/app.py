@@ -94,9 +94,7 @@ def app_of(desk: Desk, serving: Serving) -> Guard:
         except Full:
             raise Refusal(503, "too many texts wait: ask again in a moment", _SOON) from None
         except TimeoutError:
-            raise Refusal(
-                504, f"there was no answer within {serving.timeout:g} s: ask again, or for fewer texts"
-            ) from None
+            raise Refusal(504, f"no answer within {serving.timeout:g} s: ask again, or for fewer texts") from None
         metrics.texts(len(answers), sum(row.get("answered") is False for row in answers))
         return JSONResponse({"model": about["model"], "answers": answers})
 

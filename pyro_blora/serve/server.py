@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from ..deploy.opening import load_to_predict
 from ..progress import phase
 from ..signals import ENDING
 from .desk import Desk
+
+if TYPE_CHECKING:
+    import uvicorn
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # the extra
 _CONNECTIONS = 1024  # at a time; more get 503
@@ -39,11 +42,7 @@ def serve(
     serving = serving or Serving()
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'pyro-blora[serve]'")
-    import uvicorn
-
-    from .app import app_of
-
-    with contextlib.closing(_bound(serving)) as address:
+    with contextlib.closing(bound(serving)) as address:
         with phase(f"loading {run}"):
             model = load_to_predict(run, allow_code=allow_code, backbone=backbone, revision=revision)
             if torch.cuda.is_available():
@@ -54,32 +53,42 @@ def serve(
         if not serving.is_loopback:
             _say(f"{serving.host} can be reached from other machines, without a password and without encryption: put a "
                  "proxy that has both before it, or leave --host out")  # fmt: skip
-        config = uvicorn.Config(
+        server = server_of(desk, serving)
+        host = f"[{serving.host}]" if ":" in serving.host else serving.host
+        print(f"http://{host}:{address.getsockname()[1]}", flush=True)
+        server.run(sockets=[address])
+
+
+def server_of(desk: Desk, serving: Serving) -> uvicorn.Server:
+    """What serves: `run(sockets=[...])` returns when `should_exit` is set, or after a signal in the main thread."""
+    import uvicorn
+
+    from .app import app_of
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Uvicorn's own raises the signal again when all is answered, as if the work had been cut off."""
+            if threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            before = {each: signal.signal(each, self.handle_exit) for each in ENDING}
+            try:
+                yield
+            finally:
+                for each, handler in before.items():
+                    signal.signal(each, handler)
+
+    return Server(
+        uvicorn.Config(
             app_of(desk, serving), log_config=None, access_log=False, server_header=False, proxy_headers=False,
             ws="none", lifespan="on", limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=math.ceil(serving.timeout),
-        )  # fmt: skip
-        host = f"[{serving.host}]" if ":" in serving.host else serving.host
-        print(f"http://{host}:{address.getsockname()[1]}", flush=True)
-
-        class Server(uvicorn.Server):
-            @contextlib.contextmanager
-            def capture_signals(self) -> Iterator[None]:
-                """Uvicorn's own raises the signal again when all is answered, as if the work had been cut off."""
-                if threading.current_thread() is not threading.main_thread():
-                    yield
-                    return
-                before = {each: signal.signal(each, self.handle_exit) for each in ENDING}
-                try:
-                    yield
-                finally:
-                    for each, handler in before.items():
-                        signal.signal(each, handler)
-
-        Server(config).run(sockets=[address])
+        )
+    )  # fmt: skip
 
 
-def _bound(serving: Serving) -> socket.socket:
+def bound(serving: Serving) -> socket.socket:
     """Before the model is loaded, so that a port that is taken is said at once."""
     family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
     address = socket.socket(family, socket.SOCK_STREAM)

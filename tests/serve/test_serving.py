@@ -1,0 +1,327 @@
+"""`pyro-blora serve`: the answers of `pyro-blora predict` over HTTP, within limits, and a page that shows them."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import pytest
+import requests
+import torch
+from forked import ended, started
+from tiny import save_tiny_backbone, tiny_config
+
+from pyro_blora import export
+from pyro_blora.__main__ import main
+from pyro_blora.build import build
+from pyro_blora.config.serve_flags import Serving
+from pyro_blora.deploy import pack
+from pyro_blora.deploy.onnx_file import export_onnx
+from pyro_blora.deploy.opening import load_to_predict
+from pyro_blora.tasks import MultiLabel, Task, TokenLabels, get_task, register_task
+from pyro_blora.training.trained import Trained
+
+for needed in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(needed, reason=f"no {needed}: pip install 'pyro-blora[serve]'")
+from pyro_blora.serve import Desk  # noqa: E402 (what it imports is there)
+from pyro_blora.serve.desk import Asked  # noqa: E402
+from pyro_blora.serve.server import server_of  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("eager")
+LIMITS = {"max_texts": 4, "max_characters": 100, "max_bytes": 2000}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def folders(backbone, tmp_path_factory):
+    """An untrained posterior, its deployed model packed, and the same as ONNX."""
+    made = tmp_path_factory.mktemp("made")
+    config = tiny_config(backbone, scope="encoder", guide_settings={"open_logit": 0.0}, draws=6)
+    parts = build(config)
+    torch.manual_seed(0)
+    for p in parts.program.net.adapter_parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    head = parts.program.net.backbone.classifier.modules_to_save["default"]
+    head.weight.data.mul_(5.0), head.bias.data.copy_(torch.tensor([-2.4, 0.0]))  # both labels, with doubt
+    settings = {"config": config, "tokenizer": parts.tokenizer}
+    found = {
+        "posterior": export(parts.program, made / "posterior", **settings),
+        "packed": pack(parts.program, made / "packed", **settings),
+    }
+    with contextlib.suppress(ImportError):  # without the extra `onnx`
+        found["onnx"] = export_onnx(parts.program, made / "onnx", **settings)
+    return found
+
+
+@pytest.fixture(scope="module")
+def desk(folders, backbone):
+    return Desk(load_to_predict(folders["posterior"], backbone=backbone), "films", confidence=0.6)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(get_task("acceptability").load(n_train=64)["eval"]["sentence"][:30])
+
+
+@contextlib.contextmanager
+def served(desk, **limits):
+    """The address of a server in a thread."""
+    with socket.create_server(("127.0.0.1", 0)) as address:
+        server = server_of(desk, Serving(**limits))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [address]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{address.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def url(desk):
+    with served(desk, **LIMITS) as address:
+        yield address
+
+
+def as_predict(row):
+    """A row of /predict as `pyro-blora predict` writes it."""
+    row = {**row, **{f"p_{name}": p for name, p in row.get("probabilities", {}).items()}}
+    return {name: x for name, x in row.items() if name not in ("probabilities", "draws", "disagree")}
+
+
+@pytest.mark.parametrize("form", ["posterior", "packed", "onnx"])
+def test_answers_are_those_of_predict_on_the_same_folder(folders, backbone, texts, form, tmp_path):
+    if form not in folders:
+        pytest.skip("no onnx and onnxscript: pip install 'pyro-blora[onnx]'")
+    table, out = tmp_path / "texts.jsonl", tmp_path / "answers.jsonl"
+    table.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
+    own = [] if form == "onnx" else ["--backbone", str(backbone)]
+    argv = ["predict", str(folders[form]), str(table), "--out", str(out), "--confidence", "0.6", "--quiet", *own]
+    assert main(argv) == 0
+    expected = [{k: x for k, x in json.loads(line).items() if k != "line"} for line in out.read_text().splitlines()]
+    model = load_to_predict(folders[form], backbone=None if form == "onnx" else backbone)
+    with served(Desk(model, "films", confidence=0.6)) as address:
+        found = requests.post(f"{address}/predict", json={"texts": texts, "draws": True}).json()["answers"]
+        info = requests.get(f"{address}/info").json()
+    assert [as_predict(row) for row in found] == expected
+    assert {row["answered"] for row in found} == {True, False}
+    assert (len(info["draws"]), info["columns"], info["labels"]) == (
+        6 if form == "posterior" else 0, ["sentence"], ["unacceptable", "acceptable"],
+    )  # fmt: skip
+    if form == "packed":  # and those of the run's deployed allocation
+        deployed = Desk(
+            load_to_predict(folders["posterior"], backbone=backbone), "films", deployed=True, confidence=0.6
+        )
+        (rows,) = deployed.answer([Asked([(text,) for text in texts], draws=True)])
+        assert rows == found and all("draws" not in row for row in rows)
+
+
+def test_draws_are_those_whose_average_answers(desk, texts):
+    (rows,) = desk.answer([Asked([(text,) for text in texts], draws=True)])
+    for row in rows:
+        each = np.array([draw["probabilities"]["acceptable"] for draw in row["draws"]])
+        assert len(each) == 6 and np.isclose(each.mean(), row["probabilities"]["acceptable"], atol=1e-6)
+        assert row["disagree"] == [i for i, draw in enumerate(row["draws"]) if draw["label"] != row["label"]]
+        assert [draw["label"] == "acceptable" for draw in row["draws"]] == [*(each > 0.5)]
+    assert any(row["disagree"] for row in rows) and not all(len(row["disagree"]) == 6 for row in rows)
+    costs = [draw["bops"] for draw in desk.about()["draws"]]
+    assert len(set(costs)) > 1 and all(0 < cost < 1 for cost in costs)
+
+
+KINDS = {
+    "several": (Task(name="served_several", text_columns=("text",), kind=MultiLabel(("a", "b")), metric_name="micro_f1",
+                     load=lambda **_: rows(text="The soldier", label=[1, 0])), "the dog", "half"),
+    "stars": (Task(name="served_stars", text_columns=("one", "other"), label_range=(0.0, 5.0), metric_name="pearson",
+                   load=lambda **_: rows(one="The soldier", other="The lawyer", label=1.5)), ["the dog", "a cat"], ["a", " "]),
+    "words": (Task(name="served_words", text_columns=("words",), kind=TokenLabels(("O", "X")), metric_name="f1",
+                   load=lambda **_: rows(words=["The", "soldier"], label=[0, 1])), ["the", "dog"], "the dog"),
+}  # fmt: skip
+
+
+def rows(**row):
+    table = datasets.Dataset.from_list([row] * 32)
+    return {"train": table, "eval": table}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_outcome_is_json(backbone, name, forget):
+    task, text, wrong = KINDS[name]
+    register_task(task)
+    desk = Desk(Trained(build(tiny_config(backbone, task=task.name)), [], 0.0), name)
+    limits = {"max_texts": 2, "max_characters": 20}
+    if name != "several":
+        with pytest.raises(ValueError, match=r"text 0 \(from 0\).* is no text"):
+            desk.read([wrong], **limits)
+    (found,) = desk.answer([Asked(desk.read([text], **limits), draws=True)])
+    (row,) = json.loads(json.dumps(found, allow_nan=False))
+    assert len(row["draws"]) == 3 and desk.about()["words"] == (name == "words")
+    if name == "stars":
+        assert row["low"] < row["mean"] < row["high"] and row["std"] > 0 and "disagree" not in row
+        assert np.isclose(np.mean([draw["mean"] for draw in row["draws"]]), row["mean"])
+    else:
+        assert {*row["probabilities"]} == {*desk.about()["labels"]} and row["disagree"] is not None
+    if name == "words":
+        assert len(row["labels"]) == 2 and all(len(p) == 2 for p in row["probabilities"].values())
+
+
+def test_requests_that_come_together_share_passes(desk, texts):
+    with served(desk, wait_ms=200.0) as address, ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda x: requests.post(f"{address}/predict", json={"text": x}).json(), texts[:8])]
+        told = requests.get(f"{address}/metrics").text
+    expected = [desk.answer([Asked([(text,)], draws=False)])[0][0] for text in texts[:8]]
+    for each, row in zip(found, expected, strict=True):
+        assert np.isclose(each["answers"][0]["confidence"], row["confidence"], atol=0.05)
+
+    def value(name):
+        return float(re.search(rf"^{name} (\S+)$", told, re.MULTILINE)[1])
+
+    assert value("pyro_blora_texts_total") == value("pyro_blora_batch_texts_sum") == 8
+    assert value("pyro_blora_batch_texts_count") < 8 and value("pyro_blora_batch_seconds_sum") > 0
+    assert value("pyro_blora_waiting_texts") == 0 and 0 <= value("pyro_blora_texts_abstained_total") <= 8
+    assert value(r'pyro_blora_requests_total\{code="200",path="/predict"\}') == 8
+    assert 'pyro_blora_model{form="posterior",model="films",task="acceptability"} 1.0' in told
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "sentence"),
+    [
+        ("{", 400, "the body is no JSON: "),
+        ("[" * 900, 400, "the body is no JSON: "),
+        ("[]", 422, "the body: Input should be a valid dictionary"),
+        ("{}", 422, 'give one of "text" and "texts": {"texts": ["a good film"]}'),
+        ('{"text": "a", "texts": ["a"]}', 422, 'give one of "text" and "texts"'),
+        ('{"text": "a", "more": 1}', 422, "more: Extra inputs are not permitted"),
+        ('{"text": "a", "draws": "yes"}', 422, "draws: Input should be a valid boolean"),
+        ('{"texts": "a"}', 422, "texts: Input should be a valid list"),
+        ('{"texts": []}', 422, "there are no texts to predict"),
+        ('{"texts": ["a", 3]}', 422, "text 1 (from 0): 3 is no text"),
+        ('{"text": " "}', 422, "text 0 (from 0): ' ' is no text"),
+        ('{"text": ["a", "b"]}', 422, "text 0 (from 0): ['a', 'b'] is no text"),
+        ('{"texts": [{"sentense": "a"}]}', 422, "row 0 (from 0) has no column 'sentence': did you mean"),
+        ('{"text": "a \\ud800"}', 422, "text 0 (from 0) has half of a surrogate pair"),
+        ('{"texts": ["a", "a", "a", "a", "a"]}', 413, "5 texts are more than the 4 of a request"),
+        (json.dumps({"text": "a" * 101}), 413, "text 0 (from 0) has 101 characters, at most 100 are read"),
+        (json.dumps({"text": "a" * 2000}), 413, "the body has more than 2,000 bytes"),
+    ],
+)  # fmt: skip
+def test_a_request_that_is_wrong_gets_a_sentence(url, body, code, sentence):
+    found = requests.post(f"{url}/predict", data=body, headers={"content-type": "application/json"})
+    assert found.status_code == code and found.headers["content-type"] == "application/json"
+    (said,) = found.json().values()
+    assert said.startswith(sentence) and "\n" not in said and len(said) < 300
+
+
+def test_what_no_request_may_be(url):
+    ask = {"data": '{"text": "a"}', "headers": {"content-type": "application/json"}}
+    assert requests.post(f"{url}/predict", **ask).status_code == 200
+    for found, code, sentence in (
+        (requests.post(f"{url}/predict", data='{"text": "a"}'), 415, "the body must be JSON, got 'no content type'"),
+        (requests.get(f"{url}/predict"), 405, "GET is not for this place"),
+        (requests.get(f"{url}/../etc/passwd"), 404, "there is nothing here"),
+        (requests.get(url, headers={"host": "evil.example:80"}), 421, "this server is not 'evil.example'"),
+        (
+            requests.post(f"{url}/predict", data=iter([b"x" * 1500] * 2), headers=ask["headers"]),
+            413,
+            "the body has more",
+        ),
+    ):
+        assert found.status_code == code and found.json()["error"].startswith(sentence)
+        assert found.headers["x-content-type-options"] == "nosniff" and "server" not in found.headers
+    assert requests.get(f"{url}/health").json() == {"status": "ok", "waiting": 0}
+    assert {"/predict", "/health"} <= {*requests.get(f"{url}/openapi.json").json()["paths"]}
+
+
+def test_a_rate_a_slow_body_and_a_slow_model_are_refused(desk, monkeypatch):
+    with served(desk, rate=2, timeout=0.3) as address:
+        held = threading.Event()
+        answer = desk.answer
+        monkeypatch.setattr(desk, "answer", lambda asked: held.wait(30) and answer(asked))
+        with served(desk, timeout=0.3) as slow:
+            late = requests.post(f"{slow}/predict", json={"text": "a"})
+            held.set()
+        assert (late.status_code, late.json()["error"]) == (
+            504,
+            "no answer within 0.3 s: ask again, or for fewer texts",
+        )
+        codes = [requests.post(f"{address}/predict", data=b"") for _ in range(3)]
+        assert [found.status_code for found in codes] == [415, 415, 429] and int(codes[-1].headers["retry-after"]) > 1
+    with served(desk, timeout=0.3) as address, socket.create_connection(address[7:].split(":")) as line:
+        line.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 99\r\n\r\n{")  # fmt: skip
+        assert b" 408 " in line.recv(1000)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_it_when_what_has_come_is_answered(folders, backbone, tmp_path):
+    """In a process of its own, which is a copy of this one."""
+    output = tmp_path / "said.txt"
+    output.touch()
+    argv = ["serve", str(folders["packed"]), "--port", "0", "--host", "0.0.0.0", "--wait_ms", "700", "--quiet"]
+    process = started(lambda: main(argv), output)
+    try:
+        while "http://" not in output.read_text():
+            assert ended(process) is None, output.read_text()
+            time.sleep(0.05)
+        address = output.read_text().splitlines()[-1].replace("0.0.0.0", "127.0.0.1")
+        while True:
+            with contextlib.suppress(requests.ConnectionError):
+                assert requests.get(f"{address}/health").status_code == 200
+                break
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(requests.post, f"{address}/predict", json={"text": "the dog"})
+            while not requests.get(f"{address}/health").json()["waiting"]:
+                time.sleep(0.01)
+            os.kill(process, signal.SIGTERM)
+            assert answer.result().json()["answers"][0]["label"] in ("unacceptable", "acceptable")
+        while (code := ended(process)) is None:
+            time.sleep(0.05)
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        raise
+    said = output.read_text().splitlines()
+    assert code == 0 and len(said) == 2 and said[0].startswith("pyro-blora: 0.0.0.0 can be reached from other machines")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["nowhere"], "nowhere is not a finished run"),
+        (["packed", "--draws", "3"], "is a packed model, of one allocation: drop --draws and --seed"),
+        (["packed", "--abstain", "0.9"], "has no held-out rows, which abstain and coverage are calibrated on"),
+        (["packed", "--confidence", "1.5"], "confidence must be a share between 0 and 1, got 1.5"),
+        (["packed", "--port", "70000"], "--port must be at most 65535"),
+        (["packed", "--rate", "-1"], "--rate must be at least 0, got -1.0"),
+        (["packed", "--host", "no.such.host.invalid"], "no.such.host.invalid, port 8000: "),
+        (["packed", "--prot", "1"], "unknown argument '--prot': did you mean '--port'?"),
+        (["packed", "--revision", "main"], "is a folder, and a revision is of a name on the hub"),
+    ],
+)
+def test_a_mistake_on_the_line_is_a_sentence(folders, capsys, argv, sentence):
+    argv = [str(folders.get(word, word)) for word in argv]
+    assert main(["serve", *argv, "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_and_a_missing_library_are_sentences(folders, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(folders["packed"]), "--port", port, "--quiet"]) == 2
+    assert f"127.0.0.1, port {port}: Address already in use: give another --port" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "uvicorn" else object())
+    assert main(["serve", str(folders["packed"]), "--quiet"]) == 2
+    assert "serve needs uvicorn: pip install 'pyro-blora[serve]'" in capsys.readouterr().err
