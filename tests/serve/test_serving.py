@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -35,6 +36,7 @@ from pyro_blora.serve.desk import Asked  # noqa: E402
 from pyro_blora.serve.server import server_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("eager")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LIMITS = {"max_texts": 4, "max_characters": 100, "max_bytes": 2000}
 
 
@@ -144,7 +146,7 @@ KINDS = {
     "several": (Task(name="served_several", text_columns=("text",), kind=MultiLabel(("a", "b")), metric_name="micro_f1",
                      load=lambda **_: rows(text="The soldier", label=[1, 0])), "the dog", "half"),
     "stars": (Task(name="served_stars", text_columns=("one", "other"), label_range=(0.0, 5.0), metric_name="pearson",
-                   load=lambda **_: rows(one="The soldier", other="The lawyer", label=1.5)), ["the dog", "a cat"], ["a", " "]),
+                   load=lambda **_: rows(one="The soldier", other="The lawyer", label=1.5)), ["a", "b"], ["a", " "]),
     "words": (Task(name="served_words", text_columns=("words",), kind=TokenLabels(("O", "X")), metric_name="f1",
                    load=lambda **_: rows(words=["The", "soldier"], label=[0, 1])), ["the", "dog"], "the dog"),
 }  # fmt: skip
@@ -325,3 +327,105 @@ def test_a_port_that_is_taken_and_a_missing_library_are_sentences(folders, capsy
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "uvicorn" else object())
     assert main(["serve", str(folders["packed"]), "--quiet"]) == 2
     assert "serve needs uvicorn: pip install 'pyro-blora[serve]'" in capsys.readouterr().err
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = os.environ.get("PYRO_BLORA_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium, or set PYRO_BLORA_CHROMIUM to one")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(chromium, url, **settings):
+    """The page, and what the console and requests to elsewhere said."""
+    page, said = chromium.new_context(**settings).new_page(), []
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith((url, "data:")) else said.append(request.url))
+    page.goto(url)
+    page.wait_for_selector("textarea")
+    return page, said
+
+
+def ask(page, *texts):
+    for area, text in zip(page.locator("textarea").all(), texts, strict=True):
+        area.fill(text)
+    page.locator("#ask").click()
+    page.wait_for_selector("#ask:enabled")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")])
+def test_the_page_shows_bars_uncertainty_and_draws(chromium, desk, url, texts, width, scheme):
+    (rows,) = desk.answer([Asked([(text,) for text in texts], draws=True)])
+    text, row = next((text, row) for text, row in zip(texts, rows, strict=True) if row["disagree"])
+    (row,) = desk.answer([Asked([(text,)], draws=True)])[0]
+    page, said = opened(chromium, url, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    ask(page, text)
+    assert page.locator("#answer strong").inner_text() == row["label"]
+    assert page.locator(".abstains").count() == (not row["answered"])
+    found = page.locator(".bars").first.inner_text().split()
+    expected = [(name, f"{100 * p:.1f}", "%") for name, p in row["probabilities"].items()]
+    assert found == [word for triple in expected for word in triple]
+    shown = page.locator("#answer").inner_text()
+    assert f"{row['mutual_information']:.3f} of it is disagreement of the draws" in shown
+    assert page.locator(".dot").count() == 6 and page.locator(".dot.differs").count() == len(row["disagree"])
+    assert len(row["disagree"]) == page.locator(".disagree li").count()
+    for i, line in zip(row["disagree"], page.locator(".disagree li").all(), strict=True):
+        cost = desk.about()["draws"][i]["bops"]
+        assert line.inner_text().startswith(f"draw {i}: {row['draws'][i]['label']} (")
+        assert f"{100 * cost:.1f} % of the bit operations" in line.inner_text()
+    page.locator("summary").click()
+    assert page.locator("tbody tr").count() == 6
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    style = "getComputedStyle(document.body)"
+    ink, paper = page.evaluate(f"[{style}.color, {style}.backgroundColor]")
+    bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert (bright[0] > bright[1]) == (scheme == "dark") and abs(bright[0] - bright[1]) > 400
+    assert said == []
+
+
+def test_the_page_takes_text_as_text_and_says_what_is_wrong(chromium, url):
+    page, said = opened(chromium, url)
+    ask(page, "<img src=x onerror=alert(1)>")
+    assert page.locator("#answer").is_visible() and page.locator("img").count() == 0
+    ask(page, " ")
+    assert (
+        page.locator("#error").inner_text() == "text 0 (from 0): ' ' is no text" and page.locator("#answer").is_hidden()
+    )
+    assert all("422" in line for line in said)  # the browser's own word on it
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"document.title=1\">')")
+    page.wait_for_timeout(100)
+    assert page.title() == "films" and any("Content Security Policy" in line for line in said)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_page_of_every_kind_of_outcome(chromium, backbone, name, forget):
+    task, _, _ = KINDS[name]
+    register_task(task)
+    label = "<b>a</b>"
+    desk = Desk(Trained(build(tiny_config(backbone, task=task.name)), [], 0.0), label)
+    with served(desk) as url:
+        page, said = opened(chromium, url, viewport={"width": 390, "height": 800})
+        assert page.locator("h1").inner_text() == label
+        ask(page, *["The soldier"] * len(desk.columns))
+        shown = page.locator("#answer").inner_text()
+        text = (["The", "soldier"],) if name == "words" else ("The soldier",) * len(desk.columns)
+        (row,) = desk.answer([Asked([text], draws=True)])[0]
+        if name == "stars":
+            assert f"{row['mean']:.3f}" in shown and f"± {row['std']:.3f}" in shown and "94 %" in shown
+            assert page.locator(".dot").count() == 3 and page.locator(".band").count() == 1
+        if name == "words":
+            assert page.locator("tbody tr").count() == 2 and "soldier" in shown
+        if name == "several":
+            assert f"{100 * row['probabilities']['a']:.1f} %" in shown
+        assert "draws" in shown.lower() and said == []
+        page.close()
