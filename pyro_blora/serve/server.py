@@ -55,6 +55,7 @@ def serve(
                  "proxy that has both before it, or leave --host out")  # fmt: skip
         server = server_of(desk, serving)
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
+        address.listen()  # who calls from now on is answered
         print(f"http://{host}:{address.getsockname()[1]}", flush=True)
         server.run(sockets=[address])
 

@@ -50,6 +50,9 @@ def test_logits_of_any_batch_are_those_of_the_deployed_allocation(made):
             expected = program.net.logits(**inputs)
         (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         assert np.allclose(found, expected.numpy(), atol=1e-3)
+    assert all(
+        name not in (folder / MODEL).read_bytes() for name in (b"site-packages", b".py")
+    )  # of the exporter's calls
     content = json.loads((folder / MANIFEST).read_text())
     assert content["measured"]["logit_gap_largest"] < 1e-3 and content["inputs"] == ["attention_mask", "input_ids"]
 

@@ -279,10 +279,7 @@ def test_a_signal_ends_it_when_what_has_come_is_answered(folders, backbone, tmp_
             assert ended(process) is None, output.read_text()
             time.sleep(0.05)
         address = output.read_text().splitlines()[-1].replace("0.0.0.0", "127.0.0.1")
-        while True:
-            with contextlib.suppress(requests.ConnectionError):
-                assert requests.get(f"{address}/health").status_code == 200
-                break
+        assert requests.get(f"{address}/health").status_code == 200
         with ThreadPoolExecutor() as pool:
             answer = pool.submit(requests.post, f"{address}/predict", json={"text": "the dog"})
             while not requests.get(f"{address}/health").json()["waiting"]:
