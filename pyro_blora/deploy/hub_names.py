@@ -7,12 +7,12 @@ from pathlib import Path
 
 PATTERNS = ("*.safetensors", "*.json", "*.onnx", "*.txt", "*.model", "*.md")  # no pickle, no code
 """Files that are sent and fetched: weights, descriptions, vocabularies, cards."""
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether a name is one of the hub's, and not that of a folder here: `runs/typo` is not, where `runs` is."""
-    return isinstance(name, str) and bool(_NAME.fullmatch(name)) and not Path(name).parent.exists()
+    return isinstance(name, str) and bool(HUB_NAME.fullmatch(name)) and not Path(name).parent.exists()
 
 
 def folder_of(name: str | Path, revision: str | None = None) -> Path:

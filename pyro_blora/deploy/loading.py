@@ -91,6 +91,20 @@ def load(
     return program.eval()
 
 
+def require_exported(folder: Path) -> None:
+    """Errors: ValueError where an exported adapter's files are damaged, or not of one export."""
+    path = folder / GATES_FILE
+    try:
+        _, notes = read_tensors(path)
+        config = RunConfig.from_json(notes["run"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, or was exported without its configuration ({error}): export it again"
+        ) from None
+    with only_code((), path):
+        require_belonging(path, notes, config, from_notes=True)
+
+
 def _files(run: Path) -> tuple[Path, Path, bool]:
     """(the gates, what names the configuration, whether it is a run's folder and not only an exported one)."""
     of_run, exported = run / "adapter" / GATES_FILE, run / GATES_FILE
