@@ -142,8 +142,8 @@ def page(found: Found, words: float, options: argparse.Namespace) -> str:
         f"`python experiments/serve_load.py {folders} --glue_dir GLUE --threads {options.threads}` on "
         f"{told['hardware']}, {told['date']}, commit {told['commit']}; {versions}.",
         f"Each client asks for one text, of {words:.0f} words on average, waits for the answer and asks for the next. "
-        f"The clients are one process on the same machine. Medians of {options.rounds} rounds of {options.seconds:g} s, "
-        "which take turns, and in brackets the least and the most of the rounds. *Shared*: requests that come together "
+        f"The clients are one process on the same machine. Medians of {options.rounds} rounds of {options.seconds:g} s "
+        "that take turns, and in brackets the least and the most of the rounds. *Shared*: requests that come together "
         "share a forward pass, for which the first waits 2 ms. *Each alone*: `--batch_size 1 --wait_ms 0`.",
     ]  # fmt: skip
     for model in dict.fromkeys(server.model for server, _ in found):
