@@ -140,7 +140,8 @@ def page(found: Found, words: float, options: argparse.Namespace) -> str:
     lines = [
         "# Serving",
         f"`python experiments/serve_load.py {folders} --glue_dir GLUE --threads {options.threads}` on "
-        f"{told['hardware']}, {told['date']}, commit {told['commit']}; {versions}.",
+        f"{told['hardware']}, {told['date']}, commit {told['commit']}; {versions}. Before it began, the machine had "
+        f"{options.busy:.1f} processes to run.",
         f"Each client asks for one text, of {words:.0f} words on average, waits for the answer and asks for the next. "
         f"The clients are one process on the same machine. Medians of {options.rounds} rounds of {options.seconds:g} s "
         "that take turns, and in brackets the least and the most of the rounds. *Shared*: requests that come together "
@@ -193,6 +194,7 @@ def main() -> None:
     add("--report", type=Path, metavar="FILE", help="the page (default: stdout)")
     add("--figures", type=Path, metavar="FOLDER", help="for serving.png")
     options = parser.parse_args()
+    options.busy = os.getloadavg()[0]
     found: Found = {}
     with contextlib.ExitStack() as running:
         servers = []

