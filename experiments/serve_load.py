@@ -23,6 +23,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pyro_blora.machine import spin_briefly
+
+spin_briefly()  # before anything imports torch, and for the servers
+
 import aiohttp
 import numpy as np
 
