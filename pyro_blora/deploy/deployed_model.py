@@ -50,13 +50,15 @@ class DeployedModel:
             raise ValueError(f"{folder} is an ONNX model, which holds its base: drop backbone")
         content = read_manifest(folder / form.MANIFEST, schema=form.SCHEMA, version=form.VERSION)
         self.form, notes = "packed" if form is packed else "ONNX", content["task"]
-        kind = kind_of(notes["outcome"])
-        if kind is None or "log_scale" not in notes:
-            what = "a kind of outcome that is not registered here" if kind is None else "no noise, as an older export"
-            raise ValueError(f"{folder} has {what}: {_AGAIN}, or import the module that registers it")
-        self.text_columns, self.likelihood = tuple(notes["text_columns"]), kind
-        self.log_scale = torch.tensor(float(notes["log_scale"]))
-        self.task, self._length = notes["name"], notes["max_length"]
+        try:
+            kind, self.text_columns = kind_of(notes["outcome"]), tuple(map(str, notes["text_columns"]))
+            self.task, self._length = notes["name"], notes["max_length"]
+            self.log_scale = torch.tensor(float(notes["log_scale"]))
+        except (KeyError, TypeError, ValueError):
+            raise Refused(f"{folder} does not describe its task, as older exports do not: {_AGAIN}") from None
+        if kind is None:
+            raise Refused(f"{folder} has a kind of outcome that is not registered here: import the module that has it")
+        self.likelihood = kind
         self._network, self._answer = _packed(folder, kind, backbone) if form is packed else _onnx(folder, content)
 
     def to(self, device: str) -> DeployedModel:
@@ -137,4 +139,6 @@ def _onnx(folder: Path, content: dict[str, Any]) -> _Loaded:
     except Exception as error:  # whatever onnxruntime makes of operators that it does not know
         said = " ".join(str(error).split())[:_SHOWN]
         raise Refused(f"{folder / onnx_file.MODEL}: onnxruntime {onnxruntime.__version__} says {said!r}") from None
+    if {each.name for each in session.get_inputs()} != {*content["inputs"]} or len(session.get_outputs()) != 1:
+        raise Refused(f"{folder / onnx_file.MODEL} has not the inputs that {onnx_file.MANIFEST} says: {_AGAIN}")
     return _Loaded(None, onnx_file.answer_by(session, content["inputs"]))

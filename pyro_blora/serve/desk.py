@@ -110,11 +110,14 @@ class Desk:
         program, drawn = self.answers.source.program, self.answers.drawn
         layout: AdapterLayout | None = getattr(program, "layout", None)
         return {
-            "model": self.name, "task": _task(self.model), "form": getattr(self.model, "form", "posterior"),
+            "model": self.name, "task": _task(self.model), "form": self._form(),
             "columns": list(self.columns), "words": not self.kind.is_text("a"), "labels": list(self.kind.names),
             "answered_from": self.answers.confidence, "batch_size": self.batch_size,
             "draws": _costs(layout, drawn[0]["gates"]) if layout is not None and len(drawn) == 1 and drawn[0] else [],
         }  # fmt: skip
+
+    def _form(self) -> str:
+        return getattr(self.model, "form", "posterior" if self.answers.drawn[0] else "deployed")
 
 
 def _task(model: Model | DeployedModel) -> str | None:

@@ -63,7 +63,13 @@ class Queue:
         return await job.done
 
     async def run(self) -> None:
-        """Until it is cancelled, or closed with nothing left to do."""
+        """Until it is closed with nothing left to do."""
+        try:
+            await self._until_closed()
+        finally:
+            self.is_open = False  # also where it fails: then /health says so
+
+    async def _until_closed(self) -> None:
         while self.is_open or self._jobs:
             await self._come.wait()
             late = self._jobs[0].arrived + self._wait - time.monotonic() if self._jobs else 0.0

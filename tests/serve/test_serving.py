@@ -130,6 +130,7 @@ def test_answers_are_those_of_predict_on_the_same_folder(folders, backbone, text
         )
         (rows,) = deployed.answer([Asked([(text,) for text in texts], draws=True)])
         assert rows == found and all("draws" not in row for row in rows)
+        assert (info["form"], deployed.about()["form"]) == ("packed", "deployed")
 
 
 def test_draws_are_those_whose_average_answers(desk, texts):
