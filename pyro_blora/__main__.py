@@ -18,7 +18,9 @@ from .config.export_flags import add_export_command, export_options, require_tog
 from .config.flags import add_run_flags
 from .config.lists import LISTS, choices, print_list, print_methods
 from .config.predict_flags import add_predict_command, predict_options
+from .config.push_flags import add_push_command, push_options
 from .config.run_config import RunConfig
+from .config.serve_flags import add_serve_command, serve_options
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
 from .registries import LISTED
@@ -26,7 +28,7 @@ from .signals import Interrupted, asked, heeded
 from .user_code import place_of
 from .user_values import nearest, suggest
 
-COMMANDS = ("train", "predict", "export", "show", "report", "what-if", "methods", *LISTED, "doctor")
+COMMANDS = ("train", "predict", "export", "push", "serve", "show", "report", "what-if", "methods", *LISTED, "doctor")
 _LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
 _HELP_COLUMN = 34  # of `train --help`: beside most flags with their values
 
@@ -104,6 +106,10 @@ def _command(argv: list[str]) -> int:
         return _predict(arguments)
     if arguments.command == "export":
         return _export(arguments)
+    if arguments.command == "push":
+        return _push(arguments)
+    if arguments.command == "serve":
+        return _serve(arguments)
     if arguments.command == "show":
         from .report.terminal import show_run
 
@@ -189,6 +195,29 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _push(arguments: argparse.Namespace) -> int:
+    prepare(quiet=arguments.quiet)
+    with silenced(arguments.quiet):
+        with phase("importing PyTorch, Pyro and transformers"):
+            from .deploy.pushing import push
+
+        address = push(**push_options(arguments))
+    print(address)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    options, serving = serve_options(arguments)
+    prepare(quiet=arguments.quiet)
+    with heeded(), silenced(arguments.quiet):
+        with phase("importing PyTorch, Pyro and transformers"):
+            from .serve.server import serve
+
+        keep_freed_memory()
+        serve(options.pop("run"), serving, **options)
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     prepare(quiet=arguments.quiet)
     with silenced(arguments.quiet):
@@ -227,6 +256,8 @@ def _parser() -> _Parser:
     output.add_argument("--quiet", action="store_true", help="print nothing but the run's folder, warnings and errors")
     add_predict_command(commands, _HELP_COLUMN)
     add_export_command(commands, _HELP_COLUMN)
+    add_push_command(commands, _HELP_COLUMN)
+    add_serve_command(commands, _HELP_COLUMN)
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     for name, what in LISTS.items():
         commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)

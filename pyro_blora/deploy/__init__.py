@@ -15,5 +15,6 @@ if TYPE_CHECKING:
     from .peft import export as export
     from .peft import plain_backbone as plain_backbone
     from .peft import require_exportable as require_exportable
+    from .pushing import push as push
 else:
     __getattr__, __dir__, __all__ = lazily(__name__, __file__)

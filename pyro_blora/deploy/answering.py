@@ -22,7 +22,7 @@ from ..posterior.draws import draw, draw_weights
 from ..posterior.prediction import Prediction, predict
 from ..posterior.selection import threshold_for
 from ..posterior.writing import write
-from ..program import BayesianLoRA, Inputs
+from ..program import Inputs
 from ..progress import phase
 from ..tasks.batching import lengths_of, longest_first, split_labels
 from ..tasks.likelihoods import Rows
@@ -46,11 +46,23 @@ class Source:
     others: the further fits of an ensemble.
     """
 
-    program: BayesianLoRA
+    program: Any
+    """A BayesianLoRA; of a deployed model (deployed_model.py) what has its likelihood, text_columns and log_scale."""
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
     held_out: Callable[[], pd.DataFrame]
     others: tuple[Source, ...] = ()
+
+    def drawn(self, draws: int | None, seed: int | None) -> dict[str, Any]:
+        """What `predict` averages over; None: the run's number and seed."""
+        config, program = self.config, self.program
+        count, seed = draws or config.draws, config.seed if seed is None else seed
+        gates, theta = draw(program, count, seed=seed), draw_weights(program, count, seed=seed)
+        return {"gates": gates, "weights": theta, "dropout_seed": seed if config.average_over == "dropout" else None}
+
+    def predict(self, batches: Iterable[tuple[Inputs, Tensor]], **drawn: Any) -> Prediction:
+        """drawn: of `drawn`; without it, of the deployed allocation."""
+        return predict(self.program, batches, **drawn)
 
 
 class Answers:
@@ -63,6 +75,7 @@ class Answers:
     def __init__(
         self, source: Source, *, draws: int | None = None, deployed: bool = False, batch_size: int | None = None,
         abstain: float | None = None, coverage: float | None = None, seed: int | None = None,
+        confidence: float | None = None,
     ) -> None:  # fmt: skip
         config, self.source, self.kind = source.config, source, source.program.likelihood
         self.columns = source.program.text_columns
@@ -73,15 +86,19 @@ class Answers:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if seed is not None and not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 4294967295, got {seed}: leave it out for the run's")
-        for name, share in (("abstain", abstain), ("coverage", coverage)):
+        for name, share in (("abstain", abstain), ("coverage", coverage), ("confidence", confidence)):
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, got {share}: 0.9 for example")
+        if None not in (abstain, confidence):
+            raise ValueError("abstain finds the confidence from which texts are answered: give one of the two")
         self._as_run = draws in (None, config.draws) and seed is None and not deployed
-        self._batch_size = batch_size or 2 * config.batch_size
+        self.batch_size = batch_size or 2 * config.batch_size
         self._fits = [source] if deployed else [source, *source.others]
-        self._draws = [{} if deployed else _drawn(fit, draws, seed) for fit in self._fits]
+        self.drawn = [{} if deployed else fit.drawn(draws, seed) for fit in self._fits]
         self.remarks: list[str] = []
-        self._confidence = None if abstain is None else self._threshold(abstain)
+        if not self.kind.has_confidence and (name := "abstain" if abstain else "confidence" if confidence else ""):
+            raise ValueError(f"{name} needs a confidence, there is none ({self.kind.no_confidence}): leave it out")
+        self.confidence = confidence if abstain is None else self._threshold(abstain)
         self._sets = None if coverage is None else self._calibrated(coverage)
 
     def __call__(self, texts: Any) -> pd.DataFrame:
@@ -96,11 +113,16 @@ class Answers:
 
     def table(self, rows: Rows, *, show: bool = False) -> pd.DataFrame:
         """The same of texts by column that are known to be texts."""
+        if isinstance(self.kind, Writer):
+            import pandas as pd
+
+            return pd.DataFrame(self._written(rows))
+        return self.table_of(self.prediction(rows, show=show))
+
+    def table_of(self, prediction: Prediction) -> pd.DataFrame:
+        """The table of what was predicted."""
         import pandas as pd
 
-        if isinstance(self.kind, Writer):
-            return pd.DataFrame(self._written(rows))
-        prediction = self.prediction(rows, show=show)
         found = self.kind.answers(prediction.outputs, self.source.program.log_scale.detach().exp())
         first = next(iter(found))
         table, mean = {first: found.pop(first)}, prediction.mean
@@ -108,8 +130,8 @@ class Answers:
             entropy, information = uncertainty(prediction.outputs)
             sure = mean.double().max(-1).values
             table |= {"confidence": sure, "entropy": entropy, "mutual_information": information}
-            if self._confidence is not None:
-                table["answered"] = sure >= self._confidence
+            if self.confidence is not None:
+                table["answered"] = sure >= self.confidence
         if self._sets is not None:
             table |= self._sets.columns(mean)
         return pd.DataFrame({name: x.numpy() if isinstance(x, Tensor) else x for name, x in {**table, **found}.items()})
@@ -118,13 +140,13 @@ class Answers:
         """text: of the deployed allocation; drawn: those of every draw, without `deployed`."""
         source, columns = self.source, {name: rows[name] for name in self.columns}
         found: dict[str, list[Any]] = {"text": write(source.program, source.tokenizer, columns, None, None,
-                                                     self._batch_size)}  # fmt: skip
+                                                     self.batch_size)}  # fmt: skip
         each = []
-        for fit, draws in zip(self._fits, self._draws, strict=True):
+        for fit, draws in zip(self._fits, self.drawn, strict=True):
             for i in range(len(draws["gates"].z) if draws else 0):
                 at, theta = Gates(*(x[i] for x in draws["gates"])), draws["weights"]
                 random = None if theta is None else theta[i]
-                each.append(write(fit.program, fit.tokenizer, columns, at, random, self._batch_size))
+                each.append(write(fit.program, fit.tokenizer, columns, at, random, self.batch_size))
         return found | ({"drawn": [list(texts) for texts in zip(*each, strict=True)]} if each else {})
 
     def prediction(self, rows: Rows, labels: Sequence[Any] | None = None, *, show: bool = False) -> Prediction:
@@ -133,7 +155,7 @@ class Answers:
         known = [self.kind.placeholder(each) for each in texts] if labels is None else list(labels)
         each = [
             self._of_fit(fit, draws, {**rows, "label": known}, show)
-            for fit, draws in zip(self._fits, self._draws, strict=True)
+            for fit, draws in zip(self._fits, self.drawn, strict=True)
         ]
         if len(each) == 1:
             return each[0]
@@ -142,7 +164,7 @@ class Answers:
 
     def _of_fit(self, fit: Source, draws: dict[str, Any], rows: Rows, show: bool) -> Prediction:
         encoded = {"label": rows["label"], **self.kind.encode(fit.tokenizer, rows, self.columns, fit.config.max_length)}
-        batches = longest_first(lengths_of(encoded), self._batch_size)
+        batches = longest_first(lengths_of(encoded), self.batch_size)
         collate, device = self.kind.collator(fit.tokenizer), fit.program.log_scale.device
 
         def each() -> Iterator[tuple[Inputs, Tensor]]:
@@ -151,9 +173,9 @@ class Answers:
 
         if show and len(batches) >= _SHOWN_FROM:
             with phase("predicting", len(batches), unit="batches") as shown_as:
-                found = predict(fit.program, shown_as.over(each()), **draws)
+                found = fit.predict(shown_as.over(each()), **draws)
         else:
-            found = predict(fit.program, each(), **draws)
+            found = fit.predict(each(), **draws)
         return found.restored(torch.tensor([i for batch in batches for i in batch]))
 
     # --- held-out rows ------------------------------------------------------------------------------------------------
@@ -169,8 +191,6 @@ class Answers:
         return self.prediction(rows, table["label"].tolist(), show=True).mean, labels
 
     def _threshold(self, accuracy: float) -> float:
-        if not self.kind.has_confidence:
-            raise ValueError(f"abstain needs a confidence, there is none ({self.kind.no_confidence}): leave it out")
         found = threshold_for(*self._held_out, accuracy)
         self.remarks.append(
             f"with confidence {found.confidence:.4f} or more {found.answered:,} of {found.rows:,} held-out rows are "
@@ -192,14 +212,6 @@ class Answers:
             "average; those of the answers are calibrated on both"
         )
         return self.kind.conformal(mean, labels, coverage)
-
-
-def _drawn(fit: Source, draws: int | None, seed: int | None) -> dict[str, Any]:
-    """What `posterior.predict` averages over, of one fit."""
-    config, program = fit.config, fit.program
-    count, seed = draws or config.draws, config.seed if seed is None else seed
-    gates, theta = draw(program, count, seed=seed), draw_weights(program, count, seed=seed)
-    return {"gates": gates, "weights": theta, "dropout_seed": seed if config.average_over == "dropout" else None}
 
 
 def columns_of(texts: Any, columns: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from ..config.export_flags import require_together
 from ..progress import phase
 from .held_out import Measured, held_out_of
+from .hub_names import folder_of
 from .loading import load
 
 _OF_ONNX = ("onnx", "onnxscript", "onnxruntime")  # the extra
@@ -34,7 +35,7 @@ def export_run(
     if format == "onnx" and (missing := [name for name in _OF_ONNX if importlib.util.find_spec(name) is None]):
         raise ValueError(f"--format onnx needs {', '.join(missing)}: pip install 'pyro-blora[onnx]'")
     with phase(f"loading {run}"):
-        model = load(run, allow_code=allow_code, backbone=backbone)
+        model = load(folder_of(run), allow_code=allow_code, backbone=backbone)
     held_out = held_out_of(model.source, model.run)
     shared: dict[str, Any] = {
         "tokenizer": model.source.tokenizer, "config": model.config, "held_out": held_out,

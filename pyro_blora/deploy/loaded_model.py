@@ -40,6 +40,7 @@ class Model(BayesianLoRA):
     def predict(
         self, texts: Any, *, draws: int | None = None, deployed: bool = False, batch_size: int | None = None,
         abstain: float | None = None, coverage: float | None = None, seed: int | None = None,
+        confidence: float | None = None,
     ) -> pd.DataFrame:  # fmt: skip
         """A table with a row for each text, averaged over draws.
 
@@ -49,6 +50,7 @@ class Model(BayesianLoRA):
         in place of draws. batch_size: texts in a forward; None: twice the run's. seed: of the draws; None: the run's,
         which gives the held-out rows the predictions that they have in the run.
         abstain: the accuracy that answered texts should have, by the run's held-out rows: `answered` says which are.
+        confidence: in its place, the probability from which a text is answered.
         coverage: the share of new texts whose set should hold the label, calibrated on these rows.
 
         Columns, of classes: label, confidence (its probability), entropy and mutual_information (nats: all uncertainty
@@ -58,8 +60,9 @@ class Model(BayesianLoRA):
         Errors: ValueError for what is no text, with its number; for an accuracy or a coverage that cannot be reached.
         """
         return self.answers(
-            draws=draws, deployed=deployed, batch_size=batch_size, abstain=abstain, coverage=coverage, seed=seed
-        )(texts)
+            draws=draws, deployed=deployed, batch_size=batch_size, abstain=abstain, coverage=coverage, seed=seed,
+            confidence=confidence,
+        )(texts)  # fmt: skip
 
     def answers(self, **options: Any) -> Answers:
         """The same in two steps, for many tables: `answers = model.answers(coverage=0.9)`, `answers(texts)`."""

@@ -91,6 +91,20 @@ def load(
     return program.eval()
 
 
+def require_exported(folder: Path) -> None:
+    """Errors: ValueError where an exported adapter's files are damaged, or not of one export."""
+    path = folder / GATES_FILE
+    try:
+        _, notes = read_tensors(path)
+        config = RunConfig.from_json(notes["run"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, or was exported without its configuration ({error}): export it again"
+        ) from None
+    with only_code((), path):
+        require_belonging(path, notes, config, from_notes=True)
+
+
 def _files(run: Path) -> tuple[Path, Path, bool]:
     """(the gates, what names the configuration, whether it is a run's folder and not only an exported one)."""
     of_run, exported = run / "adapter" / GATES_FILE, run / GATES_FILE
@@ -100,8 +114,12 @@ def _files(run: Path) -> tuple[Path, Path, bool]:
         return exported, exported, False
     if is_packed(run):
         raise ValueError(
-            f"{run} is a packed model, which has no posterior to predict with: pyro_blora.load gives its network, and "
-            "predictions on texts are of a run's folder, or of an adapter's"
+            f"{run} is a packed model, which has no posterior: pyro_blora.load gives its network, and `pyro-blora "
+            "predict` its answers; give the folder of a run, or of an adapter"
+        )
+    if (run / "onnx.json").is_file():
+        raise ValueError(
+            f"{run} is an ONNX model, for onnxruntime: its card has the program, and `pyro-blora predict` its answers"
         )
     raise ValueError(
         f"{run} is not a finished run: it has no config.json with adapter/{GATES_FILE}; nor was it written by export, "

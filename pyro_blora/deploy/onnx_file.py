@@ -117,6 +117,8 @@ def _write(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, pa
                 dynamic_shapes={"inputs": dict.fromkeys(batch, sizes)}, input_names=list(batch),
                 output_names=[_OUTPUT], verbose=False,
             )  # fmt: skip
+            for node in exported.model.graph.all_nodes():
+                node.metadata_props.clear()  # traces of the exporter's calls, with paths of this machine
             exported.save(path, external_data=False)
     except Exception as error:  # whatever torch.export and the translation make of a network
         root: BaseException = error

@@ -96,6 +96,7 @@ def described_task(program: BayesianLoRA, config: RunConfig | None) -> dict[str,
     return {
         "name": config.task if config else None, "text_columns": list(program.text_columns),
         "outcome": described(program.likelihood), "max_length": config.max_length if config else None,
+        "log_scale": program.log_scale.item(),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from ..tasks.tabular.reading import Row, Table
 from ..user_values import shown, suggest
 from .answer_files import FORMATS, Rows, open_answers
 from .answering import Answers
-from .loading import load
+from .opening import load_to_predict
 
 CHUNK = 1024  # rows that are in memory together, and sorted by length
 EVERY_COLUMN = "all"
@@ -27,7 +27,8 @@ _NAMED = 10  # skipped rows that are reported one by one
 def predict_file(
     run: str | Path, source: str | Path, *, out: str | Path | None = None, format: str = "csv",
     text: Sequence[str] = (), keep: Sequence[str] = (), skip: bool = False, overwrite: bool = False,
-    allow_code: Iterable[str] = (), backbone: str | None = None, quiet: bool = False, **options: Any,
+    allow_code: Iterable[str] = (), backbone: str | None = None, revision: str | None = None, quiet: bool = False,
+    **options: Any,
 ) -> int:  # fmt: skip
     """Predict every row of a table; returns how many were.
 
@@ -35,7 +36,8 @@ def predict_file(
     out: a new .csv, .jsonl or .parquet file; None: CSV on the standard output, as it is predicted. text: names of the
     text columns in the file, where they are not those of the run. keep: columns that go along; `all` for every one.
     skip: leave out malformed rows and those without text, and report them; else the first one ends the work.
-    overwrite: replace a file that is there. allow_code, backbone: as in `load`. options: as in `Model.predict`.
+    overwrite: replace a file that is there. allow_code, backbone, revision: as in `load`. options: as in
+    `Model.predict`.
     quiet: of remarks, which go to stderr, only those on rows that were left out.
     Errors: ValueError with file, line and remedy; no file is left then. NotWritten for a full disk.
     """
@@ -46,7 +48,7 @@ def predict_file(
     for remark in () if quiet else table.remarks:
         _say(remark)
     with phase("loading the model"):
-        model = load(run, allow_code=allow_code, backbone=backbone)
+        model = load_to_predict(run, allow_code=allow_code, backbone=backbone, revision=revision)
         if torch.cuda.is_available():
             model.to("cuda")
     names, kept = _text_columns(table, tuple(text), model.text_columns), _kept(table, tuple(keep))

@@ -64,9 +64,9 @@ class Logbook:
         return {key: float(value) for key, value in (numbers | program.prior.report()).items()}
 
     def _gradients(self, step: int, grad_norm: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict:
-        """Norm of the adapter's and head's gradient before clipping, temperature where draws are relaxed, gates' noise.
+        """Norm of adapter's and head's gradient before clipping; temperature where draws are relaxed; gates' noise.
 
-        The last from Adam's running means of the gradient and of its square: gate_gradient is the root of the mean square of a
+        From Adam's running means of the gradient and of its square: gate_gradient is the root of the mean square of a
         gate's gradient (nats over N), gate_noise the share of that square that is variance; 1 where nothing but noise
         is left, as the mean then stays at about 1/19 of it.
         """

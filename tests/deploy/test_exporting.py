@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from hub_server import hub_server
 from safetensors.torch import load_file
 from tiny import save_tiny_backbone, tiny_config
 
@@ -187,3 +188,13 @@ def test_options_that_do_not_go_together_are_one_sentence(run, tmp_path, capsys,
 def test_an_export_is_never_overwritten(run, tmp_path, capsys):
     assert main(["export", str(run), "--to", str(tmp_path)]) == 2
     assert f"{tmp_path} exists already: give another --to" in capsys.readouterr().err
+
+
+def test_a_run_is_pushed_as_its_adapter_with_what_it_scored(run, tmp_path, capsys):
+    with hub_server(tmp_path) as hub:
+        assert main(["push", str(run), "someone/run", "--quiet"]) == 0
+        sent, backbone = hub.files("someone/run"), load(run).config.backbone
+        assert b"**Measured** on 500 held-out rows" in sent["README.md"] and "gates.safetensors" in sent
+        assert all(b"secret" not in content for content in sent.values())
+        texts = ["she sings", "the dog barks"]
+        assert load("someone/run", backbone=backbone).predict(texts).equals(load(run).predict(texts))

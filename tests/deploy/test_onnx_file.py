@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from packed_models import allocated
 from tiny import save_tiny_backbone
 
 from pyro_blora.adapters import use_gates
+from pyro_blora.deploy.manifest import SUM, _sum_of
+from pyro_blora.deploy.opening import load_to_predict
 from pyro_blora.posterior import deployed
 
 onnx = pytest.importorskip("onnx")
@@ -50,6 +53,9 @@ def test_logits_of_any_batch_are_those_of_the_deployed_allocation(made):
             expected = program.net.logits(**inputs)
         (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         assert np.allclose(found, expected.numpy(), atol=1e-3)
+    assert all(
+        name not in (folder / MODEL).read_bytes() for name in (b"site-packages", b".py")
+    )  # of the exporter's calls
     content = json.loads((folder / MANIFEST).read_text())
     assert content["measured"]["logit_gap_largest"] < 1e-3 and content["inputs"] == ["attention_mask", "input_ids"]
 
@@ -94,3 +100,24 @@ def test_the_cards_program_needs_neither_torch_nor_this_package(made):
         expected = program.net.logits(**inputs)
     found = json.loads(done.stdout.partition(" False")[0])
     assert np.allclose(found, expected.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "said"),
+    [
+        (("inputs",), ["input_ids"], "model.onnx has not the inputs that onnx.json says: export it again"),
+        (("task", "log_scale"), None, "does not describe its task, as older exports do not: export it again"),
+        (("task", "outcome"), {"kind": "new"}, "has a kind of outcome that is not registered here"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_a_sentence(made, tmp_path, path, to, said):
+    copy = shutil.copytree(made[1], tmp_path / "copy")
+    content = json.loads((copy / MANIFEST).read_text())
+    content.pop(SUM)
+    inside = content
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = to
+    (copy / MANIFEST).write_text(json.dumps({**content, SUM: _sum_of(content)}))
+    with pytest.raises(ValueError, match=said):
+        load_to_predict(copy)

@@ -61,6 +61,7 @@ def test_every_script_is_in_the_table():
         "notebooks.py",
         "uncertainty.py",
         "predict_memory.py",
+        "serve_load.py",
         "grid.py",
     }
     assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS) | with_their_own_tests

@@ -174,6 +174,14 @@ def test_it_trains_predicts_reports_and_packs(run, tmp_path):
         assert torch.equal(packed(**inputs).logits, model.net.logits(**inputs))
 
 
+def test_texts_are_written_by_a_run_only(run, tmp_path, capsys):
+    assert main(["serve", str(run)]) == 2
+    assert "is a language model, whose texts are not served: use pyro-blora predict" in capsys.readouterr().err
+    folder = pack(load(run), tmp_path / "packed")
+    assert main(["predict", str(folder), str(run / "predictions.parquet"), "--out", str(tmp_path / "out.csv")]) == 2
+    assert "give the run's folder" in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
+
+
 def test_new_texts_are_written(run, tmp_path):
     texts = [mr for mr, _ in ROWS[:3]]
     model = load(run)
