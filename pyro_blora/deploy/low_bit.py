@@ -9,6 +9,7 @@ PEFT, no code of the adapters.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -134,16 +135,26 @@ def _bits(site: Site) -> list[int]:
     return own if site.adapter is None else [*own, site.adapter.down.bits, site.adapter.hidden.bits, site.adapter.up.bits]
 
 
+_RUNNING = threading.local()  # `calls`: those of a thread, the innermost last
+
+
+def _enter(*_: Any) -> None:
+    _RUNNING.calls = [*getattr(_RUNNING, "calls", []), reproducible()]
+    _RUNNING.calls[-1].__enter__()
+
+
+def _leave(*_: Any) -> None:
+    _RUNNING.calls.pop().__exit__(None, None, None)
+
+
 def _compute_reproducibly(model: nn.Module) -> None:
     """Let every call of a model run in `reproducible`."""
-    open_calls: list[Any] = []
+    model.register_forward_pre_hook(_enter)
+    model.register_forward_hook(_leave, always_call=True)
 
-    def enter(*_: Any) -> None:
-        open_calls.append(reproducible())
-        open_calls[-1].__enter__()
 
-    def leave(*_: Any) -> None:
-        open_calls.pop().__exit__(None, None, None)
-
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)
+def compute_in_float32(model: nn.Module) -> None:
+    """Undo that."""
+    for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]

@@ -5,7 +5,7 @@
 A product of two factors that have codes is QuantizeLinear, DequantizeLinear and MatMul, which onnxruntime runs as one
 integer product and scales once: operation by operation that of quantizer/products.py. Codes of every width up to 8 bit
 are bytes, an input's around 128, as onnxruntime's kernels take them; those of up to 16 bit are two bytes, so two
-products. A product with a factor at 32 bit is in float64.
+products. A product with a factor at 32 bit is in float64, or for speed in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from ..quantizer.products import BYTE
-from .low_bit import EXACT, LowBitLinear, Rounded, Weight
+from .low_bit import EXACT, LowBitLinear, Rounded, Weight, compute_in_float32
 
 _OPSET = 21
 _MIDDLE, _HIGH = 128, 256  # of an input's byte; of the high byte's unit
@@ -131,23 +131,24 @@ class Product(nn.Module):
         return y
 
 
-class InFloat64(nn.Module):
-    """W x, where one of them is at 32 bit.  weight (m, n)"""
+class OfNumbers(nn.Module):
+    """W x, where one of them is at 32 bit, in this precision.  weight (m, n)"""
 
     weight: Tensor
 
-    def __init__(self, weight: Weight):
+    def __init__(self, weight: Weight, dtype: torch.dtype):
         super().__init__()
+        self.dtype = dtype
         self.register_buffer("weight", weight().numbers.detach().T.contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(x.double(), self.weight.double()).float()
+        return torch.matmul(x.to(self.dtype), self.weight.to(self.dtype)).float()
 
 
 class OneInput(nn.Module):
     """What reads an input: products of codes and products in float64, each with the form of it that it takes."""
 
-    def __init__(self, rounded: Rounded, weights: list[Weight]):
+    def __init__(self, rounded: Rounded, weights: list[Weight], dtype: torch.dtype):
         super().__init__()
         coded = rounded.bits < EXACT
         self.codes = Codes(rounded) if coded else None
@@ -156,14 +157,14 @@ class OneInput(nn.Module):
             for name in ("edge", "inverse", "step"):
                 self.register_buffer(name, getattr(rounded, name).detach().clone(), persistent=False)
         self.products = nn.ModuleList(
-            Product(weight, number == 0) if coded and weight.bits < EXACT else InFloat64(weight)
+            Product(weight, number == 0) if coded and weight.bits < EXACT else OfNumbers(weight, dtype)
             for number, weight in enumerate(weights)
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         coded = None if self.codes is None else self.codes(x)
         numbers = x
-        if self.codes is not None and any(isinstance(product, InFloat64) for product in self.products):
+        if self.codes is not None and any(isinstance(product, OfNumbers) for product in self.products):
             numbers = (_clipped(x, -self.edge, self.edge) * self.inverse).round() * self.step
         return [product(coded if isinstance(product, Product) else numbers) for product in self.products]
 
@@ -171,13 +172,13 @@ class OneInput(nn.Module):
 class OnnxLinear(nn.Module):
     """One projection of the deployed model, in ONNX's operators."""
 
-    def __init__(self, linear: LowBitLinear):
+    def __init__(self, linear: LowBitLinear, dtype: torch.dtype):
         super().__init__()
         self.bias, self.scale = linear.bias, linear.scale
         low_rank = [] if linear.scale is None else [linear.lora_A]
-        self.read = OneInput(linear.rounded, [linear.base, *low_rank])
+        self.read = OneInput(linear.rounded, [linear.base, *low_rank], dtype)
         if linear.scale is not None:
-            self.hidden = OneInput(linear.hidden, [linear.lora_B])
+            self.hidden = OneInput(linear.hidden, [linear.lora_B], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y, *hidden = self.read(x)
@@ -186,11 +187,17 @@ class OnnxLinear(nn.Module):
         return y if self.scale is None else y + self.scale * self.hidden(hidden[0])[0]
 
 
-def in_onnx_operators(model: nn.Module) -> tuple[int, int]:
-    """Replace the low-bit layers of a packed model; returns (products of codes, all products of these layers)."""
+def in_onnx_operators(model: nn.Module, fast: bool = False) -> tuple[int, int]:
+    """Replace the low-bit layers of a packed model; returns (products of codes, all products of these layers).
+
+    fast: everything but the codes in float32, also between these layers.
+    """
+    if fast:
+        compute_in_float32(model)
+    dtype = torch.float32 if fast else torch.float64
     for name, module in list(model.named_modules()):
         if isinstance(module, LowBitLinear):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, OnnxLinear(module))
-    integer, wide = (sum(isinstance(module, kind) for module in model.modules()) for kind in (Product, InFloat64))
+            setattr(model.get_submodule(parent), child, OnnxLinear(module, dtype))
+    integer, wide = (sum(isinstance(module, kind) for module in model.modules()) for kind in (Product, OfNumbers))
     return integer, integer + wide
