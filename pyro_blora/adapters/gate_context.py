@@ -191,9 +191,7 @@ class GateContext:
         y = x @ weight.mT  # (B, ..., n) with (B, m, n)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _exact_products(
-        self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None]
-    ) -> Sequence[Tensor]:
+    def _exact_products(self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None]) -> Sequence[Tensor]:
         owner, scale = projection if self.owners is None else self.owners[projection], self._scale(projection)
         if self.shared is None or self.shared[0] != owner or self.shared[1] is not x:
             self.shared = owner, x, self._coded(owner, INPUT, self._smoothed(owner, x))

@@ -12,7 +12,8 @@ FORMATS = {
 }
 _OF_FORMATS = {  # what only some formats take: (its value where it is not given, the formats, in words)
     "base": ("packed", ("packed",), "--base reference"), "merge": (False, ("packed",), "--merge"),
-    "embeddings": (32, ("packed",), "--embeddings"), "fast": (False, ("onnx",), "--fast"), "draws": (None, ("peft",), "--draws"),
+    "embeddings": (32, ("packed",), "--embeddings"), "fast": (False, ("onnx",), "--fast"),
+    "draws": (None, ("peft",), "--draws"),
 }  # fmt: skip
 
 

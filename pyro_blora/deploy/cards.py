@@ -78,8 +78,8 @@ def logits(texts):
 """
 _SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
 _OF_FAST = (
-    ": onnxruntime sums in another order between these products, so a value at the border between two codes may take the "
-    "other one."
+    ": onnxruntime sums in another order between these products, so a value at the border between two codes may take "
+    "the other one."
 )
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
@@ -186,8 +186,8 @@ def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: 
         f"{about.base or 'A model'} at learned bit widths, for onnxruntime",
         [
             f"The deployed allocation of the run, with its learned scales. {integer} of the {every} matrix products of "
-            "the quantized projections have two factors of codes: onnxruntime runs them on int8 kernels. Codes of fewer "
-            "than 8 bits are bytes, too, so they cost the time and the disk of 8; those of more are two bytes. All else "
+            "the quantized projections have two factors of codes: onnxruntime runs them on int8 kernels. Codes of "
+            "fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of more are two. All else "
             f"is {'float32' if fast else 'float64, rounded to float32'}.",
             f"Compared with the packed model, logits differ by {gaps['logit_gap_mean']:.1g} of the largest on average, "
             f"and by up to {gaps['logit_gap_largest']:.1g}{_OF_FAST if fast else '.'}",

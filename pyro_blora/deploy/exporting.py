@@ -23,8 +23,8 @@ def export_run(
     """Write what a run has learned to a new folder; returns it, and what it scores on the run's held-out rows.
 
     run: its folder, or an exported adapter, of which nothing is measured. format: one of `export_flags.FORMATS`. base:
-    `packed` or `reference`, merge, embeddings: see `packing.pack`. fast: see `onnx_file.export_onnx`. draws: of the posterior, an adapter each. seed: of
-    the draws; None: the run's. allow_code, backbone: as in `load`.
+    `packed` or `reference`, merge, embeddings: see `packing.pack`. fast: see `onnx_file.export_onnx`. draws: of the
+    posterior, an adapter each. seed: of the draws; None: the run's. allow_code, backbone: as in `load`.
     Errors: ValueError for options that do not belong to the format; those of `load` and of each format.
     """
     require_together(format, base=base, merge=merge, embeddings=embeddings, fast=fast, draws=draws, seed=seed)

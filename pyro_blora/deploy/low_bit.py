@@ -2,9 +2,9 @@
 
     y = Q(W0) Q(x) + b + (alpha / R) Q(B) Q(Q(A) Q(x))
 
-Operation by operation that of adapters/layers.py in the deployed mode, so that outputs are equal to the bit in float32.
-Closed ranks are rows and columns of zeros: at 32 bit, a product of another shape could sum in another order. No Pyro, no
-PEFT, no code of the adapters.
+Operation by operation that of adapters/layers.py in the deployed mode, so that outputs are equal to the bit in
+float32. Closed ranks are rows and columns of zeros: at 32 bit, a product of another shape could sum in another order.
+No Pyro, no PEFT, no code of the adapters.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ class LowBitLinear(nn.Module):
         self.bias, self.rounded, self.base = bias, site.rounded, Weight(site.weight)
         self.scale = None if site.adapter is None else site.adapter.scale
         if site.adapter is not None:
-            self.hidden, self.lora_A, self.lora_B = site.adapter.hidden, *map(Weight, (site.adapter.down, site.adapter.up))
+            self.hidden, self.lora_A, self.lora_B = (
+                site.adapter.hidden,
+                *map(Weight, (site.adapter.down, site.adapter.up)),
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -132,7 +135,9 @@ def put_in(model: nn.Module, sites: Mapping[str, Site]) -> None:
 
 def _bits(site: Site) -> list[int]:
     own = [site.rounded.bits, site.weight.bits]
-    return own if site.adapter is None else [*own, site.adapter.down.bits, site.adapter.hidden.bits, site.adapter.up.bits]
+    return (
+        own if site.adapter is None else [*own, site.adapter.down.bits, site.adapter.hidden.bits, site.adapter.up.bits]
+    )
 
 
 _RUNNING = threading.local()  # `calls`: those of a thread, the innermost last

@@ -29,7 +29,12 @@ def _clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, **attributes: int) -> Tensor:
     return symbolic(
-        "DequantizeLinear", (codes, step, *(() if zero is None else (zero,))), attributes, dtype=torch.float32, shape=codes.shape, version=_OPSET
+        "DequantizeLinear",
+        (codes, step, *(() if zero is None else (zero,))),
+        attributes,
+        dtype=torch.float32,
+        shape=codes.shape,
+        version=_OPSET,
     )
 
 
@@ -78,7 +83,9 @@ class Codes(nn.Module):
 
     def _byte(self, codes: Tensor, zero: Tensor, step: Tensor) -> Byte:
         """QuantizeLinear, which rounds."""
-        found = symbolic("QuantizeLinear", (codes, self.one, zero), dtype=torch.uint8, shape=codes.shape, version=_OPSET)
+        found = symbolic(
+            "QuantizeLinear", (codes, self.one, zero), dtype=torch.uint8, shape=codes.shape, version=_OPSET
+        )
         return Byte(found, zero, step)
 
 

@@ -93,8 +93,8 @@ def predict(
     Draws take turns with a few batches at a time, so that weights are rounded once for them, and memory does not grow
     with the draws but for what is returned. Where the weights' distribution is `linearized`, one
     backward pass per class replaces one forward pass per draw.
-    batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation, in the exact
-    arithmetic of a packed model (`use_gates`). weights:
+    batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation, in the
+    exact arithmetic of a packed model (`use_gates`). weights:
     (S, D), from `draw_weights`; None for their mean. dropout_seed: None for no dropout, when identical draws are run
     once; else every draw has its own dropout masks, from this seed.
     """

@@ -1,10 +1,10 @@
-"""A network's other operators, in float64 and rounded to float32 once: what the deployed model computes between products.
+"""A network's other operators, in float64 and rounded to float32 once: what a deployed model computes between products.
 
 A grid turns the last bit of a value at a border into another code, which the layers above amplify. In float32, the last
 bit of a sum or an exponential depends on the library, on the other rows of a batch and on padding; in float64 they
-differ in the 53rd bit, which rounding to float32 removes in all but one of 10^8 values. Additions, products and the like,
-element by element, are the same everywhere and stay in float32. GELU, whose error function onnxruntime has in float32
-alone, becomes operations of that kind.
+differ in the 53rd bit, which rounding to float32 removes in all but one of 10^8 values. Additions, products and the
+like, element by element, are the same everywhere and stay in float32. GELU, whose error function onnxruntime has in
+float32 alone, becomes operations of that kind.
 """
 
 from __future__ import annotations
