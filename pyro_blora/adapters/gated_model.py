@@ -171,7 +171,8 @@ def use_gates(
     weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B, one
     draw per example. opened: the caller knows that everything is open; then z and g are not read. at_32: which
     tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it. exact: without
-    gradients, multiply codes (quantizer/products.py) and run the rest in float64 (quantizer/reproducible.py), so that the answer for a row depends on nothing but that row. Where nothing is rounded it has no effect.
+    gradients, multiply codes (quantizer/products.py) and run the rest in float64 (quantizer/reproducible.py), so that
+    the answer for a row depends on nothing but that row. Where nothing is rounded it has no effect.
     Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
     """
     layout = net.layout

@@ -187,8 +187,8 @@ def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: 
         [
             f"The deployed allocation of the run, with its learned scales. {integer} of the {every} matrix products of "
             "the quantized projections have two factors of codes: onnxruntime runs them on int8 kernels. Codes of "
-            "fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of more are two. All else "
-            f"is {'float32' if fast else 'float64, rounded to float32'}.",
+            "fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of more are two. All "
+            f"else is {'float32' if fast else 'float64, rounded to float32'}.",
             f"Compared with the packed model, logits differ by {gaps['logit_gap_mean']:.1g} of the largest on average, "
             f"and by up to {gaps['logit_gap_largest']:.1g}{_OF_FAST if fast else '.'}",
             "On x86 processors without VNNI, which are older than 2019, onnxruntime's int8 kernels overflow at weights "

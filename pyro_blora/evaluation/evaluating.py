@@ -109,8 +109,10 @@ def predicted(
     parts: Parts, split: str, draws: Gates | None, theta: Tensor | None = None, *, rows=None,
     dropout_seed: int | None = None,
 ) -> Prediction:  # fmt: skip
-    """Of all rows of a split (or of `rows`), on every process, which each predicts some of; see `posterior.predict`. draws: None
-    for the deployed allocation."""
+    """Of all rows of a split (or of `rows`), on every process, which each predicts some of; see `posterior.predict`.
+
+    draws: None for the deployed allocation.
+    """
     rows = parts.tokens[split] if rows is None else rows
     mine = own_share(batches_by_length(rows, 2 * parts.config.batch_size))
     load = on_device(loader(rows, parts.collate, mine), parts.program.log_scale.device)
