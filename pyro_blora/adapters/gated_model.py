@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layout import AdapterLayout, Projection
 from ..quantizer.grid import Grid, Rows, grids, grids_of_rows, mixture_weights
+from ..quantizer.products import Coded
 from ..quantizer.reproducible import reproducible
 from ..registry import undefined
 from ..tasks.heads import SEQUENCE, Head
@@ -187,7 +188,8 @@ def use_gates(
     scales = None
     if net.smoothing is not None and any(grid is not None for grid in by_tensor):
         scales = net.smoothing.scales()
-    bits = codes = None
+    bits: list[int] | None = None
+    codes: dict[tuple[int, int], Coded] | None = None
     if exact and any(grid is not None for grid in by_tensor):
         bits, codes = torch.tensor(layout.ladder)[z.sum(-1).long().cpu()].flatten().tolist(), {}
     with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {}, scales, bits, codes)):

@@ -27,15 +27,11 @@ def _clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return symbolic("Clip", (x, low, high), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
-def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, **attributes: int) -> Tensor:
+def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
+    inputs = (codes, step, *(() if zero is None else (zero,)))
     return symbolic(
-        "DequantizeLinear",
-        (codes, step, *(() if zero is None else (zero,))),
-        attributes,
-        dtype=torch.float32,
-        shape=codes.shape,
-        version=_OPSET,
-    )
+        "DequantizeLinear", inputs, {"axis": axis}, dtype=torch.float32, shape=codes.shape, version=_OPSET
+    )  # fmt: skip
 
 
 class Byte(NamedTuple):
@@ -154,6 +150,10 @@ class OfNumbers(nn.Module):
 
 class OneInput(nn.Module):
     """What reads an input: products of codes and products in float64, each with the form of it that it takes."""
+
+    edge: Tensor
+    inverse: Tensor
+    step: Tensor
 
     def __init__(self, rounded: Rounded, weights: list[Weight], dtype: torch.dtype):
         super().__init__()
