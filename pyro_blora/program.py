@@ -83,9 +83,12 @@ class GateProgram(nn.Module, abc.ABC):
         """
 
     def each_logits(
-        self, batches: Sequence[Inputs], gates: Gates[Tensor], theta: Tensor | None = None
+        self, batches: Sequence[Inputs], gates: Gates[Tensor], theta: Tensor | None = None, *, exact: bool = False
     ) -> Iterator[Tensor]:
-        """The same for several batches at the same gates and weights."""
+        """The same for several batches at the same gates and weights.
+
+        exact: in an arithmetic whose answer for a row depends on that row alone, where a program has one.
+        """
         return (self.logits(inputs, gates, theta) for inputs in batches)
 
     def leads_with_examples(self, inputs: Inputs) -> bool:
@@ -227,18 +230,20 @@ class BayesianLoRA(GateProgram):
         return leads_with_examples(self.net, inputs)
 
     def each_logits(
-        self, batches: Sequence[Inputs], gates: Gates[Tensor], theta: Tensor | None = None
+        self, batches: Sequence[Inputs], gates: Gates[Tensor], theta: Tensor | None = None, *, exact: bool = False
     ) -> Iterator[Tensor]:
         """Without gradients, weights are rounded once for all batches. Read it to the end: gates are set until then."""
-        with self._gated(gates, theta):
+        with self._gated(gates, theta, exact):
             for inputs in batches:
                 yield self.net.logits(**inputs)
 
     def _gated(
-        self, gates: Gates[Tensor], theta: Tensor | None
+        self, gates: Gates[Tensor], theta: Tensor | None, exact: bool = False
     ) -> contextlib.AbstractContextManager[adapters.GatedModel]:
         weights = None if theta is None else self.weights.split(theta)
-        return adapters.use_gates(self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32)
+        return adapters.use_gates(
+            self.net, *gates, weights, opened=gates.z is self.opened.z, at_32=self._at_32, exact=exact
+        )
 
     @functools.cached_property
     def pinned_at_32(self) -> list[bool] | None:

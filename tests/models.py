@@ -42,13 +42,14 @@ def tiny_bert(seed=0, *, num_labels=2, dropout=0.1, **settings):
     return _built(transformers.BertForSequenceClassification, config, seed)
 
 
-def tiny_roberta():
-    return _built(transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**_SMALL))
+def tiny_roberta(**settings):
+    config = transformers.RobertaConfig(**{**_SMALL, **settings})
+    return _built(transformers.RobertaForSequenceClassification, config)
 
 
-def tiny_distilbert():
+def tiny_distilbert(*, layers=2):
     config = transformers.DistilBertConfig(
-        vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64,
+        vocab_size=VOCABULARY, dim=32, n_layers=layers, n_heads=4, hidden_dim=64, max_position_embeddings=64,
         initializer_range=0.2,
     )  # fmt: skip
     return _built(transformers.DistilBertForSequenceClassification, config)

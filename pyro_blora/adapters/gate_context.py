@@ -7,15 +7,17 @@ measure ranges (range_calibration.py) or the effect of a coarser grid on the los
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import INPUT, TENSORS
+from ..layout import HIDDEN, INPUT, TENSORS
 from ..quantizer.fake_quantize import quantize_on
-from ..quantizer.grid import Grid
+from ..quantizer.grid import Constants, Grid
+from ..quantizer.packing import Scale
+from ..quantizer.products import Coded, product
 from ..registry import undefined
 from .quantized_linear import Map, Source, quantized_products
 from .smoothing import Smoothing
@@ -56,6 +58,10 @@ class LayerGates(NamedTuple):
     """Weights by (projection, name)."""
     scales: Sequence[Tensor] | None = None
     """Of the smoothing, by projection; None where there is none, and where nothing is rounded."""
+    bits: Sequence[int] | None = None
+    """Of each (projection, tensor), where products are those of codes (quantizer/products.py)."""
+    codes: dict[tuple[int, int], Coded] | None = None
+    """Weights as codes by (projection, tensor), kept during the call."""
 
 
 class Observer:
@@ -109,11 +115,16 @@ class GateContext:
     def __init__(self, owners: list[int] | None = None):
         """owners: for each projection the one whose grid its input is on, where some share one; none: each its own."""
         self.owners = owners
-        self.shared: tuple[int, Tensor, Tensor] | None = None  # owner, input, rounded input of the last call
+        self.shared: tuple[int, Tensor, Any] | None = None  # owner, input, rounded input of the last call
         self.gates: LayerGates | None = None
         self.keeps_weights = True
         self.smoothing: Smoothing | None = None
         self.observer: Observer | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether this call multiplies codes."""
+        return self.observer is None and self.gates is not None and self.gates.bits is not None
 
     def drawn(self, projection: int, name: str, parameter: Tensor) -> Tensor:
         """A random weight of this call, (m, n) or one an example, (B, m, n); the parameter where none was drawn."""
@@ -122,6 +133,8 @@ class GateContext:
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.activation(projection, tensor, x)
+        if self.is_exact:  # `product` rounds it
+            return x
         grid = self._grid(projection, tensor)
         return x if grid is None else quantize_on(x, grid)
 
@@ -130,6 +143,8 @@ class GateContext:
     ) -> Sequence[Tensor]:
         """Linear maps of the projection's quantized input: (tensor, weight, bias) of each. source: of an x that nobody
         else keeps."""
+        if self.is_exact:
+            return self._exact_products(projection, x, *maps)
         given, (x, grid), scale = x, self._input(projection, x), self._scale(projection)
         if scale is not None:
             maps = tuple((tensor, weight * scale, bias) for tensor, weight, bias in maps)
@@ -165,6 +180,8 @@ class GateContext:
     def product(self, projection: int, tensor: int, x: Tensor, weight: Tensor) -> Tensor:
         if self.observer is not None:
             return self.observer.product(projection, tensor, x, weight, None)
+        if self.is_exact:
+            return product(self._coded(projection, HIDDEN, x), self._coded_weight(projection, tensor, weight))
         return self._linear(x, *self._weight(projection, tensor, weight))
 
     def _linear(self, x: Tensor, weight: Tensor, grid: Grid | None, bias: Tensor | None = None) -> Tensor:
@@ -173,6 +190,34 @@ class GateContext:
             return F.linear(x, weight, bias)
         y = x @ weight.mT  # (B, ..., n) with (B, m, n)
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _exact_products(self, projection: int, x: Tensor, *maps: tuple[int, Tensor, Tensor | None]) -> Sequence[Tensor]:
+        owner, scale = projection if self.owners is None else self.owners[projection], self._scale(projection)
+        if self.shared is None or self.shared[0] != owner or self.shared[1] is not x:
+            self.shared = owner, x, self._coded(owner, INPUT, self._smoothed(owner, x))
+        coded = self.shared[2]
+        weights = [weight if scale is None else weight * scale for _, weight, _ in maps]
+        return [
+            product(coded, self._coded_weight(projection, tensor, weight), bias)
+            for (tensor, _, bias), weight in zip(maps, weights, strict=True)
+        ]
+
+    def _coded(self, projection: int, tensor: int, x: Tensor) -> Coded:
+        """x as codes at its one width; at 32 bit as it is."""
+        bits, grid = self._current().bits, self._grid(projection, tensor)
+        if bits is None or grid is None:
+            return Coded(x)
+        at = Constants.of(grid.constants).range
+        width = bits[projection * len(TENSORS) + tensor]
+        return Coded.of(x.contiguous(), Scale.of(at if at.dim() > 1 else at[0], width), width)
+
+    def _coded_weight(self, projection: int, tensor: int, weight: Tensor) -> Coded:
+        kept = self._current().codes
+        if kept is None:
+            return self._coded(projection, tensor, weight)
+        if (projection, tensor) not in kept:
+            kept[projection, tensor] = self._coded(projection, tensor, weight)
+        return kept[projection, tensor]
 
     def ranks(self, projection: int, hidden: Tensor) -> Tensor:
         if self.observer is not None:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ..layout import AdapterLayout, Projection
 from ..quantizer.grid import Grid, Rows, grids, grids_of_rows, mixture_weights
+from ..quantizer.products import Coded
+from ..quantizer.reproducible import reproducible
 from ..registry import undefined
 from ..tasks.heads import SEQUENCE, Head
 from .gate_context import GateContext, Gated, LayerGates, Observer, gates_set
@@ -62,6 +64,9 @@ class GatedModel(nn.Module):
     def forward(self, **batch):
         if self.has_cache:  # of keys and values, for a text that goes on: none does here
             batch.setdefault("use_cache", False)
+        if self.gate_context.is_exact:
+            with reproducible():
+                return self.peft_model(**batch)
         if self.autocast is None:  # the caller's own autocast applies
             return self.peft_model(**batch)
         with torch.autocast(self.log_range.device.type, self.autocast):
@@ -159,14 +164,16 @@ class GatedModel(nn.Module):
 @contextlib.contextmanager
 def use_gates(
     net: GatedModel, z: Tensor, g: Tensor, weights: dict | None = None, *, opened: bool = False,
-    at_32: list[bool] | None = None,
+    at_32: list[bool] | None = None, exact: bool = False,
 ) -> Iterator[GatedModel]:  # fmt: skip
     """Set the gates z and g in every layer of `net` for the duration of the block, then clear them.
 
     Shapes: z (L, T, K) bit ladders above the always-open lowest rung; g (L, R - 1) rank ladders after the first rank.
     weights: drawn ones, by the keys of `net.random_weights()`, in place of the parameters; with a leading B, one
     draw per example. opened: the caller knows that everything is open; then z and g are not read. at_32: which
-    tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it.
+    tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it. exact: without
+    gradients, multiply codes (quantizer/products.py) and run the rest in float64 (quantizer/reproducible.py), so that
+    the answer for a row depends on nothing but that row. Where nothing is rounded it has no effect.
     Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
     """
     layout = net.layout
@@ -181,7 +188,11 @@ def use_gates(
     scales = None
     if net.smoothing is not None and any(grid is not None for grid in by_tensor):
         scales = net.smoothing.scales()
-    with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {}, scales)):
+    bits: list[int] | None = None
+    codes: dict[tuple[int, int], Coded] | None = None
+    if exact and any(grid is not None for grid in by_tensor):
+        bits, codes = torch.tensor(layout.ladder)[z.sum(-1).long().cpu()].flatten().tolist(), {}
+    with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {}, scales, bits, codes)):
         yield net
 
 

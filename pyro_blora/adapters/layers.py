@@ -72,7 +72,8 @@ class XSLinear(GatedLinear):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         core = self.gate_context.drawn(self.index, "core", self.lora_core.weight)
-        with torch.autocast(core.device.type, enabled=False):  # a weight, which is quantized from float32 as LoRA's is
+        # a weight, which is quantized from float32 as LoRA's is
+        with torch.autocast(core.device.type, enabled=False), torch._C.DisableTorchFunction():
             return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight @ core
 
     def random_weights(self) -> dict[str, nn.Parameter]:

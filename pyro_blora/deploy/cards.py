@@ -77,6 +77,10 @@ def logits(texts):
     return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
 """
 _SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
+_OF_FAST = (
+    ": onnxruntime sums in another order between these products, so a value at the border between two codes may take "
+    "the other one."
+)
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
 _NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
@@ -174,7 +178,7 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
     )  # fmt: skip
 
 
-def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: int) -> Card:
+def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: int, fast: bool) -> Card:
     """Of the deployed model for onnxruntime. products: of two codes, and all. gaps: of logits, of the largest."""
     bits, opened = deployed_widths(about.program)
     integer, every = products
@@ -182,12 +186,13 @@ def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: 
         f"{about.base or 'A model'} at learned bit widths, for onnxruntime",
         [
             f"The deployed allocation of the run, with its learned scales. {integer} of the {every} matrix products of "
-            "the quantized projections have both factors at 8 bit or fewer: onnxruntime runs them on int8 kernels, but "
-            "for some of the small ones with A. Codes of fewer bits are bytes, too, so they cost the time and the disk "
-            "of 8. All else is float32.",
+            "the quantized projections have two factors of codes: onnxruntime runs them on int8 kernels. Codes of "
+            "fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of more are two. All "
+            f"else is {'float32' if fast else 'float64, rounded to float32'}.",
             f"Compared with the packed model, logits differ by {gaps['logit_gap_mean']:.1g} of the largest on average, "
-            f"and by up to {gaps['logit_gap_largest']:.1g}: onnxruntime sums in another order, so a value at the "
-            "border between two codes may take the other one.",
+            f"and by up to {gaps['logit_gap_largest']:.1g}{_OF_FAST if fast else '.'}",
+            "On x86 processors without VNNI, which are older than 2019, onnxruntime's int8 kernels overflow at weights "
+            "of 8 bit: compare there before use.",
             f"**Bit operations** on hardware with products of every width: {_share(about)}. On int8 kernels, widths "
             "below 8 bit save nothing more.",
             f"**Disk**: {size / 1e6:.1f} MB.",

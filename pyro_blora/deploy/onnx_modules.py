@@ -1,137 +1,210 @@
 """The layers of a packed model as ONNX's operators, for torch.onnx's exporter.
 
-A product whose two factors have codes of at most 8 bit is QuantizeLinear, DequantizeLinear and MatMul with the learned
-scales, which onnxruntime runs as one integer product; the codes of every width from 2 to 8 are bytes, and Clip keeps an
-input within its own. Everything else is float32: a wider input is rounded as in low_bit.py, a weight has its numbers.
+    y = sum_k c_k w_k * (s_x s_w)
+
+A product of two factors that have codes is QuantizeLinear, DequantizeLinear and MatMul, which onnxruntime runs as one
+integer product and scales once: operation by operation that of quantizer/products.py. Codes of every width up to 8 bit
+are bytes, an input's around 128, as onnxruntime's kernels take them; those of up to 16 bit are two bytes, so two
+products. A product with a factor at 32 bit is in float64, or for speed in float32.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
-from .low_bit import INT8, LowBitLinear, Rounded
+from ..quantizer.products import BYTE
+from .low_bit import EXACT, LowBitLinear, Rounded, Weight, compute_in_float32
 
 _OPSET = 21
-_MIDDLE = (
-    128  # of an input's uint8: onnxruntime's kernels take these, and change int8 into them where one product reads it
-)
+_MIDDLE, _HIGH = 128, 256  # of an input's byte; of the high byte's unit
 
 
 def _clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return symbolic("Clip", (x, low, high), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
-class Wide(nn.Module):
-    """An input on its grid of more than 8 bit, in float32 as in low_bit.py."""
+def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
+    inputs = (codes, step, *(() if zero is None else (zero,)))
+    return symbolic(
+        "DequantizeLinear", inputs, {"axis": axis}, dtype=torch.float32, shape=codes.shape, version=_OPSET
+    )  # fmt: skip
+
+
+class Byte(NamedTuple):
+    """An input's codes of one byte: uint8, their zero, and the step.  (..., n)"""
+
+    codes: Tensor
+    zero: Tensor
+    step: Tensor
+
+
+class Codes(nn.Module):
+    """An input on its grid, a `Byte` for each of its codes' bytes, the high one first."""
 
     low: Tensor
     high: Tensor
     inverse: Tensor
+    one: Tensor
     step: Tensor
+    step_of_high: Tensor
+    middle: Tensor
+    none: Tensor
 
     def __init__(self, rounded: Rounded):
         super().__init__()
-        values = {"low": -rounded.edge, "high": rounded.edge, "inverse": rounded.inverse, "step": rounded.step}
+        largest = float(2 ** (rounded.bits - 1) - 1)
+        self.is_wide = rounded.bits > BYTE
+        values = {
+            "low": torch.tensor(-largest), "high": torch.tensor(largest), "inverse": rounded.inverse,
+            "one": torch.ones(()), "step": rounded.step, "step_of_high": rounded.step * _HIGH,
+            "middle": torch.tensor(_MIDDLE, dtype=torch.uint8), "none": torch.tensor(0, dtype=torch.uint8),
+        }  # fmt: skip
         for name, x in values.items():
             self.register_buffer(name, x.detach().clone(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (_clipped(x, self.low, self.high) * self.inverse).round() * self.step
+    def forward(self, x: Tensor) -> list[Byte]:
+        codes = _clipped(x * self.inverse, self.low, self.high)
+        if not self.is_wide:
+            return [self._byte(codes, self.middle, self.step)]
+        codes = codes.round()
+        high = (codes / _HIGH).floor()
+        return [
+            self._byte(high, self.middle, self.step_of_high),
+            self._byte(codes - high * _HIGH, self.none, self.step),
+        ]
+
+    def _byte(self, codes: Tensor, zero: Tensor, step: Tensor) -> Byte:
+        """QuantizeLinear, which rounds."""
+        found = symbolic(
+            "QuantizeLinear", (codes, self.one, zero), dtype=torch.uint8, shape=codes.shape, version=_OPSET
+        )
+        return Byte(found, zero, step)
 
 
-class Quantized(nn.Module):
-    """An input on its grid of at most 8 bit, as codes and back."""
+class _ByteWeight(nn.Module):
+    """A weight's codes of one byte, (m, n), as W^T."""
 
-    low: Tensor
-    high: Tensor
+    codes: Tensor
     step: Tensor
     zero: Tensor
 
-    def __init__(self, rounded: Rounded):
+    def __init__(self, codes: Tensor, step: Tensor, of: torch.dtype, fused: bool):
         super().__init__()
-        highest = (2 ** (rounded.bits - 1) - 1) * rounded.step
-        values = {
-            "low": -highest,
-            "high": highest,
-            "step": rounded.step,
-            "zero": torch.tensor(_MIDDLE, dtype=torch.uint8),
-        }
-        for name, x in values.items():
-            self.register_buffer(name, x.detach().clone(), persistent=False)
+        self.fused = fused
+        step = step.detach().flatten().clone() if step.dim() else step.detach().clone()  # of the columns of W^T
+        self.register_buffer("codes", codes.detach().T.contiguous().to(of), persistent=False)
+        self.register_buffer("step", step, persistent=False)
+        self.register_buffer("zero", torch.zeros((), dtype=of), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        inside = _clipped(x, self.low, self.high)
-        codes = symbolic(
-            "QuantizeLinear", (inside, self.step, self.zero), dtype=torch.uint8, shape=x.shape, version=_OPSET
-        )
-        return symbolic("DequantizeLinear", (codes, self.step, self.zero), dtype=x.dtype, shape=x.shape, version=_OPSET)
+    def forward(self, x: Byte) -> Tensor:
+        shape = (*x.codes.shape[:-1], self.codes.shape[1])
+        if not self.fused:
+            inputs = (x.codes, self.codes, x.zero, self.zero)
+            whole = symbolic("MatMulInteger", inputs, dtype=torch.int32, shape=shape, version=_OPSET)
+            return whole.float() * (x.step * self.step)
+        with torch._C.DisableTorchFunction():  # the one product that is not in float64
+            return torch.matmul(_dequantized(x.codes, x.step, x.zero), _dequantized(self.codes, self.step, axis=1))
 
 
 class Product(nn.Module):
-    """x W^T, with the weight as int8 codes where it has them and its input, too.  weight (m, n), step () or (m, 1)"""
+    """W x of codes by byte.  weight (m, n)
+
+    fused: by onnxruntime, of the matrices around a MatMul; it does that for one reader of an input, so the second one,
+    lora_A, takes ONNX's integer product.
+    """
+
+    def __init__(self, weight: Weight, fused: bool):
+        super().__init__()
+        parts, is_wide = weight().parts(), weight.bits > BYTE
+        kinds = (torch.int8, torch.uint8) if is_wide else (torch.int8,)
+        self.parts = nn.ModuleList(
+            _ByteWeight(codes, step, kind, fused and not is_wide)
+            for (codes, step, _), kind in zip(parts, kinds, strict=True)
+        )
+
+    def forward(self, inputs: list[Byte]) -> Tensor:
+        terms = [part(x) for x in inputs for part in self.parts]
+        y: Tensor = terms[0]
+        for term in terms[1:]:
+            y = y + term
+        return y
+
+
+class OfNumbers(nn.Module):
+    """W x, where one of them is at 32 bit, in this precision.  weight (m, n)"""
 
     weight: Tensor
-    step: Tensor
-    zero: Tensor
 
-    def __init__(self, weight: Tensor, step: Tensor | None, input_is_int8: bool):
+    def __init__(self, weight: Weight, dtype: torch.dtype):
         super().__init__()
-        self.is_int8 = step is not None and input_is_int8
-        if step is None or not input_is_int8:
-            self.register_buffer("weight", weight.detach().T.contiguous(), persistent=False)
-            return
-        codes = (weight.detach() / step).round().to(torch.int8)
-        step = step.flatten() if step.dim() else step  # of the columns of W^T
-        self.register_buffer("weight", codes.T.contiguous(), persistent=False)
-        self.register_buffer("step", step.detach().clone(), persistent=False)
-        self.register_buffer("zero", torch.zeros(step.shape, dtype=torch.int8), persistent=False)
+        self.dtype = dtype
+        self.register_buffer("weight", weight().numbers.detach().T.contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.is_int8:
-            weight = symbolic(
-                "DequantizeLinear", (weight, self.step, self.zero), {"axis": 1}, dtype=torch.float32,
-                shape=weight.shape, version=_OPSET,
-            )  # fmt: skip
-        return torch.matmul(x, weight)
+        return torch.matmul(x.to(self.dtype), self.weight.to(self.dtype)).float()
+
+
+class OneInput(nn.Module):
+    """What reads an input: products of codes and products in float64, each with the form of it that it takes."""
+
+    edge: Tensor
+    inverse: Tensor
+    step: Tensor
+
+    def __init__(self, rounded: Rounded, weights: list[Weight], dtype: torch.dtype):
+        super().__init__()
+        coded = rounded.bits < EXACT
+        self.codes = Codes(rounded) if coded else None
+        self.bits = rounded.bits
+        if coded:
+            for name in ("edge", "inverse", "step"):
+                self.register_buffer(name, getattr(rounded, name).detach().clone(), persistent=False)
+        self.products = nn.ModuleList(
+            Product(weight, number == 0) if coded and weight.bits < EXACT else OfNumbers(weight, dtype)
+            for number, weight in enumerate(weights)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        coded = None if self.codes is None else self.codes(x)
+        numbers = x
+        if self.codes is not None and any(isinstance(product, OfNumbers) for product in self.products):
+            numbers = (_clipped(x, -self.edge, self.edge) * self.inverse).round() * self.step
+        return [product(coded if isinstance(product, Product) else numbers) for product in self.products]
 
 
 class OnnxLinear(nn.Module):
     """One projection of the deployed model, in ONNX's operators."""
 
-    def __init__(self, linear: LowBitLinear):
+    def __init__(self, linear: LowBitLinear, dtype: torch.dtype):
         super().__init__()
         self.bias, self.scale = linear.bias, linear.scale
-        self.rounded, is_int8 = _input(linear.rounded)
-        self.base = Product(linear.weight, linear.steps["weight"], is_int8)
-        if self.scale is not None:
-            self.down = Product(linear.lora_A, linear.steps["lora_A"], is_int8)
-            self.hidden, is_int8 = _input(linear.hidden)
-            self.up = Product(linear.lora_B, linear.steps["lora_B"], is_int8)
+        low_rank = [] if linear.scale is None else [linear.lora_A]
+        self.read = OneInput(linear.rounded, [linear.base, *low_rank], dtype)
+        if linear.scale is not None:
+            self.hidden = OneInput(linear.hidden, [linear.lora_B], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.rounded(x)
-        y: Tensor = self.base(x)
+        y, *hidden = self.read(x)
         if self.bias is not None:
             y = y + self.bias
-        return y if self.scale is None else y + self.scale * self.up(self.hidden(self.down(x)))
+        return y if self.scale is None else y + self.scale * self.hidden(hidden[0])[0]
 
 
-def _input(rounded: nn.Module) -> tuple[nn.Module, bool]:
-    """What puts an input on its grid, and whether that is int8."""
-    if not isinstance(rounded, Rounded):
-        return rounded, False
-    is_int8 = rounded.bits <= INT8
-    return (Quantized if is_int8 else Wide)(rounded), is_int8
+def in_onnx_operators(model: nn.Module, fast: bool = False) -> tuple[int, int]:
+    """Replace the low-bit layers of a packed model; returns (products of codes, all products of these layers).
 
-
-def in_onnx_operators(model: nn.Module) -> tuple[int, int]:
-    """Replace the low-bit layers of a packed model; returns (integer products, all products of these layers)."""
+    fast: everything but the codes in float32, also between these layers.
+    """
+    if fast:
+        compute_in_float32(model)
+    dtype = torch.float32 if fast else torch.float64
     for name, module in list(model.named_modules()):
         if isinstance(module, LowBitLinear):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, OnnxLinear(module))
-    products = [module.is_int8 for module in model.modules() if isinstance(module, Product)]
-    return sum(products), len(products)
+            setattr(model.get_submodule(parent), child, OnnxLinear(module, dtype))
+    integer, wide = (sum(isinstance(module, kind) for module in model.modules()) for kind in (Product, OfNumbers))
+    return integer, integer + wide

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.conv1d import to_linear, transposed
 from ..models.names import DEMO, DEMO_ON_THE_HUB, backbone_path
 from ..models.quiet_loading import quiet
 from ..quantizer.packing import Scale, restored
-from .low_bit import INT8, LowRank, OnGrid, Rounded, Site, put_in
+from .low_bit import EXACT, LowRank, OnGrid, Rounded, Site, put_in
 from .manifest import Refused, content_sum, read_manifest
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 SCHEMA, VERSION = "packed", 1
 MANIFEST, WEIGHTS = "packed.json", "packed.safetensors"
-EXACT = 32  # bits of what has no grid
 _SHOWN = 200  # characters of another error in a message
 _RESTORE = "copy or export the folder again"
 
@@ -77,9 +76,11 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
         if "rank" in entry:
             closed = entry["rank"] - entry["open"]  # rows and columns of zeros, for products of the trained shape
             down, up = own.weight("lora_A", (entry["open"], n)), own.weight("lora_B", (m, entry["open"]))
+            if down.step is not None and down.step.dim():
+                down = down._replace(step=F.pad(down.step, (0, 0, 0, closed), value=1.0))
             down, up = down._replace(x=F.pad(down.x, (0, 0, 0, closed))), up._replace(x=F.pad(up.x, (0, closed)))
             adapter = LowRank(down, own.rounded("hidden"), up, entry["scale"])
-        sites[name] = Site(own.rounded("input"), weight.step, adapter)
+        sites[name] = Site(own.rounded("input"), weight, adapter)
     for name, entry in content["embeddings"].items():
         weights[name] = _Tensors(tensors, name, {"codes": entry["bits"]}).weight("codes", entry["shape"]).x
     weights = transposed(model_class, config, weights)
@@ -122,7 +123,7 @@ class _Tensors:
         found = OnGrid(stored)
         if bits != EXACT:
             value_range = self._range(part)
-            found = OnGrid(restored(stored, value_range, bits, shape), _step(value_range, bits))
+            found = OnGrid(restored(stored, value_range, bits, shape), Scale.of(value_range, bits).step, bits)
         if found.x.shape != tuple(shape) or found.x.dtype != torch.float32:
             is_of = f"{tuple(found.x.shape)} {found.x.dtype}"
             raise Refused(f"{WEIGHTS}: {self.name}.{part} is {is_of}, not {shape}: {_RESTORE}")
@@ -134,15 +135,13 @@ class _Tensors:
         if bits == EXACT:
             return OnGrid(x)
         value_range = self._range(part)
-        return OnGrid(Scale.of(value_range, bits).rounded(x), _step(value_range, bits))
+        scale = Scale.of(value_range, bits)
+        return OnGrid(scale.rounded(x), scale.step, bits)
 
-    def rounded(self, part: str) -> nn.Module:
+    def rounded(self, part: str) -> Rounded:
         """What rounds an activation."""
-        return nn.Identity() if self.bits[part] == EXACT else Rounded(self._range(part), self.bits[part])
-
-
-def _step(value_range: Tensor, bits: int) -> Tensor | None:
-    return Scale.of(value_range, bits).step if bits <= INT8 else None
+        bits = self.bits[part]
+        return Rounded() if bits == EXACT else Rounded(bits, self._range(part))
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:

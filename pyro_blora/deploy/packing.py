@@ -213,8 +213,8 @@ def require_equal(program: BayesianLoRA, written: nn.Module, rows: dict[str, Ten
     settings = {"use_cache": False} if net.has_cache else {}
     training = program.training
     program.eval()
-    with adapters.use_gates(net, *deployed(program)):
-        expected = net.head.read(net.peft_model(**batch, **settings))
+    with adapters.use_gates(net, *deployed(program), exact=True):
+        expected = net.head.read(net(**batch, **settings))
     program.train(training)
     found = net.head.read(written(**batch, **settings))
     written.to("cpu")

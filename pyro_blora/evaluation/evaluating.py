@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapters import exact_tensors
 from ..adapters.ranges import clipped
 from ..bops import expected_bops
 from ..build import Parts
@@ -76,10 +77,10 @@ def _averaged_and_deployed(
 ) -> tuple[Prediction, Prediction]:
     config, program = parts.config, parts.program
     mode = Gates(*(x[None] for x in deployed(program)))
-    if config.average_over == "dropout":
-        masked = predicted(parts, split, draws, theta, dropout_seed=config.seed)
-        return masked, predicted(parts, split, mode)
-    # the deployed allocation goes along as one more draw, and shares a forward with those that equal it
+    if config.average_over == "dropout" or (program.net.layers() and not all(exact_tensors(mode.z))):
+        seed = config.seed if config.average_over == "dropout" else None
+        return predicted(parts, split, draws, theta, dropout_seed=seed), predicted(parts, split, None)
+    # nothing is rounded: it goes along as one more draw, and shares a forward with those that equal it
     gates = Gates(*(torch.cat(pair) for pair in zip(draws, mode, strict=True)))
     if theta is not None:
         theta = torch.cat([theta, program.weights.mean.detach()[None]])
@@ -105,9 +106,13 @@ def _by_rank(parts: Parts) -> list[dict]:
 
 
 def predicted(
-    parts: Parts, split: str, draws: Gates, theta: Tensor | None = None, *, rows=None, dropout_seed: int | None = None,
+    parts: Parts, split: str, draws: Gates | None, theta: Tensor | None = None, *, rows=None,
+    dropout_seed: int | None = None,
 ) -> Prediction:  # fmt: skip
-    """Of all rows of a split (or of `rows`), on every process, which each predicts some of; see `posterior.predict`."""
+    """Of all rows of a split (or of `rows`), on every process, which each predicts some of; see `posterior.predict`.
+
+    draws: None for the deployed allocation.
+    """
     rows = parts.tokens[split] if rows is None else rows
     mine = own_share(batches_by_length(rows, 2 * parts.config.batch_size))
     load = on_device(loader(rows, parts.collate, mine), parts.program.log_scale.device)

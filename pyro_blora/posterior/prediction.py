@@ -4,6 +4,7 @@ Shapes: S draws, E examples; `*` further dimensions of an example's outcome, see
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -92,10 +93,12 @@ def predict(
     Draws take turns with a few batches at a time, so that weights are rounded once for them, and memory does not grow
     with the draws but for what is returned. Where the weights' distribution is `linearized`, one
     backward pass per class replaces one forward pass per draw.
-    batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation. weights:
+    batches: (inputs, labels). gates: draws with a leading S, from `draw`; None for the deployed allocation, in the
+    exact arithmetic of a packed model (`use_gates`). weights:
     (S, D), from `draw_weights`; None for their mean. dropout_seed: None for no dropout, when identical draws are run
     once; else every draw has its own dropout masks, from this seed.
     """
+    exact = gates is None
     if gates is None:
         gates = Gates(*(x[None] for x in deployed(program)))
     which = _distinct(gates.z, gates.g, *(() if weights is None else (weights,)))
@@ -106,7 +109,9 @@ def predict(
     training, batches = program.training, iter(batches)
     kind, scale = program.likelihood, program.log_scale.exp()
     is_linearized = weights is not None and program.weights.linearized
-    logits_of: Callable[..., Iterator[Iterable[Tensor]]] = _linearized if is_linearized else _logits
+    logits_of: Callable[..., Iterator[Iterable[Tensor]]] = (
+        _linearized if is_linearized else functools.partial(_logits, exact=exact)
+    )
     parts = []
     program.train(dropout_seed is not None)
     with seeded(program, dropout_seed or 0):
@@ -156,11 +161,11 @@ def _distinct(*draws: Tensor) -> Tensor:
 
 
 def _logits(
-    program: GateProgram, batches: Sequence[dict], gates: Gates, weights: Tensor | None
+    program: GateProgram, batches: Sequence[dict], gates: Gates, weights: Tensor | None, *, exact: bool
 ) -> Iterator[Iterable[Tensor]]:
     """At each draw those of each batch, (B, *)."""
     for z, g, theta in zip(*gates, [None] * len(gates.z) if weights is None else weights, strict=True):
-        yield program.each_logits(batches, Gates(z, g), theta)
+        yield program.each_logits(batches, Gates(z, g), theta, exact=exact)
 
 
 def _linearized(

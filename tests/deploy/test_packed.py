@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 
 def logits(program, inputs):
-    with torch.no_grad(), use_gates(program.net, *deployed(program)):
+    with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         return program.net.logits(**inputs)
 
 
