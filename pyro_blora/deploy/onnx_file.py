@@ -112,11 +112,13 @@ def _write(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, pa
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:
         with _silently():
+            model.set_attn_implementation("eager")  # onnxruntime takes a fifth less time than for the exported sdpa's
             exported: Any = torch.onnx.export(
                 _Logits(model, program).eval(), (), kwargs={"inputs": batch}, dynamo=True, opset_version=_OPSET,
                 dynamic_shapes={"inputs": dict.fromkeys(batch, sizes)}, input_names=list(batch),
                 output_names=[_OUTPUT], verbose=False,
             )  # fmt: skip
+            _sum_before_norms(exported.model.graph)
             exported.save(path, external_data=False)
     except Exception as error:  # whatever torch.export and the translation make of a network
         root: BaseException = error
@@ -126,6 +128,17 @@ def _write(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, pa
         raise ValueError(
             f"torch.onnx cannot export {type(model).__name__} ({first}): --format packed writes the same model"
         ) from error
+
+
+def _sum_before_norms(graph: Any) -> None:
+    """Write what a layer norm reads as Sum in place of Add, the same operation.
+
+    onnxruntime would fuse the two into a kernel that takes four times as long as both (1.32, on a CPU).
+    """
+    for node in graph:
+        before = node.inputs[0].producer() if node.op_type == "LayerNormalization" else None
+        if before is not None and before.op_type == "Add":
+            before.op_type = "Sum"
 
 
 @contextlib.contextmanager

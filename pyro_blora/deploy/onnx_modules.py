@@ -19,8 +19,8 @@ _MIDDLE = (
 )
 
 
-def _clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return symbolic("Clip", (x, low, high), dtype=x.dtype, shape=x.shape, version=_OPSET)
+def _clipped(x: Tensor, *ends: Tensor) -> Tensor:
+    return symbolic("Clip", (x, *ends), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
 class Wide(nn.Module):
@@ -42,7 +42,7 @@ class Wide(nn.Module):
 
 
 class Quantized(nn.Module):
-    """An input on its grid of at most 8 bit, as codes and back."""
+    """An input on its grid of at most 8 bit, as codes and back. Bytes are clipped, a quarter of the memory of x."""
 
     low: Tensor
     high: Tensor
@@ -51,21 +51,16 @@ class Quantized(nn.Module):
 
     def __init__(self, rounded: Rounded):
         super().__init__()
-        highest = (2 ** (rounded.bits - 1) - 1) * rounded.step
-        values = {
-            "low": -highest,
-            "high": highest,
-            "step": rounded.step,
-            "zero": torch.tensor(_MIDDLE, dtype=torch.uint8),
-        }
-        for name, x in values.items():
-            self.register_buffer(name, x.detach().clone(), persistent=False)
+        highest = 2 ** (rounded.bits - 1) - 1
+        self.saturates = _MIDDLE + highest == torch.iinfo(torch.uint8).max
+        ends = {"low": _MIDDLE - highest, "high": _MIDDLE + highest, "zero": _MIDDLE}
+        values = {name: torch.tensor(x, dtype=torch.uint8) for name, x in ends.items()}
+        for name, x in {**values, "step": rounded.step.detach().clone()}.items():
+            self.register_buffer(name, x, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inside = _clipped(x, self.low, self.high)
-        codes = symbolic(
-            "QuantizeLinear", (inside, self.step, self.zero), dtype=torch.uint8, shape=x.shape, version=_OPSET
-        )
+        codes = symbolic("QuantizeLinear", (x, self.step, self.zero), dtype=torch.uint8, shape=x.shape, version=_OPSET)
+        codes = _clipped(codes, self.low) if self.saturates else _clipped(codes, self.low, self.high)
         return symbolic("DequantizeLinear", (codes, self.step, self.zero), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
@@ -103,20 +98,22 @@ class OnnxLinear(nn.Module):
 
     def __init__(self, linear: LowBitLinear):
         super().__init__()
-        self.bias, self.scale = linear.bias, linear.scale
+        self.bias, self.is_adapted = linear.bias, linear.scale is not None
         self.rounded, is_int8 = _input(linear.rounded)
         self.base = Product(linear.weight, linear.steps["weight"], is_int8)
-        if self.scale is not None:
+        if linear.scale is not None:
             self.down = Product(linear.lora_A, linear.steps["lora_A"], is_int8)
             self.hidden, is_int8 = _input(linear.hidden)
-            self.up = Product(linear.lora_B, linear.steps["lora_B"], is_int8)
+            step = linear.steps["lora_B"]  # the scale is a part of it: a product less to multiply
+            step = None if step is None else step * linear.scale
+            self.up = Product(linear.lora_B * linear.scale, step, is_int8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.rounded(x)
         y: Tensor = self.base(x)
         if self.bias is not None:
             y = y + self.bias
-        return y if self.scale is None else y + self.scale * self.up(self.hidden(self.down(x)))
+        return y + self.up(self.hidden(self.down(x))) if self.is_adapted else y
 
 
 def _input(rounded: nn.Module) -> tuple[nn.Module, bool]:
