@@ -17,6 +17,7 @@ from .config.completion import complete
 from .config.export_flags import add_export_command, export_options, require_together
 from .config.flags import add_run_flags
 from .config.lists import LISTS, choices, print_list, print_methods
+from .config.measure_flags import add_measure_command, measure_options
 from .config.predict_flags import add_predict_command, predict_options
 from .config.run_config import RunConfig
 from .machine import keep_freed_memory, spin_briefly
@@ -26,7 +27,7 @@ from .signals import Interrupted, asked, heeded
 from .user_code import place_of
 from .user_values import nearest, suggest
 
-COMMANDS = ("train", "predict", "export", "show", "report", "what-if", "methods", *LISTED, "doctor")
+COMMANDS = ("train", "predict", "export", "measure-costs", "show", "report", "what-if", "methods", *LISTED, "doctor")
 _LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
 _HELP_COLUMN = 34  # of `train --help`: beside most flags with their values
 
@@ -104,6 +105,8 @@ def _command(argv: list[str]) -> int:
         return _predict(arguments)
     if arguments.command == "export":
         return _export(arguments)
+    if arguments.command == "measure-costs":
+        return _measure_costs(arguments)
     if arguments.command == "show":
         from .report.terminal import show_run
 
@@ -189,6 +192,16 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _measure_costs(arguments: argparse.Namespace) -> int:
+    prepare(quiet=arguments.quiet)
+    with silenced(arguments.quiet):
+        with phase("importing PyTorch, Pyro and transformers"):
+            from .deploy.measuring import measure_costs
+
+        print(measure_costs(**measure_options(arguments)))
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     prepare(quiet=arguments.quiet)
     with silenced(arguments.quiet):
@@ -227,6 +240,7 @@ def _parser() -> _Parser:
     output.add_argument("--quiet", action="store_true", help="print nothing but the run's folder, warnings and errors")
     add_predict_command(commands, _HELP_COLUMN)
     add_export_command(commands, _HELP_COLUMN)
+    add_measure_command(commands, _HELP_COLUMN)
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     for name, what in LISTS.items():
         commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)

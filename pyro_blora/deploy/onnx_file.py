@@ -37,7 +37,7 @@ from .peft import plain_backbone, save_tokenizer
 
 SCHEMA, VERSION = "onnx", 1
 MANIFEST, MODEL = "onnx.json", "model.onnx"
-_OPSET = 21  # QuantizeLinear of int16, and per-axis scales; onnxruntime reads it since 1.20
+OPSET = 21  # QuantizeLinear of int16, and per-axis scales; onnxruntime reads it since 1.20
 _GAP = 0.02  # mean difference of logits, of the largest: codes at a border make a tenth of it, a wrong scale far more
 _OUTPUT = "logits"
 
@@ -111,10 +111,10 @@ def _write(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, pa
     """Errors: ValueError where torch.onnx cannot export this network, with its first line."""
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:
-        with _silently():
+        with exporting_silently():
             model.set_attn_implementation("eager")  # onnxruntime takes a fifth less time than for the exported sdpa's
             exported: Any = torch.onnx.export(
-                _Logits(model, program).eval(), (), kwargs={"inputs": batch}, dynamo=True, opset_version=_OPSET,
+                _Logits(model, program).eval(), (), kwargs={"inputs": batch}, dynamo=True, opset_version=OPSET,
                 dynamic_shapes={"inputs": dict.fromkeys(batch, sizes)}, input_names=list(batch),
                 output_names=[_OUTPUT], verbose=False,
             )  # fmt: skip
@@ -142,7 +142,7 @@ def _sum_before_norms(graph: Any) -> None:
 
 
 @contextlib.contextmanager
-def _silently() -> Iterator[None]:
+def exporting_silently() -> Iterator[None]:
     """Without the exporter's own progress, and warnings of the libraries about each other."""
     loud = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
     levels = [logger.level for logger in loud]

@@ -58,9 +58,12 @@ class Quantized(nn.Module):
         for name, x in {**values, "step": rounded.step.detach().clone()}.items():
             self.register_buffer(name, x, persistent=False)
 
+    def codes(self, x: Tensor) -> Tensor:
+        found = symbolic("QuantizeLinear", (x, self.step, self.zero), dtype=torch.uint8, shape=x.shape, version=_OPSET)
+        return _clipped(found, self.low) if self.saturates else _clipped(found, self.low, self.high)
+
     def forward(self, x: Tensor) -> Tensor:
-        codes = symbolic("QuantizeLinear", (x, self.step, self.zero), dtype=torch.uint8, shape=x.shape, version=_OPSET)
-        codes = _clipped(codes, self.low) if self.saturates else _clipped(codes, self.low, self.high)
+        codes = self.codes(x)
         return symbolic("DequantizeLinear", (codes, self.step, self.zero), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
