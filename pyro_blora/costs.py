@@ -78,7 +78,7 @@ class Cost(nn.Module):
         return total
 
     def of(self, z_probs: Tensor, g_probs: Tensor, denominator: str) -> tuple[Tensor, Tensor]:
-        """(E[cost] of the denominator's projections, its ratio to their cost at full width).  Shapes as above -> (...)"""
+        """(E[cost] of the denominator's projections, its ratio to that at full width).  Shapes as above -> (...)"""
         mask: Tensor = getattr(self, f"of_{denominator}")
         value = self(z_probs, g_probs).masked_fill(~mask, 0.0).sum(-1)
         return value, value / getattr(self, f"full_{denominator}")
@@ -98,24 +98,23 @@ def packed_bytes(layout: AdapterLayout) -> Cost:
     ranges = _RANGE * (widths < layout.ladder[-1]).double()  # (D,)
     sizes = torch.tensor(layout.range_sizes, dtype=torch.float64).view(layout.z_shape[:2])
     adapted = layout.g_mask.double()
-    m, n = (torch.tensor([float(x) for x in of]) .double() for of in zip(
-        *((p.out_features, p.in_features) for p in layout.projections), strict=True))  # fmt: skip
+    m, n = torch.tensor([(p.out_features, p.in_features) for p in layout.projections], dtype=torch.float64).T
     by_channel = layout.granularity == "channel"
 
-    def table(first: Tensor | float, second: Tensor) -> Tensor:
+    def table(first: Tensor, second: Tensor) -> Tensor:
         """(L, D, D) of what the widths of the first (D,) and of the second tensor (L, D) cost."""
-        return (torch.as_tensor(first, dtype=torch.float64).expand(len(widths))[None, :, None] + second[:, None, :])
+        return first[None, :, None] + second[:, None, :]
 
     def on(each: Tensor, of_width: Tensor) -> Tensor:
         return each[:, None] * of_width
 
-    of_rows = ranges if by_channel else torch.zeros_like(ranges)  # of lora_A, whose rows are the ranks
-    at_once = torch.zeros_like(ranges) if by_channel else ranges
+    none = torch.zeros_like(ranges)
+    of_rows, at_once = (ranges, none) if by_channel else (none, ranges)  # of lora_A, whose rows are the ranks
     return Cost(layout, "bytes", [
         Term(INPUT, BASE, table(ranges, on(m * n, widths / 8) + on(sizes[:, BASE], ranges))),
-        Term(INPUT, LORA_A, table(0.0, on(adapted * n, widths / 8) + on(adapted, of_rows)), by_rank=True),
-        Term(INPUT, LORA_A, table(0.0, on(adapted, at_once))),
-        Term(HIDDEN, LORA_B, table(0.0, on(adapted * m, widths / 8)), by_rank=True),
+        Term(INPUT, LORA_A, table(none, on(adapted * n, widths / 8) + on(adapted, of_rows)), by_rank=True),
+        Term(INPUT, LORA_A, table(none, on(adapted, at_once))),
+        Term(HIDDEN, LORA_B, table(none, on(adapted * m, widths / 8)), by_rank=True),
         Term(HIDDEN, LORA_B, adapted[:, None, None] * table(ranges, on(sizes[:, LORA_B], ranges))),
     ])  # fmt: skip
 

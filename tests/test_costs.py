@@ -1,5 +1,6 @@
-"""Costs in bytes and seconds: equal to enumeration, to the packed file, and to the table; and priors that ask by them."""
+"""Costs in bytes and seconds: equal to enumeration and to the packed file; and priors that ask by them."""
 
+import dataclasses
 import itertools
 import json
 
@@ -8,6 +9,7 @@ import torch
 from models import tiny_bert
 
 from pyro_blora.bops import expected_bops
+from pyro_blora.config import RunConfig
 from pyro_blora.cost_table import Times
 from pyro_blora.costs import Cost, Term, latency, packed_bytes
 from pyro_blora.gates import Gates
@@ -34,6 +36,7 @@ def table_of(layout, seed=0):
     shapes = {(p.out_features, p.in_features) for p in layout.projections}
     shapes |= {(layout.rank, p.in_features) for p in layout.projections} | {
         (p.out_features, layout.rank) for p in layout.projections}  # fmt: skip
+
     def seconds(*shape):
         return torch.rand(shape, generator=random).double().tolist()
 
@@ -165,7 +168,7 @@ def test_what_does_not_fit_ends_in_a_sentence(settings, said):
         build_prior("budget", small(), settings)
 
 
-def test_a_table_of_another_model_or_ladder_is_refused(tmp_path):
+def test_a_table_of_another_model_or_ladder_is_refused():
     layout = small(ladder=tuple(WIDTHS))
     for change, said in (
         ({"products": []}, "products"), ({"widths": [2, 4]}, "seconds for its 2 widths"),
@@ -177,9 +180,15 @@ def test_a_table_of_another_model_or_ladder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no 6 bit"):
         latency(small(ladder=(2, 6, 32)), others)
     with pytest.raises(ValueError, match="no product of 10 x 4"):
-        latency(AdapterLayout.from_dict({**layout.to_dict(), "projections": [vars(projection("key", True, 10))]}), others)
-    path = tmp_path / "costs.json"
-    path.write_text(json.dumps(table_of(layout)))
-    prior = build_prior("budget", layout, {"cost": "latency", "target": 0.99, "denominator": "gated",
-                                           "times": rising(layout)})  # fmt: skip
-    assert prior.cost.unit == "seconds"
+        latency(dataclasses.replace(layout, projections=(projection("key", True, 10),)), others)
+
+
+def test_a_table_of_a_file_takes_its_place_in_the_configuration(tmp_path):
+    path, table = tmp_path / "costs.json", table_of(small())
+    path.write_text(json.dumps(table))
+    settings = {"cost": "latency", "target": 0.5, "costs": str(path)}
+    config = RunConfig(task="acceptability", prior="budget", prior_settings=settings)
+    assert config.prior_settings == {"cost": "latency", "target": 0.5, "times": table}
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="measure-costs"):
+        RunConfig(task="acceptability", prior="budget", prior_settings=settings)

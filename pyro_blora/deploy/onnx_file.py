@@ -62,7 +62,7 @@ def export_onnx(
         taken = inspect.signature(packed.forward).parameters
         inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
         products = in_onnx_operators(model)
-        _write(model, {name: batch[name] for name in inputs}, program, partial / MODEL)
+        write_graph(model, {name: batch[name] for name in inputs}, program, partial / MODEL)
         session = onnxruntime.InferenceSession(partial / MODEL, providers=["CPUExecutionProvider"])
         answer, expected = answer_by(session, inputs), answer_of(packed, program)
         gap = _gap(answer, expected, _checked(batch, held_out))
@@ -107,7 +107,7 @@ class _Logits(nn.Module):
         return self.read(self.model(**inputs, **self.settings))
 
 
-def _write(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, path: Path) -> None:
+def write_graph(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, path: Path) -> None:
     """Errors: ValueError where torch.onnx cannot export this network, with its first line."""
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:

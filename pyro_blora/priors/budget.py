@@ -58,8 +58,8 @@ class Budget(Prior):
         if not least < self.target < most:
             setting, spend = ("bops", "bit operations") if self.cost is None else ("target", self.cost.unit)
             raise ValueError(
-                f"prior {self.name!r}: {setting} must be between {least:.3g} (every gate closed) and {most:.3g} (open) of "
-                f"denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in scope "
+                f"prior {self.name!r}: {setting} must be between {least:.3g} (every gate closed) and {most:.3g} (open) "
+                f"of denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in scope "
                 f"`encoder` more gates save {spend}"
             )
 
