@@ -19,9 +19,11 @@ from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 from pyro_blora.cost_table import Times, of_file
 from pyro_blora.costs import latency
-from pyro_blora.deploy import export_run, load
+from pyro_blora.deploy import export, load
 from pyro_blora.deploy.measuring import measure_costs
-from pyro_blora.deploy.onnx_file import MODEL, OPSET, exporting_silently, write_graph
+from pyro_blora.deploy.merged import merge
+from pyro_blora.deploy.onnx_file import MODEL, OPSET, export_onnx, exporting_silently, write_graph
+from pyro_blora.deploy.packing import pack
 from pyro_blora.tasks.batching import split_labels
 
 from .systems import System
@@ -30,6 +32,7 @@ COLD = 0.1  # weight of the KL, as in experiments/allocation.py: one allocation 
 _ABOVE = 1.15  # of what 8 bit everywhere takes: the budget of `latency`
 _CALIBRATED = 128  # training rows that onnxruntime's static quantization sees
 _BATCH = 8
+FORMS = {"onnx": export_onnx, "packed": pack, "merged": merge, "peft": export}
 FP32, FP32_OURS = "onnxruntime fp32", "onnxruntime fp32, our graph"
 STATIC, STATIC_OURS = "onnxruntime static int8", "onnxruntime static int8, our graph"
 
@@ -89,8 +92,9 @@ class Studied:
         yield System(f"ours, {name}, packed (torch)", "packed", str(packed), ours=True), runs[name]
 
     def _exported(self, task: str, name: str, run: Path, form: str) -> Path:
+        """As `pyro-blora export` writes it, but for the card's numbers, which are measured here."""
         folder = self.folder / "artefacts" / task / f"{name.replace(' ', '-')}-{form}"
-        return folder if folder.exists() else export_run(run, folder, format=form)[0]
+        return folder if folder.exists() else FORMS[form](load(run), folder)
 
     def _of_lora(self, task: str, config: RunConfig, run: Path) -> Iterator[System]:
         merged, adapter = (self._exported(task, "lora", run, form) for form in ("merged", "peft"))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pyro_blora.deploy import load
-from pyro_blora.deploy.held_out import Measured, held_out_of
+from pyro_blora.deploy.held_out import HeldOut, Measured, held_out_of
 from pyro_blora.progress import silenced
 
 from .artefacts import Studied
@@ -65,6 +65,7 @@ class Measuring:
     def __init__(self, studied: Studied, keep: Path, seconds: float, threads: tuple[int, ...]):
         self.studied, self.keep, self.seconds, self.threads = studied, keep, seconds, threads
         self._systems: dict[str, list[tuple[System, Path]]] = {}
+        self._held_out: dict[Path, HeldOut] = {}
         keep.mkdir(parents=True, exist_ok=True)
 
     def systems(self, task: str) -> list[tuple[System, Path]]:
@@ -90,7 +91,8 @@ class Measuring:
     def _row(self, task: str, system: System, run: Path) -> Row:
         def made() -> dict:
             print(f"{task}: {system.name}", flush=True)
-            scored, found = self._scored(system, run), measured(system)
+            scored = self._scored(system, run)
+            found = self._kept(f"memory-{_plain(system.name)}.json", lambda: measured(system))  # of any task
             return dataclasses.asdict(Row(
                 task, system.name, system.kind, system.ours, system.bytes, found["load_s"], found["resident"],
                 found["imports"], scored.metric, scored.value, scored.nll, scored.deployed, scored.differ,
@@ -99,14 +101,15 @@ class Measuring:
         return Row(**self._kept(f"{task}-{_plain(system.name)}.json", made))
 
     def _scored(self, system: System, run: Path) -> Measured:
-        call, program = opened(system, _EVALUATED_ON), load(run)
-        held_out = held_out_of(program.source, run)
+        call = opened(system, _EVALUATED_ON)
+        if run not in self._held_out:
+            self._held_out[run] = held_out_of(load(run).source, run)
 
         def answer(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             return torch.from_numpy(np.array(call({name: x.numpy() for name, x in inputs.items()})))
 
         with silenced(True):
-            return held_out.measure(answer)
+            return self._held_out[run].measure(answer)
 
     def times(self, task: str) -> list[Timed]:
         """Of every size and number of threads: all systems in turn."""

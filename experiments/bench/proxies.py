@@ -20,19 +20,22 @@ from pyro_blora.cost_table import Times, of_file
 from pyro_blora.costs import latency, packed_bytes
 from pyro_blora.deploy import load
 from pyro_blora.deploy.measuring import measure_costs
-from pyro_blora.deploy.onnx_file import MODEL, export_onnx
-from pyro_blora.deploy.packed import WEIGHTS
+from pyro_blora.deploy.onnx_file import MODEL, write_graph
+from pyro_blora.deploy.onnx_modules import in_onnx_operators
+from pyro_blora.deploy.packed import WEIGHTS, load_packed
 from pyro_blora.deploy.packing import pack
 from pyro_blora.gates import Gates
 from pyro_blora.layout import ACTIVATIONS, AdapterLayout
+from pyro_blora.models.architectures import example_rows
 from pyro_blora.priors import build_prior
+from pyro_blora.program import BayesianLoRA
 
 from .systems import System, opened, some_inputs
 from .timing import in_turn
 
 SHARES = (0.08, 0.12, 0.2, 0.4, 0.8)  # of the model's bit operations
 SEEDS = 4
-UNIFORM = ("W8A8", "W4A8", "W4A4", "W2A8", "W8A16", "W4A32", "W32A32")
+UNIFORM = ("W8A8", "W4A4", "W2A8", "W8A16", "W32A32")
 SIZES = ((1, 32), (8, 128))
 PREDICTORS = ("bops", "bytes", "latency")
 
@@ -62,6 +65,7 @@ def allocations(layout: AdapterLayout, few: bool) -> Iterator[tuple[str, Gates]]
         yield name, Gates(z, torch.ones(layout.g_shape))
 
 
+@torch.no_grad()
 def study(run: Path, folder: Path, seconds: float, few: bool) -> list[Allocated]:
     """All allocations, exported and timed."""
     program = load(run)
@@ -77,16 +81,18 @@ def study(run: Path, folder: Path, seconds: float, few: bool) -> list[Allocated]
     for name, gates in allocations(layout, few):
         program.gate_guide.deployed = lambda gates=gates: gates
         made = folder / name.replace(" ", "-")
-        if not (made / "onnx").exists():
-            export_onnx(program, made / "onnx")
-        if not (made / "packed").exists():
-            pack(program, made / "packed")
+        if not made.exists():
+            pack(program, made)
+        if not (made / MODEL).exists():
+            model = load_packed(made)
+            in_onnx_operators(model)
+            write_graph(model, batch_of(program), program, made / MODEL)
         z, g = gates
         predicted = {"bops": expected_bops(layout, z, g).model_ratio.item(), "bytes": float(size(z, g).sum())}
         predicted |= {f"latency {batch} x {length}": float(table(z, g).sum())
                       for (batch, length), table in tables.items()}  # fmt: skip
-        calls[name] = opened(System(name, "onnx", str(made / "onnx" / MODEL)), 1)
-        found[name] = predicted, (made / "packed" / WEIGHTS).stat().st_size
+        calls[name] = opened(System(name, "onnx", str(made / MODEL)), 1)
+        found[name] = predicted, (made / WEIGHTS).stat().st_size
     times: dict[str, dict[str, float]] = {name: {} for name in calls}
     for batch, length in SIZES:
         inputs = some_inputs(batch, length)
@@ -94,6 +100,12 @@ def study(run: Path, folder: Path, seconds: float, few: bool) -> list[Allocated]
         for name, each in taken.items():
             times[name][f"{batch} x {length}"] = float(np.median(each))
     return [Allocated(name, predicted, times[name], disk) for name, (predicted, disk) in found.items()]
+
+
+def batch_of(program: BayesianLoRA) -> dict[str, torch.Tensor]:
+    """Inputs to trace with."""
+    rows = program.net.head.example(example_rows(program.net.backbone, 2, 16, varied=True))
+    return dict(sorted(rows.items()))
 
 
 def finished(path: Path, run: Path, folder: Path, seconds: float, few: bool) -> list[Allocated]:

@@ -58,7 +58,9 @@ def measure_costs(
     import onnxruntime
 
     with phase(f"loading {backbone}"):
-        layout = AdapterLayout.of(load_backbone(backbone, 2), rank=rank, scope="encoder", ladder=widths)
+        layout = AdapterLayout.of(
+            load_backbone(backbone, 2), rank=rank, scope="encoder", ladder=widths, sequence_length=length
+        )
     rounding, products = _measured(_shapes(layout), widths, (batch, length), threads)
     content = {
         "schema": SCHEMA, "version": VERSION, "made_by": made_by(), "backbone": backbone, "rank": rank,
