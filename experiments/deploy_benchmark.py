@@ -6,7 +6,9 @@
 MiniLM, scope `encoder`, SST-2 and STS-B: trains what is missing (bench/artefacts.py has the runs), makes every
 artefact, opens each in a fresh process, runs all of them in turn in one process, on one and two threads, and scores
 them on the whole dev set. Finished rows are kept as JSON, so that it may be resumed; delete them to measure again.
-Needs the extras `demo`, `onnx` and `benchmark`.
+Needs the extras `demo` and `onnx`. torchao's row is there where torchao is. As PEFT imports it whenever it is
+installed, it is best beside the environment: pip install --no-deps -c constraints.txt --target runs/torchao torchao,
+and PYTHONPATH=runs/torchao in front of the command.
 """
 
 import argparse
@@ -23,10 +25,11 @@ spin_briefly()  # before anything imports torch
 
 from experiments.bench import deployed_page, proxies
 from experiments.bench.artefacts import Studied
-from experiments.bench.deployed import Measuring
+from experiments.bench.deployed import SIZES, Measuring
 from pyro_blora.machine import keep_freed_memory
 
 TASKS = ("sst2", "stsb")
+QUICK = ((1, 32), (8, 128))  # sizes, texts and tokens
 
 
 def main(arguments: list[str]) -> None:
@@ -50,15 +53,17 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory()
     folder = options.output_dir
     studied = Studied(options.glue_dir, folder, options.max_train, options.epochs, tuple(options.budgets))
-    measuring = Measuring(studied, options.keep, options.seconds, tuple(options.threads))
+    sizes = QUICK if options.quick else SIZES
+    measuring = Measuring(studied, options.keep, options.seconds, tuple(options.threads), sizes)
     rows = [row for task in options.tasks for row in measuring.rows(task)]
     timed = measuring.times(options.tasks[0])
+    profiles = measuring.profiles(options.tasks[0], *QUICK[-1])
     run = studied.configs(options.tasks[0])["lora"].folder
     allocated = proxies.finished(options.keep / "proxies.json", run, folder / "proxies", 3 * options.seconds,
                                  options.quick)  # fmt: skip
     report, figures = options.report or folder / "deployed.md", options.figures or folder
     command = shlex.join(["python", "experiments/deploy_benchmark.py", *arguments]).replace(options.glue_dir, "GLUE")
-    deployed_page.write(report, figures, rows, timed, allocated, measuring.told(), command)
+    deployed_page.write(report, figures, rows, timed, profiles, allocated, measuring.told(), command)
     print(report)
 
 

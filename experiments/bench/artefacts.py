@@ -8,6 +8,7 @@ latency    prior `budget` with --prior.cost latency, at little more than what 8 
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _ABOVE = 1.15  # of what 8 bit everywhere takes: the budget of `latency`
 _CALIBRATED = 128  # training rows that onnxruntime's static quantization sees
 _BATCH = 8
 FORMS = {"onnx": export_onnx, "packed": pack, "merged": merge, "peft": export}
+MERGED = "torch fp32, PEFT merged"
 FP32, FP32_OURS = "onnxruntime fp32", "onnxruntime fp32, our graph"
 STATIC, STATIC_OURS = "onnxruntime static int8", "onnxruntime static int8, our graph"
 
@@ -93,7 +95,7 @@ class Studied:
 
     def _exported(self, task: str, name: str, run: Path, form: str) -> Path:
         """As `pyro-blora export` writes it, but for the card's numbers, which are measured here."""
-        folder = self.folder / "artefacts" / task / f"{name.replace(' ', '-')}-{form}"
+        folder = self.folder / "artefacts" / task / f"{name.replace(' ', '-').replace('%', '')}-{form}"
         return folder if folder.exists() else FORMS[form](load(run), folder)
 
     def _of_lora(self, task: str, config: RunConfig, run: Path) -> Iterator[System]:
@@ -103,9 +105,10 @@ class Studied:
             _make(config, run, merged, folder)
             (folder / "done").touch()
         yield System("torch fp32, PEFT adapter", "peft", str(adapter), base=str(_plain(config, folder)))
-        yield System("torch fp32, PEFT merged", "torch", str(merged))
+        yield System(MERGED, "torch", str(merged))
         yield System("torch bf16", "bf16", str(merged))
-        yield System("torchao int8 dynamic", "torchao", str(merged))
+        if importlib.util.find_spec("torchao") is not None:
+            yield System("torchao int8 dynamic", "torchao", str(merged))
         for name, file in ((FP32, "fp32"), (FP32_OURS, "fp32-ours"), ("onnxruntime dynamic int8", "dynamic"),
                            (STATIC, "static"), (STATIC_OURS, "static-ours")):  # fmt: skip
             yield System(name, "onnx", str(folder / f"{file}.onnx"))

@@ -1,5 +1,6 @@
 """The measurements of the benchmark of deployed models, each kept as JSON when it is finished."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -16,14 +17,15 @@ from pyro_blora.deploy import load
 from pyro_blora.deploy.held_out import HeldOut, Measured, held_out_of
 from pyro_blora.progress import silenced
 
-from .artefacts import Studied
+from .artefacts import FP32, MERGED, STATIC, Studied
 from .deployed_child import measured
 from .page import machine
+from .profiles import Profile, profiled
 from .systems import System, opened, some_inputs
 from .timing import in_turn
 
 SIZES = tuple((batch, length) for batch in (1, 8, 32) for length in (32, 128))
-_PACKAGES = ("onnxruntime", "torchao")
+PROFILED = (MERGED, FP32, STATIC, "ours, W8A8")
 _EVALUATED_ON = 2  # threads
 
 
@@ -60,10 +62,14 @@ class Timed:
 
 
 class Measuring:
-    """Rows and times of the systems of a study.  keep: folder of what is finished."""
+    """Rows and times of the systems of a study.  keep: folder of what is finished; sizes: texts and tokens."""
 
-    def __init__(self, studied: Studied, keep: Path, seconds: float, threads: tuple[int, ...]):
+    def __init__(
+        self, studied: Studied, keep: Path, seconds: float, threads: tuple[int, ...],
+        sizes: tuple[tuple[int, int], ...] = SIZES,
+    ):  # fmt: skip
         self.studied, self.keep, self.seconds, self.threads = studied, keep, seconds, threads
+        self.sizes = sizes
         self._systems: dict[str, list[tuple[System, Path]]] = {}
         self._held_out: dict[Path, HeldOut] = {}
         keep.mkdir(parents=True, exist_ok=True)
@@ -79,7 +85,9 @@ class Measuring:
 
     @cached_property
     def _machine(self) -> dict:
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        versions = {"onnxruntime": importlib.metadata.version("onnxruntime"), "torchao": "not installed"}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["torchao"] = importlib.metadata.version("torchao")
         studied = {"rows": self.studied.max_train, "epochs": self.studied.epochs}
         return machine("cpu") | versions | studied | {"load": os.getloadavg()[0], "began": str(datetime.datetime.now())}
 
@@ -116,7 +124,7 @@ class Measuring:
         found = []
         for threads in self.threads:
             calls: dict[str, Callable] = {}
-            for batch, length in SIZES:
+            for batch, length in self.sizes:
                 name = f"times-{threads}-{batch}x{length}.json"
 
                 def made(batch=batch, length=length, threads=threads, calls=calls) -> list[dict]:
@@ -131,6 +139,15 @@ class Measuring:
                 found += [Timed(**each) for each in self._kept(name, made)]
         return found
 
+    def profiles(self, task: str, batch: int, length: int) -> dict[str, Profile]:
+        """Of the systems of PROFILED, by name."""
+
+        def made() -> dict:
+            chosen = [system for system, _ in self.systems(task) if system.name in PROFILED]
+            return {system.name: profiled(system, batch, length) for system in chosen}
+
+        return self._kept(f"profiles-{batch}x{length}.json", made)
+
     def _kept(self, name: str, make: Callable):
         path = self.keep / name
         if not path.exists():
@@ -141,8 +158,6 @@ class Measuring:
 
 
 def _summed(taken: dict[str, list[float]], threads: int, batch: int, length: int) -> list[Timed]:
-    from .artefacts import FP32
-
     ratios = {name: float(np.median(np.array(each) / np.array(taken[FP32]))) for name, each in taken.items()}
     return [Timed(name, threads, batch, length, float(np.median(each)), float(np.percentile(each, 95)), ratios[name])
             for name, each in taken.items()]  # fmt: skip

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from . import deployed_figures, proxies
 from .artefacts import FP32, STATIC, STATIC_OURS
-from .deployed import SIZES, Row, Timed
+from .deployed import Row, Timed
 from .deployed_words import EMBEDDINGS, GPU, PROXIES, SCORES, TIMES, WHERE
+from .profiles import Profile
 
 _MB = 1e6
 _PACKAGES = ("python", "torch", "onnxruntime", "transformers", "peft", "torchao")
@@ -26,6 +27,8 @@ class _Found:
     def __init__(self, rows: list[Row], timed: list[Timed]):
         self.rows, self.timed = rows, timed
         self.tasks = list(dict.fromkeys(row.task for row in rows))
+        self.sizes = list(dict.fromkeys((x.batch, x.length) for x in timed))
+        self.shown = [size for size in _SHOWN if size in self.sizes]
         self.threads = list(dict.fromkeys(x.threads for x in timed))
         self._rows = {(row.task, row.system): row for row in rows}
         self._times = {(x.system, x.batch, x.length, x.threads): x for x in timed}
@@ -38,8 +41,8 @@ class _Found:
 
 
 def write(
-    report: Path, figures: Path, rows: list[Row], timed: list[Timed], allocated: list[proxies.Allocated], told: dict,
-    command: str,
+    report: Path, figures: Path, rows: list[Row], timed: list[Timed], profiles: dict[str, Profile],
+    allocated: list[proxies.Allocated], told: dict, command: str,
 ) -> None:  # fmt: skip
     """The page at `report`, deployed.png and proxies.png in `figures`."""
     for folder in (report.parent, figures):
@@ -55,7 +58,7 @@ def write(
         f"{told['hardware']}, {told['date']}, commit {told['commit']}; {versions}. The machine's load was "
         f"{told['load']:.1f} when it began.", "",
         *_what_matters(found), f"![Time and NLL of every system]({place}/deployed.png)", "",
-        *_targets(found), *_scores(found), *_times(found), WHERE, *_proxies(allocated, place), GPU,
+        *_targets(found), *_scores(found), *_times(found), *_where(profiles), *_proxies(allocated, place), GPU,
     ]  # fmt: skip
     report.write_text("\n".join(parts), encoding="utf-8")
 
@@ -70,14 +73,14 @@ def _what_matters(found: _Found) -> list[str]:
     names = [row.system for row in found.rows if row.task == found.tasks[0] and row.kind == "onnx"]
     lines = []
     for name in (name for name in names if name in _RIVALS or found.row(found.tasks[0], name).ours):
-        times = [f"{found.time(name, *size).ratio:.2f}" for size in _SHOWN]
+        times = [f"{found.time(name, *size).ratio:.2f}" for size in found.shown]
         each = [found.row(task, name) for task in found.tasks]
         lines.append([name, *times, *(f"{x:.4f}" for row in each for x in (row.value, row.nll))])
     return [
         "## What matters", "",
         f"Time of a forward (texts x tokens) as a share of fp32 onnxruntime's, {found.threads[0]} thread; metric, and "
         "NLL in nats per example, on the whole dev set.", "",
-        *_table(["", *(f"{batch} x {length}" for batch, length in _SHOWN), *metrics], lines),
+        *_table(["", *(f"{batch} x {length}" for batch, length in found.shown), *metrics], lines),
     ]  # fmt: skip
 
 
@@ -89,7 +92,7 @@ def _targets(found: _Found) -> list[str]:
 
     for name in NARROW:
         for static in (STATIC, STATIC_OURS):
-            worst = max(found.time(name, *size).ratio / found.time(static, *size).ratio for size in SIZES)
+            worst = max(found.time(name, *size).ratio / found.time(static, *size).ratio for size in found.sizes)
             what = f"{name}: at no size more than {_NEAR:.0%} slower than {static}"
             line(what, f"at most {worst:.2f} of its time", worst <= 1 + _NEAR)
         for (batch, length), goal in _TARGETS.items():
@@ -137,9 +140,18 @@ def _times(found: _Found) -> list[str]:
     for threads in found.threads:
         parts += [f"### Threads: {threads}", ""]
         for head, cell in shown.items():
-            heads = [head, *(f"{batch} x {length}" for batch, length in SIZES)]
-            lines = [[name, *(cell(found.time(name, *size, threads)) for size in SIZES)] for name in names]
+            heads = [head, *(f"{batch} x {length}" for batch, length in found.sizes)]
+            lines = [[name, *(cell(found.time(name, *size, threads)) for size in found.sizes)] for name in names]
             parts += _table(heads, lines)
+    return parts
+
+
+def _where(profiles: dict[str, Profile]) -> list[str]:
+    heads, parts = ["operation", "ms of a forward", "calls"], ["## Where the time goes", "", WHERE]
+    for name, profile in profiles.items():
+        total = sum(ms for _, ms, _ in profile)
+        parts += [f"{name}, {total:.0f} ms, 8 x 128 tokens on one thread:", ""]
+        parts += _table(heads, [[operation, f"{ms:.1f}", str(calls)] for operation, ms, calls in profile])
     return parts
 
 

@@ -18,15 +18,11 @@ they would run beside the next system.
 """
 
 WHERE = """\
-## Where the rest of the time goes
+A product of codes takes an eighth to a fifth of the time of one in fp32; what is left of a forward is not quantized:
+attention, sums, norms, GELU, and what puts inputs onto their grids. Dynamic shapes (any number of texts and tokens) add
+some twenty small operations for the mask, a few tenths of a millisecond. The tables are profiles, which take time too.
 
-A product of codes takes an eighth to a fifth of the time of one in fp32; what is left of a forward is not quantized.
-By onnxruntime's profile of W8A8 at 8 x 128 tokens on one thread, before what is listed below was changed, of 128 ms:
-integer products 26, residual sums with LayerNorm 26, selections by the mask 18, GELU 13, other sums 13, products of
-attention 17, clipping 8, transposes 8, rounding to codes 6, softmax 4; dynamic shapes add some twenty small
-operations, .2 ms.
-
-What `export --format onnx` does about it, which brought this model from .64 to .41 of fp32's time:
+What `export --format onnx` does about it, which brought W8A8 from .64 to .41 of fp32's time at 8 x 128 tokens:
 
 - torch.onnx writes scaled-dot-product attention with a test for NaN and two selections over all pairs of tokens:
   attention is exported as two products and a softmax;

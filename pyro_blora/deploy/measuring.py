@@ -96,14 +96,14 @@ def _measured(
     shapes: list[Shape], widths: tuple[int, ...], size: tuple[int, int], threads: int
 ) -> tuple[dict[int, list[float]], dict[Shape, list[list[float]]]]:
     """(seconds of a rounding by input and width, seconds of a product by shape and pair of widths)."""
-    sizes, ways = sorted({n for _, n in shapes}), list(dict.fromkeys(_way(width, widths) for width in widths))
+    sizes = sorted({n for _, n in shapes})
+    ways = [way for way in dict.fromkeys([_CODES, *(_way(width, widths) for width in widths)]) if way != _EXACT]
     runs: dict[Any, Callable[[], object]] = {}
     random = torch.Generator().manual_seed(_SEED)
     with phase("exporting products", len(sizes) * len(ways) + 2 * len(shapes)) as shown, torch.no_grad():
         for n in sizes:
             for way in ways:
-                if way != _EXACT:
-                    runs[n, way] = _session(_Roundings(way, random), torch.randn(*size, n, generator=random), threads)
+                runs[n, way] = _session(_Roundings(way, random), torch.randn(*size, n, generator=random), threads)
                 shown.advance()
         for m, n in shapes:
             for is_integer in (True, False):
@@ -111,7 +111,7 @@ def _measured(
                 runs[m, n, is_integer] = _session(graph, torch.randn(*size, n, generator=random), threads)
                 shown.advance()
     seconds = {name: median / _COPIES for name, median in _medians(runs).items()}
-    rounding = {n: {_EXACT: 0.0} | {way: seconds[n, way] for way in ways if way != _EXACT} for n in sizes}
+    rounding = {n: {_EXACT: 0.0} | {way: seconds[n, way] for way in ways} for n in sizes}
     products = {}
     for m, n in shapes:
         of = {False: seconds[m, n, False], True: max(0.0, seconds[m, n, True] - rounding[n][_CODES] / _COPIES)}

@@ -36,7 +36,8 @@ def test_the_page_says_which_targets_are_met(tmp_path):
     told |= {"rows": 64, "load": 0.2}
     every = [*(allocated(i) for i in range(4)), allocated(1, "W8A8")]
     page, figures = tmp_path / "pages" / "deployed.md", tmp_path / "figures"
-    deployed_page.write(page, figures, rows, times, every, told, "python x")
+    profiles = {"ours, W8A8": [("MatMul", 3.0, 6), ("others", 1.0, 9)]}
+    deployed_page.write(page, figures, rows, times, profiles, every, told, "python x")
     text = page.read_text(encoding="utf-8")
     assert {path.name for path in figures.iterdir()} == {"deployed.png", "proxies.png"}
     lines = {line for line in text.splitlines() if line.startswith("|")}
@@ -48,6 +49,7 @@ def test_the_page_says_which_targets_are_met(tmp_path):
         "| sst2, ours, packed: ≤ 0.30 of fp32's bytes | 0.33 | missed |",
         "| latency 1 x 32 | time at 1 x 32 | 1.00 | 1.00 |",
         "| bops | bytes of the packed file | 1.00 | 1.00 |",
+        "| MatMul | 3.0 | 6 |",
         "| bops | time at 8 x 128 | 0.40 | 0.40 |",
     ):
         assert line in lines
