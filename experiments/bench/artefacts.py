@@ -57,7 +57,8 @@ class Studied:
     def config(self, task: str, changes: dict[str, Any]) -> RunConfig:
         values: dict[str, Any] = {
             "task": task, "glue_dir": self.glue_dir, "backbone": "demo", "scope": "encoder", "kl_warmup": 0.5,
-            "max_train": self.max_train, "epochs": self.epochs, "draws": 2, "output_dir": str(self.folder / "runs"),
+            "max_train": self.max_train, "epochs": self.epochs, "draws": 2, "max_length": 64,
+            "output_dir": str(self.folder / "runs"),
         }  # fmt: skip
         return RunConfig(**{**values, **changes})
 
