@@ -49,6 +49,8 @@ class Cost(nn.Module):
     name: `bytes` or `latency`. Its tables are buffers, so that they move between devices with the prior.
     """
 
+    owner: Tensor  # (L,) as layout.input_owner
+
     def __init__(self, layout: AdapterLayout, name: str, terms: list[Term]):
         super().__init__()
         self.layout, self.name = layout, name

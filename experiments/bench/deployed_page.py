@@ -101,10 +101,10 @@ def _targets(found: _Found) -> list[str]:
                 f"{name}: at {batch} x {length} ≤ {goal:.2f} of fp32 onnxruntime's time", f"{ratio:.2f}", ratio <= goal
             )
     for task in found.tasks:
-        static = found.row(task, STATIC)
+        theirs = found.row(task, STATIC)
         for mine in (found.row(task, name) for name in NARROW):
             what = f"{task}, {mine.system}: NLL below that of {STATIC}"
-            line(what, f"{mine.nll:.4f}, there {static.nll:.4f}", mine.nll < static.nll)
+            line(what, f"{mine.nll:.4f}, there {theirs.nll:.4f}", mine.nll < theirs.nll)
         for row in (row for row in found.rows if row.task == task and row.ours):
             what = f"{task}, {row.system}: {row.metric} within {100 * _POINTS:.1f} points of the gated model's"
             line(what, f"{row.value:.4f}, there {row.gated:.4f}", abs(row.value - row.gated) <= _POINTS)

@@ -107,7 +107,7 @@ class _Logits(nn.Module):
         return self.read(self.model(**inputs, **self.settings))
 
 
-def write_graph(model: nn.Module, batch: dict[str, Tensor], program: BayesianLoRA, path: Path) -> None:
+def write_graph(model: Any, batch: dict[str, Tensor], program: BayesianLoRA, path: Path) -> None:
     """Errors: ValueError where torch.onnx cannot export this network, with its first line."""
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:

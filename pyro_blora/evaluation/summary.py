@@ -81,8 +81,8 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         "peak_memory_bytes": _peak_memory(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
     }  # fmt: skip
-    if (spent := program.prior.spent(component_marginals(program))) is not None:
-        at_deployed = program.prior.spent(deployed(program))
+    spent, at_deployed = (program.prior.spent(gates) for gates in (component_marginals(program), deployed(program)))
+    if spent is not None and at_deployed is not None:
         found["cost"] = spent._asdict() | {"deployed": {"value": at_deployed.value, "ratio": at_deployed.ratio}}
     if layout.sharing:
         found["sharing"] = layout.sharing
