@@ -15,6 +15,8 @@ _PACKAGES = ("python", "torch", "onnxruntime", "transformers", "peft", "torchao"
 _SHOWN = ((1, 32), (8, 128), (32, 128))  # sizes in the first table
 _NEAR = 0.05  # slower than onnxruntime's static int8 by no more
 _TARGETS = {(1, 32): 0.40, (8, 128): 0.55}  # of fp32 onnxruntime's time
+_FEW = 1000  # training rows, below which nothing is learned that a score could be about
+_TRIAL = "**A trial on few rows: it shows that the script runs, and no score or time that one should keep.**"
 _POINTS = 0.003  # of the metric, from the gated model's
 _ON_DISK = 0.30  # of the model at 32 bit
 NARROW = ("ours, W8A8", "ours, latency")  # what the targets of time are about: nearly all products are of integers
@@ -57,7 +59,7 @@ def write(
         f"MiniLM, scope `encoder`, {told['rows']:,} training rows, {told['epochs']} epochs, seed 0; "
         f"{told['hardware']}, {told['date']}, commit {told['commit']}; {versions}. The machine's load was "
         f"{told['load']:.1f} when it began.", "",
-        *_what_matters(found), f"![Time and NLL of every system]({place}/deployed.png)", "",
+        *([_TRIAL, ""] if told["rows"] < _FEW else []), *_what_matters(found), f"![Time and NLL of every system]({place}/deployed.png)", "",
         *_targets(found), *_scores(found), *_times(found), *_where(profiles), *_proxies(allocated, place), GPU,
     ]  # fmt: skip
     report.write_text("\n".join(parts), encoding="utf-8")
