@@ -59,7 +59,8 @@ def write(
         f"MiniLM, scope `encoder`, {told['rows']:,} training rows, {told['epochs']} epochs, seed 0; "
         f"{told['hardware']}, {told['date']}, commit {told['commit']}; {versions}. The machine's load was "
         f"{told['load']:.1f} when it began.", "",
-        *([_TRIAL, ""] if told["rows"] < _FEW else []), *_what_matters(found), f"![Time and NLL of every system]({place}/deployed.png)", "",
+        *([_TRIAL, ""] if told["rows"] < _FEW else []), *_what_matters(found),
+        f"![Time and NLL of every system]({place}/deployed.png)", "",
         *_targets(found), *_scores(found), *_times(found), *_where(profiles), *_proxies(allocated, place), GPU,
     ]  # fmt: skip
     report.write_text("\n".join(parts), encoding="utf-8")
