@@ -12,15 +12,17 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .commands import AFTER
 from .config.command_line import called_elsewhere, run_fields, take_settings
 from .config.completion import complete
-from .config.export_flags import add_export_command, export_options, require_together
+from .config.export_flags import add_export_command
 from .config.flags import add_run_flags
 from .config.lists import LISTS, choices, print_list, print_methods
-from .config.predict_flags import add_predict_command, predict_options
-from .config.push_flags import add_push_command, push_options
+from .config.measure_flags import add_measure_command
+from .config.predict_flags import add_predict_command
+from .config.push_flags import add_push_command
 from .config.run_config import RunConfig
-from .config.serve_flags import add_serve_command, serve_options
+from .config.serve_flags import add_serve_command
 from .machine import keep_freed_memory, spin_briefly
 from .progress import is_main, phase, prepare, silenced
 from .registries import LISTED
@@ -28,7 +30,7 @@ from .signals import Interrupted, asked, heeded
 from .user_code import place_of
 from .user_values import nearest, suggest
 
-COMMANDS = ("train", "predict", "export", "push", "serve", "show", "report", "what-if", "methods", *LISTED, "doctor")
+COMMANDS = ("train", *AFTER, "show", "what-if", "methods", *LISTED, "doctor")
 _LAUNCHERS_PATIENCE = 1.0  # seconds in which torchrun ends the processes beside one that has failed
 _HELP_COLUMN = 34  # of `train --help`: beside most flags with their values
 
@@ -102,21 +104,14 @@ def _command(argv: list[str]) -> int:
         raise ValueError(f"unknown argument {unknown[0]!r}: {remedy}")
     if arguments.command == "train":
         return _train(arguments, settings)
-    if arguments.command == "predict":
-        return _predict(arguments)
-    if arguments.command == "export":
-        return _export(arguments)
-    if arguments.command == "push":
-        return _push(arguments)
-    if arguments.command == "serve":
-        return _serve(arguments)
+    if arguments.command in AFTER:
+        AFTER[arguments.command](arguments)
+        return 0
     if arguments.command == "show":
         from .report.terminal import show_run
 
         show_run(Path(arguments.run))
         return 0
-    if arguments.command == "report":
-        return _report(arguments)
     if arguments.command == "what-if":
         from .report.terminal import show_what_if
 
@@ -167,70 +162,6 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     return 0
 
 
-def _predict(arguments: argparse.Namespace) -> int:
-    prepare(quiet=arguments.quiet)
-    with heeded(), silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
-            from .deploy.predict_file import predict_file
-
-        keep_freed_memory()
-        predict_file(**predict_options(arguments))
-    if arguments.out:
-        print(arguments.out)
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    options = export_options(arguments)
-    require_together(**options)
-    prepare(quiet=arguments.quiet)
-    with silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
-            from .deploy.exporting import export_run
-
-        folder, measured = export_run(options.pop("run"), **options)
-    if measured is not None and not arguments.quiet:
-        print(f"{measured}.")
-    print(folder)
-    return 0
-
-
-def _push(arguments: argparse.Namespace) -> int:
-    prepare(quiet=arguments.quiet)
-    with silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
-            from .deploy.pushing import push
-
-        address = push(**push_options(arguments))
-    print(address)
-    return 0
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    options, serving = serve_options(arguments)
-    prepare(quiet=arguments.quiet)
-    with heeded(), silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
-            from .serve.server import serve
-
-        keep_freed_memory()
-        serve(options.pop("run"), serving, **options)
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    prepare(quiet=arguments.quiet)
-    with silenced(arguments.quiet):
-        with phase("importing what draws"):
-            from .report.page import write_report
-
-        for folder in arguments.folders:
-            with phase(f"drawing the report of {folder}"):
-                path = write_report(Path(folder), sections=arguments.section)
-            print(path)
-    return 0
-
-
 def _parser() -> _Parser:
     purpose = "Bayesian low-rank adapters: Pyro learns their precision and rank with their weights."
     epilog = "PYRO_BLORA_TRACEBACK=1 in the environment shows the traceback of an error."
@@ -258,6 +189,7 @@ def _parser() -> _Parser:
     add_export_command(commands, _HELP_COLUMN)
     add_push_command(commands, _HELP_COLUMN)
     add_serve_command(commands, _HELP_COLUMN)
+    add_measure_command(commands, _HELP_COLUMN)
     commands.add_parser("methods", help="list the methods to compare and what each one sets", allow_abbrev=False)
     for name, what in LISTS.items():
         commands.add_parser(name, help=f"list the {what}", allow_abbrev=False)

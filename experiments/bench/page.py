@@ -15,6 +15,8 @@ import torch
 matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 
+from pyro_blora.machine import processor
+
 from .timing import Row
 
 _PACKAGES = ("torch", "pyro-ppl", "transformers", "peft", "accelerate")
@@ -45,10 +47,7 @@ def machine(device: str) -> dict:
 
 def _processor() -> str:
     """Name and widest vector instructions of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def write(folder: Path, report: Path, figures: Path, rows: list[Row], told: dict, missing: list[str], command: str):

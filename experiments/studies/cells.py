@@ -52,17 +52,23 @@ def finished(path: Path, config: RunConfig, lora: RunConfig, n_train: int, *, tr
     cell = kept(path, config)
     if cell is not None or not train:
         return cell
+    trained(config, lora, n_train)
+    cell = _read(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(cell) + "\n", encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+    return cell
+
+
+def trained(config: RunConfig, lora: RunConfig, n_train: int) -> Path:
+    """The folder of the run, trained from the shared LoRA of `n_train` examples where it is missing."""
     folder = folder_of(config)
     partial = folder.with_name(f".{folder.name}.partial")
     if not folder.exists():
         if not partial.exists() and Schedule.of(config, n_train).opening > 0:
             warm(config, trunk(lora, Schedule.of(config, n_train)), partial)
         train_run(config)
-    cell = _read(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(cell) + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").rename(path)
-    return cell
+    return folder
 
 
 def trunk(lora: RunConfig, schedule: Schedule) -> Path:

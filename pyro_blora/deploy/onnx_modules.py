@@ -17,21 +17,25 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from ..quantizer.products import BYTE
-from .low_bit import EXACT, LowBitLinear, Rounded, Weight, compute_in_float32
+from .low_bit import EXACT, LowBitLinear, OnGrid, Rounded, Weight, compute_in_float32
 
 _OPSET = 21
 _MIDDLE, _HIGH = 128, 256  # of an input's byte; of the high byte's unit
 
 
-def _clipped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return symbolic("Clip", (x, low, high), dtype=x.dtype, shape=x.shape, version=_OPSET)
+def _clipped(x: Tensor, *ends: Tensor) -> Tensor:
+    return symbolic("Clip", (x, *ends), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
-def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
-    inputs = (codes, step, *(() if zero is None else (zero,)))
+def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, **attributes: int) -> Tensor:
     return symbolic(
-        "DequantizeLinear", inputs, {"axis": axis}, dtype=torch.float32, shape=codes.shape, version=_OPSET
-    )  # fmt: skip
+        "DequantizeLinear",
+        (codes, step, *(() if zero is None else (zero,))),
+        attributes,
+        dtype=torch.float32,
+        shape=codes.shape,
+        version=_OPSET,
+    )
 
 
 class Byte(NamedTuple):
@@ -43,7 +47,10 @@ class Byte(NamedTuple):
 
 
 class Codes(nn.Module):
-    """An input on its grid, a `Byte` for each of its codes' bytes, the high one first."""
+    """An input on its grid, a `Byte` for each of its codes' bytes, the high one first.
+
+    fast: a code of one byte is divided, rounded and clipped as a byte, in a quarter of the memory of x.
+    """
 
     low: Tensor
     high: Tensor
@@ -53,11 +60,17 @@ class Codes(nn.Module):
     step_of_high: Tensor
     middle: Tensor
     none: Tensor
+    lowest: Tensor
+    highest: Tensor
 
-    def __init__(self, rounded: Rounded):
+    def __init__(self, rounded: Rounded, fast: bool):
         super().__init__()
         largest = float(2 ** (rounded.bits - 1) - 1)
         self.is_wide = rounded.bits > BYTE
+        self.clips_bytes, self.saturates = fast and not self.is_wide, largest == _MIDDLE - 1
+        if self.clips_bytes:
+            for name, end in (("lowest", _MIDDLE - largest), ("highest", _MIDDLE + largest)):
+                self.register_buffer(name, torch.tensor(int(end), dtype=torch.uint8), persistent=False)
         values = {
             "low": torch.tensor(-largest), "high": torch.tensor(largest), "inverse": rounded.inverse,
             "one": torch.ones(()), "step": rounded.step, "step_of_high": rounded.step * _HIGH,
@@ -67,6 +80,10 @@ class Codes(nn.Module):
             self.register_buffer(name, x.detach().clone(), persistent=False)
 
     def forward(self, x: Tensor) -> list[Byte]:
+        if self.clips_bytes:
+            found = self._byte(x, self.middle, self.step, self.step)
+            ends = (self.lowest,) if self.saturates else (self.lowest, self.highest)
+            return [found._replace(codes=_clipped(found.codes, *ends))]
         codes = _clipped(x * self.inverse, self.low, self.high)
         if not self.is_wide:
             return [self._byte(codes, self.middle, self.step)]
@@ -77,11 +94,10 @@ class Codes(nn.Module):
             self._byte(codes - high * _HIGH, self.none, self.step),
         ]
 
-    def _byte(self, codes: Tensor, zero: Tensor, step: Tensor) -> Byte:
-        """QuantizeLinear, which rounds."""
-        found = symbolic(
-            "QuantizeLinear", (codes, self.one, zero), dtype=torch.uint8, shape=codes.shape, version=_OPSET
-        )
+    def _byte(self, codes: Tensor, zero: Tensor, step: Tensor, unit: Tensor | None = None) -> Byte:
+        """QuantizeLinear, which rounds.  unit: of the codes, 1."""
+        inputs = (codes, self.one if unit is None else unit, zero)
+        found = symbolic("QuantizeLinear", inputs, dtype=torch.uint8, shape=codes.shape, version=_OPSET)
         return Byte(found, zero, step)
 
 
@@ -158,7 +174,7 @@ class OneInput(nn.Module):
     def __init__(self, rounded: Rounded, weights: list[Weight], dtype: torch.dtype):
         super().__init__()
         coded = rounded.bits < EXACT
-        self.codes = Codes(rounded) if coded else None
+        self.codes = Codes(rounded, dtype == torch.float32) if coded else None
         self.bits = rounded.bits
         if coded:
             for name in ("edge", "inverse", "step"):
@@ -181,17 +197,29 @@ class OnnxLinear(nn.Module):
 
     def __init__(self, linear: LowBitLinear, dtype: torch.dtype):
         super().__init__()
-        self.bias, self.scale = linear.bias, linear.scale
+        self.bias, self.is_adapted, self.scale = linear.bias, linear.scale is not None, linear.scale
         low_rank = [] if linear.scale is None else [linear.lora_A]
         self.read = OneInput(linear.rounded, [linear.base, *low_rank], dtype)
         if linear.scale is not None:
-            self.hidden = OneInput(linear.hidden, [linear.lora_B], dtype)
+            up: Weight = linear.lora_B
+            if dtype == torch.float32:  # the scale is a part of the step, which saves a pass over y
+                up, self.scale = _scaled(up, linear.scale), None
+            self.hidden = OneInput(linear.hidden, [up], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y, *hidden = self.read(x)
         if self.bias is not None:
             y = y + self.bias
-        return y if self.scale is None else y + self.scale * self.hidden(hidden[0])[0]
+        if not self.is_adapted:
+            return y
+        update: Tensor = self.hidden(hidden[0])[0]
+        return y + (update if self.scale is None else self.scale * update)
+
+
+def _scaled(weight: Weight, scale: float) -> Weight:
+    """The same codes with a longer step."""
+    step = None if weight.step is None else weight.step * scale
+    return Weight(OnGrid(weight().numbers * scale, step, weight.bits))
 
 
 def in_onnx_operators(model: nn.Module, fast: bool = False) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from ..bops import expected_bits, expected_bops, expected_rank
 from ..build import Parts
 from ..config.naming import task_called
 from ..interval import INTERVAL
-from ..posterior.draws import bops, deployed, draw, draw_weights, marginals, mean_kl
+from ..posterior.draws import bops, component_marginals, deployed, draw, draw_weights, marginals, mean_kl
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
 from ..tasks.outcomes import described
@@ -81,6 +81,9 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         "peak_memory_bytes": _peak_memory(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
     }  # fmt: skip
+    spent, at_deployed = (program.prior.spent(gates) for gates in (component_marginals(program), deployed(program)))
+    if spent is not None and at_deployed is not None:
+        found["cost"] = spent._asdict() | {"deployed": {"value": at_deployed.value, "ratio": at_deployed.ratio}}
     if layout.sharing:
         found["sharing"] = layout.sharing
     found["calibration"] = calibration_of(evaluated.pairs)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..costs import Spent
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import PRIORS
@@ -100,6 +101,10 @@ class Prior(nn.Module):
     def report(self) -> dict[str, float]:
         """Numbers for the log and the summary, by name."""
         return {}
+
+    def spent(self, means: Gates[Tensor]) -> Spent | None:
+        """What is spent of the cost by which the prior was asked, if it is not bit operations; gates as in `adapt`."""
+        return None
 
     def only(self, site: str) -> None:
         """Called where it is the prior of `z` or `g` alone: its distribution of the other site is ignored."""

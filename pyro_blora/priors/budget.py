@@ -1,11 +1,14 @@
-"""A prior whose rate is adapted in training so that the expected bit operations meet a target."""
+"""A prior whose rate is adapted in training so that the expected bit operations, or another cost, meet a target."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bops import expected_bops
+from ..cost_table import Times, of_file
+from ..costs import DENOMINATORS, UNITS, Cost, Spent, latency, packed_bytes
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import register_prior
@@ -15,6 +18,7 @@ from .base import Prior
 class Budget(Prior):
     """p(z, g) proportional to exp(-rate * BOPs(z, g)), each ladder taken at the others' expected bits and ranks.
 
+    cost: another cost (costs.py) in place of BOPs, which has the same properties.
     BOPs (bit operations) are linear in each ladder's gates, so the price of a gate is the derivative of E[BOPs] with
     respect to its marginal, and the gradient of the KL is that of rate * E[BOPs] - entropy. `adapt` follows prices and
     moves asinh(rate) by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual
@@ -30,12 +34,18 @@ class Budget(Prior):
     z_price: Tensor  # (L, T, K), ratio of BOPs per gate
     g_price: Tensor  # (L, R - 1)
 
-    def __init__(self, layout: AdapterLayout, target: float, denominator: str, name: str = "budget"):
+    def __init__(
+        self, layout: AdapterLayout, target: float, denominator: str, name: str = "budget", cost: Cost | None = None
+    ):
         super().__init__()
-        if denominator not in ("adapted", "model"):
-            raise ValueError(f"prior {name!r}: denominator must be 'adapted' or 'model', got {denominator!r}")
+        known = ("adapted", "model") if cost is None else DENOMINATORS
+        if denominator not in known:
+            of = "" if cost is None else f" of cost {cost.name!r}"
+            raise ValueError(
+                f"prior {name!r}: denominator{of} must be {known[0]!r} or {known[1]!r}, got {denominator!r}"
+            )
         self.layout, self.target, self.field = layout, target, f"{denominator}_ratio"
-        self.name, self.denominator = name, denominator
+        self.name, self.denominator, self.cost = name, denominator, cost
         self.require_reach(*(Gates(*(torch.full(s, v) for s in (layout.z_shape, layout.g_shape))) for v in (0.0, 1.0)))
         self.register_buffer("asinh_rate", torch.tensor(math.asinh(1e3)))
         self.register_buffer("z_price", torch.zeros(layout.z_shape))
@@ -46,13 +56,16 @@ class Budget(Prior):
         """Refuse a target that is not between the least and the most that the gates can spend."""
         least, most = self._ratio(*closed), self._ratio(*opened)
         if not least < self.target < most:
+            setting, spend = ("bops", "bit operations") if self.cost is None else ("target", self.cost.unit)
             raise ValueError(
-                f"prior {self.name!r}: bops must be between {least:.3g} (every gate closed) and {most:.3g} (open) of "
-                f"denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in scope "
-                "`encoder` more gates save bit operations"
+                f"prior {self.name!r}: {setting} must be between {least:.3g} (every gate closed) and {most:.3g} (open) "
+                f"of denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in scope "
+                f"`encoder` more gates save {spend}"
             )
 
     def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
+        if self.cost is not None:
+            return self.cost.of(z, g, self.denominator)[1]
         ratio: Tensor = getattr(expected_bops(self.layout, z, g), self.field)
         return ratio
 
@@ -95,11 +108,43 @@ class Budget(Prior):
     def report(self) -> dict[str, float]:
         return {"rate": self.asinh_rate.sinh().item()}
 
+    @torch.no_grad()
+    def spent(self, means: Gates[Tensor]) -> Spent | None:
+        if self.cost is None:
+            return None
+        value, ratio = (float(x.mean()) for x in self.cost.of(*means, self.denominator))
+        return Spent(self.cost.name, self.cost.unit, self.denominator, self.target, value, ratio)
 
-@register_prior("budget")
-def budget(layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted") -> Budget:
+
+@register_prior("budget", reads={"costs": "pyro_blora.cost_table:of_file"})
+def budget(
+    layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted", cost: str = "bops",
+    target: float | None = None, costs: str | None = None, times: dict[str, Any] | None = None,
+) -> Budget:  # fmt: skip
     """As `bops`, with the rate adapted in training so that the expected bit operations meet a target.
 
-    Settings: bops, the target as a fraction of the denominator; denominator, `adapted` or `model` (see bops.py).
+    Settings: bops, the target as a fraction of the denominator; denominator, `adapted` or `model` (see bops.py); cost,
+    `bops`, `bytes` of the packed model or `latency`. Of the latter two (see costs.py): target, the fraction in place of
+    bops; denominator, `adapted` or `gated`; costs, a file by `pyro-blora measure-costs`, which latency needs; times,
+    what was read from it, which takes its place in the configuration.
     """
-    return Budget(layout, bops, denominator)
+    if cost not in ("bops", *UNITS):
+        raise ValueError(f"prior 'budget': cost must be one of bops, {', '.join(UNITS)}, got {cost!r}")
+    if (costs or times) and cost != "latency":
+        raise ValueError(f"prior 'budget': a table of times is of --prior.cost latency, not of {cost}: drop one")
+    if cost == "bops":
+        if target is not None:
+            raise ValueError("prior 'budget': the target of cost 'bops' is --prior.bops: drop --prior.target")
+        return Budget(layout, bops, denominator)
+    if target is None:
+        raise ValueError(f"prior 'budget': cost {cost!r} needs its target as a fraction: give --prior.target 0.5")
+    if cost == "bytes":
+        return Budget(layout, target, denominator, cost=packed_bytes(layout))
+    if costs:
+        times = of_file(costs)["times"]
+    if times is None:
+        raise ValueError(
+            "prior 'budget': cost 'latency' needs this machine's times: pyro-blora measure-costs --to costs.json, then "
+            "--prior.costs costs.json"
+        )
+    return Budget(layout, target, denominator, cost=latency(layout, Times(times)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..costs import Spent
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
 from ..registries import PRIORS
@@ -26,7 +27,7 @@ class Separate(Prior):
     def __init__(self, z: Prior, g: Prior):
         super().__init__()
         if isinstance(z, Budget) and isinstance(g, Budget):
-            raise ValueError("z and g cannot both have prior 'budget', whose targets are of the same bit operations")
+            raise ValueError("z and g cannot both have prior 'budget', whose targets are of the same cost")
         self.z, self.g = z, g
         for site, part in (("z", z), ("g", g)):
             part.only(site)
@@ -53,6 +54,9 @@ class Separate(Prior):
     def explain(self, ratios: Tensor) -> None:
         self.z.explain(ratios)
         self.g.explain(ratios)
+
+    def spent(self, means: Gates[Tensor]) -> Spent | None:
+        return self.z.spent(means) or self.g.spent(means)
 
     def pyro_model(self) -> Gates[NestedBernoulli]:
         return Gates(self.z.pyro_model().z, self.g.pyro_model().g)

@@ -24,9 +24,22 @@ def headline(summary: dict) -> list[tuple[str, str, str]]:
             f"{bops['adapted_ratio']:.2%}",
             f"{PERCENT} interval {low:.2%} to {high:.2%}, of the adapted projections",
         ),
+        *_cost(summary),
         ("E[BOPs], model", f"{bops['model_ratio']:.2%}", "of every matrix product of a forward"),
         ("adapter", f"{summary['adapter_parameters']:,}", "parameters deployed"),
     ]  # fmt: skip
+
+
+def _cost(summary: dict) -> list[tuple[str, str, str]]:
+    """Of the cost by which the prior was asked, where it is not bit operations."""
+    spent = summary.get("cost")
+    if spent is None:
+        return []
+    remark = (
+        f"{spent['value']:.3g} {spent['unit']} of the {spent['denominator']} projections, at full width 100 %; target "
+        f"{spent['target']:.2%}, deployed {spent['deployed']['ratio']:.2%}"
+    )
+    return [(f"E[{spent['cost']}]", f"{spent['ratio']:.2%}", remark)]
 
 
 def _error(summary: dict, name: str) -> str:

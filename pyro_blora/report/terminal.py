@@ -114,6 +114,8 @@ def result_tables(summary: dict) -> list[Table]:
         "BOPs / adapted projections at 32 x 32", f"{summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}]"
     )
     gates.add_row("BOPs / whole model at 32 x 32", f"{summary['bops']['model_ratio']:.2%}")
+    if spent := summary.get("cost"):
+        gates.add_row(f"{spent['cost']} / {spent['denominator']} projections at full width", f"{spent['ratio']:.2%}")
     gates.add_row("adapter parameters", f"{summary['adapter_parameters']:,}")
     weights = summary.get("weights", {})  # older runs have none
     if weights.get("random"):

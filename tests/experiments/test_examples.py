@@ -55,6 +55,7 @@ def tiny_results(folder):
 def test_every_script_is_in_the_table():
     with_their_own_tests = {
         "chaos.py",
+        "deploy_benchmark.py",
         "gpu.py",
         "plan.py",
         "glue_table.py",
