@@ -10,7 +10,7 @@ products. A product with a factor at 32 bit is in float64, or for speed in float
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def _clipped(x: Tensor, *ends: Tensor) -> Tensor:
     return symbolic("Clip", (x, *ends), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
-def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, **attributes: int) -> Tensor:
+def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, **attributes: Any) -> Tensor:
     return symbolic(
         "DequantizeLinear",
         (codes, step, *(() if zero is None else (zero,))),
