@@ -49,7 +49,7 @@ def test_a_command_line_is_understood(page, words):
     arguments, unknown = _parser().parse_known_args(rest)
     assert unknown == []
     settings = {name: x for name, x in settings.items() if name not in ("prior.file", "prior.run")}  # of the reader's
-    if arguments.command == "train":
+    if arguments.command == "train" and "prior.costs" not in settings:  # a table of the reader's machine
         config = RunConfig(**run_fields(arguments, settings))
         of_the_reader = [getattr(config, kind) for kind in OWNERS] + [f"{config.task_settings.get('data')}:"]
         if "choice_dir" not in config.task_settings and not any(
