@@ -35,7 +35,7 @@ SUMMARY = {
 }  # fmt: skip
 METRICS = {
     "step", "loss", "nll", "kl_z", "kl_g", "expected_bits", "expected_rank", "bops_adapted", "bops_model", "seconds",
-    "temperature", "grad_norm",
+    "grad_norm",
 }  # fmt: skip
 
 
@@ -87,7 +87,6 @@ def test_the_folder_has_what_the_house_promises(run):
         gates = {"gates_moved", "gates_error"} if line["step"] >= opening + natural_gradient._FIRST else set()
         assert set(line) == METRICS | gates
         assert line.get("gates_error", 1) > 0 and line["grad_norm"] > 0
-    assert [line["temperature"] for line in lines] == sorted((line["temperature"] for line in lines), reverse=True)
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".bin", ".pt", ".pickle")]
 
 
@@ -365,7 +364,7 @@ def test_a_tracker_gets_numbers_and_pictures_of_the_gates(backbone, tmp_path):
         tags = events.Reload().Tags()
         for kind, seen in found.items():
             seen.update(tags[kind])
-    assert {"loss", "expected_bits", "temperature"} <= found["scalars"]
+    assert {"loss", "expected_bits", "grad_norm"} <= found["scalars"]
     assert any("expected_bits" in name for name in found["images"])
     assert any("expected_rank" in name for name in found["images"])
 

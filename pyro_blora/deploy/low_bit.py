@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizer.packing import Scale
@@ -93,10 +94,10 @@ class Site(NamedTuple):
 class LowBitLinear(nn.Module):
     """One projection of the deployed model.  x (..., n) -> (..., m)"""
 
-    def __init__(self, site: Site, bias: nn.Parameter | None):
+    def __init__(self, site: Site, bias: nn.Parameter | None, is_exact: bool):
         super().__init__()
         self.bias, self.rounded, self.base = bias, site.rounded, Weight(site.weight)
-        self.scale = None if site.adapter is None else site.adapter.scale
+        self.scale, self.is_exact = None if site.adapter is None else site.adapter.scale, is_exact
         if site.adapter is not None:
             self.hidden, self.lora_A, self.lora_B = (
                 site.adapter.hidden,
@@ -109,27 +110,34 @@ class LowBitLinear(nn.Module):
         return self.base().numbers
 
     def forward(self, x: Tensor) -> Tensor:
-        coded = self.rounded(x)
-        y = product(coded, self.base(), self.bias)
+        coded, multiplied = self.rounded(x), product if self.is_exact else _in_float32
+        y = multiplied(coded, self.base(), self.bias)
         if self.scale is None:
             return y
-        return y + self.scale * product(self.hidden(product(coded, self.lora_A())), self.lora_B())
+        return y + self.scale * multiplied(self.hidden(multiplied(coded, self.lora_A())), self.lora_B())
+
+
+def _in_float32(x: Coded, weight: Coded, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x.numbers, weight.numbers, bias)
 
 
 @torch.no_grad()
 def put_in(model: nn.Module, sites: Mapping[str, Site]) -> None:
-    """Replace linear layers by path, and let the model compute reproducibly.
+    """Replace linear layers by path, and let the model compute reproducibly; in float32 where nothing is rounded.
 
     Errors: ValueError for a path that has no linear layer.
     """
-    modules = dict(model.named_modules())
+    modules, is_exact = (
+        dict(model.named_modules()),
+        any(bits < EXACT for site in sites.values() for bits in _bits(site)),
+    )
     for name, site in sites.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(model).__name__} has no linear layer {name!r}")
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, LowBitLinear(site, linear.bias))
-    if any(bits < EXACT for site in sites.values() for bits in _bits(site)):
+        setattr(modules[parent], child, LowBitLinear(site, linear.bias, is_exact))
+    if is_exact:
         _compute_reproducibly(model)
 
 

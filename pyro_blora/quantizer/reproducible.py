@@ -98,7 +98,10 @@ def _attention(
     if attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
-    return (torch.dropout(scores.softmax(-1), dropout_p, dropout_p > 0) @ value.double()).float()
+    weights = scores.softmax(-1)
+    if attn_mask is not None or is_causal:  # a token that may look at none, as padding, takes nothing
+        weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+    return (torch.dropout(weights, dropout_p, dropout_p > 0) @ value.double()).float()
 
 
 _OWN: dict[str, Callable[..., Tensor]] = {
