@@ -44,8 +44,8 @@ bf16 is PyTorch's.
 
 PROXIES = """\
 Below 8 x 8 bit fewer bits save disk and nothing else on this processor; a factor of 16 bit is two bytes, of a product
-each, and a product with a factor at 32 bit has no integer kernel. So `--prior budget` takes a cost, `--prior.cost latency` or `bytes`: [what it
-should cost](../docs/how-to/deploy.md#what-it-should-cost).
+each, and a product with a factor at 32 bit has no integer kernel. So `--prior budget` takes a cost, `--prior.cost
+latency` or `bytes`: [what it should cost](../docs/how-to/deploy.md#what-it-should-cost).
 """
 
 GPU = """\
