@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: nothing here may depend on the network
@@ -19,6 +20,7 @@ from pyro_blora.posterior.arviz_compat import arviz_itself
 from pyro_blora.training import range_calibration
 
 CANDIDATES = range_calibration._CANDIDATES
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 arviz_itself()  # before any test's own import of ArviZ, which can fail beside another process
 
 # The same examples everywhere, and a slow machine is no failure.
@@ -103,6 +105,20 @@ def layout(request):
     if request.param == "rank-1":
         return AdapterLayout.of(tiny_bert(), rank=1, scope="encoder", sequence_length=10)
     return AdapterLayout.of(tiny_deberta(), rank=3, scope="encoder", sequence_length=10)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser without a window; the test is skipped where there is none."""
+    path = os.environ.get("PYRO_BLORA_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium, or set PYRO_BLORA_CHROMIUM to one")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 # Long files first, so that neither of two processes waits for the other's last one.

@@ -1,8 +1,9 @@
 """The command `pyro-blora export` and its flags."""
 
 import argparse
-import functools
 from typing import Any
+
+from .command_parser import add_command
 
 FORMATS = {
     "packed": "the deployed low-bit model in as many bits as were learned, for pyro_blora.load",
@@ -19,15 +20,16 @@ _OF_FORMATS = {  # what only some formats take: (its value where it is not given
 
 def add_export_command(commands: Any, help_column: int) -> None:
     """The command with its flags, to the commands of a parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "export",
+        help_column,
+        argparse.RawDescriptionHelpFormatter,
         help="write what a run has learned as a model or an adapter",
         usage="pyro-blora export RUN --to FOLDER [--format NAME] [--FLAG VALUE ...]",
         description="Write what a run has learned to a new folder, read it back, compare it, and score it on the run's "
         "held-out rows.",
         epilog="formats:\n" + "\n".join(f"  {name:8s} {what}" for name, what in FORMATS.items()),
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=help_column),
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="the run's folder, or an exported adapter")

@@ -1,22 +1,22 @@
 """The command `pyro-blora measure-costs` and its flags."""
 
 import argparse
-import functools
 from typing import Any
 
 from ..bit_widths import LADDER, written
+from .command_parser import add_command
 
 
 def add_measure_command(commands: Any, help_column: int) -> None:
     """The command with its flags, to the commands of a parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "measure-costs",
+        help_column,
         help="measure this machine's times for --prior.cost latency",
         usage="pyro-blora measure-costs --to FILE [--FLAG VALUE ...]",
         description="Measure in onnxruntime how long this machine takes for the products of a backbone at every width, "
         "and write the table that --prior budget --prior.cost latency --prior.costs FILE reads. About a minute.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=help_column),
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--to", metavar="FILE", required=True, help="a new JSON file")

@@ -1,19 +1,20 @@
 """The command `pyro-blora predict` and its flags."""
 
 import argparse
-import functools
 from typing import Any
+
+from .command_parser import add_command
 
 
 def add_predict_command(commands: Any, help_column: int) -> None:
     """The command with its flags, to the commands of a parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "predict",
+        help_column,
         help="predict the rows of a table with a run or an exported model",
         usage="pyro-blora predict RUN FILE [--out FILE] [--FLAG VALUE ...]",
         description="Predict the rows of a table, in its order and in constant memory. --out is written whole or not.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=help_column),
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder, an exported one, or the name of one on the hub")

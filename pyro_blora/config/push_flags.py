@@ -1,19 +1,20 @@
 """The command `pyro-blora push` and its flags."""
 
 import argparse
-import functools
 from typing import Any
+
+from .command_parser import add_command
 
 
 def add_push_command(commands: Any, help_column: int) -> None:
     """The command with its flags, to the commands of a parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "push",
+        help_column,
         help="send a run's adapter, or an exported folder, to the hub",
         usage="pyro-blora push RUN USER/NAME [--private] [--revision BRANCH]",
         description="Send a run's adapter with its posterior, or a folder of `pyro-blora export` as it is, to the hub.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=help_column),
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a finished run, or an exported folder")

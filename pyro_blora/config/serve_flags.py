@@ -1,10 +1,11 @@
 """The command `pyro-blora serve`, its flags, and the limits that they set."""
 
 import argparse
-import functools
 import ipaddress
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from .command_parser import add_command
 
 
 def _limit(default: Any, metavar: str, text: str) -> Any:
@@ -59,14 +60,14 @@ class Serving:
 
 def add_serve_command(commands: Any, help_column: int) -> None:
     """The command with its flags, to the commands of a parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "serve",
+        help_column,
         help="answer texts over HTTP, with a page to try it",
         usage="pyro-blora serve FOLDER [--port PORT] [--FLAG VALUE ...]",
         description="Answer texts over HTTP: POST /predict, a page at /, /health, and /metrics for Prometheus. "
         "Requests that come together share a forward pass. Ctrl-C or SIGTERM ends it, when what has come is answered.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=help_column),
-        allow_abbrev=False,
     )
     model, server = parser.add_argument_group("model"), parser.add_argument_group("server")
     add = model.add_argument

@@ -4,7 +4,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -35,7 +34,6 @@ from pyro_blora.report.warnings import FEW_DRAWS, in_words, warnings
 from pyro_blora.run import train_run
 
 pytestmark = pytest.mark.usefixtures("eager")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TITLES = ["In plain words", "Gate map", "Ranks", "Calibration", "In detail", "Bit operations", "Training", "Restarts",
           "Confidently wrong", "Repeat this run", "Glossary"]  # fmt: skip
 
@@ -560,19 +558,6 @@ def test_what_if_is_answered_on_the_line(run, capsys):
 
 
 # --- a real browser -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = os.environ.get("PYRO_BLORA_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium: apt-get install chromium, or set PYRO_BLORA_CHROMIUM to one")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def opened(browser, path, **settings):

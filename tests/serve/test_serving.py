@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import threading
@@ -38,7 +37,6 @@ from pyro_blora.serve.desk import Asked  # noqa: E402
 from pyro_blora.serve.server import server_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("eager")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LIMITS = {"max_texts": 4, "max_characters": 100, "max_bytes": 2000}
 
 
@@ -348,19 +346,6 @@ def test_a_port_that_is_taken_and_a_missing_library_are_sentences(folders, capsy
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = os.environ.get("PYRO_BLORA_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium: apt-get install chromium, or set PYRO_BLORA_CHROMIUM to one")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def opened(chromium, url, **settings):
