@@ -19,6 +19,8 @@ def test_sums_of_codes_are_whole_numbers(of_x, of_w):
     largest = [2 ** (bits - 1) - 1 for bits in (of_x, of_w)]
     x, w = (torch.randint(-m, m + 1, (rows, n), generator=generator) for m, rows in zip(largest, (4, 5), strict=True))
     x[0], w[0] = largest  # the largest sum that there can be
+    for codes in (x, w):  # and sums nearly as large, no multiple of what float32 has there
+        codes[1] = codes[0] - torch.randint(2, (n,), generator=generator)
     found = product(
         Coded(x.float(), torch.tensor(steps[0]), of_x), Coded(w.float(), torch.full((5, 1), steps[1]), of_w)
     )
