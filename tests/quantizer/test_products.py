@@ -17,12 +17,12 @@ def test_sums_of_codes_are_whole_numbers(of_x, of_w):
     generator = torch.Generator().manual_seed(0)
     n, steps = 3000, (2.0**-3, 2.0**-5)  # powers of two: only sums could be rounded
     largest = [2 ** (bits - 1) - 1 for bits in (of_x, of_w)]
-    x, w = (torch.randint(-m, m + 1, (rows, n), generator=generator) for m, rows in zip(largest, (4, 5), strict=True))
+    x, w = (torch.randint(-m, m + 1, (rows, n), generator=generator) for m, rows in zip(largest, (12, 15), strict=True))
     x[0], w[0] = largest  # the largest sum that there can be
     for codes in (x, w):  # and sums nearly as large, no multiple of what float32 has there
-        codes[1] = codes[0] - torch.randint(2, (n,), generator=generator)
+        codes[1:-1] = codes[0] - torch.randint(2, codes[1:-1].shape, generator=generator)
     found = product(
-        Coded(x.float(), torch.tensor(steps[0]), of_x), Coded(w.float(), torch.full((5, 1), steps[1]), of_w)
+        Coded(x.float(), torch.tensor(steps[0]), of_x), Coded(w.float(), torch.full((15, 1), steps[1]), of_w)
     )
     whole = x @ w.T  # int64
     exact = whole.double() * steps[0] * steps[1]
