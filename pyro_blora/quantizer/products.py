@@ -78,9 +78,8 @@ def _sums(a: Part, b: Part) -> Tensor:
     length, width = (_EXACT - 1) // (a.largest * b.largest), a.codes.shape[-1]
     if width <= length:
         return torch.mm(a.codes, b.codes.T)
-    whole = torch.zeros((), dtype=torch.float64, device=a.codes.device)
-    for at in range(0, width, length):
-        whole = whole + torch.mm(a.codes[:, at : at + length], b.codes[:, at : at + length].T)
+    pieces = zip(a.codes.split(length, -1), b.codes.split(length, -1), strict=True)
+    whole = sum((torch.mm(x, w.T).double() for x, w in pieces), torch.zeros((), device=a.codes.device))
     return whole.float()
 
 
