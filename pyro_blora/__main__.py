@@ -23,8 +23,8 @@ from .config.predict_flags import add_predict_command
 from .config.push_flags import add_push_command
 from .config.run_config import RunConfig
 from .config.serve_flags import add_serve_command
-from .machine import keep_freed_memory, spin_briefly
-from .progress import is_main, phase, prepare, silenced
+from .machine import is_main, keep_freed_memory, spin_briefly
+from .progress import phase, prepare, silenced
 from .registries import LISTED
 from .signals import Interrupted, asked, heeded
 from .user_code import place_of

@@ -1,8 +1,9 @@
-"""Settings of a training process on its machine: memory, threads, cache."""
+"""A process on its machine: memory, threads, cache, its rank and its terminal."""
 
 import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names for them, from malloc.h
@@ -52,3 +53,13 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return name or platform.machine()
+
+
+def is_main() -> bool:
+    """Whether this is the main process of those that torchrun or `accelerate launch` has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal on which a line can be written again."""
+    return bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") not in ("dumb", "unknown")

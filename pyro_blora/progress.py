@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
+from .machine import is_main, is_terminal
+from .signals import end_if_asked
+
 T = TypeVar("T")
 
 _LONG = 2.0  # seconds from which a finished phase leaves a line
@@ -34,7 +37,8 @@ class Phase:
         return time.monotonic() - self.began
 
     def advance(self, count: int = 1, *, note: str | None = None) -> None:
-        """note: how it goes, until another one is given."""
+        """note: how it goes, until another one is given.   Errors: Interrupted, where a signal is still unheard."""
+        end_if_asked()
         self.done += count
         self.note = self.note if note is None else note
         _State.form.changed(self)
@@ -117,16 +121,6 @@ def prepare(*, quiet: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported
     if not is_main():
         warnings.simplefilter("ignore")
-
-
-def is_main() -> bool:
-    """Whether this is the main process of those that torchrun or `accelerate launch` has started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_terminal() -> bool:
-    """Whether stderr is a terminal on which a line can be written again."""
-    return bool(sys.stderr and sys.stderr.isatty()) and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 class _Silent:

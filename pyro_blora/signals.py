@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from .progress import is_main, is_terminal
+from .machine import is_main, is_terminal
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 _TOGETHER = 1.0  # seconds within which signals are one
@@ -79,6 +79,15 @@ def deferred() -> Iterator[None]:
 def asked() -> int | None:
     """The signal that asks this process to end, if there was one."""
     return _State.asked
+
+
+def end_if_asked() -> None:
+    """What `_hear` raises is lost in a finalizer or a callback of the garbage collector: raise it again.
+
+    Errors: Interrupted, unless signals are deferred.
+    """
+    if _State.asked is not None and not _State.deferring:
+        raise Interrupted(_State.asked)
 
 
 def _hear(signum: int, frame: FrameType | None) -> None:

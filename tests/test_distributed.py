@@ -1,9 +1,6 @@
-"""Two processes on one machine, as torchrun starts them: gradients, draws, log, checkpoint, evaluation, sharding."""
+"""Two processes on one machine, in environments as torchrun makes them: gradients, draws, files, scores, sharding."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
@@ -134,18 +131,6 @@ def refuse():
     leave()
 
 
-def torchrun(*arguments: str, **variables: str) -> str:
-    """What two processes print.  Fails with what they say where they fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
-             "PYRO_BLORA_COMPILE": "0", "HF_HUB_OFFLINE": "1", **variables},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")
@@ -189,10 +174,7 @@ def train(config: dict, folder: Path, **variables: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder, backbone):
-    """As a user starts it."""
-    config = settings(backbone, folder / "runs", tracker="tensorboard")
-    torchrun("-m", "pyro_blora", *flags(config))
-    return folder_of(config)
+    return train(settings(backbone, folder / "runs", tracker="tensorboard"), folder)
 
 
 def test_two_processes_have_the_gradients_of_the_union_of_their_batches(folder):

@@ -19,6 +19,7 @@ from pyro_blora import signals
 from pyro_blora.__main__ import main
 from pyro_blora.checkpoint import read_tensors
 from pyro_blora.files import NotWritten, require_whole
+from pyro_blora.progress import phase
 from pyro_blora.report import RunFiles
 from pyro_blora.run import train_run
 from pyro_blora.signals import Interrupted, deferred, heeded
@@ -115,6 +116,7 @@ def test_an_interruption_of_the_evaluation_names_the_last_checkpoint(backbone, t
 def test_a_second_signal_stops_at_once_and_one_that_comes_with_the_first_does_not():
     code = """
 import signal, sys, time
+from pyro_blora.progress import phase
 from pyro_blora.report import RunFiles
 from pyro_blora.signals import deferred
 with deferred():
@@ -162,6 +164,21 @@ def test_what_a_kill_of_the_rehearsed_export_leaves_is_no_obstacle(backbone, tmp
     (left / "README.md").write_text("half")
     fit(tiny_config(backbone), folder=tmp_path / "run", quiet=True, until=1)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_in_a_finalizer_where_errors_are_lost_ends_the_work_all_the_same():
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    came = []
+    with pytest.raises(Interrupted) as interruption, heeded(), phase("working", total=2) as progress:
+        Dropped()
+        came.append("on")
+        progress.advance()
+        came.append("too far")
+    assert came == ["on"] and interruption.value.exit_code == 143
 
 
 # --- one process a run ------------------------------------------------------------------------------------------------

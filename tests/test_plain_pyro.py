@@ -90,7 +90,9 @@ def test_ten_steps_of_svi_are_ten_of_training(name):
     still = [name for name, p in learning(program).items() if torch.equal(p, start[name])]
     assert still == ["log_scale"]  # a classifier has none
     for mine, theirs in zip(learning(program).values(), learning(twin).values(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)  # rounding grows where AdamW divides by a small root
+        torch.testing.assert_close(
+            mine, theirs, atol=1e-4, rtol=1e-4
+        )  # rounding grows where AdamW divides by a small root
 
 
 @pytest.mark.parametrize("validated", [True, False])

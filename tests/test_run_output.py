@@ -1,7 +1,9 @@
 """What a training says in a log and on a terminal, what can be done next, and how it ends when it is asked to."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import os
 import re
 import shlex
@@ -42,27 +44,29 @@ def run(*words, **environment):
 
 @pytest.fixture(scope="module")
 def logged(backbone, tmp_path_factory):
-    """(configuration, the finished command), whose output went into files."""
+    """(configuration, what its training has put out, what it has told), neither to a terminal."""
     config = tiny_config(backbone, output_dir=str(tmp_path_factory.mktemp("runs")))
-    return config, run(*line_of(config))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert main(line_of(config)) == 0
+    return config, out.getvalue(), err.getvalue()
 
 
 def test_a_log_names_every_phase_in_lines(logged):
-    config, done = logged
-    assert done.returncode == 0 and not {"\r", "\x1b"} & set(done.stdout + done.stderr)
-    lines = [re.fullmatch(r"\d\d:\d\d:\d\d (.*)", line) for line in done.stderr.splitlines()]
-    assert all(lines), done.stderr
+    config, out, err = logged
+    assert not {"\r", "\x1b"} & set(out + err)
+    lines = [re.fullmatch(r"\d\d:\d\d:\d\d (.*)", line) for line in err.splitlines()]
+    assert all(lines), err
     named = [line[1] for line in lines]
     places = [next(i for i, line in enumerate(named) if line.startswith(phase)) for phase in PHASES]
     assert places == sorted(places)
     last = [line for line in named if line.startswith("training: 8/8 steps")]
     assert all("loss " in line and "BOPs " in line for line in last)
-    assert done.stdout.splitlines()[-1] == str(config.folder)
+    assert out.splitlines()[-1] == str(config.folder)
 
 
 def test_what_a_run_says_can_be_done_next_can_be_done(logged, capsys, tmp_path, monkeypatch):
-    config, done = logged
-    steps = dict(re.findall(r"^  (\w[\w ]+?)  +(.+)$", done.stdout, re.MULTILINE))
+    config, out, _ = logged
+    steps = dict(re.findall(r"^  (\w[\w ]+?)  +(.+)$", out, re.MULTILINE))
     assert len(steps) == 7
     assert os.path.isfile(steps.pop("open its page in a browser"))
     assert os.path.isfile(steps.pop("use the exported adapter").removeprefix("the code in "))
@@ -100,7 +104,7 @@ def test_ctrl_c_before_anything_was_read_says_so(backbone, tmp_path):
 
 
 def test_quiet_prints_the_folder_and_nothing_else(logged, backbone, tmp_path, capsys):
-    config, _ = logged
+    config, *_ = logged
     other = dataclasses.replace(config, output_dir=str(tmp_path))
     for line, path in [
         ([*line_of(other), "--quiet"], other.folder),

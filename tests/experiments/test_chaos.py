@@ -1,10 +1,7 @@
 """experiments/chaos.py in small, and that its comparison finds what it is there to find."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -19,14 +16,14 @@ from pyro_blora.__main__ import _parser
 from pyro_blora.config import RunConfig, run_fields, take_settings
 from pyro_blora.run import train_run
 
-ROOT = Path(__file__).resolve().parents[2]
 
+def test_killed_runs_end_with_the_bits_of_undisturbed_ones(tmp_path, monkeypatch):
+    for name, value in (("PYRO_BLORA_COMPILE", "0"), ("MKL_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
+        monkeypatch.setenv(name, value)  # which the script sets for its process
+    from experiments import chaos
 
-def test_killed_runs_end_with_the_bits_of_undisturbed_ones(tmp_path):
-    command = [sys.executable, "experiments/chaos.py", "--kills", "1", "--only", "bayesian_lora", "--seed", "3",
-               "--folder", tmp_path / "runs", "--report", tmp_path / "chaos.md"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["--kills", "1", "--only", "bayesian_lora", "--seed", "3"]
+    assert chaos.main([*words, "--folder", str(tmp_path / "runs"), "--report", str(tmp_path / "chaos.md")]) == 0
     kills = [json.loads(line) for line in (tmp_path / "runs" / "kills-0.jsonl").read_text().splitlines()]
     assert kills and all(kill["resumed"] and kill["equal"] and kill["report"] for kill in kills)
     assert f"{len(kills)} kills: {len(kills)} resumed by the next command" in (tmp_path / "chaos.md").read_text()

@@ -4,8 +4,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -42,10 +40,6 @@ def environment(monkeypatch):
     """Of the runs that a grid of this process starts."""
     for name in ("PYRO_BLORA_COMPILE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
-
-
-def grid(*arguments):
-    return [sys.executable, "experiments/grid.py", *map(str, arguments)]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -228,6 +222,7 @@ def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone, environment, 
     where = ["--cluster", "local", "--job", "timeout_min=20"]
     file = tiny_grid(tmp_path / "grid.yaml", backbone, "  lr: [0.001, 1.0e+30]\n")
     out = tmp_path / "out"
+    train_run(read_grid(file, str(out))[0].config)  # a job takes ten seconds to import its libraries
     assert main([str(file), "--output_dir", str(out), "--at_a_time", "2", *where]) == 1
     said = capsys.readouterr().out
     assert "1 of 2 runs are finished" in said and "failed: lr=1e+30" in said and "diverged" in said
@@ -278,18 +273,18 @@ def test_a_killed_grid_goes_on_and_repeats_nothing(tmp_path, backbone, environme
         assert json.loads((Path(folder) / "summary.json").read_text("utf-8"))["nll"] == nll
 
 
-def test_an_interrupted_grid_lets_its_runs_write_a_checkpoint(tmp_path, backbone):
-    out = tmp_path / "out"
+def test_an_interrupted_grid_lets_its_runs_write_a_checkpoint(tmp_path, backbone, environment):
+    out, printed = tmp_path / "out", tmp_path / "printed.txt"
     file = tiny_grid(tmp_path / "grid.yaml", backbone, "  seed: [0]\n  epochs: [500]\n")
     file.write_text(file.read_text().replace("checkpoint_steps: 3", "checkpoint_steps: 100000"))
-    process = subprocess.Popen(grid(file, "--output_dir", out), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = started(lambda: main([str(file), "--output_dir", str(out)]), printed)
     deadline = time.monotonic() + 300
     while not any(path.stat().st_size for path in out.glob(".*.partial/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert ended(process) is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and b"interrupted: the same command goes on from here" in err
+    os.kill(process, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 143
+    assert "interrupted: the same command goes on from here" in printed.read_text("utf-8")
     (state,) = out.glob(".*.partial/checkpoints/state.safetensors")
     step = int(read_tensors(state)[1]["step"])
     assert len((state.parents[1] / "metrics.jsonl").read_text().splitlines()) == step
