@@ -6,6 +6,7 @@ BIN := .venv/bin
 LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops linear_operator unfoldNd
 INSTALLED := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 
+unexport PYTHONDONTWRITEBYTECODE# or every process compiles five thousand modules again, for seven seconds
 ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000# OpenMP's threads sleep soon, so that processes can share the machine: docs/how-to/scaling.md
 endif

@@ -17,9 +17,10 @@ import torch
 from hypothesis import settings
 
 from pyro_blora.posterior.arviz_compat import arviz_itself
+from pyro_blora.tasks.demo import acceptability
 from pyro_blora.training import range_calibration
 
-CANDIDATES = range_calibration._CANDIDATES
+N_EVAL, CANDIDATES = acceptability.N_EVAL, range_calibration._CANDIDATES
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 arviz_itself()  # before any test's own import of ArviZ, which can fail beside another process
 
@@ -67,9 +68,10 @@ def eager():
 
 @pytest.fixture(scope="session", autouse=True)
 def short():
-    """Runs of the tests try few ranges: in eight steps nothing is learned that more would show."""
+    """Runs of the tests try few ranges and have few rows to predict: in eight steps nothing more would be learned."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(range_calibration, "_CANDIDATES", range_calibration._CANDIDATES[::5])
+        patch.setattr(acceptability, "N_EVAL", 120)
         yield
 
 
@@ -78,6 +80,7 @@ def as_shipped():
     """What `short` leaves out, for modules that are about it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(range_calibration, "_CANDIDATES", CANDIDATES)
+        patch.setattr(acceptability, "N_EVAL", N_EVAL)
         yield
 
 

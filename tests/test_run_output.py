@@ -20,7 +20,7 @@ from pyro_blora.config.command_line import command_line
 COMMAND = [sys.executable, "-m", "pyro_blora"]
 PHASES = (
     "importing PyTorch, Pyro and transformers", "reading the data of task acceptability", "loading backbone",
-    "tokenizing 64 rows of train", "tokenizing 500 rows of eval", "checking that it can be exported",
+    "tokenizing 64 rows of train", "tokenizing 120 rows of eval", "checking that it can be exported",
     "calibrating ranges", "training", "fitting ranges", "initializing gates", "predicting eval", "predicting train",
     "counting clipped values", "saving the posterior", "exporting the adapter", "scoring", "drawing the report",
 )  # fmt: skip

@@ -96,8 +96,8 @@ def test_what_is_no_text_is_one_sentence(model, texts, message):
 @pytest.mark.parametrize(("options", "message"), [
     ({"draws": 0}, "draws must be at least 1"), ({"batch_size": 0}, "batch_size must be at least 1"),
     ({"abstain": 1.0}, "abstain must be a share between 0 and 1"), ({"coverage": 95}, "coverage must be a share"),
-    ({"abstain": 0.9999}, r"not reached on the 500 held-out rows.*the best is 0\.\d+ ± 0\.\d+, on \d+ of them"),
-    ({"coverage": 0.999}, "needs 999 rows to calibrate sets and 999 to check them, there are 250 of each.*0.996"),
+    ({"abstain": 0.9999}, r"not reached on the 120 held-out rows.*the best is 0\.\d+ ± 0\.\d+, on \d+ of them"),
+    ({"coverage": 0.999}, "needs 999 rows to calibrate sets and 999 to check them, there are 60 of each.*0.983"),
 ])  # fmt: skip
 def test_an_option_that_cannot_be_is_one_sentence(model, options, message):
     with pytest.raises(ValueError, match=message):
@@ -109,7 +109,7 @@ def test_the_threshold_and_the_sets_are_of_the_held_out_rows(model, held_out):
     found = answers(held_out)
     right = found["label"] == [NAMES[i] for i in held_out["label"]]
     of_answered = right[found["answered"]].mean()
-    assert of_answered >= 0.5 and f"{found['answered'].sum()} of 500 held-out rows" in answers.remarks[0]
+    assert of_answered >= 0.5 and f"{found['answered'].sum()} of 120 held-out rows" in answers.remarks[0]
     inside = [NAMES[i] in names for i, names in zip(held_out["label"], found["set"], strict=True)]
     assert np.mean(inside) >= 0.8 and {*map(len, found["set"])} <= {0, 1, 2}
     assert "hold the label in 0." in answers.remarks[1]

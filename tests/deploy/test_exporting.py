@@ -69,7 +69,7 @@ def test_the_packed_model_gives_the_runs_deployed_predictions(run, exported, cap
     measured = (
         f"accuracy {value:.4f}, where the run's deployed allocation has {value:.4f}; NLL {nll:.4f} nats per example"
     )
-    assert out == f"500 held-out rows: {measured}, there {nll:.4f}; 0 decisions differ.\n{folder}\n"
+    assert out == f"120 held-out rows: {measured}, there {nll:.4f}; 0 decisions differ.\n{folder}\n"
     table, inputs = inputs_of(run, folder)
     with torch.no_grad():
         logits = load(folder)(**inputs).logits
@@ -110,7 +110,7 @@ def test_the_adapter_of_a_run_says_the_same_without_scores(run):
 
 def test_a_merged_model_is_the_adapter_on_its_base(run, exported, capsys):
     out, folder = exported(capsys, "--format", "merged")
-    assert "500 held-out rows: accuracy" in out
+    assert "120 held-out rows: accuracy" in out
     table, inputs = inputs_of(run, folder)
     with torch.no_grad():
         found = transformers.AutoModelForSequenceClassification.from_pretrained(folder)(**inputs).logits
@@ -194,7 +194,7 @@ def test_a_run_is_pushed_as_its_adapter_with_what_it_scored(run, tmp_path, capsy
     with hub_server(tmp_path) as hub:
         assert main(["push", str(run), "someone/run", "--quiet"]) == 0
         sent, backbone = hub.files("someone/run"), load(run).config.backbone
-        assert b"**Measured** on 500 held-out rows" in sent["README.md"] and "gates.safetensors" in sent
+        assert b"**Measured** on 120 held-out rows" in sent["README.md"] and "gates.safetensors" in sent
         assert all(b"secret" not in content for content in sent.values())
         texts = ["she sings", "the dog barks"]
         assert load("someone/run", backbone=backbone).predict(texts).equals(load(run).predict(texts))

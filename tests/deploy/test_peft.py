@@ -33,7 +33,7 @@ def backbone(tmp_path_factory):
     texts = get_task("acceptability").load()["eval"]["sentence"]
     inputs = transformers.AutoTokenizer.from_pretrained(folder)(list(texts), padding=True, return_tensors="pt")
     with torch.no_grad():  # both answers are given, and no row is close to the border between them
-        margins = model(**inputs).logits.diff().squeeze(-1).sort().values[150:350]
+        margins = model(**inputs).logits.diff().squeeze(-1).sort().values[36:84]
         widest = margins.diff().argmax()
         model.classifier.bias[1] -= margins[widest : widest + 2].mean()
     model.save_pretrained(folder)
@@ -81,7 +81,7 @@ def test_a_pipeline_of_the_exported_model_agrees_on_all_rows(runs):
     folder = str(runs["full"] / "adapter")
     answer = transformers.pipeline("text-classification", model=folder)
     found = [one["label"] for one in answer(list(table["sentence"]), truncation=True, batch_size=50)]
-    assert len(found) == 500 and 100 < found.count("acceptable") < 400 and found == decisions(table)
+    assert len(found) == 120 and 24 < found.count("acceptable") < 96 and found == decisions(table)
     assert answer.tokenizer.model_max_length == 32 and len(answer.tokenizer) > 200
 
 
@@ -96,7 +96,7 @@ def test_the_code_of_the_adapters_card_agrees_on_all_rows(runs, backbone):
     with torch.no_grad():
         outputs = names["model"](**inputs).logits.argmax(-1).tolist()
     found = [names["model"].config.id2label[index] for index in outputs]
-    assert 100 < found.count("acceptable") < 400 and found == decisions(table)
+    assert 24 < found.count("acceptable") < 96 and found == decisions(table)
     labels = read_tensors(folder / "gates.safetensors")[1]["labels"]
     assert json.loads(labels) == {"0": "unacceptable", "1": "acceptable"}
 

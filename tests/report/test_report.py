@@ -474,7 +474,7 @@ def test_a_run_has_what_its_scores_are_read_beside(run):
     share = (table["label"] == 1).mean()
     for scores in (summary, summary["deployed"], *summary["restarts"]):
         assert scores["beside"]["accuracy"]["constant"] == pytest.approx(max(share, 1 - share))
-        assert scores["beside"]["accuracy"]["standard_error"] == pytest.approx(0.022, abs=0.002)
+        assert scores["beside"]["accuracy"]["standard_error"] == pytest.approx(0.045, abs=0.004)  # of 120 rows
         assert 0 < scores["beside"]["nll"]["standard_error"] < 0.1
         assert 0 < scores["beside"]["ece"]["chance"]["mean"] < scores["beside"]["ece"]["chance"]["high"] < 0.2
     page = text_of(run)

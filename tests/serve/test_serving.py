@@ -110,11 +110,13 @@ def test_answers_are_those_of_predict_on_the_same_folder(folders, backbone, text
     table, out = tmp_path / "texts.jsonl", tmp_path / "answers.jsonl"
     table.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
     own = [] if form == "onnx" else ["--backbone", str(backbone)]
-    argv = ["predict", str(folders[form]), str(table), "--out", str(out), "--confidence", "0.6", "--quiet", *own]
+    model = load_to_predict(folders[form], backbone=None if form == "onnx" else backbone)
+    p = model.predict(list(texts))["p_acceptable"]
+    level = float(np.maximum(p, 1 - p).median())  # half of them are answered
+    argv = ["predict", str(folders[form]), str(table), "--out", str(out), "--confidence", str(level), "--quiet", *own]
     assert main(argv) == 0
     expected = [{k: x for k, x in json.loads(line).items() if k != "line"} for line in out.read_text().splitlines()]
-    model = load_to_predict(folders[form], backbone=None if form == "onnx" else backbone)
-    with served(Desk(model, "films", confidence=0.6)) as address:
+    with served(Desk(model, "films", confidence=level)) as address:
         found = requests.post(f"{address}/predict", json={"texts": texts, "draws": True}).json()["answers"]
         info = requests.get(f"{address}/info").json()
     assert [as_predict(row) for row in found] == expected
@@ -124,7 +126,7 @@ def test_answers_are_those_of_predict_on_the_same_folder(folders, backbone, text
     )  # fmt: skip
     if form == "packed":  # and those of the run's deployed allocation
         deployed = Desk(
-            load_to_predict(folders["posterior"], backbone=backbone), "films", deployed=True, confidence=0.6
+            load_to_predict(folders["posterior"], backbone=backbone), "films", deployed=True, confidence=level
         )
         (rows,) = deployed.answer([Asked([(text,) for text in texts], draws=True)])
         assert rows == found and all("draws" not in row for row in rows)

@@ -18,6 +18,7 @@ from pyro_blora.tasks import get_task
 from pyro_blora.tasks.demo import lexicon as lex
 from pyro_blora.tasks.demo.acceptability import N_EVAL, N_TRAIN, PHENOMENA
 
+pytestmark = pytest.mark.usefixtures("as_shipped")
 NEAR_CHANCE = 0.58
 
 
