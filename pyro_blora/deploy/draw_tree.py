@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config.run_config import RunConfig
-from ..files import new_folder
+from ..files import new_folder, write_sums
 from ..gates import Gates
 from ..posterior.draws import draw, draw_weights
 from ..program import BayesianLoRA
@@ -50,6 +50,7 @@ def export_draws(
                 answers.append(answer_of(reloaded.cpu(), program))
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, config)
+        write_sums(partial)
         measured = None if held_out is None else held_out.measure(*answers)
         write_card(partial, about := About.of(program, plain, config), cards.draws(about, draws), measured)
     return folder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.run_config import RunConfig
-from ..files import new_folder
+from ..files import new_folder, write_sums
 from ..models.conv1d import to_conv1d, to_linear
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
@@ -54,6 +54,7 @@ def merge(
         verify(program, written, rows)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, config)
+        write_sums(partial)
         measured = None if held_out is None else held_out.measure(answer_of(written.cpu(), program))
         about = About.of(program, plain_backbone(program.net), config)
         write_card(partial, about, cards.merged(about), measured)

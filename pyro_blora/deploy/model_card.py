@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..files import SUMS
 from ..models.names import DEMO_DEBERTA, DEMO_DECODER, DEMO_ON_THE_HUB
 from .about import About
 
@@ -46,11 +47,13 @@ def write_card(folder: Path, about: About, card: Card, measured: Measured | None
         datasets=[about.data_set] if about.data_set else None, metrics=metrics or None,
         model_name=f"{about.task}-{card.relation}" if found else None, eval_results=found or None,
     )  # fmt: skip
+    has_sums = (folder / SUMS).is_file()
     text = [
         f"# {card.heading}",
         f"{about.trained_on} {about.kind.card(about.labels)}".strip(),
         *card.paragraphs,
         f"```python\n{card.code}```",
+        f"`sha256sum -c {SUMS}` tells whether the files are whole: what reads them does not look." if has_sums else "",
         f"**Measured** on {measured}." if measured is not None else "",
         f"**Base model**: {about.at_base}. {_where(about.base)}".strip() if about.base else "",
         f"**Made by** `{about.command}`, on the data of the task, and `pyro-blora export`." if about.command else "",

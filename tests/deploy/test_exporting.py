@@ -16,6 +16,7 @@ from pyro_blora import load
 from pyro_blora.__main__ import main
 from pyro_blora.deploy.packed import MANIFEST, WEIGHTS
 from pyro_blora.deploy.peft import plain_backbone
+from pyro_blora.files import require_whole
 from pyro_blora.posterior import deployed, draw, predict
 from pyro_blora.run import train_run
 
@@ -123,6 +124,10 @@ def test_a_merged_model_is_the_adapter_on_its_base(run, exported, capsys):
     assert f"; {differ} decisions differ." in out
     answer = transformers.pipeline("text-classification", model=str(folder))
     assert answer("she sings")[0]["label"] in ("unacceptable", "acceptable")
+    assert "`sha256sum -c SHA256SUMS`" in card_of(folder).text
+    listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {path.name for path in folder.iterdir()} - {"SHA256SUMS", "README.md"}  # a card may be edited
+    require_whole(folder)
 
 
 def test_a_low_bit_merge_stays_on_the_bases_grid(run, exported, capsys):
