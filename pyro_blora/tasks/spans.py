@@ -72,7 +72,7 @@ class Spans(Likelihood):
         return SpanOfText(logits.float())
 
     def card(self, labels: Sequence[str]) -> str:
-        return "Its outputs are the logits of an answer's first and last token."
+        return "Its outputs are the logits of an answer's first and last token. It was trained without token types."
 
     # --- labels ---
 

@@ -65,6 +65,7 @@ def windows_of(
     found = tokenizer(
         [*questions], [*texts], truncation="only_second", max_length=max_length, stride=stride,
         return_overflowing_tokens=True, return_offsets_mapping=True,
+        return_token_type_ids=False,  # which PEFT's wrapper for question answering does not pass on
     )  # fmt: skip
     offsets, owners = found.pop("offset_mapping"), np.array(found.pop("overflow_to_sample_mapping"))
     for example, (text, room) in enumerate(zip(texts, rooms, strict=True)):

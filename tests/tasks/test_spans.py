@@ -76,6 +76,13 @@ def test_every_token_of_a_text_has_one_place_where_it_has_most_context(tokenizer
     assert all(len(row) <= length for row in rows)
 
 
+def test_token_types_are_not_given_as_peft_drops_them(tokenizer, monkeypatch):
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    monkeypatch.setattr(tokenizer, "model_input_names", names)
+    assert set(tokenizer("a dog", "sings")) == set(names)
+    assert set(next(windows_of(tokenizer, QUESTIONS, TEXTS, 40, 3)).inputs) == set(names[:2])
+
+
 def test_an_answer_is_the_tokens_that_have_its_characters(tokenizer):
     found = next(windows_of(tokenizer, QUESTIONS[:1], TEXTS[:1], 40, 3))
     for start, end in ((4, 15), (5, 14), (0, 3), (21, 26)):
