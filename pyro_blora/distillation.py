@@ -71,11 +71,11 @@ class Teacher(nn.Module):
         net.eval()
         try:
             with adapters.use_gates(net, *opened, opened=True):
-                found = torch.func.functional_call(net, copies, (), inputs)
+                found = net.head.logits(lambda rows: torch.func.functional_call(net, copies, (), rows), inputs)
         finally:
             for module, training in modes.items():
                 module.training = training
-        return likelihood(net.head.read(found).float(), scale=self.get_buffer(_SCALE).exp())
+        return likelihood(found.float(), scale=self.get_buffer(_SCALE).exp())
 
 
 def _learned(net: adapters.GatedModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -30,7 +30,7 @@ class _Trace(Observer):
 def leads_with_examples(net: GatedModel, inputs: dict) -> bool:
     """Whether every call of every projection leads with the example; found once per network."""
     if net.leads_with_examples is None:
-        net.leads_with_examples = not without_examples(net, inputs, every_call=True)
+        net.leads_with_examples = not net.head.windows and not without_examples(net, inputs, every_call=True)
     return net.leads_with_examples
 
 
@@ -41,7 +41,7 @@ def without_examples(net: GatedModel, inputs: dict, *, every_call: bool = False)
     inputs: a batch as the network takes it. every_call: also projections that have a further call without examples.
     """
     tokens = inputs["input_ids"]
-    rows = min(2 if tokens.shape[1] == 3 else 3, len(tokens))  # unlike the number of tokens
+    rows = min(2 if tokens.shape[-1] == 3 else 3, len(tokens))  # unlike the number of tokens
     if rows < 2:
         return []
     inputs = {key: x[:rows].clone() for key, x in inputs.items()}

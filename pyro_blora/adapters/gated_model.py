@@ -61,7 +61,8 @@ class GatedModel(nn.Module):
             for name in ("range_owner", "range_order"):
                 self.register_buffer(name, getattr(layout, name).to(device), persistent=False)
 
-    def forward(self, **batch):
+    def forward(self, **inputs):
+        batch: dict[str, Any] = self.head.rows(inputs)
         if self.has_cache:  # of keys and values, for a text that goes on: none does here
             batch.setdefault("use_cache", False)
         if self.gate_context.is_exact:
@@ -74,7 +75,7 @@ class GatedModel(nn.Module):
 
     def logits(self, **batch) -> Tensor:
         """What the likelihood takes, in float32, (B, *, C)."""
-        return self.head.read(self(**batch)).float()
+        return self.head.logits(lambda rows: self(**rows), batch).float()
 
     @functools.cached_property
     def has_cache(self) -> bool:

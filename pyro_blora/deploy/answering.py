@@ -117,13 +117,13 @@ class Answers:
             import pandas as pd
 
             return pd.DataFrame(self._written(rows))
-        return self.table_of(self.prediction(rows, show=show))
+        return self.table_of(self.prediction(rows, show=show), rows)
 
-    def table_of(self, prediction: Prediction) -> pd.DataFrame:
-        """The table of what was predicted."""
+    def table_of(self, prediction: Prediction, rows: Rows) -> pd.DataFrame:
+        """The table of what was predicted of texts by column."""
         import pandas as pd
 
-        found = self.kind.answers(prediction.outputs, self.source.program.log_scale.detach().exp())
+        found = self.in_words(prediction.outputs, rows)
         first = next(iter(found))
         table, mean = {first: found.pop(first)}, prediction.mean
         if self.kind.has_confidence:
@@ -135,6 +135,11 @@ class Answers:
         if self._sets is not None:
             table |= self._sets.columns(mean)
         return pd.DataFrame({name: x.numpy() if isinstance(x, Tensor) else x for name, x in {**table, **found}.items()})
+
+    def in_words(self, outputs: Tensor, rows: Rows) -> dict[str, Any]:
+        """Columns of answers, of outputs (S, E, *)."""
+        texts = list(zip(*(rows[name] for name in self.columns), strict=True))
+        return self.kind.in_words(self.kind.answers(outputs, self.source.program.log_scale.detach().exp()), texts)
 
     def _written(self, rows: Rows) -> dict[str, list[Any]]:
         """text: of the deployed allocation; drawn: those of every draw, without `deployed`."""

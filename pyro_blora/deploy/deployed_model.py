@@ -62,7 +62,9 @@ class DeployedModel:
         if isinstance(kind, Writer):
             raise ValueError(f"{folder} is a language model, whose texts its run writes: give the run's folder")
         self.likelihood = kind
-        self._network, self._answer = _packed(folder, kind, backbone) if form is packed else _onnx(folder, content)
+        self._network, self._answer = (
+            _packed(folder, kind, backbone) if form is packed else _onnx(folder, kind, content)
+        )
 
     def to(self, device: str) -> DeployedModel:
         """Of a packed one; onnxruntime is asked for the CPU."""
@@ -127,10 +129,10 @@ class _Loaded(NamedTuple):
 def _packed(folder: Path, kind: Likelihood, backbone: str | Path | None) -> _Loaded:
     network: Any = packed.load_packed(folder, backbone=backbone)
     settings = {"use_cache": False} if "use_cache" in inspect.signature(network.forward).parameters else {}
-    return _Loaded(network, lambda inputs: kind.head.read(network(**settings, **inputs)))
+    return _Loaded(network, lambda inputs: kind.head.logits(lambda rows: network(**settings, **rows), inputs))
 
 
-def _onnx(folder: Path, content: dict[str, Any]) -> _Loaded:
+def _onnx(folder: Path, kind: Likelihood, content: dict[str, Any]) -> _Loaded:
     try:
         import onnxruntime
     except ImportError:
@@ -144,4 +146,4 @@ def _onnx(folder: Path, content: dict[str, Any]) -> _Loaded:
         raise Refused(f"{folder / onnx_file.MODEL}: onnxruntime {onnxruntime.__version__} says {said!r}") from None
     if {each.name for each in session.get_inputs()} != {*content["inputs"]} or len(session.get_outputs()) != 1:
         raise Refused(f"{folder / onnx_file.MODEL} has not the inputs that {onnx_file.MANIFEST} says: {_AGAIN}")
-    return _Loaded(None, onnx_file.answer_by(session, content["inputs"]))
+    return _Loaded(None, onnx_file.answer_by(session, content["inputs"], kind.head))

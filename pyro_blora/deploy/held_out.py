@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
 from ..progress import phase
-from ..tasks.base import metric_of
+from ..tasks.base import has_glue_score, metric_of
 from ..tasks.batching import lengths_of, longest_first, split_labels
 from .answering import Source
 
@@ -25,8 +25,8 @@ Answer = Callable[[dict[str, Tensor]], Tensor]  # inputs of a batch -> what the 
 
 def answer_of(model: nn.Module, program: BayesianLoRA) -> Answer:
     """A network of transformers or PEFT, called on a batch as the program's own is."""
-    settings, read = ({"use_cache": False} if program.net.has_cache else {}), program.net.head.read
-    return lambda inputs: read(model(**settings, **inputs)).cpu()
+    settings, head = ({"use_cache": False} if program.net.has_cache else {}), program.net.head
+    return lambda inputs: head.logits(lambda rows: model(**settings, **rows), inputs).cpu()
 
 
 class Measured(NamedTuple):
@@ -93,26 +93,24 @@ class HeldOut:
         return self.measured
 
     def _compared(self, prediction: Prediction) -> Measured:
-        name, compute = self._metric()
+        name: str = json.loads((self.run / "summary.json").read_text(encoding="utf-8"))["metric"]["name"]
         was = torch.as_tensor(self.kind.laid_out(self.table["deployed_decision"].tolist()))
-        labels, apart = prediction.labels.tolist(), prediction.decision.double() - was.double()
-        is_number = prediction.decision.is_floating_point()
+        apart, is_number = prediction.decision.double() - was.double(), prediction.decision.is_floating_point()
+        value, deployed = (self._score(name, x, prediction.labels) for x in (prediction.decision, was))
         return Measured(
-            rows=len(self.table), metric=name if compute else None,
-            value=compute(prediction.decision.tolist(), labels) if compute else None,
-            deployed=compute(was.tolist(), labels) if compute else None, nll=prediction.nll,
-            deployed_nll=-float(self.table["deployed_log_likelihood"].mean()),
+            rows=len(self.table), metric=None if value is None else name, value=value, deployed=deployed,
+            nll=prediction.nll, deployed_nll=-float(self.table["deployed_log_likelihood"].mean()),
             differ=None if is_number else int((apart != 0).view(len(apart), -1).any(1).sum()),
             gap=apart.abs().max().item() if is_number else None,
         )  # fmt: skip
 
-    def _metric(self) -> tuple[str, Callable[[list[Any], list[Any]], float] | None]:
-        """The run's headline metric, where the task's own scores or those of its kind have it."""
-        name: str = json.loads((self.run / "summary.json").read_text(encoding="utf-8"))["metric"]["name"]
-        metric = metric_of(self.source.config.task, self.kind)
-        if name not in metric.compute(predictions=self.kind.examples, references=self.kind.examples):
-            return name, None
-        return name, lambda decisions, labels: metric.compute(predictions=decisions, references=labels)[name]
+    def _score(self, name: str, decision: Tensor, labels: Tensor) -> float | None:
+        """By the task's own scores or those of its kind; None where these do not have it."""
+        task, columns = self.source.config.task, self.source.program.text_columns
+        own = has_glue_score(task)
+        metric = metric_of(task, self.kind) if own else self.kind.metric_on(self.table, columns)
+        found: float | None = metric.compute(predictions=decision.tolist(), references=labels.tolist()).get(name)
+        return found
 
 
 def held_out_of(source: Source, run: Path | None) -> HeldOut | None:

@@ -9,6 +9,7 @@ takes the other one, which the layers above amplify.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import tempfile
@@ -26,6 +27,7 @@ from ..files import new_folder
 from ..models.architectures import example_rows
 from ..models.quiet_loading import quiet
 from ..program import BayesianLoRA
+from ..tasks.heads import SEQUENCE, Head
 from . import cards
 from .about import About
 from .held_out import Answer, HeldOut, answer_of
@@ -60,13 +62,14 @@ def export_onnx(
         with tempfile.TemporaryDirectory() as place:
             packed = load_packed(pack(program, Path(place) / "packed", rows=rows))
             model = load_packed(Path(place) / "packed")
-        batch = rows or program.net.head.example(example_rows(packed, 2, 16, varied=True))
+        head = program.net.head
+        batch = head.rows(rows) if rows else head.example(example_rows(packed, 2, 16, varied=True))
         taken = inspect.signature(packed.forward).parameters
         inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
         products = in_onnx_operators(model, fast)
         write_graph(model, {name: batch[name] for name in inputs}, program, partial / MODEL, fast=fast)
         session = session_of(partial / MODEL)
-        answer, expected = answer_by(session, inputs), answer_of(packed, program)
+        answer, expected = answer_by(session, inputs, head), answer_of(packed, program)
         gap = _gap(answer, expected, _checked(batch, held_out))
         if not gap.mean() <= (_GAP_FAST if fast else _GAP):
             raise RuntimeError(f"onnxruntime's logits differ by {gap.mean():.2g} of the largest: please report this")
@@ -97,14 +100,15 @@ def session_of(path: Path, **options: Any) -> Any:
     return onnxruntime.InferenceSession(path, chosen, providers=["CPUExecutionProvider"])
 
 
-def answer_by(session: Any, inputs: list[str]) -> Answer:
+def answer_by(session: Any, inputs: list[str], head: Head = SEQUENCE) -> Answer:
     """An onnxruntime session, called on a batch as the program's network is."""
+    logits = dataclasses.replace(head, read=lambda found: torch.from_numpy(np.asarray(found)))  # of its only output
 
-    def answer(batch: dict[str, Tensor]) -> Tensor:
+    def run(batch: dict[str, Tensor]) -> Any:
         (found,) = session.run(None, {name: batch[name].numpy() for name in inputs})
-        return torch.from_numpy(np.asarray(found))
+        return found
 
-    return answer
+    return lambda batch: logits.logits(run, batch)
 
 
 class _Logits(nn.Module):

@@ -208,7 +208,7 @@ def require_equal(program: BayesianLoRA, written: nn.Module, rows: dict[str, Ten
     net, device = program.net, program.net.log_range.device
     written.to(device)
     tokens = min(32, net.layout.sequence_length)
-    rows = rows or net.head.example(example_rows(net.backbone, 2, tokens, varied=True))
+    rows = net.head.rows(rows) if rows else net.head.example(example_rows(net.backbone, 2, tokens, varied=True))
     batch = {key: value.to(device) for key, value in rows.items()}
     settings = {"use_cache": False} if net.has_cache else {}
     training = program.training

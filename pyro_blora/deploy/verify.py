@@ -52,7 +52,7 @@ def verify(
     z, random = z.clone(), None if theta is None else program.weights.split(theta)
     z[:, [BASE, *map(program.layout.tensors.index, ACTIVATIONS)]] = 1.0
     tokens = min(32, net.layout.sequence_length)
-    rows = rows or net.head.example(example_rows(net.backbone, 2, tokens, varied=True))
+    rows = net.head.rows(rows) if rows else net.head.example(example_rows(net.backbone, 2, tokens, varied=True))
     batch = {key: value.to(device) for key, value in rows.items()}
     training = program.training
     program.eval()

@@ -155,7 +155,8 @@ def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode:
     """
     table, kind = parts.rows[split].to_pandas(), prediction.likelihood
     table["decision"] = kind.cells(prediction.decision)
-    for name, column in kind.columns(prediction.outputs).items():
+    texts = list(zip(*(table[name] for name in parts.task.text_columns if name in table), strict=True))
+    for name, column in kind.in_words(dict(kind.columns(prediction.outputs)), texts).items():
         table[name] = column
     if split == "ood":  # another task's sentences: no answer is right
         return table.drop(columns="label")

@@ -58,7 +58,7 @@ class Prediction:
     @property
     def mean(self) -> Tensor:
         """(E, *) averaged over draws."""
-        return self.outputs.mean(0)
+        return self.likelihood.mean(self.outputs)
 
     @property
     def decision(self) -> Tensor:

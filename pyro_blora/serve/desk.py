@@ -81,11 +81,11 @@ class Desk:
     def answer(self, asked: Sequence[Asked]) -> list[list[dict[str, Any]]]:
         """For each request a table for each of its texts, which are predicted together."""
         texts = [text for each in asked for text in each.texts]
-        prediction = self.answers.prediction(dict(zip(self.columns, map(list, zip(*texts, strict=True)), strict=True)))
-        found = self._tables(self.answers.table_of(prediction))
+        by_column = dict(zip(self.columns, map(list, zip(*texts, strict=True)), strict=True))
+        prediction = self.answers.prediction(by_column)
+        found = self._tables(self.answers.table_of(prediction, by_column))
         if any(each.draws for each in asked) and len(prediction.outputs) > 1:
-            scale = self.answers.source.program.log_scale.detach().exp()
-            by_draw = [self._tables(self.kind.answers(x[None], scale)) for x in prediction.outputs]
+            by_draw = [self._tables(self.answers.in_words(x[None], by_column)) for x in prediction.outputs]
             for number, own in enumerate(found):
                 own["draws"] = [_of_draw(each[number], own) for each in by_draw]
                 if not isinstance(_first(own), float):

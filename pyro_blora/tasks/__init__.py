@@ -10,6 +10,7 @@ from .causal_lm import CausalLM
 from .multi_label import MultiLabel
 from .multiple_choice import MultipleChoice
 from .names import get_task, register_task, task_names
+from .spans import Spans
 from .tabular.task import from_frame
 from .token_labels import TokenLabels
 
@@ -18,6 +19,7 @@ __all__ = [
     "CausalLM",
     "MultiLabel",
     "MultipleChoice",
+    "Spans",
     "Task",
     "TokenLabels",
     "from_frame",

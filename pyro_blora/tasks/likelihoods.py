@@ -1,12 +1,7 @@
 """Kinds of outcome: everything that depends on what is predicted is asked of one object, a `Likelihood`.
 
-    categorical.py    one of several classes
-    normal.py         a number in a range
-    multi_label.py    any of several labels
-    token_labels.py   a label of every word
-    causal_lm.py      a text that continues another
-    multiple_choice.py  one of several options
-
+Those of the package are categorical.py, normal.py, multi_label.py, token_labels.py, spans.py, and of language models
+causal_lm.py and multiple_choice.py.
 A task has one; a kind of one's own is a subclass with `@register_likelihood("name")`, in a file of its own. Nothing
 outside this folder asks which kind it is.
 Shapes: S draws, E examples, B batch, C outputs of the head. `*` stands for the further dimensions of an example,
@@ -57,7 +52,6 @@ class Likelihood(abc.ABC):
     has_confidence: ClassVar[bool] = False  # one probability of being right: ECE, temperature, selection mean something
     no_confidence: ClassVar[str] = "no single confidence"  # in words, why not
     curvature: ClassVar[str | None] = None  # laplace-torch's name of the likelihood; None: it has none
-
     one_row: ClassVar[bool] = True  # whether an example has one row of logits, (C,), as many in every batch
 
     @property
@@ -121,20 +115,16 @@ class Likelihood(abc.ABC):
         return isinstance(cell, str) and bool(cell.strip())
 
     def reader(self, by_name: bool) -> tuple[Callable[[str], Any], str]:
-        """(what turns a label as a text file has it into one, the allowed ones in words).
+        """(what turns a label of a text file into one, or raises KeyError or ValueError; the allowed ones in words).
 
-        by_name: labels are written as names; else as the numbers that they are. The function raises KeyError or
-        ValueError for any other text. Errors: NotImplementedError where a label is no single word.
+        by_name: labels are written as names; else as numbers. Errors: NotImplementedError where one is no single word.
         """
         raise NotImplementedError(f"a label of kind {self.title} is not read from one column of text")
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, columns: tuple[str, ...], max_length: int) -> Rows:
-        """Token ids of rows, cut at max_length; sentence pairs are joined as the tokenizer does.
-
-        Where labels belong to tokens, also the column `label` anew.
-        """
+        """Token ids of rows, cut at max_length, pairs joined as the tokenizer does; of tokens' labels, `label` anew."""
         encoded: Rows = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
         return encoded
 
@@ -150,13 +140,17 @@ class Likelihood(abc.ABC):
     def averaged(self, distribution: Any, labels: Tensor) -> Tensor:
         """What is kept of every draw and averaged over draws: probabilities, or a mean.  -> (..., B, *)
 
-        distribution: what the object itself returned. labels: of the batch, which say where something is asked. Sizes
-        of `*` may differ between batches: shorter ones are padded with 0.
+        distribution: what the object itself returned. labels: of the batch, which say where something is asked. Where
+        sizes of `*` differ between batches, shorter ones are padded with 0.
         """
 
     def scored(self, labels: Tensor) -> Tensor:
         """A batch's labels, laid out as `averaged` is; shorter ones are padded with IGNORED."""
         return labels
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """What was kept, averaged over draws.  (S, E, *) -> (E, *)"""
+        return outputs.mean(0)
 
     @abc.abstractmethod
     def decision(self, mean: Tensor) -> Tensor:
@@ -182,7 +176,11 @@ class Likelihood(abc.ABC):
 
     def answers(self, outputs: Tensor, scale: Tensor) -> dict[str, Any]:
         """Columns of a table of predictions, the answer first.  outputs (S, E, *), scale ()"""
-        return {"decision": self.cells(self.decision(outputs.mean(0))), **self.columns(outputs)}
+        return {"decision": self.cells(self.decision(self.mean(outputs))), **self.columns(outputs)}
+
+    def in_words(self, found: dict[str, Any], texts: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+        """Columns of answers, with what their numbers stand for in the texts of each example."""
+        return found
 
     def conformal(self, mean: Tensor, labels: Tensor, coverage: float) -> Conformal:
         """Prediction sets, from held-out averages (E, *) and labels.  Errors: ValueError for too few, or no sets."""
@@ -212,6 +210,10 @@ class Likelihood(abc.ABC):
     @abc.abstractmethod
     def metric(self) -> Any:
         """What scores decisions where a task names nothing else: it has compute(predictions=, references=)."""
+
+    def metric_on(self, rows: pd.DataFrame, columns: tuple[str, ...]) -> Any:
+        """The same of rows whose texts it may need."""
+        return self.metric()
 
     @abc.abstractmethod
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
@@ -244,7 +246,7 @@ class Likelihood(abc.ABC):
         """(a sentence, the examples of predictions.parquet that went most wrong)."""
         return least_expected(table, count)
 
-    # --- the gates' start ---------------------------------------------------------------------------------------------
+    # --- the gates' start, distillation -------------------------------------------------------------------------------
 
     def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """Random v, of the logits' shape, with E[v v'] = the Fisher information of an example's label about its logits.
@@ -263,13 +265,10 @@ class Likelihood(abc.ABC):
         """Such directions where groups of outputs along the last dimension are independent.  (..., C) -> (..., C)"""
         return in_eigenbasis(lambda x: self(x, scale=scale), logits)
 
-    # --- distillation -------------------------------------------------------------------------------------------------
-
     def divergence(self, teacher: Distribution, student: Distribution, labels: Tensor) -> Tensor:
-        """KL(teacher || student) of an example's label, nats, (..., B).
+        """KL(teacher || student) of an example's label, nats, (..., B); both are what the object itself returned.
 
-        teacher, student: what the object itself returned. labels: as `log_prob` takes them; where one is IGNORED,
-        nothing is asked. Errors: NotImplementedError where torch knows no divergence between the two.
+        labels: as `log_prob` takes them. Errors: NotImplementedError where torch knows no divergence between the two.
         """
         return kl_divergence(teacher, student)
 

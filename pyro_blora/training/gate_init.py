@@ -209,13 +209,16 @@ def sensitivity(program: BayesianLoRA, batches: Iterable[tuple[dict, Tensor]], r
 
 def _with_examples(net: GatedModel, batches: Iterable[tuple[dict, Tensor]]) -> Iterator[tuple[dict, Tensor]]:
     """The batches, or their examples one by one where a layer sees tensors that do not lead with the example."""
-    for number, (inputs, labels) in enumerate(batches):
-        if number == 0:
-            together = not (apart := without_examples(net, inputs))
-            if not together:
-                log.info("slopes are taken example by example: %s mix the examples of a batch", ", ".join(apart))
-        for at in [slice(None)] if together else (slice(i, i + 1) for i in range(len(labels))):
-            yield {key: x[at] for key, x in inputs.items()}, labels[at]
+    together: bool | None = None
+    for inputs, labels in batches:
+        for own, at in net.head.groups(inputs):
+            truth = labels[at]
+            if together is None and len(truth) > 1:
+                together = not (apart := without_examples(net, own))
+                if not together:
+                    log.info("slopes are taken example by example: %s mix the examples of a batch", ", ".join(apart))
+            for one in [slice(None)] if together else (slice(i, i + 1) for i in range(len(truth))):
+                yield {key: x[one] for key, x in own.items()}, truth[one]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from tiny import save_tiny_backbone, tiny_config
 from experiments.grid import results, write_results
 from experiments.studies.grid_file import Cell
 from pyro_blora.run import train_run
+from pyro_blora.tasks import get_task
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -64,6 +65,7 @@ def test_every_script_is_in_the_table():
         "predict_memory.py",
         "serve_load.py",
         "grid.py",
+        "squad_split.py",
     }
     assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS) | with_their_own_tests
 
@@ -105,3 +107,18 @@ def _here(script, arguments, monkeypatch):
 def test_memory_of_predictions_is_printed_by_rows(monkeypatch, capsys):
     _here("predict_memory.py", ["--rows", "30"], monkeypatch)
     assert "| rows | peak memory | seconds |" in (said := capsys.readouterr().out) and "| 30 | " in said
+
+
+def test_articles_of_squad_are_split(data_dir, tmp_path, monkeypatch, capsys):
+    files = [str(data_dir / "squad" / name) for name in ("dev-v1.1.rebuilt.json", "xquad.en.json")]
+    if not (data_dir / "squad").is_dir():
+        pytest.skip(f"no questions at {data_dir / 'squad'}")
+    _here("squad_split.py", ["--dev", files[0], "--xquad", files[1], "--to", str(tmp_path)], monkeypatch)
+    assert capsys.readouterr().out.split() == ["train.json:", "7,673", "questions", "eval.json:", "352", "questions"]
+    train, held_out = (
+        {row["context"] for row in rows}
+        for rows in get_task(
+            "squad", {"squad_train": str(tmp_path / "train.json"), "squad_eval": str(tmp_path / "eval.json")}
+        ).load().values()
+    )  # fmt: skip
+    assert not train & held_out

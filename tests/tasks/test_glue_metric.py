@@ -160,7 +160,12 @@ def test_values_that_are_not_finite_are_refused():
         GlueScore("stsb").compute(predictions=[1.0, float("nan")], references=[1.0, 2.0])
 
 
-@pytest.mark.parametrize("name", [name for name in task_names() if REQUIRED not in TASKS.entry(name).settings.values()])
+NEED_NOTHING = [
+    name for name in task_names() if REQUIRED not in TASKS.entry(name).settings.values() and name != "squad"
+]  # which scores its texts
+
+
+@pytest.mark.parametrize("name", NEED_NOTHING)
 def test_the_headline_number_is_among_the_scores(name):
     task = get_task(name)
     assert task.metric_name in task.metric().compute(predictions=PREDICTIONS, references=REFERENCES)

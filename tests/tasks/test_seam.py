@@ -21,13 +21,13 @@ from pyro_blora.tasks.likelihoods import LIKELIHOODS
 pytestmark = pytest.mark.usefixtures("eager")
 PACKAGE = Path(__file__).resolve().parents[2] / "pyro_blora"
 OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "tasks"]
-KINDS = {"categorical", "normal", "multi_label", "token_labels", "causal_lm", "multiple_choice"}
-FILES = {"categorical", "normal", "multi_label", "token_labels", "causal_lm", "multiple_choice", "glue_metric"}
+KINDS = {"categorical", "normal", "multi_label", "token_labels", "causal_lm", "multiple_choice", "spans"}
+FILES = {"categorical", "normal", "multi_label", "token_labels", "causal_lm", "multiple_choice", "spans", "glue_metric"}
 NAMED = re.compile(
-    r"AutoModelFor\w+|ForSequenceClassification|SEQ_CLS|TOKEN_CLS|(single|multi)_label|is_classification|"
+    r"AutoModelFor\w+|ForSequenceClassification|SEQ_CLS|TOKEN_CLS|QUESTION_ANS|(single|multi)_label|is_classification|"
     r"(text|token)-classification|regression|DataCollator\w*|\bGlueScore\b|\bstsb\b"
 )
-OF_KINDS = r"Categorical|Normal\b|MultiLabel|TokenLabels|CausalLM|MultipleChoice"
+OF_KINDS = r"Categorical|Normal\b|MultiLabel|TokenLabels|CausalLM|MultipleChoice|Spans"
 OBJECTS = ("likelihood", "kind", "outcome", "task", "head")
 ASKED = {"problem_type", "num_labels", "outputs", "classes", "names", "label_range", "title", "auto_class", "task_type"}
 
@@ -44,7 +44,7 @@ def faults(source):
             yield from (f"line {node.lineno} imports {x.name}" for x in node.names if x.name in FILES)
         if isinstance(node, ast.Name | ast.Attribute):
             name = node.id if isinstance(node, ast.Name) else node.attr
-            if NAMED.search(name) or name in ("MultiLabel", "TokenLabels", "CausalLM", "MultipleChoice"):
+            if NAMED.search(name) or name in ("MultiLabel", "TokenLabels", "CausalLM", "MultipleChoice", "Spans"):
                 yield f"line {node.lineno} names {name}"
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
         if is_text and (NAMED.search(node.value) or node.value in KINDS - {"normal"}):  # which is a font's weight, too
