@@ -76,7 +76,8 @@ def module_of(name: str, kind: str) -> types.ModuleType:
     file = file_of(name)[0].resolve()
     if not file.is_file():
         raise ValueError(f"{kind} file {path} does not exist (looked for {file})")
-    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    source = file.read_bytes()
+    content = hashlib.sha256(source).hexdigest()
     imported_as = _MODULE + hashlib.sha256(str(file).encode()).hexdigest()[:12]
     loaded = sys.modules.get(imported_as)
     if loaded is not None and vars(loaded).get("__content__") == content:
@@ -88,7 +89,7 @@ def module_of(name: str, kind: str) -> types.ModuleType:
     vars(module)["__content__"] = content
     sys.modules[imported_as] = module  # before the import: dataclasses look their module up while they are made
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))  # bytecode is looked up by the second
     except Exception as error:
         sys.modules.pop(imported_as, None)
         raise ValueError(f"{kind} file {path} fails to import: {type(error).__name__}: {error}") from error

@@ -1,5 +1,7 @@
 """Laws of the registry: names, files of the user's, and settings checked against a signature."""
 
+import os
+import sys
 from typing import Literal
 
 import pytest
@@ -175,11 +177,14 @@ def test_a_function_comes_from_a_users_file(priors, tmp_path):
     assert law(None, **priors.settings(law, {"rate": 2})) == 2.0
 
 
-def test_an_edited_file_is_loaded_again_and_may_register_its_name_again(priors, tmp_path):
+def test_an_edited_file_is_loaded_again_and_may_register_its_name_again(priors, tmp_path, monkeypatch):
+    """Within the same second and of the same size, where Python would take its bytecode of before."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     PRIORS[:] = [priors]
     text = f"from {__name__} import PRIORS\n\n@PRIORS[0].register('mine')\ndef law(layout):\n    return VALUE\n"
     for value in ("1", "2"):
         name = write(tmp_path / "mine.py", text.replace("VALUE", value))
+        os.utime(tmp_path / "mine.py", (1e9, 1e9))
         assert priors.resolve(name)(None) == int(value)
         assert priors.resolve("mine")(None) == int(value)
 
