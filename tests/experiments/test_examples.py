@@ -30,12 +30,12 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs e --simulations 5 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
-    "fewest_bops.py": f"--tasks wnli --seeds 0 --methods greedy --steps 0 {SMALL}",
-    "gates.py": f"--tasks wnli --seeds 0 --cells frozen natural alone_4 {SMALL}",
+    "fewest_bops.py": f"--tasks wnli --seeds 0 --methods uniform --steps 0 {SMALL}",
+    "gates.py": f"--tasks wnli --seeds 0 --cells frozen alone {SMALL}",
     "levers.py": f"--tasks wnli --seeds 0 --methods uniform --levers all --without OUT/without {SMALL}",
     "glue_small.py": "--glue_dir GLUE --backbone TINY --tasks wnli --max_train 64 --max_length 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
-    "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag xs8-gates-gaussian --max_train 100 --epochs 5 "
+    "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag --max_train 100 --epochs 4 "
     "--draws 2 --glue_dir GLUE --backbone TINY --output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
     "train.py": "--task acceptability --backbone TINY --max_train 64 --max_length 32 --epochs 1 "
     "--draws 2 --output_dir OUT",
