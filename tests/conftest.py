@@ -68,8 +68,12 @@ def eager():
 
 @pytest.fixture(scope="session", autouse=True)
 def short():
-    """Runs of the tests try few ranges and have few rows to predict: in eight steps nothing more would be learned."""
+    """Runs of the tests try few ranges and have few rows to predict: in eight steps nothing more would be learned.
+
+    Nor do they wait for the disk, fifty times each: a process that is killed loses nothing that the system has taken.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(range_calibration, "_CANDIDATES", range_calibration._CANDIDATES[::5])
         patch.setattr(acceptability, "N_EVAL", 120)
         yield

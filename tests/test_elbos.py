@@ -333,8 +333,7 @@ def test_elbos_of_pyro_are_unbiased_with_discrete_draws(elbo, guide):
     assert agree(losses, exact.detach()) and agree(gradients, slopes(exact, program))
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
-@pytest.mark.parametrize("estimator", ["straight_through", "score_function"])
+@pytest.mark.parametrize(("elbo", "estimator"), [(Trace_ELBO, "straight_through"), (TraceGraph_ELBO, "score_function")])
 def test_without_data_hard_draws_leave_the_gates_at_their_prior(elbo, estimator):
     """Where the density of a soft draw would have closed them."""
     program, (inputs, labels) = bits(estimator), data(bits())

@@ -370,13 +370,16 @@ def test_a_tracker_gets_numbers_and_pictures_of_the_gates(backbone, tmp_path):
 
 
 FORGETFUL = """
-import random, transformers
+import transformers
 
 
 class Forgetful(transformers.BertForSequenceClassification):
+    made = 0
+
     def __init__(self, config):
         super().__init__(config)
-        self.secret = random.random()
+        Forgetful.made += 1
+        self.secret = float(Forgetful.made)
 
     def forward(self, input_ids, attention_mask=None, **_):
         out = super().forward(input_ids, attention_mask)
@@ -391,7 +394,7 @@ def forgetful(num_labels):
 
 
 def test_what_could_not_be_exported_is_not_trained(backbone, tmp_path, monkeypatch):
-    """A model that draws what it does not save: read back, it is another one."""
+    """A model that adds what it does not save: read back, it is another one."""
     (tmp_path / "own.py").write_text(FORGETFUL.format(folder=backbone), encoding="utf-8")
     monkeypatch.setattr(_Loop, "run", lambda *_: pytest.fail("it was trained"))
     config = tiny_config(f"{tmp_path}/own.py:forgetful", method="full", output_dir=str(tmp_path / "runs"))
