@@ -1,6 +1,9 @@
-"""Two processes on one machine, in environments as torchrun makes them: gradients, draws, files, scores, sharding."""
+"""Two processes on one machine, as torchrun starts them: gradients, draws, log, checkpoint, evaluation, sharding."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import accelerate
@@ -26,7 +29,7 @@ from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
 from pyro_blora.tasks.batching import by_length, on_device
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "as_shipped")  # processes that torchrun starts know no fixture
 ROOT = Path(__file__).resolve().parents[1]
 
 DECODER = '''
@@ -131,6 +134,18 @@ def refuse():
     leave()
 
 
+def torchrun(*arguments: str, **variables: str) -> str:
+    """What two processes print.  Fails with what they say where they fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
+             "PYRO_BLORA_COMPILE": "0", "HF_HUB_OFFLINE": "1", **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")
@@ -174,7 +189,10 @@ def train(config: dict, folder: Path, **variables: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder, backbone):
-    return train(settings(backbone, folder / "runs", tracker="tensorboard"), folder)
+    """As a user starts it."""
+    config = settings(backbone, folder / "runs", tracker="tensorboard")
+    torchrun("-m", "pyro_blora", *flags(config))
+    return folder_of(config)
 
 
 def test_two_processes_have_the_gradients_of_the_union_of_their_batches(folder):

@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from damage import damage_and_read
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import export, fit
@@ -42,25 +41,8 @@ def folders(backbone, tmp_path_factory):
 
 @pytest.mark.parametrize(("form", "name"), [(form, name) for form, names in FILES.items() for name in names])
 def test_damaged_bytes_end_in_a_sentence_or_change_nothing(folders, backbone, form, name, tmp_path):
-    folder, copy = folders[form], shutil.copytree(folders[form], tmp_path / "copy")
-    whole = (folder / name).read_bytes()
-
     def answers(folder):
         model = load_to_predict(folder, backbone=backbone if form == "peft" else None)
         return torch.tensor(model.predict(["the dog sees", "a cat"])["p_acceptable"].to_numpy())
 
-    expected = answers(folder)
-
-    @given(place=st.floats(0, 1), size=st.integers(0, 40), new=st.binary(max_size=40))
-    @settings(max_examples=12, deadline=None)
-    def damaged(place, size, new):
-        start = int(place * len(whole))
-        (copy / name).write_bytes(whole[:start] + new + whole[start + size :])
-        try:
-            found = answers(copy)
-        except ValueError as error:
-            assert "\n" not in str(error) and str(copy) in str(error)
-        else:
-            assert torch.equal(found, expected)
-
-    damaged()
+    damage_and_read(shutil.copytree(folders[form], tmp_path / "copy"), name, answers, examples=12)

@@ -54,7 +54,7 @@ def run(folder, tmp_path_factory):
     decoder = save_tiny_decoder(tmp_path_factory.mktemp("trained"))
     config = tiny_config(
         decoder, task="e2e", task_settings={"e2e_dir": str(folder), "longest": 12, "drawn": 2}, scope="encoder",
-        output_dir=str(tmp_path_factory.mktemp("runs")), max_train=None, epochs=4, lr=2e-2, max_length=96, batch_size=8,
+        output_dir=str(tmp_path_factory.mktemp("runs")), max_train=None, epochs=6, lr=2e-2, max_length=96, batch_size=8,
     )  # fmt: skip
     return train_run(config)
 
@@ -154,7 +154,7 @@ def test_scores_are_the_packages_own():
 def test_it_trains_predicts_reports_and_packs(run, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     first, *_, last = (json.loads(line)["nll"] for line in (run / "metrics.jsonl").read_text().splitlines())
-    assert last < 0.8 * first and summary["n_eval"] == 14
+    assert last < 0.7 * first and summary["n_eval"] == 14
     assert summary["metric"]["value"] > summary["beside"]["accuracy"]["constant"]
     table = pd.read_parquet(run / "predictions.parquet")
     tokens = sum(map(len, table["token"]))

@@ -203,6 +203,8 @@ def test_what_is_exported_is_read_back_with_its_labels(run):
 
 @pytest.mark.parametrize("changes", [{"estimator": "score_function"}, {"weights": "gaussian", "adapter": "xs"},
                                      {"weights": "ensemble", "weights_settings": {"members": 2}, "method": "lora"},
+                                     {"average_over": "dropout", "method": "mc_dropout"}, {"method": "adalora"},
+                                     {"method": "full"},
                                      {"scope": "encoder", "guide": "mixture"}])  # fmt: skip
 def test_every_part_of_the_house_takes_it(config, tmp_path, changes):
     values = {"epochs": 1, "max_train": 64, "output_dir": str(tmp_path), "validation": 0.2, **changes}

@@ -92,6 +92,8 @@ def test_gates_of_a_role_share_what_they_have_in_common_and_those_of_other_roles
     assert moved[:200].mean() == pytest.approx(2.0, abs=0.3) and moved[:200].std() < 0.5
     assert moved[200:].abs().mean() < 0.3
     torch.testing.assert_close(moved[:200], shrunk(at(means[:200], 1.0), torch.ones(1, 200)))
+    others = means + torch.tensor([0.0, 9.0]).repeat_interleave(200)
+    assert torch.equal(shrunk(at(others, 1.0), two_roles)[:200], moved[:200])
 
 
 @pytest.mark.parametrize(("estimator", "bound"), [("gauss_newton", 0.1), ("relaxed", 1.0)])
