@@ -227,7 +227,10 @@ def test_slopes_of_gates_are_those_of_each_question_alone(tokenizer, tmp_path):
     calibrate(program.net, [whole[0]])
     ranges = range_errors(program, [whole]).best_by_width()
     one, other = (sensitivity(program, batches, ranges).alone for batches in ([whole], single))
-    assert len(program.net.head.groups(whole[0])) == 3 and one.z.any()
+    groups = program.net.head.groups(whole[0])
+    assert len(groups) == 3 and one.z.any()
+    assert sorted(int(i) for _, at in groups for i in torch.arange(4)[at]) == [0, 1, 2, 3]  # each once, and whole
+    assert sum(x["attention_mask"].sum() for x, _ in groups) == whole[0]["attention_mask"].sum()
     for x, y in zip(one, other, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
