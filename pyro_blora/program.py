@@ -31,7 +31,8 @@ from . import adapters
 from .adapters.example_axis import leads_with_examples
 from .distillation import Distilled, Teacher
 from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
-from .elbos.evaluation import Distributions, Program, closed_form_kl, mean_nll, sites_of, unused
+from .elbos.base import Program, mean_nll, sites_of, unused
+from .elbos.divergences import Distributions, closed_form_kl
 from .gates import Gates
 from .guides.base import Guide
 from .layout import AdapterLayout

@@ -14,7 +14,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro_blora import adapters
 from pyro_blora.adapters import attach, calibrate
 from pyro_blora.elbos import Terms
-from pyro_blora.elbos.evaluation import closed_form_kl
+from pyro_blora.elbos.divergences import closed_form_kl
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide
 from pyro_blora.priors import build_prior

@@ -62,7 +62,7 @@ class GatedModel(nn.Module):
                 self.register_buffer(name, getattr(layout, name).to(device), persistent=False)
 
     def forward(self, **inputs):
-        batch: dict[str, Any] = self.head.rows(inputs)
+        batch: dict[str, Any] = self.head.rows(inputs) if self.head.windows else inputs
         if self.has_cache:  # of keys and values, for a text that goes on: none does here
             batch.setdefault("use_cache", False)
         if self.gate_context.is_exact:
@@ -75,6 +75,8 @@ class GatedModel(nn.Module):
 
     def logits(self, **batch) -> Tensor:
         """What the likelihood takes, in float32, (B, *, C)."""
+        if not self.head.windows:
+            return self.head.read(self(**batch)).float()
         return self.head.logits(lambda rows: self(**rows), batch).float()
 
     @functools.cached_property

@@ -14,9 +14,9 @@ Measured bias and variance: benchmarks/posterior.md.
 """
 
 from ..registries import ELBOS, register_elbo
-from .base import Elbo, GateELBO, Terms, build_elbo
+from .base import Elbo, Evaluation, GateELBO, Terms, build_elbo
+from .divergences import JOINT, JointDivergence
 from .enumeration import Enumerate
-from .evaluation import JOINT, Evaluation, JointDivergence
 from .gauss_newton import GaussNewton
 from .relaxed import Relaxed, StraightThrough
 from .score_function import ScoreFunction

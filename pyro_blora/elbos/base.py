@@ -1,18 +1,25 @@
 """The negative ELBO of a model and a guide over gates as a `pyro.infer` ELBO, and ELBOs by name: `--estimator NAME`.
 
 `GateELBO` is a kind of Pyro's `TraceMeanField_ELBO`, with the KL divergence of the discrete distributions in closed
-form; a subclass defines how the expected NLL and its gradient are estimated. Pyro's class reads the loss on the host,
-which synchronizes with the GPU, and does not return the terms of the ELBO. Register a subclass, or another class with
-the methods of the protocol `Elbo`, with `@register_elbo`.
-Shapes: N training examples; z (L, T, K), g (L, R - 1).   Units: nats.
+form; a subclass defines how the expected NLL and its gradient are estimated, from an `Evaluation`, in which the guide
+has been run and the model can be run at any gates. Pyro's class reads the loss on the host, which synchronizes with
+the GPU, and does not return the terms of the ELBO. Register a subclass, or another class with the methods of the
+protocol `Elbo`, with `@register_elbo`.
+Shapes: N training examples, M components of the guide; z (L, T, K), g (L, R - 1).   Units: nats.
 """
 
 import dataclasses
 import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import pyro.distributions as dist
+import torch
+from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
 from torch import Tensor
 
@@ -20,8 +27,12 @@ from ..gates import Gates
 from ..guides.base import Guide
 from ..registries import ELBOS
 from ..registry import undefined
-from .evaluation import Evaluation, Program
+from .divergences import JOINT, Distributions, JointDivergence, closed_form_kl, masked
 
+_GATES = Gates._fields
+Program = Callable[..., Any]  # of Pyro: a model, or a guide
+Draw = Callable[[dist.TorchDistribution], Tensor]
+Sites = dict[str, Any]  # what Pyro traces of each, by name
 Draws = Literal["soft", "hard", "discrete"]  # of the guide: relaxed, straight-through, or without a gradient
 
 
@@ -48,6 +59,131 @@ class Terms:
         """-ELBO / N, nats per example."""
         kl = self.gate_weight * (self.kl_z + self.kl_g) + self.theta_weight * self.kl_theta
         return self.nll + kl / self.n_train
+
+
+class _Drawn(Messenger):
+    """Gate sites get their values from `draw(distribution)`."""
+
+    def __init__(self, draw: Draw):
+        super().__init__()
+        self.draw = draw
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in _GATES and msg["value"] is None:
+            msg["value"] = self.draw(msg["fn"])
+
+
+class Evaluation:
+    """The guide has been run; the model can be run at any gates.
+
+    args, kwargs: of both. draw: how a gate site of the guide gets its value. component: of a guide that has several,
+    the first to draw from; None where the guide draws one.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}), *, draw: Draw, component: int | None,
+    ):  # fmt: skip
+        self.model, self.guide, self.args, self.kwargs, self.draw = model, guide, args, kwargs, draw
+        self.drawn = self._run_guide(guide, component)
+        latent = {name: site for name, site in self.drawn.items() if _is_latent(site)}
+        self.shared = {name: site["value"] for name, site in latent.items() if name not in _GATES}
+        self.scored: Sites = {}  # of the model's latest run
+
+    def _run_guide(self, guide: Program, component: int | None) -> Sites:
+        more = {} if component is None else {"component": component}
+        return sites_of(_Drawn(self.draw)(guide), *self.args, **self.kwargs, **more)
+
+    @property
+    def joint(self) -> JointDivergence | None:
+        """The auxiliary site, where gates are dependent."""
+        return self.drawn[JOINT]["fn"] if JOINT in self.drawn else None
+
+    @property
+    def held(self) -> bool:
+        """Whether the gates were given (`poutine.condition`)."""
+        return bool(self.drawn["z"]["is_observed"])
+
+    @property
+    def distributions(self) -> Distributions:
+        """The distributions that the guide's gate sites have."""
+        return Gates(*(self.drawn[site]["fn"] for site in _GATES))
+
+    @property
+    def gates(self) -> Gates[Tensor]:
+        """The drawn gates."""
+        return Gates(*(self.drawn[site]["value"] for site in _GATES))
+
+    def gates_of(self, component: int) -> Gates[Tensor]:
+        """A draw from another component, at the same weights and settings of the prior."""
+        drawn = self._run_guide(poutine.condition(self.guide, data=self.shared), component)
+        return Gates(*(drawn[site]["value"] for site in _GATES))
+
+    @property
+    def components(self) -> int:
+        """Of the guide, which `joint` knows where there are several."""
+        return 1 if self.joint is None else self.joint.components
+
+    def mean_over_components(self, nll: Callable[[Gates[Tensor], int], Tensor]) -> Tensor:
+        """The mean of nll(gates, component) over a draw of each component of a mixture, or over the one draw."""
+        total = nll(self.gates, 0)
+        for component in range(1, self.components):
+            total = total + nll(self.gates_of(component), component)
+        return total / self.components
+
+    def run_model(self, gates: Gates[Tensor]) -> Sites:
+        """Run the model at given gates, and at the guide's draws of all other sites."""
+        given = poutine.condition(self.model, data={**self.shared, **gates._asdict()})
+        self.scored = sites_of(given, *self.args, **self.kwargs)
+        return self.scored
+
+    def nll(self, gates: Gates[Tensor]) -> Tensor:
+        """Mean NLL of the batch at given gates, nats per example."""
+        return mean_nll(self.run_model(gates))
+
+    def divergences(self) -> dict[str, Tensor]:
+        """KL(guide || prior) by site, nats, after a run of the model."""
+        found: dict[str, Tensor] = {}
+        if self.joint is not None:
+            found |= self.joint.divergence(Gates(*(self.scored[site]["fn"] for site in _GATES)))._asdict()
+        for name in (*_GATES, *self.shared):
+            if name not in found:
+                site = self.drawn[name]
+                found[name] = masked(closed_form_kl(name, site["fn"], self.scored[name]["fn"]), site["mask"])
+        return found
+
+    def scale(self, name: str) -> float:
+        """The weight of the KL of a site of the guide; 0 for gates that were given."""
+        if name in _GATES and self.held:
+            return 0.0
+        return float(self.drawn[name]["scale"]) if name in self.drawn else 1.0
+
+    @property
+    def examples(self) -> int:
+        """N, as the model's plate of examples has it."""
+        (plate,) = self.scored["label"]["cond_indep_stack"]
+        return int(plate.full_size)
+
+
+def sites_of(function: Program, *args: Any, **kwargs: Any) -> Sites:
+    """The sites of one run of a model or a guide, by name."""
+    return dict(poutine.trace(function).get_trace(*args, **kwargs).nodes)
+
+
+def unused(distribution: dist.TorchDistribution) -> Tensor:
+    """A placeholder value for a gate site that is not used: no random number is drawn."""
+    return torch.zeros(distribution.shape())
+
+
+def _is_latent(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+
+
+def mean_nll(model: Sites) -> Tensor:
+    """Mean NLL of the batch in a run of the model, nats per example."""
+    label = model["label"]
+    nll: Tensor = -label["fn"].log_prob(label["value"]).mean()
+    return nll
 
 
 @runtime_checkable

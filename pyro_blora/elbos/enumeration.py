@@ -11,8 +11,7 @@ from torch import Tensor
 from ..gates import Gates
 from ..guides.base import Guide, components
 from ..registries import register_elbo
-from .base import GateELBO
-from .evaluation import Evaluation, unused
+from .base import Evaluation, GateELBO, unused
 
 _MOST_STATES = 1 << 14  # forwards in one exact expectation
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from ..gates import Gates
 from ..guides.base import Guide, LogBayesFactors, require_natural
 from ..registries import register_elbo
-from .base import GateELBO, Terms
-from .evaluation import Evaluation, Program
+from .base import Evaluation, GateELBO, Program, Terms
 
 
 @register_elbo("gauss_newton")

@@ -6,8 +6,7 @@ Of a mixture every component is drawn from, as one alone would be M times noisie
 from torch import Tensor
 
 from ..registries import register_elbo
-from .base import Draws, GateELBO
-from .evaluation import Evaluation
+from .base import Draws, Evaluation, GateELBO
 
 
 @register_elbo("relaxed")

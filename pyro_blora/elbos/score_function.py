@@ -9,8 +9,7 @@ from torch import Tensor
 from ..gates import Gates
 from ..guides.base import Guide
 from ..registries import register_elbo
-from .base import GateELBO
-from .evaluation import Evaluation
+from .base import Evaluation, GateELBO
 
 
 @register_elbo("score_function")
