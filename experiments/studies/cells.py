@@ -22,6 +22,7 @@ from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors, trainable, write_tensors
 from pyro_blora.config import RunConfig
 from pyro_blora.posterior.arviz_compat import arviz_itself
+from pyro_blora.registries import TASKS
 from pyro_blora.run import train_run, versions
 from pyro_blora.training import Schedule, fit
 from pyro_blora.training.identity import identity
@@ -124,12 +125,16 @@ def provenance(cells: list[dict]) -> str:
 def settings_of(config: RunConfig) -> dict:
     """What a cell keeps of a configuration: what was run, not where."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
+    if config.task_settings:  # a task's own flags are where its data are
+        places = TASKS.entry(config.task).flags
+        values["task_settings"] = {key: x for key, x in config.task_settings.items() if key not in places}
     return {key: value for key, value in values.items() if key not in _ELSEWHERE}
 
 
 def _read(config: RunConfig) -> dict:
     folder = folder_of(config)
-    examples = pd.read_parquet(folder / "predictions.parquet", columns=["label", *PREDICTED])
+    table = pd.read_parquet(folder / "predictions.parquet").select_dtypes("number")  # spans and texts have no numbers
+    examples = table[[name for name in ("label", *PREDICTED) if name in table]]
     opened = arviz_itself().from_netcdf(folder / "posterior.nc")["constant_data"]["g_marginal"]
     opened = opened.isel(chain=0, drop=True) if "chain" in opened.dims else opened  # runs before restarts had none
     ranks = 1 + opened.sum("rank", skipna=False)
