@@ -64,6 +64,12 @@ class Source:
         """drawn: of `drawn`; without it, of the deployed allocation."""
         return predict(self.program, batches, **drawn)
 
+    def write(
+        self, rows: Rows, batch_size: int, gates: Gates[Tensor] | None = None, theta: Tensor | None = None
+    ) -> list[str]:
+        """A text for each row, at given gates and weights, or of the deployed allocation."""
+        return write(self.program, self.tokenizer, rows, gates, theta, batch_size)
+
 
 class Answers:
     """Draws, a threshold and sets, made once; called with texts it gives a table.
@@ -143,15 +149,13 @@ class Answers:
 
     def _written(self, rows: Rows) -> dict[str, list[Any]]:
         """text: of the deployed allocation; drawn: those of every draw, without `deployed`."""
-        source, columns = self.source, {name: rows[name] for name in self.columns}
-        found: dict[str, list[Any]] = {"text": write(source.program, source.tokenizer, columns, None, None,
-                                                     self.batch_size)}  # fmt: skip
+        columns = {name: rows[name] for name in self.columns}
+        found: dict[str, list[Any]] = {"text": self.source.write(columns, self.batch_size)}
         each = []
         for fit, draws in zip(self._fits, self.drawn, strict=True):
             for i in range(len(draws["gates"].z) if draws else 0):
                 at, theta = Gates(*(x[i] for x in draws["gates"])), draws["weights"]
-                random = None if theta is None else theta[i]
-                each.append(write(fit.program, fit.tokenizer, columns, at, random, self.batch_size))
+                each.append(fit.write(columns, self.batch_size, at, None if theta is None else theta[i]))
         return found | ({"drawn": [list(texts) for texts in zip(*each, strict=True)]} if each else {})
 
     def prediction(self, rows: Rows, labels: Sequence[Any] | None = None, *, show: bool = False) -> Prediction:

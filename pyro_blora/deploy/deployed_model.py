@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config.run_config import RunConfig
 from ..posterior.prediction import Prediction
 from ..program import Inputs
-from ..tasks.likelihoods import Likelihood
+from ..tasks.likelihoods import Likelihood, Rows
 from ..tasks.outcomes import kind_of
 from ..tasks.writing import Writer
 from . import onnx_file, packed
@@ -59,17 +59,17 @@ class DeployedModel:
             raise Refused(f"{folder} does not describe its task, as older exports do not: {_AGAIN}") from None
         if kind is None:
             raise Refused(f"{folder} has a kind of outcome that is not registered here: import the module that has it")
-        if isinstance(kind, Writer):
-            raise ValueError(f"{folder} is a language model, whose texts its run writes: give the run's folder")
+        if isinstance(kind, Writer) and form is onnx_file:
+            raise ValueError(
+                f"{folder} is an ONNX model, which writes no texts: give the run's folder, or a packed one"
+            )
         self.likelihood = kind
-        self._network, self._answer = (
-            _packed(folder, kind, backbone) if form is packed else _onnx(folder, kind, content)
-        )
+        self.network, self._answer = _packed(folder, kind, backbone) if form is packed else _onnx(folder, kind, content)
 
     def to(self, device: str) -> DeployedModel:
         """Of a packed one; onnxruntime is asked for the CPU."""
-        if self._network is not None:
-            self._network.to(device)
+        if self.network is not None:
+            self.network.to(device)
             self.log_scale = self.log_scale.to(device)
         return self
 
@@ -119,6 +119,13 @@ class _Deployed(Source):
     @torch.no_grad()
     def predict(self, batches: Iterable[tuple[Inputs, Tensor]], **drawn: Any) -> Prediction:
         return Prediction.joined([self.program.prediction(inputs, labels) for inputs, labels in batches])
+
+    def write(self, rows: Rows, batch_size: int, *drawn: Any) -> list[str]:
+        program = self.program
+        found: list[str] = program.likelihood.write(
+            program.network, self.tokenizer, rows, program.text_columns, batch_size
+        )
+        return found
 
 
 class _Loaded(NamedTuple):

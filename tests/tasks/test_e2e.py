@@ -13,7 +13,9 @@ from tiny import save_tiny_decoder, tiny_config
 from pyro_blora import RunConfig, load
 from pyro_blora.__main__ import main
 from pyro_blora.adapters import use_gates
-from pyro_blora.deploy import pack
+from pyro_blora.deploy import onnx_file, pack
+from pyro_blora.deploy.deployed_model import DeployedModel
+from pyro_blora.deploy.manifest import write_manifest
 from pyro_blora.models import load_backbone, load_tokenizer
 from pyro_blora.posterior import deployed
 from pyro_blora.posterior.arviz_compat import group, read
@@ -174,12 +176,30 @@ def test_it_trains_predicts_reports_and_packs(run, tmp_path):
         assert torch.equal(packed(**inputs).logits, model.net.logits(**inputs))
 
 
-def test_texts_are_written_by_a_run_only(run, tmp_path, capsys):
+def test_a_packed_model_writes_the_deployed_texts(run, tmp_path, capsys):
+    folder, rows = str(tmp_path / "packed"), tmp_path / "new.jsonl"
+    assert main(["export", str(run), "--to", folder, "--format", "packed"]) == 0
+    rows.write_text("".join(json.dumps({"mr": mr}) + "\n" for mr, _ in ROWS[:3]))
+    assert main(["predict", folder, str(rows), "--out", str(tmp_path / "out.jsonl")]) == 0
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = load(run).predict([mr for mr, _ in ROWS[:3]], deployed=True)
+    assert [row["text"] for row in written] == expected["text"].tolist() and "drawn" not in written[0]
     assert main(["serve", str(run)]) == 2
     assert "is a language model, whose texts are not served: use pyro-blora predict" in capsys.readouterr().err
-    folder = pack(load(run), tmp_path / "packed")
-    assert main(["predict", str(folder), str(run / "predictions.parquet"), "--out", str(tmp_path / "out.csv")]) == 2
-    assert "give the run's folder" in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
+
+
+def test_an_onnx_model_writes_no_texts(run, tmp_path):
+    """Which its manifest says; to export the file itself would take fifteen seconds."""
+    content = {
+        "schema": onnx_file.SCHEMA, "version": onnx_file.VERSION, "made_by": "x", "inputs": ["input_ids"],
+        "output": "logits", "labels": [], "products": {"integer": 0, "all": 1},
+        "task": json.loads((pack(load(run), tmp_path / "packed") / "packed.json").read_text())["task"],
+    }  # fmt: skip
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / onnx_file.MODEL).touch()
+    write_manifest(tmp_path / "onnx" / onnx_file.MANIFEST, content)
+    with pytest.raises(ValueError, match="writes no texts: give the run's folder, or a packed one"):
+        DeployedModel(tmp_path / "onnx")
 
 
 def test_new_texts_are_written(run, tmp_path):
