@@ -17,6 +17,7 @@ from .config.run_config import RunConfig
 from .distillation import Teacher
 from .guides.base import build_guide, require_natural
 from .layout import BATCH_SIZE, AdapterLayout
+from .models.embeddings import EXACT, tables
 from .models.loading import is_function, load_backbone, load_tokenizer
 from .models.tokenization import require_readable, suit
 from .priors import build_prior, parts
@@ -158,7 +159,8 @@ def build_program(
     """
     kind = task.likelihood
     backbone = load_backbone(
-        config.backbone, kind, revision=config.backbone_revision, attention=config.attention
+        config.backbone, kind, revision=config.backbone_revision, attention=config.attention,
+        embedding_bits=config.embedding_bits,
     )  # fmt: skip
     net = attach(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
@@ -169,6 +171,10 @@ def build_program(
     )  # fmt: skip
     if stored is not None:
         net.name_as(stored)
+    if config.embedding_bits != EXACT and any(table.weight.requires_grad for _, table in tables(net)):
+        raise ValueError(
+            f"method {config.method!r} learns the embeddings, which would not stay rounded: drop --embedding_bits"
+        )
     net.autocast = torch.bfloat16 if config.precision == "bf16" else None
     if config.gradient_checkpointing:
         net.gradient_checkpointing_enable()

@@ -42,6 +42,7 @@ MOST_FITS = 1000  # restarts, or members of an ensemble: one after the other
 RANGES = {  # field: (check, what is expected, remedy)
     "rank": (*_from_to(1, 65_536), "8 is usual; the gates close ranks that are not needed"),
     "alpha": (*_positive(), "twice the rank is usual"),
+    "embedding_bits": ((lambda value: value == 32 or 2 <= value <= 16), "2 to 16, or 32", "8 is nearly exact"),
     "max_train": (*_at_least(1), "leave it out to use everything"),
     "epochs": (*_from_to(1, 100_000), "one pass is the shortest run; max_train makes it shorter"),
     "batch_size": (*_from_to(1, 65_536), "accumulation keeps the effective batch when memory is short"),

@@ -74,6 +74,7 @@ class RunConfig:
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
     attention: str = _field("softmax", "softmax, or softmax1: fewer outliers; it starts from another network then")
     smoothing: bool = _field(False, "learned scales move outliers of inputs into weights, channel by channel")
+    embedding_bits: int = _field(32, "bits of the backbone's embeddings, a range for each row; 32: as they are")
     max_train: int | None = _field(None, "training examples to use; none: all")
     epochs: int = _field(3, "passes over the training examples")
     validation: float = _field(

@@ -7,6 +7,7 @@ Only a packed model, and an ONNX file of one, computes the deployed allocation: 
 from __future__ import annotations
 
 from ..models.attention import SOFTMAX1, attention_of
+from ..models.embeddings import EXACT, bits_of
 from .about import About, allocation, bops_ratio, deployed_widths
 from .model_card import Card
 
@@ -81,6 +82,7 @@ _OF_FAST = (
     ": onnxruntime sums in another order between these products, so a value at the border between two codes may take "
     "the other one."
 )
+_UNROUNDED = ": `pyro_blora.load` rounds those of the base, PEFT leaves them at 32 bit"
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
 _NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
@@ -103,6 +105,7 @@ def adapter(about: About, ranks: dict[str, int]) -> Card:
             "these where that matters.",
             f"**Bit operations** of this adapter on its base: {_share(about, activations=32, weights=32)}.",
             f"**Bit widths** that its matrices are rounded to:\n\n{allocation(about.layout, bits, opened, tensors)}",
+            *_rounded_tables(about, _UNROUNDED),
             _OWN_FILE,
         ],
         _backbone(about) + _ADAPTER, "peft", ["lora", "bayesian"], "adapter",
@@ -119,10 +122,16 @@ def draws(about: About, count: int) -> Card:
             "prediction; where they disagree, it is uncertain.",
             "Matrices are rounded to the bit widths of the draw; PEFT runs them, the base's weights and all inputs at "
             "32 bit, while the run's own averaged predictions have these rounded too.",
+            *_rounded_tables(about, _UNROUNDED),
         ],
         "import torch\n" + _backbone(about) + _DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
         "adapter",
     )  # fmt: skip
+
+
+def _rounded_tables(about: About, then: str) -> list[str]:
+    bits = bits_of(about.program.net)
+    return [] if bits == EXACT else [f"**Embeddings** have {bits} bit in the run, a range for each row{then}."]
 
 
 def whole(about: About) -> Card:
@@ -148,13 +157,13 @@ def merged(about: About) -> Card:
     )  # fmt: skip
 
 
-def packed(about: About, *, is_merged: bool, share: str, reference: bool, embeddings: int) -> Card:
-    """Of the deployed model in codes. share: of the disk, in words."""
+def packed(about: About, *, is_merged: bool, share: str, reference: bool, embeddings: int | None) -> Card:
+    """Of the deployed model in codes. share: of the disk, in words. embeddings: bits that are not the run's."""
     bits, opened = deployed_widths(about.program)
     tensors = ["input", "base"] if is_merged or not about.layout.adapted else list(about.layout.tensors)
     kept = (
         "its logits are those of the run's deployed allocation, equal to the bit in float32"
-        if embeddings == 32 else f"its embeddings are rounded to {embeddings} bit, row by row, which the run's are not"
+        if embeddings is None else f"its embeddings have {embeddings} bit, row by row, which the run's have not"
     )  # fmt: skip
     if is_merged:
         kept = (
@@ -168,6 +177,7 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
             "**Simulated**: PyTorch computes in float32 on numbers of these few bits. Disk is saved, not time.",
             f"**Bit operations** on hardware with such products: {_share(about, is_merged=is_merged)}.",
             f"**Disk**: {share}.",
+            *(_rounded_tables(about, ", and here") if embeddings is None else []),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, tensors)}",
             *(["The base is not in this folder: it is read from the hub or a folder, and compared by hash."]
               if reference else []),

@@ -19,11 +19,12 @@ from ..files import new_folder
 from ..models.architectures import example_rows
 from ..models.attention import SOFTMAX1, attention_of
 from ..models.conv1d import to_linear
+from ..models.embeddings import bits_of, range_of, require_bits, rounded_to, tables
 from ..models.names import commit_of, public_name
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
-from ..quantizer.packing import WIDEST, packed
+from ..quantizer.packing import packed
 from ..tasks.outcomes import described
 from . import cards
 from .about import About
@@ -52,7 +53,7 @@ def pack(
     tokenizer, config: of the run; the tokenizer is saved too. reference: leave out what the base has, and name it with
     its revision and a hash; it is read from there by `load`. held_out: of the run, on which it is measured.
     Two options give up the equality. merged: the adapter is added to the dequantized base, and the sum rounded again.
-    embeddings: their bits, with a range for every row; 32 leaves them as they are.
+    embeddings: their bits, with a range for every row; 32 leaves them as they were in the run.
     Errors: FileExistsError; ValueError for a network that has no such form; RuntimeError if what was written does not
     predict what the program predicts (nothing is left behind then).
     """
@@ -60,20 +61,21 @@ def pack(
     _require_form(net)
     if merged and (reference or not net.layout.adapted):
         raise ValueError("a merged base is not the one to refer to, and needs an adapter: drop one of the two options")
-    if embeddings != EXACT and not 2 <= embeddings <= WIDEST:
-        raise ValueError(f"embeddings have 2 to {WIDEST} bit, or {EXACT} as they are, got {embeddings}")
+    require_bits(embeddings)
     with new_folder(folder, "a model") as partial:
         plain = plain_backbone(net)
         to_linear(plain, [p.name for p in net.layout.projections])
         state, widths = _state(plain), Widths.of(program, merged)
-        rounded = {} if embeddings == EXACT else _round_embeddings(plain, state, embeddings)
+        trained = bits_of(plain)
+        exact = embeddings in (EXACT, trained)
+        coded = _embeddings(plain, state, trained if exact else embeddings)
         for index, projection in enumerate(net.layout.projections):
             state |= widths.packed(index, state.pop(f"{projection.name}.weight"))
         content: dict[str, Any] = {
             "schema": SCHEMA, "version": VERSION, "made_by": made_by(), "architecture": _architecture(plain),
             "task": described_task(program, config),
             "projections": {p.name: widths.entry(index) for index, p in enumerate(net.layout.projections)},
-            "embeddings": rounded,
+            "embeddings": coded,
         }  # fmt: skip
         if reference:
             content["base"] = _refer(plain, state, [p.name for p in net.layout.projections])
@@ -82,11 +84,12 @@ def pack(
             save_tokenizer(tokenizer, partial, config)
         write_manifest(partial / MANIFEST, content)
         written = load_packed(partial, backbone=plain.name_or_path if reference else None)
-        if not merged and embeddings == EXACT:
+        if not merged and exact:
             require_equal(program, written, rows)
         measured = None if held_out is None else held_out.measure(answer_of(written, program))
         about, share = About.of(program, plain, config), share_of_disk(plain, state)
-        card = cards.packed(about, is_merged=merged, share=share, reference=reference, embeddings=embeddings)
+        others = None if exact else embeddings
+        card = cards.packed(about, is_merged=merged, share=share, reference=reference, embeddings=others)
         write_card(partial, about, card, measured)
     return folder
 
@@ -135,14 +138,13 @@ def _architecture(plain: PreTrainedModel) -> dict[str, Any]:
     return {"class": type(plain).__name__, "attention": attention if attention == "eager" else "sdpa", "config": config}
 
 
-def _round_embeddings(plain: PreTrainedModel, state: dict[str, Tensor], bits: int) -> dict[str, Any]:
+def _embeddings(plain: PreTrainedModel, state: dict[str, Tensor], bits: int) -> dict[str, Any]:
     """Put every embedding's table into codes, a range for each row; returns their entries of the manifest."""
-    entries = {}
-    for path, module in plain.named_modules():
-        name = f"{path}.weight"
-        if isinstance(module, nn.Embedding) and name in state:
-            x = state.pop(name)
-            value_range = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    entries: dict[str, Any] = {}
+    for name, module in () if bits == EXACT else tables(plain):
+        if name in state:
+            x, (trained, own) = state.pop(name), rounded_to(module)
+            value_range = own.cpu() if own is not None and bits == trained else range_of(x)
             state |= {f"{name}.codes": packed(x, value_range, bits), f"{name}.codes.range": value_range}
             entries[name] = {"shape": list(x.shape), "bits": bits}
     return entries

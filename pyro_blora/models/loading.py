@@ -24,6 +24,7 @@ from ..tasks.heads import SEQUENCE, Head
 from ..tasks.likelihoods import Likelihood
 from .architectures import head_modules
 from .attention import SOFTMAX, set_attention
+from .embeddings import EXACT, round_tables
 from .names import backbone_path
 from .quiet_loading import quiet
 from .tokenization import require_vocabulary, settle_padding
@@ -38,14 +39,15 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def load_backbone(
-    name: str, kind: int | Likelihood, *, revision: str | None = None, attention: str = SOFTMAX
-) -> nn.Module:
+    name: str, kind: int | Likelihood, *, revision: str | None = None, attention: str = SOFTMAX,
+    embedding_bits: int = EXACT,
+) -> nn.Module:  # fmt: skip
     """A pretrained model with the head of a kind of outcome, in float32.
 
     The head is untrained, or a pretrained one of as many outputs: one with the same labels in another order has its
     outputs put into this order.
     kind: a task's `likelihood`; a number is that of outputs of a sequence classifier without names. revision: of a
-    name on the hub. attention: `softmax`, or `softmax1`, see attention.py.
+    name on the hub. attention: `softmax`, or `softmax1`, see attention.py. embedding_bits: see embeddings.py.
     Errors: ValueError for a name that neither the hub nor the disk has, a hub out of reach, and for files that are
     damaged or hold another model.
     """
@@ -71,6 +73,7 @@ def load_backbone(
     if labels:
         _name_labels(model, labels)
     set_attention(model, attention)
+    round_tables(model, embedding_bits)
     return model
 
 

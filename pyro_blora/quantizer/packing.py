@@ -34,7 +34,8 @@ class Scale(NamedTuple):
         """Errors: ValueError for a width without codes."""
         if not 2 <= bits <= WIDEST:
             raise ValueError(f"a grid of codes has 2 to {WIDEST} bit, got {bits}")
-        step = 2 * value_range / (2**bits - 1)
+        least = 8 * torch.finfo(value_range.dtype).tiny  # so that its inverse is finite, and zeros have the code 0
+        step = (2 * value_range / (2**bits - 1)).clamp(min=least)
         return cls(value_range * (1 - _INSIDE * torch.finfo(value_range.dtype).eps), 1 / step, step)
 
     def codes(self, x: Tensor) -> Tensor:

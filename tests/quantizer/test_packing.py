@@ -33,6 +33,13 @@ def test_the_grid_is_that_of_the_quantizer(bits):
     assert torch.equal(found, rounded(x, value_range, bits))
 
 
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_zeros_come_back_whatever_the_range(bits):
+    """A step below the smallest number with a finite inverse gave nan, and so any code."""
+    x, value_range = torch.zeros(2, 8), torch.tensor([[torch.finfo(torch.float32).tiny], [1.0]])
+    assert not restored(packed(x, value_range, bits), value_range, bits, x.shape).any()
+
+
 def test_a_tensor_larger_than_a_chunk_comes_back(monkeypatch):
     monkeypatch.setattr("pyro_blora.quantizer.packing._CHUNK", 16)
     x, value_range = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)), torch.tensor(2.0)
