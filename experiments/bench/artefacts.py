@@ -3,6 +3,7 @@
 lora       plain LoRA, 32 bit: the adapter, the merged model, and what PyTorch and onnxruntime make of that
 W8A8       quantization-aware LoRA, 8 bit everywhere
 budget-P   prior `budget` at P % of the model's bit operations
+embedded   the first of these with --embedding_bits 8, to be packed
 latency    prior `budget` with --prior.cost latency, at little more than what 8 bit everywhere takes
 """
 
@@ -78,28 +79,36 @@ class Studied:
         for share in self.budgets:
             settings = {"bops": share, "denominator": "model"}
             found[f"budget {share:.0%}"] = self.config(task, {**learned, "prior_settings": settings})
+        first = self.config(task, {**learned, "prior_settings": {"bops": self.budgets[0], "denominator": "model"}})
+        found[self.embedded] = dataclasses.replace(first, embedding_bits=8)
         return found | {"latency": self.config(task, {**learned, "prior_settings": by_time})}
+
+    @property
+    def embedded(self) -> str:
+        return f"budget {self.budgets[0]:.0%}, embeddings at 8 bit"
 
     def systems(self, task: str) -> Iterator[tuple[System, Path]]:
         """(system, the run it is of) of a task."""
         configs = self.configs(task)
         lora = configs["lora"]
-        runs = {name: trained(config, lora, self.max_train) for name, config in configs.items()}
+        runs = {
+            name: trained(config, dataclasses.replace(lora, embedding_bits=config.embedding_bits), self.max_train)
+            for name, config in configs.items()
+        }
         for system in self._of_lora(task, lora, runs["lora"]):
             yield system, runs["lora"]
         for name, run in runs.items():
-            if name != "lora":
+            if name not in ("lora", self.embedded):
                 path = self._exported(task, name, run, "onnx") / MODEL
                 yield System(f"ours, {name}", "onnx", str(path), ours=True), run
         exact = self._exported(task, "W8A8", runs["W8A8"], "onnx-exact") / MODEL
         yield System("ours, W8A8, exact", "onnx", str(exact), ours=True), runs["W8A8"]
-        name = f"budget {self.budgets[0]:.0%}"
-        packed = self._exported(task, name, runs[name], "packed")
-        yield System(f"ours, {name}, packed (torch)", "packed", str(packed), ours=True), runs[name]
+        packed = self._exported(task, self.embedded, runs[self.embedded], "packed")
+        yield System(f"ours, {self.embedded}, packed (torch)", "packed", str(packed), ours=True), runs[self.embedded]
 
     def _exported(self, task: str, name: str, run: Path, form: str) -> Path:
         """As `pyro-blora export` writes it, but for the card's numbers, which are measured here."""
-        folder = self.folder / "artefacts" / task / f"{name.replace(' ', '-').replace('%', '')}-{form}"
+        folder = self.folder / "artefacts" / task / f"{name.replace(' ', '-').replace('%', '').replace(',', '')}-{form}"
         return folder if folder.exists() else FORMS[form](load(run), folder)
 
     def _of_lora(self, task: str, config: RunConfig, run: Path) -> Iterator[System]:

@@ -1,15 +1,15 @@
 """What the page of `deploy_benchmark.py` says beside its numbers."""
 
 EMBEDDINGS = """\
-Embeddings are not quantized in training and are 47.7 of MiniLM's 90.9 MB, so on this backbone a packed model with
-exact embeddings cannot have .30 of the bytes; `--embeddings 8` has, see [Deploy](../docs/how-to/deploy.md).
+Embeddings are 47.7 of MiniLM's 90.9 MB. The packed model is of a run that had them at 8 bit from the start
+(`--embedding_bits 8`); the others have them at 32 bit, with which no packed model of MiniLM has .30 of the bytes.
 """
 
 SCORES = """\
 Disk: weights and their description, without the tokenizer. Resident: of a fresh process after one batch of 8 x 128
 tokens, in brackets what its imports take of it. Load: from the files to what can be called, in that process, median
 of three. `gated model`: the run that the system was made of, with its deployed gates. `differ`: decisions that are
-not those. onnxruntime's own int8 models have their embeddings at 8 bit, too; in ours they are at 32.
+not those. onnxruntime's own int8 models have their embeddings at 8 bit, too; in our ONNX files they are at 32.
 """
 
 TIMES = """\
