@@ -1,21 +1,24 @@
-"""The task `choice`: questions with several options, in JSON files.
+"""The task `choice`: questions with several options, in JSON files or in a data set of the hub.
 
     pyro-blora train --task choice --choice_dir FOLDER --backbone demo-decoder
+    pyro-blora train --task choice --choice_dir allenai/ai2_arc/ARC-Challenge --backbone demo-decoder
 
-The folder has `train.json` or `train.jsonl`, and to validate on `dev`, `validation` or `test`, the first that there is.
-A file is a list of objects, or has one a line, each in one of two forms:
+The folder has `train.json` or `train.jsonl`, and to validate on `dev`, `validation` or `test`, the first that there is;
+or it was saved by `datasets`, with splits of these names. A file is a list of objects, or has one a line. A row is
 
     {"question": "What is red?", "options": ["a leaf", "blood"], "answer": "B"}      or the option's text, or its place
+    {"question": "What is red?", "choices": {"text": ["a leaf", "blood"], "label": ["A", "B"]}, "answerKey": "B"}
     {"instruction": "... question: What is red?\\n\\nAnswer1: a leaf Answer2: blood\\n\\n...", "answer": "answer2"}
 
-The second is that of LLM-Adapters (Hu et al., 2023), for ARC, OpenBookQA and others. A place is counted from 0.
+The second is that of ARC, OpenBookQA (with `question_stem`) and CommonsenseQA on the hub, the third that of
+LLM-Adapters (Hu et al., 2023) for these and others. A place is counted from 0.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,11 +27,12 @@ from .base import Task
 from .files import limited, require_rows
 from .multiple_choice import LETTERS, MultipleChoice
 from .names import register_task
+from .tabular.sources import dataset_of, splits_of
 
 if TYPE_CHECKING:
     import datasets
 
-_HELD_OUT = ("dev", "validation", "test")
+_SPLITS = {"train": ("train",), "eval": ("dev", "validation", "test")}
 _LARGEST = 1 << 30  # bytes of a file
 _ASKED = re.compile(r"(?:.*?question: )?(.*?)\s*\n\s*(Answer1: .*?)\s*(?:\n\s*Answer format: .*)?", re.DOTALL)
 _OPTION = re.compile(r"(?:^|\s)Answer\d+: ")
@@ -43,7 +47,7 @@ class _Row(NamedTuple):
 
 @register_task(
     "choice", named_after="choice_dir",
-    flags={"choice_dir": "FOLDER of questions with options: train.json, and dev.json or test.json"},
+    flags={"choice_dir": "FOLDER of questions with options (train.json, dev.json or test.json), or a name on the hub"},
 )  # fmt: skip
 def choice(*, choice_dir: str, held_out: int | None = None) -> Task:
     """Questions with several options (ARC, OpenBookQA), by the letter that a language model writes next.
@@ -52,9 +56,7 @@ def choice(*, choice_dir: str, held_out: int | None = None) -> Task:
     """
     if held_out is not None and held_out < 1:
         raise ValueError(f"--task.held_out must be at least 1, got {held_out}")
-    folder = Path(choice_dir).expanduser()
-    files = {"train": _found(folder, ("train",)), "eval": _found(folder, _HELD_OUT)}
-    rows = {split: _rows(path) for split, path in files.items()}
+    rows = {split: _rows(*_source(choice_dir, names)) for split, names in _SPLITS.items()}
     kind = MultipleChoice(tuple(LETTERS[: max(len(row.options) for split in rows.values() for row in split)]))
     if held_out is not None and held_out < len(rows["eval"]):
         step = len(rows["eval"]) / held_out
@@ -72,20 +74,29 @@ def choice(*, choice_dir: str, held_out: int | None = None) -> Task:
     return Task(name="choice", text_columns=("question", "options"), kind=kind, metric_name="accuracy", load=load)
 
 
-def _found(folder: Path, names: tuple[str, ...]) -> Path:
+def _source(choice_dir: str, names: tuple[str, ...]) -> tuple[str, Iterable[tuple[str, Any]]]:
+    """The first of these files, or splits, that there is: what it is called, and its rows, each with its place."""
+    folder = Path(choice_dir).expanduser()
     for name in names:
         for ending in (".json", ".jsonl"):
             if (path := folder / f"{name}{ending}").is_file():
-                return path
+                return str(path), _objects(path)
+    saved = (folder / "dataset_dict.json").is_file()
+    splits = splits_of(choice_dir) if saved or not folder.exists() else ()
+    for name in names:
+        if name in splits and (table := dataset_of(choice_dir, name)) is not None:
+            return f"{choice_dir}:{name}", ((f"row {number}", row) for number, row in enumerate(table, 1))
+    if splits:
+        raise ValueError(f"{choice_dir} has no split {' or '.join(names)}, but {', '.join(splits)}: choose another")
     called = " or ".join(f"{name}.json" for name in names)
     raise ValueError(f"there is no {called} in {folder}: point --choice_dir at the folder that has it")
 
 
-def _rows(path: Path) -> list[_Row]:
+def _rows(source: str, objects: Iterable[tuple[str, Any]]) -> list[_Row]:
     """Errors: ValueError naming the file, the row (from 1) and the remedy."""
-    found = [_row(each, f"{path}, {where}") for where, each in _objects(path)]
+    found = [_row(each, f"{source}, {where}") for where, each in objects]
     if not found:
-        raise ValueError(f"{path} has no rows: {_FORM}")
+        raise ValueError(f"{source} has no rows: {_FORM}")
     return found
 
 
@@ -106,6 +117,10 @@ def _row(given: Any, where: str) -> _Row:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: a question must be an object, got {type(given).__name__}: {_FORM}")
     question, options, answer = given.get("question"), given.get("options"), given.get("answer")
+    if isinstance(given.get("choices"), dict):  # of the hub
+        options, question = given["choices"].get("text"), given.get("question_stem", question)
+        labels, key = given["choices"].get("label"), given.get("answerKey")
+        answer = labels.index(key) if isinstance(labels, list) and key in labels else key
     if question is None and isinstance(given.get("instruction"), str):
         question, options = _taken_apart(given["instruction"])
         answer = re.sub(r"^answer(\d+)$", lambda match: str(int(match[1]) - 1), str(answer))

@@ -3,6 +3,7 @@
 import json
 import re
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -143,7 +144,26 @@ def test_forms_of_a_row(given, tmp_path):
     assert rows == [{"question": usual["question"], "options": usual["options"], "label": 1}]
 
 
+@pytest.mark.parametrize(("name", "labels"), [("question", "1 2 3"), ("question_stem", "A B C")])
+def test_data_sets_of_the_hub(name, labels, tmp_path):
+    """ARC's and OpenBookQA's columns; a folder of `datasets` is read as the hub is."""
+    texts = ["a leaf", "blood, the", "water"]
+    row = {name: "What is red?", "choices": {"text": texts, "label": labels.split()}, "answerKey": labels.split()[1]}
+    table = datasets.Dataset.from_list([row])
+    datasets.DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(str(tmp_path / "arc"))
+    found = get_task("choice", {"choice_dir": str(tmp_path / "arc")}).load()
+    assert found["eval"].to_list() == [{"question": "What is red?", "options": texts, "label": 1}]
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "no-dev"))
+    with pytest.raises(ValueError, match="has no split dev or validation or test, but train: choose another"):
+        get_task("choice", {"choice_dir": str(tmp_path / "no-dev")})
+    with pytest.raises(ValueError, match="no such data set came from the hub"):
+        get_task("choice", {"choice_dir": "nobody/nothing"})
+
+
 @pytest.mark.parametrize(("row", "message"), [
+    ({"question": "Is it?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": ""},
+     "answer '' is none of the options"),
+    ({"question": "Is it?", "choices": {"label": ["A", "B"]}, "answerKey": "A"}, "has no options"),
     ({"question": "Is it?", "answer": "A"}, r"train\.json, row 1: the question 'Is it\?' has no options"),
     ({"question": "Is it?", "options": [], "answer": "A"}, "has no options"),
     ({"instruction": "Please choose: is it?", "answer": "answer1"}, "has no options"),
