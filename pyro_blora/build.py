@@ -18,6 +18,7 @@ from .distillation import Teacher
 from .guides.base import build_guide, require_natural
 from .layout import BATCH_SIZE, AdapterLayout
 from .models.embeddings import EXACT, tables
+from .models.layout import require_scope
 from .models.loading import is_function, load_backbone, load_tokenizer
 from .models.tokenization import require_readable, suit
 from .priors import build_prior, parts
@@ -61,6 +62,7 @@ def check_names(config: RunConfig) -> Task:
     """The task; everything that can be wrong with a name or a setting is found here, before anything is loaded."""
     config.require_known()
     task = get_task(config.task, config.task_settings)
+    require_scope(config.scope, task.likelihood.head)
     parts(config.prior, config.prior_settings)
     check_parts(config)
     if config.ood_task is not None:

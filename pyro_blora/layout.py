@@ -30,7 +30,8 @@ PRODUCTS = {  # of a projection, and what their bit operations are proportional 
     "A x": ("rank", "input", "lora_A"),
     "B h": ("rank", "hidden", "lora_B"),
 }
-SCOPES = ("adapted", "encoder")
+WITH_HEAD = "encoder+head"  # the linear map to the vocabulary, too
+SCOPES = ("adapted", "encoder", WITH_HEAD)
 GRANULARITIES = ("tensor", "channel")  # what has a range of its own
 BATCH_SIZE = 32  # examples of the forward whose MACs are counted: the batch size of the presets
 READ_ALIKE = ("query", "key", "value")  # types of projections that read the same input

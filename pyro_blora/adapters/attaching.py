@@ -6,7 +6,9 @@ gated_model.py.
 Register it with `@register_adapter("name")`, or name it as `--adapter file.py:function`.
 
 Scope `encoder` also quantizes input and weight of every other linear map of the encoder, without an adapter. The task
-head stays at 32 bit, and a pooler inside the base model is frozen.
+head stays at 32 bit, and a pooler inside the base model is frozen. Scope `encoder+head` also quantizes the output
+matrix of a language model, whose head is pretrained and frozen; an input embedding that is the same matrix stays as it
+is.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def attach(
 
     rank: maximal rank R. alpha: LoRA's scale, the update is multiplied by alpha / R whatever the number of open ranks.
     target_modules: None for the architecture's preset (query, key, value), names, or a regular expression.
-    scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder.
+    scope: `adapted` quantizes the adapted projections, `encoder` every linear map of the encoder, `encoder+head` the
+    output matrix of a language model, too.
     sequence_length, batch_size: tokens and examples of the forward whose MACs are counted, per example.
     adapter: a name that `pyro-blora adapters` lists, `file.py:function`, or the function itself, with adapter_settings.
     head: of a task's `likelihood`, how the backbone is called and read.

@@ -11,7 +11,7 @@ CHOICES = {  # of what cannot be added to
     "method": tuple(METHODS),
     "init_lora_weights": ("default", "eva"),
     "average_over": ("gates", "dropout"),
-    "scope": ("adapted", "encoder"),
+    "scope": ("adapted", "encoder", "encoder+head"),
     "granularity": ("tensor", "channel"),
     "precision": ("float32", "bf16"),
     "gate_optimizer": ("auto", "natural", "adam"),

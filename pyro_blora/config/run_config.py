@@ -68,7 +68,11 @@ class RunConfig:
     target_modules: str | tuple | None = _field(
         None, "modules to adapt: names separated by commas, or one regular expression; none: the architecture's preset"
     )
-    scope: str = _field("adapted", "what is quantized: adapted (the adapted projections) or encoder (every projection)")
+    scope: str = _field(
+        "adapted",
+        "what is quantized: adapted (the adapted projections), encoder (every projection), or encoder+head (and the "
+        "output matrix of a language model)",
+    )
     bit_widths: str | tuple = _field(written(LADDER), "bit widths that a tensor can have, rising; 32 is unquantized")
     granularity: str = _field("tensor", "what of a weight has a range of its own: the tensor, or every output channel")
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")

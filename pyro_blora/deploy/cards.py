@@ -7,7 +7,7 @@ Only a packed model, and an ONNX file of one, computes the deployed allocation: 
 from __future__ import annotations
 
 from ..models.attention import SOFTMAX1, attention_of
-from ..models.embeddings import EXACT, bits_of
+from ..models.embeddings import EXACT, bits_of, is_tied
 from .about import About, allocation, bops_ratio, deployed_widths
 from .model_card import Card
 
@@ -179,6 +179,7 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
             f"**Disk**: {share}.",
             *(_rounded_tables(about, ", and here") if embeddings is None else []),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, tensors)}",
+            *_untied(about, embeddings),
             *(["The base is not in this folder: it is read from the hub or a folder, and compared by hash."]
               if reference else []),
             "`packed.json` describes `packed.safetensors` and has the hashes of all files; loading runs no code.",
@@ -207,11 +208,24 @@ def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: 
             "below 8 bit save nothing more.",
             f"**Disk**: {size / 1e6:.1f} MB.",
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, list(about.layout.tensors))}",
+            *_untied(about),
             "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
             "and tokenizers, neither torch nor pyro_blora.",
         ],
         _ONNX, "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
     )  # fmt: skip
+
+
+def _untied(about: About, embeddings: int | None = None) -> list[str]:
+    """A sentence on an output matrix that was the input embedding, if it is quantized."""
+    backbone = about.program.net.backbone
+    bits = embeddings or bits_of(backbone)
+    names = [p.name for p in about.layout.projections if not p.adapted and is_tied(backbone, p.name)]
+    return [
+        f"The base's `{name}` and its input embedding are one matrix. Here they are two: the embedding at {bits} "
+        f"bit, and `{name}` at its own bit width, at which bit operations count its products."
+        for name in names
+    ]
 
 
 def _share(about: About, *, activations: int | None = None, weights: int | None = None, is_merged: bool = False) -> str:

@@ -19,7 +19,7 @@ from ..files import new_folder
 from ..models.architectures import example_rows
 from ..models.attention import SOFTMAX1, attention_of
 from ..models.conv1d import to_linear
-from ..models.embeddings import bits_of, range_of, require_bits, rounded_to, tables
+from ..models.embeddings import bits_of, is_tied, range_of, require_bits, rounded_to, tables, untie
 from ..models.names import commit_of, public_name
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
@@ -65,8 +65,10 @@ def pack(
     with new_folder(folder, "a model") as partial:
         plain = plain_backbone(net)
         to_linear(plain, [p.name for p in net.layout.projections])
-        state, widths = _state(plain), Widths.of(program, merged)
-        trained = bits_of(plain)
+        at_32, widths = _state(plain), Widths.of(program, merged)
+        if any(is_tied(plain, p.name) for p in net.layout.projections):  # its codes stand beside the embedding
+            untie(plain)
+        state, trained = _state(plain), bits_of(plain)
         exact = embeddings in (EXACT, trained)
         coded = _embeddings(plain, state, trained if exact else embeddings)
         for index, projection in enumerate(net.layout.projections):
@@ -87,7 +89,7 @@ def pack(
         if not merged and exact:
             require_equal(program, written, rows)
         measured = None if held_out is None else held_out.measure(answer_of(written, program))
-        about, share = About.of(program, plain, config), share_of_disk(plain, state)
+        about, share = About.of(program, plain, config), share_of_disk(plain, at_32, state)
         others = None if exact else embeddings
         card = cards.packed(about, is_merged=merged, share=share, reference=reference, embeddings=others)
         write_card(partial, about, card, measured)
@@ -150,7 +152,7 @@ def _embeddings(plain: PreTrainedModel, state: dict[str, Tensor], bits: int) -> 
     return entries
 
 
-def share_of_disk(plain: PreTrainedModel, state: dict[str, Tensor]) -> str:
+def share_of_disk(plain: PreTrainedModel, at_32: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     """Bytes of what is stored, and of it without embeddings, in % of the plain model's at 32 bit."""
     embeddings = {f"{path}.weight" for path, module in plain.named_modules() if isinstance(module, nn.Embedding)}
 
@@ -159,7 +161,7 @@ def share_of_disk(plain: PreTrainedModel, state: dict[str, Tensor]) -> str:
         of_embeddings = sum(size for name, size in own.items() if name.partition(".codes")[0] in embeddings)
         return sum(own.values()), sum(own.values()) - of_embeddings
 
-    (stored, without), (whole, rest) = sizes(state), sizes(_state(plain))
+    (stored, without), (whole, rest) = sizes(state), sizes(at_32)
     return (
         f"{stored / 1e6:.1f} MB, {100 * stored / whole:.0f} % of the model at 32 bit; without embeddings "
         f"{without / 1e6:.1f} MB, {100 * without / rest:.0f} %"

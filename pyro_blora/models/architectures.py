@@ -13,7 +13,10 @@ from .conv1d import is_linear
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the task head, which stays at 32 bit: what stands beside the base model, and a pooler inside it."""
+    """Paths of the task head: what stands beside the base model, and a pooler inside it.
+
+    It stays at 32 bit, but for a language model's output matrix where that is asked for (`vocabulary_map`).
+    """
     prefix = str(model.base_model_prefix)
     beside = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
     pooler = getattr(getattr(model, prefix, model), "pooler", None)
@@ -29,6 +32,13 @@ def outside_the_head(model: nn.Module) -> dict[str, nn.Module]:
 def encoder_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer but the task head's, by path, `nn.Linear` or `Conv1D`: a target may not be in the head."""
     return {name: module for name, module in outside_the_head(model).items() if is_linear(module)}
+
+
+def vocabulary_map(model: nn.Module) -> dict[str, nn.Module]:
+    """A language model's linear map to the logits of its vocabulary, by path; empty where it has none."""
+    whole: Any = model
+    output = whole.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if module is output and is_linear(module)}
 
 
 def example_rows(model: nn.Module, size: int, length: int, *, varied: bool = False) -> dict[str, Tensor]:

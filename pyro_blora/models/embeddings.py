@@ -8,6 +8,7 @@ tables, to the bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +66,15 @@ def rounded_to(module: nn.Embedding) -> tuple[int, Tensor | None]:
 def bits_of(model: nn.Module) -> int:
     """Of a model's tables."""
     return min((rounded_to(module)[0] for _, module in tables(model)), default=EXACT)
+
+
+def is_tied(model: nn.Module, name: str) -> bool:
+    """Whether the weight of a linear map, by path, is also a table of embeddings."""
+    weight = model.get_submodule(name).weight
+    return any(table.weight is weight for _, table in tables(model))
+
+
+def untie(model: nn.Module) -> None:
+    """Make a model of transformers one whose output matrix and input embedding are two tensors; nothing is copied."""
+    whole: Any = model
+    whole.config.tie_word_embeddings, whole.all_tied_weights_keys = False, {}

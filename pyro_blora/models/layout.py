@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..bit_widths import LADDER, ladder_of
-from ..layout import BATCH_SIZE, GRANULARITIES, READ_ALIKE, SCOPES, AdapterLayout, Projection
+from ..layout import BATCH_SIZE, GRANULARITIES, READ_ALIKE, SCOPES, WITH_HEAD, AdapterLayout, Projection
 from ..tasks.heads import SEQUENCE, Head
-from .architectures import encoder_linears
+from .architectures import encoder_linears, vocabulary_map
 from .conv1d import sizes
 from .macs import cost
 from .targets import matched, type_of
@@ -38,10 +38,9 @@ def layout_of(
     or one regular expression (matched against the whole path). head: how the model is called and read, of a task's
     `likelihood`. ladder: the bit widths that a tensor can have. granularity: see `AdapterLayout`.
     Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope or
-    granularity, a ladder that is none.
+    granularity, a ladder that is none; for scope `encoder+head` of a model without such a head.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
+    require_scope(scope, head)
     if granularity not in GRANULARITIES:
         raise ValueError(f"unknown granularity {granularity!r}: known are {', '.join(GRANULARITIES)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -59,9 +58,17 @@ def layout_of(
             raise ValueError(f"rank {rank} exceeds the size of {name} ({m} x {n}): choose at most {min(n, m)}")
     tokens, model_macs, uses, reaching = cost(model, sequence_length, batch_size, head)
     _require_reached(targets, reaching)
+    if scope == WITH_HEAD:
+        of_head = vocabulary_map(model)
+        if not reaching.intersection(of_head):
+            raise ValueError(
+                f"{type(model).__name__} has no linear map to its vocabulary that could be quantized: --scope encoder "
+                "leaves its head at 32 bit"
+            )
+        linears |= of_head
     projections = []
     for name, linear in linears.items():
-        if name not in reaching or (name not in targets and scope != "encoder"):
+        if name not in reaching or (name not in targets and scope == "adapted"):
             continue
         layer, (n, m) = re.search(r"\.(\d+)\.", name), sizes(linear)
         projections.append(
@@ -81,6 +88,17 @@ def layout_of(
             f"quantized projections ({', '.join(sorted({p.type for p in projections}))}): drop --share_inputs"
         )
     return layout
+
+
+def require_scope(scope: str, head: Head) -> None:
+    """Errors: ValueError for an unknown scope, and for `encoder+head` where the head is learned for the task."""
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}: known scopes are {', '.join(SCOPES)}")
+    if scope == WITH_HEAD and head.is_new:
+        raise ValueError(
+            f"scope {WITH_HEAD!r} quantizes the pretrained head of a language model, and this task has a head of its "
+            "own, which is learned at 32 bit: --scope encoder quantizes all below it"
+        )
 
 
 def _told_apart(projections: list[Projection]) -> tuple[Projection, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..tasks.heads import SEQUENCE, Head
-from .architectures import encoder_linears, example_rows, settle_attention
+from .architectures import encoder_linears, example_rows, settle_attention, vocabulary_map
 from .conv1d import sizes
 
 _LONGEST = 2048  # tokens of a forward that is counted; costs of longer ones follow from a half, a quarter and 3/4 of it
@@ -88,8 +88,8 @@ def _lagrange(nodes: tuple[int, ...], at: int) -> list[float]:
 def _count(
     model: nn.Module, length: int, size: int, head: Head, *, reach: bool = False
 ) -> tuple[dict[str, list[int]], frozenset[str]]:
-    """Vectors through each linear map of the encoder, by call, and under "" MACs of the whole; the maps that reach the
-    logits.
+    """Vectors through each linear map that can be quantized, by call, and under "" MACs of the whole; the maps that
+    reach the logits.
 
     A map reaches them if a zero that is added to its output does: the graph is followed, nothing is kept for a backward
     pass and none is run.
@@ -111,7 +111,8 @@ def _count(
 
         return hook
 
-    for name, linear in encoder_linears(model).items():
+    of_head = {} if head.is_new else vocabulary_map(model)
+    for name, linear in {**encoder_linears(model), **of_head}.items():
         tokens[name] = []
         hooks.append(linear.register_forward_hook(after(name, linear)))
     nothing: Any = None  # in the place of tensors that no backward pass will ask for

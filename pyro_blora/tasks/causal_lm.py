@@ -33,7 +33,7 @@ OTHER = -1  # the answer at a token where another one than the text's is the mos
 LANGUAGE_MODEL = Head(
     auto_class="AutoModelForCausalLM", task_type="CAUSAL_LM", peft_heads=(), pipeline="text-generation", is_new=False
 )
-"""A pretrained language model: its `lm_head` stays as it is, at 32 bit."""
+"""A pretrained language model: its `lm_head` stays frozen, and at 32 bit but in scope `encoder+head`."""
 
 
 class NextTokens(dist.TorchDistribution):
