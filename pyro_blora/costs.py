@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .bops import expected_rank
 from .cost_table import Times
-from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, AdapterLayout
+from .layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, WITH_HEAD, AdapterLayout
 
 UNITS = {"bytes": "bytes", "latency": "seconds"}  # of each cost
 DENOMINATORS = ("adapted", "gated")  # the adapted projections, or all that have gates
@@ -127,6 +127,11 @@ def latency(layout: AdapterLayout, times: Times) -> Cost:
     Closed ranks are zeros in an exported model, so they take the time of open ones.
     Errors: ValueError for a product or a width that the table does not have.
     """
+    if layout.scope == WITH_HEAD:
+        raise ValueError(
+            f"prior 'budget': cost 'latency' has no times of an output matrix, which measure-costs does not measure: "
+            f"--scope encoder, or --prior.cost bytes in scope {WITH_HEAD!r}"
+        )
     places = times.places(layout.ladder)
     shares = torch.tensor([p.tokens / layout.sequence_length for p in layout.projections], dtype=torch.float64)
 

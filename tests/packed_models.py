@@ -6,10 +6,14 @@ from models import random_chains, weighted_net, weighted_program
 from pyro_blora.gates import Gates
 
 
-def allocated(build, *, seed=0, adapter="lora", **settings):
-    """A program whose deployed allocation is random: widths from 2 to 32 bit, ranks from 1 to 4."""
-    net = weighted_net(adapter, build, **settings)
+def allocated(build, *, seed=0, adapter="lora", kind=None, **settings):
+    """A program whose deployed allocation is random: widths from 2 to 32 bit, ranks from 1 to 4.
+
+    kind: of its outcome; None: two classes.
+    """
+    net = weighted_net(adapter, build, **settings, **({} if kind is None else {"head": kind.head}))
     program = weighted_program(net, weights="point")
+    program.likelihood = kind or program.likelihood
     gates = Gates(random_chains(net.layout.z_shape, seed=seed), random_chains(net.layout.g_shape, seed=seed + 1))
     program.gate_guide.deployed = lambda: gates
     with torch.no_grad():

@@ -68,7 +68,7 @@ def test_help_shows_groups_units_and_choices(capsys):
     places = [shown.index(f"\n{title}:\n") for title in GROUPS]
     assert places == sorted(places)
     for flag in (
-        "--lr RATE", "--max_length TOKENS", "--scope {adapted,encoder}", "--choose_epoch [{true,false}]",
+        "--lr RATE", "--max_length TOKENS", "--scope {adapted,encoder,encoder+head}", "--choose_epoch [{true,false}]",
         "--output_dir FOLDER", "--prior bops --prior.rate 3",
     ):  # fmt: skip
         assert flag in shown

@@ -36,7 +36,7 @@ def completed(line, folder=None):
         ("pyro-blora train --prior b", {"bops", "budget"}),
         ("pyro-blora train --preset d", {"demo"}),
         ("pyro-blora train --method bayesian_", {name for name in METHODS if name.startswith("bayesian_")}),
-        ("pyro-blora train --scope=e", {"--scope=encoder"}),
+        ("pyro-blora train --scope=e", {"--scope=encoder", "--scope=encoder+head"}),
         ("pyro-blora train --choose_epoch t", {"true"}),
         ("pyro-blora train --lr 1", set()),
         ("pyro-blora train --prior.r", {"--prior.rate", "--prior.rank_rate"}),

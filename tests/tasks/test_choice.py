@@ -101,7 +101,7 @@ def test_draws_lead_and_directions_have_the_fisher_information():
 def test_it_trains_resumes_to_the_same_bits_predicts_and_reports(decoder, folder, tmp_path):
     config = tiny_config(
         decoder, task="choice", task_settings={"choice_dir": str(folder)}, output_dir=str(tmp_path), max_train=None,
-        epochs=3, lr=2e-2, max_length=64, validation=0.25,
+        epochs=3, lr=2e-2, max_length=64, validation=0.25, scope="encoder+head",
     )  # fmt: skip
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
     for until in (4, None):

@@ -55,7 +55,7 @@ def decoder(request, tmp_path_factory):
 def run(folder, tmp_path_factory):
     decoder = save_tiny_decoder(tmp_path_factory.mktemp("trained"))
     config = tiny_config(
-        decoder, task="e2e", task_settings={"e2e_dir": str(folder), "longest": 12, "drawn": 2}, scope="encoder",
+        decoder, task="e2e", task_settings={"e2e_dir": str(folder), "longest": 12, "drawn": 2}, scope="encoder+head",
         output_dir=str(tmp_path_factory.mktemp("runs")), max_train=None, epochs=6, lr=2e-2, max_length=96, batch_size=8,
     )  # fmt: skip
     return train_run(config)
@@ -169,7 +169,8 @@ def test_it_trains_predicts_reports_and_packs(run, tmp_path):
     model = load(run)
     trained = {name for name, p in model.net.named_parameters() if p.requires_grad}
     assert trained and not any("lm_head" in name or "wte" in name or "embed" in name for name in trained)
-    assert not any("lm_head" in p.name for p in model.net.layout.projections)
+    assert model.net.layout.names[-1] == "0.lm_head" and not model.net.layout.projections[-1].adapted
+    assert "lm_head" in page
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     packed = load(pack(model, tmp_path / "packed"))
     with torch.no_grad(), use_gates(model.net, *deployed(model), exact=True):

@@ -30,6 +30,10 @@ def bert_with_softmax1():
     return model
 
 
+def tied_language_model():
+    return tiny_language_model(tie_word_embeddings=True)
+
+
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: a CUDA graph needs one")
 RECORDED = {
     "adapted": {},
@@ -51,13 +55,14 @@ RECORDED = {
     "GPT-2": {"build": tiny_gpt2, "scope": "encoder"},
     "language model": {"build": tiny_language_model, "kind": CausalLM(), "distillation": 0.5},
     "multiple choice": {"build": tiny_language_model, "kind": MultipleChoice(("A", "B")), "distillation": 0.5},
+    "language model's head": {"build": tied_language_model, "kind": CausalLM(), "scope": "encoder+head"},
 }
 
 
 def batch_of(name):
     """Inputs and labels, as the kind of outcome has them."""
     inputs, labels = batch()
-    if name == "language model":
+    if name.startswith("language model"):
         labels = torch.where(inputs["attention_mask"] > 0, inputs["input_ids"].roll(-1, 1), IGNORED)
     if name == "multiple choice":
         labels = torch.stack([labels, torch.full_like(labels, 4), *torch.tensor([[7], [8]]).expand(2, len(labels))], 1)
