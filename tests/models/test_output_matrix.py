@@ -23,6 +23,7 @@ from pyro_blora.deploy import merge, pack
 from pyro_blora.deploy.packed import MANIFEST, WEIGHTS
 from pyro_blora.gates import NestedBernoulli
 from pyro_blora.layout import BASE, INPUT, TENSORS, AdapterLayout
+from pyro_blora.models.embeddings import round_tables
 from pyro_blora.posterior import deployed
 from pyro_blora.quantizer import quantize, rounded
 from pyro_blora.tasks import CausalLM
@@ -179,6 +180,21 @@ def test_a_packed_model_is_the_deployed_one_to_the_bit_with_two_matrices(program
     small = load(pack(program, tmp_path / "small", embeddings=8))
     assert torch.equal(small.lm_head.weight, model.lm_head.weight)
     assert not torch.equal(small.get_input_embeddings().weight, embedding)
+
+
+def test_embeddings_of_few_bits_are_packed_beside_the_codes_of_the_matrix(tmp_path):
+    def build(dropout):
+        model = tiny_language_model(num_hidden_layers=1, tie_word_embeddings=True)
+        round_tables(model, 8)
+        return model
+
+    program, inputs = allocated(build, kind=CausalLM(), scope=SCOPE), batch(3, 9)[0]
+    folder = pack(program, tmp_path / "packed")
+    stored = load_file(folder / WEIGHTS)
+    assert {"lm_head.base", "model.embed_tokens.weight.codes"} <= {*stored} and "lm_head.weight" not in stored
+    with torch.no_grad():
+        assert torch.equal(load(folder)(**inputs).logits, answers(program, inputs))
+    assert "the embedding at 8 bit, and `lm_head` at its own" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
