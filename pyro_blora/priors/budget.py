@@ -59,8 +59,8 @@ class Budget(Prior):
             setting, spend = ("bops", "bit operations") if self.cost is None else ("target", self.cost.unit)
             raise ValueError(
                 f"prior {self.name!r}: {setting} must be between {least:.3g} (every gate closed) and {most:.3g} (open) "
-                f"of denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in scope "
-                f"`encoder` more gates save {spend}"
+                f"of denominator {self.denominator!r} in scope {self.layout.scope!r}, got {self.target:g}; in a larger "
+                f"--scope more gates save {spend}"
             )
 
     def _ratio(self, z: Tensor, g: Tensor) -> Tensor:
