@@ -137,15 +137,26 @@ def seeded(program: GateProgram, seed: int):
         yield
 
 
+def _random_state(program: GateProgram) -> Tensor:
+    """Of the generators that `seeded` seeds, as bytes."""
+    device = program.log_scale.device
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)
+
+
 @torch.no_grad()
 def mean_kl(program: BayesianLoRA, *, seed: int = 0) -> tuple[float, float]:
     """KL(guide || prior) of the bit gates and of the rank gates, in nats: the mean of 100 estimates.
 
-    They are all the same but for a guide or a prior whose KL is sampled. Seeded as `draw` is.
+    Of one estimate where no random number is drawn, as all are the same then: only the KL of some guides and priors is
+    sampled. Seeded as `draw` is.
     """
     with seeded(program, seed):
-        estimates = torch.stack([torch.stack(program.kl()) for _ in range(_KL_DRAWS)])  # (draws, 2)
-    kl_z, kl_g = estimates.double().mean(0).tolist()
+        before = _random_state(program)
+        estimates = [torch.stack(program.kl())]
+        if not torch.equal(before, _random_state(program)):
+            estimates += [torch.stack(program.kl()) for _ in range(_KL_DRAWS - 1)]
+    kl_z, kl_g = torch.stack(estimates).double().mean(0).tolist()
     return kl_z, kl_g
 
 
