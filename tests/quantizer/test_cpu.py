@@ -2,12 +2,12 @@
 
 import logging
 import math
+import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import started
 
 from pyro_blora.quantizer import cpu, fake_quantize, grids, mixture_weights, quantize
 
@@ -118,13 +118,18 @@ def test_a_cache_that_is_of_no_use_costs_a_compilation(fresh, tmp_path, cache):
     assert torch.equal(cpu.forward(x, c), fake_quantize._forward(x, c))
 
 
-def test_a_second_process_finds_what_the_first_one_made(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path))
-    code = "from pyro_blora.quantizer.cpu import loops; loops()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_a_second_process_finds_what_the_first_one_made(fresh, tmp_path):
+    fresh.setenv("PYRO_BLORA_CACHE", str(tmp_path))
+
+    def load_in_a_process():
+        process = started(lambda: cpu.loops() and None, tmp_path / "printed.txt")
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        assert code == 0, (tmp_path / "printed.txt").read_text("utf-8")
+
+    load_in_a_process()
     (made,) = (tmp_path / "quantizer").iterdir()
     when = made.stat().st_mtime_ns
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    load_in_a_process()
     assert [path.stat().st_mtime_ns for path in (tmp_path / "quantizer").iterdir()] == [when]
 
 
