@@ -16,11 +16,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pyro_blora import run
+from pyro_blora.files import REPORT
 from pyro_blora.posterior.arviz_compat import arviz_itself
 from pyro_blora.tasks.demo import acceptability
 from pyro_blora.training import range_calibration
 
-N_EVAL, CANDIDATES = acceptability.N_EVAL, range_calibration._CANDIDATES
+N_EVAL, CANDIDATES, WRITE_PAGE = acceptability.N_EVAL, range_calibration._CANDIDATES, run._write_page
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 arviz_itself()  # before any test's own import of ArviZ, which can fail beside another process
 
@@ -71,11 +73,13 @@ def short():
     """Runs of the tests try few ranges and have few rows to predict: in eight steps nothing more would be learned.
 
     Nor do they wait for the disk, fifty times each: a process that is killed loses nothing that the system has taken.
+    Their page is empty where no test of the module reads it: it takes a quarter of such a run.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(range_calibration, "_CANDIDATES", range_calibration._CANDIDATES[::5])
         patch.setattr(acceptability, "N_EVAL", 120)
+        patch.setattr(run, "_write_page", lambda folder: (folder / REPORT).touch())
         yield
 
 
@@ -86,6 +90,16 @@ def as_shipped():
         patch.setattr(range_calibration, "_CANDIDATES", CANDIDATES)
         patch.setattr(acceptability, "N_EVAL", N_EVAL)
         yield
+
+
+def _drawn():
+    """The page of a run, which `short` leaves empty: for modules that read it, or that are about kinds of runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_write_page", WRITE_PAGE)
+        yield
+
+
+drawn, drawn_here = pytest.fixture(scope="module")(_drawn), pytest.fixture(_drawn)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pyro_blora.report import RunFiles, sections_of
 from pyro_blora.run import train_run
 from pyro_blora.testing import check_adapter, check_elbo, check_guide, check_prior, check_task, check_weights
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 
 OWN = '''
 import datasets

@@ -32,7 +32,7 @@ def backbone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(backbone, tmp_path_factory):
+def runs(backbone, tmp_path_factory, drawn):
     """A finished run folder of every method, trained when it is asked for."""
     output, folders = tmp_path_factory.mktemp("runs"), {}
 

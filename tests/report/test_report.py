@@ -33,7 +33,7 @@ from pyro_blora.report.terminal import result_sentences, result_tables
 from pyro_blora.report.warnings import FEW_DRAWS, in_words, warnings
 from pyro_blora.run import train_run
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 TITLES = ["In plain words", "Gate map", "Ranks", "Calibration", "In detail", "Bit operations", "Training", "Restarts",
           "Confidently wrong", "Repeat this run", "Glossary"]  # fmt: skip
 

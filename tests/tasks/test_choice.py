@@ -21,7 +21,7 @@ from pyro_blora.tasks import MultipleChoice, get_task
 from pyro_blora.tasks.likelihoods import IGNORED
 from pyro_blora.training import fit
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 KIND = MultipleChoice(("A", "B", "C"))
 SINGERS = ("the old teacher", "a dog", "the teacher", "the dog")
 

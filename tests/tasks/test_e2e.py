@@ -25,7 +25,7 @@ from pyro_blora.tasks.causal_lm import CausalLM, NextTokens
 from pyro_blora.tasks.likelihoods import IGNORED
 from pyro_blora.tasks.writing import TextScores, greedy
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 pytest.importorskip("sacrebleu", reason="texts are scored by packages of the extra `decoder`")
 NAMES, KINDS = ("Aromi", "Zizzi", "Cotto", "Fitzbillies"), ("pub", "restaurant", "coffee shop")
 ROWS = [(f"name[{name}], eatType[{kind}]", f"{name} is a {kind}.") for name in NAMES for kind in KINDS]

@@ -17,7 +17,7 @@ from pyro_blora.run import train_run
 from pyro_blora.tasks import MultiLabel, Task, get_task, register_task
 from pyro_blora.tasks.likelihoods import LIKELIHOODS
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 NAMES = ("the", "and", "long")
 
 

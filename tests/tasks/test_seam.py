@@ -18,7 +18,7 @@ from pyro_blora.posterior.arviz_compat import group, read
 from pyro_blora.run import train_run
 from pyro_blora.tasks.likelihoods import LIKELIHOODS
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 PACKAGE = Path(__file__).resolve().parents[2] / "pyro_blora"
 OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "tasks"]
 KINDS = {"categorical", "normal", "multi_label", "token_labels", "causal_lm", "multiple_choice", "spans"}

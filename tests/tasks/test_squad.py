@@ -19,7 +19,7 @@ from pyro_blora.tasks import get_task
 from pyro_blora.tasks.span_scores import SpanScores, exact_match, f1, normalized
 from pyro_blora.training import fit
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 ADJECTIVES, NOUNS = ("old", "small", "cheap"), ("teacher", "doctor", "artist")
 OTHERS = ("the", "smiled", "was", "near", "beside", "these", "behind", "ball", "has", "at")
 

@@ -20,7 +20,7 @@ from pyro_blora.tasks.likelihoods import IGNORED, LIKELIHOODS
 from pyro_blora.tasks.token_labels import TokenScores
 from pyro_blora.testing import check_task
 
-pytestmark = pytest.mark.usefixtures("eager")
+pytestmark = pytest.mark.usefixtures("eager", "drawn")
 NAMES = ("O", "B-NP", "I-NP")
 KIND = TokenLabels(NAMES)
 

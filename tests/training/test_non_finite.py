@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny_backbone, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_blora.report import write_report
 from pyro_blora.run import train_run
 from pyro_blora.tasks.batching import epoch_order
 from pyro_blora.training import fit
@@ -159,7 +160,7 @@ def test_the_longest_row_and_its_first_step_are_counted():
 def test_the_report_warns_of_gradients_that_were_not_finite(backbone, tmp_path, poisoned):
     poisoned[4] = math.inf, "head"
     folder = train_run(tiny_config(backbone, output_dir=str(tmp_path)))
-    page = (folder / "report.html").read_text("utf-8")
+    page = write_report(folder).read_text("utf-8")
     assert "Gradients were not finite: 1 optimizer steps were left out, and 1 of 8 logged lines" in page
     assert "NaN" not in page.split("<script", 1)[0] and "norm" in page
 

@@ -214,7 +214,7 @@ def test_flags_of_files_choose_the_task_whatever_the_preset(tmp_path, monkeypatc
     assert RunConfig(**run_fields(_parser().parse_args(rest), settings)) == config
 
 
-def test_a_csv_becomes_a_run_with_its_data_on_the_page(tmp_path, capsys):
+def test_a_csv_becomes_a_run_with_its_data_on_the_page(tmp_path, capsys, drawn_here):
     """End to end on a tiny BERT: a long row is cut, and everything that was found reaches summary and page."""
     backbone = save_tiny_backbone(tmp_path / "backbone", letters=True)
     long = " ".join(["endless"] * 40)
