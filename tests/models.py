@@ -105,7 +105,10 @@ def tiny_gpt2(*, num_labels=2, dropout=0.0):
 def _repeated_normal(tensor, mean, std, generator=None):
     """A thousand numbers are drawn and repeated: 184 million would take seconds."""
     drawn = torch.empty(1009, device=tensor.device).normal_(mean, std, generator=generator)  # prime, unlike any width
-    return tensor.copy_(drawn.repeat(-(-tensor.numel() // len(drawn)))[: tensor.numel()].view_as(tensor))
+    whole, rest = divmod(tensor.numel(), len(drawn))
+    tensor.view(-1)[: whole * len(drawn)].view(whole, len(drawn)).copy_(drawn)
+    tensor.view(-1)[whole * len(drawn) :].copy_(drawn[:rest])
+    return tensor
 
 
 def deberta_v3_base():
@@ -114,7 +117,11 @@ def deberta_v3_base():
         vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
         max_position_embeddings=512, max_relative_positions=-1, position_buckets=256, pooler_hidden_size=768,
     )  # fmt: skip
-    with unittest.mock.patch.dict(initialization.TORCH_INIT_FUNCTIONS, normal_=_repeated_normal):
+    skipped = dict.fromkeys(("normal_", "uniform_", "kaiming_uniform_"), lambda tensor, *_, **__: tensor)
+    with (
+        unittest.mock.patch.multiple(nn.init, **skipped),  # torch's own, which transformers' replace
+        unittest.mock.patch.dict(initialization.TORCH_INIT_FUNCTIONS, normal_=_repeated_normal),
+    ):
         return transformers.DebertaV2ForSequenceClassification(config)
 
 

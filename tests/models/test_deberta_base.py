@@ -11,11 +11,12 @@ import torch
 from forked import started
 from models import deberta_v3_base
 from tiny import save_tiny_backbone
+from transformers import AutoTokenizer
 
 from pyro_blora import RunConfig, load, predict
-from pyro_blora.build import build
 from pyro_blora.run import train_run
-from pyro_blora.tasks.batching import by_length, on_device
+from pyro_blora.tasks import get_task
+from pyro_blora.tasks.batching import by_length, on_device, tokenize
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -72,8 +73,10 @@ def test_it_is_killed_resumed_exported_and_predicts(config, request, tmp_path):
     os.waitpid(child, 0)
     assert not config.folder.exists() and checkpoint.is_file()
     folder = train_run(config)
-    program, parts = load(folder, allow_code=[config.backbone]), build(config)
-    batches, order = by_length(parts.tokens["eval"], parts.collate, 4)
+    program, words = load(folder, allow_code=[config.backbone]), AutoTokenizer.from_pretrained(folder / "adapter")
+    task = get_task("sst2")
+    tokens = tokenize(task.load(glue_dir=tmp_path)["eval"], words, task, config.max_length)
+    batches, order = by_length(tokens, task.likelihood.collator(words), 4)
     found = predict(program, on_device(batches, torch.device("cpu"))).restored(order)
     table = pd.read_parquet(folder / "predictions.parquet")
     assert found.log_score.numpy() == pytest.approx(table["deployed_log_likelihood"].to_numpy(), abs=1e-6)
