@@ -1,5 +1,6 @@
 """Every script in experiments/ runs: a script that is not in the table below fails."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from pyro_blora.tasks import get_task
 pytestmark = pytest.mark.usefixtures("eager")
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = "--output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT"
+KEPT = "--output_dir RUNS --keep OUT/cells --report OUT/report.md --figures OUT"
 SMALL = f"--glue_dir GLUE --backbone TINY --max_train 64 --epochs 1 {KEPT}"
 SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a small BERT, GLUE: the release (or a skip)
+    # RUNS: a folder of all scripts, in which a study finds what another one has trained already
     "allocation.py": f"--tasks wnli --seeds 0 --budgets W3A4 --cells lora budget hessian {SMALL}",
     "benchmark.py": "--only quantizer gates --seconds 0.01 --output_dir OUT",
     "compare.py": "RESULTS --axis prior --against nested --report OUT/page.md",
@@ -35,22 +37,32 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "levers.py": f"--tasks wnli --seeds 0 --methods uniform --levers all --without OUT/without {SMALL}",
     "glue_small.py": "--glue_dir GLUE --backbone TINY --tasks wnli --max_train 64 --max_length 64 --epochs 1 --draws 2 "
     "--output_dir OUT --table OUT/table.md",
-    "weights.py": "--tasks wnli --seeds 0 1 --paths lora xs8-swag --max_train 100 --epochs 4 "
-    "--draws 2 --glue_dir GLUE --backbone TINY --output_dir OUT --keep OUT/cells --report OUT/report.md --figures OUT",
+    "weights.py": f"--tasks wnli --seeds 0 1 --paths lora xs8-swag --max_train 100 --epochs 4 --draws 2 "
+    f"--glue_dir GLUE --backbone TINY {KEPT}",
     "train.py": "--task acceptability --backbone TINY --max_train 64 --max_length 32 --epochs 1 "
     "--draws 2 --output_dir OUT",
 }
 
 
-def tiny_results(folder):
-    """The table of two finished runs."""
-    backbone = save_tiny_backbone(folder / "tiny")
-    configs = [tiny_config(backbone, prior=prior, output_dir=str(folder / "runs")) for prior in ("nested", "bops")]
+FOUND = {  # what a script leaves in OUT: none of it is there before
+    "benchmark.py": "benchmark.json",
+    "compare.py": "page.md",
+    "mrpc_as_pairs.py": "dev.csv",
+    "reading.py": "*.png",
+}
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """What several scripts are given: a backbone, a folder for runs, a finished run, the table of it and of another."""
+    folder = tmp_path_factory.mktemp("things")
+    backbone, runs = save_tiny_backbone(folder / "tiny", letters=True), folder / "finished"
+    configs = [tiny_config(backbone, prior=prior, output_dir=str(runs)) for prior in ("nested", "bops")]
     cells = [Cell({"task": c.task, "prior": c.prior, "seed": str(c.seed)}, c) for c in configs]
     for cell in cells:
         train_run(cell.config)
-    write_results(results(cells), folder / "runs")
-    return folder / "runs" / "results.parquet"
+    write_results(results(cells), runs)
+    return {"TINY": backbone, "RUNS": folder / "runs", "RUN": configs[1].folder, "RESULTS": runs / "results.parquet"}
 
 
 def test_every_script_is_in_the_table():
@@ -71,24 +83,15 @@ def test_every_script_is_in_the_table():
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
-def test_a_script_runs_and_leaves_results(script, tmp_path, request, monkeypatch):
-    arguments = SCRIPTS[script].replace("OUT", str(tmp_path / "out"))
-    if "RUN" in arguments:
-        config = tiny_config(save_tiny_backbone(tmp_path / "tiny"), output_dir=str(tmp_path / "out"))
-        arguments = arguments.replace("RUN", str(train_run(config)))
-    if "RESULTS" in arguments:
-        arguments = arguments.replace("RESULTS", str(tiny_results(tmp_path / "out")))
-    if "TINY" in arguments:
-        arguments = arguments.replace("TINY", str(save_tiny_backbone(tmp_path / "tiny", letters=True)))
-    if "GLUE" in arguments:
-        arguments = arguments.replace("GLUE", str(request.getfixturevalue("glue_dir")))
-    _here(script, arguments.split(), monkeypatch)
-    found = {
-        "benchmark.py": "benchmark.json",
-        "mrpc_as_pairs.py": "dev.csv",
-        "weights.py": "report.md",
-        "gates.py": "report.md",
-    }.get(script, "summary.json")
+def test_a_script_runs_and_leaves_results(script, things, tmp_path, request, monkeypatch):
+    said = SCRIPTS[script]
+    given = {"OUT": tmp_path / "out", **things}
+    if "GLUE" in said:
+        given["GLUE"] = request.getfixturevalue("glue_dir")
+    for name, path in given.items():
+        said = re.sub(rf"\b{name}\b", str(path), said)
+    _here(script, said.split(), monkeypatch)
+    found = FOUND.get(script, "report.md" if KEPT in SCRIPTS[script] else "summary.json")
     assert any((tmp_path / "out").rglob(found))
 
 
