@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
 
+gc.disable()  # until the tests are collected: a million objects that stay would be looked through sixteen times
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: nothing here may depend on the network
 
 from pyro_blora.machine import spin_briefly
@@ -149,6 +151,11 @@ LONG = ("test_examples", "test_grid", "test_ladder", "test_distributed", "test_x
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))  # stable: the others keep their order
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
