@@ -43,7 +43,7 @@ def run(*words, **environment):
 
 
 @pytest.fixture(scope="module")
-def logged(backbone, tmp_path_factory):
+def logged(backbone, tmp_path_factory, drawn):
     """(configuration, what its training has put out, what it has told), neither to a terminal."""
     config = tiny_config(backbone, output_dir=str(tmp_path_factory.mktemp("runs")))
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
