@@ -24,7 +24,7 @@ from .config.push_flags import add_push_command
 from .config.run_config import RunConfig
 from .config.serve_flags import add_serve_command
 from .machine import is_main, keep_freed_memory, spin_briefly
-from .progress import phase, prepare, silenced
+from .progress import importing, prepare, silenced
 from .registries import LISTED
 from .signals import Interrupted, asked, heeded
 from .user_code import place_of
@@ -145,7 +145,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     prepare(quiet=quiet)
     with heeded():
         try:
-            with silenced(quiet), phase("importing PyTorch, Pyro and transformers"):
+            with silenced(quiet), importing():
                 from .distributed import leave
                 from .run import train_run
         except BaseException:  # whatever a library has made of an interruption

@@ -10,14 +10,14 @@ from .config.predict_flags import predict_options
 from .config.push_flags import push_options
 from .config.serve_flags import serve_options
 from .machine import keep_freed_memory
-from .progress import phase, prepare, silenced
+from .progress import importing, phase, prepare, silenced
 from .signals import heeded
 
 
 def predict(arguments: argparse.Namespace) -> None:
     prepare(quiet=arguments.quiet)
     with heeded(), silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
+        with importing():
             from .deploy.predict_file import predict_file
 
         keep_freed_memory()
@@ -31,7 +31,7 @@ def export(arguments: argparse.Namespace) -> None:
     require_together(**options)
     prepare(quiet=arguments.quiet)
     with silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
+        with importing():
             from .deploy.exporting import export_run
 
         folder, measured = export_run(options.pop("run"), **options)
@@ -43,7 +43,7 @@ def export(arguments: argparse.Namespace) -> None:
 def push(arguments: argparse.Namespace) -> None:
     prepare(quiet=arguments.quiet)
     with silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
+        with importing():
             from .deploy.pushing import push as push_model
 
         address = push_model(**push_options(arguments))
@@ -54,7 +54,7 @@ def serve(arguments: argparse.Namespace) -> None:
     options, serving = serve_options(arguments)
     prepare(quiet=arguments.quiet)
     with heeded(), silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
+        with importing():
             from .serve.server import serve as serve_model
 
         keep_freed_memory()
@@ -64,7 +64,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def measure_costs_of(arguments: argparse.Namespace) -> None:
     prepare(quiet=arguments.quiet)
     with silenced(arguments.quiet):
-        with phase("importing PyTorch, Pyro and transformers"):
+        with importing():
             from .deploy.measuring import measure_costs
 
         print(measure_costs(**measure_options(arguments)))

@@ -5,6 +5,7 @@ inside another takes its place until it ends. Of several processes, the main one
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -82,6 +83,19 @@ def phase(
             del _State.open[_State.open.index(this) :]
         if not _State.open:
             form.close()
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """The phase of a command's imports, without garbage collection, a fifth of their time: what they make stays."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with phase("importing PyTorch, Pyro and transformers"):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def say(title: str, lines: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 """Phases of a command: one live line on a terminal, lines in a log, a line each in a notebook, nothing if silenced."""
 
+import gc
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from terminal import on_terminal, screen
 
 from pyro_blora import progress
-from pyro_blora.progress import labelled, phase, silenced
+from pyro_blora.progress import importing, labelled, phase, silenced
 
 WORK = """
 import sys, time
@@ -143,6 +144,20 @@ def test_a_line_of_a_log_follows_a_tenth_of_the_work_and_a_minute(clock, capsys)
         for _ in shown.over(range(100)):
             clock.now += 0.01
     assert lines_of(capsys) == ["quick: 100 steps"]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_imports_go_on_without_garbage_collection_which_is_as_it_was_afterwards(capsys, collects):
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError("it is not installed")
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert "importing PyTorch" in capsys.readouterr().err
 
 
 def test_phases_of_one_run_among_several_say_of_which(capsys, clock):
