@@ -11,6 +11,7 @@ from pyro_blora.adapters import clipped, gate_context
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.posterior import Prediction, deployed, divergences, marginals, mean_kl
+from pyro_blora.posterior.draws import seeded
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
@@ -121,6 +122,8 @@ def test_the_mean_kl_is_that_of_the_program_and_leaves_the_generator_alone(guide
     kl = mean_kl(built)
     assert torch.equal(torch.rand(3), expected)
     assert kl == mean_kl(built) and (kl == mean_kl(built, seed=1)) == (guide == "mean_field")
+    with torch.no_grad(), seeded(built, 0):  # of all 100 estimates, whether or not they differ
+        assert kl == tuple(torch.stack([torch.stack(built.kl()) for _ in range(100)]).double().mean(0).tolist())
     draws = torch.stack([torch.stack(built.kl()) for _ in range(400)]).detach()
     error = draws.std(0) * (1 / 100 + 1 / 400) ** 0.5
     assert bool(((draws.mean(0) - torch.tensor(kl)).abs() <= 4 * error + 1e-3).all())
