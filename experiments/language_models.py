@@ -40,7 +40,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.models import backbone_path
 
 RANDOM_GPT2 = "gpt2-random"
-ON_DECODER = {"backbone": "demo-decoder", "group_by_length": True, "draws": 2}
+ON_DECODER = {"backbone": "demo-decoder", "group_by_length": True, "draws": 2, "lr": 3e-4}
 OF_SQUAD = {
     "task": "squad", "batch_size": 8, "lr": 2e-3, "max_length": 256, "draws": 2, "group_by_length": True,
     "max_train": 480, "epochs": 3, "task_settings": {"stride": 64, "held_out": 120},
