@@ -77,6 +77,19 @@ def logits(texts):
     }
     return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
 """
+_IN_IT = (
+    "**Smoothing**: each quantized projection divides its input, channel by channel, by scales that were learned, before "
+    "it is rounded; the weights that read it, base and lora_A, were multiplied with them before they were."
+)
+_NOT_NEEDED = (
+    "**Smoothing**: the run divides inputs, channel by channel, by learned scales and multiplies the weights that read "
+    "them, so that both are rounded at less error. At 32 bit this changes nothing, so it is not in here{}."
+)
+_OF_LOW_RANK = ": lora_A was rounded with its scales, which were then divided out"
+_CHANGED = (
+    "**Attention** is softmax1, exp(x_i) / (1 + sum_j exp(x_j)), which the program below puts in. transformers loads "
+    "the model without it, too, says nothing, and computes **another function**."
+)
 _SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
 _OF_FAST = (
     ": onnxruntime sums in another order between these products, so a value at the border between two codes may take "
@@ -106,6 +119,7 @@ def adapter(about: About, ranks: dict[str, int]) -> Card:
             f"**Bit operations** of this adapter on its base: {_share(about, activations=32, weights=32)}.",
             f"**Bit widths** that its matrices are rounded to:\n\n{allocation(about.layout, bits, opened, tensors)}",
             *_rounded_tables(about, _UNROUNDED),
+            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
             _OWN_FILE,
         ],
         _backbone(about) + _ADAPTER, "peft", ["lora", "bayesian"], "adapter",
@@ -123,6 +137,7 @@ def draws(about: About, count: int) -> Card:
             "Matrices are rounded to the bit widths of the draw; PEFT runs them, the base's weights and all inputs at "
             "32 bit, while the run's own averaged predictions have these rounded too.",
             *_rounded_tables(about, _UNROUNDED),
+            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
         "import torch\n" + _backbone(about) + _DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
         "adapter",
@@ -138,7 +153,11 @@ def whole(about: About) -> Card:
     """Of full fine-tuning, which has no adapter."""
     return Card(
         f"{about.base or 'A model'}, fully fine-tuned",
-        ["Its weights and inputs are at 32 bit here, whatever bit widths were learned.", _OWN_FILE],
+        [
+            "Its weights and inputs are at 32 bit here, whatever bit widths were learned.",
+            *_levers(about, _NOT_NEEDED.format("")),
+            _OWN_FILE,
+        ],
         _whole(about), "transformers", ["bayesian"], "finetune",
     )  # fmt: skip
 
@@ -152,6 +171,7 @@ def merged(about: About) -> Card:
             "weights and all inputs are at 32 bit. So this is **not** the low-bit model of the run, whose decisions "
             "differ where rounding the base and its inputs matters.",
             "**Bit operations**: those of the base model at 32 bit; the adapter costs nothing more.",
+            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
         _whole(about), "transformers", ["lora", "merged", "bayesian"], "merge",
     )  # fmt: skip
@@ -178,6 +198,7 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
             f"**Bit operations** on hardware with such products: {_share(about, is_merged=is_merged)}.",
             f"**Disk**: {share}.",
             *(_rounded_tables(about, ", and here") if embeddings is None else []),
+            *_levers(about, _IN_IT),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, tensors)}",
             *_untied(about, embeddings),
             *(["The base is not in this folder: it is read from the hub or a folder, and compared by hash."]
@@ -207,6 +228,7 @@ def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: 
             f"**Bit operations** on hardware with products of every width: {_share(about)}. On int8 kernels, widths "
             "below 8 bit save nothing more.",
             f"**Disk**: {size / 1e6:.1f} MB.",
+            *_levers(about, _IN_IT),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, list(about.layout.tensors))}",
             *_untied(about),
             "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
@@ -226,6 +248,13 @@ def _untied(about: About, embeddings: int | None = None) -> list[str]:
         f"bit, and `{name}` at its own bit width, at which bit operations count its products."
         for name in names
     ]
+
+
+def _levers(about: About, smoothing: str) -> list[str]:
+    """What a card says of a run with smoothed inputs, and of one with another attention."""
+    net = about.program.net
+    return [*([smoothing] if net.smoothing is not None else []),
+            *([_CHANGED] if attention_of(net.backbone) == SOFTMAX1 else [])]  # fmt: skip
 
 
 def _share(about: About, *, activations: int | None = None, weights: int | None = None, is_merged: bool = False) -> str:

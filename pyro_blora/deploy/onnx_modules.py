@@ -193,10 +193,16 @@ class OneInput(nn.Module):
 
 
 class OnnxLinear(nn.Module):
-    """One projection of the deployed model, in ONNX's operators."""
+    """One projection of the deployed model, in ONNX's operators.
+
+    A smoothed input is divided as in training: a product with 1 / s would be another number in the last bit.
+    """
+
+    smoothing: Tensor | None
 
     def __init__(self, linear: LowBitLinear, dtype: torch.dtype):
         super().__init__()
+        self.register_buffer("smoothing", linear.smoothing, persistent=False)
         self.bias, self.is_adapted, self.scale = linear.bias, linear.scale is not None, linear.scale
         low_rank = [] if linear.scale is None else [linear.lora_A]
         self.read = OneInput(linear.rounded, [linear.base, *low_rank], dtype)
@@ -207,7 +213,7 @@ class OnnxLinear(nn.Module):
             self.hidden = OneInput(linear.hidden, [up], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, *hidden = self.read(x)
+        y, *hidden = self.read(x if self.smoothing is None else x / self.smoothing)
         if self.bias is not None:
             y = y + self.bias
         if not self.is_adapted:

@@ -62,7 +62,10 @@ def test_logits_of_any_batch_are_those_of_the_deployed_allocation(made):
 
 
 def test_products_of_two_codes_are_integer_products(made, tmp_path):
-    program, folder = made
+    require_integer_products(*made, tmp_path)
+
+
+def require_integer_products(program, folder, tmp_path):
     bits = [dict(zip(program.layout.tensors, b, strict=True)) for b in widths(program)]
     layers = [*zip(bits, program.layout.projections, strict=True)]
     both = {name: [b[x] <= 16 and b[name] <= 16 for b, p in layers if p.adapted or name == "base"]
@@ -83,6 +86,17 @@ def test_products_of_two_codes_are_integer_products(made, tmp_path):
     assert not any(node.op_type == "MatMul" and "DequantizeLinear" in made_by(as_run, node) for node in as_run.node)
 
 
+def require_divided_inputs(program, folder):
+    """Each quantized projection's input is divided by its scales."""
+    graph = onnx.load(folder / MODEL).graph
+    vectors = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer if len(x.dims) == 1}
+    divisors = [vectors[x] for node in graph.node if node.op_type == "Div" for x in node.input if x in vectors]
+    scales = program.net.smoothing.scales()
+    assert len(divisors) == len(scales)
+    assert all(any(np.array_equal(scale.detach(), x) for x in divisors) for scale in scales)
+    assert "**Smoothing**" in (folder / "README.md").read_text()
+
+
 def made_by(graph, node):
     makers = {name: maker.op_type for maker in graph.node for name in maker.output}
     return [makers.get(name) for name in node.input]
@@ -91,11 +105,11 @@ def made_by(graph, node):
 @pytest.mark.parametrize(
     ("build", "settings"),
     [
-        (lambda dropout: tiny_roberta(num_hidden_layers=1), {"scope": "encoder"}),
+        (lambda dropout: tiny_roberta(num_hidden_layers=1), {"scope": "encoder", "smoothing": True}),
         (lambda dropout: tiny_distilbert(layers=1), {}),
         (lambda dropout: tiny_deberta(dropout=dropout, num_hidden_layers=1), {"scope": "encoder"}),
     ],
-    ids=["roberta", "distilbert", "deberta"],
+    ids=["roberta-smoothed", "distilbert", "deberta"],
 )
 def test_architectures(build, settings, tmp_path):
     program = allocated(build, **settings)
@@ -104,7 +118,10 @@ def test_architectures(build, settings, tmp_path):
     with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         expected = program.net.logits(**inputs)
     found = answer_by(session_of(folder / MODEL), content["inputs"])(inputs)
-    assert torch.allclose(found, expected, rtol=0, atol=EQUAL) and content["products"]["integer"] > 0
+    assert torch.allclose(found, expected, rtol=0, atol=EQUAL)
+    require_integer_products(program, folder, tmp_path)
+    if program.net.smoothing is not None:
+        require_divided_inputs(program, folder)
 
 
 def test_a_fast_file_is_close(made, tmp_path):
