@@ -6,10 +6,15 @@ Only a packed model, and an ONNX file of one, computes the deployed allocation: 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..models.attention import SOFTMAX1, attention_of
 from ..models.embeddings import EXACT, bits_of, is_tied
 from .about import About, allocation, bops_ratio, deployed_widths
 from .model_card import Card
+
+if TYPE_CHECKING:
+    from .onnx_modules import Products
 
 _MODEL = """import transformers
 
@@ -78,8 +83,8 @@ def logits(texts):
     return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
 """
 _IN_IT = (
-    "**Smoothing**: each quantized projection divides its input, channel by channel, by scales that were learned, before "
-    "it is rounded; the weights that read it, base and lora_A, were multiplied with them before they were."
+    "**Smoothing**: each quantized projection divides its input, channel by channel, by scales that were learned, "
+    "before it is rounded; the weights that read it, base and lora_A, were multiplied with them before they were."
 )
 _NOT_NEEDED = (
     "**Smoothing**: the run divides inputs, channel by channel, by learned scales and multiplies the weights that read "
@@ -91,9 +96,14 @@ _CHANGED = (
     "the model without it, too, says nothing, and computes **another function**."
 )
 _SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
+_NARROW = (
+    "{} products have a weight of up to 8 bit and an input of more: com.microsoft's MatMulNBits, with the weight's "
+    "codes in 2, 4 or 8 bits, in float32 (accuracy level 0). That saves disk, **not time**: on the processor that was "
+    "tried they take as long as a product in float32 at 4 bit, and several times as long at 2 and 8. It needs "
+    "onnxruntime 1.31 or later."
+)
 _OF_FAST = (
-    ": onnxruntime sums in another order between these products, so a value at the border between two codes may take "
-    "the other one."
+    ": onnxruntime sums in another order in float32, so a value at the border between two codes may take the other one."
 )
 _UNROUNDED = ": `pyro_blora.load` rounds those of the base, PEFT leaves them at 32 bit"
 _OUTPUTS = "\n    num_labels={},"
@@ -210,19 +220,20 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
     )  # fmt: skip
 
 
-def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: int, fast: bool) -> Card:
-    """Of the deployed model for onnxruntime. products: of two codes, and all. gaps: of logits, of the largest."""
+def onnx(about: About, products: Products, gaps: dict[str, float], size: int, fast: bool) -> Card:
+    """Of the deployed model for onnxruntime. gaps: of logits, of the largest."""
     bits, opened = deployed_widths(about.program)
-    integer, every = products
+    is_float = fast or products.narrow > 0
     return Card(
         f"{about.base or 'A model'} at learned bit widths, for onnxruntime",
         [
-            f"The deployed allocation of the run, with its learned scales. {integer} of the {every} matrix products of "
-            "the quantized projections have two factors of codes: onnxruntime runs them on int8 kernels. Codes of "
-            "fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of more are two. All "
-            f"else is {'float32' if fast else 'float64, rounded to float32'}.",
+            f"The deployed allocation of the run, with its learned scales. {products.integer} of the {products.all} "
+            "matrix products of the quantized projections have two factors of codes: onnxruntime runs them on int8 "
+            "kernels. Codes of fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of "
+            f"more are two. All else is {'float32' if fast else 'float64, rounded to float32'}.",
             f"Compared with the packed model, logits differ by {gaps['logit_gap_mean']:.1g} of the largest on average, "
-            f"and by up to {gaps['logit_gap_largest']:.1g}{_OF_FAST if fast else '.'}",
+            f"and by up to {gaps['logit_gap_largest']:.1g}{_OF_FAST if is_float else '.'}",
+            *([_NARROW.format(products.narrow)] if products.narrow else []),
             "On x86 processors without VNNI, which are older than 2019, onnxruntime's int8 kernels overflow at weights "
             "of 8 bit: compare there before use.",
             f"**Bit operations** on hardware with products of every width: {_share(about)}. On int8 kernels, widths "

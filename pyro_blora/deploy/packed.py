@@ -6,7 +6,7 @@
     PROJECTION.base        its weight: codes, or at 32 bit the numbers; none where the base is not packed in
     PROJECTION.lora_A, .lora_B      the same of an adapter's open ranks
     PROJECTION.input.range, .base.range, ...    of each tensor below 32 bit, one number or one per row
-    PROJECTION.smoothing            s, one a channel: the input is x / s, and base and lora_A have been multiplied with s
+    PROJECTION.smoothing            s, one a channel: the input is x / s, and base and lora_A were multiplied with s
 
 Where the base is not packed in, its tensors are read from transformers' own folder or the hub, and compared by hash.
 """

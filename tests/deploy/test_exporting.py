@@ -179,6 +179,7 @@ def test_draws_are_an_ensemble_of_adapters(run, exported, capsys):
     [
         (["--format", "peft", "--merge"], "--merge is of --format packed, not of peft: drop one of them"),
         (["--draws", "2"], "--draws is of --format peft, not of packed: drop one of them"),
+        (["--small"], "--small is of --format onnx, not of packed: drop one of them"),
         (["--seed", "1"], "--seed is of --draws: give both, or none"),
         (["--merge", "--base", "reference"], "--merge changes the base"),
         (["--embeddings", "1"], "embeddings have 2 to 16 bit, or 32 as they are, got 1"),

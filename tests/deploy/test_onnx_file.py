@@ -1,6 +1,7 @@
 """An ONNX file gives the deployed predictions in plain onnxruntime, with products of codes as integers."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -124,17 +125,56 @@ def test_architectures(build, settings, tmp_path):
         require_divided_inputs(program, folder)
 
 
-def test_a_fast_file_is_close(made, tmp_path):
-    program, _ = made
-    folder = export_onnx(program, tmp_path / "model", fast=True)
-    content, inputs = json.loads((folder / MANIFEST).read_text()), batch(3, 9)[0]
+@pytest.fixture(scope="module")
+def fast(made, tmp_path_factory):
+    return export_onnx(made[0], tmp_path_factory.mktemp("fast") / "model", fast=True)
+
+
+def require_close(program, folder):
+    inputs = batch(3, 9)[0]
     with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         expected = program.net.logits(**inputs)
-    found = answer_by(session_of(folder / MODEL), content["inputs"])(inputs)
-    assert content["fast"] and torch.allclose(found, expected, atol=0.05)
-    kinds = {x.type.tensor_type.elem_type for x in onnx.load(folder / MODEL).graph.value_info}
-    assert onnx.TensorProto.DOUBLE not in kinds
+    found = answer_by(session_of(folder / MODEL), json.loads((folder / MANIFEST).read_text())["inputs"])(inputs)
+    assert torch.allclose(found, expected, atol=0.05)
     assert "sums in another order" in (folder / "README.md").read_text()
+
+
+def test_a_fast_file_is_close(made, fast):
+    require_close(made[0], fast)
+    assert json.loads((fast / MANIFEST).read_text())["fast"]
+    kinds = {x.type.tensor_type.elem_type for x in onnx.load(fast / MODEL).graph.value_info}
+    assert onnx.TensorProto.DOUBLE not in kinds
+
+
+def test_a_small_file_has_narrow_weights_at_their_own_width(made, fast, tmp_path):
+    program, _ = made
+    folder = export_onnx(program, tmp_path / "model", fast=True, small=True)
+    require_close(program, folder)
+    saved, expected = 0, []
+    for bits, p in zip(widths(program), program.layout.projections, strict=True):
+        b, r = dict(zip(program.layout.tensors, bits, strict=True)), program.layout.rank
+        shapes = {"base": ("input", p.out_features, p.in_features)}
+        if p.adapted:
+            shapes |= {"lora_A": ("input", r, p.in_features), "lora_B": ("hidden", p.out_features, r)}
+        for name, (x, m, n) in shapes.items():
+            stored = math.ceil(n / 32) * (32 * b[name] // 8 + 4)  # of a row, in blocks of 32 columns
+            if b[x] > 8 and b[name] <= 8 and stored < 4 * n:
+                expected.append(b[name])
+                saved += m * n * (1 if b[x] == 16 else 4) - m * stored
+    graph = onnx.load(folder / MODEL).graph
+    nodes = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
+    assert sorted(node["bits"] for node in nodes) == sorted(expected) and len({*expected}) > 1
+    assert all(node["accuracy_level"] == 0 for node in nodes)
+    assert matrices(onnx.load(fast / MODEL).graph) - matrices(graph) == saved > 0
+    content = json.loads((folder / MANIFEST).read_text())
+    assert content["version"] == 2 and content["products"]["narrow"] == len(nodes)
+    assert "**not time**" in (folder / "README.md").read_text()
+    assert json.loads((fast / MANIFEST).read_text())["version"] == 1
+
+
+def matrices(graph):
+    """Bytes of what has rows and columns."""
+    return sum(onnx.numpy_helper.to_array(x).nbytes for x in graph.initializer if len(x.dims) > 1)
 
 
 def widths(program):

@@ -44,7 +44,19 @@ def logits(program, inputs):
         (lambda dropout: tiny_distilbert(), {}),
         (lambda dropout: tiny_llama(), {"target_modules": ["q_proj", "v_proj"], "scope": "encoder"}),
     ],
-    ids=["bert", "shared-inputs", "channels", "smoothed-shared-inputs", "smoothed-channels", "xs", "full", "deberta", "roberta", "distilbert", "llama"],
+    ids=[
+        "bert",
+        "shared-inputs",
+        "channels",
+        "smoothed-shared-inputs",
+        "smoothed-channels",
+        "xs",
+        "full",
+        "deberta",
+        "roberta",
+        "distilbert",
+        "llama",
+    ],
 )
 def test_logits_are_those_of_the_deployed_allocation(build, settings, tmp_path):
     program = allocated(build, **settings)
