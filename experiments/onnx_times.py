@@ -27,9 +27,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing, in all")
     options = parser.parse_args()
     systems = [System(folder.name, "onnx", str(folder / "model.onnx")) for folder in options.folders]
-    memory = [measured(system)["resident"] for system in systems]
+    batch = options.batch, options.length, options.vocabulary
+    memory = [measured(system, batch)["resident"] for system in systems]
     calls = [opened(system, 1) for system in systems]
-    inputs, size = some_inputs(options.batch, options.length, options.vocabulary), f"{options.batch} x {options.length}"
+    inputs, size = some_inputs(*batch), f"{options.batch} x {options.length}"
     timed = {str(i): lambda call=call: call(inputs) for i, call in enumerate(calls)}
     taken = list(in_turn(timed, seconds=options.seconds).values())
     print(f"| model | MB | resident, MB | {size}, ms (quartiles) | of the first |\n|---|---|---|---|---|")

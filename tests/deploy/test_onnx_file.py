@@ -14,6 +14,7 @@ from models import batch, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 from packed_models import allocated
 from tiny import save_tiny_backbone
 
+from experiments import onnx_times
 from pyro_blora.adapters import use_gates
 from pyro_blora.deploy.manifest import SUM, _sum_of
 from pyro_blora.deploy.opening import load_to_predict
@@ -170,6 +171,16 @@ def test_a_small_file_has_narrow_weights_at_their_own_width(made, fast, tmp_path
     assert content["version"] == 2 and content["products"]["narrow"] == len(nodes)
     assert "**not time**" in (folder / "README.md").read_text()
     assert json.loads((fast / MANIFEST).read_text())["version"] == 1
+
+
+def test_sizes_and_times_are_printed(made, fast, monkeypatch, capsys):
+    arguments = [made[1], fast, "--vocabulary", 30, "--length", 8, "--seconds", 0.01]
+    monkeypatch.setattr(sys, "argv", ["onnx_times.py", *map(str, arguments)])
+    onnx_times.main()
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| model | MB | resident, MB | 1 x 8, ms") and len(rows) == 2
+    sizes = [f"{(folder / MODEL).stat().st_size / 1e6:.1f}" for folder in (made[1], fast)]
+    assert [row.split(" | ")[1] for row in rows] == sizes and rows[0].endswith("| 1.00 |")
 
 
 def matrices(graph):
