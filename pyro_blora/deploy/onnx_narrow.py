@@ -11,7 +11,7 @@ run has seen.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,13 @@ class NarrowWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.codes.shape[0]
-        attributes = {"K": self.columns, "N": m, "bits": self.bits, "block_size": self.block, "accuracy_level": 0}
+        attributes: dict[str, Any] = {
+            "K": self.columns,
+            "N": m,
+            "bits": self.bits,
+            "block_size": self.block,
+            "accuracy_level": 0,
+        }
         return symbolic(
             "com.microsoft::MatMulNBits",
             (x, self.codes, self.steps),
