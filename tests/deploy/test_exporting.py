@@ -155,7 +155,7 @@ def test_embeddings_in_8_bit_take_a_quarter(exported, capsys):
     assert codes.numel() == before.numel()
     after = dict(load(small).named_parameters())[name]
     assert not torch.equal(after, before) and (after - before).abs().max() <= before.abs().max() / 254 * 1.01
-    assert "rounded to 8 bit, row by row, which the run's are not" in card_of(small).text
+    assert "its embeddings have 8 bit, row by row, which the run's have not" in card_of(small).text
 
 
 def test_draws_are_an_ensemble_of_adapters(run, exported, capsys):
