@@ -98,9 +98,9 @@ _CHANGED = (
 _SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
 _NARROW = (
     "{} products have a weight of up to 8 bit and an input of more: com.microsoft's MatMulNBits, with the weight's "
-    "codes in 2, 4 or 8 bits, in float32 (accuracy level 0). That saves disk, **not time**: on the processor that was "
-    "tried they take as long as a product in float32 at 4 bit, and several times as long at 2 and 8. It needs "
-    "onnxruntime 1.31 or later."
+    "codes in 2, 4 or 8 bits, in float32 (accuracy level 0). That saves disk and memory, **not time**: on the "
+    "processor that was tried they take as long as a product in float32 at 4 bit, and several times as long at 2 and 8. "
+    "It needs onnxruntime 1.31 or later."
 )
 _OF_FAST = (
     ": onnxruntime sums in another order in float32, so a value at the border between two codes may take the other one."

@@ -57,7 +57,7 @@ def export_onnx(
 
     fast: float32 between the products of codes, in a third to two thirds of the time; some codes are others then.
     small: where an input has more than 8 bits and its weight up to 8, that weight's codes at 2, 4 or 8 bits, multiplied
-    in float32: the disk of the packed model, in up to several times the time.
+    in float32: the packed model's disk, and less memory, in up to several times the time.
 
     Errors: as there; ImportError without the extra `onnx`; ValueError for a network that torch.onnx cannot export;
     RuntimeError if onnxruntime's logits are not the program's.
