@@ -18,4 +18,6 @@ def allocated(build, *, seed=0, adapter="lora", kind=None, **settings):
     program.gate_guide.deployed = lambda: gates
     with torch.no_grad():
         net.log_range.add_(0.1 * torch.randn(net.log_range.shape, generator=torch.Generator().manual_seed(seed)))
+        if net.smoothing is not None:
+            torch.nn.init.normal_(net.smoothing.log_scale, std=0.5, generator=torch.Generator().manual_seed(seed))
     return program

@@ -1,6 +1,6 @@
 """A fresh process for one system: seconds to load it, and resident memory with it.
 
-python -m experiments.bench.deployed_child SYSTEM_AS_JSON
+python -m experiments.bench.deployed_child SYSTEM_AS_JSON BATCH_LENGTH_AND_VOCABULARY_AS_JSON
 """
 
 import dataclasses
@@ -16,13 +16,19 @@ from .systems import TORCH, System, opened, some_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOADS = 3
-_BATCH = (8, 128)
+_BATCH = (8, 128, 30_000)  # texts, tokens, vocabulary
 
 
-def measured(system: System) -> dict:
-    """load_s: median of three loads; resident: bytes of the process after one batch of 8 x 128; imports: before it."""
+def measured(system: System, batch: tuple[int, int, int] = _BATCH) -> dict:
+    """load_s: median of three loads; resident: bytes of the process after one batch; imports: before it."""
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "experiments.bench.deployed_child", json.dumps(dataclasses.asdict(system))]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.bench.deployed_child",
+        json.dumps(dataclasses.asdict(system)),
+        json.dumps(batch),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{system.name} could not be measured: {done.stderr[-500:]}")
@@ -41,12 +47,12 @@ def _imports(kind: str) -> None:
         import onnxruntime  # noqa: F401 (the same)
 
 
-def _main(text: str) -> None:
+def _main(text: str, batch: str) -> None:
     system = System(**json.loads(text))
     _imports(system.kind)
     before = _resident()
     call = opened(system, 1)
-    call(some_inputs(*_BATCH))
+    call(some_inputs(*json.loads(batch)))
     resident = _resident()
     seconds = []
     del call
@@ -59,4 +65,4 @@ def _main(text: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:3])

@@ -14,7 +14,7 @@ FORMATS = {
 _OF_FORMATS = {  # what only some formats take: (its value where it is not given, the formats, in words)
     "base": ("packed", ("packed",), "--base reference"), "merge": (False, ("packed",), "--merge"),
     "embeddings": (32, ("packed",), "--embeddings"), "fast": (False, ("onnx",), "--fast"),
-    "draws": (None, ("peft",), "--draws"),
+    "small": (False, ("onnx",), "--small"), "draws": (None, ("peft",), "--draws"),
 }  # fmt: skip
 
 
@@ -42,6 +42,8 @@ def add_export_command(commands: Any, help_column: int) -> None:
         "range for each row, or 32 as they are (default: 32)")  # fmt: skip
     add("--fast", action="store_true", help="of onnx: float32 between the integer products, in less time; a few "
         "decisions may be others")  # fmt: skip
+    add("--small", action="store_true", help="of onnx: weights of up to 8 bit in as many bits where their input has "
+        "more than 8, for disk and memory; such products take up to several times the time")  # fmt: skip
     add("--draws", metavar="DRAWS", type=int, help="of peft: an adapter for each of so many draws of the posterior")
     add("--seed", metavar="SEED", type=int, help="of the draws (default: the run's)")
     add("--backbone", metavar="PATH", help="where the backbone is now, if not where it was")

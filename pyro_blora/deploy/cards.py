@@ -6,87 +6,40 @@ Only a packed model, and an ONNX file of one, computes the deployed allocation: 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..models.attention import SOFTMAX1, attention_of
 from ..models.embeddings import EXACT, bits_of, is_tied
 from .about import About, allocation, bops_ratio, deployed_widths
+from .card_programs import ADAPTER, DRAWS, ONNX, PACKED, of_backbone, of_whole
 from .model_card import Card
 
-_MODEL = """import transformers
+if TYPE_CHECKING:
+    from .onnx_modules import Products
 
-answer = transformers.pipeline("{pipeline}", model="this folder")
-"""
-_MODEL_OF_NO_PIPELINE = """import transformers
-
-model = transformers.{auto_class}.from_pretrained("this folder").eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-"""
-_BACKBONE = """import peft
-import transformers
-
-{labels}backbone = transformers.{auto_class}.from_pretrained(
-    "{name}",{settings}
+_IN_IT = (
+    "**Smoothing**: each quantized projection divides its input, channel by channel, by scales that were learned, "
+    "before it is rounded; the weights that read it, base and lora_A, were multiplied with them before they were."
 )
-"""
-_ADAPTER = """model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-"""
-_DRAWS = """names = [f"draw-{{i}}" for i in range({draws})]
-model = peft.PeftModel.from_pretrained(backbone, "this folder/draw-0", adapter_name=names[0]).eval()
-for name in names[1:]:
-    model.load_adapter(f"this folder/{{name}}", adapter_name=name)
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-
-
-def probabilities(texts):
-    inputs, each = tokenizer(texts, padding=True, truncation=True, return_tensors="pt"), []
-    for name in names:
-        model.set_adapter(name)
-        with torch.no_grad():
-            each.append(model(**inputs).logits.softmax(-1))
-    return torch.stack(each).mean(0)
-"""
-_PACKED = """import torch
-import transformers
-from pyro_blora import load
-
-model = load("this folder"{backbone})
-tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
-with torch.no_grad():
-    logits = model(**tokenizer(["a text"], truncation=True, return_tensors="pt")).logits
-"""
-_ONNX = """import json
-
-import numpy as np
-import onnxruntime
-import tokenizers
-
-folder = "this folder"
-about = json.load(open(f"{folder}/onnx.json"))
-session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
-tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-tokenizer.enable_truncation(about["task"]["max_length"] or 512)
-tokenizer.enable_padding()
-
-
-def logits(texts):
-    rows = tokenizer.encode_batch(texts)
-    every = {
-        "input_ids": [row.ids for row in rows],
-        "attention_mask": [row.attention_mask for row in rows],
-        "token_type_ids": [row.type_ids for row in rows],
-    }
-    return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
-"""
-_SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
+_NOT_NEEDED = (
+    "**Smoothing**: the run divides inputs, channel by channel, by learned scales and multiplies the weights that read "
+    "them, so that both are rounded at less error. At 32 bit this changes nothing, so it is not in here{}."
+)
+_OF_LOW_RANK = ": lora_A was rounded with its scales, which were then divided out"
+_CHANGED = (
+    "**Attention** is softmax1, exp(x_i) / (1 + sum_j exp(x_j)), which the program below puts in. transformers loads "
+    "the model without it, too, says nothing, and computes **another function**."
+)
+_NARROW = (
+    "{} products have a weight of up to 8 bit and an input of more: com.microsoft's MatMulNBits, with the weight's "
+    "codes in 2, 4 or 8 bits, in float32 (accuracy level 0). That saves disk and memory, **not time**: on the "
+    "processor that was tried they take as long as a product in float32 at 4 bit, and several times as long at 2 and "
+    "8. It needs onnxruntime 1.31 or later."
+)
 _OF_FAST = (
-    ": onnxruntime sums in another order between these products, so a value at the border between two codes may take "
-    "the other one."
+    ": onnxruntime sums in another order in float32, so a value at the border between two codes may take the other one."
 )
 _UNROUNDED = ": `pyro_blora.load` rounds those of the base, PEFT leaves them at 32 bit"
-_OUTPUTS = "\n    num_labels={},"
-_NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
-_NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
-_PADDED = "\n    pad_token_id={},  # the end of a text, as its tokenizer has no token for padding"
 _OWN_FILE = (
     "`gates.safetensors` is the posterior in full rank, which `pyro_blora.load` reads with the run's config.json."
 )
@@ -106,9 +59,10 @@ def adapter(about: About, ranks: dict[str, int]) -> Card:
             f"**Bit operations** of this adapter on its base: {_share(about, activations=32, weights=32)}.",
             f"**Bit widths** that its matrices are rounded to:\n\n{allocation(about.layout, bits, opened, tensors)}",
             *_rounded_tables(about, _UNROUNDED),
+            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
             _OWN_FILE,
         ],
-        _backbone(about) + _ADAPTER, "peft", ["lora", "bayesian"], "adapter",
+        of_backbone(about) + ADAPTER, "peft", ["lora", "bayesian"], "adapter",
     )  # fmt: skip
 
 
@@ -123,8 +77,9 @@ def draws(about: About, count: int) -> Card:
             "Matrices are rounded to the bit widths of the draw; PEFT runs them, the base's weights and all inputs at "
             "32 bit, while the run's own averaged predictions have these rounded too.",
             *_rounded_tables(about, _UNROUNDED),
+            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
-        "import torch\n" + _backbone(about) + _DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
+        "import torch\n" + of_backbone(about) + DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
         "adapter",
     )  # fmt: skip
 
@@ -138,8 +93,12 @@ def whole(about: About) -> Card:
     """Of full fine-tuning, which has no adapter."""
     return Card(
         f"{about.base or 'A model'}, fully fine-tuned",
-        ["Its weights and inputs are at 32 bit here, whatever bit widths were learned.", _OWN_FILE],
-        _whole(about), "transformers", ["bayesian"], "finetune",
+        [
+            "Its weights and inputs are at 32 bit here, whatever bit widths were learned.",
+            *_levers(about, _NOT_NEEDED.format("")),
+            _OWN_FILE,
+        ],
+        of_whole(about), "transformers", ["bayesian"], "finetune",
     )  # fmt: skip
 
 
@@ -152,8 +111,9 @@ def merged(about: About) -> Card:
             "weights and all inputs are at 32 bit. So this is **not** the low-bit model of the run, whose decisions "
             "differ where rounding the base and its inputs matters.",
             "**Bit operations**: those of the base model at 32 bit; the adapter costs nothing more.",
+            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
-        _whole(about), "transformers", ["lora", "merged", "bayesian"], "merge",
+        of_whole(about), "transformers", ["lora", "merged", "bayesian"], "merge",
     )  # fmt: skip
 
 
@@ -178,41 +138,44 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
             f"**Bit operations** on hardware with such products: {_share(about, is_merged=is_merged)}.",
             f"**Disk**: {share}.",
             *(_rounded_tables(about, ", and here") if embeddings is None else []),
+            *_levers(about, _IN_IT),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, tensors)}",
             *_untied(about, embeddings),
             *(["The base is not in this folder: it is read from the hub or a folder, and compared by hash."]
               if reference else []),
             "`packed.json` describes `packed.safetensors` and has the hashes of all files; loading runs no code.",
         ],
-        _PACKED.format(backbone=', backbone="PATH of the base"' if reference else ""), "pyro_blora",
+        PACKED.format(backbone=', backbone="PATH of the base"' if reference else ""), "pyro_blora",
         ["lora", "bayesian", "quantized"], "quantized",
     )  # fmt: skip
 
 
-def onnx(about: About, products: tuple[int, int], gaps: dict[str, float], size: int, fast: bool) -> Card:
-    """Of the deployed model for onnxruntime. products: of two codes, and all. gaps: of logits, of the largest."""
+def onnx(about: About, products: Products, gaps: dict[str, float], size: int, fast: bool) -> Card:
+    """Of the deployed model for onnxruntime. gaps: of logits, of the largest."""
     bits, opened = deployed_widths(about.program)
-    integer, every = products
+    is_float = fast or products.narrow > 0
     return Card(
         f"{about.base or 'A model'} at learned bit widths, for onnxruntime",
         [
-            f"The deployed allocation of the run, with its learned scales. {integer} of the {every} matrix products of "
-            "the quantized projections have two factors of codes: onnxruntime runs them on int8 kernels. Codes of "
-            "fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of more are two. All "
-            f"else is {'float32' if fast else 'float64, rounded to float32'}.",
+            f"The deployed allocation of the run, with its learned scales. {products.integer} of the {products.all} "
+            "matrix products of the quantized projections have two factors of codes: onnxruntime runs them on int8 "
+            "kernels. Codes of fewer than 8 bits are bytes, too, so they cost the time and the disk of 8; those of "
+            f"more are two. All else is {'float32' if fast else 'float64, rounded to float32'}.",
             f"Compared with the packed model, logits differ by {gaps['logit_gap_mean']:.1g} of the largest on average, "
-            f"and by up to {gaps['logit_gap_largest']:.1g}{_OF_FAST if fast else '.'}",
+            f"and by up to {gaps['logit_gap_largest']:.1g}{_OF_FAST if is_float else '.'}",
+            *([_NARROW.format(products.narrow)] if products.narrow else []),
             "On x86 processors without VNNI, which are older than 2019, onnxruntime's int8 kernels overflow at weights "
             "of 8 bit: compare there before use.",
             f"**Bit operations** on hardware with products of every width: {_share(about)}. On int8 kernels, widths "
             "below 8 bit save nothing more.",
             f"**Disk**: {size / 1e6:.1f} MB.",
+            *_levers(about, _IN_IT),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, list(about.layout.tensors))}",
             *_untied(about),
             "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
             "and tokenizers, neither torch nor pyro_blora.",
         ],
-        _ONNX, "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
+        ONNX, "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
     )  # fmt: skip
 
 
@@ -228,6 +191,13 @@ def _untied(about: About, embeddings: int | None = None) -> list[str]:
     ]
 
 
+def _levers(about: About, smoothing: str) -> list[str]:
+    """What a card says of a run with smoothed inputs, and of one with another attention."""
+    net = about.program.net
+    return [*([smoothing] if net.smoothing is not None else []),
+            *([_CHANGED] if attention_of(net.backbone) == SOFTMAX1 else [])]  # fmt: skip
+
+
 def _share(about: About, *, activations: int | None = None, weights: int | None = None, is_merged: bool = False) -> str:
     ratio = bops_ratio(about.program, activations=activations, weights=weights, is_merged=is_merged)
     return f"{100 * ratio:.1f} % of those of the model at 32 bit with adapters of rank {about.layout.rank}"
@@ -236,32 +206,3 @@ def _share(about: About, *, activations: int | None = None, weights: int | None 
 def _ranks(ranks: dict[str, int]) -> str:
     low, high = min(ranks.values()), max(ranks.values())
     return f"{len(ranks)} projections have ranks {f'from {low} to {high}' if low < high else f'of {low}'}."
-
-
-def _whole(about: About) -> str:
-    head = about.kind.head
-    changed = attention_of(about.program.net.backbone) == SOFTMAX1
-    code = _MODEL if head.pipeline and not changed else _MODEL_OF_NO_PIPELINE
-    return code.format(pipeline=head.pipeline, auto_class=head.auto_class) + _attention(about, "model")
-
-
-def _backbone(about: About) -> str:
-    head, outputs = about.kind.head, about.kind.head_settings.get("num_labels", 0)
-    settings = (_OUTPUTS.format(outputs) if outputs else "") + (_NAMED if about.labels and outputs else "")
-    code = _BACKBONE.format(
-        labels=f"labels = {about.labels}\n" if outputs else "", name=about.base, auto_class=head.auto_class,
-        settings=(f'\n    revision="{about.revision}",' if about.revision else "")
-        + settings + (_NEW + _padding(about) if head.is_new else ""),
-    )  # fmt: skip
-    return code + _attention(about, "backbone")
-
-
-def _padding(about: About) -> str:
-    """Of a decoder that has no token for it: its own configuration does not say which one was taken."""
-    config = about.program.net.backbone.config
-    token = getattr(config, "pad_token_id", None)
-    return _PADDED.format(token) if token is not None and token == getattr(config, "eos_token_id", None) else ""
-
-
-def _attention(about: About, name: str) -> str:
-    return _SOFTMAX1.format(name) if attention_of(about.program.net.backbone) == SOFTMAX1 else ""

@@ -18,17 +18,19 @@ _OF_ONNX = ("onnx", "onnxscript", "onnxruntime")  # the extra
 
 def export_run(
     run: str | Path, folder: str | Path, *, format: str = "packed", base: str = "packed", merge: bool = False,
-    embeddings: int = 32, fast: bool = False, draws: int | None = None, seed: int | None = None,
+    embeddings: int = 32, fast: bool = False, small: bool = False, draws: int | None = None, seed: int | None = None,
     allow_code: Iterable[str] = (), backbone: str | None = None,
 ) -> tuple[Path, Measured | None]:  # fmt: skip
     """Write what a run has learned to a new folder; returns it, and what it scores on the run's held-out rows.
 
     run: its folder, or an exported adapter, of which nothing is measured. format: one of `export_flags.FORMATS`. base:
-    `packed` or `reference`, merge, embeddings: see `packing.pack`. fast: see `onnx_file.export_onnx`. draws: of the
-    posterior, an adapter each. seed: of the draws; None: the run's. allow_code, backbone: as in `load`.
+    `packed` or `reference`, merge, embeddings: see `packing.pack`. fast, small: see `onnx_file.export_onnx`. draws: of
+    the posterior, an adapter each. seed: of the draws; None: the run's. allow_code, backbone: as in `load`.
     Errors: ValueError for options that do not belong to the format; those of `load` and of each format.
     """
-    require_together(format, base=base, merge=merge, embeddings=embeddings, fast=fast, draws=draws, seed=seed)
+    require_together(
+        format, base=base, merge=merge, embeddings=embeddings, fast=fast, small=small, draws=draws, seed=seed
+    )
     folder = Path(folder).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} exists already: give another --to, an export is never overwritten")
@@ -57,7 +59,7 @@ def export_run(
         elif format == "onnx":
             from .onnx_file import export_onnx
 
-            export_onnx(model, folder, fast=fast, **shared)
+            export_onnx(model, folder, fast=fast, small=small, **shared)
         else:
             from .packing import pack
 

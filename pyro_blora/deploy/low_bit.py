@@ -1,6 +1,6 @@
 """A plain network that computes what the deployed allocation computes: products of codes, the rest in float64.
 
-    y = Q(W0) Q(x) + b + (alpha / R) Q(B) Q(Q(A) Q(x))
+    y = Q(W0) Q(x) + b + (alpha / R) Q(B) Q(Q(A) Q(x)),      x / s for x where inputs are smoothed
 
 Operation by operation that of adapters/layers.py in the deployed mode, so that outputs are equal to the bit in
 float32. Closed ranks are rows and columns of zeros: at 32 bit, a product of another shape could sum in another order.
@@ -84,20 +84,27 @@ class LowRank(NamedTuple):
 
 
 class Site(NamedTuple):
-    """What a projection has beside its bias: what rounds x, its weight, an adapter."""
+    """What a projection has beside its bias: what rounds x, its weight, an adapter.
+
+    smoothing: what x is divided by, channel by channel, (n,); the weights that read it are multiplied with it.
+    """
 
     rounded: Rounded
     weight: OnGrid
     adapter: LowRank | None
+    smoothing: Tensor | None = None
 
 
 class LowBitLinear(nn.Module):
     """One projection of the deployed model.  x (..., n) -> (..., m)"""
 
+    smoothing: Tensor | None
+
     def __init__(self, site: Site, bias: nn.Parameter | None, is_exact: bool):
         super().__init__()
         self.bias, self.rounded, self.base = bias, site.rounded, Weight(site.weight)
         self.scale, self.is_exact = None if site.adapter is None else site.adapter.scale, is_exact
+        self.register_buffer("smoothing", site.smoothing, persistent=False)
         if site.adapter is not None:
             self.hidden, self.lora_A, self.lora_B = (
                 site.adapter.hidden,
@@ -106,11 +113,12 @@ class LowBitLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Q(W0), (m, n)."""
+        """Q(W0), or Q(W0 diag(s)), (m, n)."""
         return self.base().numbers
 
     def forward(self, x: Tensor) -> Tensor:
-        coded, multiplied = self.rounded(x), product if self.is_exact else _in_float32
+        smoothed = x if self.smoothing is None else x / self.smoothing
+        coded, multiplied = self.rounded(smoothed), product if self.is_exact else _in_float32
         y = multiplied(coded, self.base(), self.bias)
         if self.scale is None:
             return y

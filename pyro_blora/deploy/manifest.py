@@ -38,6 +38,8 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
 def read_manifest(path: Path, *, schema: str, version: int) -> dict[str, Any]:
     """The content of a manifest, by the schema of that name beside this module, when every file is whole.
 
+    version: the newest that is read.
+
     Errors: Refused saying what is wrong: a newer version, no manifest of this kind, a damaged or missing file.
     """
     try:
@@ -46,10 +48,10 @@ def read_manifest(path: Path, *, schema: str, version: int) -> dict[str, Any]:
         raise Refused(f"{path} cannot be read ({' '.join(str(error).split())}): {_RESTORE}") from None
     if not isinstance(content, dict) or content.get("schema") != schema:
         raise Refused(f"{path} is no description of a model by {schema}: {_RESTORE}")
-    if content.get("version") != version:
+    if content.get("version") not in range(1, version + 1):
         raise Refused(
-            f"{path} has version {str(content.get('version'))[:_SHOWN]!r} of {schema}, this package reads {version}: "
-            "install a newer one, or export again"
+            f"{path} has version {str(content.get('version'))[:_SHOWN]!r} of {schema}, this package reads 1 to "
+            f"{version}: install a newer one, or export again"
         )
     if content.pop(SUM, None) != _sum_of(content):
         raise Refused(f"{path} is not what was written, its hash is another: {_RESTORE}")

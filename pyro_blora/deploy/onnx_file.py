@@ -1,9 +1,9 @@
 """A packed model as an ONNX file, which onnxruntime runs on integer kernels without torch.
 
 torch.onnx's exporter writes it from the plain network of packed.py, whose projections are onnx_modules.py's. It is
-compared with that network before the call returns: logits are the same float32 numbers. In a fast file they are not, as
-onnxruntime sums in another order between the products, so that here and there a value at the border between two codes
-takes the other one, which the layers above amplify.
+compared with that network before the call returns: logits are the same float32 numbers. In a fast or a small file they
+are not, as onnxruntime sums in another order, between the products or in those of a narrow weight, so that here and
+there a value at the border between two codes takes the other one, which the layers above amplify.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from .packed import load_packed
 from .packing import described_task, made_by, pack
 from .peft import plain_backbone, save_tokenizer
 
-SCHEMA, VERSION = "onnx", 1
+SCHEMA, VERSION = "onnx", 2
+_BEFORE_SMALL = 1  # version of what has no narrow products, which an older package reads
 MANIFEST, MODEL = "onnx.json", "model.onnx"
 OPSET = 21  # QuantizeLinear of int16, and per-axis scales; onnxruntime reads it since 1.20
 _GAP = 1e-4  # mean difference of logits, of the largest: codes are the same, but where float64 rounds otherwise
-_GAP_FAST = 0.02  # codes at a border make a tenth of it, a wrong scale far more
+_GAP_FAST = 0.02  # where sums are in float32: codes at a border make a tenth of it, a wrong scale far more
 _OUTPUT = "logits"
 
 
@@ -50,10 +51,13 @@ _OUTPUT = "logits"
 def export_onnx(
     program: BayesianLoRA, folder: str | Path, *, rows: dict[str, Tensor] | None = None, tokenizer: Any = None,
     config: RunConfig | None = None, held_out: HeldOut | None = None, fast: bool = False,
+    small: bool = False,
 ) -> Path:  # fmt: skip
     """Write the deployed model to `folder`, which must not exist, as ONNX. Arguments as in `packing.pack`.
 
     fast: float32 between the products of codes, in a third to two thirds of the time; some codes are others then.
+    small: where an input has more than 8 bits and its weight up to 8, that weight's codes at 2, 4 or 8 bits, multiplied
+    in float32: the packed model's disk, and less memory, in up to several times the time.
 
     Errors: as there; ImportError without the extra `onnx`; ValueError for a network that torch.onnx cannot export;
     RuntimeError if onnxruntime's logits are not the program's.
@@ -66,12 +70,12 @@ def export_onnx(
         batch = head.rows(rows) if rows else head.example(example_rows(packed, 2, 16, varied=True))
         taken = inspect.signature(packed.forward).parameters
         inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
-        products = in_onnx_operators(model, fast)
+        products = in_onnx_operators(model, fast, small)
         write_graph(model, {name: batch[name] for name in inputs}, program, partial / MODEL, fast=fast)
         session = session_of(partial / MODEL)
         answer, expected = answer_by(session, inputs, head), answer_of(packed, program)
         gap = _gap(answer, expected, _checked(batch, held_out))
-        if not gap.mean() <= (_GAP_FAST if fast else _GAP):
+        if not gap.mean() <= (_GAP_FAST if fast or products.narrow else _GAP):
             raise RuntimeError(f"onnxruntime's logits differ by {gap.mean():.2g} of the largest: please report this")
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, config)
@@ -79,9 +83,10 @@ def export_onnx(
         measured = None if held_out is None else held_out.measure(answer)
         gaps = {"logit_gap_mean": gap.mean().item(), "logit_gap_largest": gap.max().item()}
         content: dict[str, Any] = {
-            "schema": SCHEMA, "version": VERSION, "made_by": made_by(), "inputs": inputs, "output": _OUTPUT,
+            "schema": SCHEMA, "version": VERSION if products.narrow else _BEFORE_SMALL, "made_by": made_by(),
+            "inputs": inputs, "output": _OUTPUT,
             "labels": about.labels, "task": described_task(program, config),
-            "products": dict(zip(("integer", "all"), products, strict=True)), "fast": fast,
+            "products": {name: n for name, n in products._asdict().items() if n or name != "narrow"}, "fast": fast,
             "measured": {**gaps, **({} if measured is None else measured._asdict())},
         }  # fmt: skip
         write_manifest(partial / MANIFEST, content)

@@ -5,7 +5,8 @@
 A product of two factors that have codes is QuantizeLinear, DequantizeLinear and MatMul, which onnxruntime runs as one
 integer product and scales once: operation by operation that of quantizer/products.py. Codes of every width up to 8 bit
 are bytes, an input's around 128, as onnxruntime's kernels take them; those of up to 16 bit are two bytes, so two
-products. A product with a factor at 32 bit is in float64, or for speed in float32.
+products. A product with a factor at 32 bit is in float64, or for speed in float32. In a small file, one of which only
+the weight has up to 8 bit is onnx_narrow.py's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.onnx.ops import symbolic
 
 from ..quantizer.products import BYTE
 from .low_bit import EXACT, LowBitLinear, OnGrid, Rounded, Weight, compute_in_float32
+from .onnx_narrow import NarrowWeight, form_of
 
 _OPSET = 21
 _MIDDLE, _HIGH = 128, 256  # of an input's byte; of the high byte's unit
@@ -165,49 +167,64 @@ class OfNumbers(nn.Module):
 
 
 class OneInput(nn.Module):
-    """What reads an input: products of codes and products in float64, each with the form of it that it takes."""
+    """What reads an input: products of codes and products of numbers, each with the form of it that it takes.
+
+    small: weights of up to 8 bit at their own width, where the input has more.
+    """
 
     edge: Tensor
     inverse: Tensor
     step: Tensor
 
-    def __init__(self, rounded: Rounded, weights: list[Weight], dtype: torch.dtype):
+    def __init__(self, rounded: Rounded, weights: list[Weight], dtype: torch.dtype, small: bool = False):
         super().__init__()
-        coded = rounded.bits < EXACT
+        coded, self.narrows = rounded.bits < EXACT, small and rounded.bits > BYTE
         self.codes = Codes(rounded, dtype == torch.float32) if coded else None
         self.bits = rounded.bits
         if coded:
             for name in ("edge", "inverse", "step"):
                 self.register_buffer(name, getattr(rounded, name).detach().clone(), persistent=False)
         self.products = nn.ModuleList(
-            Product(weight, number == 0) if coded and weight.bits < EXACT else OfNumbers(weight, dtype)
-            for number, weight in enumerate(weights)
+            self._product(weight, number == 0, dtype) for number, weight in enumerate(weights)
         )
 
+    def _product(self, weight: Weight, is_first: bool, dtype: torch.dtype) -> nn.Module:
+        form = form_of(weight) if self.narrows and weight.bits <= BYTE else None
+        if form is not None:
+            return NarrowWeight(weight, form)
+        return Product(weight, is_first) if self.codes is not None and weight.bits < EXACT else OfNumbers(weight, dtype)
+
     def forward(self, x: Tensor) -> list[Tensor]:
-        coded = None if self.codes is None else self.codes(x)
+        of_codes = [isinstance(product, Product) for product in self.products]
+        coded = self.codes(x) if self.codes is not None and any(of_codes) else None
         numbers = x
-        if self.codes is not None and any(isinstance(product, OfNumbers) for product in self.products):
+        if self.codes is not None and not all(of_codes):
             numbers = (_clipped(x, -self.edge, self.edge) * self.inverse).round() * self.step
-        return [product(coded if isinstance(product, Product) else numbers) for product in self.products]
+        return [product(coded if has else numbers) for product, has in zip(self.products, of_codes, strict=True)]
 
 
 class OnnxLinear(nn.Module):
-    """One projection of the deployed model, in ONNX's operators."""
+    """One projection of the deployed model, in ONNX's operators.
 
-    def __init__(self, linear: LowBitLinear, dtype: torch.dtype):
+    A smoothed input is divided as in training: a product with 1 / s would be another number in the last bit.
+    """
+
+    smoothing: Tensor | None
+
+    def __init__(self, linear: LowBitLinear, dtype: torch.dtype, small: bool):
         super().__init__()
+        self.register_buffer("smoothing", linear.smoothing, persistent=False)
         self.bias, self.is_adapted, self.scale = linear.bias, linear.scale is not None, linear.scale
         low_rank = [] if linear.scale is None else [linear.lora_A]
-        self.read = OneInput(linear.rounded, [linear.base, *low_rank], dtype)
+        self.read = OneInput(linear.rounded, [linear.base, *low_rank], dtype, small)
         if linear.scale is not None:
             up: Weight = linear.lora_B
             if dtype == torch.float32:  # the scale is a part of the step, which saves a pass over y
                 up, self.scale = _scaled(up, linear.scale), None
-            self.hidden = OneInput(linear.hidden, [up], dtype)
+            self.hidden = OneInput(linear.hidden, [up], dtype, small)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, *hidden = self.read(x)
+        y, *hidden = self.read(x if self.smoothing is None else x / self.smoothing)
         if self.bias is not None:
             y = y + self.bias
         if not self.is_adapted:
@@ -222,10 +239,18 @@ def _scaled(weight: Weight, scale: float) -> Weight:
     return Weight(OnGrid(weight().numbers * scale, step, weight.bits))
 
 
-def in_onnx_operators(model: nn.Module, fast: bool = False) -> tuple[int, int]:
-    """Replace the low-bit layers of a packed model; returns (products of codes, all products of these layers).
+class Products(NamedTuple):
+    """How many products of two codes there are, of numbers with the codes of a weight, and all."""
 
-    fast: everything but the codes in float32, also between these layers.
+    integer: int
+    narrow: int
+    all: int
+
+
+def in_onnx_operators(model: nn.Module, fast: bool = False, small: bool = False) -> Products:
+    """Replace the low-bit layers of a packed model.
+
+    fast: everything but the codes in float32, also between these layers. small: see `OneInput`.
     """
     if fast:
         compute_in_float32(model)
@@ -233,6 +258,8 @@ def in_onnx_operators(model: nn.Module, fast: bool = False) -> tuple[int, int]:
     for name, module in list(model.named_modules()):
         if isinstance(module, LowBitLinear):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, OnnxLinear(module, dtype))
-    integer, wide = (sum(isinstance(module, kind) for module in model.modules()) for kind in (Product, OfNumbers))
-    return integer, integer + wide
+            setattr(model.get_submodule(parent), child, OnnxLinear(module, dtype, small))
+    integer, narrow, wide = (
+        sum(isinstance(module, kind) for module in model.modules()) for kind in (Product, NarrowWeight, OfNumbers)
+    )
+    return Products(integer, narrow, integer + narrow + wide)

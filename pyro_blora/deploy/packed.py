@@ -6,6 +6,7 @@
     PROJECTION.base        its weight: codes, or at 32 bit the numbers; none where the base is not packed in
     PROJECTION.lora_A, .lora_B      the same of an adapter's open ranks
     PROJECTION.input.range, .base.range, ...    of each tensor below 32 bit, one number or one per row
+    PROJECTION.smoothing            s, one a channel: the input is x / s, and base and lora_A were multiplied with s
 
 Where the base is not packed in, its tensors are read from transformers' own folder or the hub, and compared by hash.
 """
@@ -31,7 +32,8 @@ from .manifest import Refused, content_sum, read_manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCHEMA, VERSION = "packed", 1
+SCHEMA, VERSION = "packed", 2
+UNSMOOTHED = 1  # version of what has no smoothing, which an older package reads
 MANIFEST, WEIGHTS = "packed.json", "packed.safetensors"
 _SHOWN = 200  # characters of another error in a message
 _RESTORE = "copy or export the folder again"
@@ -69,7 +71,9 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
     for name, entry in content["projections"].items():
         own = _Tensors(tensors, name, entry["bits"])
         m, n = entry["shape"]
-        given = base.pop(f"{name}.weight", None)
+        given, smoothing = base.pop(f"{name}.weight", None), own.smoothing(n) if entry.get("smoothed") else None
+        if given is not None and smoothing is not None:
+            given = given * smoothing
         weight = own.weight("base", (m, n)) if given is None else own.on_grid("base", given)
         weights[f"{name}.weight"] = weight.x
         adapter = None
@@ -80,7 +84,7 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
                 down = down._replace(step=F.pad(down.step, (0, 0, 0, closed), value=1.0))
             down, up = down._replace(x=F.pad(down.x, (0, 0, 0, closed))), up._replace(x=F.pad(up.x, (0, closed)))
             adapter = LowRank(down, own.rounded("hidden"), up, entry["scale"])
-        sites[name] = Site(own.rounded("input"), weight, adapter)
+        sites[name] = Site(own.rounded("input"), weight, adapter, smoothing)
     for name, entry in content["embeddings"].items():
         weights[name] = _Tensors(tensors, name, {"codes": entry["bits"]}).weight("codes", entry["shape"]).x
     weights = transposed(model_class, config, weights)
@@ -111,10 +115,20 @@ class _Tensors:
             raise Refused(f"{WEIGHTS} has no tensor {self.name}.{part}: {_RESTORE}")
         return found
 
-    def _range(self, part: str) -> Tensor:
-        found = self._take(f"{part}.range")
+    def _positive(self, part: str) -> Tensor:
+        found = self._take(part)
         if found.dtype != torch.float32 or not bool((found > 0).all() and found.isfinite().all()):
-            raise Refused(f"{WEIGHTS}: {self.name}.{part}.range is no positive number: {_RESTORE}")
+            raise Refused(f"{WEIGHTS}: {self.name}.{part} is no positive number: {_RESTORE}")
+        return found
+
+    def _range(self, part: str) -> Tensor:
+        return self._positive(f"{part}.range")
+
+    def smoothing(self, channels: int) -> Tensor:
+        """(n,)"""
+        found = self._positive("smoothing")
+        if found.shape != (channels,):
+            raise Refused(f"{WEIGHTS}: {self.name}.smoothing is {tuple(found.shape)}, not ({channels},): {_RESTORE}")
         return found
 
     def weight(self, part: str, shape: tuple[int, int]) -> OnGrid:

@@ -31,7 +31,7 @@ from .about import About
 from .held_out import HeldOut, answer_of
 from .manifest import content_sum, write_manifest
 from .model_card import write_card
-from .packed import EXACT, MANIFEST, SCHEMA, VERSION, WEIGHTS, load_packed
+from .packed import EXACT, MANIFEST, SCHEMA, UNSMOOTHED, VERSION, WEIGHTS, load_packed
 from .peft import plain_backbone, save_tokenizer
 from .widths import Widths
 
@@ -74,8 +74,8 @@ def pack(
         for index, projection in enumerate(net.layout.projections):
             state |= widths.packed(index, state.pop(f"{projection.name}.weight"))
         content: dict[str, Any] = {
-            "schema": SCHEMA, "version": VERSION, "made_by": made_by(), "architecture": _architecture(plain),
-            "task": described_task(program, config),
+            "schema": SCHEMA, "version": UNSMOOTHED if widths.smoothing is None else VERSION, "made_by": made_by(),
+            "architecture": _architecture(plain), "task": described_task(program, config),
             "projections": {p.name: widths.entry(index) for index, p in enumerate(net.layout.projections)},
             "embeddings": coded,
         }  # fmt: skip
@@ -114,10 +114,10 @@ def _require_form(net: adapters.GatedModel) -> None:
             "this adapter quantizes nothing, so there is nothing to pack: export it as an adapter (--format peft), or "
             "merged (--format merged)"
         )
-    if net.smoothing is not None or attention_of(net.backbone) == SOFTMAX1:
+    if attention_of(net.backbone) == SOFTMAX1:
         raise ValueError(
-            "smoothed inputs and attention softmax1 have no packed form: export an adapter (--format peft), or train "
-            "without --smoothing and --attention softmax1"
+            "attention softmax1 has no packed form: export an adapter (--format peft), or train without --attention "
+            "softmax1"
         )
     kind = type(net.backbone)
     if getattr(transformers, kind.__name__, None) is not kind:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapters.gated_model import exact_tensors
 from ..layout import BASE, HIDDEN, INPUT, LORA_A, LORA_B, Projection
 from ..posterior.draws import deployed
 from ..program import BayesianLoRA
@@ -18,13 +19,15 @@ from .packed import EXACT
 class Widths(NamedTuple):
     """The deployed allocation of a program: bits (L, T), open ranks (L,), the range of each tensor of each projection.
 
-    A range is (), or (m, 1) where every row of a weight has its own. merged: see `packing.pack`.
+    A range is (), or (m, 1) where every row of a weight has its own. smoothing: (n,) of each projection, which weights
+    that read its input are multiplied with before they are rounded; None where nothing is. merged: see `packing.pack`.
     """
 
     program: BayesianLoRA
     bits: Tensor
     ranks: Tensor
     ranges: list[list[Tensor]]
+    smoothing: list[Tensor] | None = None
     merged: bool = False
 
     @classmethod
@@ -38,7 +41,10 @@ class Widths(NamedTuple):
             [_column(net.value_range(int(owners[i]) if t == INPUT else i, t)) for t in range(len(layout.tensors))]
             for i in range(len(layout.projections))
         ]
-        return cls(program, bits, 1 + g.sum(-1).long().cpu(), ranges, merged)
+        smoothing = None
+        if net.smoothing is not None and not all(exact_tensors(z)):
+            smoothing = [scale.detach().cpu() for scale in net.smoothing.scales()]
+        return cls(program, bits, 1 + g.sum(-1).long().cpu(), ranges, smoothing, merged)
 
     def _tensors(self, index: int) -> dict[str, int]:
         """Places of the tensors that a projection has."""
@@ -58,7 +64,7 @@ class Widths(NamedTuple):
         }
         if self._has_adapter(index):
             found |= {"rank": layout.rank, "open": rank, "scale": layout.alpha / layout.rank}
-        return found
+        return found if self.smoothing is None else {**found, "smoothed": True}
 
     def packed(self, index: int, base: Tensor) -> dict[str, Tensor]:
         """Codes and ranges of a projection's tensors, by their names in the file."""
@@ -68,9 +74,13 @@ class Widths(NamedTuple):
             ranges[LORA_A] = ranges[LORA_A][: int(self.ranks[index])]
         if projection.adapted:
             weights |= self._adapter(index)
+        found: dict[str, Tensor] = {}
+        if self.smoothing is not None:
+            scale = self.smoothing[index]
+            found[f"{projection.name}.smoothing"] = scale
+            weights |= {name: weights[name] * scale for name in ("base", "lora_A") if name in weights}
         if self.merged and projection.adapted:
             weights, ranges[BASE] = self._merged(index, weights, ranges)
-        found = {}
         for name, t in self._tensors(index).items():
             bits, value_range = int(self.bits[index, t]), ranges[t].clone()
             if bits < EXACT:

@@ -8,6 +8,7 @@ from tiny import save_tiny_backbone, tiny_config
 from pyro_blora import attach, export, load, use_gates
 from pyro_blora.__main__ import main
 from pyro_blora.adapters import calibrate, open_gates, start_smoothing
+from pyro_blora.deploy.merged import merge
 from pyro_blora.layout import BASE, INPUT, LORA_A
 from pyro_blora.posterior.draws import deployed
 from pyro_blora.quantizer import quantize
@@ -121,6 +122,9 @@ def test_it_learns_at_the_rate_of_the_ranges_and_goes_out_and_in(tmp_path):
     moved = (trained.program.net.smoothing.log_scale - still.program.net.smoothing.log_scale).abs()
     assert 1e-3 < moved.mean() < 0.1 and still.program.net.smoothing.log_scale.std() > 0.1
     folder = export(trained.program, tmp_path / "out", config=config, tokenizer=trained.parts.tokenizer)
+    merged = merge(trained.program, tmp_path / "merged")
+    for card in (folder, merged):
+        assert "At 32 bit this changes nothing, so it is not in here" in (card / "README.md").read_text()
     loaded = load(folder, backbone=backbone)
     inputs = {"input_ids": torch.arange(4, 24).view(2, 10)}
     answers = [program.eval().logits(inputs, deployed(program)) for program in (trained.program, loaded)]

@@ -155,7 +155,7 @@ def test_embeddings_in_8_bit_take_a_quarter(exported, capsys):
     assert codes.numel() == before.numel()
     after = dict(load(small).named_parameters())[name]
     assert not torch.equal(after, before) and (after - before).abs().max() <= before.abs().max() / 254 * 1.01
-    assert "rounded to 8 bit, row by row, which the run's are not" in card_of(small).text
+    assert "its embeddings have 8 bit, row by row, which the run's have not" in card_of(small).text
 
 
 def test_draws_are_an_ensemble_of_adapters(run, exported, capsys):
@@ -179,6 +179,7 @@ def test_draws_are_an_ensemble_of_adapters(run, exported, capsys):
     [
         (["--format", "peft", "--merge"], "--merge is of --format packed, not of peft: drop one of them"),
         (["--draws", "2"], "--draws is of --format peft, not of packed: drop one of them"),
+        (["--small"], "--small is of --format onnx, not of packed: drop one of them"),
         (["--seed", "1"], "--seed is of --draws: give both, or none"),
         (["--merge", "--base", "reference"], "--merge changes the base"),
         (["--embeddings", "1"], "embeddings have 2 to 16 bit, or 32 as they are, got 1"),

@@ -1,6 +1,7 @@
 """An ONNX file gives the deployed predictions in plain onnxruntime, with products of codes as integers."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from models import batch, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 from packed_models import allocated
 from tiny import save_tiny_backbone
 
+from experiments import onnx_times
 from pyro_blora.adapters import use_gates
 from pyro_blora.deploy.manifest import SUM, _sum_of
 from pyro_blora.deploy.opening import load_to_predict
@@ -62,7 +64,10 @@ def test_logits_of_any_batch_are_those_of_the_deployed_allocation(made):
 
 
 def test_products_of_two_codes_are_integer_products(made, tmp_path):
-    program, folder = made
+    require_integer_products(*made, tmp_path)
+
+
+def require_integer_products(program, folder, tmp_path):
     bits = [dict(zip(program.layout.tensors, b, strict=True)) for b in widths(program)]
     layers = [*zip(bits, program.layout.projections, strict=True)]
     both = {name: [b[x] <= 16 and b[name] <= 16 for b, p in layers if p.adapted or name == "base"]
@@ -83,6 +88,17 @@ def test_products_of_two_codes_are_integer_products(made, tmp_path):
     assert not any(node.op_type == "MatMul" and "DequantizeLinear" in made_by(as_run, node) for node in as_run.node)
 
 
+def require_divided_inputs(program, folder):
+    """Each quantized projection's input is divided by its scales."""
+    graph = onnx.load(folder / MODEL).graph
+    vectors = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer if len(x.dims) == 1}
+    divisors = [vectors[x] for node in graph.node if node.op_type == "Div" for x in node.input if x in vectors]
+    scales = program.net.smoothing.scales()
+    assert len(divisors) == len(scales)
+    assert all(any(np.array_equal(scale.detach(), x) for x in divisors) for scale in scales)
+    assert "**Smoothing**" in (folder / "README.md").read_text()
+
+
 def made_by(graph, node):
     makers = {name: maker.op_type for maker in graph.node for name in maker.output}
     return [makers.get(name) for name in node.input]
@@ -91,11 +107,11 @@ def made_by(graph, node):
 @pytest.mark.parametrize(
     ("build", "settings"),
     [
-        (lambda dropout: tiny_roberta(num_hidden_layers=1), {"scope": "encoder"}),
+        (lambda dropout: tiny_roberta(num_hidden_layers=1), {"scope": "encoder", "smoothing": True}),
         (lambda dropout: tiny_distilbert(layers=1), {}),
         (lambda dropout: tiny_deberta(dropout=dropout, num_hidden_layers=1), {"scope": "encoder"}),
     ],
-    ids=["roberta", "distilbert", "deberta"],
+    ids=["roberta-smoothed", "distilbert", "deberta"],
 )
 def test_architectures(build, settings, tmp_path):
     program = allocated(build, **settings)
@@ -104,20 +120,72 @@ def test_architectures(build, settings, tmp_path):
     with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         expected = program.net.logits(**inputs)
     found = answer_by(session_of(folder / MODEL), content["inputs"])(inputs)
-    assert torch.allclose(found, expected, rtol=0, atol=EQUAL) and content["products"]["integer"] > 0
+    assert torch.allclose(found, expected, rtol=0, atol=EQUAL)
+    require_integer_products(program, folder, tmp_path)
+    if program.net.smoothing is not None:
+        require_divided_inputs(program, folder)
 
 
-def test_a_fast_file_is_close(made, tmp_path):
-    program, _ = made
-    folder = export_onnx(program, tmp_path / "model", fast=True)
-    content, inputs = json.loads((folder / MANIFEST).read_text()), batch(3, 9)[0]
+@pytest.fixture(scope="module")
+def fast(made, tmp_path_factory):
+    return export_onnx(made[0], tmp_path_factory.mktemp("fast") / "model", fast=True)
+
+
+def require_close(program, folder):
+    inputs = batch(3, 9)[0]
     with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         expected = program.net.logits(**inputs)
-    found = answer_by(session_of(folder / MODEL), content["inputs"])(inputs)
-    assert content["fast"] and torch.allclose(found, expected, atol=0.05)
-    kinds = {x.type.tensor_type.elem_type for x in onnx.load(folder / MODEL).graph.value_info}
-    assert onnx.TensorProto.DOUBLE not in kinds
+    found = answer_by(session_of(folder / MODEL), json.loads((folder / MANIFEST).read_text())["inputs"])(inputs)
+    assert torch.allclose(found, expected, atol=0.05)
     assert "sums in another order" in (folder / "README.md").read_text()
+
+
+def test_a_fast_file_is_close(made, fast):
+    require_close(made[0], fast)
+    assert json.loads((fast / MANIFEST).read_text())["fast"]
+    kinds = {x.type.tensor_type.elem_type for x in onnx.load(fast / MODEL).graph.value_info}
+    assert onnx.TensorProto.DOUBLE not in kinds
+
+
+def test_a_small_file_has_narrow_weights_at_their_own_width(made, fast, tmp_path):
+    program, _ = made
+    folder = export_onnx(program, tmp_path / "model", fast=True, small=True)
+    require_close(program, folder)
+    saved, expected = 0, []
+    for bits, p in zip(widths(program), program.layout.projections, strict=True):
+        b, r = dict(zip(program.layout.tensors, bits, strict=True)), program.layout.rank
+        shapes = {"base": ("input", p.out_features, p.in_features)}
+        if p.adapted:
+            shapes |= {"lora_A": ("input", r, p.in_features), "lora_B": ("hidden", p.out_features, r)}
+        for name, (x, m, n) in shapes.items():
+            stored = math.ceil(n / 32) * (32 * b[name] // 8 + 4)  # of a row, in blocks of 32 columns
+            if b[x] > 8 and b[name] <= 8 and stored < 4 * n:
+                expected.append(b[name])
+                saved += m * n * (1 if b[x] == 16 else 4) - m * stored
+    graph = onnx.load(folder / MODEL).graph
+    nodes = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
+    assert sorted(node["bits"] for node in nodes) == sorted(expected) and len({*expected}) > 1
+    assert all(node["accuracy_level"] == 0 for node in nodes)
+    assert matrices(onnx.load(fast / MODEL).graph) - matrices(graph) == saved > 0
+    content = json.loads((folder / MANIFEST).read_text())
+    assert content["version"] == 2 and content["products"]["narrow"] == len(nodes)
+    assert "**not time**" in (folder / "README.md").read_text()
+    assert json.loads((fast / MANIFEST).read_text())["version"] == 1
+
+
+def test_sizes_and_times_are_printed(made, fast, monkeypatch, capsys):
+    arguments = [made[1], fast, "--vocabulary", 30, "--length", 8, "--seconds", 0.01]
+    monkeypatch.setattr(sys, "argv", ["onnx_times.py", *map(str, arguments)])
+    onnx_times.main()
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| model | MB | resident, MB | 1 x 8, ms") and len(rows) == 2
+    sizes = [f"{(folder / MODEL).stat().st_size / 1e6:.1f}" for folder in (made[1], fast)]
+    assert [row.split(" | ")[1] for row in rows] == sizes and rows[0].endswith("| 1.00 |")
+
+
+def matrices(graph):
+    """Bytes of what has rows and columns."""
+    return sum(onnx.numpy_helper.to_array(x).nbytes for x in graph.initializer if len(x.dims) > 1)
 
 
 def widths(program):

@@ -18,6 +18,7 @@ from pyro_blora.adapters import use_gates
 from pyro_blora.bops import expected_bits
 from pyro_blora.deploy import pack
 from pyro_blora.deploy.packed import MANIFEST, WEIGHTS
+from pyro_blora.gates import Gates
 from pyro_blora.posterior import deployed
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -34,14 +35,28 @@ def logits(program, inputs):
         (tiny_bert, {"scope": "encoder"}),
         (tiny_bert, {"scope": "encoder", "share_inputs": True}),
         (tiny_bert, {"scope": "encoder", "granularity": "channel", "ladder": (2, 3, 4, 6, 8, 16, 32)}),
+        (tiny_bert, {"scope": "encoder", "smoothing": True, "share_inputs": True}),
+        (tiny_bert, {"scope": "encoder", "smoothing": True, "granularity": "channel"}),
         (tiny_bert, {"adapter": "xs"}),
         (tiny_bert, {"adapter": "none", "scope": "encoder"}),
-        (lambda dropout: tiny_deberta(dropout=dropout), {"scope": "encoder"}),
+        (lambda dropout: tiny_deberta(dropout=dropout), {"scope": "encoder", "smoothing": True}),
         (lambda dropout: tiny_roberta(), {"scope": "encoder"}),
         (lambda dropout: tiny_distilbert(), {}),
         (lambda dropout: tiny_llama(), {"target_modules": ["q_proj", "v_proj"], "scope": "encoder"}),
     ],
-    ids=["bert", "shared-inputs", "channels", "xs", "full", "deberta", "roberta", "distilbert", "llama"],
+    ids=[
+        "bert",
+        "shared-inputs",
+        "channels",
+        "smoothed-shared-inputs",
+        "smoothed-channels",
+        "xs",
+        "full",
+        "deberta",
+        "roberta",
+        "distilbert",
+        "llama",
+    ],
 )
 def test_logits_are_those_of_the_deployed_allocation(build, settings, tmp_path):
     program = allocated(build, **settings)
@@ -53,10 +68,34 @@ def test_logits_are_those_of_the_deployed_allocation(build, settings, tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_smoothed_inputs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="have no packed form: export an adapter"):
-        pack(allocated(tiny_bert, smoothing=True), tmp_path / "packed")
-    assert not (tmp_path / "packed").exists()
+def test_what_smooths_is_stored_and_needs_a_reader_that_knows_it(tmp_path):
+    program = allocated(tiny_bert, scope="encoder", smoothing=True)
+    folder, plain = pack(program, tmp_path / "packed"), pack(allocated(tiny_bert), tmp_path / "plain")
+    assert [json.loads((each / MANIFEST).read_text())["version"] for each in (folder, plain)] == [2, 1]
+    tensors = load_file(folder / WEIGHTS)
+    for projection, scale in zip(program.layout.projections, program.net.smoothing.scales(), strict=True):
+        assert torch.equal(tensors[f"{projection.name}.smoothing"], scale)
+
+
+def test_nothing_is_smoothed_where_nothing_is_rounded(tmp_path):
+    program = allocated(tiny_bert, scope="encoder", smoothing=True)
+    gates = Gates(*(torch.ones_like(each) for each in deployed(program)))
+    program.gate_guide.deployed = lambda: gates
+    folder, inputs = pack(program, tmp_path / "packed"), batch(3, 9)[0]
+    assert not any(name.endswith(".smoothing") for name in load_file(folder / WEIGHTS))
+    with torch.no_grad():
+        assert torch.equal(load(folder)(**inputs).logits, logits(program, inputs))
+
+
+def test_what_smooths_is_in_a_merged_base(tmp_path):
+    program = allocated(tiny_bert, smoothing=True)
+    z, g = deployed(program)
+    gates = Gates(torch.ones_like(z), g)
+    gates.z[..., -1] = 0  # 16 bit: a merged sum is rounded at little error
+    program.gate_guide.deployed = lambda: gates
+    model, inputs = load(pack(program, tmp_path / "packed", merged=True)), batch(3, 9)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, logits(program, inputs), rtol=0, atol=1e-3)
 
 
 def test_every_width_takes_its_bits_on_the_disk(tmp_path):
@@ -85,7 +124,9 @@ def test_every_width_takes_its_bits_on_the_disk(tmp_path):
 def test_a_folder_that_refers_to_its_base_has_only_what_that_lacks(tmp_path):
     backbone = save_tiny_backbone(tmp_path / "tiny")
     program = allocated(
-        lambda dropout: transformers.AutoModelForSequenceClassification.from_pretrained(backbone), scope="encoder"
+        lambda dropout: transformers.AutoModelForSequenceClassification.from_pretrained(backbone),
+        scope="encoder",
+        smoothing=True,
     )
     whole, folder = pack(program, tmp_path / "whole"), pack(program, tmp_path / "packed", reference=True)
     content = json.loads((folder / MANIFEST).read_text())

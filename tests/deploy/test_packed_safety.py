@@ -24,7 +24,7 @@ BASE = {"name": "someone/tiny", "revision": None, "tensors": ["bert.x.weight"], 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    program = allocated(lambda dropout: tiny_bert(num_hidden_layers=1), scope="encoder")
+    program = allocated(lambda dropout: tiny_bert(num_hidden_layers=1), scope="encoder", smoothing=True)
     words = transformers.AutoTokenizer.from_pretrained(save_tiny_backbone(tmp_path_factory.mktemp("words")))
     return pack(program, tmp_path_factory.mktemp("packed") / "model", tokenizer=words)
 
@@ -101,15 +101,16 @@ def changed(copy, *path, to):
 @pytest.mark.parametrize(
     ("path", "to", "said"),
     [
-        (("version",), 2, "has version '2' of packed, this package reads 1: install a newer one"),
+        (("version",), 3, "has version '3' of packed, this package reads 1 to 2: install a newer one"),
+        (("version",), 0, "has version '0' of packed"),
         (("schema",), "other", "is no description of a model by packed"),
-        (("architecture", "class"), "os", "architecture/class: \"os\" is not as version 1 of packed has it (pattern"),
+        (("architecture", "class"), "os", "architecture/class: \"os\" is not as version 2 of packed has it (pattern"),
         (("architecture", "class"), "Trainer", "has no model 'Trainer'"),
         (("architecture", "attention"), "kernels-community/flash", "architecture/attention"),
         (("architecture", "config", "auto_map"), {"AutoModel": "x--y.Z"}, "architecture/config"),
         (("architecture", "config", "hidden_size"), 48, "is not a packed model that can be built"),
         (("files", "../secret"), {"bytes": 1, "sha256": "0" * 64}, "lists a file '../secret', which is no plain name"),
-        (("base",), {**BASE, "name": "../x"}, 'base/name: "../x" is not as version 1 of packed has it (pattern'),
+        (("base",), {**BASE, "name": "../x"}, 'base/name: "../x" is not as version 2 of packed has it (pattern'),
         (("files", "more.json"), {"bytes": 1, "sha256": "0" * 64}, "more.json is missing"),
         (("projections", "bert.x"), {"shape": [1, 1], "bits": {"base": 2, "input": 2}}, "has no tensor bert.x.base"),
     ],
@@ -117,6 +118,13 @@ def changed(copy, *path, to):
 def test_what_is_wrong_is_named(copy, path, to, said):
     changed(copy, *path, to=to)
     assert said in sentence(copy)
+
+
+def test_smoothing_that_is_not_as_described_is_named(copy):
+    entries = json.loads((copy / MANIFEST).read_text())["projections"]
+    name, entry = sorted(entries.items())[0]
+    changed(copy, "projections", name, to={key: x for key, x in entry.items() if key != "smoothed"})
+    assert f"has unexpected keys: {name}.smoothing" in sentence(copy)
 
 
 def test_a_file_that_is_missing_or_short_is_named(copy):

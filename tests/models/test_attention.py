@@ -8,6 +8,8 @@ from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import export, load
 from pyro_blora.__main__ import main
+from pyro_blora.deploy.draw_tree import export_draws
+from pyro_blora.deploy.merged import merge
 from pyro_blora.models import layout_of, load_backbone, set_attention
 from pyro_blora.models.attention import attention_of, softmax1
 from pyro_blora.posterior.draws import deployed
@@ -76,6 +78,12 @@ def test_it_goes_out_and_in_with_what_was_trained(tmp_path, method):
     folder = export(trained.program, tmp_path / "out", config=config, tokenizer=trained.parts.tokenizer)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pyro_blora.models.set_attention(" in card and "pipeline(" not in card
+    assert "computes **another function**" in card
+    if method != "full":
+        with pytest.raises(ValueError, match="without the attention softmax1 that was trained"):
+            merge(trained.program, tmp_path / "merged")
+        card = (export_draws(trained.program, tmp_path / "draws", 1) / "README.md").read_text(encoding="utf-8")
+        assert "pyro_blora.models.set_attention(backbone)" in card and "computes **another function**" in card
     loaded, inputs = load(folder, backbone=backbone), {"input_ids": torch.arange(4, 24).view(2, 10)}
     assert attention_of(loaded.net.backbone) == "softmax1"
     with torch.no_grad():
