@@ -34,6 +34,7 @@ from .held_out import Answer, HeldOut, answer_of
 from .manifest import write_manifest
 from .model_card import write_card
 from .onnx_modules import in_onnx_operators
+from .onnx_tables import put_codes
 from .packed import load_packed
 from .packing import described_task, made_by, pack
 from .peft import plain_backbone, save_tokenizer
@@ -71,6 +72,7 @@ def export_onnx(
         taken = inspect.signature(packed.forward).parameters
         inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
         products = in_onnx_operators(model, fast, small)
+        put_codes(model, program.net.backbone)
         write_graph(model, {name: batch[name] for name in inputs}, program, partial / MODEL, fast=fast)
         session = session_of(partial / MODEL)
         answer, expected = answer_by(session, inputs, head), answer_of(packed, program)

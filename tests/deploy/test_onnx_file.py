@@ -18,6 +18,7 @@ from experiments import onnx_times
 from pyro_blora.adapters import use_gates
 from pyro_blora.deploy.manifest import SUM, _sum_of
 from pyro_blora.deploy.opening import load_to_predict
+from pyro_blora.models.embeddings import bits_of, round_tables
 from pyro_blora.posterior import deployed
 
 onnx = pytest.importorskip("onnx")
@@ -75,7 +76,11 @@ def require_integer_products(program, folder, tmp_path):
     expected = [x for of in both.values() for x in of]
     content, graph = json.loads((folder / MANIFEST).read_text()), onnx.load(folder / MODEL).graph
     assert content["products"] == {"integer": sum(expected), "all": len(expected)} and 0 < sum(expected) < len(expected)
-    codes = [x for x in graph.initializer if x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 2]
+    table = [*program.net.backbone.get_input_embeddings().weight.shape]
+    codes = [
+        x for x in graph.initializer
+        if x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 2 and list(x.dims) != table
+    ]  # fmt: skip
     assert len(codes) == sum(expected)  # of each its high byte, or its one byte
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
@@ -104,14 +109,19 @@ def made_by(graph, node):
     return [makers.get(name) for name in node.input]
 
 
+def with_rounded_tables(model):
+    round_tables(model, 8)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "settings"),
     [
         (lambda dropout: tiny_roberta(num_hidden_layers=1), {"scope": "encoder", "smoothing": True}),
-        (lambda dropout: tiny_distilbert(layers=1), {}),
+        (lambda dropout: with_rounded_tables(tiny_distilbert(layers=1)), {}),
         (lambda dropout: tiny_deberta(dropout=dropout, num_hidden_layers=1), {"scope": "encoder"}),
     ],
-    ids=["roberta-smoothed", "distilbert", "deberta"],
+    ids=["roberta-smoothed", "distilbert-rounded-embeddings", "deberta"],
 )
 def test_architectures(build, settings, tmp_path):
     program = allocated(build, **settings)
@@ -124,6 +134,10 @@ def test_architectures(build, settings, tmp_path):
     require_integer_products(program, folder, tmp_path)
     if program.net.smoothing is not None:
         require_divided_inputs(program, folder)
+    table = program.net.backbone.get_input_embeddings()
+    kinds = {tuple(x.dims): x.data_type for x in onnx.load(folder / MODEL).graph.initializer}
+    as_codes = bits_of(program.net) == 8
+    assert kinds[tuple(table.weight.shape)] == (onnx.TensorProto.INT8 if as_codes else onnx.TensorProto.FLOAT)
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,7 @@ def test_every_script_is_in_the_table():
         "serve_load.py",
         "grid.py",
         "squad_split.py",
+        "language_models.py",
         "onnx_times.py",
     }
     assert {path.name for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS) | with_their_own_tests
