@@ -16,13 +16,14 @@ from pyro_blora.adapters.lora import xs
 from pyro_blora.adapters.peft_config import lora_config
 from pyro_blora.deploy import export
 from pyro_blora.guides import build_guide
-from pyro_blora.layout import LADDER, SCOPES
+from pyro_blora.layout import LADDER
 from pyro_blora.models import head_modules
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.quantizer import fake_quantize
 from pyro_blora.tasks import get_task
 
+SCOPES = ("adapted", "encoder")  # of a network with a new head; test_output_matrix.py has the third
 SETTINGS = {"rank": 4, "alpha": 6.0, "sequence_length": 10}
 BACKBONES = [tiny_bert, tiny_roberta, tiny_distilbert, tiny_deberta]
 
