@@ -40,7 +40,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.models import backbone_path
 
 RANDOM_GPT2 = "gpt2-random"
-ON_DECODER = {"backbone": "demo-decoder", "group_by_length": True, "draws": 2, "lr": 3e-4}
+ON_DECODER = {"backbone": "demo-decoder", "group_by_length": True, "draws": 2}
 OF_SQUAD = {
     "task": "squad", "batch_size": 8, "lr": 2e-3, "max_length": 256, "draws": 2, "group_by_length": True,
     "max_train": 480, "epochs": 3, "task_settings": {"stride": 64, "held_out": 120},
@@ -50,10 +50,11 @@ OF_E2E = {
     "task_settings": {"meanings": 20, "drawn": 1},
 }  # fmt: skip
 OF_CHOICE = {"task": "choice", "max_train": 400, "epochs": 1, "max_length": 160, "task_settings": {"held_out": 200}}
+RATE = 0.1  # nats a gate, of the dearest one under `bops`: a few hundred examples must be able to open 2,000 gates
 METHODS = {
     "lora": {"method": "lora"},
-    "bops": {"prior": "bops"},
-    "nested": {"prior": "nested", "prior_settings": {"rate": 1.0, "rank_rate": 1.0}},
+    "bops": {"prior": "bops", "prior_settings": {"rate": RATE}},
+    "nested": {"prior": "nested", "prior_settings": {"rate": RATE, "rank_rate": RATE}},
     "ptq": {"method": "ptq", "prior_settings": {"bits": 8}},
 }
 STUDIES = {  # methods, and what differs from the defaults
@@ -247,7 +248,7 @@ What two cores can show of the gates on other networks and kinds of outcome than
 whose weights were rounded to 4 bit before they came here (by groups, as a GGUF file); GPT-2's architecture with weights
 that have learned nothing, so that its scores say that the commands work, and nothing else; and answers as spans of a
 text. A few hundred training examples, scope `adapted`, 8 ranks. All methods of a study and seed go on from one LoRA;
-gates start when {KL_WARMUP:.0%} of its steps are over. {len(rows)} cells, {provenance(rows)}.
+gates start when {KL_WARMUP:.0%} of its steps are over, and cost at most {RATE:g} nats each. {len(rows)} cells, {provenance(rows)}.
 
 {table(groups)}
 
