@@ -248,7 +248,8 @@ What two cores can show of the gates on other networks and kinds of outcome than
 whose weights were rounded to 4 bit before they came here (by groups, as a GGUF file); GPT-2's architecture with weights
 that have learned nothing, so that its scores say that the commands work, and nothing else; and answers as spans of a
 text. A few hundred training examples, scope `adapted`, 8 ranks. All methods of a study and seed go on from one LoRA;
-gates start when {KL_WARMUP:.0%} of its steps are over, and cost at most {RATE:g} nats each. {len(rows)} cells, {provenance(rows)}.
+gates start when {KL_WARMUP:.0%} of its steps are over, and cost at most {RATE:g} nats each. {len(rows)} cells,
+{provenance(rows)}.
 
 {table(groups)}
 
