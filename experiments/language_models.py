@@ -255,7 +255,8 @@ gates start when {KL_WARMUP:.0%} of its steps are over, and cost at most {RATE:g
 
 Deployed is the one allocation of all gates that are likelier open than closed. The interval is over the held-out
 examples, paired, and over seeds where there are several; a negative difference favours the gates. BOPs are of the
-deployed allocation, against 32 x 32 bit; `ptq` is 8 bit everywhere.
+deployed allocation, against 32 x 32 bit; `ptq` is 8 bit everywhere. LoRA has dropout to its end, learned gates have
+none once they start: part of what they gain on SQuAD may be that, which this page does not take apart.
 
 ## Which projections keep their ranks
 
@@ -263,7 +264,8 @@ deployed allocation, against 32 x 32 bit; `ptq` is 8 bit everywhere.
 
 Under `nested` every rank costs the same, so that a difference comes from the data. Key and value have as many outputs
 as each other in these networks; query has three times as many in SmolLM2, so that `bops` makes its ranks dearer. The
-interval is of the mean over layers.
+interval is of the mean over layers. At {RATE:g} nats a gate few ranks close, so these runs say little about which ones
+would: [ranks](ranks.md) has dearer gates, on encoders.
 
 ![E[rank] by layer](figures/language_models.png)
 
