@@ -58,6 +58,11 @@ class Parts:
         return self.task.likelihood.collator(self.tokenizer)
 
 
+def longest_of(config: RunConfig) -> int:
+    """The longest input, tokens: a configuration always has one when it is made."""
+    return cast(int, config.max_length)
+
+
 def check_names(config: RunConfig) -> Task:
     """The task; everything that can be wrong with a name or a setting is found here, before anything is loaded."""
     config.require_known()
@@ -116,14 +121,14 @@ def build(config: RunConfig) -> Parts:
     tokens = {}
     for split, table in rows.items():
         with phase(f"tokenizing {len(table):,} rows of {split}"):
-            tokens[split] = tokenize(table, tokenizer, task, config.max_length)
+            tokens[split] = tokenize(table, tokenizer, task, longest_of(config))
     require_readable(tokens["train"], tokenizer, program.net.backbone, config.backbone)
     if config.ood_task is not None:
         other = get_task(config.ood_task)
         with phase(f"reading the data of task {other.name}", still=True):
             foreign = other.load(glue_dir=glue_dir, seed=seed, n_train=1)["eval"]
         rows["ood"] = unlabelled(foreign, other.text_columns)
-        tokens["ood"] = tokenize(rows["ood"], tokenizer, other, config.max_length)
+        tokens["ood"] = tokenize(rows["ood"], tokenizer, other, longest_of(config))
     return Parts(config, task, rows, tokens, tokenizer, program, _findings(config, task, rows, tokens, tokenizer))
 
 
@@ -140,7 +145,7 @@ def _findings(
             f"{len(rows['train']):,} of the training rows are used, --max_train {config.max_train}"
         )
     for split, called in (("train", "training"), ("eval", "validation")):
-        count = cut_short(rows[split], tokens[split], tokenizer, task, config.max_length)
+        count = cut_short(rows[split], tokens[split], tokenizer, task, longest_of(config))
         found["truncated"] = {**found.get("truncated", {}), split: count}
         if count:
             found["warnings"].append(
@@ -167,8 +172,8 @@ def build_program(
     net = attach(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
         adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,
-        share_inputs=config.share_inputs, smoothing=config.smoothing, sequence_length=config.max_length, head=kind.head,
-        ladder=ladder_of(config.bit_widths), granularity=config.granularity,
+        share_inputs=config.share_inputs, smoothing=config.smoothing, sequence_length=longest_of(config),
+        head=kind.head, ladder=ladder_of(config.bit_widths), granularity=config.granularity,
         batch_size=BATCH_SIZE if stored is None else stored.batch_size,
     )  # fmt: skip
     if stored is not None:

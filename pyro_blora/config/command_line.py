@@ -136,8 +136,8 @@ def _of_flags(arguments: argparse.Namespace, given: dict[str, Any], settings: Ma
 
 
 def command_line(config: RunConfig) -> str:
-    """The `pyro-blora train` line of a configuration: what differs from the defaults of its method."""
-    usual, words = RunConfig(method=config.method), ["pyro-blora", "train"]
+    """The `pyro-blora train` line of a configuration: what differs from the defaults of its method and task."""
+    usual, words = RunConfig(method=config.method, task=config.task), ["pyro-blora", "train"]
     for field in dataclasses.fields(RunConfig):
         value = getattr(config, field.name)
         if field.name.endswith("_settings"):

@@ -84,7 +84,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> dict[str, argparse._Argume
 
 
 def _shown(field: dataclasses.Field, unit: str) -> dict:
-    is_switch, default = field.type is bool, "none" if field.default is None else str(field.default)
+    is_switch, default = field.type in (bool, bool | None), "none" if field.default is None else str(field.default)
     default = default.lower() if is_switch else default
     shown = {"help": f"{field.metadata['help']} (default: {default})".replace("%", "%%")}
     if is_switch:

@@ -18,7 +18,9 @@ from .naming import basename, digest, named_after
 
 PRESETS = Path(__file__).parent / "presets"
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
-_USUAL = {"lr": 1e-3, "kl_warmup": 0.3, "estimator": "relaxed"}  # where neither user nor method nor a part sets a value
+_USUAL = {  # where neither user nor method nor a part sets a value
+    "lr": 1e-3, "kl_warmup": 0.3, "estimator": "relaxed", "max_length": 128, "group_by_length": False,
+}  # fmt: skip
 
 
 def _field(default: Any, description: str) -> Any:
@@ -87,7 +89,9 @@ class RunConfig:
     choose_epoch: bool = _field(False, "end with the epoch of least NLL on the validation rows, not with the last")
     batch_size: int = _field(16, "examples per device and forward")
     accumulation: int = _field(1, "forwards per optimizer step")
-    group_by_length: bool = _field(False, "batches of rows of similar length: less padding, so less time")
+    group_by_length: bool | None = _field(
+        None, "batches of rows of similar length: less padding, so less time; none: as the task proposes, or not"
+    )
     lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, of xs 5e-3, or the method's own")
     lr_head: float | None = _field(None, "learning rate of the classification head; none: lr")
     lr_gates: float = _field(
@@ -113,7 +117,9 @@ class RunConfig:
     )
     precision: str = _field("float32", "arithmetic inside the backbone: float32 or bf16; likelihood and gates: float32")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass: less memory, more time")
-    max_length: int = _field(128, "longest input, in tokens; longer ones are cut")
+    max_length: int | None = _field(
+        None, "longest input, in tokens; longer ones are cut; none: 128, or what the task proposes"
+    )
     seed: int = _field(0, "seed of data order, initialization and draws")
     data_seed: int | None = _field(None, "seed of the training rows that max_train keeps; none: seed")
     restarts: int = _field(1, "fits from seed, seed + 1, ...: the chains of posterior.nc; the first is exported")

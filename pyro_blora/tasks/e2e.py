@@ -28,7 +28,10 @@ COLUMNS = ("mr", "ref")
 _REMEDY = "give the challenge's own files"
 
 
-@register_task("e2e", flags={"e2e_dir": "FOLDER of the E2E NLG challenge: trainset.csv and devset.csv"})
+@register_task(
+    "e2e", proposes={"group_by_length": True},  # its texts differ in length, and padding passes the vocabulary's matrix
+    flags={"e2e_dir": "FOLDER of the E2E NLG challenge: trainset.csv and devset.csv"},
+)  # fmt: skip
 def e2e(*, e2e_dir: str, meanings: int | None = None, longest: int = 64, drawn: int = 3) -> Task:
     """Texts on restaurants from their attributes (E2E NLG); scored by perplexity, BLEU, NIST and ROUGE-L.
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyro_blora.config import METHODS, NOT_IN_DIGEST, PRESETS, RunConfig, field_names, load_preset, preset_names
+from pyro_blora.config.command_line import command_line
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 # One other value for every field, so that a law can be asked of each.
@@ -99,6 +100,15 @@ def test_the_estimator_is_the_guides_own_unless_one_is_named(changes, estimator,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def guide(layout, prior):\n    ...\n", encoding="utf-8")
     assert RunConfig(**changes).estimator == estimator
+
+
+def test_a_task_proposes_what_a_user_can_refuse():
+    e2e = {"task": "e2e", "task_settings": {"e2e_dir": "x"}}
+    assert RunConfig(task="squad").max_length == 384 and RunConfig(task="squad", max_length=128).max_length == 128
+    assert RunConfig(**e2e).group_by_length is True and RunConfig(**e2e, group_by_length=False).group_by_length is False
+    assert (RunConfig().max_length, RunConfig().group_by_length) == (128, False)
+    assert "--group_by_length false" in command_line(RunConfig(**e2e, group_by_length=False))
+    assert "--group_by_length" not in command_line(RunConfig(**e2e))
 
 
 def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():
