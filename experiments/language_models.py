@@ -264,8 +264,8 @@ none once they start: part of what they gain on SQuAD may be that, which this pa
 
 Under `nested` every rank costs the same, so that a difference comes from the data. Key and value have as many outputs
 as each other in these networks; query has three times as many in SmolLM2, so that `bops` makes its ranks dearer. The
-interval is of the mean over layers. At {RATE:g} nats a gate few ranks close, so these runs say little about which ones
-would: [ranks](ranks.md) has dearer gates, on encoders.
+interval is of the mean over layers of a seed's average. Under `bops`, at {RATE:g} nats for the dearest gate, few ranks
+close, so it says little; [ranks](ranks.md) has dearer gates, on encoders.
 
 ![E[rank] by layer](figures/language_models.png)
 
