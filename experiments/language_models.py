@@ -228,6 +228,7 @@ def figure(rows: list[dict], path: Path) -> None:
                 panel.plot(np.mean([found[kind] for found in cells], 0), color=colour, marker=".", label=kind)
             panel.set_title(f"{name}, {prior}", fontsize=8)
             panel.set(xlabel="layer")
+            panel.set_visible(bool(cells))
             if cells:
                 panel.legend(frameon=False, fontsize=7)
         line[0].set_ylabel("E[rank]")
