@@ -34,6 +34,6 @@ def put_codes(model: nn.Module, trained: nn.Module) -> None:
     whole: Any = model
     own: Any = trained
     table, (bits, value_range) = whole.get_input_embeddings(), rounded_to(own.get_input_embeddings())
-    output = whole.get_output_embeddings()
-    if value_range is not None and (output is None or output.weight is not table.weight):
+    by_head = getattr(whole.get_output_embeddings(), "weight", None)  # none in ONNX's operators
+    if value_range is not None and by_head is not table.weight:
         whole.set_input_embeddings(CodedTable(table.weight.detach(), bits, value_range.cpu()))

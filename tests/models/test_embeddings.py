@@ -13,9 +13,12 @@ from pyro_blora import export, load
 from pyro_blora.__main__ import main
 from pyro_blora.adapters import use_gates
 from pyro_blora.deploy import pack
+from pyro_blora.deploy.onnx_modules import in_onnx_operators
+from pyro_blora.deploy.onnx_tables import CodedTable, put_codes
 from pyro_blora.models.embeddings import bits_of, range_of, round_tables, tables
 from pyro_blora.posterior import deployed
 from pyro_blora.run import train_run
+from pyro_blora.tasks.causal_lm import LANGUAGE_MODEL
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -63,6 +66,19 @@ def test_a_packed_model_has_the_tables_that_were_trained_on(build, tmp_path):
         rows, columns = entry["shape"]
         assert entry["bits"] == bits and codes[f"{name}.codes"].numel() == -(-rows * columns * bits // 8)
     assert f"**Embeddings** have {bits} bit in the run" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("scope", "coded"), [("encoder", False), ("encoder+head", True)])
+def test_an_onnx_file_has_codes_of_a_table_that_its_head_does_not_share(scope, coded, tmp_path):
+    model = tiny_language_model(tie_word_embeddings=True)
+    round_tables(model, 8)
+    program = allocated(lambda dropout: model, target_modules=["q_proj"], scope=scope, head=LANGUAGE_MODEL)
+    packed = load(pack(program, tmp_path / "packed"))
+    ids, table = batch(2, 5)[0]["input_ids"], packed.get_input_embeddings()
+    in_onnx_operators(packed)
+    put_codes(packed, program.net.backbone)
+    found = packed.get_input_embeddings()
+    assert (type(found) is CodedTable) == coded and torch.equal(found(ids), table(ids))
 
 
 def test_fewer_bits_than_in_the_run_give_up_the_equality(tmp_path):
