@@ -4,8 +4,9 @@
     python experiments/gpu.py --minutes 8 --out FOLDER --tiny    # the same code on a CPU, in small
 
 Three parts, in order of value: works, fast, learns. Each line of each part runs in a process of its own with a time
-limit, and a part's page and JSON are written again after every line. Weights and data are taken from .gpu/minilm and
-.gpu/glue where they are, else from the demo's package and --glue_dir.
+limit, and a part's page and JSON are written again after every line. Weights and data are taken from .gpu/minilm,
+.gpu/glue and .gpu/texts where they are, else from the demo's package, --glue_dir and --texts: a folder with e2e/,
+choice/openbookqa/ and squad/ as language_models.py has them, and SmolLM2's tokenizer in tokenizer/.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS))
     parser.add_argument("--only", nargs="+", default=[""], help="only the lines whose name contains one of these")
     parser.add_argument("--glue_dir", type=Path, help="GLUE in the official layout, where .gpu/glue is not")
+    parser.add_argument("--texts", type=Path, help="data of the other kinds of outcome, where .gpu/texts is not")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     packed = ROOT / ".gpu" / "minilm"
@@ -49,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         minilm = packed if packed.is_dir() and not options.tiny else Path(backbone_path("demo"))
     except ValueError as error:  # the package with its weights is not installed
         parser.error(str(error))
-    glue = ROOT / ".gpu" / "glue"
-    glue = options.glue_dir or (glue if glue.is_dir() else None)
-    session = Session(options.out.resolve(), began + 60 * options.minutes, options.tiny, minilm, glue)
+    glue, texts = (given or (packed.with_name(name) if packed.with_name(name).is_dir() else None)
+                   for given, name in ((options.glue_dir, "glue"), (options.texts, "texts")))  # fmt: skip
+    session = Session(options.out.resolve(), began + 60 * options.minutes, options.tiny, minilm, glue, texts)
     command, told = shlex.join(["python", "experiments/gpu.py", *(arguments or sys.argv[1:])]), page.machine()
     print(told, flush=True)
     try:

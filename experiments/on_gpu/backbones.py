@@ -1,4 +1,7 @@
-"""Backbones by `file.py:function` for machines without a hub; the folder of MiniLM is in PYRO_BLORA_MINILM."""
+"""Backbones by `file.py:function` for machines without a hub.
+
+The folder of MiniLM is in PYRO_BLORA_MINILM, of SmolLM2's tokenizer in PYRO_BLORA_SMOLLM2.
+"""
 
 import os
 from pathlib import Path
@@ -26,6 +29,32 @@ def minilm(num_labels: int):
 
 def minilm_as_deberta(num_labels: int):
     return _classifier(converted_folder(_folder()), num_labels), _tokenizer()
+
+
+def minilm_for_spans(num_labels: int):
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(
+        str(_folder()), num_labels=num_labels, dtype="float32", trust_remote_code=False
+    )
+    return model, _tokenizer()
+
+
+def smollm2(num_labels: int):
+    """SmolLM2-135M of exact configuration with random weights; a vocabulary has as many outputs as it has."""
+    return _llama(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, intermediate_size=1536)
+
+
+def tiny_smollm2(num_labels: int):
+    return _llama(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64)
+
+
+def _llama(**sizes):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(os.environ["PYRO_BLORA_SMOLLM2"], trust_remote_code=False)
+    config = transformers.LlamaConfig(
+        vocab_size=49152, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        rope_theta=100_000, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **sizes,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config), tokenizer
 
 
 def _deberta(num_labels: int, **sizes):

@@ -21,14 +21,15 @@ _MARGIN = 8.0  # seconds kept at the end, to write pages
 
 @dataclasses.dataclass
 class Session:
-    """ends: time.monotonic() at which everything has ended. work: scratch folder. minilm, glue: folders of weights and
-    data."""
+    """ends: time.monotonic() at which everything has ended. work: scratch folder. minilm, glue, texts: folders of
+    weights and data."""
 
     out: Path
     ends: float
     tiny: bool
     minilm: Path
     glue: Path | None
+    texts: Path | None = None
     work: Path = dataclasses.field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="on_gpu_")))
     workers: list["Worker"] = dataclasses.field(default_factory=list)
 
@@ -97,6 +98,8 @@ class Worker:
     def _start(self, session: Session, log: Path) -> subprocess.Popen[str]:
         variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
                      "PYRO_BLORA_MINILM": str(session.minilm), **self.environment}  # fmt: skip
+        if session.texts is not None:
+            variables["PYRO_BLORA_SMOLLM2"] = str(session.texts / "tokenizer")
         variables.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin beside other processes slow all of them down
         variables.setdefault("OMP_NUM_THREADS", "4")
         if session.tiny:  # the compiler takes longer than everything else

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from .session import Check, Session
 
 _BACKBONES = Path(__file__).with_name("backbones.py")
+_TINY = {"deberta_v3_base": "tiny_deberta", "smollm2": "tiny_smollm2"}
 _DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "ON_GPU_DETERMINISTIC": "1"}
 
 
 def backbone(session: Session, name: str) -> str:
-    """`file.py:function`; of DeBERTaV3-base a tiny one where everything is."""
-    return f"{_BACKBONES}:{'tiny_deberta' if session.tiny and name == 'deberta_v3_base' else name}"
+    """`file.py:function`; of an architecture with random weights a tiny one where everything is."""
+    return f"{_BACKBONES}:{_TINY.get(name, name) if session.tiny else name}"
 
 
 def config(session: Session, name: str, folder: str, **changes) -> dict:
@@ -34,7 +35,8 @@ def config(session: Session, name: str, folder: str, **changes) -> dict:
 
 
 def checks(session: Session) -> list[Check]:
-    budget = {"prior": "budget", "prior_settings": {"bops": 0.15, "denominator": "model"}}
+    target = 0.9 if session.tiny else 0.15  # a tiny network spends most outside its maps
+    budget = {"prior": "budget", "prior_settings": {"bops": target, "denominator": "model"}}
     variants = {
         "scope encoder, budget 0.15 of the model": {"scope": "encoder", **budget},
         "scope encoder, checkpointed": {"scope": "encoder", "gradient_checkpointing": True},
@@ -52,12 +54,37 @@ def checks(session: Session) -> list[Check]:
     return resumed + [
         Check(f"DeBERTaV3-base: {what}", functools.partial(whole, changes=changes))
         for what, changes in variants.items()
+    ] + _texts(session)
+
+
+def _texts(session: Session) -> list[Check]:
+    """The other kinds of outcome, where there are data: SmolLM2-135M's architecture writes and chooses, MiniLM answers."""
+    if session.texts is None:
+        return []
+    prior = {"prior": "bops", "prior_settings": {"rate": 0.1}}
+    small = {**prior, "group_by_length": True, "draws": 2}
+    e2e = {"e2e_dir": str(session.texts / "e2e"), "meanings": 8, "drawn": 1}
+    squad = {f"squad_{split}": str(session.texts / "squad" / f"{split}.json") for split in ("train", "eval")}
+    choice = {"choice_dir": str(session.texts / "choice" / "openbookqa"), "held_out": 32}
+    kinds = {
+        "SmolLM2's architecture: E2E": ("smollm2", {"task": "e2e", "task_settings": e2e, "max_length": 96}),
+        "SmolLM2's architecture: multiple choice": (
+            "smollm2", {"task": "choice", "task_settings": choice, "max_length": 160},
+        ),
+        "MiniLM: SQuAD": (
+            "minilm_for_spans", {"task": "squad", "task_settings": {**squad, "stride": 64, "held_out": 32},
+                                 "max_length": 256},
+        ),
+    }  # fmt: skip
+    return [
+        Check(name, functools.partial(whole, name=network, changes=small | changes))
+        for name, (network, changes) in kinds.items()
     ]
 
 
-def whole(session: Session, changes: dict) -> dict:
+def whole(session: Session, changes: dict, name: str = "deberta_v3_base") -> dict:
     """A run from beginning to end."""
-    return session.child("train", {"config": config(session, "deberta_v3_base", "runs", **changes)}, seconds=170)
+    return session.child("train", {"config": config(session, name, "runs", **changes)}, seconds=170)
 
 
 def killed(session: Session, name: str, environment: dict | None = None) -> dict:
