@@ -47,11 +47,23 @@ def _attend(probabilities: Any) -> Any:
             key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
         scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if attention_mask is not None:
-            scores = scores + attention_mask
+            allowed = attention_mask.dtype == torch.bool
+            worst = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~attention_mask, worst) if allowed else scores + attention_mask
         weights = F.dropout(probabilities(scores).to(query.dtype), dropout, module.training)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
     return attend
+
+
+def _mask(**settings: Any) -> Tensor | None:
+    """A boolean mask (B, 1, T, keys), True where a key is seen.
+
+    Not a mask of numbers: to make one, transformers 5.17 copies a number to the GPU, which a CUDA graph cannot record.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(**{**settings, "allow_is_causal_skip": False})
 
 
 def set_attention(model: PreTrainedModel, name: str = SOFTMAX1) -> None:
@@ -62,12 +74,11 @@ def set_attention(model: PreTrainedModel, name: str = SOFTMAX1) -> None:
     if name == SOFTMAX:
         return
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
     from transformers.utils import logging as talk
 
     for each, probabilities in ((SOFTMAX, lambda x: x.softmax(-1)), (SOFTMAX1, softmax1)):
         AttentionInterface.register(_NAMES[each], _attend(probabilities))
-        AttentionMaskInterface.register(_NAMES[each], eager_mask)
+        AttentionMaskInterface.register(_NAMES[each], _mask)
     own, level = model.config._attn_implementation, talk.get_verbosity()
     before = _answers(model)
     talk.set_verbosity_error()  # it warns where it cannot
