@@ -8,6 +8,7 @@ environment (see deploy_benchmark.py). Without a GPU it runs kernel by kernel, i
 """
 
 import argparse
+import importlib.util
 import shlex
 import statistics
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from experiments.on_gpu.page import machine
 
 WIDTH, INNER, BLOCKS = 768, 3072, 12
+LOW_BIT = {"W8A8": "Int8DynamicActivationInt8WeightConfig", "W8A16": "Int8WeightOnlyConfig"}  # torchao's names
 TOKENS = ((1, 32), (8, 128), (32, 128), (128, 128))  # texts, and tokens of each
 
 
@@ -41,16 +43,14 @@ class FeedForward(nn.Module):
 
 def blocks_of(kind: str, device: str, width: int, inner: int) -> nn.Sequential:
     """The same random weights for every kind; each block compiled by itself, so that they share one compilation."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
-
     torch.manual_seed(0)
     blocks = nn.Sequential(*(FeedForward(width, inner) for _ in range(BLOCKS))).to(device).eval()
     if kind != "float32":
         blocks.to(torch.bfloat16)
-    if kind == "W8A8":
-        quantize_(blocks, Int8DynamicActivationInt8WeightConfig())
-    elif kind == "W8A16":
-        quantize_(blocks, Int8WeightOnlyConfig())
+    if kind in LOW_BIT:
+        from torchao import quantization
+
+        quantization.quantize_(blocks, getattr(quantization, LOW_BIT[kind])())
     if device == "cuda":
         for block in blocks:
             block.compile(dynamic=False)
@@ -74,12 +74,15 @@ def milliseconds(function: Callable[[], Tensor], device: str) -> float:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, required=True, help="the page")
+    parser.add_argument("--low_bit", nargs="*", default=[*LOW_BIT], choices=LOW_BIT, help="beside the plain ones")
     options = parser.parse_args(arguments)
+    if options.low_bit and importlib.util.find_spec("torchao") is None:
+        parser.error("torchao is not there: the head of experiments/deploy_benchmark.py says how it is installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    width, inner, tokens = (WIDTH, INNER, TOKENS) if device == "cuda" else (WIDTH // 4, INNER // 4, TOKENS[:2])
+    width, inner, tokens = (WIDTH, INNER, TOKENS) if device == "cuda" else (WIDTH // 4, INNER // 4, TOKENS[:1])
     torch.set_float32_matmul_precision("high")  # TF32, as one would serve
     torch._dynamo.config.cache_size_limit = 64
-    kinds = {kind: blocks_of(kind, device, width, inner) for kind in ("float32", "bfloat16", "W8A8", "W8A16")}
+    kinds = {kind: blocks_of(kind, device, width, inner) for kind in ("float32", "bfloat16", *options.low_bit)}
     told = machine()
     lines = [
         "# Products of 8 bit on a GPU", "",
@@ -87,9 +90,9 @@ def main(arguments: list[str]) -> None:
         + ", ".join(f"{key} {value}" for key, value in told.items()) + ".", "",
         f"{BLOCKS} feed-forward blocks of {width} and {inner}, by torchao. W8A8: weights by output channel, inputs by "
         "token, both 8 bit; W8A16: weights alone. Milliseconds of a pass over all blocks, in brackets the share of "
-        "bfloat16's; the last two columns are relative errors against float32.", "",
-        "| texts x tokens | float32 (TF32) | bfloat16 | W8A8 | W8A16 | error of bfloat16 | of W8A8 |",
-        "|---|---|---|---|---|---|---|",
+        "bfloat16's; then the relative errors against float32.", "",
+        f"| texts x tokens | {' | '.join([*kinds, *(f'error of {kind}' for kind in list(kinds)[1:])])} |",
+        "|" + "---|" * 2 * len(kinds),
     ]  # fmt: skip
     with torch.inference_mode():
         for texts, length in tokens:
@@ -98,8 +101,9 @@ def main(arguments: list[str]) -> None:
             found = {kind: blocks(inputs[kind]).float() for kind, blocks in kinds.items()}
             taken = {kind: milliseconds(lambda b=b, y=inputs[kind]: b(y), device) for kind, b in kinds.items()}
             cells = [f"{ms:.3f} ({ms / taken['bfloat16']:.2f})" for ms in taken.values()]
-            errors = [(found[kind] - found["float32"]).norm() / found["float32"].norm() for kind in ("bfloat16", "W8A8")]
-            lines.append(f"| {texts} x {length} | {' | '.join([*cells, *(f'{error:.1e}' for error in errors)])} |")
+            true = found["float32"]
+            cells += [f"{(found[kind] - true).norm() / true.norm():.1e}" for kind in list(kinds)[1:]]
+            lines.append(f"| {texts} x {length} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
             options.report.parent.mkdir(parents=True, exist_ok=True)
             options.report.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -51,7 +51,7 @@ latency` or `bytes`: [what it should cost](../docs/how-to/deploy.md#what-it-shou
 GPU = """\
 ## On a GPU
 
-None was tried: all of this is of a CPU. What would be tried: gemlite module by module (weights of 1, 2, 4 and 8 bit
-with activations of 16 or 8), and torchao's int8 and int4 with torch.compile, against bf16 in CUDA graphs, at batches
-of 1 to 256.
+Nothing of this page. torchao's 8 bit were tried there by module, against bfloat16, both compiled and in CUDA graphs:
+at 32 tokens they are slower (benchmarks/gpu/low_bit.md, by experiments/low_bit_products.py). Not tried: larger
+batches, and gemlite module by module (weights of 1, 2, 4 and 8 bit with activations of 16 or 8).
 """

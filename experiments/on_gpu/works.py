@@ -51,14 +51,18 @@ def checks(session: Session) -> list[Check]:
               functools.partial(killed, name="deberta_v3_base", environment=_DETERMINISTIC)),
         Check("MiniLM as DeBERTaV3: killed and resumed", functools.partial(killed, name="minilm_as_deberta")),
     ]  # fmt: skip
-    return resumed + [
-        Check(f"DeBERTaV3-base: {what}", functools.partial(whole, changes=changes))
-        for what, changes in variants.items()
-    ] + _texts(session)
+    return (
+        resumed
+        + [
+            Check(f"DeBERTaV3-base: {what}", functools.partial(whole, changes=changes))
+            for what, changes in variants.items()
+        ]
+        + _texts(session)
+    )
 
 
 def _texts(session: Session) -> list[Check]:
-    """The other kinds of outcome, where there are data: SmolLM2-135M's architecture writes and chooses, MiniLM answers."""
+    """The other kinds of outcome, where there are data: SmolLM2's architecture writes and chooses, MiniLM answers."""
     if session.texts is None:
         return []
     prior = {"prior": "bops", "prior_settings": {"rate": 0.1}}

@@ -42,7 +42,8 @@ def windows_of(
     """Of each pair. stride: tokens that neighbouring windows share.
 
     Errors: ValueError for a tokenizer without offsets, a question that leaves no room, a stride that is no less than
-    the room, and a text without tokens.
+    the room, a text without tokens, and a tokenizer that leaves tokens of a long text out (of `tokenizers` 0.23.1 and
+    0.23.2).
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -74,11 +75,25 @@ def windows_of(
         if not len(each[0]):
             raise ValueError(f"the text {text[:_SHOWN]!r} has no token: leave it out")
         begins = [w * (room - stride) for w in range(len(rows))]
+        if len(each[0]) == room:  # else all of it is there
+            _require_all(tokenizer, text, offsets[rows[-1]][each[-1][-1]][1])
         window, token = _places(begins, each)
         spans = np.array([
             _trimmed(text, *offsets[rows[w]][t]) for w, t in zip(window.tolist(), token.tolist(), strict=True)
         ])  # fmt: skip
         yield Windows({name: [x[row] for row in rows] for name, x in found.items()}, window, token, *spans.T)
+
+
+def _require_all(tokenizer: PreTrainedTokenizerBase, text: str, end: int) -> None:
+    """Refuse windows whose last token ends at this character, where the text has more."""
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if end < (last := whole["offset_mapping"][-1][1]):
+        import tokenizers
+
+        raise ValueError(
+            f"the windows of the text {text[:_SHOWN]!r} end at character {end}, its tokens at {last}: tokenizers "
+            f"{tokenizers.__version__} leaves the others out, as 0.23.1 and 0.23.2 do: pip install -U tokenizers"
+        )
 
 
 def _places(begins: Sequence[int], each: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "demo_deberta.py": "--backbones TINY --tasks acceptability --max_train 32 --epochs 1 --draws 2 "
     "--lengths 16 --output_dir OUT --table OUT/table.md",
     "dial.py": f"--task wnli --rates 0.1 --blind_rates 0.1 --learning_rates 0.1 {SMALL}",
+    "low_bit_products.py": "--report OUT/page.md --low_bit",
     "mrpc_as_pairs.py": "--glue_dir GLUE --max_train 20 --output_dir OUT",
     "ranks.py": f"--tasks wnli --seeds 0 --backbones TINY --cells hierarchical {SMALL}",
     "reading.py": "RUN --figures OUT/figures",
@@ -47,6 +48,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
 FOUND = {  # what a script leaves in OUT: none of it is there before
     "benchmark.py": "benchmark.json",
     "compare.py": "page.md",
+    "low_bit_products.py": "page.md",
     "mrpc_as_pairs.py": "dev.csv",
     "reading.py": "*.png",
 }

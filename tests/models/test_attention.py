@@ -87,6 +87,6 @@ def test_it_goes_out_and_in_with_what_was_trained(tmp_path, method):
     loaded, inputs = load(folder, backbone=backbone), {"input_ids": torch.arange(4, 24).view(2, 10)}
     assert attention_of(loaded.net.backbone) == "softmax1"
     with torch.no_grad():
-        answers = [program.eval().logits(inputs, deployed(program)) for program in (trained.program, loaded)]
+        answers = [program.cpu().eval().logits(inputs, deployed(program)) for program in (trained.program, loaded)]
     assert torch.equal(*answers)
     assert attention_of(load_backbone(str(backbone), 2)) == "softmax"

@@ -262,3 +262,21 @@ def test_a_tokenizer_without_offsets_is_refused():
 
     with pytest.raises(ValueError, match="Slow does not tell where its tokens stand in a text: spans need a fast"):
         next(windows_of(Slow(), QUESTIONS, TEXTS, 16, 3))
+
+
+def test_a_tokenizer_that_leaves_the_end_of_a_text_out_is_refused(tokenizer):
+    """As tokenizers 0.23.1 and 0.23.2 do: what follows the first window is cut off."""
+
+    class Losing:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, pairs=None, **settings):
+            if pairs is not None:
+                pairs = [" ".join(pair.split()[:13]) for pair in pairs]
+            return tokenizer(texts, pairs, **settings)
+
+    long = " ".join(["a cat sleeps"] * 6)
+    with pytest.raises(ValueError, match=r"end at character \d+, its tokens at 77: .* leaves the others out"):
+        next(windows_of(Losing(), ["who"], [long], 16, 3))
+    assert next(windows_of(tokenizer, ["who"], [long], 16, 3)).ends[-1] == 77
