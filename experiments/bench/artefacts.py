@@ -54,6 +54,7 @@ class Studied:
     @property
     def costs(self) -> Path:
         path = self.folder / "costs.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
         return path if path.exists() else measure_costs(path)
 
     def config(self, task: str, changes: dict[str, Any]) -> RunConfig:

@@ -46,12 +46,14 @@ def measure_costs(
     """Measure every product and every rounding of a backbone's linear maps, and of adapters of this rank, into a file.
 
     batch, length: texts of a forward, and their tokens. threads: of onnxruntime.
-    Errors: ValueError for a file that exists, and for numbers below 1; those of `load_backbone`; ImportError without
-    the extra `onnx`.
+    Errors: ValueError for a file that exists, for one in a folder that does not, and for numbers below 1; those of
+    `load_backbone`; ImportError without the extra `onnx`.
     """
     to, widths = Path(to).expanduser(), ladder_of(bit_widths)
     if to.exists():
         raise ValueError(f"{to} exists already: give another --to, or delete it")
+    if not to.parent.is_dir():
+        raise ValueError(f"there is no folder {to.parent} for {to.name}: make it, or give another --to")
     for name, value in {"rank": rank, "batch": batch, "length": length, "threads": threads}.items():
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")

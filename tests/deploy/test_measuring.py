@@ -47,5 +47,7 @@ def test_a_file_that_exists_and_numbers_that_are_none_end_in_a_sentence(table, t
     path, flags = table
     assert main(["measure-costs", "--to", str(path), *flags]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main(["measure-costs", "--to", str(tmp_path / "new" / "costs.json"), *flags]) == 2  # before it measures
+    assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "new").exists()
     assert main(["measure-costs", "--to", str(tmp_path / "other.json"), "--threads", "0"]) == 2
     assert "--threads must be at least 1, got 0" in capsys.readouterr().err
