@@ -161,7 +161,7 @@ def less_lora(groups: Groups, study: str, method: str) -> tuple[float, ...] | No
     if method == "lora" or not pairs:
         return None
     arrays = [tuple({"label": _scores(cell), "score": _scores(cell)} for cell in pair) for pair in pairs]
-    return intervals(arrays, lambda pair, rows: ((pair[1]["score"][rows] - pair[0]["score"][rows]).mean(),))[0]
+    return intervals(arrays, lambda pair, rows: ((pair[1]["score"][rows] - pair[0]["score"][rows]).mean(-1),))[0]
 
 
 def _scores(cell: dict) -> np.ndarray:

@@ -51,8 +51,8 @@ def _llama(**sizes):
     tokenizer = transformers.AutoTokenizer.from_pretrained(os.environ["PYRO_BLORA_SMOLLM2"], trust_remote_code=False)
     config = transformers.LlamaConfig(
         vocab_size=49152, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-        rope_theta=100_000, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **sizes,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0}, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config), tokenizer
 

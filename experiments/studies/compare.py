@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 BOOTSTRAP = 2000
+_AT_ONCE = 200  # of these: 2 MB of row numbers for a thousand examples
 LEVEL = 0.95
 _CORRELATIONS = ("pearson", "matthews_correlation")  # of two classes, Matthews' is Pearson's
 ROLES = ("query", "key", "value")
@@ -19,22 +20,23 @@ def _arrays(cell: dict) -> dict[str, np.ndarray]:
     return {name: np.asarray(values) for name, values in cell["examples"].items()}
 
 
-def score(examples: dict[str, np.ndarray], metric: str, prefix: str = "deployed_") -> float:
-    """Of the decisions: accuracy, or a correlation.  Errors: ValueError for another metric."""
+def score(examples: dict[str, np.ndarray], metric: str, prefix: str = "deployed_") -> np.ndarray:
+    """Of the decisions (..., B): accuracy, or a correlation, (...).  Errors: ValueError for another metric."""
     decision, label = examples[f"{prefix}decision"], examples["label"]
     if metric == "accuracy":
-        return float((decision == label).mean())
+        return (decision == label).mean(-1)
     if metric in _CORRELATIONS:
-        spread = decision.std() * label.std()
-        return float(((decision - decision.mean()) * (label - label.mean())).mean() / spread) if spread > 0 else 0.0
+        a, b = (x - x.mean(-1, keepdims=True) for x in (decision, label))
+        spread = decision.std(-1) * label.std(-1)
+        return np.divide((a * b).mean(-1), spread, out=np.zeros(spread.shape), where=spread > 0)
     raise ValueError(f"comparisons know accuracy, {', '.join(_CORRELATIONS)}, got {metric!r}: add it to compare.py")
 
 
-def _differences(pair, rows, metric: str, prefix: str) -> tuple[float, float]:
-    """Of the score and of the NLL, at some of the examples."""
+def _differences(pair, rows, metric: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of the score and of the NLL, at some of the examples, (..., n)."""
     a, b = ({name: x[rows] for name, x in table.items()} for table in pair)
-    nll = (b[f"{prefix}log_likelihood"] - a[f"{prefix}log_likelihood"]).mean()
-    return score(a, metric, prefix) - score(b, metric, prefix), float(nll)
+    nll = (b[f"{prefix}log_likelihood"] - a[f"{prefix}log_likelihood"]).mean(-1)
+    return score(a, metric, prefix) - score(b, metric, prefix), nll
 
 
 def paired(
@@ -54,12 +56,13 @@ def intervals(pairs: list[tuple[dict, dict]], differences: Callable, *, seed: in
 
     pairs: arrays by name, ours and theirs, with the same examples for all: the examples' part is bootstrapped, all
     seeds together; the seeds' part is Student's, as there are few. Both are added in squares; one seed has no part.
+    `differences` is given rows (..., n) and gives a sequence of arrays (...).
     """
     size, generator = len(pairs[0][0]["label"]), np.random.default_rng(seed)
-    by_seed = np.array([differences(pair, slice(None)) for pair in pairs])  # (seeds, differences)
-    drawn = (generator.integers(size, size=size) for _ in range(BOOTSTRAP))
-    samples = [np.mean([differences(pair, rows) for pair in pairs], 0) for rows in drawn]
-    squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 0)) ** 2
+    by_seed = np.array([differences(pair, np.arange(size)) for pair in pairs])  # (seeds, differences)
+    drawn = (generator.integers(size, size=(_AT_ONCE, size)) for _ in range(BOOTSTRAP // _AT_ONCE))
+    samples = np.concatenate([np.mean([differences(pair, rows) for pair in pairs], 0) for rows in drawn], 1)
+    squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 1)) ** 2
     if len(pairs) > 1:
         squares = squares + _half_width(by_seed) ** 2
     return [(mean, mean - half, mean + half) for mean, half in zip(by_seed.mean(0), np.sqrt(squares), strict=True)]

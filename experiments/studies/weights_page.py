@@ -99,11 +99,14 @@ def ece_difference(ours: Rows, theirs: Rows) -> tuple[float, float, float] | Non
     return intervals(pairs, lambda pair, rows: [_ece(pair[0], rows) - _ece(pair[1], rows)])[0] if pairs else None
 
 
-def _ece(examples: dict[str, np.ndarray], rows, bins: int = 20) -> float:
+def _ece(examples: dict[str, np.ndarray], rows: np.ndarray, bins: int = 20) -> np.ndarray:
+    """(..., n) -> (...)."""
     odds, label = examples["odds"][rows], examples["label"][rows]
     confidence, right = 1 / (1 + np.exp(-np.abs(odds))), (odds > 0) == label
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(which, confidence - right)).sum() / len(label))
+    of = bins * np.arange(odds[..., 0].size).reshape(odds[..., :1].shape)  # the first bin of each row
+    sums = np.bincount((which + of).ravel(), (confidence - right).ravel(), minlength=bins * odds[..., 0].size)
+    return np.abs(sums).reshape(*odds.shape[:-1], bins).sum(-1) / odds.shape[-1]
 
 
 def _interval(found: tuple[float, float, float] | None) -> str:
