@@ -11,6 +11,7 @@ the weight has up to 8 bit is onnx_narrow.py's.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from torch.onnx.ops import symbolic
 from ..quantizer.products import BYTE
 from .low_bit import EXACT, LowBitLinear, OnGrid, Rounded, Weight, compute_in_float32
 from .onnx_narrow import NarrowWeight, form_of
+
+log = logging.getLogger(__name__)
 
 _OPSET = 21
 _MIDDLE, _HIGH = 128, 256  # of an input's byte; of the high byte's unit
@@ -262,4 +265,6 @@ def in_onnx_operators(model: nn.Module, fast: bool = False, small: bool = False)
     integer, narrow, wide = (
         sum(isinstance(module, kind) for module in model.modules()) for kind in (Product, NarrowWeight, OfNumbers)
     )
+    if small and not narrow:
+        log.warning("--small changes nothing: no weight of up to 8 bit is read by an input of more")
     return Products(integer, narrow, integer + narrow + wide)

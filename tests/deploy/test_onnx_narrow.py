@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from models import tiny_bert
+from packed_models import allocated
 
+from pyro_blora.deploy import load, pack
 from pyro_blora.deploy.low_bit import OnGrid, Weight
+from pyro_blora.deploy.onnx_modules import in_onnx_operators
 from pyro_blora.deploy.onnx_narrow import NarrowWeight, form_of
 from pyro_blora.quantizer.packing import Scale
 
@@ -66,3 +70,14 @@ def test_its_form_is_the_smallest(bits, n, block, row):
 def test_what_float32_has_in_as_few_bytes_or_has_no_such_codes_stays():
     assert form_of(weight_of(8, 3, 8)) is None  # a block of 32 bytes for 8 columns
     assert form_of(weight_of(16, 3, 384)) is None
+
+
+def test_a_model_without_such_weights_says_that_small_changes_nothing(caplog, tmp_path):
+    program = allocated(tiny_bert)
+    gates = program.gate_guide.deployed()
+    gates.z[..., program.layout.ladder.index(8) :] = 0.0
+    in_onnx_operators(load(pack(program, tmp_path / "packed")), small=True)
+    assert "--small changes nothing: no weight of up to 8 bit is read by an input of more" in caplog.text
+    caplog.clear()
+    in_onnx_operators(load(pack(allocated(tiny_bert), tmp_path / "wider")), small=True)
+    assert not caplog.text
