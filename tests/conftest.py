@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 from pathlib import Path
 
 gc.disable()  # until the tests are collected: a million objects that stay would be looked through sixteen times
@@ -33,6 +34,13 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
+
+
+def pytest_configure():
+    """Signals that the shell ignores, for nohup or in the background, would stay ignored, as the package promises."""
+    for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, usual)
 
 
 @pytest.fixture(scope="module", autouse=True)
