@@ -92,8 +92,8 @@ def server_of(desk: Desk, serving: Serving) -> uvicorn.Server:
 def bound(serving: Serving) -> socket.socket:
     """Before the model is loaded, so that a port that is taken is said at once.
 
-    Its protocol is named: asyncio sets TCP_NODELAY on connections of such a socket only, and without it an answer's body
-    waits for the acknowledgement of its head, 40 ms.
+    Its protocol is named: asyncio sets TCP_NODELAY on connections of such a socket only, and without it an answer's
+    body waits for the acknowledgement of its head, 40 ms.
     """
     family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
     address = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

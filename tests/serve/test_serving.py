@@ -79,7 +79,8 @@ def texts():
 @contextlib.contextmanager
 def served(desk, **limits):
     """The address of a server in a thread."""
-    with socket.create_server(("127.0.0.1", 0)) as address:
+    with bound(Serving(port=0)) as address:
+        address.listen()  # before the thread does
         server = server_of(desk, Serving(**limits))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [address]})
         thread.start()
