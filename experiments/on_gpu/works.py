@@ -51,14 +51,11 @@ def checks(session: Session) -> list[Check]:
               functools.partial(killed, name="deberta_v3_base", environment=_DETERMINISTIC)),
         Check("MiniLM as DeBERTaV3: killed and resumed", functools.partial(killed, name="minilm_as_deberta")),
     ]  # fmt: skip
-    return (
-        resumed
-        + [
-            Check(f"DeBERTaV3-base: {what}", functools.partial(whole, changes=changes))
-            for what, changes in variants.items()
-        ]
-        + _texts(session)
-    )
+    once = [
+        Check(f"DeBERTaV3-base: {what}", functools.partial(whole, changes=changes))
+        for what, changes in variants.items()
+    ]
+    return [*resumed, *once, *_texts(session)]
 
 
 def _texts(session: Session) -> list[Check]:

@@ -47,9 +47,8 @@ def _attend(probabilities: Any) -> Any:
             key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
         scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if attention_mask is not None:
-            allowed = attention_mask.dtype == torch.bool
-            worst = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill(~attention_mask, worst) if allowed else scores + attention_mask
+            least, is_boolean = torch.finfo(scores.dtype).min, attention_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attention_mask, least) if is_boolean else scores + attention_mask
         weights = F.dropout(probabilities(scores).to(query.dtype), dropout, module.training)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 

@@ -14,6 +14,7 @@ from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.weight_distributions import ensembles
 from experiments.studies.weights_page import (
+    _ece,
     comparisons,
     difference,
     ece_difference,
@@ -195,3 +196,30 @@ def test_an_ensemble_averages_probabilities_and_has_a_temperature_of_its_own():
     assert found["log_odds"]["eval"] == pytest.approx(np.log(mean / (1 - mean)), abs=1e-4)
     compared = verdicts(comparisons([*members, found], ["sst2"])).splitlines()[-1].split("|")
     assert float(compared[4].split()[0]) == pytest.approx(expected - np.mean([nll_of(x) for x in odds]), abs=6e-4)
+
+
+# --- many samples at once ---------------------------------------------------------------------------------------------
+
+
+def test_a_score_of_many_samples_is_that_of_each():
+    decision, label = np.random.default_rng(0).normal(size=(2, 5, 30))
+    decision[3] = 1.0  # which has no correlation
+    found = score({"decision": decision, "label": label}, "pearson", prefix="")
+    expected = [0.0 if i == 3 else stats.pearsonr(decision[i], label[i]).statistic for i in range(5)]
+    assert found == pytest.approx(expected)
+    signs = {"decision": decision > 0, "label": label > 0}
+    assert score(signs, "accuracy", prefix="") == pytest.approx(np.mean(signs["decision"] == signs["label"], 1))
+
+
+def test_the_calibration_error_of_many_samples_is_that_of_each():
+    generator = np.random.default_rng(0)
+    examples = {"odds": 2 * generator.normal(size=40), "label": generator.integers(2, size=40)}
+    rows = generator.integers(40, size=(3, 2, 40))
+    found = _ece(examples, rows)
+    for at in np.ndindex(3, 2):
+        odds, label = (x[rows[at]] for x in examples.values())
+        gaps = [[] for _ in range(20)]
+        for x, is_one in zip(odds, label, strict=True):
+            confidence = 1 / (1 + np.exp(-abs(x)))
+            gaps[int(20 * confidence)].append(confidence - ((x > 0) == is_one))
+        assert found[at] == pytest.approx(sum(abs(sum(gap)) for gap in gaps) / 40)

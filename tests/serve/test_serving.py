@@ -33,8 +33,8 @@ from pyro_blora.training.trained import Trained
 for needed in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(needed, reason=f"no {needed}: pip install 'pyro-blora[serve]'")
 from pyro_blora.serve import Desk  # noqa: E402 (what it imports is there)
-from pyro_blora.serve.desk import Asked  # noqa: E402
-from pyro_blora.serve.server import bound, server_of  # noqa: E402
+from pyro_blora.serve.desk import Asked  # noqa: E402 (as above)
+from pyro_blora.serve.server import bound, server_of  # noqa: E402 (as above)
 
 pytestmark = pytest.mark.usefixtures("eager")
 LIMITS = {"max_texts": 4, "max_characters": 100, "max_bytes": 2000}
