@@ -47,13 +47,14 @@ class Cost(nn.Module):
     """The expected cost of a distribution of the gates, or the cost of draws.
 
     name: `bytes` or `latency`. Its tables are buffers, so that they move between devices with the prior.
+    joint: a product is cheap only where both of its tensors are narrow: closing a gate of one of them saves nothing.
     """
 
     owner: Tensor  # (L,) as layout.input_owner
 
-    def __init__(self, layout: AdapterLayout, name: str, terms: list[Term]):
+    def __init__(self, layout: AdapterLayout, name: str, terms: list[Term], joint: bool = False):
         super().__init__()
-        self.layout, self.name = layout, name
+        self.layout, self.name, self.joint = layout, name, joint
         self._kinds = [(term.first, term.second, term.by_rank) for term in terms]
         for i, term in enumerate(terms):
             self.register_buffer(f"table_{i}", term.table, persistent=False)
@@ -150,4 +151,4 @@ def latency(layout: AdapterLayout, times: Times) -> Cost:
         Term(INPUT, BASE, stacked([(p.out_features, p.in_features) for p in of], True, shares)),
         Term(INPUT, LORA_A, stacked([(layout.rank, p.in_features) for p in of], False, adapted)),
         Term(HIDDEN, LORA_B, stacked([(p.out_features, layout.rank) for p in of], True, adapted)),
-    ])  # fmt: skip
+    ], joint=True)  # fmt: skip

@@ -133,6 +133,46 @@ def test_the_budget_of_another_cost_is_met(cost):
     assert not [name for name in prior.state_dict() if name.startswith("cost.")]
 
 
+def tilted(prior, nats):
+    """Marginals of the prior's distributions times a likelihood that loses so many nats for a width or a rank closed."""
+    logits = (q.depth_log_probs for q in prior())
+    logits = [x - nats * torch.arange(x.shape[-1] - 1, -1, -1) for x in logits]
+    return Gates(*(x.softmax(-1).flip(-1).cumsum(-1).flip(-1)[None, ..., 1:] for x in logits))
+
+
+@pytest.mark.parametrize("nats", (0.0, 1.0, 30.0))
+def test_pairs_of_gates_close_that_alone_would_save_nothing(nats):
+    """From all gates open, where an input at 8 bit with a weight at 32 takes longer than both at 32."""
+    layout = AdapterLayout.of(tiny_bert(), rank=3, scope="encoder", sequence_length=8)
+    settings = {"cost": "latency", "target": 0.4, "denominator": "gated", "times": rising(layout)}
+    prior = build_prior("budget", layout, settings)
+    opened = Gates(*(torch.ones(1, *shape) for shape in (layout.z_shape, layout.g_shape)))
+    prior.adapt(opened)
+    for _ in range(500):
+        means = tilted(prior, nats)
+        prior.adapt(means)
+    spent = prior.spent(means)
+    assert spent.ratio == pytest.approx(0.4, rel=0.02) and prior.missed(means) is None
+    assert prior.report()["rate"] < 1e5
+    assert "was asked for 40.00% of the seconds" in prior.missed(opened)
+
+
+def test_a_joint_price_is_the_mean_one_on_the_way_from_all_gates_closed():
+    layout = small()
+    prior = build_prior("budget", layout, {"cost": "latency", "target": 0.4, "denominator": "gated",
+                                           "times": rising(layout)})  # fmt: skip
+    means = marginals(layout)
+    prior._follow(Gates(*(x[None] for x in means)))
+    way = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    at = [(way.view(-1, *[1] * x.dim()) * x).requires_grad_() for x in means]
+    each = torch.autograd.grad(prior._ratio(*at).sum(), at)
+    for price, expected in zip((prior.z_price, prior.g_price), each, strict=True):
+        torch.testing.assert_close(price, expected.mean(0).float())
+    saved = prior._ratio(*means) - prior._ratio(*(torch.zeros_like(x) for x in means))
+    paid = sum((p.double() * x).sum() for p, x in zip((prior.z_price, prior.g_price), means, strict=True))
+    torch.testing.assert_close(paid, saved, rtol=1e-5, atol=1e-7)  # nothing is paid twice
+
+
 def rising(layout):
     """A table as a machine has it: integer products where both have 8 bit or fewer."""
     table = table_of(layout)

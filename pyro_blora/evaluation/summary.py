@@ -84,6 +84,8 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
     spent, at_deployed = (program.prior.spent(gates) for gates in (component_marginals(program), deployed(program)))
     if spent is not None and at_deployed is not None:
         found["cost"] = spent._asdict() | {"deployed": {"value": at_deployed.value, "ratio": at_deployed.ratio}}
+    if missed := program.prior.missed(component_marginals(program)):
+        found["missed"] = missed
     if layout.sharing:
         found["sharing"] = layout.sharing
     found["calibration"] = calibration_of(evaluated.pairs)

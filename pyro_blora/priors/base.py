@@ -106,6 +106,10 @@ class Prior(nn.Module):
         """What is spent of the cost by which the prior was asked, if it is not bit operations; gates as in `adapt`."""
         return None
 
+    def missed(self, means: Gates[Tensor]) -> str | None:
+        """A sentence on what was asked of the training and is not so at its end, with the remedy; gates as in `adapt`."""
+        return None
+
     def only(self, site: str) -> None:
         """Called where it is the prior of `z` or `g` alone: its distribution of the other site is ignored."""
 

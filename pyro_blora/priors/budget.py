@@ -24,10 +24,16 @@ class Budget(Prior):
     moves asinh(rate) by log(E[BOPs] / target) times a gain, but not further than Newton's step at these prices: dual
     ascent that does not swing when few bits are undecided. Rate: nats for the whole of the denominator's BOPs; below 0
     where the likelihood alone would use less than the target, which is met all the same.
+
+    Where a cost is joint, a gate whose partner in the product is open would be free, or dearer closed than open, and no
+    pair would ever close. There, prices are derivatives at half of the marginals: the mean price on the straight way
+    from all gates closed to these marginals, which shares what a pair saves between the two.
+    Source: Aumann and Shapley (1974), whose mean over the way is its middle, as the cost is linear in either tensor.
     """
 
     GAIN = 0.3  # and the largest step of asinh(rate), which is that of log(rate) for all but small rates
     LARGEST = 20.0  # asinh of 2e8 nats: where a guide does not follow, the way back stays short
+    TOLERANCE = 0.1  # of the target, to be called met
     FOLLOW = 0.2  # of the way to new prices: all the way, an input and its weight would turn dear and cheap in step
 
     asinh_rate: Tensor  # ()
@@ -52,6 +58,10 @@ class Budget(Prior):
         self.register_buffer("g_price", torch.zeros(layout.g_shape))
         self._follow(Gates(torch.ones(layout.z_shape), torch.ones(layout.g_shape)))
 
+    @property
+    def is_joint(self) -> bool:
+        return self.cost is not None and self.cost.joint
+
     def require_reach(self, closed: Gates[Tensor], opened: Gates[Tensor]) -> None:
         """Refuse a target that is not between the least and the most that the gates can spend."""
         least, most = self._ratio(*closed), self._ratio(*opened)
@@ -71,13 +81,14 @@ class Budget(Prior):
 
     def _follow(self, means: Gates[Tensor], share: float = 1.0) -> Tensor:
         """Move the prices a share of the way to those at these marginals; returns the expected ratio there."""
-        at = [mean.detach().double().requires_grad_() for mean in means]
+        exact = [mean.detach().double() for mean in means]
+        at = [(mean / 2 if self.is_joint else mean).requires_grad_() for mean in exact]
         with torch.enable_grad():
             ratio = self._ratio(*at).mean()
             prices = torch.autograd.grad(ratio, at)
         for buffer, price in zip((self.z_price, self.g_price), prices, strict=True):
             buffer.lerp_(price.sum_to_size(buffer.shape).to(buffer), share)
-        return ratio.detach()
+        return self._ratio(*exact).mean() if self.is_joint else ratio.detach()
 
     def _variance(self, means: Gates[Tensor]) -> Tensor:
         """Of the ratio at these prices, ladders independent given the component: minus its slope, by the Gibbs form."""
@@ -107,6 +118,17 @@ class Budget(Prior):
 
     def report(self) -> dict[str, float]:
         return {"rate": self.asinh_rate.sinh().item()}
+
+    @torch.no_grad()
+    def missed(self, means: Gates[Tensor]) -> str | None:
+        ratio, unit = float(self._ratio(*means).mean()), "bit operations" if self.cost is None else self.cost.unit
+        if abs(ratio - self.target) <= self.TOLERANCE * self.target:
+            return None
+        return (
+            f"The target was missed: prior {self.name!r} was asked for {self.target:.2%} of the {unit} of denominator "
+            f"{self.denominator!r}, and the gates expect {ratio:.2%}. Let them learn for longer (more --epochs, a smaller "
+            "--kl_warmup), or ask for a target that is nearer."
+        )
 
     @torch.no_grad()
     def spent(self, means: Gates[Tensor]) -> Spent | None:

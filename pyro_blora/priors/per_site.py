@@ -58,6 +58,9 @@ class Separate(Prior):
     def spent(self, means: Gates[Tensor]) -> Spent | None:
         return self.z.spent(means) or self.g.spent(means)
 
+    def missed(self, means: Gates[Tensor]) -> str | None:
+        return self.z.missed(means) or self.g.missed(means)
+
     def pyro_model(self) -> Gates[NestedBernoulli]:
         return Gates(self.z.pyro_model().z, self.g.pyro_model().g)
 

@@ -135,8 +135,8 @@ def result_tables(summary: dict) -> list[Table]:
 
 
 def result_sentences(summary: dict) -> list[str]:
-    """What the numbers mean: whether anything was learned, and whether the ECE exceeds chance."""
-    shared = [summary["sharing"]] if summary.get("sharing") else []
+    """What the numbers mean: whether anything was learned, a target met, and whether the ECE exceeds chance."""
+    shared = [summary[what] for what in ("missed", "sharing") if summary.get(what)]
     if nothing := nothing_learned(summary):
         return [nothing, *shared]
     chance = of_chance(summary)

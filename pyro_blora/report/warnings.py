@@ -114,6 +114,7 @@ def warnings(summary: dict, posterior: Posterior | None) -> list[str]:
     """Reliability warnings of a run, one sentence or two each; empty where there are none."""
     nothing = nothing_learned(summary)
     found = [nothing] if nothing else []
+    found += [summary["missed"]] if "missed" in summary else []
     found += _of_predictions(summary, is_empty=bool(nothing))
     if posterior is not None:
         free = posterior.free()
