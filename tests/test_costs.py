@@ -134,7 +134,7 @@ def test_the_budget_of_another_cost_is_met(cost):
 
 
 def tilted(prior, nats):
-    """Marginals of the prior's distributions times a likelihood that loses so many nats for a width or a rank closed."""
+    """Marginals of the prior times a likelihood that loses so many nats for each width or rank that is closed."""
     logits = (q.depth_log_probs for q in prior())
     logits = [x - nats * torch.arange(x.shape[-1] - 1, -1, -1) for x in logits]
     return Gates(*(x.softmax(-1).flip(-1).cumsum(-1).flip(-1)[None, ..., 1:] for x in logits))

@@ -1,7 +1,7 @@
 """Times of a backbone's products on this machine, in onnxruntime: the table of costs for `--prior.cost latency`.
 
-Products are those of an exported model for speed (onnx_modules.py, fast): integers where both factors have codes, one
-product for each pair of their bytes, and float32 where one is at 32 bit. Widths with the same kernels share a figure.
+Products are those of an exported model for speed (onnx_modules.py, fast): integers where that is faster, one product
+for each byte of an input, and float32 elsewhere. Widths with the same kernels share a figure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..progress import phase
 from ..quantizer.products import BYTE
 from .low_bit import EXACT, OnGrid, Rounded, Weight
 from .onnx_file import OPSET, exporting_silently
-from .onnx_modules import Codes, OneInput
+from .onnx_modules import Codes, OneInput, is_of_codes
 from .packing import made_by
 
 _COPIES = 6  # of a product in one graph: weights do not stay in the cache between layers, either
@@ -88,12 +88,16 @@ def _shapes(layout: AdapterLayout) -> list[Shape]:
     return list(found)
 
 
-def _kind(one: int, other: int) -> tuple[int, int]:
-    """Widths of input and weight that have the same kernels: bytes of codes, or float32 of a rounded input or not."""
+def _kind(one: int, other: int, n: int) -> tuple[int, int]:
+    """Widths of input and weight that have the same kernels: bytes of codes, or float32 of a rounded input or not.
+
+    n: columns of the weight.
+    """
     if one == EXACT:
         return EXACT, EXACT
-    of_bytes = (BYTE if width <= BYTE else 2 * BYTE for width in (one, other))
-    return (BYTE, EXACT) if other == EXACT else tuple(of_bytes)  # type: ignore[return-value]  # two of two
+    if not is_of_codes(one, other, n, fast=True):
+        return BYTE, EXACT
+    return BYTE if one <= BYTE else 2 * BYTE, BYTE
 
 
 def _rounded_as(width: int) -> int:
@@ -110,16 +114,18 @@ def _measured(
     another way, and the figure of the product has the difference.
     """
     sizes, grids = sorted({n for _, n in shapes}), dict.fromkeys(map(_rounded_as, widths[:-1]))
-    kinds = dict.fromkeys(_kind(one, other) for one in widths for other in widths)
+    kinds = {
+        shape: dict.fromkeys(_kind(one, other, shape[1]) for one in widths for other in widths) for shape in shapes
+    }
     runs: dict[Any, Callable[[], object]] = {}
     random = torch.Generator().manual_seed(_SEED)
-    with phase("exporting products", len(sizes) * len(grids) + len(kinds) * len(shapes)) as shown, torch.no_grad():
+    with phase("exporting products", len(sizes) * len(grids) + sum(map(len, kinds.values()))) as shown, torch.no_grad():
         for n in sizes:
             for bits in grids:
                 runs[n, bits] = _session(_Roundings(bits), torch.randn(*size, n, generator=random), threads)
                 shown.advance()
         for m, n in shapes:
-            for kind in kinds:
+            for kind in kinds[m, n]:
                 graph = _Products(m, n, *kind, random)
                 runs[m, n, kind] = _session(graph, torch.randn(*size, n, generator=random), threads)
                 shown.advance()
@@ -128,7 +134,7 @@ def _measured(
     products = {}
     for m, n in shapes:
         products[m, n] = [
-            [max(0.0, seconds[m, n, _kind(one, other)] - _of_kind(seconds, n, one)) for other in widths]
+            [max(0.0, seconds[m, n, _kind(one, other, n)] - _of_kind(seconds, n, one)) for other in widths]
             for one in widths
         ]
     return rounding, products

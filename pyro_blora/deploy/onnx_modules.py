@@ -5,8 +5,8 @@
 A product of two factors that have codes is QuantizeLinear, DequantizeLinear and MatMul, which onnxruntime runs as one
 integer product and scales once: operation by operation that of quantizer/products.py. Codes of every width up to 8 bit
 are bytes, an input's around 128, as onnxruntime's kernels take them; those of up to 16 bit are two bytes, so two
-products. A product with a factor at 32 bit is in float64, or for speed in float32. In a small file, one of which only
-the weight has up to 8 bit is onnx_narrow.py's.
+products. A product with a factor at 32 bit is in float64, or for speed in float32, as are then those of two bytes that
+would take longer. In a small file, one of which only the weight has up to 8 bit is onnx_narrow.py's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _OPSET = 21
 _MIDDLE, _HIGH = 128, 256  # of an input's byte; of the high byte's unit
+_SHORT = 64  # columns, up to which two products of bytes take longer than one of float32: those of lora_B
 
 
 def _clipped(x: Tensor, *ends: Tensor) -> Tensor:
@@ -41,6 +42,16 @@ def _dequantized(codes: Tensor, step: Tensor, zero: Tensor | None = None, **attr
         shape=codes.shape,
         version=_OPSET,
     )
+
+
+def is_of_codes(input_bits: int, bits: int, columns: int, fast: bool) -> bool:
+    """Whether a product is one of integers: where both have codes; if fast, unless one in float32 takes less time.
+
+    bits, columns: of the weight. A table of `pyro-blora measure-costs` has the times.
+    """
+    if not fast:
+        return max(input_bits, bits) < EXACT
+    return bits <= BYTE and (input_bits <= BYTE or (input_bits < EXACT and columns > _SHORT))
 
 
 class Byte(NamedTuple):
@@ -156,7 +167,7 @@ class Product(nn.Module):
 
 
 class OfNumbers(nn.Module):
-    """W x, where one of them is at 32 bit, in this precision.  weight (m, n)"""
+    """W x of numbers, in this precision.  weight (m, n)"""
 
     weight: Tensor
 
@@ -195,7 +206,10 @@ class OneInput(nn.Module):
         form = form_of(weight) if self.narrows and weight.bits <= BYTE else None
         if form is not None:
             return NarrowWeight(weight, form)
-        return Product(weight, is_first) if self.codes is not None and weight.bits < EXACT else OfNumbers(weight, dtype)
+        fast = dtype == torch.float32
+        if is_of_codes(self.bits, weight.bits, weight.codes.shape[1], fast):
+            return Product(weight, is_first)
+        return OfNumbers(weight, dtype)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         of_codes = [isinstance(product, Product) for product in self.products]

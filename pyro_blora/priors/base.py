@@ -107,7 +107,7 @@ class Prior(nn.Module):
         return None
 
     def missed(self, means: Gates[Tensor]) -> str | None:
-        """A sentence on what was asked of the training and is not so at its end, with the remedy; gates as in `adapt`."""
+        """A sentence on what was asked of the training and is not met, with the remedy; gates as in `adapt`."""
         return None
 
     def only(self, site: str) -> None:

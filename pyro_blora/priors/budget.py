@@ -126,8 +126,8 @@ class Budget(Prior):
             return None
         return (
             f"The target was missed: prior {self.name!r} was asked for {self.target:.2%} of the {unit} of denominator "
-            f"{self.denominator!r}, and the gates expect {ratio:.2%}. Let them learn for longer (more --epochs, a smaller "
-            "--kl_warmup), or ask for a target that is nearer."
+            f"{self.denominator!r}, and the gates expect {ratio:.2%}. Let them learn for longer (more --epochs, a "
+            "smaller --kl_warmup), or ask for a target that is nearer."
         )
 
     @torch.no_grad()

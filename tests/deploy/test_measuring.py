@@ -1,6 +1,9 @@
 """A machine's table of times is measured, read back by a prior, and never overwritten."""
 
+import itertools
+
 import pytest
+import torch
 from models import tiny_bert
 from tiny import save_tiny_backbone
 
@@ -11,6 +14,7 @@ from pyro_blora.layout import AdapterLayout
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 from pyro_blora.deploy import measuring
+from pyro_blora.deploy.onnx_modules import Product
 
 M, N = 6, 4
 
@@ -33,6 +37,20 @@ def test_widths_of_one_kernel_have_one_figure(table):
     assert seconds.shape == (2, 2) and len({*seconds[1].tolist()}) == 1 and seconds[1, 0] > 0  # an input at 32 bit
     assert rounding[-1] == 0 and bool((rounding[:-1] > 0).all())
     assert content["rows"] == 5 and content["machine"]["threads"] == 1 and content["machine"]["processor"]
+
+
+@pytest.mark.parametrize("columns", (8, 65))
+def test_kernels_of_widths_are_those_of_an_export(columns):
+    """Widths that share a figure have as many products of bytes, or none."""
+    random = torch.Generator().manual_seed(0)
+    of_kind = {}
+    for one, other in itertools.product((2, 4, 8, 16, 32), repeat=2):
+        read = measuring._Products(2, columns, one, other, random).each[0]
+        product, rounds = read.products[0], read.codes is not None
+        inputs = (1 + read.codes.is_wide) if isinstance(product, Product) else 0
+        found = (rounds, inputs, len(product.parts) if inputs else 0)
+        assert of_kind.setdefault(measuring._kind(one, other, columns), found) == found
+    assert len({*of_kind.values()}) == len(of_kind) == (4 if columns > 64 else 3)
 
 
 def test_shapes_are_those_of_every_map_and_of_an_adapter_on_it():

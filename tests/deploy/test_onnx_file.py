@@ -16,6 +16,7 @@ from tiny import save_tiny_backbone
 
 from experiments import onnx_times
 from pyro_blora.adapters import use_gates
+from pyro_blora.deploy.low_bit import OnGrid, Rounded, Weight
 from pyro_blora.deploy.manifest import SUM, _sum_of
 from pyro_blora.deploy.opening import load_to_predict
 from pyro_blora.models.embeddings import bits_of, round_tables
@@ -25,7 +26,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
-from pyro_blora.deploy.onnx_file import MANIFEST, MODEL, answer_by, export_onnx, session_of  # noqa: E402 (what it imports is there)
+from pyro_blora.deploy.onnx_file import MANIFEST, MODEL, OPSET, answer_by, export_onnx, session_of  # noqa: E402 (what it imports is there)
+from pyro_blora.deploy.onnx_modules import OneInput, Product, is_of_codes  # noqa: E402 (as above)
 
 pytestmark = pytest.mark.usefixtures("eager")
 NOT_NEEDED = ("torch", "pyro_blora")
@@ -161,6 +163,34 @@ def test_a_fast_file_is_close(made, fast):
     assert onnx.TensorProto.DOUBLE not in kinds
 
 
+def test_products_of_a_fast_file_are_of_integers_where_that_saves_time(made, fast):
+    program = made[0]
+    expected = []
+    for bits, p in zip(widths(program), program.layout.projections, strict=True):
+        b = dict(zip(program.layout.tensors, bits, strict=True))
+        read = [("input", "base", p.in_features)]
+        if p.adapted:
+            read += [("input", "lora_A", p.in_features), ("hidden", "lora_B", program.layout.rank)]
+        expected += [b[name] <= 8 and b[x] <= (8 if n <= 64 else 16) for x, name, n in read]
+    content, graph = json.loads((fast / MANIFEST).read_text()), onnx.load(fast / MODEL).graph
+    assert content["products"] == {"integer": sum(expected), "all": len(expected)} and 0 < sum(expected) < len(expected)
+    low_bytes = [x for x in graph.initializer if x.data_type == onnx.TensorProto.UINT8 and len(x.dims) == 2]
+    assert not low_bytes
+
+
+@pytest.mark.parametrize("columns", (64, 65))
+def test_an_input_of_two_bytes_gives_the_same_product_either_way(columns, tmp_path):
+    random = torch.Generator().manual_seed(0)
+    x, codes = torch.randn(5, columns, generator=random), torch.randint(-127, 128, (3, columns), generator=random)
+    weight, rounded = Weight(OnGrid(codes * 0.25, torch.tensor(0.25), 8)), Rounded(16, torch.tensor(2.0))
+    module = OneInput(rounded, [weight], torch.float32).eval()
+    assert isinstance(module.products[0], Product) == (columns > 64)
+    torch.onnx.export(module, (x,), dynamo=True, opset_version=OPSET, verbose=False).save(tmp_path / "m.onnx")
+    (found,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    expected = rounded(x).numbers.double() @ (codes * 0.25).double().T
+    assert np.allclose(found, expected.numpy(), rtol=1e-5, atol=1e-4)
+
+
 def test_a_small_file_has_narrow_weights_at_their_own_width(made, fast, tmp_path):
     program, _ = made
     folder = export_onnx(program, tmp_path / "model", fast=True, small=True)
@@ -175,7 +205,7 @@ def test_a_small_file_has_narrow_weights_at_their_own_width(made, fast, tmp_path
             stored = math.ceil(n / 32) * (32 * b[name] // 8 + 4)  # of a row, in blocks of 32 columns
             if b[x] > 8 and b[name] <= 8 and stored < 4 * n:
                 expected.append(b[name])
-                saved += m * n * (1 if b[x] == 16 else 4) - m * stored
+                saved += m * n * (1 if is_of_codes(b[x], b[name], n, fast=True) else 4) - m * stored
     graph = onnx.load(folder / MODEL).graph
     nodes = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
     assert sorted(node["bits"] for node in nodes) == sorted(expected) and len({*expected}) > 1
