@@ -19,7 +19,7 @@ import abc
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -43,6 +43,7 @@ from .tasks.likelihoods import Likelihood
 from .weights.base import Point, Weights
 
 Inputs = dict[str, Tensor]  # what the network is called with, by name
+Held = Literal["open", "deployed"]  # where all gates can be held in training
 
 
 class GateProgram(nn.Module, abc.ABC):
@@ -206,6 +207,8 @@ class BayesianLoRA(GateProgram):
 
     text_columns: tuple[str, ...] = ()  # of its task: what one example's texts are called
     _opened: Gates[Tensor] | None = None
+    settled: Gates[Tensor] | None = None  # what is deployed, from `settle` on
+    _settled_at_32: list[bool] | None = None
     _at_32: list[bool] | None = None  # in a training step: which tensors always stay at 32 bit
 
     def __init__(
@@ -222,6 +225,10 @@ class BayesianLoRA(GateProgram):
         if self._opened is None or self._opened.z.device != device:
             self._opened = Gates(*adapters.open_gates(self.layout, device))
         return self._opened
+
+    def settle(self, gates: Gates[Tensor]) -> None:
+        """Take the allocation that is deployed, at which gates are held from now on."""
+        self.settled, self._settled_at_32 = gates, adapters.exact_tensors(gates.z)
 
     def logits(self, inputs: Inputs, gates: Gates[Tensor], theta: Tensor | None = None) -> Tensor:
         with self._gated(gates, theta):
@@ -252,24 +259,27 @@ class BayesianLoRA(GateProgram):
         return None if self.gates_are_random else adapters.exact_tensors(self.gate_guide.posterior().z.mode)
 
     def forward(
-        self, inputs: Inputs, labels: Tensor, temperature: float, kl_weight: float = 1.0, held_open: bool = False
+        self, inputs: Inputs, labels: Tensor, temperature: float, kl_weight: float = 1.0, held: Held | None = None
     ) -> tuple[Tensor, Terms]:
         """The training loss and its terms, at a temperature of the relaxation.
 
-        held_open: before the gates start; the loss is that of LoRA, with its weights' distribution. Then with a teacher
-        the NLL in the loss is mixed with the divergence from its answers; the terms have both.
+        held: where the gates are, if they are not drawn; their KL is not in the loss then. `open`, before they start:
+        the loss is that of LoRA, with its weights' distribution. `deployed`, after `settle`. From their start on with a
+        teacher, the NLL in the loss is mixed with the divergence from its answers; the terms have both.
         """
         self.temperature, self.kl_weight = temperature, kl_weight
         model: Program = self.model
         guide: Program = self.guide
         distilled: Distilled | None = None
-        if held_open:
-            model, guide = (poutine.condition(part, data=self.opened._asdict()) for part in (model, guide))
-        elif self.teacher is not None:
+        if held is not None:
+            gates = self.opened if held == "open" else self.settled
+            assert gates is not None, "settle() comes first"
+            model, guide = (poutine.condition(part, data=gates._asdict()) for part in (model, guide))
+        if held != "open" and self.teacher is not None:
             answers = self.teacher.answers(self.net, self.likelihood, self.opened, inputs)
             distilled = Distilled(self.likelihood, answers, self.teacher.weight)
             model = distilled(model)
-        self._at_32 = None if held_open else self.pinned_at_32
+        self._at_32 = {"open": None, "deployed": self._settled_at_32}[held] if held else self.pinned_at_32
         try:
             terms = self._terms(model, guide, inputs, labels)
         finally:

@@ -142,7 +142,7 @@ def test_the_loss_of_training_is_that_of_its_elbo_over_n():
 
 def test_gates_are_held_open_before_they_start():
     program, (inputs, labels) = program_of(estimator="relaxed"), batch()
-    loss, terms = program(inputs, labels, 0.3, held_open=True)
+    loss, terms = program(inputs, labels, 0.3, held="open")
     opened = Gates(*adapters.open_gates(program.net.layout))
     assert torch.equal(loss, program.nll(inputs, labels, *opened)) and torch.equal(loss, terms.nll)
     assert terms.kl_z == program.kl().z > 0  # for the log

@@ -56,6 +56,7 @@ RANGES = {  # field: (check, what is expected, remedy)
     "warmup": (*_fraction(), "it is a fraction of the steps, not a number of steps"),
     "kl_weight": (*_positive(), "1 is the ELBO"),
     "kl_warmup": (*_fraction(), "it is a fraction of the steps; 1 starts the gates when training has ended"),
+    "settle": (*_fraction(), "half of the steps after kl_warmup is usual; 0: gates learn to the end"),
     "distillation": (*_fraction(), "0.5 weighs the labels and the open network alike; 0 switches it off"),
     "temperature_start": (*_positive(), "0.5 is usual"),
     "temperature_end": (*_positive(), "0.1 is usual; at 0 the relaxed gates have no gradient"),

@@ -104,6 +104,9 @@ class RunConfig:
     kl_warmup: float | None = _field(
         None, "fraction of the steps with open gates, before they start; 1: after training; none: 0.3, or the method's"
     )
+    settle: float = _field(
+        0.0, "fraction of the steps, the last ones, in which weights train on at the deployed allocation; gates rest"
+    )
     gated_dropout: bool | None = _field(
         None,
         "dropout once the gates have started; none: where they do not learn by natural gradients",

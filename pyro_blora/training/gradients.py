@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..program import BayesianLoRA
+from ..program import BayesianLoRA, Held
 from .non_finite import unvalidated
 
 _MOVES = 3  # times that a tensor of prior or guide may be replaced before a step is no longer recorded
@@ -40,7 +40,7 @@ class Gradients:
         wanted = graphs and not sharded and os.environ.get("PYRO_BLORA_GRAPHS", "1") != "0"
         self.recording = wanted and device.type == "cuda"
         self.temperature = torch.ones((), device=device) if device.type == "cuda" else None
-        self.validated: set[bool] = set()  # once before the gates start, once from then on
+        self.validated: set[Held | None] = set()  # phases
         self.graphs: dict[tuple, _Graph] = {}
         self.pool: Any = None  # torch's handle
         self.moved = 0
@@ -48,20 +48,20 @@ class Gradients:
 
     def __call__(
         self, inputs: dict[str, Tensor], labels: Tensor, temperature: float, kl_weight: float = 1.0,
-        held_open: bool = False, micro_batches: int = 1,
+        held: Held | None = None, micro_batches: int = 1,
     ) -> Tensor:  # fmt: skip
         """(loss, nll, kl_z, kl_g, kl_theta, teacher_kl), (6,), of the micro-batch; the gradient is of its share.
 
-        held_open: before the gates start.
+        held: the allocation at which gates are held.
 
-        Errors: ValueError, at the first call of either phase, where a distribution refuses finite numbers.
+        Errors: ValueError, at the first call of each phase, where a distribution refuses finite numbers.
         """
         here: float | Tensor = temperature
         if self.temperature is not None:  # where a graph reads it
             here = self.temperature.fill_(temperature)
-        arguments = here, kl_weight, held_open, micro_batches
-        if held_open not in self.validated and not self.sharded:
-            self.validated.add(held_open)
+        arguments = here, kl_weight, held, micro_batches
+        if held not in self.validated and not self.sharded:
+            self.validated.add(held)
             self._validate(inputs, labels, arguments)
         if self.recording and (graph := self._graph(inputs, labels, arguments)):
             found = graph.replay(inputs, labels)
@@ -80,9 +80,9 @@ class Gradients:
         self.graphs.clear()
         self.pool = None  # without a graph it is gone
 
-    def _eager(self, inputs, labels, temperature, kl_weight, held_open, micro_batches) -> Tensor:
+    def _eager(self, inputs, labels, temperature, kl_weight, held, micro_batches) -> Tensor:
         with unvalidated():  # a loss that is not finite is for the step to leave out
-            loss, terms = self.program(inputs, labels, temperature, kl_weight, held_open)
+            loss, terms = self.program(inputs, labels, temperature, kl_weight, held)
         (loss / micro_batches).backward()
         parts = loss, terms.nll, terms.kl_z, terms.kl_g, terms.kl_theta, terms.teacher_kl
         return torch.stack([(x + loss.new_zeros(())).detach().float() for x in parts])

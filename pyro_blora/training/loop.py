@@ -25,7 +25,7 @@ from ..deploy.peft import require_exportable
 from ..distributed import any_of, average_gradients, on_main, shard, sharding_wanted
 from ..elbos import GateELBO
 from ..machine import release_freed_memory
-from ..posterior.draws import component_marginals
+from ..posterior.draws import component_marginals, deployed
 from ..progress import phase, silenced
 from ..signals import Interrupted, asked, deferred
 from ..tasks.batching import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
@@ -76,6 +76,7 @@ def _fit(config: RunConfig, folder: Path | None, until: int | None) -> Trained:
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
     parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
+    schedule.require(parts.program.gates_are_random)
     if parts.program.teacher is not None:
         parts.program.teacher.require(schedule.steps, schedule.opening, sharded=sharding_wanted())
     if folder is not None:
@@ -204,16 +205,17 @@ class _Loop:
         config, accelerator = self.config, self.accelerator
         for group in optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(group["name"], step)
-        temperature, kl_weight = self.schedule.temperature(step), self.schedule.kl_weight(step)
+        temperature, held = self.schedule.temperature(step), self.schedule.held(step)
+        if held == "deployed" and self.program.settled is None:
+            self.program.settle(deployed(self.program))
         self.program.train()
-        if kl_weight > 0 and not self.drops_out:
+        if held != "open" and not self.drops_out:
             adapters.without_dropout(self.program.net)
         parts = []
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
             inputs, labels = split_labels(batch, accelerator.device)
-            held_open = kl_weight == 0
-            found = self.gradients(inputs, labels, temperature, config.kl_weight, held_open, len(micro_batches))
+            found = self.gradients(inputs, labels, temperature, config.kl_weight, held, len(micro_batches))
             parts.append(found)
         net = self.program.net
         average_gradients(self.learning, accelerator)
@@ -228,12 +230,12 @@ class _Loop:
                     parameter.grad.masked_fill_(bad, 0.0)
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
-        if self.natural and kl_weight > 0 and config.lr_gates > 0:
+        if self.natural and held is None and config.lr_gates > 0:
             self.natural.step(bad, self.schedule.gates_move(step))
         for parameter in self.learning:
             parameter.grad = None
         self.program.weights.collect(step + 1, self.schedule.steps)
-        if kl_weight > 0 and self.program.prior.adapts:
+        if held is None and self.program.prior.adapts:
             self.program.prior.adapt(component_marginals(self.program))
         self.last = torch.stack(parts).mean(0)  # loss and the ELBO's parts of this process, read when a line is logged
 

@@ -1,4 +1,4 @@
-"""Learning rates, temperature, KL weight, seeds: pure functions of the step, so no checkpoint holds them."""
+"""Learning rates, temperature, phases, seeds: pure functions of the step, so no checkpoint holds them."""
 
 import dataclasses
 import hashlib
@@ -6,6 +6,7 @@ import math
 from typing import cast
 
 from ..config.run_config import RunConfig
+from ..program import Held
 from ..weights.base import Weights
 
 _SPREAD_RATE = 0.02  # first learning rate of log standard deviations, whatever that of their means
@@ -44,12 +45,27 @@ class Schedule:
         """The step at which the gates start."""
         return int(cast(float, self.config.kl_warmup) * self.steps)  # which RunConfig has set
 
-    def gates_move(self, step: int) -> bool:
-        """Whether natural gradients move the gates: from the middle of the steps after the opening."""
-        return 2 * step >= self.opening + self.steps
+    @property
+    def settling(self) -> int:
+        """The step from which the gates rest at the deployed allocation."""
+        return max(self.opening, self.steps - int(self.config.settle * self.steps))
 
-    def kl_weight(self, step: int) -> float:
-        return self.config.kl_weight if step >= self.opening else 0.0
+    def held(self, step: int) -> Held | None:
+        """The allocation at which the gates are held, where they are."""
+        if step < self.opening:
+            return "open"
+        return "deployed" if step >= self.settling else None
+
+    def require(self, gates_are_random: bool) -> None:
+        """Errors: ValueError for --settle where there is nothing to decide."""
+        if self.config.settle and not gates_are_random:
+            raise ValueError(
+                f"settle {self.config.settle:g} holds random gates at what is deployed, and this run has none: drop it"
+            )
+
+    def gates_move(self, step: int) -> bool:
+        """Whether natural gradients move the gates: from the middle of the steps in which they are free."""
+        return 2 * step >= self.opening + self.settling
 
     def temperature(self, step: int) -> float:
         start, end = self.config.temperature_start, self.config.temperature_end
@@ -58,14 +74,16 @@ class Schedule:
     def learning_rate(self, group: str, step: int) -> float:
         """Adapter, weights and head: linear warm-up and decay, to 0 or (SWAG) to a plateau.
 
-        From the opening on, ranges are constant, gates fall to 1 %.
+        From the opening on, ranges are constant; gates fall to 1 %, and are at 0 where they rest.
         At a constant rate, Adam's noise would keep the gates away from their posterior: benchmarks/posterior.md.
         """
         if group in ("gates", "ranges"):
             if step < self.opening:
                 return 0.0
-            gone = (step - self.opening) / max(1, self.steps - self.opening)
-            return self.config.lr_gates * _LAST_RATE**gone if group == "gates" else self.config.lr_ranges
+            if group == "ranges":
+                return self.config.lr_ranges
+            gone = (step - self.opening) / max(1, self.settling - self.opening)
+            return self.config.lr_gates * _LAST_RATE**gone if step < self.settling else 0.0
         peaks = {"head": self.config.lr if self.config.lr_head is None else self.config.lr_head, "spread": _SPREAD_RATE}
         peak = cast(float, peaks.get(group, self.config.lr))
         warm = max(1, math.ceil(self.config.warmup * self.steps))

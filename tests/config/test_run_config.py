@@ -28,7 +28,7 @@ OTHER = {
     "validation": 0.1, "choose_epoch": True, "ood_task": "rte", "task_settings": {"column": "text"},
     "estimator_settings": {"draws": 2}, "gate_optimizer": "natural", "gated_dropout": False,
     "bit_widths": "2,3,4,6,8,16,32", "granularity": "channel",
-    "distillation": 0.5, "smoothing": True, "attention": "softmax1", "embedding_bits": 8,
+    "distillation": 0.5, "settle": 0.25, "smoothing": True, "attention": "softmax1", "embedding_bits": 8,
 }  # fmt: skip
 NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
 

@@ -515,6 +515,14 @@ def test_warnings_name_what_is_wrong(backbone, plain, tmp_path):
     assert "No gate is random" in of_plain and "Few draws" not in of_plain  # nothing is averaged
     dominated = said(prior="depth", seed=1)
     assert "Prior-dominated" in dominated and "Collapsed" not in dominated
+    still = {"prior": "budget", "prior_settings": {"bops": 0.5}, "guide": "point", "lr_gates": 0.0}
+    missed = said(**still, guide_settings={"open_logit": 9.0})
+    assert "asked for 50.00% of the bit operations" in missed and "the gates expect 100.00%" in missed
+
+
+def test_a_target_that_was_missed_is_told_in_the_terminal(plain):
+    summary = RunFiles(plain).summary
+    assert "missed" not in summary and result_sentences({**summary, "missed": "It was missed."})[-1] == "It was missed."
 
 
 def test_the_calibration_section_has_the_scores_of_the_summary(backbone, tmp_path):

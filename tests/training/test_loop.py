@@ -267,12 +267,12 @@ def test_gates_and_ranges_move_only_after_the_opening(backbone, usual):
 def test_schedules_are_functions_of_the_step():
     schedule = Schedule.of(RunConfig(epochs=4, batch_size=10, warmup=0.1, kl_warmup=0.25, lr=1.0), 100)
     assert (schedule.steps, schedule.steps_per_epoch, schedule.opening) == (40, 10, 10)
-    assert [schedule.kl_weight(step) for step in (0, 9, 10, 39)] == [0.0, 0.0, 1.0, 1.0]
+    assert [schedule.held(step) for step in (0, 9, 10, 39)] == ["open", "open", None, None]
     assert schedule.temperature(0) == 0.5 and schedule.temperature(30) == schedule.temperature(39) == pytest.approx(0.1)
     rates = [schedule.learning_rate("adapter", step) for step in range(40)]
     assert max(rates) == 1.0 and rates[0] == 0.25 and rates[39] == pytest.approx(1 / 36)
     assert schedule.learning_rate("gates", 9) == 0 and schedule.learning_rate("gates", 10) == 0.1
-    assert schedule.learning_rate("gates", schedule.steps) == pytest.approx(1e-3)
+    assert schedule.learning_rate("gates", 39) == pytest.approx(0.1 * 0.01 ** (29 / 30))
 
 
 def test_an_epoch_visits_rows_once_in_whole_steps():

@@ -1,0 +1,90 @@
+"""--settle: at the end of a training weights go on at what is deployed, and the gates rest."""
+
+import pytest
+import torch
+from tiny import save_tiny_backbone, tiny_config
+
+from pyro_blora.checkpoint import trainable
+from pyro_blora.config import RunConfig
+from pyro_blora.posterior import deployed
+from pyro_blora.training import Schedule, fit, natural_gradient
+from pyro_blora.training.gradients import Gradients
+
+pytestmark = pytest.mark.usefixtures("eager")
+CHOICES = ({}, {"estimator": "relaxed"}, {"prior": "hierarchical"}, {"guide": "mixture"}, {"distillation": 0.3})
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def state(trained):
+    return {name: x.detach().clone() for name, x in trainable(trained.program).items()}
+
+
+def test_phases_are_functions_of_the_step():
+    schedule = Schedule.of(RunConfig(epochs=4, batch_size=10, kl_warmup=0.25, settle=0.25), 100)
+    assert [schedule.held(step) for step in (0, 9, 10, 29, 30, 39)] == ["open", "open", None, None, *["deployed"] * 2]
+    assert [schedule.gates_move(step) for step in (19, 20)] == [False, True]
+    rates = [schedule.learning_rate("gates", step) for step in (9, 10, 29, 30, 39)]
+    assert rates == [0.0, 0.1, pytest.approx(0.1 * 0.01**0.95), 0.0, 0.0]
+    assert schedule.learning_rate("ranges", 39) == 1e-3
+    at_once = Schedule.of(RunConfig(epochs=4, batch_size=10, kl_warmup=0.7, settle=0.3), 100)
+    assert {at_once.held(step) for step in range(28, 40)} == {"deployed"}
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_gates_rest_and_weights_go_on(backbone, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(natural_gradient, "_FIRST", 2)
+    config = tiny_config(backbone, epochs=3, settle=0.25, kl_weight=0.5, **{"prior": "budget", **changes})
+    schedule = Schedule.of(config, 64)
+    assert 0 < schedule.opening < schedule.settling == 9 < schedule.steps == 12
+    at = fit(config, folder=tmp_path, quiet=True, until=9)
+    before, allocation = state(at), deployed(at.program)
+    end = fit(config, folder=tmp_path, quiet=True)
+    rest = {name for name, x in state(end).items() if torch.equal(x, before[name])}
+    assert rest == {name for name in before if name.startswith(("gate_guide.", "prior.")) or name == "log_scale"}
+    for one, other in zip(deployed(end.program), allocation, strict=True):
+        assert torch.equal(one, other)
+    weight = config.distillation
+    for line in end.metrics[9:]:
+        expected = line["nll"] if not weight else (1 - weight) * line["nll"] + weight * line["teacher_kl"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_is_that_of_the_deployed_allocation(backbone, monkeypatch):
+    seen, inner = [], Gradients.__call__
+
+    def watched(gradients, inputs, labels, *arguments):
+        program, held = gradients.program, arguments[2]
+        found = inner(gradients, inputs, labels, *arguments)
+        with torch.no_grad():
+            at = {"open": program.opened, "deployed": deployed(program), None: None}[held]
+            seen.append(None if at is None else (held, float(found[0]), float(program.nll(inputs, labels, *at))))
+        return found
+
+    monkeypatch.setattr(Gradients, "__call__", watched)
+    fit(tiny_config(backbone, epochs=3, settle=0.25, gated_dropout=False), quiet=True)
+    of = [each for each in seen if each and each[0] == "deployed"]
+    assert len(of) == 3
+    for _, loss, nll in of:
+        assert loss == pytest.approx(nll, abs=1e-6)
+
+
+def test_a_training_cut_off_among_the_last_steps_goes_on_to_the_same_bits(backbone, tmp_path):
+    config = tiny_config(backbone, epochs=3, settle=0.25, prior="budget")
+    whole = fit(config, folder=tmp_path / "whole", quiet=True)
+    fit(config, folder=tmp_path / "cut", quiet=True, until=11)
+    resumed = fit(config, folder=tmp_path / "cut", quiet=True)
+    for (name, a), b in zip(state(whole).items(), state(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_fractions_that_do_not_fit_and_gates_that_are_not_random_are_refused(backbone):
+    with pytest.raises(ValueError, match="more than all of the steps"):
+        RunConfig(kl_warmup=0.8, settle=0.3)
+    with pytest.raises(ValueError, match="settle must be"):
+        RunConfig(settle=1.5)
+    with pytest.raises(ValueError, match="this run has none: drop it"):
+        fit(tiny_config(backbone, prior="fixed", prior_settings={"bits": 4}, settle=0.25), quiet=True)
