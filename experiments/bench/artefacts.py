@@ -31,6 +31,7 @@ from pyro_blora.tasks.batching import split_labels
 from .systems import System
 
 COLD = 0.1  # weight of the KL, as in experiments/allocation.py: one allocation is deployed
+SETTLE = 0.25  # of the steps: weights fit what is deployed
 _ABOVE = 1.15  # of what 8 bit everywhere takes: the budget of `latency`
 _CALIBRATED = 128  # training rows that onnxruntime's static quantization sees
 _BATCH = 8
@@ -69,7 +70,7 @@ class Studied:
         """Of every run, by its name."""
         lora = self.config(task, {"prior": "fixed", "prior_settings": {"bits": 32}})
         gated = functools.partial(dict, gated_dropout=False)
-        learned = gated(prior="budget", kl_weight=COLD)
+        learned = gated(prior="budget", kl_weight=COLD, settle=SETTLE)
         layout = build(lora).program.layout
         z, g = (torch.ones(shape) for shape in (layout.z_shape, layout.g_shape))
         z[..., layout.ladder.index(8) :] = 0.0

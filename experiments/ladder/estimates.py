@@ -125,7 +125,7 @@ def targets(program: GateProgram, problem: Problem, draws: int, noise: float = 0
         for parameter, slope in zip(parameters, slopes, strict=True):
             parameter.grad = slope
         natural.state.clear()
-        natural.step(torch.tensor(False), moving=False)
+        natural.step(torch.tensor(False), share=0.0)
         first = [natural.state[p]["mean"][0] if p in natural.state else None for p in parameters]
         found.append(torch.cat([first[site][index] for site, index in problem.table.states.chains]))
     return torch.stack(found).double()

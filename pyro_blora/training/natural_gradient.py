@@ -9,7 +9,9 @@ James and Stein's rule, gates of one role (a rung of one tensor of one type of p
 their start by, in standard errors, and each adds as much of its own as exceeds what noise alone would make. So a gate
 whose deviations are noise stays where it started, and one that has been seen clearly moves all the way. Nothing is
 tuned. The first half of the gated steps only measures (`Schedule.gates_move`): gates that move on few targets take the
-adapter with them, which then fits gates that do not stay. With a KL weight beta, a cold posterior has N / beta for N.
+adapter with them, which then fits gates that do not stay. In the second half gates are led from their start to the
+average step by step: all at once, each by targets that know nothing of the others' moves, they lost what the adapter
+had learned. With a KL weight beta, a cold posterior has N / beta for N.
 
 Estimators whose gradient is not the natural one already are divided by the Fisher matrix of the ladder's statistics.
 Shapes: M components; z (M, L, T, K), g (M, L, R - 1).   Units: nats.
@@ -67,8 +69,8 @@ class NaturalGradient:
         ]
 
     @torch.no_grad()
-    def step(self, left_out: Tensor, moving: bool = True) -> None:
-        """Take the gradients in, and move the gates if `moving`.
+    def step(self, left_out: Tensor, share: float = 1.0) -> None:
+        """Take the gradients in, and move the gates to this share of the way from their start to their averages.
 
         left_out: (), whether this step's gradients are not finite; then nothing changes.
         """
@@ -79,9 +81,10 @@ class NaturalGradient:
             target = torch.where(self.free[site], parameter - self.scale * slope, 0.0)
             before = self.state.get(parameter) or self._nothing(parameter)
             after = averaged(before, target)
-            if moving:
+            if share > 0:
                 seen = self.free[site] & (after["step"] >= _FIRST) & ~left_out
-                parameter.copy_(torch.where(seen, shrunk(after, self.members[site]), parameter))
+                reached = after["start"].lerp(shrunk(after, self.members[site]), share)
+                parameter.copy_(torch.where(seen, reached, parameter))
             self.state[parameter] = {key: torch.where(left_out, before[key], x) for key, x in after.items()}
             parameter.grad = None
 

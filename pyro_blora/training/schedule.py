@@ -63,9 +63,13 @@ class Schedule:
                 f"settle {self.config.settle:g} holds random gates at what is deployed, and this run has none: drop it"
             )
 
-    def gates_move(self, step: int) -> bool:
-        """Whether natural gradients move the gates: from the middle of the steps in which they are free."""
-        return 2 * step >= self.opening + self.settling
+    def gates_move(self, step: int) -> float:
+        """How far natural gradients move the gates, from their start at 0 to the average of their targets at 1.
+
+        From the middle of the steps in which gates are free, linearly to the last of these.
+        """
+        gone = 2 * (step + 1) - (self.opening + self.settling)
+        return min(1.0, max(0, gone) / max(1, self.settling - self.opening))
 
     def temperature(self, step: int) -> float:
         start, end = self.config.temperature_start, self.config.temperature_end

@@ -26,7 +26,7 @@ def state(trained):
 def test_phases_are_functions_of_the_step():
     schedule = Schedule.of(RunConfig(epochs=4, batch_size=10, kl_warmup=0.25, settle=0.25), 100)
     assert [schedule.held(step) for step in (0, 9, 10, 29, 30, 39)] == ["open", "open", None, None, *["deployed"] * 2]
-    assert [schedule.gates_move(step) for step in (19, 20)] == [False, True]
+    assert [schedule.gates_move(step) for step in (19, 20, 24, 29, 30)] == [0.0, 0.1, 0.5, 1.0, 1.0]
     rates = [schedule.learning_rate("gates", step) for step in (9, 10, 29, 30, 39)]
     assert rates == [0.0, 0.1, pytest.approx(0.1 * 0.01**0.95), 0.0, 0.0]
     assert schedule.learning_rate("ranges", 39) == 1e-3
