@@ -8,7 +8,9 @@ All methods of a task and seed go on from one LoRA, in the same data order, for 
     random      rungs closed at random down to the same BOPs, then as `uniform`
     hessian     widths by Hessian traces and an integer program, as HAWQ-V2, then as `uniform` (studies/peers.py)
     greedy      widths and ranks by measured loss, greedily, a start of AutoQRA, then as `uniform` (studies/peers.py)
-    budget      prior `budget` at the BOPs of the uniform allocation, a cold posterior, its deployed allocation
+    start       prior `budget` at the BOPs of the uniform allocation, a cold posterior; what is deployed where its gates
+                start, from the Fisher information, then as `uniform`
+    budget      the same, with gates that learn in the first half of these steps; then as `uniform` at what is deployed
 
 Scope is `encoder`. CoLA has all of its rows where `--all_rows` names it.
 """
@@ -32,7 +34,7 @@ from pyro_blora.layout import ACTIVATIONS, AdapterLayout
 from pyro_blora.priors import build_prior
 from pyro_blora.priors.allocation import RANK, Widths
 
-METHODS = ("lora", "uniform", "budget", "random", "post", "hessian", "greedy")
+METHODS = ("lora", "uniform", "budget", "start", "random", "post", "hessian", "greedy")
 EVERY = (*METHODS, "exact_hessian")  # the last only where it is asked for: studies/hessian.py has the reason
 COLD = 0.1  # weight of the KL: what is deployed is one allocation, so the posterior is kept near its mode
 SECONDS = {  # of a step, of a peer's measurements, of a run's other phases, on one core, for --plan
@@ -108,11 +110,14 @@ class Cells:
             return None if widths is None else self._quantized(task, seed, own)
         target = {"bops": budget.share, "denominator": "model"}
         uniform = {"prior": budget.prior, "prior_settings": budget.settings}
+        learned = {"prior": "budget", "prior_settings": target, "kl_weight": COLD}
+        quantized = 1 - self.options.kl_warmup  # share of the steps
         changes: dict[str, dict[str, Any]] = {
             "uniform": uniform,
             "post": {**uniform, "kl_warmup": 0.9999},
             "random": {"prior": "random", "prior_settings": {**target, "seed": seed}},
-            "budget": {"prior": "budget", "prior_settings": target, "kl_weight": COLD},
+            "budget": {**learned, "settle": round(quantized / 2, 6)},
+            "start": {**learned, "settle": round(quantized, 6)},
         }
         return self._quantized(task, seed, changes[method])
 
@@ -157,7 +162,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of `Cells` that `study_parser` does not have."""
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--all_rows", nargs="*", default=["cola"], help="tasks that --max_train does not cut")
-    parser.add_argument("--kl_warmup", type=float, default=0.7, help="share of the steps before the gates start")
+    parser.add_argument("--kl_warmup", type=float, default=0.4, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--granularity", default="tensor", help="of all methods' ranges: tensor or channel")
     parser.add_argument("--bit_widths", default=written(LADDER), help="rungs of all methods' ladders")
