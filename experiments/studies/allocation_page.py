@@ -116,9 +116,9 @@ filled in); {np.median(seconds):.0f} s of training a cell in the median, beside 
 `score` is the task's metric on the dev set, mean ± standard deviation over seeds. `deployed` is the one allocation that
 is exported, one forward an example; `draws` averages the predictions of {options.draws} draws of the gates. BOPs are of
 the model. `hessian` (HAWQ-V2) and `greedy` (a start of AutoQRA) choose widths from training examples where the gates
-start, and are then trained as `uniform` is. `budget` learns its allocation in the first half of the
-steps after that, `start` takes what its gates start from. W3A4 has no rung of its own: weights of every second layer are at 4 bit,
-the first layer's among them, the others' at 2 bit. W2A8 has the bit operations of W4A4.
+start, and are then trained as `uniform` is. `budget` learns its allocation in the first half of the steps after that,
+`start` takes what its gates start from. W3A4 has no rung of its own: weights of every second layer are at 4 bit, the
+first layer's among them, the others' at 2 bit. W2A8 has the bit operations of W4A4.
 
 {table(rows)}
 
