@@ -25,7 +25,7 @@ from ..deploy.peft import require_exportable
 from ..distributed import any_of, average_gradients, on_main, shard, sharding_wanted
 from ..elbos import GateELBO
 from ..machine import release_freed_memory
-from ..posterior.draws import component_marginals, deployed
+from ..posterior.draws import component_marginals
 from ..progress import phase, silenced
 from ..signals import Interrupted, asked, deferred
 from ..tasks.batching import epoch_order, first_inputs, lengths_of, loader, on_device, split_labels
@@ -41,6 +41,7 @@ from .optimizer import make_optimizer
 from .range_calibration import range_errors
 from .resuming import DIVERGED, Checkpoints
 from .schedule import Schedule, step_seed
+from .settling import settle
 from .trained import Trained
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
@@ -206,8 +207,7 @@ class _Loop:
         for group in optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(group["name"], step)
         temperature, held = self.schedule.temperature(step), self.schedule.held(step)
-        if held == "deployed" and self.program.settled is None:
-            self.program.settle(deployed(self.program))
+        settle(self.program, self.schedule, step)
         self.program.train()
         if held != "open" and not self.drops_out:
             adapters.without_dropout(self.program.net)

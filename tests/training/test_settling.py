@@ -6,9 +6,10 @@ from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora.checkpoint import trainable
 from pyro_blora.config import RunConfig
-from pyro_blora.posterior import deployed
+from pyro_blora.posterior import bops, deployed
 from pyro_blora.training import Schedule, fit, natural_gradient
 from pyro_blora.training.gradients import Gradients
+from pyro_blora.training.settling import settle
 
 pytestmark = pytest.mark.usefixtures("eager")
 CHOICES = ({}, {"estimator": "relaxed"}, {"prior": "hierarchical"}, {"guide": "mixture"}, {"distillation": 0.3})
@@ -41,12 +42,15 @@ def test_gates_rest_and_weights_go_on(backbone, tmp_path, monkeypatch, changes):
     schedule = Schedule.of(config, 64)
     assert 0 < schedule.opening < schedule.settling == 9 < schedule.steps == 12
     at = fit(config, folder=tmp_path, quiet=True, until=9)
+    settle(at.program, schedule, 9)
     before, allocation = state(at), deployed(at.program)
     end = fit(config, folder=tmp_path, quiet=True)
     rest = {name for name, x in state(end).items() if torch.equal(x, before[name])}
     assert rest == {name for name in before if name.startswith(("gate_guide.", "prior.")) or name == "log_scale"}
     for one, other in zip(deployed(end.program), allocation, strict=True):
         assert torch.equal(one, other)
+    if config.prior == "budget":
+        assert bops(end.program).adapted_ratio.item() == pytest.approx(0.1, rel=0.01)
     weight = config.distillation
     for line in end.metrics[9:]:
         expected = line["nll"] if not weight else (1 - weight) * line["nll"] + weight * line["teacher_kl"]
