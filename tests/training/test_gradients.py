@@ -16,6 +16,7 @@ from pyro_blora.distillation import Teacher
 from pyro_blora.guides import build_guide
 from pyro_blora.models import set_attention
 from pyro_blora.models.relative_positions import remember_positions
+from pyro_blora.posterior import deployed
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import CausalLM, MultipleChoice, get_task
@@ -130,9 +131,11 @@ def test_a_step_asks_the_host_for_nothing(name, monkeypatch, eager):
     gradients(inputs, labels, 0.5, 1.0)
     # while a graph is recorded, transformers does not read its masks
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with HostReads() as reads:
-        gradients._eager(inputs, labels, torch.tensor(0.5), 1.0, False, 1)
-    assert reads.count == 0
+    program.settle(deployed(program))
+    for held in (None, "deployed"):
+        with HostReads() as reads:
+            gradients._eager(inputs, labels, torch.tensor(0.5), 1.0, held, 1)
+        assert reads.count == 0
     program.to("meta")
     for module in program.modules():
         if positions := module.__dict__.get("get_rel_pos"):
@@ -140,7 +143,7 @@ def test_a_step_asks_the_host_for_nothing(name, monkeypatch, eager):
     inputs = {key: x.to("meta") for key, x in inputs.items()}
     labels, temperature = labels.to("meta"), torch.ones((), device="meta")
     with Transfers() as transfers:
-        gradients._eager(inputs, labels, temperature, 1.0, False, 1)
+        gradients._eager(inputs, labels, temperature, 1.0, None, 1)
     assert transfers.found == []
 
 
@@ -181,7 +184,7 @@ def test_distributions_check_once_and_leave_numbers_that_are_not_finite_to_the_s
     with pytest.raises(ValueError, match="within the support"):
         Gradients(program, learning(program))(inputs, labels + 0.5, 0.5, 1.0)
     gradients = Gradients(program, learning(program))
-    gradients(inputs, labels, 0.5, 1.0, True)
+    gradients(inputs, labels, 0.5, 1.0, "open")
     with pytest.raises(ValueError, match="within the support"):  # the gates start: once more
         gradients(inputs, labels + 0.5, 0.5, 1.0)
     with torch.no_grad():
@@ -193,7 +196,7 @@ def test_distributions_check_once_and_leave_numbers_that_are_not_finite_to_the_s
 # --- on CUDA
 
 
-def both(program, batches, temperatures, micro_batches=1):
+def both(program, batches, temperatures, micro_batches=1, held=None):
     """(parts, gradients) of the same steps, recorded and kernel by kernel, with the same seeds."""
     found = []
     for graphs in (True, False):
@@ -201,7 +204,7 @@ def both(program, batches, temperatures, micro_batches=1):
         for step, temperature in enumerate(temperatures):
             for micro in range(micro_batches):
                 torch.manual_seed(100 * step + micro)
-                parts = gradients(*batches[step % len(batches)], temperature, 1.0, False, micro_batches)
+                parts = gradients(*batches[step % len(batches)], temperature, 1.0, held, micro_batches)
             steps.append([parts, *(p.grad.clone() for p in learning(program) if p.grad is not None)])
             for p in learning(program):
                 p.grad = None
@@ -230,6 +233,17 @@ def test_a_graph_computes_what_its_kernels_do(name, micro_batches):
 
 
 @CUDA
+def test_a_graph_of_settled_gates_computes_what_its_kernels_do():
+    program = program_of(device="cuda")
+    program.settle(deployed(program))
+    inputs, labels = batch()
+    batches = [({key: x.cuda() for key, x in inputs.items()}, labels.cuda())]
+    for mine, true in zip(*both(program, batches, (0.5, 0.4, 0.3), held="deployed"), strict=True):
+        for a, b in zip(mine, true, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@CUDA
 def test_what_cannot_be_recorded_goes_on_kernel_by_kernel(caplog):
     program = program_of(estimator="score_function", device="cuda")  # hard draws, which the host reads
     inputs, labels = batch()
@@ -249,11 +263,12 @@ def test_what_cannot_be_recorded_goes_on_kernel_by_kernel(caplog):
 
 
 @CUDA
-def test_a_training_is_recorded_and_resumes_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize(("settle", "until"), [(0.0, 5), (0.25, 7)])
+def test_a_training_is_recorded_and_resumes_to_the_same_bits(tmp_path, settle, until):
     backbone = save_tiny_backbone(tmp_path / "backbone")
-    config = tiny_config(backbone)
+    config = tiny_config(backbone, settle=settle)
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
-    fit(config, folder=tmp_path / "cut", quiet=True, until=5)
+    fit(config, folder=tmp_path / "cut", quiet=True, until=until)
     cut = fit(config, folder=tmp_path / "cut", quiet=True)
     for (name, mine), true in zip(cut.program.named_parameters(), whole.program.parameters(), strict=True):
         assert torch.equal(mine, true), name
