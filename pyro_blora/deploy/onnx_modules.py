@@ -65,7 +65,8 @@ class Byte(NamedTuple):
 class Codes(nn.Module):
     """An input on its grid, a `Byte` for each of its codes' bytes, the high one first.
 
-    fast: a code of one byte is divided, rounded and clipped as a byte, in a quarter of the memory of x.
+    fast: a code of one byte is divided, rounded and clipped as a byte, in a quarter of the memory of x. At 8 bit that
+    is what QuantizeLinear does anyway, whose lowest code is -128: what is clipped below ends one step lower.
     """
 
     low: Tensor
@@ -98,8 +99,9 @@ class Codes(nn.Module):
     def forward(self, x: Tensor) -> list[Byte]:
         if self.clips_bytes:
             found = self._byte(x, self.middle, self.step, self.step)
-            ends = (self.lowest,) if self.saturates else (self.lowest, self.highest)
-            return [found._replace(codes=_clipped(found.codes, *ends))]
+            if self.saturates:
+                return [found]
+            return [found._replace(codes=_clipped(found.codes, self.lowest, self.highest))]
         codes = _clipped(x * self.inverse, self.low, self.high)
         if not self.is_wide:
             return [self._byte(codes, self.middle, self.step)]
@@ -124,9 +126,9 @@ class _ByteWeight(nn.Module):
     step: Tensor
     zero: Tensor
 
-    def __init__(self, codes: Tensor, step: Tensor, of: torch.dtype, fused: bool):
+    def __init__(self, codes: Tensor, step: Tensor, of: torch.dtype, fused: bool, fast: bool):
         super().__init__()
-        self.fused = fused
+        self.fused, self.fast = fused, fast
         step = step.detach().flatten().clone() if step.dim() else step.detach().clone()  # of the columns of W^T
         self.register_buffer("codes", codes.detach().T.contiguous().to(of), persistent=False)
         self.register_buffer("step", step, persistent=False)
@@ -134,9 +136,12 @@ class _ByteWeight(nn.Module):
 
     def forward(self, x: Byte) -> Tensor:
         shape = (*x.codes.shape[:-1], self.codes.shape[1])
+        if not self.fused and self.fast:
+            scaled = (x.codes, self.codes, x.step, self.step, x.zero)
+            return symbolic("com.microsoft::MatMulIntegerToFloat", scaled, dtype=torch.float32, shape=shape, version=1)
         if not self.fused:
-            inputs = (x.codes, self.codes, x.zero, self.zero)
-            whole = symbolic("MatMulInteger", inputs, dtype=torch.int32, shape=shape, version=_OPSET)
+            codes = (x.codes, self.codes, x.zero, self.zero)
+            whole = symbolic("MatMulInteger", codes, dtype=torch.int32, shape=shape, version=_OPSET)
             return whole.float() * (x.step * self.step)
         with torch._C.DisableTorchFunction():  # the one product that is not in float64
             return torch.matmul(_dequantized(x.codes, x.step, x.zero), _dequantized(self.codes, self.step, axis=1))
@@ -146,15 +151,15 @@ class Product(nn.Module):
     """W x of codes by byte.  weight (m, n)
 
     fused: by onnxruntime, of the matrices around a MatMul; it does that for one reader of an input, so the second one,
-    lora_A, takes ONNX's integer product.
+    lora_A, takes ONNX's integer product; if fast, onnxruntime's own, which scales its sums.
     """
 
-    def __init__(self, weight: Weight, fused: bool):
+    def __init__(self, weight: Weight, fused: bool, fast: bool):
         super().__init__()
         parts, is_wide = weight().parts(), weight.bits > BYTE
         kinds = (torch.int8, torch.uint8) if is_wide else (torch.int8,)
         self.parts = nn.ModuleList(
-            _ByteWeight(codes, step, kind, fused and not is_wide)
+            _ByteWeight(codes, step, kind, fused and not is_wide, fast)
             for (codes, step, _), kind in zip(parts, kinds, strict=True)
         )
 
@@ -208,7 +213,7 @@ class OneInput(nn.Module):
             return NarrowWeight(weight, form)
         fast = dtype == torch.float32
         if is_of_codes(self.bits, weight.bits, weight.codes.shape[1], fast):
-            return Product(weight, is_first)
+            return Product(weight, is_first, fast)
         return OfNumbers(weight, dtype)
 
     def forward(self, x: Tensor) -> list[Tensor]:
