@@ -101,7 +101,7 @@ def _kind(one: int, other: int, n: int) -> tuple[int, int]:
 
 
 def _rounded_as(width: int) -> int:
-    """The width of an input that is rounded alike: codes of a byte are clipped, but for those of 8 bit."""
+    """The width of an input that is rounded alike: codes of a byte are clipped at both ends, or at one."""
     return BYTE // 2 if width < BYTE else BYTE if width == BYTE else 2 * BYTE
 
 

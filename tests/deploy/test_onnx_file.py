@@ -176,11 +176,6 @@ def test_products_of_a_fast_file_are_of_integers_where_that_saves_time(made, fas
     assert content["products"] == {"integer": sum(expected), "all": len(expected)} and 0 < sum(expected) < len(expected)
     kinds = [node.op_type for node in graph.node]
     assert "MatMulInteger" not in kinds  # lora_A's sums are scaled where they are made
-    inputs = [dict(zip(program.layout.tensors, b, strict=True)) for b in widths(program)]
-    narrow = sum((b["input"] < 8) + (p.adapted and b["hidden"] < 8)
-                 for b, p in zip(inputs, program.layout.projections, strict=True))  # fmt: skip
-    in_float = {name for node in graph.node if node.op_type == "Round" for name in node.input}
-    assert kinds.count("Clip") - len(in_float) <= narrow  # 8 bit saturate in QuantizeLinear
     low_bytes = [x for x in graph.initializer if x.data_type == onnx.TensorProto.UINT8 and len(x.dims) == 2]
     assert not low_bytes
 
