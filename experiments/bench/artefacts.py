@@ -22,6 +22,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.cost_table import Times, of_file
 from pyro_blora.costs import latency
 from pyro_blora.deploy import export, load
+from pyro_blora.deploy.held_out import held_out_of
 from pyro_blora.deploy.measuring import measure_costs
 from pyro_blora.deploy.merged import merge
 from pyro_blora.deploy.onnx_file import MODEL, OPSET, export_onnx, exporting_silently, write_graph
@@ -111,7 +112,11 @@ class Studied:
     def _exported(self, task: str, name: str, run: Path, form: str) -> Path:
         """As `pyro-blora export` writes it, but for the card's numbers, which are measured here."""
         folder = self.folder / "artefacts" / task / f"{name.replace(' ', '-').replace('%', '').replace(',', '')}-{form}"
-        return folder if folder.exists() else FORMS[form](load(run), folder)
+        if not folder.exists():
+            program = load(run)
+            compared = {"held_out": held_out_of(program.source, run)} if form.startswith("onnx") else {}
+            FORMS[form](program, folder, **compared)
+        return folder
 
     def _of_lora(self, task: str, config: RunConfig, run: Path) -> Iterator[System]:
         merged, adapter = (self._exported(task, "lora", run, form) for form in ("merged", "peft"))
