@@ -10,8 +10,8 @@ _UPDATES = 200  # of a prior that adapts, as where the gates start
 def settle(program: BayesianLoRA, schedule: Schedule, step: int) -> None:
     """Hold the gates at what is deployed, from the step of the schedule on at which they settle.
 
-    At that step a prior that adapts reaches its target at the evidence that there is, and with it the gates, which are
-    prior x evidence; a training that goes on later has that in its checkpoint.
+    At that step a prior that adapts reaches its target at the log Bayes factors as they are, and with it the gates,
+    whose distribution is the prior times their exponential; a training that goes on later has that in its checkpoint.
     """
     if step < schedule.settling:
         return
