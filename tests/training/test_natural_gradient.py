@@ -119,6 +119,21 @@ def test_a_step_that_is_left_out_changes_nothing(problem):
     assert z.isfinite().all() and natural.state[z]["step"] == 29
 
 
+def test_a_share_leads_gates_that_far_from_their_start_to_the_average(problem):
+    reached = {}
+    for share in (0.25, 1.0):
+        torch.manual_seed(0)
+        program = program_of(problem)
+        natural, z = NaturalGradient(program), program.gate_guide.z_evidence
+        start = z.detach().clone()
+        for number in range(15):
+            z.grad = 1 + torch.rand(z.shape)
+            natural.step(GO_ON, share if number == 14 else 0.0)
+            assert torch.equal(z, start) == (number < 14)
+        reached[share] = z.detach() - start
+    torch.testing.assert_close(reached[0.25], 0.25 * reached[1.0])
+
+
 def test_gates_that_the_prior_pins_stay(problem):
     program = program_of(problem)
     program.gate_guide.z_pins[3] = torch.inf
