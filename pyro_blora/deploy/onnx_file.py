@@ -2,8 +2,8 @@
 
 torch.onnx's exporter writes it from the plain network of packed.py, whose projections are onnx_modules.py's. It is
 compared with that network before the call returns: logits are the same float32 numbers. In a fast or a small file they
-are not, as onnxruntime sums in another order, between the products or in those of a narrow weight, so that here and
-there a value at the border between two codes takes the other one, which the layers above amplify.
+are not, as onnxruntime sums in another order, between the products or in those of a narrow weight: such a file is
+compared piece by piece (onnx_pieces.py), and its logits are as far from the network's as that rounding takes them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from .held_out import Answer, HeldOut, answer_of
 from .manifest import write_manifest
 from .model_card import write_card
 from .onnx_modules import in_onnx_operators
+from .onnx_pieces import Observed, gap_by_piece
 from .onnx_tables import put_codes
 from .packed import load_packed
 from .packing import described_task, made_by, pack
@@ -44,7 +45,8 @@ _BEFORE_SMALL = 1  # version of what has no narrow products, which an older pack
 MANIFEST, MODEL = "onnx.json", "model.onnx"
 OPSET = 21  # QuantizeLinear of int16, and per-axis scales; onnxruntime reads it since 1.20
 _GAP = 1e-4  # mean difference of logits, of the largest: codes are the same, but where float64 rounds otherwise
-_GAP_FAST = 0.02  # where sums are in float32: codes at a border make a tenth of it, a wrong scale far more
+_GAP_OF_PIECE = 1e-5  # where sums are in float32, of each piece at equal inputs: ten times that of a float32 sum
+_GAP_FAST = 0.02  # there, of logits; or, where more codes at borders take the other one, twice what these make of it
 _OUTPUT = "logits"
 
 
@@ -73,11 +75,14 @@ def export_onnx(
         inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
         products = in_onnx_operators(model, fast, small)
         put_codes(model, program.net.backbone)
-        write_graph(model, {name: batch[name] for name in inputs}, program, partial / MODEL, fast=fast)
-        session = session_of(partial / MODEL)
-        answer, expected = answer_by(session, inputs, head), answer_of(packed, program)
-        gap = _gap(answer, expected, _checked(batch, held_out))
-        if not gap.mean() <= (_GAP_FAST if fast or products.narrow else _GAP):
+        traced, checked = {name: batch[name] for name in inputs}, _checked(batch, held_out)
+        with tempfile.TemporaryDirectory() as place:
+            observed = Path(place) / MODEL if fast or products.narrow else None
+            write_graph(model, traced, program, partial / MODEL, fast=fast, observed=observed)
+            allowed = _GAP if observed is None else _require_pieces(observed, inputs, packed, program, checked)
+        answer, expected = answer_by(session_of(partial / MODEL), inputs, head), answer_of(packed, program)
+        gap = _gap(answer, expected, checked)
+        if not gap.mean() <= allowed:
             raise RuntimeError(f"onnxruntime's logits differ by {gap.mean():.2g} of the largest: please report this")
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, config)
@@ -112,8 +117,7 @@ def answer_by(session: Any, inputs: list[str], head: Head = SEQUENCE) -> Answer:
     logits = dataclasses.replace(head, read=lambda found: torch.from_numpy(np.asarray(found)))  # of its only output
 
     def run(batch: dict[str, Tensor]) -> Any:
-        (found,) = session.run(None, {name: batch[name].numpy() for name in inputs})
-        return found
+        return session.run([_OUTPUT], {name: batch[name].numpy() for name in inputs})[0]
 
     return lambda batch: logits.logits(run, batch)
 
@@ -131,19 +135,25 @@ class _Logits(nn.Module):
 
 
 def write_graph(
-    model: Any, batch: dict[str, Tensor], program: BayesianLoRA, path: Path, *, fast: bool
-) -> None:  # fmt: skip
+    model: Any, batch: dict[str, Tensor], program: BayesianLoRA, path: Path, *, fast: bool, observed: Path | None = None
+) -> None:
     """The network as an ONNX file. fast: as onnxruntime takes the least time for it.
+
+    observed: where the same graph is written with what its low-bit layers take and give as further outputs.
 
     Errors: ValueError where torch.onnx cannot export this network, with its first line.
     """
+    import onnxscript.optimizer
+
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:
         with exporting_silently():
             if fast:
                 model.set_attn_implementation("eager")  # a fifth less time than for sdpa, as that is exported
+            logits = _Logits(model, program)
+            network = Observed(logits) if observed else logits
             exported: Any = torch.onnx.export(
-                _Logits(model, program).eval(), (), kwargs={"inputs": batch}, dynamo=True, opset_version=OPSET,
+                network.eval(), (), kwargs={"inputs": batch}, dynamo=True, opset_version=OPSET,
                 dynamic_shapes={"inputs": dict.fromkeys(batch, sizes)}, input_names=list(batch),
                 output_names=[_OUTPUT], verbose=False,
             )  # fmt: skip
@@ -151,6 +161,10 @@ def write_graph(
                 node.metadata_props.clear()  # traces of the exporter's calls, with paths of this machine
             if fast:
                 _sum_before_norms(exported.model.graph)
+            if observed:
+                exported.save(observed, external_data=False)
+                del exported.model.graph.outputs[1:]
+                onnxscript.optimizer.remove_unused_nodes(exported.model)
             exported.save(path, external_data=False)
     except Exception as error:  # whatever torch.export and the translation make of a network
         root: BaseException = error
@@ -187,6 +201,21 @@ def exporting_silently() -> Iterator[None]:
     finally:
         for logger, level in zip(loud, levels, strict=True):
             logger.setLevel(level)
+
+
+def _require_pieces(
+    observed: Path, inputs: list[str], packed: nn.Module, program: BayesianLoRA, batches: list[dict[str, Tensor]]
+) -> float:
+    """How far, in the mean, logits may be from the packed model's in a file of which each piece is right.
+
+    Errors: RuntimeError where one is not.
+    """
+    session = session_of(observed)
+    gap = gap_by_piece(session, inputs, packed, program, batches)
+    if not gap <= _GAP_OF_PIECE:
+        raise RuntimeError(f"a layer's values in onnxruntime differ by {gap:.2g} of the largest: please report this")
+    rounded = answer_by(session, inputs, program.net.head)
+    return max(_GAP_FAST, 2 * _gap(rounded, answer_of(packed, program), batches).mean().item())
 
 
 def _checked(batch: dict[str, Tensor], held_out: HeldOut | None) -> list[dict[str, Tensor]]:

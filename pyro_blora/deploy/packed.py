@@ -36,6 +36,7 @@ SCHEMA, VERSION = "packed", 2
 UNSMOOTHED = 1  # version of what has no smoothing, which an older package reads
 MANIFEST, WEIGHTS = "packed.json", "packed.safetensors"
 _SHOWN = 200  # characters of another error in a message
+_ALIGNED = 64  # bytes, of torch's own tensors
 _RESTORE = "copy or export the folder again"
 
 
@@ -63,7 +64,7 @@ def load_packed(folder: Path, *, backbone: str | Path | None = None) -> PreTrain
 def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) -> PreTrainedModel:
     from safetensors.torch import load_file
 
-    tensors, made_of = load_file(folder / WEIGHTS), content["architecture"]
+    tensors, made_of = _aligned(load_file(folder / WEIGHTS)), content["architecture"]
     model_class = transformers_class(made_of["class"])
     config = model_class.config_class.from_dict(dict(made_of["config"]))  # type: ignore[union-attr]  # a class has one
     base = _referenced(model_class, config, content, backbone) if "base" in content else {}
@@ -101,6 +102,11 @@ def _loaded(folder: Path, content: dict[str, Any], backbone: str | Path | None) 
     to_linear(model, sites)
     put_in(model, sites)
     return model.requires_grad_(False).eval()
+
+
+def _aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """At addresses as of any new tensor: elsewhere, as in a file, products in float32 may sum in another order."""
+    return {name: x.clone() if x.data_ptr() % _ALIGNED else x for name, x in tensors.items()}
 
 
 class _Tensors:

@@ -19,6 +19,8 @@ from pyro_blora.adapters import use_gates
 from pyro_blora.deploy.low_bit import OnGrid, Rounded, Weight
 from pyro_blora.deploy.manifest import SUM, _sum_of
 from pyro_blora.deploy.opening import load_to_predict
+from pyro_blora.deploy.packed import load_packed
+from pyro_blora.deploy.packing import pack
 from pyro_blora.models.embeddings import bits_of, round_tables
 from pyro_blora.posterior import deployed
 
@@ -26,8 +28,10 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
-from pyro_blora.deploy.onnx_file import MANIFEST, MODEL, OPSET, answer_by, export_onnx, session_of  # noqa: E402 (what it imports is there)
+from pyro_blora.deploy import onnx_file, onnx_modules  # noqa: E402 (what they import is there)
+from pyro_blora.deploy.onnx_file import MANIFEST, MODEL, OPSET, answer_by, export_onnx, session_of, write_graph  # noqa: E402 (as above)
 from pyro_blora.deploy.onnx_modules import OneInput, Product, is_of_codes  # noqa: E402 (as above)
+from pyro_blora.deploy.onnx_pieces import gap_by_piece  # noqa: E402 (as above)
 
 pytestmark = pytest.mark.usefixtures("eager")
 NOT_NEEDED = ("torch", "pyro_blora")
@@ -161,6 +165,51 @@ def test_a_fast_file_is_close(made, fast):
     assert json.loads((fast / MANIFEST).read_text())["fast"]
     kinds = {x.type.tensor_type.elem_type for x in onnx.load(fast / MODEL).graph.value_info}
     assert onnx.TensorProto.DOUBLE not in kinds
+
+
+def test_a_fast_file_whose_rounding_moves_logits_far_is_right_where_each_piece_is(made, monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_file, "_GAP_FAST", 1e-12)  # as of a network that amplifies more
+    folder = export_onnx(made[0], tmp_path / "model", fast=True)
+    assert json.loads((folder / MANIFEST).read_text())["measured"]["logit_gap_mean"] > 1e-12
+
+
+def test_a_fast_file_with_a_scale_that_is_a_little_wrong_is_refused(made, monkeypatch, tmp_path):
+    scaled = onnx_modules._scaled
+    monkeypatch.setattr(onnx_modules, "_scaled", lambda weight, scale: scaled(weight, 1.003 * scale))
+    with pytest.raises(RuntimeError, match="a layer's values in onnxruntime differ by"):
+        export_onnx(made[0], tmp_path / "model", fast=True)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("altered", "is_right"), [((-1, slice(None)), True), ((slice(None), 3), False)], ids=["row", "channel"]
+)
+def test_a_channel_that_is_wrong_is_found_and_a_row_with_another_code_is_not(altered, is_right, made, tmp_path):
+    program = made[0]
+    packed, model = (load_packed(pack(program, tmp_path / name)) for name in ("packed", "model"))
+    onnx_modules.in_onnx_operators(model, fast=True)
+    inputs = batch(3, 9)[0]
+    names = sorted(inputs)
+    write_graph(
+        model,
+        {name: inputs[name] for name in names},
+        program,
+        tmp_path / MODEL,
+        fast=True,
+        observed=tmp_path / "observed",
+    )
+    session = session_of(tmp_path / "observed")
+    assert len(session.get_outputs()) > len(session_of(tmp_path / MODEL).get_outputs()) == 1
+
+    class Altered:
+        def run(self, which, feed):
+            *found, last = session.run(which, feed)
+            y = last.reshape(-1, last.shape[-1]).copy()
+            y[altered] += 1e-3 * np.abs(y).max()
+            return [*found, y.reshape(last.shape)]
+
+    assert gap_by_piece(session, names, packed, program, [inputs]) < 1e-6
+    assert (gap_by_piece(Altered(), names, packed, program, [inputs]) < 1e-5) == is_right
 
 
 def test_products_of_a_fast_file_are_of_integers_where_that_saves_time(made, fast):

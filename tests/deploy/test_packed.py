@@ -68,6 +68,12 @@ def test_logits_are_those_of_the_deployed_allocation(build, settings, tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_tensors_are_where_torch_puts_its_own(tmp_path):
+    """In a file they are not; a product in float32 with one row may then differ in its last bit."""
+    model = load(pack(allocated(tiny_bert, scope="encoder"), tmp_path / "packed"))
+    assert all(x.data_ptr() % 64 == 0 for x in model.state_dict().values())
+
+
 def test_what_smooths_is_stored_and_needs_a_reader_that_knows_it(tmp_path):
     program = allocated(tiny_bert, scope="encoder", smoothing=True)
     folder, plain = pack(program, tmp_path / "packed"), pack(allocated(tiny_bert), tmp_path / "plain")
