@@ -28,7 +28,8 @@ from ..progress import phase
 from ..quantizer.products import BYTE
 from .low_bit import EXACT, OnGrid, Rounded, Weight
 from .onnx_file import OPSET, exporting_silently
-from .onnx_modules import Codes, OneInput, is_of_codes
+from .onnx_modules import OneInput
+from .onnx_products import Codes, is_of_codes
 from .packing import made_by
 
 _COPIES = 6  # of a product in one graph: weights do not stay in the cache between layers, either

@@ -14,7 +14,7 @@ from pyro_blora.layout import AdapterLayout
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 from pyro_blora.deploy import measuring
-from pyro_blora.deploy.onnx_modules import Product
+from pyro_blora.deploy.onnx_products import FastProduct
 
 M, N = 6, 4
 
@@ -47,8 +47,7 @@ def test_kernels_of_widths_are_those_of_an_export(columns):
     for one, other in itertools.product((2, 4, 8, 16, 32), repeat=2):
         read = measuring._Products(2, columns, one, other, random).each[0]
         product, rounds = read.products[0], read.codes is not None
-        inputs = (1 + read.codes.is_wide) if isinstance(product, Product) else 0
-        found = (rounds, inputs, len(product.parts) if inputs else 0)
+        found = (rounds, (1 + read.codes.is_wide) if isinstance(product, FastProduct) else 0)
         assert of_kind.setdefault(measuring._kind(one, other, columns), found) == found
     assert len({*of_kind.values()}) == len(of_kind) == (4 if columns > 64 else 3)
 
