@@ -16,8 +16,9 @@ from experiments.studies.compare import paired, spread
 STYLES = {  # colours of Okabe and Ito
     "lora": ("#000000", "*"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"), "random": ("#009E73", "^"),
     "post": ("#CC79A7", "v"), "hessian": ("#E69F00", "D"), "greedy": ("#56B4E9", "P"),
-    "exact_hessian": ("#F0E442", "X"), "start": ("#7F7F7F", "h"),
+    "exact_hessian": ("#F0E442", "X"), "start": ("#7F7F7F", "h"), "rewound": ("#332288", "p"),
 }  # fmt: skip
+OURS = ("rewound", "budget", "start")
 OPERATIONS = "BOPs, deployed (% of the model at 32 x 32 bit)"
 
 
@@ -55,19 +56,19 @@ def table(rows: list[dict]) -> str:
 
 
 def differences(rows: list[dict]) -> str:
-    """Paired differences of `budget` to every other method at the same BOPs, and to LoRA."""
-    lines = ["| task | BOPs of | `budget` minus | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|"]
+    """Paired differences of the three allocations of gates to every other method at the same BOPs, and to LoRA."""
+    lines = ["| task | BOPs of | method | minus | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|---|"]
     found = groups(rows)
     for (task, budget, method), cells in found.items():
         mine = {x["seed"]: x for x in cells}
-        for other in EVERY if method == "budget" else ():
+        for other in EVERY if method in OURS else ():
             rivals = {x["seed"]: x for x in found.get((task, None if other == "lora" else budget, other), [])}
             seeds = sorted(mine.keys() & rivals.keys())
-            if other != "budget" and seeds:
+            if other not in OURS[: 1 + OURS.index(method)] and seeds:
                 result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
                                 cells[0]["metric"]["name"])  # fmt: skip
                 told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values())
-                lines.append(f"| {task} | {budget} | `{other}` | {len(seeds)} | {told} |")
+                lines.append(f"| {task} | {budget} | `{method}` | `{other}` | {len(seeds)} | {told} |")
     return "\n".join(lines)
 
 
@@ -117,12 +118,13 @@ filled in); {np.median(seconds):.0f} s of training a cell in the median, beside 
 is exported, one forward an example; `draws` averages the predictions of {options.draws} draws of the gates. BOPs are of
 the model. `hessian` (HAWQ-V2) and `greedy` (a start of AutoQRA) choose widths from training examples where the gates
 start, and are then trained as `uniform` is. `budget` learns its allocation in the first half of the steps after that,
-`start` takes what its gates start from. W3A4 has no rung of its own: weights of every second layer are at 4 bit, the
+and trains at it in the second; `rewound` is that allocation, trained for all of these steps, as theirs are; `start` takes
+what the gates start from. W3A4 has no rung of its own: weights of every second layer are at 4 bit, the
 first layer's among them, the others' at 2 bit. W2A8 has the bit operations of W4A4.
 
 {table(rows)}
 
-Paired differences of what is deployed, with intervals over examples and seeds; a negative NLL is in favour of `budget`:
+Paired differences of what is deployed, with intervals over examples and seeds; a negative NLL is in favour of the method:
 
 {differences(rows)}
 

@@ -11,6 +11,7 @@ All methods of a task and seed go on from one LoRA, in the same data order, for 
     start       prior `budget` at the BOPs of the uniform allocation, a cold posterior; what is deployed where its gates
                 start, from the Fisher information, then as `uniform`
     budget      the same, with gates that learn in the first half of these steps; then as `uniform` at what is deployed
+    rewound     what `budget` deploys, from the LoRA on as `uniform`: weights that did not train beside moving gates
 
 Scope is `encoder`. CoLA has all of its rows where `--all_rows` names it.
 """
@@ -18,6 +19,7 @@ Scope is `encoder`. CoLA has all of its rows where `--all_rows` names it.
 import argparse
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,17 @@ from typing import Any
 import numpy as np
 
 from experiments.studies import peers
-from experiments.studies.cells import finished, kept
+from experiments.studies.cells import finished, folder_of, kept, trained
 from pyro_blora.bit_widths import LADDER, written
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
+from pyro_blora.files import replace_text
 from pyro_blora.layout import ACTIVATIONS, AdapterLayout
 from pyro_blora.priors import build_prior
-from pyro_blora.priors.allocation import RANK, Widths
+from pyro_blora.priors.allocation import RANK, Widths, of_run
 
-METHODS = ("lora", "uniform", "budget", "start", "random", "post", "hessian", "greedy")
+METHODS = ("lora", "uniform", "budget", "rewound", "start", "random", "post", "hessian", "greedy")
 EVERY = (*METHODS, "exact_hessian")  # the last only where it is asked for: studies/hessian.py has the reason
 COLD = 0.1  # weight of the KL: what is deployed is one allocation, so the posterior is kept near its mode
 SECONDS = {  # of a step, of a peer's measurements, of a run's other phases, on one core, for --plan
@@ -103,9 +106,12 @@ class Cells:
         """The run of one cell; None for a peer's that nothing is measured for yet."""
         if method == "lora" or budget is None:
             return self.lora(task, seed)
-        if method in peers.PEERS:
-            widths = peers.allocation(method, self.options.keep, f"{task}-{seed}", budget.name, self.lora(task, seed),
-                                      self.layout_and_rows(task)[0], budget.share)  # fmt: skip
+        if method == "rewound" or method in peers.PEERS:
+            widths = (
+                self._learned(task, seed, budget) if method == "rewound" else
+                peers.allocation(method, self.options.keep, f"{task}-{seed}", budget.name, self.lora(task, seed),
+                                 self.layout_and_rows(task)[0], budget.share)
+            )  # fmt: skip
             own = {"prior": "allocation", "prior_settings": {"widths": widths}}
             return None if widths is None else self._quantized(task, seed, own)
         target = {"bops": budget.share, "denominator": "model"}
@@ -120,6 +126,18 @@ class Cells:
             "start": {**learned, "settle": round(quantized, 6)},
         }
         return self._quantized(task, seed, changes[method])
+
+    def _learned(self, task: str, seed: int, budget: Budget) -> Widths | None:
+        """What the run of `budget` deploys, kept beside its cell; None where neither is there."""
+        path = self.path(task, seed, "rewound", budget).with_suffix(".widths.json")
+        if not path.exists():
+            config = self.config(task, seed, "budget", budget)
+            if config is None or not folder_of(config).exists():
+                return None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(of_run(str(folder_of(config)))["widths"], indent=1) + "\n")
+        found: Widths = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def _quantized(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
         """Dropout is off once gates have started, for every method as for learned gates."""
@@ -136,6 +154,10 @@ class Cells:
         lora, path = self.lora(task, seed), self.path(task, seed, method, budget)
         if train and method in peers.PEERS and not path.exists():
             peers.measure(method, lora, self.options.keep, f"{task}-{seed}")
+        if train and method == "rewound" and self.config(task, seed, method, budget) is None:
+            learned = self.config(task, seed, "budget", budget)
+            assert learned is not None
+            trained(learned, lora, self.layout_and_rows(task)[1])
         config = self.config(task, seed, method, budget)
         return None if config is None else finished(path, config, lora, self.layout_and_rows(task)[1], train=train)
 

@@ -45,9 +45,9 @@ _BEFORE_SMALL = 1  # version of what has no narrow products, which an older pack
 MANIFEST, MODEL = "onnx.json", "model.onnx"
 OPSET = 21  # QuantizeLinear of int16, and per-axis scales; onnxruntime reads it since 1.20
 _GAP = 1e-4  # mean difference of logits, of the largest: codes are the same, but where float64 rounds otherwise
-_GAP_OF_PIECE = 1e-5  # where sums are in float32, of each piece at equal inputs: ten times that of a float32 sum
+_GAP_OF_PIECE = 1e-5  # where sums are in float32, of each piece at equal inputs: ten times that of such a sum
 _GAP_FAST = 0.02  # there, of logits; or, where more codes at borders take the other one, twice what these make of it
-_OUTPUT = "logits"
+_OUTPUT, _TYPES = "logits", "token_type_ids"
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def export_onnx(
             packed = load_packed(pack(program, Path(place) / "packed", rows=rows))
             model = load_packed(Path(place) / "packed")
         head = program.net.head
-        batch = head.rows(rows) if rows else head.example(example_rows(packed, 2, 16, varied=True))
+        batch = head.rows(rows) if rows else _example(packed, head, tokenizer, held_out)
         taken = inspect.signature(packed.forward).parameters
         inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
         products = in_onnx_operators(model, fast, small)
@@ -100,6 +100,17 @@ def export_onnx(
         size = (partial / MODEL).stat().st_size
         write_card(partial, about, cards.onnx(about, products, gaps, size, fast), measured)
     return Path(folder)
+
+
+def _example(model: Any, head: Head, tokenizer: Any, held_out: HeldOut | None) -> dict[str, Tensor]:
+    """Inputs to trace with, of every name that a user's rows have: what is not among these, the file ignores."""
+    if held_out is not None:
+        return head.rows(held_out.batch()[0])
+    rows = example_rows(model, 2, 16, varied=True)
+    has_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
+    if tokenizer is not None:
+        has_types = _TYPES in tokenizer.model_input_names
+    return head.example({**rows, **({_TYPES: torch.zeros_like(rows["input_ids"])} if has_types else {})})
 
 
 def session_of(path: Path, **options: Any) -> Any:

@@ -152,8 +152,21 @@ def fast(made, tmp_path_factory):
     return export_onnx(made[0], tmp_path_factory.mktemp("fast") / "model", fast=True)
 
 
+def of_two_types(inputs):
+    """Rows whose second half is another text."""
+    types = (torch.arange(inputs["input_ids"].shape[1]) > inputs["input_ids"].shape[1] // 2).long()
+    return {**inputs, "token_type_ids": types.expand_as(inputs["input_ids"])}
+
+
+def test_a_file_made_without_rows_tells_two_texts_apart(fast):
+    inputs = of_two_types(batch(3, 9)[0])
+    answer = answer_by(session_of(fast / MODEL), json.loads((fast / MANIFEST).read_text())["inputs"])
+    one = answer({**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])})
+    assert not torch.allclose(answer(inputs), one, atol=1e-3)
+
+
 def require_close(program, folder):
-    inputs = batch(3, 9)[0]
+    inputs = of_two_types(batch(3, 9)[0])
     with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         expected = program.net.logits(**inputs)
     found = answer_by(session_of(folder / MODEL), json.loads((folder / MANIFEST).read_text())["inputs"])(inputs)
