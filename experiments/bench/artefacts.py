@@ -25,6 +25,7 @@ from pyro_blora.deploy import export, load
 from pyro_blora.deploy.held_out import held_out_of
 from pyro_blora.deploy.measuring import measure_costs
 from pyro_blora.deploy.merged import merge
+from pyro_blora.deploy.onnx_attention import set_fast_attention
 from pyro_blora.deploy.onnx_file import MODEL, OPSET, export_onnx, exporting_silently, write_graph
 from pyro_blora.deploy.packing import pack
 from pyro_blora.tasks.batching import split_labels
@@ -159,7 +160,9 @@ def _make(config: RunConfig, run: Path, merged: Path, folder: Path) -> None:
 
     _default(model(), batches[0], folder / "fp32.onnx")
     with torch.no_grad():
-        write_graph(model(), batches[0], program, folder / "fp32-ours.onnx", fast=True)
+        ours = model()
+        set_fast_attention(ours)
+        write_graph(ours, batches[0], program, folder / "fp32-ours.onnx", fast=True)
     _quantized(folder / "fp32.onnx", folder / "dynamic.onnx", None)
     for name in ("", "-ours"):
         _quantized(folder / f"fp32{name}.onnx", folder / f"static{name}.onnx", batches)

@@ -20,6 +20,7 @@ from pyro_blora.cost_table import Times, of_file
 from pyro_blora.costs import latency, packed_bytes
 from pyro_blora.deploy import load
 from pyro_blora.deploy.measuring import measure_costs
+from pyro_blora.deploy.onnx_attention import set_fast_attention
 from pyro_blora.deploy.onnx_file import MODEL, write_graph
 from pyro_blora.deploy.onnx_modules import in_onnx_operators
 from pyro_blora.deploy.packed import WEIGHTS, load_packed
@@ -85,6 +86,7 @@ def study(run: Path, folder: Path, seconds: float, few: bool) -> list[Allocated]
             pack(program, made)
         if not (made / MODEL).exists():
             model = load_packed(made)
+            set_fast_attention(model)
             in_onnx_operators(model, fast=True)
             write_graph(model, batch_of(program), program, made / MODEL, fast=True)
         z, g = gates

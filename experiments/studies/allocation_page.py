@@ -118,13 +118,13 @@ filled in); {np.median(seconds):.0f} s of training a cell in the median, beside 
 is exported, one forward an example; `draws` averages the predictions of {options.draws} draws of the gates. BOPs are of
 the model. `hessian` (HAWQ-V2) and `greedy` (a start of AutoQRA) choose widths from training examples where the gates
 start, and are then trained as `uniform` is. `budget` learns its allocation in the first half of the steps after that,
-and trains at it in the second; `rewound` is that allocation, trained for all of these steps, as theirs are; `start` takes
-what the gates start from. W3A4 has no rung of its own: weights of every second layer are at 4 bit, the
-first layer's among them, the others' at 2 bit. W2A8 has the bit operations of W4A4.
+and trains at it in the second; `rewound` is that allocation, trained for all of these steps, as theirs are; `start`
+takes what the gates start from. W3A4 has no rung of its own: weights of every second layer are at 4 bit, the first
+layer's among them, the others' at 2 bit. W2A8 has the bit operations of W4A4.
 
 {table(rows)}
 
-Paired differences of what is deployed, with intervals over examples and seeds; a negative NLL is in favour of the method:
+Paired differences of what is deployed, with intervals over examples and seeds; a negative NLL is for the method:
 
 {differences(rows)}
 

@@ -33,6 +33,7 @@ from .about import About
 from .held_out import Answer, HeldOut, answer_of
 from .manifest import write_manifest
 from .model_card import write_card
+from .onnx_attention import set_fast_attention, without_heads
 from .onnx_modules import in_onnx_operators
 from .onnx_pieces import Observed, gap_by_piece
 from .onnx_tables import put_codes
@@ -45,7 +46,7 @@ _BEFORE_SMALL = 1  # version of what has no narrow products, which an older pack
 MANIFEST, MODEL = "onnx.json", "model.onnx"
 OPSET = 21  # QuantizeLinear of int16, and per-axis scales; onnxruntime reads it since 1.20
 _GAP = 1e-4  # mean difference of logits, of the largest: codes are the same, but where float64 rounds otherwise
-_GAP_OF_PIECE = 1e-5  # where sums are in float32, of each piece at equal inputs: ten times that of such a sum
+_GAP_OF_PIECE = 1e-4  # where sums are in float32, of each piece at equal inputs: several codes of 16 bit
 _GAP_FAST = 0.02  # there, of logits; or, where more codes at borders take the other one, twice what these make of it
 _OUTPUT, _TYPES = "logits", "token_type_ids"
 
@@ -73,6 +74,8 @@ def export_onnx(
         batch = head.rows(rows) if rows else _example(packed, head, tokenizer, held_out)
         taken = inspect.signature(packed.forward).parameters
         inputs = sorted(name for name in batch if name in taken)  # as the exporter lists a table's entries
+        if fast:
+            set_fast_attention(model)
         products = in_onnx_operators(model, fast, small)
         put_codes(model, program.net.backbone)
         traced, checked = {name: batch[name] for name in inputs}, _checked(batch, held_out)
@@ -159,8 +162,6 @@ def write_graph(
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:
         with exporting_silently():
-            if fast:
-                model.set_attn_implementation("eager")  # a fifth less time than for sdpa, as that is exported
             logits = _Logits(model, program)
             network = Observed(logits) if observed else logits
             exported: Any = torch.onnx.export(
@@ -172,10 +173,11 @@ def write_graph(
                 node.metadata_props.clear()  # traces of the exporter's calls, with paths of this machine
             if fast:
                 _sum_before_norms(exported.model.graph)
+                without_heads(exported.model.graph)
             if observed:
                 exported.save(observed, external_data=False)
                 del exported.model.graph.outputs[1:]
-                onnxscript.optimizer.remove_unused_nodes(exported.model)
+            onnxscript.optimizer.remove_unused_nodes(exported.model)
             exported.save(path, external_data=False)
     except Exception as error:  # whatever torch.export and the translation make of a network
         root: BaseException = error

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architectures import example_rows
+from .quiet_loading import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,29 +73,37 @@ def set_attention(model: PreTrainedModel, name: str = SOFTMAX1) -> None:
     """
     if name == SOFTMAX:
         return
+    own = model.config._attn_implementation
+    ordinary = _ordinary_answers(model)
+    with quiet():  # it warns where it cannot
+        model.set_attn_implementation(_NAMES[SOFTMAX1])
+    if ordinary is None or torch.equal(_answers(model), ordinary):
+        model.set_attn_implementation(own)
+        raise ValueError(
+            f"{type(model).__name__} computes its attention by itself, softmax1 cannot be put into it: drop "
+            "--attention, or choose a backbone like BERT, RoBERTa, DistilBERT, ELECTRA or ALBERT"
+        )
+
+
+def is_ordinary(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is softmax of scaled products and a mask, or cannot be replaced."""
+    return _ordinary_answers(model) is not None
+
+
+def _ordinary_answers(model: PreTrainedModel) -> Tensor | None:
+    """The model's answers with our ordinary softmax; None where they are not its own."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.utils import logging as talk
 
     for each, probabilities in ((SOFTMAX, lambda x: x.softmax(-1)), (SOFTMAX1, softmax1)):
         AttentionInterface.register(_NAMES[each], _attend(probabilities))
         AttentionMaskInterface.register(_NAMES[each], _mask)
-    own, level = model.config._attn_implementation, talk.get_verbosity()
-    before = _answers(model)
-    talk.set_verbosity_error()  # it warns where it cannot
-    try:
+    own, before = model.config._attn_implementation, _answers(model)
+    with quiet():  # it warns where it cannot
         model.set_attn_implementation(_NAMES[SOFTMAX])
         again = _answers(model)
-        model.set_attn_implementation(_NAMES[SOFTMAX1])
-        after = _answers(model)
-        largest = before.abs().max().clamp(min=1.0)
-        if not (again - before).abs().max() <= _GAP * largest or torch.equal(after, again):
-            model.set_attn_implementation(own)
-            raise ValueError(
-                f"{type(model).__name__} computes its attention by itself, softmax1 cannot be put into it: drop "
-                "--attention, or choose a backbone like BERT, RoBERTa, DistilBERT, ELECTRA or ALBERT"
-            )
-    finally:
-        talk.set_verbosity(level)
+        model.set_attn_implementation(own)
+    is_same = bool((again - before).abs().max() <= _GAP * before.abs().max().clamp(min=1.0))
+    return again if is_same else None
 
 
 def attention_of(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import batch, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
+from models import batch, tiny_bert, tiny_deberta, tiny_distilbert, tiny_llama, tiny_roberta
 from packed_models import allocated
 from tiny import save_tiny_backbone
 
@@ -133,7 +133,8 @@ def with_rounded_tables(model):
 def test_architectures(build, settings, tmp_path):
     program = allocated(build, **settings)
     folder = export_onnx(program, tmp_path / "model")
-    content, inputs = json.loads((folder / MANIFEST).read_text()), batch(3, 9)[0]
+    content, inputs = json.loads((folder / MANIFEST).read_text()), of_two_types(batch(3, 9)[0])
+    inputs = {name: inputs[name] for name in content["inputs"]}
     with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         expected = program.net.logits(**inputs)
     found = answer_by(session_of(folder / MODEL), content["inputs"])(inputs)
@@ -166,10 +167,11 @@ def test_a_file_made_without_rows_tells_two_texts_apart(fast):
 
 
 def require_close(program, folder):
-    inputs = of_two_types(batch(3, 9)[0])
+    names, inputs = json.loads((folder / MANIFEST).read_text())["inputs"], of_two_types(batch(3, 9)[0])
+    inputs = {name: inputs[name] for name in names}
     with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
         expected = program.net.logits(**inputs)
-    found = answer_by(session_of(folder / MODEL), json.loads((folder / MANIFEST).read_text())["inputs"])(inputs)
+    found = answer_by(session_of(folder / MODEL), names)(inputs)
     assert torch.allclose(found, expected, atol=0.05)
     assert "sums in another order" in (folder / "README.md").read_text()
 
@@ -179,6 +181,28 @@ def test_a_fast_file_is_close(made, fast):
     assert json.loads((fast / MANIFEST).read_text())["fast"]
     kinds = {x.type.tensor_type.elem_type for x in onnx.load(fast / MODEL).graph.value_info}
     assert onnx.TensorProto.DOUBLE not in kinds
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "operators"),
+    [
+        (lambda dropout: tiny_llama(), {"target_modules": ["q_proj", "v_proj"], "scope": "encoder"}, 2),  # GQA
+        (lambda dropout: tiny_deberta(dropout=dropout, num_hidden_layers=1), {"scope": "encoder"}, 0),  # its own
+    ],
+    ids=["llama", "deberta"],
+)
+def test_attention_of_a_fast_file(build, settings, operators, tmp_path):
+    program = allocated(build, **settings)
+    folder = export_onnx(program, tmp_path / "model", fast=True)
+    require_close(program, folder)
+    kinds = [node.op_type for node in onnx.load(folder / MODEL).graph.node]
+    assert kinds.count("MultiHeadAttention") == operators and ("Softmax" in kinds) == (not operators)
+
+
+def test_attention_of_a_fast_file_reads_projections_as_they_are(made, fast):
+    graph = onnx.load(fast / MODEL).graph
+    assert sum(node.op_type == "MultiHeadAttention" for node in graph.node) == 1  # layer
+    assert not {"Reshape", "Transpose", "Softmax"} & {node.op_type for node in graph.node}
 
 
 def test_a_fast_file_whose_rounding_moves_logits_far_is_right_where_each_piece_is(made, monkeypatch, tmp_path):
