@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
         chosen = (each for each in wanted(options, cells) if each[2] in options.cells)
         print(plan(cells, chosen))
         return
-    write_page(options, "allocation", study(options, cells), report, figure)
+    write_page(options, options.report.stem, study(options, cells), report, figure)
 
 
 if __name__ == "__main__":

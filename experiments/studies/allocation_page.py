@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.allocations import EVERY, METHODS
+from experiments.studies.allocations import EVERY
 from experiments.studies.cells import provenance
 from experiments.studies.compare import paired, spread
 
@@ -101,13 +101,15 @@ def rows_of(options: argparse.Namespace) -> str:
 
 
 def report(options: argparse.Namespace, rows: list[dict]) -> str:
-    cells = len(options.tasks) * len(options.seeds) * (1 + len(options.budgets) * (len(METHODS) - 1))
+    each = [len(options.budgets) if method != "lora" else 1 for method in options.cells]
+    cells, page = len(options.tasks) * len(options.seeds) * sum(each), options.report.stem
     seconds = [x["seconds"]["training"] for x in rows]
     return f"""# Is the allocation worth anything?
 
 ```sh
-python experiments/allocation.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} --seeds \\
-    {" ".join(map(str, options.seeds))} --report benchmarks/allocation.md --figures benchmarks/figures
+python experiments/allocation.py --glue_dir GLUE --tasks {" ".join(options.tasks)} \\
+    --seeds {" ".join(map(str, options.seeds))} --budgets {" ".join(options.budgets)} \\
+    --cells {" ".join(options.cells)} --report benchmarks/{page}.md --figures benchmarks/figures
 ```
 
 MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
@@ -128,5 +130,5 @@ Paired differences of what is deployed, with intervals over examples and seeds; 
 
 {differences(rows)}
 
-![NLL against BOPs](figures/allocation.png)
+![NLL against BOPs](figures/{page}.png)
 """

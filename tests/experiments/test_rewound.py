@@ -1,0 +1,30 @@
+"""What gates have learned is trained from the LoRA on, as every other allocation of the study."""
+
+import argparse
+import json
+
+from experiments.studies.allocations import Budget, Cells
+from pyro_blora.config import RunConfig
+
+BUDGET = Budget("W4A4", 0.04, "fixed", {"bits": 4})
+WIDTHS = {"0.query": {"base": 4, "input": 8, "rank": 2}}
+
+
+def cells(folder):
+    return Cells(argparse.Namespace(
+        glue_dir="glue", backbone="demo", max_train=64, epochs=1, kl_warmup=0.4, draws=2, output_dir=str(folder),
+        granularity="tensor", bit_widths=RunConfig().bit_widths, all_rows=[], keep=folder, seeds=[0], only_finished=True,
+    ))  # fmt: skip
+
+
+def test_it_is_the_allocation_of_the_run_in_the_steps_of_the_others(tmp_path):
+    study = cells(tmp_path)
+    assert study.config("sst2", 0, "rewound", BUDGET) is None  # nothing has been learned
+    path = study.path("sst2", 0, "rewound", BUDGET).with_suffix(".widths.json")
+    path.write_text(json.dumps(WIDTHS))
+    rewound, uniform = (study.config("sst2", 0, method, BUDGET) for method in ("rewound", "uniform"))
+    assert (rewound.prior, rewound.prior_settings) == ("allocation", {"widths": WIDTHS})
+    same = ("kl_warmup", "epochs", "seed", "gated_dropout", "settle", "scope", "max_train")
+    assert all(getattr(rewound, name) == getattr(uniform, name) for name in same)
+    learned, start = (study.config("sst2", 0, method, BUDGET) for method in ("budget", "start"))
+    assert (learned.settle, start.settle) == (0.3, 0.6) and learned.prior_settings == start.prior_settings
