@@ -1,8 +1,8 @@
 """An ONNX file that sums in float32 against the packed model, piece by piece.
 
-There a value at the border between two codes may take the other one, and the layers above amplify that, in some
-networks to a tenth of the largest logit; float32 in PyTorch does as much. So logits alone do not tell a right file
-from a wrong one. Its pieces do: each low-bit layer, and what the network computes between them, is compared where the
+There a value at the border between two codes may take the other one, and the layers above amplify that, in some rows
+to half of the largest logit; float32 in PyTorch does as much. So logits alone do not tell a right file from a wrong
+one. Its pieces do: each low-bit layer, and what the network computes between them, is compared where the
 packed model is given the very input that it had in the file. A wrong scale, of one channel, too, is seen in every row;
 another code in the few rows that have it.
 """
@@ -57,7 +57,7 @@ def gap_by_piece(
         answer(batch)
     for hook in hooks:
         hook.remove()
-    return max(torch.cat(rows).quantile(_MOST).item() for rows in compared.gaps.values())
+    return torch.stack([torch.cat(rows).quantile(_MOST) for rows in compared.gaps.values()]).max().item()
 
 
 class _Compared(nn.Module):

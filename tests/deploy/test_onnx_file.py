@@ -220,9 +220,11 @@ def test_a_fast_file_with_a_scale_that_is_a_little_wrong_is_refused(made, monkey
 
 
 @pytest.mark.parametrize(
-    ("altered", "is_right"), [((-1, slice(None)), True), ((slice(None), 3), False)], ids=["row", "channel"]
+    ("altered", "by", "is_right"),
+    [((-1, slice(None)), 1e-3, True), ((slice(None), 3), 1e-3, False), ((slice(None), 3), math.nan, False)],
+    ids=["row", "channel", "not-a-number"],
 )
-def test_a_channel_that_is_wrong_is_found_and_a_row_with_another_code_is_not(altered, is_right, made, tmp_path):
+def test_a_channel_that_is_wrong_is_found_and_a_row_with_another_code_is_not(altered, by, is_right, made, tmp_path):
     program = made[0]
     packed, model = (load_packed(pack(program, tmp_path / name)) for name in ("packed", "model"))
     onnx_modules.in_onnx_operators(model, fast=True)
@@ -243,7 +245,7 @@ def test_a_channel_that_is_wrong_is_found_and_a_row_with_another_code_is_not(alt
         def run(self, which, feed):
             *found, last = session.run(which, feed)
             y = last.reshape(-1, last.shape[-1]).copy()
-            y[altered] += 1e-3 * np.abs(y).max()
+            y[altered] += by * np.abs(y).max()
             return [*found, y.reshape(last.shape)]
 
     assert gap_by_piece(session, names, packed, program, [inputs]) < 1e-6

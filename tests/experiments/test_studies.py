@@ -107,8 +107,8 @@ def test_without_a_finished_cell_nothing_is_trained_and_nothing_written(tmp_path
 
 def test_the_cells_that_are_kept_are_still_those_of_their_configurations():
     found = (ROOT / "benchmarks" / "cells").rglob("*.json")
-    paths = sorted(path for path in found if path.parent.name not in ("estimates", "deployed"))  # of no run
-    assert len(paths) > 100
+    paths = sorted(path for path in found if path.parent.name not in ("estimates", "deployed") and "." not in path.stem)
+    assert len(paths) > 100  # the others are of no run: timings, measurements and tables of widths
     for path in paths:
         config = RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
         cell = kept(path, config)
