@@ -1,7 +1,8 @@
 """Times of a backbone's products on this machine, in onnxruntime: the table of costs for `--prior.cost latency`.
 
-Products are those of an exported model for speed (onnx_modules.py, fast): integers where that is faster, one product
-for each byte of an input, and float32 elsewhere. Widths with the same kernels share a figure.
+Products are those of an exported model for speed (onnx_products.py, fast): integers where that is faster, one product
+for each byte of an input, and float32 elsewhere. Widths with the same kernels share a figure. Each is measured alone,
+also lora_A, which an export multiplies together with the base's weight: its price is a little too high.
 """
 
 from __future__ import annotations
