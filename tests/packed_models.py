@@ -17,10 +17,17 @@ def allocated(build, *, seed=0, adapter="lora", kind=None, **settings):
     gates = Gates(random_chains(net.layout.z_shape, seed=seed), random_chains(net.layout.g_shape, seed=seed + 1))
     program.gate_guide.deployed = lambda: gates
     with torch.no_grad():
-        for name, bias in net.named_parameters():
-            if name.endswith(".bias"):  # zeros in an untrained model
-                torch.nn.init.normal_(bias, std=0.1, generator=torch.Generator().manual_seed(seed))
+        randomize_biases(net, seed)
         net.log_range.add_(0.1 * torch.randn(net.log_range.shape, generator=torch.Generator().manual_seed(seed)))
         if net.smoothing is not None:
             torch.nn.init.normal_(net.smoothing.log_scale, std=0.5, generator=torch.Generator().manual_seed(seed))
     return program
+
+
+@torch.no_grad()
+def randomize_biases(model, seed=0):
+    """Return the model with random biases: those of an untrained one are zero, and what misplaces them would pass."""
+    for name, bias in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(bias, std=0.1, generator=torch.Generator().manual_seed(seed))
+    return model
