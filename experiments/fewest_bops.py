@@ -23,7 +23,7 @@ from experiments.studies.bisection import Found, families, grid, search
 from experiments.studies.fewest_page import figure, report
 from experiments.studies.pages import study_parser, write_page
 
-METHODS = ("budget", "hessian", "greedy", "uniform")
+METHODS = ("start", "hessian", "greedy", "uniform")
 LOW, HIGH = "W2A2", "W8A8"
 UNIFORM = ("W2A2", "W2A4", "W4A4", "W2A8", "W4A8", "W8A8", "W8A16", "W16A16")
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "fewest_bops", max_train=4000, output_dir="runs/allocation")
     add_options(parser)
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "exact_hessian"))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "budget", "exact_hessian"))
     parser.add_argument("--steps", type=int, default=6, help="halvings of the distance from W2A2 to W8A8")
     options = parser.parse_args(arguments)
     cells = Cells(options)

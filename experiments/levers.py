@@ -3,10 +3,10 @@
     python experiments/levers.py --glue_dir GLUE --report benchmarks/levers.md --figures benchmarks/figures
     python experiments/levers.py --glue_dir GLUE --plan     # what is missing, and how long it takes
 
-For each task, seed and budget (the BOPs of uniform W4A4, or of `--budgets`), with uniform widths and with prior
-`budget`, the levers of studies/levers.py: distillation from the open network, smoothing of outliers between activations
-and weights, softmax1 in the attention, ranges of every output channel of a weight, rungs of 3 and 6 bit. Everything
-else is as in `allocation.py`, whose cells are those without a lever.
+For each task, seed and budget (the BOPs of uniform W4A4, or of `--budgets`), with uniform widths and with those
+that prior `budget` starts from, the levers of studies/levers.py: distillation from the open network, smoothing of
+outliers between activations and weights, softmax1 in the attention, ranges of every output channel of a weight, rungs
+of 3 and 6 bit. Everything else is as in `allocation.py`, whose cells are those without a lever.
 A lever that changes the network from its first step also has a row for its LoRA at 32 bit.
 """
 
@@ -25,7 +25,7 @@ from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.levers_page import figure, report
 from experiments.studies.pages import study_parser, write_page
 
-METHODS = ("uniform", "budget")
+METHODS = ("uniform", "start")
 
 
 def wanted(options, cells: LeverCells, without: LeverCells) -> Wanted:
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     parser.set_defaults(keep=Path("benchmarks/cells/levers"))
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb"])
     parser.add_argument("--budgets", nargs="+", default=["W4A4"], help="as W3A4: BOPs of uniform widths")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "budget"))
     parser.add_argument("--levers", nargs="+", default=[*LEVERS], choices=[*LEVERS])
     parser.add_argument("--without", type=Path, default=Path("benchmarks/cells/allocation"), help="cells of no lever")
     options = parser.parse_args(arguments)

@@ -36,7 +36,7 @@ def headlines(found: list[Found]) -> str:
     lines = []
     for task, methods in by_task(found).items():
         told = {each.method: _told(each) for each in methods}
-        first = next((name for name in ("budget", *told) if name in told), "")
+        first = next((name for name in ("start", *told) if name in told), "")
         others = ", ".join(f"`{name}` {share}" for name, share in told.items() if name != first)
         lines.append(f"- **{task}: LoRA's score at {told[first]} of its bit operations** (`{first}`)"
                      + (f"; {others}" if others else ""))  # fmt: skip
@@ -89,6 +89,7 @@ def report(options: argparse.Namespace, found: list[Found]) -> str:
 
 ```sh
 python experiments/fewest_bops.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} \\
+    --seeds {" ".join(map(str, options.seeds))} --steps {options.steps} --methods {" ".join(options.methods)} \\
     --report benchmarks/fewest_bops.md --figures benchmarks/figures
 ```
 

@@ -15,7 +15,7 @@ from experiments.studies.cells import provenance
 from experiments.studies.compare import paired, spread
 from experiments.studies.levers import LEVERS, NONE
 
-COLOURS = {"uniform": "#D55E00", "budget": "#0072B2", "lora": "#000000"}  # of Okabe and Ito
+COLOURS = {"uniform": "#D55E00", "start": "#0072B2", "lora": "#000000"}  # of Okabe and Ito
 Group = tuple[str, str | None, str]  # task, budget, method
 
 
@@ -68,7 +68,7 @@ def figure(rows: list[dict], path: Path) -> None:
     names = [lever for lever in LEVERS if lever != NONE]
     _, panels = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 3.2), squeeze=False, constrained_layout=True)
     for panel, task in zip(panels[0], tasks, strict=True):
-        for offset, method in ((-0.12, "uniform"), (0.12, "budget")):
+        for offset, method in ((-0.12, "uniform"), (0.12, "start")):
             of = [(lever, x["nll"]) for (t, b, m), lever, _, x in found if (t, b, m) == (task, first, method)]
             if of:
                 places = [names.index(lever) + offset for lever, _ in of]
@@ -93,8 +93,9 @@ def report(options: argparse.Namespace, rows: list[dict]) -> str:
     return f"""# What raises the score at given bit operations?
 
 ```sh
-python experiments/levers.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} --budgets \\
-    {" ".join(options.budgets)} --report benchmarks/levers.md --figures benchmarks/figures
+python experiments/levers.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} \\
+    --seeds {" ".join(map(str, options.seeds))} --budgets {" ".join(options.budgets)} \\
+    --levers {" ".join(options.levers)} --report benchmarks/levers.md --figures benchmarks/figures
 ```
 
 Levers, as flags of `pyro-blora train`:
@@ -104,8 +105,9 @@ Levers, as flags of `pyro-blora train`:
 MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
 {options.kl_warmup:.0%} of the steps; {provenance([row["cell"] for row in rows])}.
 Numbers are of the one allocation that is deployed, on the dev set: mean ± standard deviation over seeds, and BOPs of
-the model. `uniform` has every weight at one width and every activation at one, `budget` learns widths and ranks at the
-same bit operations. Softmax1 changes the network from its first step on, so its LoRA at 32 bit has a row, too.
+the model. `uniform` has every weight at one width and every activation at one, `start` has the widths and ranks that
+prior `budget` starts from, at the same bit operations. Softmax1 changes the network from its first step on, so its
+LoRA at 32 bit has a row, too.
 
 {table(rows)}
 
