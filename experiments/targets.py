@@ -35,7 +35,7 @@ def configuration(options, task: str, **changes) -> RunConfig:
     return RunConfig(
         task=task, glue_dir=options.glue_dir if task != "acceptability" else None, backbone=options.backbone,
         estimator="relaxed", max_length=64, max_train=options.max_train, epochs=options.epochs,
-        kl_warmup=options.kl_warmup, draws=2, output_dir=options.output_dir, **changes,
+        kl_warmup=options.kl_warmup, settle=0.0, draws=2, output_dir=options.output_dir, **changes,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ SUBJECTS = {
     "Laplace": "--weights laplace --validation 0.25",
     "ensemble": "--weights ensemble --weights.members 2",
     "budget": "--prior budget --prior.bops 0.1",
+    "budget, learned": "--prior budget --prior.bops 0.1 --settle 0.25",
     "hierarchical, mixture": "--prior hierarchical --guide mixture",
     "prior eva": "--prior eva",
     "straight-through": "--estimator straight_through",

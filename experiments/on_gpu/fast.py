@@ -77,7 +77,7 @@ def checks(session: Session) -> list[Check]:
 
     add("step", "steps", 6.0)
     config = works.config(session, "deberta_v3_base", "syncs", prior="budget", prior_settings={"bops": 0.1})
-    config |= {"logging_steps": 1000, "checkpoint_steps": 1000, "kl_warmup": 0.0}
+    config |= {"logging_steps": 1000, "checkpoint_steps": 1000, "kl_warmup": 0.0, "settle": 0.0}
     add("predictions", "predictions", 6.0)
     add("step, 8 x 256", "steps", 5.0, batch=8, length=256)
     add("memory", "memory", 0.0)

@@ -21,11 +21,12 @@ from ..user_code import is_of_file
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
 from ..user_values import shown, suggest
 from .methods import left_open, require_consistent
-from .run_config import OWNERS, PRESETS, RunConfig, field_names
+from .run_config import OF_MACHINE, OWNERS, PRESETS, RunConfig, field_names, without_machine
 
 _PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number, also where YAML reads a string
+_LONG = 1000  # characters of a command
 _SETTING = re.compile(rf"--({_PATTERN})(?:=(.*))?", re.DOTALL)
 
 
@@ -60,7 +61,7 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The flags that a preset sets, from a packaged name or a YAML file of the user's.
+    """The flags that a preset sets, from a packaged name, a YAML file of the user's, or a run's `config.json`.
 
     Errors: ValueError naming the file, and the line of a key that is unknown or given twice.
     """
@@ -79,10 +80,10 @@ def read_preset(name: str) -> dict[str, Any]:
         key = key_node.value
         if key in seen:
             raise ValueError(f"{where}: {key!r} is given twice")
-        if key not in field_names() and not OWNED.fullmatch(key):
+        if key not in (*field_names(), *OF_MACHINE) and not OWNED.fullmatch(key):
             raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, field_names())}")
         seen.add(key)
-    return values
+    return without_machine(values)
 
 
 def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +136,12 @@ def _of_flags(arguments: argparse.Namespace, given: dict[str, Any], settings: Ma
     return found
 
 
-def command_line(config: RunConfig) -> str:
-    """The `pyro-blora train` line of a configuration: what differs from the defaults of its method and task."""
+def command_line(config: RunConfig, written: Path | None = None) -> str:
+    """The `pyro-blora train` line of a configuration: what differs from the defaults of its method and task.
+
+    written: a run's `config.json` that differs in the seed only; it stands in a line that would be long, as that of an
+    allocation with the width of every tensor.
+    """
     usual, words = RunConfig(method=config.method, task=config.task), ["pyro-blora", "train"]
     for field in dataclasses.fields(RunConfig):
         value = getattr(config, field.name)
@@ -148,7 +153,10 @@ def command_line(config: RunConfig) -> str:
                     words += [f"--{owner}.{key}", setting if isinstance(setting, str) else json.dumps(setting)]
         elif value != getattr(usual, field.name) or field.name in ("task", "method", "seed"):
             words += [f"--{field.name}", _word(value)]
-    return shlex.join(words)
+    line = shlex.join(words)
+    if written is not None and len(line) > _LONG:
+        return shlex.join(["pyro-blora", "train", "--preset", str(written), "--seed", str(config.seed)])
+    return line
 
 
 def of_scripts(config: RunConfig) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from ..bit_widths import LADDER, ladder_of, written
 from ..registries import CHOSEN, WEIGHTS
@@ -17,9 +17,10 @@ from .methods import METHODS, resolved
 from .naming import basename, digest, named_after
 
 PRESETS = Path(__file__).parent / "presets"
+OF_MACHINE = ("versions", "threads")  # what a run's config.json has beside the fields
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
 _USUAL = {  # where neither user nor method nor a part sets a value
-    "lr": 1e-3, "kl_warmup": 0.3, "estimator": "relaxed", "max_length": 128, "group_by_length": False,
+    "lr": 1e-3, "kl_warmup": 0.3, "settle": 0.0, "estimator": "relaxed", "max_length": 128, "group_by_length": False,
 }  # fmt: skip
 
 
@@ -104,8 +105,10 @@ class RunConfig:
     kl_warmup: float | None = _field(
         None, "fraction of the steps with open gates, before they start; 1: after training; none: 0.3, or the method's"
     )
-    settle: float = _field(
-        0.0, "fraction of the steps, the last ones, in which weights train on at the deployed allocation; gates rest"
+    settle: float | None = _field(
+        None,
+        "fraction of the steps, the last ones, in which weights train on at the deployed allocation and gates rest; "
+        "none: 0, or what the prior proposes: of budget, all after kl_warmup",
     )
     gated_dropout: bool | None = _field(
         None,
@@ -163,13 +166,22 @@ class RunConfig:
                 getattr(self, f"{owner}_settings")[setting] = value
             else:
                 object.__setattr__(self, flag, value)
-        usual = _USUAL.copy()
+        usual: dict[str, Any] = {**_USUAL}
         for part in self.parts:  # the method's among them
             usual |= part.proposes
         if self.gate_optimizer == "adam":  # which takes no natural gradients
             usual["estimator"] = _USUAL["estimator"]
         for flag in usual.keys() - given.keys() - own.keys():
             object.__setattr__(self, flag, usual[flag])
+        if "settle" not in given and usual["settle"]:
+            object.__setattr__(self, "settle", self._proposed_settle(usual["settle"], given))
+
+    def _proposed_settle(self, proposed: float, given: Mapping[str, Any]) -> float:
+        """It gives way to a longer start, and to a user who says how the gates learn."""
+        learning = {"estimator", "estimator_settings", "gate_optimizer", "lr_gates"}
+        if given.keys() & learning or not 0 <= (cast(float, self.kl_warmup)) <= 1:  # the latter is refused below
+            return 0.0
+        return round(min(proposed, 1 - cast(float, self.kl_warmup)), 6)
 
     @property
     def parts(self) -> list[Entry]:
@@ -219,9 +231,7 @@ class RunConfig:
         values = load_json(read_text(source) if isinstance(source, Path) else source, where)
         if not isinstance(values, dict):
             raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
-        for of_machine in ("versions", "threads"):
-            values.pop(of_machine, None)
-        return cls.from_dict(values)
+        return cls.from_dict(without_machine(values))
 
     def to_json(self, *, versions: Mapping[str, str] | None = None, threads: int | None = None) -> str:
         """JSON with sorted keys; `versions` (package to version) and torch's `threads` travel along for the reader."""
@@ -274,3 +284,11 @@ class RunConfig:
 def field_names() -> list[str]:
     """The names of all fields, in the order of the dataclass."""
     return [field.name for field in dataclasses.fields(RunConfig)]
+
+
+def without_machine(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in a run's `config.json`: not what it says of the machine, and with what older versions did."""
+    fields = {key: value for key, value in values.items() if key not in OF_MACHINE}
+    if "versions" in values:
+        fields.setdefault("settle", 0.0)  # before --settle, gates learned to the end
+    return fields

@@ -13,6 +13,7 @@ import torch
 from ..bops import expected_bits, expected_bops, expected_rank
 from ..build import Parts
 from ..config.naming import task_called
+from ..config.run_config import RunConfig
 from ..interval import INTERVAL
 from ..posterior.draws import bops, component_marginals, deployed, draw, draw_weights, marginals, mean_kl
 from ..posterior.prediction import Prediction
@@ -24,6 +25,10 @@ from .metrics import calibration_of, deployed_scores, scores_of
 from .writing import scored_texts
 
 _WEIGHT_DRAWS = 100  # for their mean standard deviation
+_RESTED = (
+    "The gates rest where they started, at estimates from the Fisher information of the open adapter; the steps after "
+    "that trained the weights at what is deployed. --settle 0.3 lets the gates learn in between."
+)
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
 
 
@@ -86,6 +91,8 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         found["cost"] = spent._asdict() | {"deployed": {"value": at_deployed.value, "ratio": at_deployed.ratio}}
     if missed := program.prior.missed(component_marginals(program)):
         found["missed"] = missed
+    if program.gates_are_random and _rests_at_its_start(config):
+        found["rested"] = _RESTED
     if layout.sharing:
         found["sharing"] = layout.sharing
     found["calibration"] = calibration_of(evaluated.pairs)
@@ -100,6 +107,11 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         tables = {**found.get("tables", {}), **texts.pop("tables")}
         found |= {**texts, "tables": tables}
     return found
+
+
+def _rests_at_its_start(config: RunConfig) -> bool:
+    settle, start = config.settle or 0.0, config.kl_warmup or 0.0
+    return 0 < settle and start + settle >= 1
 
 
 def stored(program: BayesianLoRA) -> int:

@@ -138,7 +138,11 @@ class Budget(Prior):
         return Spent(self.cost.name, self.cost.unit, self.denominator, self.target, value, ratio)
 
 
-@register_prior("budget", reads={"costs": "pyro_blora.cost_table:of_file"})
+@register_prior(
+    "budget", reads={"costs": "pyro_blora.cost_table:of_file"},
+    # what the gates start from deploys better than what a short training makes of it: benchmarks/settling.md
+    proposes={"kl_warmup": 0.4, "settle": 1.0},
+)  # fmt: skip
 def budget(
     layout: AdapterLayout, *, bops: float = 0.1, denominator: str = "adapted", cost: str = "bops",
     target: float | None = None, costs: str | None = None, times: dict[str, Any] | None = None,

@@ -56,7 +56,7 @@ def next_steps(run: RunFiles) -> list[tuple[str, str]]:
     found["go on in Python"] = f"from pyro_blora import load; program = load({str(folder)!r})"
     with contextlib.suppress(ValueError, OSError):  # a folder without a readable config.json
         again = dataclasses.replace(run.config, seed=run.config.seed + 1)
-        found["repeat it from another seed"] = command_line(again)
+        found["repeat it from another seed"] = command_line(again, folder / "config.json")
         if script := of_scripts(again):
             named = " and ".join(f"{kind} {name!r}" for kind, name in script)
             found["repeat it from another seed"] = f"train_run in Python, after the import of what registers {named}"
@@ -80,7 +80,7 @@ def show_what_if(folder: Path, gate: str, opened: bool) -> None:
 
 
 def result_tables(summary: dict) -> list[Table]:
-    """What a user wants to know first: the score, its calibration, what the gates learned, what it costs."""
+    """What a user wants to know first: the score, its calibration, what the gates keep, what it costs."""
     method = summary.get("method", "bayesian_lora")
     name = f"prior {summary['prior']}" if method == "bayesian_lora" else method
     head = Table(title=f"{summary['task']} · {summary['backbone']} · {name}", title_justify="left")
@@ -102,7 +102,7 @@ def result_tables(summary: dict) -> list[Table]:
     if "scaled" in held_out.get("averaged", {}):
         scaled = (held_out[name]["scaled"]["nll"] for name in ("averaged", "deployed"))
         head.add_row("NLL at temperature", *map(_number, scaled))
-    gates = Table(title="What the gates learned", title_justify="left")
+    gates = Table(title="What the gates keep", title_justify="left")
     for column in ("", "expected"):
         gates.add_column(column, justify="left" if not column else "right")
     for role, bits in summary["expected_bits"].items():
@@ -136,7 +136,7 @@ def result_tables(summary: dict) -> list[Table]:
 
 def result_sentences(summary: dict) -> list[str]:
     """What the numbers mean: whether anything was learned, a target met, and whether the ECE exceeds chance."""
-    shared = [summary[what] for what in ("missed", "sharing") if summary.get(what)]
+    shared = [summary[what] for what in ("missed", "rested", "sharing") if summary.get(what)]
     if nothing := nothing_learned(summary):
         return [nothing, *shared]
     chance = of_chance(summary)

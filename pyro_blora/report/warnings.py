@@ -73,7 +73,7 @@ def in_words(summary: dict) -> list[str]:
     text.append(
         f"Expected bits: {bits}."
         + (f" Expected ranks: {ranks}." if ranks else "")
-        + (f" {summary['sharing']}" if summary.get("sharing") else "")
+        + "".join(f" {summary[what]}" for what in ("rested", "sharing") if summary.get(what))
     )
     return text
 

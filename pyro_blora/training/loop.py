@@ -77,7 +77,7 @@ def _fit(config: RunConfig, folder: Path | None, until: int | None) -> Trained:
     parts = build(config)
     schedule = Schedule.of(config, len(parts.rows["train"]), accelerator.num_processes, parts.program.weights)
     parts.program.weights.require(schedule.steps, schedule.opening if parts.program.gates_close else 0)
-    schedule.require(parts.program.gates_are_random)
+    schedule.require(parts.program.gates_are_random, parts.program.gate_guide.starts_from_data)
     if parts.program.teacher is not None:
         parts.program.teacher.require(schedule.steps, schedule.opening, sharded=sharding_wanted())
     if folder is not None:

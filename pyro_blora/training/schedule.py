@@ -48,7 +48,8 @@ class Schedule:
     @property
     def settling(self) -> int:
         """The step from which the gates rest at the deployed allocation."""
-        return max(self.opening, self.steps - int(self.config.settle * self.steps))
+        before = (1 - cast(float, self.config.settle)) * self.steps
+        return max(self.opening, math.floor(before + 1e-6))  # 1 - .3 is a little less than .7
 
     def held(self, step: int) -> Held | None:
         """The allocation at which the gates are held, where they are."""
@@ -56,11 +57,17 @@ class Schedule:
             return "open"
         return "deployed" if step >= self.settling else None
 
-    def require(self, gates_are_random: bool) -> None:
-        """Errors: ValueError for --settle where there is nothing to decide."""
-        if self.config.settle and not gates_are_random:
+    def require(self, gates_are_random: bool, start_from_data: bool) -> None:
+        """Errors: ValueError for --settle where there is nothing to decide, and where nothing has decided it."""
+        settle = cast(float, self.config.settle)
+        if settle and not gates_are_random:
             raise ValueError(
-                f"settle {self.config.settle:g} holds random gates at what is deployed, and this run has none: drop it"
+                f"settle {settle:g} holds random gates at what is deployed, and this run has none: drop it"
+            )
+        if self.settling <= self.opening < self.steps and settle and not start_from_data:
+            raise ValueError(
+                f"settle {settle:g} leaves no step in which gates learn, and those of guide {self.config.guide!r} do "
+                "not start from the data: give a smaller --settle"
             )
 
     def gates_move(self, step: int) -> float:

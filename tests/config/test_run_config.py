@@ -111,6 +111,35 @@ def test_a_task_proposes_what_a_user_can_refuse():
     assert "--group_by_length" not in command_line(RunConfig(**e2e))
 
 
+@pytest.mark.parametrize(
+    ("changes", "phases"),
+    [
+        ({"prior": "nested"}, (0.3, 0.0)),
+        ({}, (0.4, 0.6)),
+        ({"kl_warmup": 0.7}, (0.7, 0.3)),  # a longer start
+        ({"kl_warmup": 1.0}, (1.0, 0.0)),
+        ({"settle": 0.0}, (0.4, 0.0)),
+        ({"settle": 0.3}, (0.4, 0.3)),
+        ({"gate_optimizer": "adam"}, (0.4, 0.0)),  # who says how gates learn wants them to
+        ({"estimator": "relaxed"}, (0.4, 0.0)),
+        ({"lr_gates": 0.05}, (0.4, 0.0)),
+        ({"method": "bayesian_bits"}, (0.4, 0.6)),
+    ],
+    ids=str,
+)
+def test_a_budget_rests_where_its_gates_start_unless_told_otherwise(changes, phases):
+    config = RunConfig(**{"prior": "budget", **changes})
+    assert (config.kl_warmup, config.settle) == phases
+    again = RunConfig.from_json(config.to_json(versions={"torch": "2"}))
+    assert again == config and again.digest == config.digest
+
+
+def test_a_run_from_before_settling_learned_to_the_end():
+    written = json.loads(RunConfig(prior="budget", settle=0.0).to_json(versions={"torch": "2"}))
+    del written["settle"]
+    assert RunConfig.from_json(json.dumps(written)).settle == 0.0
+
+
 def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():
     one = RunConfig(lr=1, alpha=16, rank="8", prior_settings={"a": 1, "b": 2}, target_modules=["query", "value"])
     two = RunConfig(lr=1.0, alpha="16.0", rank=8.0, prior_settings={"b": 2.0, "a": 1.0}, target_modules="query, value")
@@ -356,3 +385,14 @@ def test_the_digest_sees_the_file_of_a_users_law(tmp_path):
     assert RunConfig(prior=f"{file}:law").digest == first
     file.write_text("def law(layout): return None")
     assert RunConfig(prior=f"{file}:law").digest != first
+
+
+def test_a_run_is_repeated_by_its_own_file_where_the_line_would_be_long(tmp_path):
+    widths = {f"{i}.query": {"input": 8, "base": 4, "rank": 8} for i in range(30)}
+    config = RunConfig(prior="allocation", prior_settings={"widths": widths}, seed=3)
+    written = tmp_path / "config.json"
+    written.write_text(config.to_json(versions={"torch": "2"}, threads=2), encoding="utf-8")
+    assert RunConfig(**load_preset(str(written))) == config
+    again = dataclasses.replace(config, seed=4)
+    assert command_line(again, written) == f"pyro-blora train --preset {written} --seed 4"
+    assert command_line(RunConfig(prior="budget"), written) == command_line(RunConfig(prior="budget"))

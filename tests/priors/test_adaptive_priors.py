@@ -222,7 +222,7 @@ def adapted_program(config):
 
 
 def test_the_state_of_the_prior_travels_in_a_checkpoint(backbone, tmp_path):
-    config = tiny_config(backbone, prior="budget", prior_settings={"bops": 0.2})
+    config = tiny_config(backbone, prior="budget", settle=0.0, prior_settings={"bops": 0.2})
     program = adapted_program(config)
     program.gate_guide.register_buffer("baseline", torch.tensor(3.0))  # as a guide of the user's may have
     assert {"prior.asinh_rate", "prior.z_price", "prior.g_price"} <= set(trainable(program))
@@ -238,7 +238,7 @@ def test_the_state_of_the_prior_travels_in_a_checkpoint(backbone, tmp_path):
 
 
 def test_the_state_of_the_prior_travels_with_the_exported_adapter(backbone, tmp_path):
-    config = tiny_config(backbone, prior="budget", prior_settings={"bops": 0.2})
+    config = tiny_config(backbone, prior="budget", settle=0.0, prior_settings={"bops": 0.2})
     program = adapted_program(config)
     adapters.calibrate(program.net, [{"input_ids": torch.arange(20).view(2, 10)}])
     export(program, tmp_path / "adapter")

@@ -525,6 +525,18 @@ def test_a_target_that_was_missed_is_told_in_the_terminal(plain):
     assert "missed" not in summary and result_sentences({**summary, "missed": "It was missed."})[-1] == "It was missed."
 
 
+def test_gates_that_rest_where_they_started_are_told(backbone, plain, tmp_path):
+    def summary(name, **changes):
+        folder = train_run(tiny_config(backbone, output_dir=str(tmp_path / name), prior="budget", **changes))
+        return RunFiles(folder).summary
+
+    rested = summary("rested", kl_warmup=0.5)
+    assert "rest where they started" in rested["rested"] and "--settle 0.3" in rested["rested"]
+    assert rested["rested"] in " ".join(in_words(rested)) and rested["rested"] in result_sentences(rested)
+    for other in (summary("learned", settle=0.25), RunFiles(plain).summary):
+        assert "rested" not in other and not any("rest where" in x for x in in_words(other))
+
+
 def test_the_calibration_section_has_the_scores_of_the_summary(backbone, tmp_path):
     config = tiny_config(backbone, method="lora", weights="dropout", validation=0.25, output_dir=str(tmp_path))
     folder = train_run(config)

@@ -125,7 +125,7 @@ def test_resume_is_bitwise(backbone, tmp_path, monkeypatch, killed_after, more):
 
 def test_leaving_after_some_steps_and_going_on_is_bitwise(backbone, tmp_path):
     """Under a prior that adapts, before and after the gates have started."""
-    config = tiny_config(backbone, epochs=3, prior="budget", prior_settings={"bops": 0.1})
+    config = tiny_config(backbone, epochs=3, prior="budget", settle=0.0, prior_settings={"bops": 0.1})
     opening = Schedule.of(config, 64).opening
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
     for until in (opening - 1, opening, opening + 2):
@@ -149,7 +149,7 @@ def test_a_budget_adapts_after_every_step_from_the_opening_on(backbone):
 def test_a_budget_follows_every_component_of_a_mixture(backbone, monkeypatch):
     seen, adapt = [], Budget.adapt
     monkeypatch.setattr(Budget, "adapt", lambda prior, means: (seen.append(means.z.shape), adapt(prior, means)))
-    config = tiny_config(backbone, prior="budget", guide="mixture", guide_settings={"components": 3})
+    config = tiny_config(backbone, prior="budget", settle=0.0, guide="mixture", guide_settings={"components": 3})
     trained = fit(config, quiet=True)
     shape = torch.Size([3, *trained.program.layout.z_shape])
     start = len(seen) - (8 - Schedule.of(config, 64).opening)  # before any step, the start is searched

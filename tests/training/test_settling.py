@@ -33,6 +33,9 @@ def test_phases_are_functions_of_the_step():
     assert schedule.learning_rate("ranges", 39) == 1e-3
     at_once = Schedule.of(RunConfig(epochs=4, batch_size=10, kl_warmup=0.7, settle=0.3), 100)
     assert {at_once.held(step) for step in range(28, 40)} == {"deployed"}
+    for rows in range(30, 130):  # fractions that sum to 1 leave no step between
+        odd = Schedule.of(RunConfig(epochs=1, batch_size=10, kl_warmup=0.4, settle=0.6), rows)
+        assert odd.settling == odd.opening == int(0.4 * odd.steps)
 
 
 @pytest.mark.parametrize("changes", CHOICES, ids=str)
@@ -92,3 +95,6 @@ def test_fractions_that_do_not_fit_and_gates_that_are_not_random_are_refused(bac
         RunConfig(settle=1.5)
     with pytest.raises(ValueError, match="this run has none: drop it"):
         fit(tiny_config(backbone, prior="fixed", prior_settings={"bits": 4}, settle=0.25), quiet=True)
+    everything = {"kl_warmup": 0.4, "settle": 0.6, "guide_settings": {"open_logit": 3.0}}
+    with pytest.raises(ValueError, match="do not start from the data: give a smaller --settle"):
+        fit(tiny_config(backbone, **everything), quiet=True)

@@ -25,7 +25,7 @@ def repeat(run: RunFiles, title: str) -> Section:
     text = f"The same numbers again, with {versions} on {run.summary['device']}{threads}:"
     script = of_scripts(run.config)
     if not script:
-        return Section(title, [text], code=command_line(run.config))
+        return Section(title, [text], code=command_line(run.config, run.folder / "config.json"))
     named = " and ".join(f"{kind} {name!r}" for kind, name in script)
     modules = sorted({_module(kind, name) for kind, name in script} - {""})
     why = (
