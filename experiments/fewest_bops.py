@@ -5,8 +5,9 @@
 For each task and method, bisection over budgets on a log scale between the bit operations of W2A2 and W8A8 (and above,
 where W8A8's are not enough); of uniform allocations over their widths, those of activations at least as large as those
 of weights, as activations are the more sensitive. A budget is enough where the score of what is deployed, on the dev
-set, is on average over seeds not more than 0.005 below that of LoRA. Cells are those of `allocation.py`, kept in the
-same folder and shared with it, so the study may be spread out; `--methods` runs some methods only.
+set, is on average over seeds not more than 0.005 below that of LoRA. `--lever` gives a lever of `levers.py` to all
+methods but LoRA. Cells are those of `allocation.py` and `levers.py`, kept in the same folders and shared with them, so
+the study may be spread out; `--methods` runs some methods only.
 """
 
 import sys
@@ -18,9 +19,10 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.studies.allocations import Cells, add_options
+from experiments.studies.allocations import add_options
 from experiments.studies.bisection import Found, families, grid, search
 from experiments.studies.fewest_page import figure, report
+from experiments.studies.levers import LEVERS, NONE, LeverCells, add_folders
 from experiments.studies.pages import study_parser, write_page
 
 METHODS = ("start", "hessian", "greedy", "uniform")
@@ -28,7 +30,7 @@ LOW, HIGH = "W2A2", "W8A8"
 UNIFORM = ("W2A2", "W2A4", "W4A4", "W2A8", "W4A8", "W8A8", "W8A16", "W16A16")
 
 
-def study(options, cells: Cells) -> list[Found]:
+def study(options, cells: LeverCells) -> list[Found]:
     """One search a task and method, of those for which a cell is finished."""
     found = []
     for task in options.tasks:
@@ -42,7 +44,7 @@ def study(options, cells: Cells) -> list[Found]:
     return found
 
 
-def planned(options, cells: Cells) -> str:
+def planned(options, cells: LeverCells) -> str:
     """A guess of the number of cells and their minutes; kept ones are not looked up, as bisection decides which."""
     lines, total = [], 0.0
     for task in options.tasks:
@@ -57,15 +59,17 @@ def planned(options, cells: Cells) -> str:
 def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "fewest_bops", max_train=4000, output_dir="runs/allocation")
     add_options(parser)
+    add_folders(parser)
+    parser.add_argument("--lever", default=NONE, choices=[*LEVERS], help="of all methods but LoRA")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "budget", "exact_hessian"))
     parser.add_argument("--steps", type=int, default=6, help="halvings of the distance from W2A2 to W8A8")
     options = parser.parse_args(arguments)
-    cells = Cells(options)
+    cells = LeverCells(options, options.lever)
     if options.plan:
         print(planned(options, cells))
         return
-    write_page(options, "fewest_bops", study(options, cells), report, figure)
+    write_page(options, options.report.stem, study(options, cells), report, figure)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Cells:
     """Finds the cells of a study in the folder `--keep`, and trains those that are missing."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options = options
+        self.options, self.folder = options, options.keep
         self.layout_and_rows = functools.cache(self._layout_and_rows)
 
     def _layout_and_rows(self, task: str) -> tuple[AdapterLayout, int]:
@@ -109,7 +109,7 @@ class Cells:
         if method == "rewound" or method in peers.PEERS:
             widths = (
                 self._learned(task, seed, budget) if method == "rewound" else
-                peers.allocation(method, self.options.keep, f"{task}-{seed}", budget.name, self.lora(task, seed),
+                peers.allocation(method, self.folder, f"{task}-{seed}", budget.name, self.lora(task, seed),
                                  self.layout_and_rows(task)[0], budget.share)
             )  # fmt: skip
             own = {"prior": "allocation", "prior_settings": {"widths": widths}}
@@ -144,7 +144,7 @@ class Cells:
         return self._config(task, seed, {"gated_dropout": False, **changes})
 
     def path(self, task: str, seed: int, method: str, budget: Budget | None = None) -> Path:
-        return self.options.keep / f"{task}-{seed}-{budget.name if budget else 'full'}-{method}.json"
+        return self.folder / f"{task}-{seed}-{budget.name if budget else 'full'}-{method}.json"
 
     def cell(
         self, task: str, seed: int, method: str, budget: Budget | None = None, *, train: bool = True
@@ -153,7 +153,7 @@ class Cells:
         train = train and not self.options.only_finished
         lora, path = self.lora(task, seed), self.path(task, seed, method, budget)
         if train and method in peers.PEERS and not path.exists():
-            peers.measure(method, lora, self.options.keep, f"{task}-{seed}")
+            peers.measure(method, lora, self.folder, f"{task}-{seed}")
         if train and method == "rewound" and self.config(task, seed, method, budget) is None:
             learned = self.config(task, seed, "budget", budget)
             assert learned is not None

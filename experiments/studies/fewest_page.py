@@ -90,7 +90,7 @@ def report(options: argparse.Namespace, found: list[Found]) -> str:
 ```sh
 python experiments/fewest_bops.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} \\
     --seeds {" ".join(map(str, options.seeds))} --steps {options.steps} --methods {" ".join(options.methods)} \\
-    --report benchmarks/fewest_bops.md --figures benchmarks/figures
+    --lever {options.lever} --report benchmarks/{options.report.name} --figures benchmarks/figures
 ```
 
 The fewest bit operations (of the whole model's at 32 x 32 bit) at which the score of what is deployed is within \
@@ -98,12 +98,13 @@ The fewest bit operations (of the whole model's at 32 x 32 bit) at which the sco
 over budgets on a log scale, {options.steps} halvings from W2A2 to W8A8, and again above where W8A8's are not enough; of
 `uniform` over its widths. *Shown too few*: the largest share tried whose whole 95 % interval is below
 -{TOLERANCE}; *shown enough*: the smallest whose whole interval is above it. Shares are of what was deployed.
-The methods: `experiments/studies/allocations.py`.
+The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
+`{options.lever}`.
 
 MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
 {options.kl_warmup:.0%} of the steps; {provenance(cells)}.
 
 {table(found)}
 
-![Score against BOPs](figures/fewest_bops.png)
+![Score against BOPs](figures/{options.report.stem}.png)
 """

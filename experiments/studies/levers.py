@@ -27,12 +27,19 @@ BEFORE = ("attention",)  # fields that change the network before gates start: th
 NEEDS_GATES = ("distillation",)  # fields that a run whose gates all stay open refuses
 
 
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """Where cells are kept: those of a lever in a folder of its name."""
+    parser.set_defaults(keep=Path("benchmarks/cells/levers"))
+    parser.add_argument("--without", type=Path, default=Path("benchmarks/cells/allocation"), help="cells of no lever")
+
+
 class LeverCells(Cells):
     """The cells of one lever."""
 
     def __init__(self, options: argparse.Namespace, lever: str):
         super().__init__(options)
         self.lever, self.changes = lever, LEVERS[lever]
+        self.folder = options.without if lever == NONE else options.keep / lever
 
     @property
     def has_own_lora(self) -> bool:
@@ -59,4 +66,4 @@ class LeverCells(Cells):
 
     def path(self, task: str, seed: int, method: str, budget: Budget | None = None) -> Path:
         path = super().path(task, seed, method, budget)
-        return (self.options.without if self.lever == NONE else self.options.keep / self.lever) / path.name
+        return path if method != "lora" or self.has_own_lora else self.options.without / path.name

@@ -35,6 +35,8 @@ def test_runs_go_on_from_the_same_lora_unless_the_network_is_another_one():
 def test_cells_without_a_lever_are_those_of_the_allocation_study():
     paths = [LeverCells(OPTIONS, lever).path("sst2", 1, "budget", BUDGET) for lever in (NONE, "smoothing")]
     assert paths == [Path("without/sst2-1-W4A4-budget.json"), Path("kept/smoothing/sst2-1-W4A4-budget.json")]
+    lora = {lever: LeverCells(OPTIONS, lever).path("sst2", 1, "lora").parent for lever in ("smoothing", "softmax1")}
+    assert lora == {"smoothing": Path("without"), "softmax1": Path("kept/softmax1")}
 
 
 def row(lever, seed, decisions, nll):
