@@ -166,9 +166,8 @@ def build_program(
     """
     kind = task.likelihood
     backbone = load_backbone(
-        config.backbone, kind, revision=config.backbone_revision, attention=config.attention,
-        embedding_bits=config.embedding_bits,
-    )  # fmt: skip
+        config.backbone, kind, revision=config.backbone_revision, embedding_bits=config.embedding_bits
+    )
     net = attach(
         backbone, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules, scope=config.scope,
         adapter=config.adapter, adapter_settings=config.adapter_settings, init_lora_weights=config.init_lora_weights,

@@ -18,12 +18,10 @@ NONE, ALL = "none", "all"
 ALONE: dict[str, dict[str, Any]] = {
     "distillation": {"distillation": 0.5},
     "smoothing": {"smoothing": True},
-    "softmax1": {"attention": "softmax1"},
     "granularity": {"granularity": "channel"},
     "rungs": {"bit_widths": "2,3,4,6,8,16,32"},
 }
 LEVERS = {NONE: {}, **ALONE, ALL: {field: value for changes in ALONE.values() for field, value in changes.items()}}
-BEFORE = ("attention",)  # fields that change the network before gates start: these levers have a LoRA of their own
 NEEDS_GATES = ("distillation",)  # fields that a run whose gates all stay open refuses
 
 
@@ -41,21 +39,14 @@ class LeverCells(Cells):
         self.lever, self.changes = lever, LEVERS[lever]
         self.folder = options.without if lever == NONE else options.keep / lever
 
-    @property
-    def has_own_lora(self) -> bool:
-        """Whether plain LoRA is another network with this lever, or there is none."""
-        return self.lever == NONE or any(field in self.changes for field in BEFORE)
-
     def _layout_and_rows(self, task: str) -> tuple[AdapterLayout, int]:
-        program = build(self._open(task, self.options.seeds[0], {*self.changes} - {*NEEDS_GATES})).program
+        some = {field: value for field, value in self.changes.items() if field not in NEEDS_GATES}
+        program = build(dataclasses.replace(self.lora(task, self.options.seeds[0]), **some)).program
         return program.layout, program.n_train
 
     def lora(self, task: str, seed: int) -> RunConfig:
-        return self._open(task, seed, {*BEFORE})
-
-    def _open(self, task: str, seed: int, fields: set[str]) -> RunConfig:
-        some = {field: value for field, value in self.changes.items() if field in fields}
-        return super()._config(task, seed, {**some, "prior": "fixed", "prior_settings": {"bits": 32}})
+        """The same with every lever, as none changes the network before the gates start."""
+        return super()._config(task, seed, {"prior": "fixed", "prior_settings": {"bits": 32}})
 
     def _config(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
         return super()._config(task, seed, {**self.changes, **changes})
@@ -66,4 +57,4 @@ class LeverCells(Cells):
 
     def path(self, task: str, seed: int, method: str, budget: Budget | None = None) -> Path:
         path = super().path(task, seed, method, budget)
-        return path if method != "lora" or self.has_own_lora else self.options.without / path.name
+        return self.options.without / path.name if method == "lora" else path

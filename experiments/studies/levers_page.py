@@ -106,8 +106,7 @@ MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates star
 {options.kl_warmup:.0%} of the steps; {provenance([row["cell"] for row in rows])}.
 Numbers are of the one allocation that is deployed, on the dev set: mean ± standard deviation over seeds, and BOPs of
 the model. `uniform` has every weight at one width and every activation at one, `start` has the widths and ranks that
-prior `budget` starts from, at the same bit operations. Softmax1 changes the network from its first step on, so its
-LoRA at 32 bit has a row, too.
+prior `budget` starts from, at the same bit operations.
 
 {table(rows)}
 

@@ -15,7 +15,6 @@ CHOICES = {  # of what cannot be added to
     "granularity": ("tensor", "channel"),
     "precision": ("float32", "bf16"),
     "gate_optimizer": ("auto", "natural", "adam"),
-    "attention": ("softmax", "softmax1"),
 }
 
 

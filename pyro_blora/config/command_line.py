@@ -21,7 +21,16 @@ from ..user_code import is_of_file
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
 from ..user_values import shown, suggest
 from .methods import left_open, require_consistent
-from .run_config import OF_MACHINE, OWNERS, PRESETS, RunConfig, field_names, without_machine
+from .run_config import (
+    OF_MACHINE,
+    OWNERS,
+    PRESETS,
+    RETIRED,
+    RunConfig,
+    field_names,
+    without_machine,
+    without_retired,
+)
 
 _PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)
@@ -80,10 +89,10 @@ def read_preset(name: str) -> dict[str, Any]:
         key = key_node.value
         if key in seen:
             raise ValueError(f"{where}: {key!r} is given twice")
-        if key not in (*field_names(), *OF_MACHINE) and not OWNED.fullmatch(key):
+        if key not in (*field_names(), *OF_MACHINE, *RETIRED) and not OWNED.fullmatch(key):
             raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, field_names())}")
         seen.add(key)
-    return without_machine(values)
+    return without_retired(without_machine(values))
 
 
 def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
         {
             "backbone": "NAME", "backbone_revision": "COMMIT", "adapter": "NAME", "rank": "RANKS", "alpha": "SCALE",
             "target_modules": "NAMES", "scope": "NAME", "bit_widths": "BITS", "granularity": "NAME",
-            "share_inputs": "", "smoothing": "", "init_lora_weights": "NAME", "attention": "NAME",
+            "share_inputs": "", "smoothing": "", "init_lora_weights": "NAME",
             "embedding_bits": "BITS",
         },
     ),

@@ -20,7 +20,7 @@ _ADDED: tuple[tuple[str, Any], ...] = (
     ("weights_settings", {}), ("validation", 0.0), ("choose_epoch", False), ("ood_task", None),
     ("group_by_length", False), ("backbone_revision", None), ("max_skipped_steps", 10), ("estimator_settings", {}),
     ("task_settings", {}), ("gate_optimizer", "auto"), ("gated_dropout", None), ("bit_widths", written(LADDER)),
-    ("granularity", "tensor"), ("distillation", 0.0), ("smoothing", False), ("attention", "softmax"),
+    ("granularity", "tensor"), ("distillation", 0.0), ("smoothing", False),
     ("embedding_bits", 32), ("settle", 0.0),
 )  # fmt: skip
 

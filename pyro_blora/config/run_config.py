@@ -17,6 +17,9 @@ from .methods import METHODS, resolved
 from .naming import basename, digest, named_after
 
 PRESETS = Path(__file__).parent / "presets"
+RETIRED = {  # fields that older runs have: what they then were, and what became of the rest
+    "attention": ("softmax", "was taken out, as it did not pay; the last commit that has it is 4c71044"),
+}
 OF_MACHINE = ("versions", "threads")  # what a run's config.json has beside the fields
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
 _USUAL = {  # where neither user nor method nor a part sets a value
@@ -79,7 +82,6 @@ class RunConfig:
     bit_widths: str | tuple = _field(written(LADDER), "bit widths that a tensor can have, rising; 32 is unquantized")
     granularity: str = _field("tensor", "what of a weight has a range of its own: the tensor, or every output channel")
     share_inputs: bool = _field(False, "query, key and value of a layer share the bit gates of their input: less time")
-    attention: str = _field("softmax", "softmax, or softmax1: fewer outliers; it starts from another network then")
     smoothing: bool = _field(False, "learned scales move outliers of inputs into weights, channel by channel")
     embedding_bits: int = _field(32, "bits of the backbone's embeddings, a range for each row; 32: as they are")
     max_train: int | None = _field(None, "training examples to use; none: all")
@@ -218,7 +220,7 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from field values; an unknown name is refused with the nearest one."""
-        known = field_names()
+        known, values = field_names(), without_retired(values)
         for key in values:
             if key not in known:
                 raise ValueError(f"unknown configuration field {key!r}: {suggest(key, known)}")
@@ -284,6 +286,14 @@ class RunConfig:
 def field_names() -> list[str]:
     """The names of all fields, in the order of the dataclass."""
     return [field.name for field in dataclasses.fields(RunConfig)]
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without fields that are no more.  Errors: ValueError where an older run is of what was taken out."""
+    for key in RETIRED.keys() & values.keys():
+        if values[key] != RETIRED[key][0]:
+            raise ValueError(f"{key} {values[key]!r} {RETIRED[key][1]}")
+    return {key: value for key, value in values.items() if key not in RETIRED}
 
 
 def without_machine(values: Mapping[str, Any]) -> dict[str, Any]:

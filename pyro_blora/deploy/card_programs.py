@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..models.attention import SOFTMAX1, attention_of
 from .about import About
 
 _MODEL = """import transformers
@@ -71,7 +70,6 @@ def logits(texts):
     }
     return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
 """
-_SOFTMAX1 = "import pyro_blora.models\n\npyro_blora.models.set_attention({})  # softmax1, not transformers' own\n"
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
 _NEW = "\n    ignore_mismatched_sizes=True,  # its head is new, and replaced by the adapter's"
@@ -81,9 +79,8 @@ _PADDED = "\n    pad_token_id={},  # the end of a text, as its tokenizer has no 
 def of_whole(about: About) -> str:
     """Of a model of transformers."""
     head = about.kind.head
-    changed = attention_of(about.program.net.backbone) == SOFTMAX1
-    code = _MODEL if head.pipeline and not changed else _MODEL_OF_NO_PIPELINE
-    return code.format(pipeline=head.pipeline, auto_class=head.auto_class) + _attention(about, "model")
+    code = _MODEL if head.pipeline else _MODEL_OF_NO_PIPELINE
+    return code.format(pipeline=head.pipeline, auto_class=head.auto_class)
 
 
 def of_backbone(about: About) -> str:
@@ -95,7 +92,7 @@ def of_backbone(about: About) -> str:
         settings=(f'\n    revision="{about.revision}",' if about.revision else "")
         + settings + (_NEW + _padding(about) if head.is_new else ""),
     )  # fmt: skip
-    return code + _attention(about, "backbone")
+    return code
 
 
 def _padding(about: About) -> str:
@@ -103,7 +100,3 @@ def _padding(about: About) -> str:
     config = about.program.net.backbone.config
     token = getattr(config, "pad_token_id", None)
     return _PADDED.format(token) if token is not None and token == getattr(config, "eos_token_id", None) else ""
-
-
-def _attention(about: About, name: str) -> str:
-    return _SOFTMAX1.format(name) if attention_of(about.program.net.backbone) == SOFTMAX1 else ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..models.attention import SOFTMAX1, attention_of
 from ..models.embeddings import EXACT, bits_of, is_tied
 from .about import About, allocation, bops_ratio, deployed_widths
 from .card_programs import ADAPTER, DRAWS, ONNX, PACKED, of_backbone, of_whole
@@ -26,10 +25,6 @@ _NOT_NEEDED = (
     "them, so that both are rounded at less error. At 32 bit this changes nothing, so it is not in here{}."
 )
 _OF_LOW_RANK = ": lora_A was rounded with its scales, which were then divided out"
-_CHANGED = (
-    "**Attention** is softmax1, exp(x_i) / (1 + sum_j exp(x_j)), which the program below puts in. transformers loads "
-    "the model without it, too, says nothing, and computes **another function**."
-)
 _NARROW = (
     "{} products have a weight of up to 8 bit and an input of more: com.microsoft's MatMulNBits, with the weight's "
     "codes in 2, 4 or 8 bits, in float32 (accuracy level 0). That saves disk and memory, **not time**: on the "
@@ -59,7 +54,7 @@ def adapter(about: About, ranks: dict[str, int]) -> Card:
             f"**Bit operations** of this adapter on its base: {_share(about, activations=32, weights=32)}.",
             f"**Bit widths** that its matrices are rounded to:\n\n{allocation(about.layout, bits, opened, tensors)}",
             *_rounded_tables(about, _UNROUNDED),
-            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
+            *_smoothing(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
             _OWN_FILE,
         ],
         of_backbone(about) + ADAPTER, "peft", ["lora", "bayesian"], "adapter",
@@ -77,7 +72,7 @@ def draws(about: About, count: int) -> Card:
             "Matrices are rounded to the bit widths of the draw; PEFT runs them, the base's weights and all inputs at "
             "32 bit, while the run's own averaged predictions have these rounded too.",
             *_rounded_tables(about, _UNROUNDED),
-            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
+            *_smoothing(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
         "import torch\n" + of_backbone(about) + DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
         "adapter",
@@ -95,7 +90,7 @@ def whole(about: About) -> Card:
         f"{about.base or 'A model'}, fully fine-tuned",
         [
             "Its weights and inputs are at 32 bit here, whatever bit widths were learned.",
-            *_levers(about, _NOT_NEEDED.format("")),
+            *_smoothing(about, _NOT_NEEDED.format("")),
             _OWN_FILE,
         ],
         of_whole(about), "transformers", ["bayesian"], "finetune",
@@ -111,7 +106,7 @@ def merged(about: About) -> Card:
             "weights and all inputs are at 32 bit. So this is **not** the low-bit model of the run, whose decisions "
             "differ where rounding the base and its inputs matters.",
             "**Bit operations**: those of the base model at 32 bit; the adapter costs nothing more.",
-            *_levers(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
+            *_smoothing(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
         of_whole(about), "transformers", ["lora", "merged", "bayesian"], "merge",
     )  # fmt: skip
@@ -138,7 +133,7 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
             f"**Bit operations** on hardware with such products: {_share(about, is_merged=is_merged)}.",
             f"**Disk**: {share}.",
             *(_rounded_tables(about, ", and here") if embeddings is None else []),
-            *_levers(about, _IN_IT),
+            *_smoothing(about, _IN_IT),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, tensors)}",
             *_untied(about, embeddings),
             *(["The base is not in this folder: it is read from the hub or a folder, and compared by hash."]
@@ -169,7 +164,7 @@ def onnx(about: About, products: Products, gaps: dict[str, float], size: int, fa
             f"**Bit operations** on hardware with products of every width: {_share(about)}. On int8 kernels, widths "
             "below 8 bit save nothing more.",
             f"**Disk**: {size / 1e6:.1f} MB.",
-            *_levers(about, _IN_IT),
+            *_smoothing(about, _IN_IT),
             f"**Bit widths**:\n\n{allocation(about.layout, bits, opened, list(about.layout.tensors))}",
             *_untied(about),
             "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
@@ -191,11 +186,9 @@ def _untied(about: About, embeddings: int | None = None) -> list[str]:
     ]
 
 
-def _levers(about: About, smoothing: str) -> list[str]:
-    """What a card says of a run with smoothed inputs, and of one with another attention."""
-    net = about.program.net
-    return [*([smoothing] if net.smoothing is not None else []),
-            *([_CHANGED] if attention_of(net.backbone) == SOFTMAX1 else [])]  # fmt: skip
+def _smoothing(about: About, told: str) -> list[str]:
+    """What a card says of a run with smoothed inputs."""
+    return [told] if about.program.net.smoothing is not None else []
 
 
 def _share(about: About, *, activations: int | None = None, weights: int | None = None, is_merged: bool = False) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..config.run_config import RunConfig
 from ..files import new_folder, write_sums
-from ..models.attention import SOFTMAX1, attention_of
 from ..models.conv1d import to_conv1d, to_linear
 from ..models.quiet_loading import quiet
 from ..posterior.draws import deployed
@@ -47,11 +46,6 @@ def merge(
     folder = Path(folder)
     if not program.layout.adapted:
         raise ValueError("after full fine-tuning there is no adapter to merge: --format peft writes the whole model")
-    if attention_of(program.net.backbone) == SOFTMAX1:
-        raise ValueError(
-            "transformers loads a merged model without the attention softmax1 that was trained, and computes another "
-            "function: export an adapter (--format peft), whose card has the program that puts it in"
-        )
     with new_folder(folder, "a model") as partial:
         plain = merged_backbone(program)
         with quiet():

@@ -17,7 +17,6 @@ from .. import adapters
 from ..config.run_config import RunConfig
 from ..files import new_folder
 from ..models.architectures import example_rows
-from ..models.attention import SOFTMAX1, attention_of
 from ..models.conv1d import to_linear
 from ..models.embeddings import bits_of, is_tied, range_of, require_bits, rounded_to, tables, untie
 from ..models.names import commit_of, public_name
@@ -113,11 +112,6 @@ def _require_form(net: adapters.GatedModel) -> None:
         raise ValueError(
             "this adapter quantizes nothing, so there is nothing to pack: export it as an adapter (--format peft), or "
             "merged (--format merged)"
-        )
-    if attention_of(net.backbone) == SOFTMAX1:
-        raise ValueError(
-            "attention softmax1 has no packed form: export an adapter (--format peft), or train without --attention "
-            "softmax1"
         )
     kind = type(net.backbone)
     if getattr(transformers, kind.__name__, None) is not kind:

@@ -28,7 +28,6 @@ from ..config.run_config import RunConfig
 from ..files import NotWritten, new_folder, writing
 from ..gates import Gates
 from ..layout import LORA_A, LORA_B
-from ..models.attention import attention_of, set_attention
 from ..models.conv1d import to_conv1d
 from ..models.names import commit_of, public_name
 from ..models.quiet_loading import quiet
@@ -77,7 +76,6 @@ def export(
             with quiet():
                 plain.save_pretrained(str(partial))
                 reloaded = type(plain).from_pretrained(str(partial), trust_remote_code=False)
-                set_attention(reloaded, attention_of(plain))
         verify(program, reloaded, rows)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial, config)

@@ -111,7 +111,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
 
 def _rests_at_its_start(config: RunConfig) -> bool:
     settle, start = config.settle or 0.0, config.kl_warmup or 0.0
-    return 0 < settle and start + settle >= 1
+    return settle > 0 and start + settle >= 1
 
 
 def stored(program: BayesianLoRA) -> int:

@@ -6,7 +6,6 @@ from ..lazily import lazily
 
 if TYPE_CHECKING:
     from .architectures import head_modules as head_modules
-    from .attention import set_attention as set_attention
     from .layout import layout_of as layout_of
     from .loading import load_backbone as load_backbone
     from .loading import load_tokenizer as load_tokenizer

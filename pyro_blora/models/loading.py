@@ -23,7 +23,6 @@ from ..registry import Registry
 from ..tasks.heads import SEQUENCE, Head
 from ..tasks.likelihoods import Likelihood
 from .architectures import head_modules
-from .attention import SOFTMAX, set_attention
 from .embeddings import EXACT, round_tables
 from .names import backbone_path
 from .quiet_loading import quiet
@@ -39,15 +38,14 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def load_backbone(
-    name: str, kind: int | Likelihood, *, revision: str | None = None, attention: str = SOFTMAX,
-    embedding_bits: int = EXACT,
-) -> nn.Module:  # fmt: skip
+    name: str, kind: int | Likelihood, *, revision: str | None = None, embedding_bits: int = EXACT
+) -> nn.Module:
     """A pretrained model with the head of a kind of outcome, in float32.
 
     The head is untrained, or a pretrained one of as many outputs: one with the same labels in another order has its
     outputs put into this order.
     kind: a task's `likelihood`; a number is that of outputs of a sequence classifier without names. revision: of a
-    name on the hub. attention: `softmax`, or `softmax1`, see attention.py. embedding_bits: see embeddings.py.
+    name on the hub. embedding_bits: see embeddings.py.
     Errors: ValueError for a name that neither the hub nor the disk has, a hub out of reach, and for files that are
     damaged or hold another model.
     """
@@ -72,7 +70,6 @@ def load_backbone(
         model.config.pad_token_id = _padding(name, revision)
     if labels:
         _name_labels(model, labels)
-    set_attention(model, attention)
     round_tables(model, embedding_bits)
     return model
 

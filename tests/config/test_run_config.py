@@ -28,7 +28,7 @@ OTHER = {
     "validation": 0.1, "choose_epoch": True, "ood_task": "rte", "task_settings": {"column": "text"},
     "estimator_settings": {"draws": 2}, "gate_optimizer": "natural", "gated_dropout": False,
     "bit_widths": "2,3,4,6,8,16,32", "granularity": "channel",
-    "distillation": 0.5, "settle": 0.25, "smoothing": True, "attention": "softmax1", "embedding_bits": 8,
+    "distillation": 0.5, "settle": 0.25, "smoothing": True, "embedding_bits": 8,
 }  # fmt: skip
 NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
 
@@ -385,6 +385,17 @@ def test_the_digest_sees_the_file_of_a_users_law(tmp_path):
     assert RunConfig(prior=f"{file}:law").digest == first
     file.write_text("def law(layout): return None")
     assert RunConfig(prior=f"{file}:law").digest != first
+
+
+def test_a_field_that_was_taken_out_is_read_where_it_did_nothing(tmp_path):
+    config = RunConfig()
+    older = {**dataclasses.asdict(config), "attention": "softmax"}
+    assert RunConfig.from_dict(older) == config
+    written = tmp_path / "config.json"
+    written.write_text(json.dumps({**older, "versions": {"torch": "2"}}), encoding="utf-8")
+    assert RunConfig.from_json(written) == config and RunConfig(**load_preset(str(written))) == config
+    with pytest.raises(ValueError, match="attention 'softmax1' was taken out, as it did not pay"):
+        RunConfig.from_dict({**older, "attention": "softmax1"})
 
 
 def test_a_run_is_repeated_by_its_own_file_where_the_line_would_be_long(tmp_path):

@@ -14,7 +14,6 @@ from pyro_blora import attach, fit
 from pyro_blora.adapters import calibrate
 from pyro_blora.distillation import Teacher
 from pyro_blora.guides import build_guide
-from pyro_blora.models import set_attention
 from pyro_blora.models.relative_positions import remember_positions
 from pyro_blora.posterior import deployed
 from pyro_blora.priors import build_prior
@@ -23,12 +22,6 @@ from pyro_blora.tasks import CausalLM, MultipleChoice, get_task
 from pyro_blora.tasks.likelihoods import IGNORED
 from pyro_blora.training.gradients import Gradients
 from pyro_blora.weights import build_weights
-
-
-def bert_with_softmax1():
-    model = tiny_bert()
-    set_attention(model)
-    return model
 
 
 def tied_language_model():
@@ -52,7 +45,6 @@ RECORDED = {
     "plain LoRA": {"prior": "fixed", "prior_settings": {"bits": 32}},
     "8 bit": {"prior": "fixed", "prior_settings": {"bits": 8}},
     "distillation, smoothing": {"build": tiny_deberta, "distillation": 0.5, "smoothing": True},
-    "softmax1": {"build": bert_with_softmax1},
     "GPT-2": {"build": tiny_gpt2, "scope": "encoder"},
     "language model": {"build": tiny_language_model, "kind": CausalLM(), "distillation": 0.5},
     "multiple choice": {"build": tiny_language_model, "kind": MultipleChoice(("A", "B")), "distillation": 0.5},
