@@ -207,7 +207,7 @@ class BayesianLoRA(GateProgram):
 
     text_columns: tuple[str, ...] = ()  # of its task: what one example's texts are called
     _opened: Gates[Tensor] | None = None
-    settled: Gates[Tensor] | None = None  # what is deployed, from `settle` on
+    settled: Gates[Tensor] | None = None  # what is deployed, while the gates rest
     _settled_at_32: list[bool] | None = None
     _at_32: list[bool] | None = None  # in a training step: which tensors always stay at 32 bit
 
@@ -227,7 +227,7 @@ class BayesianLoRA(GateProgram):
         return self._opened
 
     def settle(self, gates: Gates[Tensor]) -> None:
-        """Take the allocation that is deployed, at which gates are held from now on."""
+        """Take the allocation that is deployed, at which `held` gates are."""
         self.settled, self._settled_at_32 = gates, adapters.exact_tensors(gates.z)
 
     def logits(self, inputs: Inputs, gates: Gates[Tensor], theta: Tensor | None = None) -> Tensor:

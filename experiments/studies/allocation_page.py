@@ -17,8 +17,9 @@ STYLES = {  # colours of Okabe and Ito
     "lora": ("#000000", "*"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"), "random": ("#009E73", "^"),
     "post": ("#CC79A7", "v"), "hessian": ("#E69F00", "D"), "greedy": ("#56B4E9", "P"),
     "exact_hessian": ("#F0E442", "X"), "start": ("#7F7F7F", "h"), "rewound": ("#332288", "p"),
+    "rested": ("#999933", "d"),
 }  # fmt: skip
-OURS = ("rewound", "budget", "start")
+OURS = ("rewound", "budget", "rested", "start")
 OPERATIONS = "BOPs, deployed (% of the model at 32 x 32 bit)"
 
 
@@ -56,7 +57,7 @@ def table(rows: list[dict]) -> str:
 
 
 def differences(rows: list[dict]) -> str:
-    """Paired differences of the three allocations of gates to every other method at the same BOPs, and to LoRA."""
+    """Paired differences of the allocations of gates to every other method at the same BOPs, and to LoRA."""
     lines = ["| task | BOPs of | method | minus | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|---|"]
     found = groups(rows)
     for (task, budget, method), cells in found.items():
@@ -119,9 +120,9 @@ filled in); {np.median(seconds):.0f} s of training a cell in the median, beside 
 `score` is the task's metric on the dev set, mean ± standard deviation over seeds. `deployed` is the one allocation that
 is exported, one forward an example; `draws` averages the predictions of {options.draws} draws of the gates. BOPs are of
 the model. `hessian` (HAWQ-V2) and `greedy` (a start of AutoQRA) choose widths from training examples where the gates
-start, and are then trained as `uniform` is. `budget` learns its allocation in the first half of the steps after that,
-and trains at it in the second; `rewound` is that allocation, trained for all of these steps, as theirs are; `start`
-takes what the gates start from. W3A4 has no rung of its own: weights of every second layer are at 4 bit, the first
+start, and are then trained as `uniform` is. `start` takes what the gates start from. `budget` learns its allocation in
+the first half of the steps after that, and trains at it in the second; `rewound` is that allocation, trained for all of
+these steps, as the others are; `rested` trains at the start in the first half, and learns in the second. W3A4 has no rung of its own: weights of every second layer are at 4 bit, the first
 layer's among them, the others' at 2 bit. W2A8 has the bit operations of W4A4.
 
 {table(rows)}

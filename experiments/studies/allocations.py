@@ -10,7 +10,8 @@ All methods of a task and seed go on from one LoRA, in the same data order, for 
     greedy      widths and ranks by measured loss, greedily, a start of AutoQRA, then as `uniform` (studies/peers.py)
     start       prior `budget` at the BOPs of the uniform allocation, a cold posterior; what is deployed where its gates
                 start, from the Fisher information, then as `uniform`
-    budget      the same, with gates that learn in the first half of these steps; then as `uniform` at what is deployed
+    rested      the same for half of these steps; then gates learn, to the end
+    budget      gates that learn in the first half of these steps; then as `uniform` at what is deployed
     rewound     what `budget` deploys, from the LoRA on as `uniform`: weights that did not train beside moving gates
 
 Scope is `encoder`. CoLA has all of its rows where `--all_rows` names it.
@@ -37,7 +38,7 @@ from pyro_blora.layout import ACTIVATIONS, AdapterLayout
 from pyro_blora.priors import build_prior
 from pyro_blora.priors.allocation import RANK, Widths, of_run
 
-METHODS = ("lora", "uniform", "budget", "rewound", "start", "random", "post", "hessian", "greedy")
+METHODS = ("lora", "uniform", "start", "rested", "budget", "rewound", "random", "post", "hessian", "greedy")
 EVERY = (*METHODS, "exact_hessian")  # the last only where it is asked for: studies/hessian.py has the reason
 COLD = 0.1  # weight of the KL: what is deployed is one allocation, so the posterior is kept near its mode
 SECONDS = {  # of a step, of a peer's measurements, of a run's other phases, on one core, for --plan
@@ -124,6 +125,7 @@ class Cells:
             "random": {"prior": "random", "prior_settings": {**target, "seed": seed}},
             "budget": {**learned, "settle": round(quantized / 2, 6)},
             "start": {**learned, "settle": round(quantized, 6)},
+            "rested": {**learned, "rest": round(quantized / 2, 6), "settle": 0.0},
         }
         return self._quantized(task, seed, changes[method])
 

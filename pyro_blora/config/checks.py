@@ -49,10 +49,10 @@ def _require_consistent(config: Any) -> None:
             "gates that are set after training (kl_warmup 1) leave no epoch for --choose_epoch to choose: drop it, "
             "or lower --kl_warmup"
         )
-    if config.kl_warmup + config.settle > 1:
+    if config.kl_warmup + config.rest + config.settle > 1 + 1e-9:
         raise ValueError(
-            f"kl_warmup {config.kl_warmup:g} and settle {config.settle:g} are more than all of the steps: the gates "
-            "start after the first fraction and rest in the last: lower one of them"
+            f"kl_warmup {config.kl_warmup:g}, rest {config.rest:g} and settle {config.settle:g} are more than all of "
+            "the steps: the gates start after the first fraction, and rest in the others: lower one of them"
         )
     of_fits = WEIGHTS.entry(config.weights_of_fits)
     for flag, sentence in [pair for part in (*config.parts, of_fits) for pair in part.excludes.items()]:

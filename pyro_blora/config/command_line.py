@@ -20,17 +20,9 @@ from ..registries import CHOSEN, TASKS
 from ..user_code import is_of_file
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
 from ..user_values import shown, suggest
+from .config_file import OF_MACHINE, RETIRED, without_machine, without_retired
 from .methods import left_open, require_consistent
-from .run_config import (
-    OF_MACHINE,
-    OWNERS,
-    PRESETS,
-    RETIRED,
-    RunConfig,
-    field_names,
-    without_machine,
-    without_retired,
-)
+from .run_config import OWNERS, PRESETS, RunConfig, field_names
 
 _PATTERN = rf"(?:{'|'.join(OWNERS)})\.\w+|prior\.[zg]\.\w+"
 OWNED = re.compile(_PATTERN)

@@ -32,7 +32,7 @@ GROUPS = {  # title: (what stands below it, {flag: its unit, or what its value i
         "--prior bops --prior.rate 3: one more bit of the tensor with the most MACs costs 3 nats.",
         {
             "prior": "NAME", "guide": "NAME", "estimator": "NAME", "kl_weight": "WEIGHT", "kl_warmup": "FRACTION",
-            "settle": "FRACTION", "distillation": "WEIGHT",
+            "rest": "FRACTION", "settle": "FRACTION", "distillation": "WEIGHT",
             "temperature_start": "TEMPERATURE", "temperature_end": "TEMPERATURE", "gate_optimizer": "NAME",
             "lr_gates": "RATE", "lr_ranges": "RATE", "gated_dropout": "",
         },

@@ -21,7 +21,7 @@ _ADDED: tuple[tuple[str, Any], ...] = (
     ("group_by_length", False), ("backbone_revision", None), ("max_skipped_steps", 10), ("estimator_settings", {}),
     ("task_settings", {}), ("gate_optimizer", "auto"), ("gated_dropout", None), ("bit_widths", written(LADDER)),
     ("granularity", "tensor"), ("distillation", 0.0), ("smoothing", False),
-    ("embedding_bits", 32), ("settle", 0.0),
+    ("embedding_bits", 32), ("rest", 0.0), ("settle", 0.0),
 )  # fmt: skip
 
 

@@ -12,15 +12,12 @@ from ..registry import Entry
 from ..user_files import load_json, read_text
 from ..user_values import suggest
 from .checks import require_valid
+from .config_file import without_machine, without_retired
 from .fields import fit, read_files, targets
 from .methods import METHODS, resolved
 from .naming import basename, digest, named_after
 
 PRESETS = Path(__file__).parent / "presets"
-RETIRED = {  # fields that older runs have: what they then were, and what became of the rest
-    "attention": ("softmax", "was taken out, as it did not pay; the last commit that has it is 4c71044"),
-}
-OF_MACHINE = ("versions", "threads")  # what a run's config.json has beside the fields
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
 _USUAL = {  # where neither user nor method nor a part sets a value
     "lr": 1e-3, "kl_warmup": 0.3, "settle": 0.0, "estimator": "relaxed", "max_length": 128, "group_by_length": False,
@@ -107,10 +104,15 @@ class RunConfig:
     kl_warmup: float | None = _field(
         None, "fraction of the steps with open gates, before they start; 1: after training; none: 0.3, or the method's"
     )
+    rest: float = _field(
+        0.0,
+        "fraction of the steps, from where the gates start, in which weights first train at the allocation that they "
+        "start from, before the gates learn",
+    )
     settle: float | None = _field(
         None,
         "fraction of the steps, the last ones, in which weights train on at the deployed allocation and gates rest; "
-        "none: 0, or what the prior proposes: of budget, all after kl_warmup",
+        "none: 0, or what the prior proposes: budget all of them, unless a flag says how its gates learn",
     )
     gated_dropout: bool | None = _field(
         None,
@@ -180,10 +182,11 @@ class RunConfig:
 
     def _proposed_settle(self, proposed: float, given: Mapping[str, Any]) -> float:
         """It gives way to a longer start, and to a user who says how the gates learn."""
-        learning = {"estimator", "estimator_settings", "gate_optimizer", "lr_gates"}
-        if given.keys() & learning or not 0 <= (cast(float, self.kl_warmup)) <= 1:  # the latter is refused below
+        learning = {"rest", "estimator", "estimator_settings", "gate_optimizer", "lr_gates"}
+        left = 1 - cast(float, self.kl_warmup)
+        if given.keys() & learning or not 0 <= left <= 1:  # the latter is refused below
             return 0.0
-        return round(min(proposed, 1 - cast(float, self.kl_warmup)), 6)
+        return round(min(proposed, left), 6)
 
     @property
     def parts(self) -> list[Entry]:
@@ -286,19 +289,3 @@ class RunConfig:
 def field_names() -> list[str]:
     """The names of all fields, in the order of the dataclass."""
     return [field.name for field in dataclasses.fields(RunConfig)]
-
-
-def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without fields that are no more.  Errors: ValueError where an older run is of what was taken out."""
-    for key in RETIRED.keys() & values.keys():
-        if values[key] != RETIRED[key][0]:
-            raise ValueError(f"{key} {values[key]!r} {RETIRED[key][1]}")
-    return {key: value for key, value in values.items() if key not in RETIRED}
-
-
-def without_machine(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields in a run's `config.json`: not what it says of the machine, and with what older versions did."""
-    fields = {key: value for key, value in values.items() if key not in OF_MACHINE}
-    if "versions" in values:
-        fields.setdefault("settle", 0.0)  # before --settle, gates learned to the end
-    return fields

@@ -27,7 +27,7 @@ from .writing import scored_texts
 _WEIGHT_DRAWS = 100  # for their mean standard deviation
 _RESTED = (
     "The gates rest where they started, at estimates from the Fisher information of the open adapter; the steps after "
-    "that trained the weights at what is deployed. --settle 0.3 lets the gates learn in between."
+    "that trained the weights at what is deployed. To let the gates learn: --rest 0.3 --settle 0."
 )
 _BOPS_DRAWS = 1000  # bit operations need no forward, so their interval can afford many
 
@@ -110,8 +110,8 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
 
 
 def _rests_at_its_start(config: RunConfig) -> bool:
-    settle, start = config.settle or 0.0, config.kl_warmup or 0.0
-    return settle > 0 and start + settle >= 1
+    start, rest, settle = (x or 0.0 for x in (config.kl_warmup, config.rest, config.settle))
+    return rest + settle > 0 and start + rest + settle > 1 - 1e-9
 
 
 def stored(program: BayesianLoRA) -> int:

@@ -41,7 +41,7 @@ from .optimizer import make_optimizer
 from .range_calibration import range_errors
 from .resuming import DIVERGED, Checkpoints
 from .schedule import Schedule, step_seed
-from .settling import settle
+from .settling import hold
 from .trained import Trained
 
 _CALIBRATION_BATCHES = 4  # for the starting ranges
@@ -128,8 +128,7 @@ class _Loop:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
         with contextlib.ExitStack() as ending, deferred(), phase("training", last, first=first) as shown:
             for tracker in accelerator.trackers:  # also where a signal ends the loop
-                # not end_training, which ends the group: its processes have yet to evaluate
-                ending.callback(tracker.finish)
+                ending.callback(tracker.finish)  # not end_training: processes of its group have yet to evaluate
             for step, micro_batches in itertools.islice(self._steps(first), max(0, last - first)):
                 if step == self.schedule.opening:
                     self._open_phase(step, optimizer)
@@ -207,7 +206,8 @@ class _Loop:
         for group in optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(group["name"], step)
         temperature, held = self.schedule.temperature(step), self.schedule.held(step)
-        settle(self.program, self.schedule, step)
+        if hold(self.program, self.schedule, step):
+            self.gradients.forget()
         self.program.train()
         if held != "open" and not self.drops_out:
             adapters.without_dropout(self.program.net)

@@ -46,8 +46,13 @@ class Schedule:
         return int(cast(float, self.config.kl_warmup) * self.steps)  # which RunConfig has set
 
     @property
+    def learning(self) -> int:
+        """The step at which gates begin to learn, after a rest at the allocation that they start from."""
+        return min(self.settling, self.opening + round(self.config.rest * self.steps))
+
+    @property
     def settling(self) -> int:
-        """The step from which the gates rest at the deployed allocation."""
+        """The step from which the gates rest at the deployed allocation, to the end."""
         before = (1 - cast(float, self.config.settle)) * self.steps
         return max(self.opening, math.floor(before + 1e-6))  # 1 - .3 is a little less than .7
 
@@ -55,19 +60,20 @@ class Schedule:
         """The allocation at which the gates are held, where they are."""
         if step < self.opening:
             return "open"
-        return "deployed" if step >= self.settling else None
+        return None if self.learning <= step < self.settling else "deployed"
 
     def require(self, gates_are_random: bool, start_from_data: bool) -> None:
-        """Errors: ValueError for --settle where there is nothing to decide, and where nothing has decided it."""
-        settle = cast(float, self.config.settle)
-        if settle and not gates_are_random:
+        """Errors: ValueError for gates that rest where there is nothing to decide, or nothing has decided it."""
+        rests = {name: getattr(self.config, name) for name in ("rest", "settle") if getattr(self.config, name)}
+        for name, fraction in rests.items() if not gates_are_random else ():
             raise ValueError(
-                f"settle {settle:g} holds random gates at what is deployed, and this run has none: drop it"
+                f"{name} {fraction:g} holds random gates at what is deployed, and this run has none: drop it"
             )
-        if self.settling <= self.opening < self.steps and settle and not start_from_data:
+        if rests and not start_from_data and (self.config.rest or self.settling <= self.opening < self.steps):
+            told = " and ".join(f"{name} {fraction:g}" for name, fraction in rests.items())
             raise ValueError(
-                f"settle {settle:g} leaves no step in which gates learn, and those of guide {self.config.guide!r} do "
-                "not start from the data: give a smaller --settle"
+                f"{told}: gates would rest before they have learned, and those of guide {self.config.guide!r} do not "
+                "start from the data: give --rest 0, and a smaller --settle"
             )
 
     def gates_move(self, step: int) -> float:
@@ -75,8 +81,8 @@ class Schedule:
 
         From the middle of the steps in which gates are free, linearly to the last of these.
         """
-        gone = 2 * (step + 1) - (self.opening + self.settling)
-        return min(1.0, max(0, gone) / max(1, self.settling - self.opening))
+        gone = 2 * (step + 1) - (self.learning + self.settling)
+        return min(1.0, max(0, gone) / max(1, self.settling - self.learning))
 
     def temperature(self, step: int) -> float:
         start, end = self.config.temperature_start, self.config.temperature_end
@@ -89,12 +95,10 @@ class Schedule:
         At a constant rate, Adam's noise would keep the gates away from their posterior: benchmarks/posterior.md.
         """
         if group in ("gates", "ranges"):
-            if step < self.opening:
-                return 0.0
             if group == "ranges":
-                return self.config.lr_ranges
-            gone = (step - self.opening) / max(1, self.settling - self.opening)
-            return self.config.lr_gates * _LAST_RATE**gone if step < self.settling else 0.0
+                return self.config.lr_ranges if step >= self.opening else 0.0
+            gone = (step - self.learning) / max(1, self.settling - self.learning)
+            return self.config.lr_gates * _LAST_RATE**gone if self.held(step) is None else 0.0
         peaks = {"head": self.config.lr if self.config.lr_head is None else self.config.lr_head, "spread": _SPREAD_RATE}
         peak = cast(float, peaks.get(group, self.config.lr))
         warm = max(1, math.ceil(self.config.warmup * self.steps))

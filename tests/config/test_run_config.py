@@ -28,7 +28,7 @@ OTHER = {
     "validation": 0.1, "choose_epoch": True, "ood_task": "rte", "task_settings": {"column": "text"},
     "estimator_settings": {"draws": 2}, "gate_optimizer": "natural", "gated_dropout": False,
     "bit_widths": "2,3,4,6,8,16,32", "granularity": "channel",
-    "distillation": 0.5, "settle": 0.25, "smoothing": True, "embedding_bits": 8,
+    "distillation": 0.5, "rest": 0.1, "settle": 0.25, "smoothing": True, "embedding_bits": 8,
 }  # fmt: skip
 NEEDED = {"choose_epoch": {"validation": 0.1}}  # what else a field needs
 
@@ -114,30 +114,33 @@ def test_a_task_proposes_what_a_user_can_refuse():
 @pytest.mark.parametrize(
     ("changes", "phases"),
     [
-        ({"prior": "nested"}, (0.3, 0.0)),
-        ({}, (0.4, 0.6)),
-        ({"kl_warmup": 0.7}, (0.7, 0.3)),  # a longer start
-        ({"kl_warmup": 1.0}, (1.0, 0.0)),
-        ({"settle": 0.0}, (0.4, 0.0)),
-        ({"settle": 0.3}, (0.4, 0.3)),
-        ({"gate_optimizer": "adam"}, (0.4, 0.0)),  # who says how gates learn wants them to
-        ({"estimator": "relaxed"}, (0.4, 0.0)),
-        ({"lr_gates": 0.05}, (0.4, 0.0)),
-        ({"method": "bayesian_bits"}, (0.4, 0.6)),
+        ({"prior": "nested"}, (0.3, 0.0, 0.0)),
+        ({}, (0.4, 0.0, 0.6)),
+        ({"kl_warmup": 0.7}, (0.7, 0.0, 0.3)),  # a longer start
+        ({"kl_warmup": 1.0}, (1.0, 0.0, 0.0)),
+        ({"settle": 0.0}, (0.4, 0.0, 0.0)),
+        ({"settle": 0.3}, (0.4, 0.0, 0.3)),
+        ({"rest": 0.3}, (0.4, 0.3, 0.0)),  # who says how gates learn wants them to
+        ({"rest": 0.3, "settle": 0.1}, (0.4, 0.3, 0.1)),
+        ({"gate_optimizer": "adam"}, (0.4, 0.0, 0.0)),
+        ({"estimator": "relaxed"}, (0.4, 0.0, 0.0)),
+        ({"lr_gates": 0.05}, (0.4, 0.0, 0.0)),
+        ({"method": "bayesian_bits"}, (0.4, 0.0, 0.6)),
     ],
     ids=str,
 )
 def test_a_budget_rests_where_its_gates_start_unless_told_otherwise(changes, phases):
     config = RunConfig(**{"prior": "budget", **changes})
-    assert (config.kl_warmup, config.settle) == phases
+    assert (config.kl_warmup, config.rest, config.settle) == phases
     again = RunConfig.from_json(config.to_json(versions={"torch": "2"}))
     assert again == config and again.digest == config.digest
 
 
-def test_a_run_from_before_settling_learned_to_the_end():
-    written = json.loads(RunConfig(prior="budget", settle=0.0).to_json(versions={"torch": "2"}))
-    del written["settle"]
-    assert RunConfig.from_json(json.dumps(written)).settle == 0.0
+def test_gates_of_a_run_from_before_they_rested_learned_from_start_to_end():
+    config = RunConfig(prior="budget", rest=0.0, settle=0.0)
+    written = json.loads(config.to_json(versions={"torch": "2"}))
+    del written["rest"], written["settle"]
+    assert RunConfig.from_json(json.dumps(written)) == config
 
 
 def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():

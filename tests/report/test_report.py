@@ -531,9 +531,9 @@ def test_gates_that_rest_where_they_started_are_told(backbone, plain, tmp_path):
         return RunFiles(folder).summary
 
     rested = summary("rested", kl_warmup=0.5)
-    assert "rest where they started" in rested["rested"] and "--settle 0.3" in rested["rested"]
+    assert "rest where they started" in rested["rested"] and "--rest 0.3 --settle 0" in rested["rested"]
     assert rested["rested"] in " ".join(in_words(rested)) and rested["rested"] in result_sentences(rested)
-    for other in (summary("learned", settle=0.25), RunFiles(plain).summary):
+    for other in (summary("learned", rest=0.25), RunFiles(plain).summary):
         assert "rested" not in other and not any("rest where" in x for x in in_words(other))
 
 

@@ -255,10 +255,10 @@ def test_what_cannot_be_recorded_goes_on_kernel_by_kernel(caplog):
 
 
 @CUDA
-@pytest.mark.parametrize(("settle", "until"), [(0.0, 5), (0.25, 7)])
-def test_a_training_is_recorded_and_resumes_to_the_same_bits(tmp_path, settle, until):
+@pytest.mark.parametrize(("phases", "until"), [({}, 5), ({"settle": 0.25}, 7), ({"rest": 0.25, "settle": 0.25}, 6)])
+def test_a_training_is_recorded_and_resumes_to_the_same_bits(tmp_path, phases, until):
     backbone = save_tiny_backbone(tmp_path / "backbone")
-    config = tiny_config(backbone, settle=settle)
+    config = tiny_config(backbone, **phases)
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
     fit(config, folder=tmp_path / "cut", quiet=True, until=until)
     cut = fit(config, folder=tmp_path / "cut", quiet=True)

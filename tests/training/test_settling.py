@@ -1,4 +1,4 @@
-"""--settle: at the end of a training weights go on at what is deployed, and the gates rest."""
+"""--rest and --settle: weights train at what is deployed, and the gates rest, before they learn and after."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pyro_blora.config import RunConfig
 from pyro_blora.posterior import bops, deployed
 from pyro_blora.training import Schedule, fit, natural_gradient
 from pyro_blora.training.gradients import Gradients
-from pyro_blora.training.settling import settle
+from pyro_blora.training.settling import hold
 
 pytestmark = pytest.mark.usefixtures("eager")
 CHOICES = ({}, {"estimator": "relaxed"}, {"prior": "hierarchical"}, {"guide": "mixture"}, {"distillation": 0.3})
@@ -31,6 +31,18 @@ def test_phases_are_functions_of_the_step():
     rates = [schedule.learning_rate("gates", step) for step in (9, 10, 29, 30, 39)]
     assert rates == [0.0, 0.1, pytest.approx(0.1 * 0.01**0.95), 0.0, 0.0]
     assert schedule.learning_rate("ranges", 39) == 1e-3
+    rested = Schedule.of(RunConfig(epochs=4, batch_size=10, kl_warmup=0.25, rest=0.25, settle=0.25), 100)
+    assert [rested.held(step) for step in (9, 10, 19, 20, 29, 30)] == [
+        "open",
+        *["deployed"] * 2,
+        None,
+        None,
+        "deployed",
+    ]
+    assert [rested.gates_move(step) for step in (20, 24, 25, 29)] == [0.0, 0.0, 0.2, 1.0]
+    rates = [rested.learning_rate("gates", step) for step in (10, 19, 20, 29, 30)]
+    assert rates == [0.0, 0.0, 0.1, pytest.approx(0.1 * 0.01**0.9), 0.0]
+    assert rested.learning_rate("ranges", 10) == 1e-3
     at_once = Schedule.of(RunConfig(epochs=4, batch_size=10, kl_warmup=0.7, settle=0.3), 100)
     assert {at_once.held(step) for step in range(28, 40)} == {"deployed"}
     for rows in range(30, 130):  # fractions that sum to 1 leave no step between
@@ -45,7 +57,7 @@ def test_gates_rest_and_weights_go_on(backbone, tmp_path, monkeypatch, changes):
     schedule = Schedule.of(config, 64)
     assert 0 < schedule.opening < schedule.settling == 9 < schedule.steps == 12
     at = fit(config, folder=tmp_path, quiet=True, until=9)
-    settle(at.program, schedule, 9)
+    hold(at.program, schedule, 9)
     before, allocation = state(at), deployed(at.program)
     end = fit(config, folder=tmp_path, quiet=True)
     rest = {name for name, x in state(end).items() if torch.equal(x, before[name])}
@@ -58,6 +70,31 @@ def test_gates_rest_and_weights_go_on(backbone, tmp_path, monkeypatch, changes):
     for line in end.metrics[9:]:
         expected = line["nll"] if not weight else (1 - weight) * line["nll"] + weight * line["teacher_kl"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gates_rest_at_their_start_then_learn_and_rest_at_what_they_learned(backbone, monkeypatch):
+    monkeypatch.setattr(natural_gradient, "_FIRST", 2)
+    seen, inner = [], Gradients.__call__
+
+    def watched(gradients, *arguments, **named):
+        found = inner(gradients, *arguments, **named)
+        program = gradients.program
+        seen.append((program.settled, [x.clone() for x in deployed(program)], program.gate_guide.z_evidence.clone()))
+        return found
+
+    monkeypatch.setattr(Gradients, "__call__", watched)
+    config = tiny_config(
+        backbone, epochs=6, kl_warmup=0.25, rest=0.25, settle=0.25, kl_weight=0.01, prior="budget", lr_ranges=0.1
+    )
+    fit(config, quiet=True)
+    assert len(seen) == 24
+    rested, learned, settled = seen[6:12], seen[12:18], seen[18:]
+    assert all(held is None for held, *_ in seen[:6] + learned)
+    for phase in (rested, settled):
+        allocation = phase[0][0]
+        assert all(held is allocation and torch.equal(held.z, at[0]) for held, at, _ in phase)
+        assert all(torch.equal(e, phase[0][2]) for *_, e in phase)
+    assert not torch.equal(rested[0][0].z, settled[0][0].z) and not torch.equal(rested[0][2], settled[0][2])
 
 
 def test_the_loss_is_that_of_the_deployed_allocation(backbone, monkeypatch):
@@ -79,10 +116,11 @@ def test_the_loss_is_that_of_the_deployed_allocation(backbone, monkeypatch):
         assert loss == pytest.approx(nll, abs=1e-6)
 
 
-def test_a_training_cut_off_among_the_last_steps_goes_on_to_the_same_bits(backbone, tmp_path):
-    config = tiny_config(backbone, epochs=3, settle=0.25, prior="budget")
+@pytest.mark.parametrize("until", [3, 4, 6, 7, 9, 11])  # gates start at step 3, learn from 6 on, settle at 9
+def test_a_training_cut_off_in_any_phase_goes_on_to_the_same_bits(backbone, tmp_path, until):
+    config = tiny_config(backbone, epochs=3, kl_warmup=0.25, rest=0.25, settle=0.25, prior="budget")
     whole = fit(config, folder=tmp_path / "whole", quiet=True)
-    fit(config, folder=tmp_path / "cut", quiet=True, until=11)
+    fit(config, folder=tmp_path / "cut", quiet=True, until=until)
     resumed = fit(config, folder=tmp_path / "cut", quiet=True)
     for (name, a), b in zip(state(whole).items(), state(resumed).values(), strict=True):
         assert torch.equal(a, b), name
@@ -96,5 +134,6 @@ def test_fractions_that_do_not_fit_and_gates_that_are_not_random_are_refused(bac
     with pytest.raises(ValueError, match="this run has none: drop it"):
         fit(tiny_config(backbone, prior="fixed", prior_settings={"bits": 4}, settle=0.25), quiet=True)
     everything = {"kl_warmup": 0.4, "settle": 0.6, "guide_settings": {"open_logit": 3.0}}
-    with pytest.raises(ValueError, match="do not start from the data: give a smaller --settle"):
-        fit(tiny_config(backbone, **everything), quiet=True)
+    for shares in ({}, {"rest": 0.3, "settle": 0.0}):
+        with pytest.raises(ValueError, match="do not start from the data: give --rest 0, and a smaller --settle"):
+            fit(tiny_config(backbone, **{**everything, **shares}), quiet=True)
