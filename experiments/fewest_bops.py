@@ -2,12 +2,12 @@
 
     python experiments/fewest_bops.py --glue_dir GLUE --report benchmarks/fewest_bops.md --figures benchmarks/figures
 
-For each task and method, bisection over budgets on a log scale between the bit operations of W2A2 and W8A8 (and above,
-where W8A8's are not enough); of uniform allocations over their widths, those of activations at least as large as those
-of weights, as activations are the more sensitive. A budget is enough where the score of what is deployed, on the dev
-set, is on average over seeds not more than 0.005 below that of LoRA. `--lever` gives a lever of `levers.py` to all
-methods but LoRA. Cells are those of `allocation.py` and `levers.py`, kept in the same folders and shared with them, so
-the study may be spread out; `--methods` runs some methods only.
+For each task and method, one budget after the other downwards from the bit operations of W8A8 (and above, where these
+are not enough), those of uniform allocations whose activations have at least as many bits as weights, as they are the
+more sensitive. With `--steps` the methods other than `uniform` bisect between W2A2 and W8A8 on a log scale. A budget is
+enough where the score of what is deployed, on the dev set, is on average over seeds not more than 0.005 below LoRA's.
+`--lever` gives a lever of `levers.py` to all methods but LoRA. Cells are those of `allocation.py` and `levers.py`, kept
+in the same folders and shared with them, so the study may be spread out; `--methods` runs some methods only.
 """
 
 import sys
@@ -20,9 +20,9 @@ from pyro_blora.machine import spin_briefly
 spin_briefly()  # before anything imports torch
 
 from experiments.studies.allocations import add_options
-from experiments.studies.bisection import Found, families, grid, search
+from experiments.studies.bisection import Found, descend, families, grid, search
 from experiments.studies.fewest_page import figure, report
-from experiments.studies.levers import LEVERS, NONE, LeverCells, add_folders
+from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.pages import study_parser, write_page
 
 METHODS = ("start", "hessian", "greedy", "uniform")
@@ -35,11 +35,13 @@ def study(options, cells: LeverCells) -> list[Found]:
     found = []
     for task in options.tasks:
         for method in options.methods:
-            if method == "uniform":
-                points, top = families(cells, task, UNIFORM, HIGH)
-            else:
+            if options.steps and method != "uniform":
                 points, top = grid(cells.uniform(task, LOW), cells.uniform(task, HIGH), options.steps)
-            result = search(cells, task, method, points, top)
+                result = search(cells, task, method, points, top)
+            else:
+                points, top = families(cells, task, UNIFORM, HIGH)
+                each = points if method == "uniform" else [budgets[:1] for budgets in points]
+                result = search(cells, task, method, each, top, descend)
             found += [result] if result.tried else []
     return found
 
@@ -48,7 +50,7 @@ def planned(options, cells: LeverCells) -> str:
     """A guess of the number of cells and their minutes; kept ones are not looked up, as bisection decides which."""
     lines, total = [], 0.0
     for task in options.tasks:
-        number = {method: (4 if method == "uniform" else options.steps + 1) for method in options.methods}
+        number = {m: options.steps + 1 if options.steps and m != "uniform" else 3 for m in options.methods}
         minutes = sum(count * cells.minutes(task, method) for method, count in number.items())
         minutes = len(options.seeds) * (minutes + cells.shared_minutes(task, tuple(options.methods)))
         count, total = len(options.seeds) * sum(number.values()), total + minutes
@@ -59,12 +61,15 @@ def planned(options, cells: LeverCells) -> str:
 def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "fewest_bops", max_train=4000, output_dir="runs/allocation")
     add_options(parser)
-    add_folders(parser)
     parser.add_argument("--lever", default=NONE, choices=[*LEVERS], help="of all methods but LoRA")
+    parser.add_argument(
+        "--of_levers", type=Path, default=Path("benchmarks/cells/levers"), help="finished cells of levers"
+    )
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "budget", "exact_hessian"))
-    parser.add_argument("--steps", type=int, default=6, help="halvings of the distance from W2A2 to W8A8")
+    parser.add_argument("--steps", type=int, default=0, help="halvings of the distance from W2A2 to W8A8; 0: none")
     options = parser.parse_args(arguments)
+    options.without, options.keep = options.keep, options.of_levers
     cells = LeverCells(options, options.lever)
     if options.plan:
         print(planned(options, cells))

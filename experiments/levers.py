@@ -20,7 +20,7 @@ spin_briefly()  # before anything imports torch
 
 from experiments.studies.allocation_page import line
 from experiments.studies.allocations import Wanted, add_options, plan
-from experiments.studies.levers import LEVERS, NONE, LeverCells, add_folders
+from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.levers_page import figure, report
 from experiments.studies.pages import study_parser, write_page
 
@@ -55,7 +55,8 @@ def study(options, by_lever: dict[str, LeverCells]) -> list[dict]:
 def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "levers", max_train=4000, output_dir="runs/allocation")
     add_options(parser)
-    add_folders(parser)
+    parser.set_defaults(keep=Path("benchmarks/cells/levers"))
+    parser.add_argument("--without", type=Path, default=Path("benchmarks/cells/allocation"), help="cells of no lever")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb"])
     parser.add_argument("--budgets", nargs="+", default=["W4A4"], help="as W3A4: BOPs of uniform widths")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "budget"))

@@ -1,8 +1,9 @@
-"""The fewest bit operations at which a score is within a tolerance of plain LoRA, by bisection over budgets.
+"""The fewest bit operations at which a score is within a tolerance of plain LoRA, by a search over budgets.
 
 Points are budgets in order; one is tried with every seed, and is within the tolerance where the paired difference to
-LoRA, averaged over seeds, is not below minus the tolerance. Bisection takes the score to rise with the budget: with
-noise, its end is one of the places where the difference crosses, which is why every point that was tried is shown.
+LoRA, averaged over seeds, is not below minus the tolerance. Few points are tried one after the other, downwards until
+one is not within; many by bisection, which takes the score to rise with the budget: with noise, its end is one of the
+places where the difference crosses, which is why every point that was tried is shown.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from experiments.studies.allocations import Budget, Cells
 from experiments.studies.compare import paired
 
 TOLERANCE = 0.005  # of the score: half a point
+Search = Callable[[int, int, Callable[[int], bool | None]], tuple[int | None, bool]]
 
 
 class Tried(NamedTuple):
@@ -73,10 +75,28 @@ def bisect(points: int, top: int, is_within: Callable[[int], bool | None]) -> tu
     return high, True
 
 
+def descend(points: int, top: int, is_within: Callable[[int], bool | None]) -> tuple[int | None, bool]:
+    """As `bisect`, one place after the other: upwards from `top` to one that is within, then down until one is not."""
+    found = None
+    for place in range(top, points):
+        here = is_within(place)
+        if here is None:
+            return None, False
+        if here:
+            found = place
+            break
+    while found == top and top > 0:
+        here = is_within(top - 1)
+        if not here:
+            return found, here is False
+        found = top = top - 1
+    return found, True
+
+
 def search(
-    cells: Cells, task: str, method: str, points: Sequence[Sequence[Budget]], top: int
+    cells: Cells, task: str, method: str, points: Sequence[Sequence[Budget]], top: int, find: Search = bisect
 ) -> Found:  # fmt: skip
-    """Bisect over points, each of one or several budgets of the same bit operations, the best of which counts."""
+    """Search over points, each of one or several budgets of the same bit operations, the best of which counts."""
     seeds, known, used = cells.options.seeds, {}, []
     lora = [cells.cell(task, seed, "lora") for seed in seeds]
     metric = next((cell["summary"]["metric"]["name"] for cell in lora if cell), "")
@@ -106,7 +126,7 @@ def search(
         known[place] = best
         return best is not None and best.is_within
 
-    place, is_finished = bisect(len(points), top, is_within)
+    place, is_finished = find(len(points), top, is_within)
     each = [known[i] for i in sorted(known)]
     return Found(task, method, each, None if place is None else known[place], is_finished, used)
 

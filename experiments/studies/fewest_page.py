@@ -81,6 +81,18 @@ def figure(found: list[Found], path: Path) -> None:
     plt.close()
 
 
+def _how(options: argparse.Namespace) -> str:
+    if not options.steps:
+        return (
+            "Found by going down from the bit\noperations of W8A8 to those of W4A8, W4A4, ..., or up where these are "
+            "not enough."
+        )
+    return (
+        f"Found by bisection\nover budgets on a log scale, {options.steps} halvings from W2A2 to W8A8, and again above "
+        "where W8A8's are not\nenough; of `uniform` by going down over its widths."
+    )
+
+
 def report(options: argparse.Namespace, found: list[Found]) -> str:
     cells = [cell for each in found for cell in each.cells]
     return f"""# LoRA's score at x % of its bit operations
@@ -94,9 +106,8 @@ python experiments/fewest_bops.py --glue_dir {options.glue_dir} --tasks {" ".joi
 ```
 
 The fewest bit operations (of the whole model's at 32 x 32 bit) at which the score of what is deployed is within \
-{TOLERANCE} of plain LoRA's, averaged over {len(options.seeds)} seeds and paired by example and seed. Found by bisection
-over budgets on a log scale, {options.steps} halvings from W2A2 to W8A8, and again above where W8A8's are not enough; of
-`uniform` over its widths. *Shown too few*: the largest share tried whose whole 95 % interval is below
+{TOLERANCE} of plain LoRA's, averaged over {len(options.seeds)} seeds and paired by example and seed. {_how(options)}
+*Shown too few*: the largest share tried whose whole 95 % interval is below
 -{TOLERANCE}; *shown enough*: the smallest whose whole interval is above it. Shares are of what was deployed.
 The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
 `{options.lever}`.

@@ -25,14 +25,8 @@ LEVERS = {NONE: {}, **ALONE, ALL: {field: value for changes in ALONE.values() fo
 NEEDS_GATES = ("distillation",)  # fields that a run whose gates all stay open refuses
 
 
-def add_folders(parser: argparse.ArgumentParser) -> None:
-    """Where cells are kept: those of a lever in a folder of its name."""
-    parser.set_defaults(keep=Path("benchmarks/cells/levers"))
-    parser.add_argument("--without", type=Path, default=Path("benchmarks/cells/allocation"), help="cells of no lever")
-
-
 class LeverCells(Cells):
-    """The cells of one lever."""
+    """The cells of one lever, in a folder of its name in `--keep`; those of none are in `--without`."""
 
     def __init__(self, options: argparse.Namespace, lever: str):
         super().__init__(options)

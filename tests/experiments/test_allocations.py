@@ -240,6 +240,21 @@ def test_a_bisection_says_what_it_does_not_know():
     assert bisection.bisect(16, 7, lambda i: True if i == 7 else None) == (7, False)
 
 
+@pytest.mark.parametrize(("answer", "most"), [(0, 6), (2, 5), (4, 3), (5, 2), (6, 3)])
+def test_going_down_ends_at_the_last_that_is_within(answer, most):
+    tried = []
+    assert bisection.descend(7, 4, lambda i: tried.append(i) or i >= answer) == (answer, True)
+    assert len(tried) == len(set(tried)) <= most
+
+
+def test_going_down_stops_at_noise_and_says_what_it_does_not_know():
+    within = [True, False, False, True, True, True]
+    assert bisection.descend(6, 4, lambda i: within[i]) == (3, True)  # what is below 2 was not tried
+    assert bisection.descend(6, 4, lambda i: False) == (None, True)
+    assert bisection.descend(6, 4, lambda i: None) == (None, False)
+    assert bisection.descend(6, 4, lambda i: True if i == 4 else None) == (4, False)
+
+
 def test_the_grid_has_equal_steps_of_the_logarithm():
     low, high = bisection.Budget("low", 0.03), bisection.Budget("high", 0.09)
     points, top = bisection.grid(low, high, 3)
