@@ -30,6 +30,7 @@ SCRIPTS = {  # script: a short run's arguments; OUT: a fresh folder, TINY: a sma
     "mrpc_as_pairs.py": "--glue_dir GLUE --max_train 20 --output_dir OUT",
     "ranks.py": f"--tasks wnli --seeds 0 --backbones TINY --cells hierarchical {SMALL}",
     "reading.py": "RUN --figures OUT/figures",
+    "gate_noise.py": "RUN --report OUT/page.md",
     "targets.py": f"--tasks wnli --targets 0.1 {SMALL}",
     "check_posterior.py": "--rungs e --simulations 5 --simulated_steps 10 --output_dir OUT "
     "--report OUT/report.md --figures OUT/copied",
@@ -49,6 +50,7 @@ FOUND = {  # what a script leaves in OUT: none of it is there before
     "benchmark.py": "benchmark.json",
     "compare.py": "page.md",
     "low_bit_products.py": "page.md",
+    "gate_noise.py": "page.md",
     "mrpc_as_pairs.py": "dev.csv",
     "reading.py": "*.png",
 }
