@@ -74,7 +74,7 @@ def test_gates_rest_and_weights_go_on(backbone, tmp_path, monkeypatch, changes):
 
 def test_gates_rest_at_their_start_then_learn_and_rest_at_what_they_learned(backbone, monkeypatch):
     monkeypatch.setattr(natural_gradient, "_FIRST", 2)
-    seen, inner = [], Gradients.__call__
+    seen, dropped, inner = [], [], Gradients.__call__
 
     def watched(gradients, *arguments, **named):
         found = inner(gradients, *arguments, **named)
@@ -83,11 +83,13 @@ def test_gates_rest_at_their_start_then_learn_and_rest_at_what_they_learned(back
         return found
 
     monkeypatch.setattr(Gradients, "__call__", watched)
+    monkeypatch.setattr(Gradients, "forget", lambda gradients: dropped.append(len(seen)))
     config = tiny_config(
         backbone, epochs=6, kl_warmup=0.25, rest=0.25, settle=0.25, kl_weight=0.01, prior="budget", lr_ranges=0.1
     )
     fit(config, quiet=True)
     assert len(seen) == 24
+    assert dropped == [6, 6, 18]  # what was recorded, where gates start and at every other allocation
     rested, learned, settled = seen[6:12], seen[12:18], seen[18:]
     assert all(held is None for held, *_ in seen[:6] + learned)
     for phase in (rested, settled):
