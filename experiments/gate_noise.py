@@ -38,6 +38,7 @@ class Noise(NamedTuple):
     rung: str
     steps: int
     factor: float
+    learned: float
     price: float
     distance: float
     error: float
@@ -61,13 +62,13 @@ def noise_of(folder: Path) -> list[Noise]:
             "by them (of prior budget with --rest or --settle)"
         )
     state = {key: kept[f"{key}/{SITE}"] for key in ("step", "start", "mean", "variance")}
-    factors, error = state["start"][0], standard_error(state)[0]  # (L, T, K)
+    factors, learned, error = state["start"][0], state["mean"][0], standard_error(state)[0]  # (L, T, K)
     prices = -program.prior().z.depth_log_probs.diff(dim=-1)
     for tensor in TENSORS:
         t = layout.tensors.index(tensor)
         for k, (below, above) in enumerate(zip(layout.ladder, layout.ladder[1:], strict=False)):
             free = guide.z_pins[:, t, k].isnan()
-            each = (x[:, t, k][free] for x in (factors, prices, (factors - prices).abs(), error))
+            each = (x[:, t, k][free] for x in (factors, learned, prices, (factors - prices).abs(), error))
             if free.any():
                 medians = [x.median().item() for x in each]
                 found.append(Noise(tensor, f"{below} to {above} bit", int(state["step"]), *medians))
@@ -76,13 +77,13 @@ def noise_of(folder: Path) -> list[Noise]:
 
 def table(runs: list[Path]) -> str:
     lines = [
-        "| run | tensor | rung | steps | log Bayes factor | price | distance | standard error | steps for half |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run | tensor | rung | steps | at the start | learned | price | distance | standard error | steps for half |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for folder in runs:
         config = RunConfig.from_json(folder / "config.json")
         for x in noise_of(folder):
-            numbers = " | ".join(f"{value:.1f}" for value in (x.factor, x.price, x.distance, x.error))
+            numbers = " | ".join(f"{value:.1f}" for value in (x.factor, x.learned, x.price, x.distance, x.error))
             run = f"{config.task}, seed {config.seed}"
             lines.append(f"| {run} | {x.tensor} | {x.rung} | {x.steps} | {numbers} | {x.enough:,.0f} |")
     return "\n".join(lines)
@@ -99,10 +100,10 @@ def main(arguments: list[str]) -> None:
 python experiments/gate_noise.py RUN [RUN ...] --report benchmarks/gate_noise.md
 ```
 
-A rung opens where its log Bayes factor exceeds its price under the prior. *Log Bayes factor*: of the gates' start;
-*distance*: of it and the price; *standard error*: of the average of the estimates of all steps in which gates learned;
-*steps for half*: after which it would be half of the distance. Medians over the layers' projections, in nats at the
-run's KL weight, which scales all of them alike.
+A rung opens where its log Bayes factor exceeds its price under the prior. *At the start*: the factor that the gates
+start from; *learned*: the average of its estimates in all steps in which gates learned; *distance*: of start and price;
+*standard error*: of that average; *steps for half*: after which it would be half of the distance. Medians over the
+layers' projections, in nats at the run's KL weight, which scales all of them alike.
 
 {table(options.runs)}
 """
