@@ -2,8 +2,8 @@
 
     python experiments/fewest_bops.py --glue_dir GLUE --report benchmarks/fewest_bops.md --figures benchmarks/figures
 
-For each task and method, one budget after the other downwards from the bit operations of W8A8 (and above, where these
-are not enough), those of uniform allocations whose activations have at least as many bits as weights, as they are the
+For each task and method, one budget after the other downwards from the bit operations of W4A8, or upwards where these
+are not enough: those of uniform allocations whose activations have at least as many bits as weights, as they are the
 more sensitive. With `--steps` the methods other than `uniform` bisect between W2A2 and W8A8 on a log scale. A budget is
 enough where the score of what is deployed, on the dev set, is on average over seeds not more than 0.005 below LoRA's.
 `--lever` gives a lever of `levers.py` to all methods but LoRA. Cells are those of `allocation.py` and `levers.py`, kept
@@ -39,7 +39,7 @@ def study(options, cells: LeverCells) -> list[Found]:
                 points, top = grid(cells.uniform(task, LOW), cells.uniform(task, HIGH), options.steps)
                 result = search(cells, task, method, points, top)
             else:
-                points, top = families(cells, task, UNIFORM, HIGH)
+                points, top = families(cells, task, UNIFORM, options.first)
                 each = points if method == "uniform" else [budgets[:1] for budgets in points]
                 result = search(cells, task, method, each, top, descend)
             found += [result] if result.tried else []
@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "budget", "exact_hessian"))
+    parser.add_argument("--first", default="W4A8", choices=UNIFORM, help="the budget that is tried first")
     parser.add_argument("--steps", type=int, default=0, help="halvings of the distance from W2A2 to W8A8; 0: none")
     options = parser.parse_args(arguments)
     options.without, options.keep = options.keep, options.of_levers

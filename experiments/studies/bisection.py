@@ -28,7 +28,7 @@ class Tried(NamedTuple):
 
     @property
     def is_within(self) -> bool:
-        return self.difference[0] >= -TOLERANCE
+        return bool(self.difference[0] >= -TOLERANCE)  # NumPy's own is not `False`, which a search asks for
 
 
 @dataclasses.dataclass

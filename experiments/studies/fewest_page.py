@@ -84,8 +84,8 @@ def figure(found: list[Found], path: Path) -> None:
 def _how(options: argparse.Namespace) -> str:
     if not options.steps:
         return (
-            "Found by going down from the bit\noperations of W8A8 to those of W4A8, W4A4, ..., or up where these are "
-            "not enough."
+            f"Found by going\ndown from the bit operations of {options.first} to those of uniform widths below, or up "
+            "where these are not enough."
         )
     return (
         f"Found by bisection\nover budgets on a log scale, {options.steps} halvings from W2A2 to W8A8, and again above "
@@ -102,7 +102,8 @@ def report(options: argparse.Namespace, found: list[Found]) -> str:
 ```sh
 python experiments/fewest_bops.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} \\
     --seeds {" ".join(map(str, options.seeds))} --steps {options.steps} --methods {" ".join(options.methods)} \\
-    --lever {options.lever} --report benchmarks/{options.report.name} --figures benchmarks/figures
+    --first {options.first} --lever {options.lever} \\
+    --report benchmarks/{options.report.name} --figures benchmarks/figures
 ```
 
 The fewest bit operations (of the whole model's at 32 x 32 bit) at which the score of what is deployed is within \

@@ -5,6 +5,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from models import batch, tiny_bert
@@ -253,6 +254,11 @@ def test_going_down_stops_at_noise_and_says_what_it_does_not_know():
     assert bisection.descend(6, 4, lambda i: False) == (None, True)
     assert bisection.descend(6, 4, lambda i: None) == (None, False)
     assert bisection.descend(6, 4, lambda i: True if i == 4 else None) == (4, False)
+
+
+def test_a_budget_is_within_half_a_point_or_is_not():
+    at = [bisection.Tried(bisection.Budget("b", 0.1), 0.1, tuple(np.array([x, -1.0, 1.0]))) for x in (-0.005, -0.0051)]
+    assert [x.is_within for x in at] == [True, False] and all(type(x.is_within) is bool for x in at)
 
 
 def test_the_grid_has_equal_steps_of_the_logarithm():
