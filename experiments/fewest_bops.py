@@ -27,7 +27,7 @@ from experiments.studies.pages import study_parser, write_page
 
 METHODS = ("start", "hessian", "greedy", "uniform")
 LOW, HIGH = "W2A2", "W8A8"
-UNIFORM = ("W2A2", "W2A4", "W4A4", "W2A8", "W4A8", "W8A8", "W8A16", "W16A16")
+UNIFORM = ("W2A2", "W2A4", "W4A4", "W2A8", "W3A8", "W4A8", "W8A8", "W8A16", "W16A16")
 
 
 def study(options, cells: LeverCells) -> list[Found]:

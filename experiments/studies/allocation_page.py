@@ -122,9 +122,9 @@ is exported, one forward an example; `draws` averages the predictions of {option
 the model. `hessian` (HAWQ-V2) and `greedy` (a start of AutoQRA) choose widths from training examples where the gates
 start, and are then trained as `uniform` is. `start` takes what the gates start from. `budget` learns its allocation in
 the first half of the steps after that, and trains at it in the second; `rewound` is that allocation, trained for all of
-these steps, as the others are; `rested` trains at the start in the first half, and learns in the second. W3A4 has no
-rung of its own: weights of every second layer are at 4 bit, the first layer's among them, the others' at 2 bit. W2A8
-has the bit operations of W4A4.
+these steps, as the others are; `rested` trains at the start in the first half, and learns in the second. There is no
+rung of 3 bit: under W3A4 and W3A8 weights of every second layer are at 4 bit, the first layer's among them, the others'
+at 2 bit. W2A8 has the bit operations of W4A4.
 
 {table(rows)}
 
