@@ -38,7 +38,9 @@ def headlines(found: list[Found]) -> str:
         told = {each.method: _told(each) for each in methods}
         first = next((name for name in ("start", *told) if name in told), "")
         others = ", ".join(f"`{name}` {share}" for name, share in told.items() if name != first)
-        lines.append(f"- **{task}: LoRA's score at {told[first]} of its bit operations** (`{first}`)"
+        at = _difference(next(each.fewest for each in methods if each.method == first))
+        by = f"`{first}`" + (f", score minus LoRA's {at}" if at else "")
+        lines.append(f"- **{task}: LoRA's score at {told[first]} of its bit operations** ({by})"
                      + (f"; {others}" if others else ""))  # fmt: skip
     return "\n".join(lines)
 
