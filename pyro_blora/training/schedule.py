@@ -64,13 +64,11 @@ class Schedule:
 
     def require(self, gates_are_random: bool, start_from_data: bool) -> None:
         """Errors: ValueError for gates that rest where there is nothing to decide, or nothing has decided it."""
-        rests = {name: getattr(self.config, name) for name in ("rest", "settle") if getattr(self.config, name)}
-        for name, fraction in rests.items() if not gates_are_random else ():
-            raise ValueError(
-                f"{name} {fraction:g} holds random gates at what is deployed, and this run has none: drop it"
-            )
-        if rests and not start_from_data and (self.config.rest or self.settling <= self.opening < self.steps):
-            told = " and ".join(f"{name} {fraction:g}" for name, fraction in rests.items())
+        fractions = {"rest": self.config.rest, "settle": cast(float, self.config.settle)}
+        told = " and ".join(f"{name} {fraction:g}" for name, fraction in fractions.items() if fraction)
+        if told and not gates_are_random:
+            raise ValueError(f"{told}: random gates would rest at what is deployed, and this run has none: drop it")
+        if told and not start_from_data and (self.config.rest or self.settling <= self.opening < self.steps):
             raise ValueError(
                 f"{told}: gates would rest before they have learned, and those of guide {self.config.guide!r} do not "
                 "start from the data: give --rest 0, and a smaller --settle"
