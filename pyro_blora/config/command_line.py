@@ -40,10 +40,14 @@ _ELSEWHERE = {  # what other programs call it
 
 
 def called_elsewhere(word: str) -> str | None:
-    """The remedy for a flag as other programs call it, for a preset without its flag, for a device; else None."""
+    """The remedy for a flag as other programs call it, for one that is no more, for a preset without its flag, for a
+    device; else None.
+    """
     name = word.lstrip("-").replace("-", "_")
     if word.startswith("-") and name in _ELSEWHERE:
         return f"it is --{_ELSEWHERE[name]} here"
+    if word.startswith("-") and name in RETIRED:
+        return f"it {RETIRED[name][1]}"
     if name in ("device", "cuda", "gpu", "no_cuda"):
         return (
             "a GPU is used where torch finds one: drop it (`pyro-blora doctor` tells; CUDA_VISIBLE_DEVICES= hides it)"

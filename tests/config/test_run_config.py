@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyro_blora.__main__ import main
 from pyro_blora.config import METHODS, NOT_IN_DIGEST, PRESETS, RunConfig, field_names, load_preset, preset_names
 from pyro_blora.config.command_line import command_line
 
@@ -399,6 +400,11 @@ def test_a_field_that_was_taken_out_is_read_where_it_did_nothing(tmp_path):
     assert RunConfig.from_json(written) == config and RunConfig(**load_preset(str(written))) == config
     with pytest.raises(ValueError, match="attention 'softmax1' was taken out, as it did not pay"):
         RunConfig.from_dict({**older, "attention": "softmax1"})
+
+
+def test_a_flag_that_was_taken_out_says_so(capsys):
+    assert main(["train", "--attention", "softmax1"]) == 2
+    assert "unknown argument '--attention': it was taken out, as it did not pay" in capsys.readouterr().err
 
 
 def test_a_run_is_repeated_by_its_own_file_where_the_line_would_be_long(tmp_path):
