@@ -41,8 +41,7 @@ def kept(path: Path, config: RunConfig) -> dict | None:
     if not path.exists():
         return None
     cell = json.loads(path.read_text(encoding="utf-8"))
-    values = {"settle": 0.0, **cell["config"]}  # fields that are newer than the cell had their defaults
-    known = settings_of(RunConfig.from_dict(values))
+    known = settings_of(RunConfig.from_dict(cell["config"]))  # fields that are newer than the cell had their defaults
     if known != settings_of(config):
         wrong = sorted(key for key, value in settings_of(config).items() if known[key] != value)
         raise ValueError(f"{path} is of another configuration ({', '.join(wrong)} differ): give another --keep")

@@ -18,8 +18,5 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_machine(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields in a run's `config.json`: not what it says of the machine, and with what older versions did."""
-    fields = {key: value for key, value in values.items() if key not in OF_MACHINE}
-    if "versions" in values:
-        fields = {"rest": 0.0, "settle": 0.0, **fields}  # before there were these, gates learned from start to end
-    return fields
+    """The fields in a run's `config.json`, without what it says of the machine."""
+    return {key: value for key, value in values.items() if key not in OF_MACHINE}

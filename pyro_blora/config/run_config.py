@@ -181,7 +181,9 @@ class RunConfig:
             object.__setattr__(self, "settle", self._proposed_settle(usual["settle"], given))
 
     def _proposed_settle(self, proposed: float, given: Mapping[str, Any]) -> float:
-        """It gives way to a longer start, and to a user who says how the gates learn."""
+        """It gives way to a longer start, and to who says how the gates learn: a user, or a run's file, which has the
+        estimator; so a run from before --settle is still one whose gates learned to the end.
+        """
         learning = {"rest", "estimator", "estimator_settings", "gate_optimizer", "lr_gates"}
         left = 1 - cast(float, self.kl_warmup)
         if given.keys() & learning or not 0 <= left <= 1:  # the latter is refused below

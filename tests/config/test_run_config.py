@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pyro_blora.__main__ import main
 from pyro_blora.config import METHODS, NOT_IN_DIGEST, PRESETS, RunConfig, field_names, load_preset, preset_names
 from pyro_blora.config.command_line import command_line
+from pyro_blora.config.naming import portable
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 # One other value for every field, so that a law can be asked of each.
@@ -142,6 +143,8 @@ def test_gates_of_a_run_from_before_they_rested_learned_from_start_to_end():
     written = json.loads(config.to_json(versions={"torch": "2"}))
     del written["rest"], written["settle"]
     assert RunConfig.from_json(json.dumps(written)) == config
+    exported = portable(written)
+    assert RunConfig.from_json(json.dumps(exported)).digest == config.digest  # which an adapter is held to
 
 
 def test_the_digest_is_eight_hexadecimal_digits_of_the_value_not_of_its_spelling():
