@@ -27,98 +27,12 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.studies.compare import paired, spread
+from experiments.studies.compare_page import at_every_rank, beyond_noise, compared, differences, elpd, kept, means
 from experiments.studies.loo import loo_of_run
 from experiments.studies.results import groups, missing, read
-from pyro_blora.posterior.arviz_compat import arviz_itself, held_out
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _MARKERS = "os^vD*PX<>hp"
-
-
-def means(table: pd.DataFrame, axis: str) -> str:
-    head = "deployed: score | NLL | 10^9 BOPs, adapted | model | draws: score | NLL | ECE"
-    lines = [f"| task | {axis} | seeds | {head} | training (s) |", "|" + "---|" * 11]
-    for (task, entry), runs in groups(table, axis).items():
-        seeds = ", ".join(map(str, runs["seed"]))
-        ece = spread(runs["ece"]) if runs["ece"].notna().all() else "-"
-        lines.append(
-            f"| {task} | `{entry}` | {seeds} | {spread(runs['deployed_score'])} | {spread(runs['deployed_nll'])} | "
-            f"{runs['adapted'].mean():.1f} | {runs['model'].mean():.1f} | "
-            f"{spread(runs['score'])} | {spread(runs['nll'])} | {ece} | {runs['seconds'].median():.0f} |"
-        )
-    return "\n".join([*lines, *constants(table)])
-
-
-def constants(table: pd.DataFrame) -> list[str]:
-    """What always answering the most frequent label of the held-out examples scores, where the metric is accuracy."""
-    told = []
-    for task, runs in table.groupby("task", sort=False):
-        if runs["metric"].iloc[0] == "accuracy":
-            label = pd.Series(runs["examples"].iloc[0]["label"])
-            told.append(f"{task} {(label == label.mode().iloc[0]).mean():.3f}")
-    return ["", f"Always answering the most frequent label scores: {', '.join(told)}."] if told else []
-
-
-def differences(table: pd.DataFrame, axis: str, against: str) -> str:
-    """Of every entry to one of them, over the seeds that both have."""
-    lines = [
-        f"| task | {axis} minus `{against}` | seeds | deployed: score [95 %] | NLL [95 %] | "
-        "draws: score [95 %] | NLL [95 %] |",
-        "|" + "---|" * 7,
-    ]
-    found = groups(table, axis)
-    for (task, entry), runs in found.items():
-        rivals = found.get((task, against))
-        if entry == against or rivals is None:
-            continue
-        pairs = runs.merge(rivals, on="seed", suffixes=("", "_theirs"))
-        if pairs.empty:
-            lines.append(f"| {task} | `{entry}` | none in common | | | | |")
-            continue
-        ours, theirs = ([{"examples": x} for x in pairs[column]] for column in ("examples", "examples_theirs"))
-        told = []
-        for prefix in ("deployed_", ""):
-            result = paired(ours, theirs, runs["metric"].iloc[0], prefix=prefix)
-            told += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values()]
-        lines.append(f"| {task} | `{entry}` | {len(pairs)} | {' | '.join(told)} |")
-    return "\n".join(lines)
-
-
-def elpd(table: pd.DataFrame, axis: str) -> str:
-    """ArviZ's `compare` of the log scores of held-out examples, averaged over the seeds that every entry has."""
-    lines = [f"| task | {axis} | elpd | difference | its standard error | stacking weight |", "|" + "---|" * 6]
-    for task, runs in table.groupby("task", sort=False):
-        shared = set.intersection(*(set(rows["seed"]) for _, rows in runs.groupby(axis)))
-        if not shared:
-            continue
-        scores = {
-            entry: held_out(
-                np.mean([x["log_likelihood"] for x in rows["examples"]], 0), rows["summary"].iloc[0]["draws"]
-            )
-            for entry, rows in runs[runs["seed"].isin(shared)].groupby(axis, sort=False)
-        }
-        if len(scores) > 1:
-            for entry, row in arviz_itself().compare(scores, method="stacking").iterrows():
-                value = row.get("elpd_loo", row.get("elpd"))
-                behind = f"{row['elpd_diff']:.1f} | {row['dse']:.1f} | {row['weight']:.2f}"
-                lines.append(f"| {task} | `{entry}` | {value:.1f} | {behind} |")
-    return "\n".join(lines)
-
-
-def at_every_rank(table: pd.DataFrame, axis: str) -> str:
-    """A section with the scores of runs that were evaluated at every rank (DyLoRA)."""
-    lines = []
-    for (task, entry), runs in groups(table, axis).items():
-        for rows in zip(*(summary.get("by_rank", []) for summary in runs["summary"]), strict=True):
-            values = [row["metric"]["value"] for row in rows], [row["nll"] for row in rows]
-            share = rows[0]["bops"]["adapted_ratio"]
-            told = " | ".join(map(spread, values))
-            lines.append(f"| {task} | `{entry}` | {rows[0]['rank']} | {told} | {share:.2%} |")
-    if not lines:
-        return ""
-    head = [f"| task | {axis} | rank | score | NLL | BOPs / adapted |", "|" + "---|" * 6]
-    return "\n".join(["", "## At every rank", "", *head, *lines, ""])
 
 
 def leave_one_out(table: pd.DataFrame, axis: str, options: argparse.Namespace) -> str:
@@ -179,8 +93,11 @@ def report(table: pd.DataFrame, options: argparse.Namespace) -> str:
     axis, summary = options.axis, table["summary"].iloc[0]
     loo = leave_one_out(table, axis, options) if options.loo else ""
     draws = " or ".join(map(str, sorted({summary["draws"] for summary in table["summary"]})))
+    found = compared(table, axis, options.against)
     picture = os.path.relpath(options.figures / f"{options.report.stem}.png", options.report.parent)
     return f"""# {options.report.stem}: `{axis}` compared
+
+{beyond_noise(found, options.against)}
 
 ```sh
 python experiments/compare.py {options.table} --axis {axis} --against {options.against} \\
@@ -203,7 +120,13 @@ their adapters, and of the whole model. Seconds of training are the median, besi
 The same seeds and the same held-out examples. Intervals hold both: Student's over the seeds, as they are few, and the
 bootstrap over the examples, added in squares. A negative NLL is in favour of the entry.
 
-{differences(table, axis, options.against)}
+{differences(found, axis, options.against)}
+
+## What the gates keep
+
+Expected bits of each tensor role (of 32) and expected ranks of each projection type, under the posterior.
+
+{kept(table, axis)}
 
 ## ArviZ's compare
 

@@ -1,5 +1,8 @@
 """Comparisons of a grid's results: what the page says is what the runs say, and what is missing is named."""
 
+import json
+from pathlib import Path
+
 import arviz
 import numpy as np
 import pandas as pd
@@ -8,6 +11,7 @@ from tiny import save_tiny_backbone, tiny_grid
 
 from experiments import compare, grid
 from experiments.studies import loo
+from experiments.studies.compare_page import beyond_noise
 from experiments.studies.grid_file import read_grid
 from experiments.studies.loo import loo_of_run
 from pyro_blora import draw, load
@@ -57,8 +61,23 @@ def test_the_page_says_what_the_runs_say(results):
         f"{mine['deployed_nll'].mean() - theirs['deployed_nll'].mean():+.3f} ["
     )
     assert rows(text, "## Paired differences", "lora") == []
+    bits = [json.loads((Path(folder) / "summary.json").read_text())["expected_bits"] for folder in mine["folder"]]
+    (line,) = rows(text, "## What the gates keep", "qat_lora")
+    assert line[2] == f"{np.mean([x['input'] for x in bits]):.1f} ± 0.0" and line[2:].count("2.0 ± 0.0") == 5
     assert "Missing of the grid: none." in text
     assert (results.parent / "compare.png").stat().st_size > 10_000
+
+
+def test_the_page_opens_with_what_is_beyond_noise(results):
+    apart, near = (0.2, 0.1, 0.3), (0.1, -0.1, 0.3)
+    found = {("sst2", "wide"): (3, [near, apart, apart, apart]), ("sst2", "flat"): (3, [near, near, apart, apart]),
+             ("stsb", "wide"): (1, [near, apart, near, near]), ("rte", "wide"): (0, [])}  # fmt: skip
+    assert beyond_noise(found, "lora").splitlines() == [
+        "- **sst2**, minus `lora`: `wide` NLL +0.200 [+0.100, +0.300] beyond noise.",
+        "- **stsb**, minus `lora`: `wide` NLL +0.200 [+0.100, +0.300] (one seed) beyond noise.",
+        "- **rte**, minus `lora`: nothing beyond noise.",
+    ]
+    assert page(results).splitlines()[2].startswith("- **acceptability**, minus `lora`: ")
 
 
 def test_arviz_compares_the_log_scores_of_held_out_examples(results):
