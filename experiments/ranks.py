@@ -45,9 +45,9 @@ Groups = dict[tuple[str, str, str], list[dict]]
 
 def configuration(options, backbone: str, task: str, seed: int, prior: str, settings: dict) -> RunConfig:
     return RunConfig(
-        task=task, glue_dir=options.glue_dir, backbone=backbone, seed=seed, max_length=64, max_train=options.max_train,
-        epochs=options.epochs, kl_warmup=options.kl_warmup, draws=2, prior=prior, prior_settings=settings,
-        output_dir=options.output_dir,
+        task=task, glue_dir=options.glue_dir, backbone=backbone, seed=seed, max_length=64,
+        precision=options.precision, max_train=options.max_train, epochs=options.epochs, kl_warmup=options.kl_warmup,
+        draws=2, prior=prior, prior_settings=settings, output_dir=options.output_dir,
     )  # fmt: skip
 
 
@@ -169,13 +169,14 @@ def report(options, rows: list[dict]) -> str:
 python experiments/ranks.py --glue_dir GLUE --backbones {" ".join(options.backbones)} \\
     --tasks {" ".join(options.tasks)} --seeds {" ".join(map(str, options.seeds))} \\
     --max_train {options.max_train} --epochs {options.epochs} --kl_warmup {options.kl_warmup} \\
-    --report benchmarks/ranks.md --figures benchmarks/figures
+    --precision {options.precision} --report benchmarks/ranks.md --figures benchmarks/figures
 ```
 
 {summary(groups)}
 
 `demo` is MiniLM, `demo-deberta` the same weights in DeBERTaV3's architecture. Scope `adapted`, at most 8 ranks,
-{options.max_train} training examples; {len(rows)} of {expected} cells are finished, {provenance(rows)}.
+{options.max_train} training examples, in {options.precision}; {len(rows)} of {expected} cells are finished,
+{provenance(rows)}.
 `nested` charges every gate {PRIORS["nested"]["rank_rate"]:g} nat; `bops` charges a rank in proportion to the bit
 operations that it adds in a batch of 32; `hierarchical` learns the rates under a Gamma(1, 1) hyperprior.
 
@@ -198,6 +199,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", default=[*PRIORS], choices=[*PRIORS], help="priors to train under")
     parser.add_argument("--kl_warmup", type=float, default=0.6, help="share of the steps before the gates start")
+    parser.add_argument("--precision", default="float32", help="of the backbone: float32 or bf16")
     options = parser.parse_args(arguments)
     write_page(options, "ranks", study(options), report, figure)
 

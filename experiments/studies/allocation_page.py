@@ -96,9 +96,14 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def rows_of(options: argparse.Namespace) -> str:
-    """How many training rows the cells have, for a page."""
+    """How many training rows the cells have, and in what precision, for a page."""
     every = ", ".join(task for task in options.tasks if task in options.all_rows)
-    return f"at most {options.max_train} training examples" + (f" (of {every} all)" if every else "")
+    bf16 = ", ".join(task for task in options.tasks if task in options.bf16)
+    return (
+        f"at most {options.max_train} training examples"
+        + (f" (of {every} all)" if every else "")
+        + (f", {bf16} in bfloat16" if bf16 else "")
+    )
 
 
 def report(options: argparse.Namespace, rows: list[dict]) -> str:

@@ -14,7 +14,7 @@ All methods of a task and seed go on from one LoRA, in the same data order, for 
     budget      gates that learn in the first half of these steps; then as `uniform` at what is deployed
     rewound     what `budget` deploys, from the LoRA on as `uniform`: weights that did not train beside moving gates
 
-Scope is `encoder`. CoLA has all of its rows where `--all_rows` names it.
+Scope is `encoder`. CoLA has all of its rows where `--all_rows` names it; tasks that `--bf16` names train in bfloat16.
 """
 
 import argparse
@@ -100,6 +100,7 @@ class Cells:
             "task": task, "glue_dir": options.glue_dir, "backbone": options.backbone, "scope": "encoder", "seed": seed,
             "max_train": None if task in options.all_rows else options.max_train, "epochs": options.epochs,
             "kl_warmup": options.kl_warmup, "max_length": 64, "draws": options.draws, "output_dir": options.output_dir,
+            "precision": "bf16" if task in options.bf16 else "float32",
             "granularity": options.granularity, "bit_widths": options.bit_widths, **changes,
         })  # fmt: skip
 
@@ -186,6 +187,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of `Cells` that `study_parser` does not have."""
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--all_rows", nargs="*", default=["cola"], help="tasks that --max_train does not cut")
+    bf16 = "tasks whose backbone runs in bfloat16, which takes half the time on a CPU that multiplies it"
+    parser.add_argument("--bf16", nargs="*", default=["mrpc", "cola"], help=bf16)
     parser.add_argument("--kl_warmup", type=float, default=0.4, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--granularity", default="tensor", help="of all methods' ranges: tensor or channel")

@@ -13,7 +13,7 @@ WIDTHS = {"0.query": {"base": 4, "input": 8, "rank": 2}}
 def cells(folder):
     return Cells(argparse.Namespace(
         glue_dir="glue", backbone="demo", max_train=64, epochs=1, kl_warmup=0.4, draws=2, output_dir=str(folder),
-        granularity="tensor", bit_widths=RunConfig().bit_widths, all_rows=[], keep=folder, seeds=[0],
+        granularity="tensor", bit_widths=RunConfig().bit_widths, all_rows=[], bf16=[], keep=folder, seeds=[0],
         only_finished=True,
     ))  # fmt: skip
 
