@@ -1,9 +1,10 @@
-"""What a range for every output channel, and rungs of 3 and 6 bit, cost: time and memory of a training step.
+"""What a range for every output channel, rungs of 3 and 6 bit, and bfloat16 cost: time and memory of a training step.
 
     python -m experiments.bench.choices                  # MiniLM, 8 x 32 and 32 x 64 tokens, every projection
     python -m experiments.bench.choices --seconds 60
 
-Ratios to the same step with one range a tensor and five bit widths, taken in turn; peaks are of processes of their own.
+Ratios to the same step with one range a tensor and five bit widths in float32, taken in turn; peaks are of processes of
+their own.
 """
 
 import argparse
@@ -15,7 +16,11 @@ from .subjects import STEPS
 from .timing import in_turn, spread
 
 _USUAL = "gated, every projection"
-_OTHERS = (f"{_USUAL}, by channel", f"{_USUAL}, seven widths")
+_OTHERS = {  # what is shown: (kind of step, what is set for it)
+    f"{_USUAL}, by channel": (f"{_USUAL}, by channel", {}),
+    f"{_USUAL}, seven widths": (f"{_USUAL}, seven widths", {}),
+    f"{_USUAL}, bfloat16": (_USUAL, {"precision": "bf16"}),
+}
 _SIZES = ((8, 32), (32, 64))  # sentences, tokens
 
 
@@ -25,8 +30,11 @@ def main() -> None:
     options = parser.parse_args()
     for batch, length in _SIZES:
         setting = Setting(batch=batch, length=length)
-        taken = in_turn({name: STEPS[name](setting) for name in (_USUAL, *_OTHERS)}, seconds=options.seconds)
-        peaks = {name: run(name, dataclasses.asdict(setting))["bytes"] for name in taken}
+        each = {_USUAL: (_USUAL, setting)} | {
+            name: (kind, dataclasses.replace(setting, **changes)) for name, (kind, changes) in _OTHERS.items()
+        }
+        taken = in_turn({name: STEPS[kind](own) for name, (kind, own) in each.items()}, seconds=options.seconds)
+        peaks = {name: run(kind, dataclasses.asdict(own))["bytes"] for name, (kind, own) in each.items()}
         for name in _OTHERS:
             ratios = [mine / theirs for mine, theirs in zip(taken[name], taken[_USUAL], strict=True)]
             middle, low, high = spread(ratios)

@@ -187,7 +187,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of `Cells` that `study_parser` does not have."""
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--all_rows", nargs="*", default=["cola"], help="tasks that --max_train does not cut")
-    bf16 = "tasks whose backbone runs in bfloat16, which takes half the time on a CPU that multiplies it"
+    bf16 = "tasks whose backbone runs in bfloat16: faster on a CPU that can multiply it"
     parser.add_argument("--bf16", nargs="*", default=["mrpc", "cola"], help=bf16)
     parser.add_argument("--kl_warmup", type=float, default=0.4, help="share of the steps before the gates start")
     parser.add_argument("--draws", type=int, default=2)
