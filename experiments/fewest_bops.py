@@ -4,8 +4,9 @@
 
 For each task and method, one budget after the other downwards from the bit operations of W4A8, or upwards where these
 are not enough: those of uniform allocations whose activations have at least as many bits as weights, as they are the
-more sensitive. With `--steps` the methods other than `uniform` bisect between W2A2 and W8A8 on a log scale. A budget is
-enough where the score of what is deployed, on the dev set, is on average over seeds not more than 0.005 below LoRA's.
+more sensitive. Between the last of them that is enough and the next one, methods other than `uniform` then bisect, on a
+log scale, `--steps` times. A budget is enough where the score of what is deployed, on the dev set, is on average over
+seeds not more than 0.005 below LoRA's.
 `--lever` gives a lever of `levers.py` to all methods but LoRA. Cells are those of `allocation.py` and `levers.py`, kept
 in the same folders and shared with them, so the study may be spread out; `--methods` runs some methods only.
 """
@@ -20,13 +21,12 @@ from pyro_blora.machine import spin_briefly
 spin_briefly()  # before anything imports torch
 
 from experiments.studies.allocations import add_options
-from experiments.studies.bisection import Found, descend, families, grid, search
+from experiments.studies.bisection import Found, families, search
 from experiments.studies.fewest_page import figure, report
 from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.pages import study_parser, write_page
 
 METHODS = ("start", "hessian", "greedy", "uniform")
-LOW, HIGH = "W2A2", "W8A8"
 UNIFORM = ("W2A2", "W2A4", "W4A4", "W2A8", "W3A8", "W4A8", "W8A8", "W8A16", "W16A16")
 
 
@@ -35,22 +35,20 @@ def study(options, cells: LeverCells) -> list[Found]:
     found = []
     for task in options.tasks:
         for method in options.methods:
-            if options.steps and method != "uniform":
-                points, top = grid(cells.uniform(task, LOW), cells.uniform(task, HIGH), options.steps)
+            points, top = families(cells, task, UNIFORM, options.first)
+            if method == "uniform":
                 result = search(cells, task, method, points, top)
             else:
-                points, top = families(cells, task, UNIFORM, options.first)
-                each = points if method == "uniform" else [budgets[:1] for budgets in points]
-                result = search(cells, task, method, each, top, descend)
+                result = search(cells, task, method, [budgets[:1] for budgets in points], top, options.steps)
             found += [result] if result.tried else []
     return found
 
 
 def planned(options, cells: LeverCells) -> str:
-    """A guess of the number of cells and their minutes; kept ones are not looked up, as bisection decides which."""
+    """A guess of the number of cells and their minutes; kept ones are not looked up, as the search decides which."""
     lines, total = [], 0.0
     for task in options.tasks:
-        number = {m: options.steps + 1 if options.steps and m != "uniform" else 3 for m in options.methods}
+        number = {method: 3 + (method != "uniform") * options.steps for method in options.methods}
         minutes = sum(count * cells.minutes(task, method) for method, count in number.items())
         minutes = len(options.seeds) * (minutes + cells.shared_minutes(task, tuple(options.methods)))
         count, total = len(options.seeds) * sum(number.values()), total + minutes
@@ -68,7 +66,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc", "cola"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, "budget", "exact_hessian"))
     parser.add_argument("--first", default="W4A8", choices=UNIFORM, help="the budget that is tried first")
-    parser.add_argument("--steps", type=int, default=0, help="halvings of the distance from W2A2 to W8A8; 0: none")
+    parser.add_argument("--steps", type=int, default=0, help="halvings of the last distance")
     options = parser.parse_args(arguments)
     options.without, options.keep = options.keep, options.of_levers
     cells = LeverCells(options, options.lever)

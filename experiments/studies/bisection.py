@@ -1,12 +1,13 @@
 """The fewest bit operations at which a score is within a tolerance of plain LoRA, by a search over budgets.
 
 Points are budgets in order; one is tried with every seed, and is within the tolerance where the paired difference to
-LoRA, averaged over seeds, is not below minus the tolerance. Few points are tried one after the other, downwards until
-one is not within; many by bisection, which takes the score to rise with the budget: with noise, its end is one of the
-places where the difference crosses, which is why every point that was tried is shown.
+LoRA, averaged over seeds, is not below minus the tolerance. They are tried one after the other, downwards until one is
+not within; between the last that is and that one the search then bisects, which takes the score to rise with the
+budget: with noise, its end is one of the places where the difference crosses, which is why all that was tried is shown.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from experiments.studies.allocations import Budget, Cells
 from experiments.studies.compare import paired
 
 TOLERANCE = 0.005  # of the score: half a point
-Search = Callable[[int, int, Callable[[int], bool | None]], tuple[int | None, bool]]
 
 
 class Tried(NamedTuple):
@@ -53,30 +53,12 @@ class Found:
         return min((x.share for x in self.tried if x.difference[1] >= -TOLERANCE), default=None)
 
 
-def bisect(points: int, top: int, is_within: Callable[[int], bool | None]) -> tuple[int | None, bool]:
+def descend(points: int, top: int, is_within: Callable[[int], bool | None]) -> tuple[int | None, bool]:
     """(the first place that is within, None where none is; whether it is known).
 
-    is_within(place): None where that cannot be told yet, which ends the search. top: the place to begin at; where it is
-    not within, the search is above it.
+    One place after the other, upwards from `top` to one that is within, then down until one is not.
+    is_within(place): None where that cannot be told yet, which ends the search.
     """
-    low, high = -1, top
-    first = is_within(top)
-    if first is False and top < points - 1:
-        low, high = top, points - 1
-        first = is_within(high)
-    if not first:
-        return None, first is False
-    while high - low > 1:
-        middle = (low + high) // 2
-        here = is_within(middle)
-        if here is None:
-            return high, False
-        low, high = (low, middle) if here else (middle, high)
-    return high, True
-
-
-def descend(points: int, top: int, is_within: Callable[[int], bool | None]) -> tuple[int | None, bool]:
-    """As `bisect`, one place after the other: upwards from `top` to one that is within, then down until one is not."""
     found = None
     for place in range(top, points):
         here = is_within(place)
@@ -93,10 +75,29 @@ def descend(points: int, top: int, is_within: Callable[[int], bool | None]) -> t
     return found, True
 
 
+def bisect(
+    low: float, high: float, halvings: int, is_within: Callable[[float], bool | None]
+) -> tuple[float, bool]:  # fmt: skip
+    """(the smallest share of the bit operations that was within; whether all were tried), on a log scale.
+
+    low: a share that is not within; high: one that is.
+    """
+    for _ in range(halvings):
+        middle = math.sqrt(low * high)
+        here = is_within(middle)
+        if here is None:
+            return high, False
+        low, high = (low, middle) if here else (middle, high)
+    return high, True
+
+
 def search(
-    cells: Cells, task: str, method: str, points: Sequence[Sequence[Budget]], top: int, find: Search = bisect
+    cells: Cells, task: str, method: str, points: Sequence[Sequence[Budget]], top: int, halvings: int = 0
 ) -> Found:  # fmt: skip
-    """Search over points, each of one or several budgets of the same bit operations, the best of which counts."""
+    """Search over points, each of one or several budgets of the same bit operations, the best of which counts.
+
+    halvings: of the last distance, by budgets in between; 0 for a method that has these points only.
+    """
     seeds, known, used = cells.options.seeds, {}, []
     lora = [cells.cell(task, seed, "lora") for seed in seeds]
     metric = next((cell["summary"]["metric"]["name"] for cell in lora if cell), "")
@@ -114,31 +115,31 @@ def search(
               f"[{low:+.4f}, {high:+.4f}]", flush=True)  # fmt: skip
         return Tried(budget, share, (mean, low, high))
 
-    def is_within(place: int) -> bool | None:
+    def is_within(*budgets: Budget) -> bool | None:
         best: Tried | None = None
-        for budget in points[place]:
+        for budget in budgets:
             now = tried(budget)
             if now is None:
                 return None
             best = now if best is None or now.difference[0] > best.difference[0] else best
             if best.is_within:
                 break
-        known[place] = best
-        return best is not None and best.is_within
+        assert best is not None
+        known[budgets[0].share] = best
+        return best.is_within
 
-    place, is_finished = find(len(points), top, is_within)
-    each = [known[i] for i in sorted(known)]
-    return Found(task, method, each, None if place is None else known[place], is_finished, used)
+    place, is_finished = descend(len(points), top, lambda place: is_within(*points[place]))
+    fewest = None if place is None else points[place][0].share
+    if place and fewest and is_finished:
+        below = points[place - 1][0].share
+        fewest, is_finished = bisect(below, fewest, halvings, lambda share: is_within(between(share)))
+    each = [known[share] for share in sorted(known)]
+    return Found(task, method, each, None if fewest is None else known[fewest], is_finished, used)
 
 
-def grid(low: Budget, high: Budget, steps: int) -> tuple[list[list[Budget]], int]:
-    """Budgets between two on a log scale, as many again above the higher one; and the place of the higher one.
-
-    steps: halvings from the whole distance to one point.
-    """
-    n = 2**steps
-    shares = [low.share * (high.share / low.share) ** (i / n) for i in range(1, 2 * n + 1)]
-    return [[Budget(f"b{i:03d}of{n}", min(share, 1.0))] for i, share in enumerate(shares, start=1)], n - 1
+def between(share: float) -> Budget:
+    """A budget between those of uniform allocations, called by its share: B0535 is 5.35 %."""
+    return Budget(f"B{round(1e4 * share):04d}", share)
 
 
 def families(cells: Cells, task: str, names: Sequence[str], top: str) -> tuple[list[list[Budget]], int]:

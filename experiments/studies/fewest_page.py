@@ -84,14 +84,12 @@ def figure(found: list[Found], path: Path) -> None:
 
 
 def _how(options: argparse.Namespace) -> str:
-    if not options.steps:
-        return (
-            f"Found by going\ndown from the bit operations of {options.first} to those of uniform widths below, or up "
-            "where these are not enough."
-        )
+    halved = f", then by {options.steps} halvings on a log scale of what is left (not of `uniform`)" * bool(
+        options.steps
+    )
     return (
-        f"Found by bisection\nover budgets on a log scale, {options.steps} halvings from W2A2 to W8A8, and again above "
-        "where W8A8's are not\nenough; of `uniform` by going down over its widths."
+        f"Found by going\ndown from the bit operations of {options.first} to those of uniform widths below, or up "
+        f"where these are not enough{halved}."
     )
 
 

@@ -228,17 +228,18 @@ def test_a_width_between_two_rungs_is_a_mix_of_layers(layout):
     build_prior(mixed.prior, layout, mixed.settings)
 
 
-@pytest.mark.parametrize("answer", [0, 1, 6, 7, 12, 15])
+@pytest.mark.parametrize("answer", [0.031, 0.045, 0.06, 0.08])
 def test_bisection_ends_at_the_first_that_is_within(answer):
     tried = []
-    assert bisection.bisect(16, 7, lambda i: tried.append(i) or i >= answer) == (answer, True)
-    assert len(tried) == len(set(tried)) <= 6
+    end, known = bisection.bisect(0.03, 0.09, 3, lambda share: tried.append(share) or share >= answer)
+    assert known and len(tried) == 3
+    assert end / (0.09 / 0.03) ** (1 / 8) < answer <= end  # an eighth of the distance, on a log scale, is left
+    assert bisection.bisect(0.03, 0.09, 0, lambda share: True) == (0.09, True)
 
 
 def test_a_bisection_says_what_it_does_not_know():
-    assert bisection.bisect(16, 7, lambda i: False) == (None, True)
-    assert bisection.bisect(16, 7, lambda i: None) == (None, False)
-    assert bisection.bisect(16, 7, lambda i: True if i == 7 else None) == (7, False)
+    assert bisection.bisect(0.04, 0.09, 3, lambda share: None) == (0.09, False)
+    assert bisection.bisect(0.04, 0.09, 3, lambda share: True if share > 0.05 else None) == (pytest.approx(0.06), False)
 
 
 @pytest.mark.parametrize(("answer", "most"), [(0, 6), (2, 5), (4, 3), (5, 2), (6, 3)])
@@ -261,12 +262,43 @@ def test_a_budget_is_within_half_a_point_or_is_not():
     assert [x.is_within for x in at] == [True, False] and all(type(x.is_within) is bool for x in at)
 
 
-def test_the_grid_has_equal_steps_of_the_logarithm():
-    low, high = bisection.Budget("low", 0.03), bisection.Budget("high", 0.09)
-    points, top = bisection.grid(low, high, 3)
-    shares = torch.tensor([each[0].share for each in points])
-    assert points[top][0].share == pytest.approx(high.share)
-    assert shares.log().diff().std() < 1e-6 and shares[0] > low.share and len(points) == 16
+class _Scored:
+    """Cells whose score rises with the budget: a hundred examples, of which all but some are right."""
+
+    def __init__(self, finished):
+        self.options, self.finished, self.asked = SimpleNamespace(seeds=[0, 1]), finished, []
+
+    def cell(self, task, seed, method, budget=None):
+        wrong = 10 if budget is None else round(0.6 / budget.share)  # 10 at 6 %, 11 at 5.7 %
+        if budget:
+            self.asked.append(budget.name)
+            if budget.name not in self.finished:
+                return None
+        label, decision = [0.0] * 100, [1.0] * wrong + [0.0] * (100 - wrong)
+        return {
+            "summary": {"metric": {"name": "accuracy"}, "bops": {"deployed": {"model_ratio": budget and budget.share}}},
+            "examples": {"label": label, "deployed_decision": decision, "deployed_log_likelihood": label},
+        }
+
+
+@pytest.mark.parametrize(
+    ("halvings", "missing", "fewest", "finished"),
+    [
+        (0, "", "W4A8", True),
+        (2, "", "B0639", True),
+        (2, "B0571", "B0639", False),
+        (2, "B0639", "W4A8", False),
+        (2, "W3A8", "W4A8", False),
+        (2, "W4A8", None, False),
+    ],
+)
+def test_a_search_goes_down_and_then_between(halvings, missing, fewest, finished):
+    budgets = [bisection.Budget("W4A4", 0.042), bisection.Budget("W3A8", 0.051), bisection.Budget("W4A8", 0.08)]
+    cells = _Scored({"W4A4", "W3A8", "W4A8", "B0639", "B0571"} - {missing})
+    found = bisection.search(cells, "sst2", "start", [[budget] for budget in budgets], 2, halvings)
+    assert (found.fewest and found.fewest.budget.name, found.is_finished) == (fewest, finished)
+    assert "W4A4" not in cells.asked and ("W3A8" in cells.asked) == (missing != "W4A8")
+    assert [each.share for each in found.tried] == sorted(each.share for each in found.tried)
 
 
 def test_what_was_measured_of_another_configuration_is_refused(tmp_path):
