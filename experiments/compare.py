@@ -27,7 +27,7 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.studies.compare_page import at_every_rank, beyond_noise, compared, differences, elpd, kept, means
+from experiments.studies.compare_page import at_every_rank, compared, differences, elpd, kept, means, what_differs
 from experiments.studies.loo import loo_of_run
 from experiments.studies.results import groups, missing, read
 
@@ -97,7 +97,7 @@ def report(table: pd.DataFrame, options: argparse.Namespace) -> str:
     picture = os.path.relpath(options.figures / f"{options.report.stem}.png", options.report.parent)
     return f"""# {options.report.stem}: `{axis}` compared
 
-{beyond_noise(found, options.against)}
+{what_differs(found, options.against)}
 
 ```sh
 python experiments/compare.py {options.table} --axis {axis} --against {options.against} \\

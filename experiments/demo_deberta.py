@@ -24,7 +24,7 @@ import transformers
 
 from experiments.bench.networks import Setting, deberta
 from experiments.studies.cells import PREDICTED
-from experiments.studies.compare import paired
+from experiments.studies.compare import beyond_noise, paired, written
 from experiments.studies.positions import model_table, projections_table, streams
 from pyro_blora.config import RunConfig, load_preset
 from pyro_blora.evaluation.baselines import NOISE
@@ -111,7 +111,7 @@ def differences(cells: list[dict]) -> list[tuple[str, str, str, dict]]:
 def differences_table(found: list[tuple]) -> str:
     lines = ["| task | difference | of accuracy [95 %] | of NLL [95 %] | beyond noise |", "|---|---|---|---|---|"]
     for task, _, name, intervals in found:
-        cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in intervals.values()]
+        cells = [*map(written, intervals.values())]
         told = [{"score": "accuracy", "nll": "NLL"}[key] for key, held in intervals.items() if beyond_noise(held)]
         lines.append(f"| {task} | {name} | {' | '.join(cells)} | {', '.join(told) or 'no'} |")
     return "\n".join(lines)
@@ -126,11 +126,6 @@ def counts(found: list[tuple]) -> str:
         if held:
             lines.append(f"- {sort}: of {len(held)}, {accuracy} beyond noise in accuracy and {nll} in NLL.")
     return "\n".join(lines)
-
-
-def beyond_noise(interval: tuple[float, float, float]) -> bool:
-    _, low, high = interval
-    return low > 0 or high < 0
 
 
 def command(flags: dict) -> str:

@@ -33,7 +33,7 @@ spin_briefly()  # before anything imports torch
 import transformers
 
 from experiments.studies.cells import finished, provenance
-from experiments.studies.compare import intervals, spread
+from experiments.studies.compare import intervals, spread, written
 from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
@@ -146,7 +146,7 @@ def table(groups: Groups) -> str:
         lines.append(
             f"| {name} | {method} | {len(cells)} | {metric} {spread([x['metric']['value'] for x in deployed])} | "
             f"{spread([x['nll'] for x in deployed])} | {spread([x['nll'] for x in found])} | "
-            f"{_written(less_lora(groups, name, method))} | "
+            f"{written(less_lora(groups, name, method))} | "
             f"{np.mean([x['bops']['deployed']['adapted_ratio'] for x in found]):.1%} | "
             f"{np.mean([x['bops']['deployed']['model_ratio'] for x in found]):.1%} | "
             f"{bits['base']:.1f}, {bits['input']:.1f} |"
@@ -168,10 +168,6 @@ def _scores(cell: dict) -> np.ndarray:
     return np.asarray(cell["examples"]["deployed_log_likelihood"])
 
 
-def _written(interval: tuple[float, ...] | None) -> str:
-    return "" if interval is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval)
-
-
 def ranks(groups: Groups) -> str:
     """E[rank] by projection type, and value less key where both have as many outputs."""
     lines = ["| study | prior | seeds | E[rank] by type of projection | value less key, mean over layers [95 %] |",
@@ -181,7 +177,7 @@ def ranks(groups: Groups) -> str:
             means = {kind: np.mean([c["summary"]["expected_rank"][kind] for c in cells])
                      for kind in cells[0]["summary"]["expected_rank"]}  # fmt: skip
             told = ", ".join(f"{kind} {mean:.2f}" for kind, mean in means.items())
-            lines.append(f"| {name} | `{method}` | {len(cells)} | {told} | {_written(value_less_key(cells))} |")
+            lines.append(f"| {name} | `{method}` | {len(cells)} | {told} | {written(value_less_key(cells))} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.studies.allocations import EVERY
 from experiments.studies.cells import provenance
-from experiments.studies.compare import paired, spread
+from experiments.studies.compare import paired, spread, written
 
 STYLES = {  # colours of Okabe and Ito
     "lora": ("#000000", "*"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"), "random": ("#009E73", "^"),
@@ -68,7 +68,7 @@ def differences(rows: list[dict]) -> str:
             if other not in OURS[: 1 + OURS.index(method)] and seeds:
                 result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
                                 cells[0]["metric"]["name"])  # fmt: skip
-                told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in result.values())
+                told = " | ".join(map(written, result.values()))
                 lines.append(f"| {task} | {budget} | `{method}` | `{other}` | {len(seeds)} | {told} |")
     return "\n".join(lines)
 

@@ -74,6 +74,17 @@ def spread(values, digits: int = 3) -> str:
     return f"{np.mean(values):.{digits}f}{deviation}"
 
 
+def written(interval: tuple[float, ...] | None, digits: int = 3) -> str:
+    """Mean and 95 % interval; nothing of None."""
+    return "" if interval is None else "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*interval, n=digits)
+
+
+def beyond_noise(interval: tuple[float, ...]) -> bool:
+    """Whether a difference has zero outside of its interval."""
+    _, low, high = interval
+    return low > 0 or high < 0
+
+
 def _half_width(values: np.ndarray) -> np.ndarray:
     """Of Student's interval for the mean over the first dimension."""
     n = len(values)

@@ -6,7 +6,7 @@ table: runs as `results.read` gives them. axis: the grid's axis that is compared
 import numpy as np
 import pandas as pd
 
-from experiments.studies.compare import paired, spread
+from experiments.studies.compare import beyond_noise, paired, spread, written
 from experiments.studies.results import groups
 from pyro_blora.posterior.arviz_compat import arviz_itself, held_out
 
@@ -64,29 +64,24 @@ def differences(found: Differences, axis: str, against: str) -> str:
         "|" + "---|" * 7,
     ]
     for (task, entry), (seeds, told) in found.items():
-        cells = " | ".join(map(_written, told)) or " | | |"
+        cells = " | ".join(map(written, told)) or " | | |"
         lines.append(f"| {task} | `{entry}` | {seeds or 'none in common'} | {cells} |")
     return "\n".join(lines)
 
 
-def beyond_noise(found: Differences, against: str) -> str:
+def what_differs(found: Differences, against: str) -> str:
     """By task, the entries whose deployed allocation differs from one of them by more than the interval."""
     lines = []
     for task in dict.fromkeys(task for task, _ in found):
         told = [
-            f"`{entry}` {name} {_written(interval)}{' (one seed)' if seeds == 1 else ''}"
+            f"`{entry}` {name} {written(interval)}{' (one seed)' if seeds == 1 else ''}"
             for (of, entry), (seeds, both) in found.items()
             if of == task
             for name, interval in zip(("score", "NLL"), both[:2], strict=False)
-            if interval[1] > 0 or interval[2] < 0
+            if beyond_noise(interval)
         ]
         lines.append(f"- **{task}**, minus `{against}`: {'; '.join(told) or 'nothing'} beyond noise.")
     return "\n".join(lines)
-
-
-def _written(interval: Interval) -> str:
-    mean, low, high = interval
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def kept(table: pd.DataFrame, axis: str) -> str:

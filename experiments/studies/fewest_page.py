@@ -12,6 +12,7 @@ import numpy as np
 from experiments.studies.allocation_page import OPERATIONS, STYLES, rows_of
 from experiments.studies.bisection import TOLERANCE, Found, Tried
 from experiments.studies.cells import provenance
+from experiments.studies.compare import written
 
 
 def by_task(found: list[Found]) -> dict[str, list[Found]]:
@@ -29,7 +30,7 @@ def _told(each: Found) -> str:
 
 
 def _difference(tried: Tried | None) -> str:
-    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*tried.difference) if tried else ""
+    return written(tried.difference, 4) if tried else ""
 
 
 def headlines(found: list[Found]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.studies.allocation_page import rows_of
 from experiments.studies.cells import provenance
-from experiments.studies.compare import paired, spread
+from experiments.studies.compare import paired, spread, written
 from experiments.studies.levers import LEVERS, NONE
 
 COLOURS = {"uniform": "#D55E00", "start": "#0072B2", "lora": "#000000"}  # of Okabe and Ito
@@ -56,7 +56,7 @@ def differences(rows: list[dict]) -> Iterator[tuple[Group, str, int, dict[str, t
 def compared(rows: list[dict]) -> str:
     lines = ["| task | BOPs of | method | lever | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|---|"]
     for (task, budget, method), lever, seeds, found in differences(rows):
-        told = " | ".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in found.values())
+        told = " | ".join(map(written, found.values()))
         lines.append(f"| {task} | {budget or '32 bit'} | `{method}` | {lever} | {seeds} | {told} |")
     return "\n".join(lines)
 

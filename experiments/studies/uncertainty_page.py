@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.studies.cells import provenance
+from experiments.studies.compare import written
 from experiments.studies.doubts import (
     ALL,
     AURC,
@@ -95,7 +96,7 @@ def compared(cells: Cells, found: Found, pairs: list[tuple[str, str]]) -> dict[t
 def differences_table(found: dict[tuple[str, str], dict[str, Interval]]) -> str:
     lines = [f"| way | less | {' | '.join(_SHOWN)} |", "|---" * (len(_SHOWN) + 2) + "|"]
     for ways, values in found.items():
-        columns = [_interval(values[name]) if name in values else "" for name in _SHOWN]
+        columns = [written(values[name], 4) if name in values else "" for name in _SHOWN]
         lines.append(f"| {' | '.join([*ways, *columns])} |")
     return "\n".join(lines)
 
@@ -116,13 +117,9 @@ def doubts_table(cells: Cells, found: Found) -> str:
     for cell in cells:
         x = found[cell["way"]]
         for name in ("entropy", "information") if has_information(cell) else ("entropy",):
-            gains = [_interval(interval(x[what[name]] - x[what["doubt"]])) for what in (AURC, ALL, AUROC)]
+            gains = [written(interval(x[what[name]] - x[what["doubt"]]), 4) for what in (AURC, ALL, AUROC)]
             lines.append(f"| {' | '.join([cell['way'], DOUBTS[name], *gains])} |")
     return "\n".join(lines)
-
-
-def _interval(found: Interval) -> str:
-    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
 
 
 def by_set(cells: Cells) -> dict[str, Cells]:
@@ -210,8 +207,8 @@ def report(options, cells: Cells) -> str:
     ]
     found = {name: resampled(mine) for name, mine in sets.items()}
     parts += [f"## {name}\n\n{table(mine, found[name])}" for name, mine in sets.items()]
-    for title, text, written in sections:
-        parts += [f"{title}\n\n{text}", *(f"### {name}\n\n{written(mine, found[name])}" for name, mine in sets.items())]
+    for title, text, section in sections:
+        parts += [f"{title}\n\n{text}", *(f"### {name}\n\n{section(mine, found[name])}" for name, mine in sets.items())]
     return "\n\n".join([*parts, "![Accuracy against the share answered](figures/uncertainty.png)"]) + "\n"
 
 

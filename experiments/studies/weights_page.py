@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.studies.cells import provenance
-from experiments.studies.compare import intervals, paired
+from experiments.studies.compare import intervals, paired, written
 from pyro_blora.tasks import get_task
 
 RANKS = (2, 8, 16, 25)
@@ -109,10 +109,6 @@ def _ece(examples: dict[str, np.ndarray], rows: np.ndarray, bins: int = 20) -> n
     return np.abs(sums).reshape(*odds.shape[:-1], bins).sum(-1) / odds.shape[-1]
 
 
-def _interval(found: tuple[float, float, float] | None) -> str:
-    return "" if found is None else f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]"
-
-
 def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list[tuple[float, float, float] | None]]:
     """By (task, path, weights): NLL less its own point's, that point's at its temperature, the plain training's at
     its; and at its own temperature less the plain training's at its.
@@ -143,9 +139,7 @@ def verdicts(compared: dict) -> str:
     for names, found in compared.items():
         *three, both_scaled = found
         below = ", ".join("" if each is None else _below(each) for each in three)
-        lines.append(
-            f"| {' | '.join(names)} | {' | '.join(map(_interval, three))} | {below} | {_interval(both_scaled)} |"
-        )
+        lines.append(f"| {' | '.join(names)} | {' | '.join(map(written, three))} | {below} | {written(both_scaled)} |")
     return "\n".join(lines)
 
 
@@ -187,7 +181,7 @@ def half_the_ece(rows: Rows, tasks: list[str]) -> str:
                 continue
             kinds = ((xs, "scores"), (lora, "scores"), (lora, "scaled"))
             ours, theirs, scaled = (np.median([row[kind]["ece_20"] for row in which]) for which, kind in kinds)
-            share, less = xs[0]["parameters"] / lora[0]["parameters"], _interval(ece_difference(xs, lora))
+            share, less = xs[0]["parameters"] / lora[0]["parameters"], written(ece_difference(xs, lora))
             lines.append(
                 f"| {task} | {lora[0]['parameters']:,} | {theirs:.3f} | {scaled:.3f} | {rank} "
                 f"| {xs[0]['parameters']:,} | {ours:.3f} | {ours / theirs:.2f} | {less} | {share:.3f} |"
@@ -203,7 +197,7 @@ def few_deviations(rows: Rows, tasks: list[str]) -> str:
         for deviations in DEVIATIONS:
             mine = of(rows, task, path, f"K = {deviations}")
             if two and mine:
-                less = "" if deviations == 2 else _interval(difference(mine, two))
+                less = "" if deviations == 2 else written(difference(mine, two))
                 ece = spread([row["scores"]["ece_20"] for row in mine])
                 lines.append(f"| {task} | {rank} | {deviations} | {less} | {ece} | {mine[0]['stored']:,} |")
     return "\n".join(lines)
@@ -221,7 +215,7 @@ def fractions(rows: Rows, tasks: list[str]) -> str:
             mean, weights = (of(rows, task, f"xs8-swag{of_all}", name) for name in ("point", "K = 10"))
             if lora and weights:
                 metrics = " | ".join(spread([row["metric"] for row in which]) for which in (lora, mean, weights))
-                less = " | ".join(_interval(difference(weights, other, of="score")) for other in (lora, mean))
+                less = " | ".join(written(difference(weights, other, of="score")) for other in (lora, mean))
                 lines.append(f"| {task} | {weights[0]['cell']['config']['max_train']:,} | {metrics} | {less} |")
     return "\n".join(lines)
 
@@ -232,7 +226,7 @@ def with_gates(rows: Rows, tasks: list[str]) -> str:
         gated, plain = (of(rows, task, path, "draws") for path in ("xs8-gates-gaussian", "xs8-gaussian"))
         if gated:
             share = f"{100 * np.median([row['bops'] for row in gated]):.1f} %"
-            lines.append(f"| {task} | {share} | {_interval(difference(gated, plain))} |")
+            lines.append(f"| {task} | {share} | {written(difference(gated, plain))} |")
     return "\n".join(lines)
 
 

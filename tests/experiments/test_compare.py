@@ -11,7 +11,7 @@ from tiny import save_tiny_backbone, tiny_grid
 
 from experiments import compare, grid
 from experiments.studies import loo
-from experiments.studies.compare_page import beyond_noise
+from experiments.studies.compare_page import what_differs
 from experiments.studies.grid_file import read_grid
 from experiments.studies.loo import loo_of_run
 from pyro_blora import draw, load
@@ -72,7 +72,7 @@ def test_the_page_opens_with_what_is_beyond_noise(results):
     apart, near = (0.2, 0.1, 0.3), (0.1, -0.1, 0.3)
     found = {("sst2", "wide"): (3, [near, apart, apart, apart]), ("sst2", "flat"): (3, [near, near, apart, apart]),
              ("stsb", "wide"): (1, [near, apart, near, near]), ("rte", "wide"): (0, [])}  # fmt: skip
-    assert beyond_noise(found, "lora").splitlines() == [
+    assert what_differs(found, "lora").splitlines() == [
         "- **sst2**, minus `lora`: `wide` NLL +0.200 [+0.100, +0.300] beyond noise.",
         "- **stsb**, minus `lora`: `wide` NLL +0.200 [+0.100, +0.300] (one seed) beyond noise.",
         "- **rte**, minus `lora`: nothing beyond noise.",
