@@ -85,12 +85,11 @@ def figure(found: list[Found], path: Path) -> None:
 
 
 def _how(options: argparse.Namespace) -> str:
-    halved = f", then by {options.steps} halvings on a log scale of what is left (not of `uniform`)" * bool(
-        options.steps
-    )
+    times = "once" if options.steps == 1 else f"{options.steps} times"
+    halved = f", then by halving what is left {times}, on a log scale (not of `uniform`)" if options.steps else ""
     return (
         f"Found by going\ndown from the bit operations of {options.first} to those of uniform widths below, or up "
-        f"where these are not enough{halved}."
+        f"where these are not\nenough{halved}."
     )
 
 
