@@ -105,7 +105,8 @@ python experiments/compare.py {options.table} --axis {axis} --against {options.a
 ```
 
 The table is what `experiments/grid.py` left of the grid `{options.table.parent.name}`, whose file has its command.
-{len(table)} runs on {summary["device"]}; backbone {summary["backbone"]}, {summary["n_train"]} training examples.
+{len(table)} runs on {summary["device"]}; backbone {summary["backbone"]}, {summary["n_train"]} training examples, in \
+{" or ".join(sorted(set(table["precision"])))}.
 Predictions average {draws} draws. Missing of the grid: {", ".join(missing(table, axis)) or "none"}.
 
 `deployed` is the one allocation that is exported, one forward an example; `draws` averages predictions over draws of

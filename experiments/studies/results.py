@@ -14,8 +14,8 @@ from pyro_blora.layout import AdapterLayout
 def read(path: Path, axis: str) -> pd.DataFrame:
     """A line a run. The grid's other axes are told in the column `task`, as `sst2, rank 4`: they are not to be pooled.
 
-    Beside the grid's columns: examples (predictions by column), summary, and `adapted` and `model`, the bit operations
-    of what is deployed in 10^9: ratios do not compare between runs with different adapters.
+    Beside the grid's columns: examples (predictions by column), summary, precision, and `adapted` and `model`, the bit
+    operations of what is deployed in 10^9: ratios do not compare between runs with different adapters.
     Errors: ValueError for a table that cannot be compared along the axis, or whose runs are gone.
     """
     if not path.is_file():
@@ -49,6 +49,7 @@ def _run(folder: Path) -> dict:
     return {
         "examples": pd.read_parquet(folder / "predictions.parquet", columns=["label", *PREDICTED]).to_dict("list"),
         "summary": summary,
+        "precision": json.loads((folder / "config.json").read_text(encoding="utf-8"))["precision"],
         "adapted": shares["adapted_ratio"] * float(full.adapted) / 1e9,
         "model": shares["model_ratio"] * float(full.model) / 1e9,
     }

@@ -64,7 +64,7 @@ def test_the_page_says_what_the_runs_say(results):
     bits = [json.loads((Path(folder) / "summary.json").read_text())["expected_bits"] for folder in mine["folder"]]
     (line,) = rows(text, "## What the gates keep", "qat_lora")
     assert line[2] == f"{np.mean([x['input'] for x in bits]):.1f} ± 0.0" and line[2:].count("2.0 ± 0.0") == 5
-    assert "Missing of the grid: none." in text
+    assert "training examples, in float32." in text and "Missing of the grid: none." in text
     assert (results.parent / "compare.png").stat().st_size > 10_000
 
 
