@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from experiments.studies.allocation_page import rows_of
 from experiments.studies.allocations import Budget, Cells
 from pyro_blora.config import RunConfig
 
@@ -29,3 +30,18 @@ def test_it_is_the_allocation_of_the_run_in_the_steps_of_the_others(tmp_path):
     assert all(getattr(rewound, name) == getattr(uniform, name) for name in same)
     learned, start = (study.config("sst2", 0, method, BUDGET) for method in ("budget", "start"))
     assert (learned.settle, start.settle) == (0.3, 0.6) and learned.prior_settings == start.prior_settings
+
+
+def test_the_tasks_that_are_named_have_all_rows_and_bfloat16(tmp_path):
+    study = cells(tmp_path)
+    study.options.all_rows, study.options.bf16, study.options.tasks = (
+        ["cola"],
+        ["cola", "mrpc"],
+        ["sst2", "mrpc", "cola"],
+    )
+    found = {task: study.config(task, 0, "uniform", BUDGET) for task in study.options.tasks}
+    assert {task: (one.max_train, one.precision) for task, one in found.items()} == {
+        "sst2": (64, "float32"), "mrpc": (64, "bf16"), "cola": (None, "bf16"),
+    }  # fmt: skip
+    assert study.lora("cola", 0).precision == "bf16"
+    assert rows_of(study.options) == "at most 64 training examples (of cola all), mrpc, cola in bfloat16"
