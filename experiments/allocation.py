@@ -24,7 +24,7 @@ spin_briefly()  # before anything imports torch
 
 from experiments.studies.allocation_page import figure, line, report
 from experiments.studies.allocations import EVERY, METHODS, Cells, Wanted, add_options, plan
-from experiments.studies.pages import study_parser, write_page
+from experiments.studies.pages import run_study, study_parser, write_page
 
 BUDGETS = ("W8A8", "W4A8", "W4A4", "W3A4")
 
@@ -71,4 +71,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_study(main)

@@ -34,7 +34,7 @@ import transformers
 
 from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import intervals, spread, written
-from experiments.studies.pages import study_parser, write_page
+from experiments.studies.pages import run_study, study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 from pyro_blora.models import backbone_path
@@ -285,4 +285,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_study(main)

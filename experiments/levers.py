@@ -22,7 +22,7 @@ from experiments.studies.allocation_page import line
 from experiments.studies.allocations import Wanted, add_options, plan
 from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.levers_page import figure, report
-from experiments.studies.pages import study_parser, write_page
+from experiments.studies.pages import run_study, study_parser, write_page
 
 METHODS = ("uniform", "start")
 
@@ -71,4 +71,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_study(main)

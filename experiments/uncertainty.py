@@ -23,7 +23,7 @@ import torch
 
 from experiments.studies import intents
 from experiments.studies.cells import CODE, kept, settings_of
-from experiments.studies.pages import study_parser, write_page
+from experiments.studies.pages import run_study, study_parser, write_page
 from experiments.studies.uncertainty_page import figure, report
 from pyro_blora.config import RunConfig
 from pyro_blora.evaluation import predicted
@@ -160,4 +160,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_study(main)

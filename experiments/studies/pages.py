@@ -1,6 +1,8 @@
-"""The options that every study takes, and the page and figure that it leaves."""
+"""The options that every study takes, how it ends, and the page and figure that it leaves."""
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,3 +37,17 @@ def write_page(options: argparse.Namespace, name: str, rows: list[dict], report:
         folder.mkdir(parents=True, exist_ok=True)
     figure(rows, options.figures / f"{name}.png")
     options.report.write_text(report(options, rows), encoding="utf-8")
+
+
+def run_study(main: Callable[[list[str]], None]) -> None:
+    """Run a study on the command line's words; what is wrong with them is one sentence and exit code 2.
+
+    PYRO_BLORA_TRACEBACK=1 shows the traceback, as it does of `pyro-blora`.
+    """
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

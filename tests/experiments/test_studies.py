@@ -1,7 +1,9 @@
 """Statistics and provenance of the studies, against numbers computed by hand and against simulation."""
 
 import dataclasses
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from scipy import stats
 from experiments.studies import compare
 from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
-from experiments.studies.pages import study_parser, write_page
+from experiments.studies.pages import run_study, study_parser, write_page
 from experiments.studies.weight_distributions import ensembles
 from experiments.studies.weights_page import (
     _ece,
@@ -223,3 +225,23 @@ def test_the_calibration_error_of_many_samples_is_that_of_each():
             confidence = 1 / (1 + np.exp(-abs(x)))
             gaps[int(20 * confidence)].append(confidence - ((x > 0) == is_one))
         assert found[at] == pytest.approx(sum(abs(sum(gap)) for gap in gaps) / 40)
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "said"),
+    [
+        ("ranks.py", "--precision bf17", "did you mean 'bf16'?"),
+        ("gates.py", "--kl_warmup 2", "kl_warmup"),
+        ("allocation.py", "--tasks sst3", "sst3"),
+        ("dial.py", "--glue_dir nowhere", "nowhere"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_one_sentence(script, wrong, said, monkeypatch, capsys, tmp_path):
+    words = ["--glue_dir", str(tmp_path), "--output_dir", str(tmp_path / "runs"), "--keep", str(tmp_path / "kept")]
+    monkeypatch.setattr(sys, "argv", [script, *words, *wrong.split()])
+    main = importlib.import_module(f"experiments.{script.removesuffix('.py')}").main
+    with pytest.raises(SystemExit) as ended:
+        run_study(main)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert ended.value.code == 2 and line.startswith(f"{script}: error: ") and said in line
+    assert not any(tmp_path.iterdir())
