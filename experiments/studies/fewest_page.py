@@ -25,7 +25,7 @@ def by_task(found: list[Found]) -> dict[str, list[Found]]:
 def _told(each: Found) -> str:
     """A share, or what is known of it."""
     if each.fewest is None:
-        return f"more than {each.tried[-1].share:.2%}" if each.is_finished else "not known yet"
+        return f"more than {each.tried[-1].share:.2%}"
     return f"{each.fewest.share:.2%}" if each.is_finished else f"at most {each.fewest.share:.2%}"
 
 
