@@ -26,7 +26,7 @@ def _told(each: Found) -> str:
     """A share, or what is known of it."""
     if each.fewest is None:
         return f"more than {each.tried[-1].share:.2%}"
-    return f"{each.fewest.share:.2%}" if each.is_finished else f"at most {each.fewest.share:.2%}"
+    return f"{each.fewest.share:.2%}" if each.is_finished else f"no more than {each.fewest.share:.2%}"
 
 
 def _difference(tried: Tried | None) -> str:

@@ -12,7 +12,7 @@ from models import batch, tiny_bert
 from torch.autograd.functional import hessian, jacobian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.studies import bisection, greedy, peers
+from experiments.studies import bisection, fewest_page, greedy, peers
 from experiments.studies.allocations import mixed_widths, uniform_budget
 from experiments.studies.hessian import gauss_newton_traces, hessian_traces, mean_squared_errors
 from experiments.studies.integer_program import cheapest
@@ -299,6 +299,29 @@ def test_a_search_goes_down_and_then_between(halvings, missing, fewest, finished
     assert (found.fewest and found.fewest.budget.name, found.is_finished) == (fewest, finished)
     assert "W4A4" not in cells.asked and ("W3A8" in cells.asked) == (missing != "W4A8")
     assert [each.share for each in found.tried] == sorted(each.share for each in found.tried)
+
+
+def test_the_headline_says_what_is_known():
+    at = [
+        bisection.Tried(bisection.Budget("b", x), x, (y, y - 0.01, y + 0.01))
+        for x, y in ((0.04, -0.02), (0.06, -0.001))
+    ]
+    fewer, enough = at
+
+    def found(method, fewest, *, finished, tried=at):
+        return bisection.Found("sst2", method, tried, fewest, finished, [])
+
+    each = [
+        found("uniform", enough, finished=True),
+        found("start", enough, finished=False),
+        found("hessian", None, finished=False, tried=[fewer, enough._replace(difference=(-0.01, -0.02, 0.0))]),
+    ]
+    assert fewest_page.headlines(each) == (
+        "- **sst2: LoRA's score at no more than 6.00% of its bit operations** (`start`, score minus LoRA's -0.0010 "
+        "[-0.0110, +0.0090]); `uniform` 6.00%, `hessian` more than 6.00%"
+    )
+    (row,) = [line for line in fewest_page.table(each).splitlines() if "`uniform`" in line]
+    assert "| 4.00% | -0.0200 [-0.0300, -0.0100] | 4.00% | no budget | 2 |" in row
 
 
 def test_what_was_measured_of_another_configuration_is_refused(tmp_path):
