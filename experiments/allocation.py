@@ -22,9 +22,10 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
+from experiments.scripts import run_script
 from experiments.studies.allocation_page import figure, line, report
 from experiments.studies.allocations import EVERY, METHODS, Cells, Wanted, add_options, plan
-from experiments.studies.pages import run_study, study_parser, write_page
+from experiments.studies.pages import study_parser, write_page
 
 BUDGETS = ("W8A8", "W4A8", "W4A4", "W3A4")
 
@@ -71,4 +72,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_script(main)

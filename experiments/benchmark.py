@@ -25,6 +25,7 @@ import torch
 
 from experiments.bench import page, quantizers, subjects
 from experiments.bench.networks import Setting
+from experiments.scripts import run_script
 from pyro_blora.machine import keep_freed_memory
 
 CPU = Setting()
@@ -48,7 +49,7 @@ def parts(device: str, factor: float) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--report", type=Path, help="the page; none: benchmark.md in output_dir")
     parser.add_argument("--figures", type=Path, help="folder of the plot; none: output_dir")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of other libraries
     torch.manual_seed(0)
     keep_freed_memory()  # as the command line does
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from experiments.bench.networks import Setting, deberta
+from experiments.scripts import run_script
 from experiments.studies.cells import PREDICTED
 from experiments.studies.compare import beyond_noise, paired, written
 from experiments.studies.positions import model_table, projections_table, streams
@@ -224,10 +225,10 @@ def main(arguments: list[str]) -> None:
     every = itertools.product(options.tasks, options.backbones, METHODS)
     cells = [found for names in every if (found := cell(options, *names)) is not None]
     if not cells:
-        raise SystemExit(f"no cell is finished in {options.output_dir}: run it without --only_finished")
+        raise ValueError(f"no cell is finished in {options.output_dir}: run it without --only_finished")
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(page(options, cells), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -26,6 +26,7 @@ spin_briefly()  # before anything imports torch
 from experiments.bench import deployed_page, proxies
 from experiments.bench.artefacts import Studied
 from experiments.bench.deployed import SIZES, Measuring
+from experiments.scripts import run_script
 from pyro_blora.machine import keep_freed_memory
 
 TASKS = ("sst2", "stsb")
@@ -69,4 +70,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main(sys.argv[1:])
+    run_script(main)

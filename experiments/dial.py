@@ -31,8 +31,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments.scripts import run_script
 from experiments.studies.cells import finished, provenance
-from experiments.studies.pages import run_study, study_parser, write_page
+from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 
@@ -188,4 +189,4 @@ Standard error of the accuracy: {0.5 / rows[0]["n_eval"] ** 0.5:.3f} at most.
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_script(main)

@@ -21,6 +21,7 @@ spin_briefly()  # before anything imports torch
 
 import torch
 
+from experiments.scripts import run_script
 from experiments.studies.cells import CHECKPOINT
 from pyro_blora import RunConfig, load
 from pyro_blora.checkpoint import read_tensors
@@ -51,13 +52,13 @@ class Noise(NamedTuple):
 
 @torch.no_grad()
 def noise_of(folder: Path) -> list[Noise]:
-    """Of a finished run, of its first component.  Errors: SystemExit for one whose gates did not learn so."""
+    """Of a finished run, of its first component.  Errors: ValueError for one whose gates did not learn so."""
     path = folder / CHECKPOINT
     kept = read_tensors(path)[0] if path.exists() else {}
     program = load(folder)
     guide, layout, found = program.gate_guide, program.layout, []
     if f"mean/{SITE}" not in kept or not isinstance(guide, LogBayesFactors):
-        raise SystemExit(
+        raise ValueError(
             f"{folder} has no averages of natural gradients: give a run with its checkpoints whose gates have learned "
             "by them (of prior budget with --rest or --settle)"
         )
@@ -113,4 +114,4 @@ layers' projections, in nats at the run's KL weight, which scales all of them al
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -12,12 +12,15 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
 import torch
 
+from experiments.scripts import run_script
 from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run, versions
 from pyro_blora.tasks import get_task
@@ -122,4 +125,4 @@ Each line, by its command:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

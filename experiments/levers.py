@@ -18,11 +18,12 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
+from experiments.scripts import run_script
 from experiments.studies.allocation_page import line
 from experiments.studies.allocations import Wanted, add_options, plan
 from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.levers_page import figure, report
-from experiments.studies.pages import run_study, study_parser, write_page
+from experiments.studies.pages import study_parser, write_page
 
 METHODS = ("uniform", "start")
 
@@ -71,4 +72,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_script(main)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.on_gpu.page import machine
+from experiments.scripts import run_script
 
 WIDTH, INNER, BLOCKS = 768, 3072, 12
 LOW_BIT = {"W8A8": "Int8DynamicActivationInt8WeightConfig", "W8A16": "Int8WeightOnlyConfig"}  # torchao's names
@@ -110,4 +111,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -15,6 +15,7 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
+from experiments.scripts import run_script
 from pyro_blora.tasks.glue import load_glue
 from pyro_blora.tasks.pairs import COLUMNS, LABELS
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max_train", type=int, default=None, help="training pairs to keep; none: all")
     options = parser.parse_args(arguments)
     if options.output_dir.exists():
-        raise SystemExit(f"{options.output_dir} exists: give another --output_dir")
+        raise ValueError(f"{options.output_dir} exists: give another --output_dir")
     splits = load_glue("mrpc", glue_dir=options.glue_dir, n_train=options.max_train)
     options.output_dir.mkdir(parents=True)
     for split, name in (("train", "train.csv"), ("eval", "dev.csv")):
@@ -39,4 +40,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -16,16 +16,17 @@ spin_briefly()  # before anything imports torch
 from experiments.bench.deployed_child import measured
 from experiments.bench.systems import System, opened, some_inputs
 from experiments.bench.timing import in_turn, spread
+from experiments.scripts import run_script
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="by pyro-blora export --format onnx; the first is 1.00")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=30_000, help="tokens are below it")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing, in all")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     systems = [System(folder.name, "onnx", str(folder / "model.onnx")) for folder in options.folders]
     batch = options.batch, options.length, options.vocabulary
     memory = [measured(system, batch)["resident"] for system in systems]
@@ -42,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ spin_briefly()  # before anything imports torch
 
 import transformers
 
+from experiments.scripts import run_script
 from pyro_blora import RunConfig, export, fit
 from pyro_blora.models import load_tokenizer
 
@@ -64,10 +65,10 @@ def measured(folder: Path, backbone: Path, adapter: Path, rows: int) -> tuple[fl
     return int(re.search(r"peak (\d+)", done.stderr)[1]) / 1024, seconds
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000], help="of the tables, one by one")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         backbone, adapter = model_in(Path(name))
         print("| rows | peak memory | seconds |\n|---|---|---|")
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,9 +29,10 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
+from experiments.scripts import run_script
 from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import rank_differences, spread
-from experiments.studies.pages import run_study, study_parser, write_page
+from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 
@@ -205,4 +206,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_script(main)

@@ -31,6 +31,7 @@ import aiohttp
 import numpy as np
 
 from experiments.bench.page import machine
+from experiments.scripts import run_script
 from pyro_blora.tasks import get_task
 
 SETTINGS = {  # flags of the server, by what the page calls them
@@ -185,7 +186,7 @@ def draw(found: Found, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="of packed or ONNX models, or of runs")
@@ -197,7 +198,7 @@ def main() -> None:
     add("--threads", type=int, default=1, help="of a server")
     add("--report", type=Path, metavar="FILE", help="the page (default: stdout)")
     add("--figures", type=Path, metavar="FOLDER", help="for serving.png")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.busy = os.getloadavg()[0]
     found: Found = {}
     with contextlib.ExitStack() as running:
@@ -227,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,7 +7,12 @@ Every article of the development set has questions in XQuAD's 1,190, so whole ar
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.scripts import run_script
 
 EVERY = 4  # of the articles, one is held out
 
@@ -16,11 +21,11 @@ def articles_in(path: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))["data"]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--dev", "--xquad", "--to"):
         parser.add_argument(name, type=Path, required=True)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     dev = articles_in(given.dev)
     held_out = {q["id"] for article in dev[::EVERY] for paragraph in article["paragraphs"] for q in paragraph["qas"]}
     learned = [article for i, article in enumerate(dev) if i % EVERY]
@@ -34,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,8 +21,9 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
+from experiments.scripts import run_script
 from experiments.studies.cells import finished, provenance
-from experiments.studies.pages import run_study, study_parser, write_page
+from experiments.studies.pages import study_parser, write_page
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 
@@ -126,4 +127,4 @@ do not ask for; "largest on the way" is the largest relative error at any gated 
 
 
 if __name__ == "__main__":
-    run_study(main)
+    run_script(main)

@@ -1,8 +1,6 @@
-"""The options that every study takes, how it ends, and the page and figure that it leaves."""
+"""The options that every study takes, and the page and figure that it leaves."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,25 +27,11 @@ def study_parser(
 def write_page(options: argparse.Namespace, name: str, rows: list[dict], report: Callable, figure: Callable) -> None:
     """Write the text of `report(options, rows)`, and the picture that `figure(rows, path)` saves.
 
-    Errors: SystemExit where no cell is finished.
+    Errors: ValueError where no cell is finished.
     """
     if not rows:
-        raise SystemExit(f"no cell of this study is finished in {options.keep}: run it without --only_finished")
+        raise ValueError(f"no cell of this study is finished in {options.keep}: run it without --only_finished")
     for folder in (options.report.parent, options.figures):
         folder.mkdir(parents=True, exist_ok=True)
     figure(rows, options.figures / f"{name}.png")
     options.report.write_text(report(options, rows), encoding="utf-8")
-
-
-def run_study(main: Callable[[list[str]], None]) -> None:
-    """Run a study on the command line's words; what is wrong with them is one sentence and exit code 2.
-
-    PYRO_BLORA_TRACEBACK=1 shows the traceback, as it does of `pyro-blora`.
-    """
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get("PYRO_BLORA_TRACEBACK") == "1":
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.scripts import run_script
 from experiments.studies import compare
 from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
-from experiments.studies.pages import run_study, study_parser, write_page
+from experiments.studies.pages import study_parser, write_page
 from experiments.studies.weight_distributions import ensembles
 from experiments.studies.weights_page import (
     _ece,
@@ -102,7 +103,7 @@ def test_without_a_finished_cell_nothing_is_trained_and_nothing_written(tmp_path
     assert finished(tmp_path / "cell.json", config, config, 64, train=False) is None
     given = ["--glue_dir", "none", "--keep", str(tmp_path), "--report", str(tmp_path / "page.md"), "--only_finished"]
     options = study_parser("A study.", "study", max_train=64, output_dir="runs").parse_args(given)
-    with pytest.raises(SystemExit, match=r"no cell of this study is finished in .*: run it without --only_finished"):
+    with pytest.raises(ValueError, match=r"no cell of this study is finished in .*: run it without --only_finished"):
         write_page(options, "study", [], lambda options, rows: "", lambda rows, path: path.touch())
     assert list(tmp_path.iterdir()) == []
 
@@ -234,14 +235,17 @@ def test_the_calibration_error_of_many_samples_is_that_of_each():
         ("gates.py", "--kl_warmup 2", "kl_warmup"),
         ("allocation.py", "--tasks sst3", "sst3"),
         ("dial.py", "--glue_dir nowhere", "nowhere"),
+        ("gates.py", "--only_finished --keep nowhere", "run it without --only_finished"),
+        ("glue_small.py", "--tasks sst3", "sst3"),
+        ("demo_deberta.py", "--only_finished", "run it without --only_finished"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_one_sentence(script, wrong, said, monkeypatch, capsys, tmp_path):
-    words = ["--glue_dir", str(tmp_path), "--output_dir", str(tmp_path / "runs"), "--keep", str(tmp_path / "kept")]
+    words = ["--glue_dir", str(tmp_path), "--output_dir", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", [script, *words, *wrong.split()])
     main = importlib.import_module(f"experiments.{script.removesuffix('.py')}").main
     with pytest.raises(SystemExit) as ended:
-        run_study(main)
+        run_script(main)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert ended.value.code == 2 and line.startswith(f"{script}: error: ") and said in line
     assert not any(tmp_path.iterdir())
