@@ -137,7 +137,7 @@ is over examples only.
 
 {elpd(table, axis)}
 {at_every_rank(table, axis)}{loo}
-![{table["metric"].iloc[0]} against BOPs]({picture})
+![Score against BOPs]({picture})
 """
 
 
