@@ -22,10 +22,10 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.scripts import run_script
 from experiments.studies.allocation_page import figure, line, report
 from experiments.studies.allocations import EVERY, METHODS, Cells, Wanted, add_options, plan
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 
 BUDGETS = ("W8A8", "W4A8", "W4A4", "W3A4")
 

@@ -25,7 +25,7 @@ import torch
 
 from experiments.bench import page, quantizers, subjects
 from experiments.bench.networks import Setting
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 from pyro_blora.machine import keep_freed_memory
 
 CPU = Setting()

@@ -30,7 +30,7 @@ from experiments.ladder.gradients import GUIDES, estimators, exact_gradient, pla
 from experiments.ladder.parallel import in_parallel
 from experiments.ladder.problems import Network, Problem, twelve_gates
 from experiments.ladder.starts import start_fits
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 
 SEEDS = range(4)  # of the twelve gates
 STEPS = 4000  # of SVI in rungs c and d

@@ -23,10 +23,10 @@ import torch
 import transformers
 
 from experiments.bench.networks import Setting, deberta
-from experiments.scripts import run_script
 from experiments.studies.cells import PREDICTED
 from experiments.studies.compare import beyond_noise, paired, written
 from experiments.studies.positions import model_table, projections_table, streams
+from experiments.studies.scripts import run_script
 from pyro_blora.config import RunConfig, load_preset
 from pyro_blora.evaluation.baselines import NOISE
 from pyro_blora.models import backbone_path

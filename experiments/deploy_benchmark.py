@@ -26,7 +26,7 @@ spin_briefly()  # before anything imports torch
 from experiments.bench import deployed_page, proxies
 from experiments.bench.artefacts import Studied
 from experiments.bench.deployed import SIZES, Measuring
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 from pyro_blora.machine import keep_freed_memory
 
 TASKS = ("sst2", "stsb")

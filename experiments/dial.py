@@ -31,9 +31,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.scripts import run_script
 from experiments.studies.cells import finished, provenance
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 

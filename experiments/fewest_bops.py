@@ -20,12 +20,12 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.scripts import run_script
 from experiments.studies.allocations import add_options
 from experiments.studies.bisection import Found, families, search
 from experiments.studies.fewest_page import figure, report
 from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 
 METHODS = ("start", "hessian", "greedy", "uniform")
 UNIFORM = ("W2A2", "W2A4", "W4A4", "W2A8", "W3A8", "W4A8", "W8A8", "W8A16", "W16A16")

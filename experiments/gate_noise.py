@@ -21,8 +21,8 @@ spin_briefly()  # before anything imports torch
 
 import torch
 
-from experiments.scripts import run_script
 from experiments.studies.cells import CHECKPOINT
+from experiments.studies.scripts import run_script
 from pyro_blora import RunConfig, load
 from pyro_blora.checkpoint import read_tensors
 from pyro_blora.guides.base import LogBayesFactors

@@ -35,10 +35,10 @@ spin_briefly()  # before anything imports torch
 
 from experiments.ladder.estimates import network_table, twelve_table
 from experiments.ladder.noisy import table as noise_table
-from experiments.scripts import run_script
 from experiments.studies.compare import spread
 from experiments.studies.gate_learning import DRAWS, ROWS, cell
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 from pyro_blora.config import RunConfig
 
 STILL = {"lr": 1e-20, "lr_ranges": 0.0}  # too small a step to change a float32

@@ -20,7 +20,7 @@ spin_briefly()  # before anything imports torch
 
 import torch
 
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 from pyro_blora.config import RunConfig
 from pyro_blora.run import train_run, versions
 from pyro_blora.tasks import get_task

@@ -32,10 +32,10 @@ spin_briefly()  # before anything imports torch
 
 import transformers
 
-from experiments.scripts import run_script
 from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import intervals, spread, written
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 from pyro_blora.models import backbone_path

@@ -18,12 +18,12 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.scripts import run_script
 from experiments.studies.allocation_page import line
 from experiments.studies.allocations import Wanted, add_options, plan
 from experiments.studies.levers import LEVERS, NONE, LeverCells
 from experiments.studies.levers_page import figure, report
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 
 METHODS = ("uniform", "start")
 

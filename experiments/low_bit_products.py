@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.on_gpu.page import machine
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 
 WIDTH, INNER, BLOCKS = 768, 3072, 12
 LOW_BIT = {"W8A8": "Int8DynamicActivationInt8WeightConfig", "W8A16": "Int8WeightOnlyConfig"}  # torchao's names

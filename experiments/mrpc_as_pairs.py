@@ -15,7 +15,7 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 from pyro_blora.tasks.glue import load_glue
 from pyro_blora.tasks.pairs import COLUMNS, LABELS
 

@@ -16,7 +16,7 @@ spin_briefly()  # before anything imports torch
 from experiments.bench.deployed_child import measured
 from experiments.bench.systems import System, opened, some_inputs
 from experiments.bench.timing import in_turn, spread
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 
 
 def main(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ spin_briefly()  # before anything imports torch
 
 import transformers
 
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 from pyro_blora import RunConfig, export, fit
 from pyro_blora.models import load_tokenizer
 

@@ -29,10 +29,10 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
-from experiments.scripts import run_script
 from experiments.studies.cells import finished, provenance
 from experiments.studies.compare import rank_differences, spread
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 

@@ -31,7 +31,7 @@ import aiohttp
 import numpy as np
 
 from experiments.bench.page import machine
-from experiments.scripts import run_script
+from experiments.studies.scripts import run_script
 from pyro_blora.tasks import get_task
 
 SETTINGS = {  # flags of the server, by what the page calls them

@@ -12,7 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.scripts import run_script
+from pyro_blora.machine import spin_briefly
+
+spin_briefly()  # before anything imports torch
+
+from experiments.studies.scripts import run_script
 
 EVERY = 4  # of the articles, one is held out
 

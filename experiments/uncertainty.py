@@ -21,10 +21,10 @@ spin_briefly()  # before anything imports torch
 
 import torch
 
-from experiments.scripts import run_script
 from experiments.studies import intents
 from experiments.studies.cells import CODE, kept, settings_of
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 from experiments.studies.uncertainty_page import figure, report
 from pyro_blora.config import RunConfig
 from pyro_blora.evaluation import predicted

@@ -21,9 +21,9 @@ spin_briefly()  # before anything imports torch
 
 import torch
 
-from experiments.scripts import run_script
 from experiments.studies.cells import CODE, kept, settings_of
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 from experiments.studies.weight_distributions import WeightDistribution, distributions_of, ensembles
 from experiments.studies.weights_page import DEVIATIONS, FRACTIONS, RANKS, figure, report
 from pyro_blora.config import RunConfig

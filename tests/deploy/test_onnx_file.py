@@ -308,10 +308,9 @@ def test_a_small_file_has_narrow_weights_at_their_own_width(made, fast, tmp_path
     assert json.loads((fast / MANIFEST).read_text())["version"] == 1
 
 
-def test_sizes_and_times_are_printed(made, fast, monkeypatch, capsys):
+def test_sizes_and_times_are_printed(made, fast, capsys):
     arguments = [made[1], fast, "--vocabulary", 30, "--length", 8, "--seconds", 0.01]
-    monkeypatch.setattr(sys, "argv", ["onnx_times.py", *map(str, arguments)])
-    onnx_times.main()
+    onnx_times.main([*map(str, arguments)])
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header.startswith("| model | MB | resident, MB | 1 x 8, ms") and len(rows) == 2
     sizes = [f"{(folder / MODEL).stat().st_size / 1e6:.1f}" for folder in (made[1], fast)]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.scripts import run_script
 from experiments.studies import compare
 from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
+from experiments.studies.scripts import run_script
 from experiments.studies.weight_distributions import ensembles
 from experiments.studies.weights_page import (
     _ece,

@@ -102,5 +102,5 @@ def test_mrpc_goes_into_the_format_and_back(tmp_path, glue_dir):
     assert rows["first"][:] == original["sentence1"][:] and rows["label"][:] == original["label"][:]
     with open(tmp_path / "out" / "train.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 50
-    with pytest.raises(SystemExit, match="exists"):
+    with pytest.raises(ValueError, match="exists"):
         main(["--glue_dir", str(glue_dir), "--output_dir", str(tmp_path / "out")])
