@@ -17,6 +17,7 @@ from experiments.bench.deployed_child import measured
 from experiments.bench.systems import System, opened, some_inputs
 from experiments.bench.timing import in_turn, spread
 from experiments.studies.scripts import run_script
+from pyro_blora.deploy.onnx_file import MODEL
 
 
 def main(arguments: list[str]) -> None:
@@ -27,7 +28,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--vocabulary", type=int, default=30_000, help="tokens are below it")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing, in all")
     options = parser.parse_args(arguments)
-    systems = [System(folder.name, "onnx", str(folder / "model.onnx")) for folder in options.folders]
+    for folder in options.folders:
+        if not (folder / MODEL).is_file():
+            raise ValueError(f"{folder} has no {MODEL}: give a folder that pyro-blora export --format onnx wrote")
+    systems = [System(folder.name, "onnx", str(folder / MODEL)) for folder in options.folders]
     batch = options.batch, options.length, options.vocabulary
     memory = [measured(system, batch)["resident"] for system in systems]
     calls = [opened(system, 1) for system in systems]

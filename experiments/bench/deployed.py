@@ -72,7 +72,6 @@ class Measuring:
         self.sizes = sizes
         self._systems: dict[str, list[tuple[System, Path]]] = {}
         self._held_out: dict[Path, HeldOut] = {}
-        keep.mkdir(parents=True, exist_ok=True)
 
     def systems(self, task: str) -> list[tuple[System, Path]]:
         if task not in self._systems:
@@ -93,8 +92,9 @@ class Measuring:
 
     def rows(self, task: str) -> list[Row]:
         """Size, memory and scores of every system."""
+        systems = self.systems(task)  # first, so that a mistaken command leaves no folder
         self.told()
-        return [self._row(task, system, run) for system, run in self.systems(task)]
+        return [self._row(task, system, run) for system, run in systems]
 
     def _row(self, task: str, system: System, run: Path) -> Row:
         def made() -> dict:
@@ -152,6 +152,7 @@ class Measuring:
         path = self.keep / name
         if not path.exists():
             text = json.dumps(make(), indent=1)
+            self.keep.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
             path.with_suffix(".tmp").rename(path)
         return json.loads(path.read_text(encoding="utf-8"))

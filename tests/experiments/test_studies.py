@@ -238,6 +238,7 @@ def test_the_calibration_error_of_many_samples_is_that_of_each():
         ("gates.py", "--only_finished --keep nowhere", "run it without --only_finished"),
         ("glue_small.py", "--tasks sst3", "sst3"),
         ("demo_deberta.py", "--only_finished", "run it without --only_finished"),
+        ("deploy_benchmark.py", "--quick", "no folder"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_one_sentence(script, wrong, said, monkeypatch, capsys, tmp_path):
