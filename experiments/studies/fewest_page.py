@@ -77,7 +77,7 @@ def figure(found: list[Found], path: Path) -> None:
             if each.fewest is not None:
                 panel.plot(100 * each.fewest.share, each.fewest.difference[0], marker=marker, color=colour, zorder=3)
         panel.axhline(-TOLERANCE, color="#999999", linestyle=":", linewidth=1)
-        panel.set(xscale="log", xlabel=OPERATIONS, ylabel="score minus LoRA's, 95 %")
+        panel.set(xlabel=OPERATIONS, ylabel="score minus LoRA's, 95 %")
         panel.set_title(f"{task}: filled is the fewest within half a point", fontsize=10)
     panels[0][0].legend(frameon=False, fontsize=8)
     plt.savefig(path, dpi=110)
