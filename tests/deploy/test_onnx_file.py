@@ -315,6 +315,8 @@ def test_sizes_and_times_are_printed(made, fast, capsys):
     assert header.startswith("| model | MB | resident, MB | 1 x 8, ms") and len(rows) == 2
     sizes = [f"{(folder / MODEL).stat().st_size / 1e6:.1f}" for folder in (made[1], fast)]
     assert [row.split(" | ")[1] for row in rows] == sizes and rows[0].endswith("| 1.00 |")
+    with pytest.raises(ValueError, match=r"has no model\.onnx: give a folder"):
+        onnx_times.main([str(made[1]), str(made[1].parent / "none")])
 
 
 def matrices(graph):
