@@ -91,6 +91,46 @@ def bisect(
     return high, True
 
 
+class _Trials:
+    """Of one task and method: cells of budgets with every seed, beside LoRA's; what was tried is kept by its point."""
+
+    def __init__(self, cells: Cells, task: str, method: str):
+        self.cells, self.task, self.method = cells, task, method
+        self.lora = self._of_every_seed("lora")
+        self.known: dict[float, Tried] = {}
+        self.used: list[dict] = []
+
+    def is_within(self, *budgets: Budget) -> bool | None:
+        """Whether one of these is, which have the same bit operations; None where cells are missing."""
+        tried: list[Tried] = []
+        for budget in budgets:
+            now = self._tried(budget)
+            if now is None:
+                return None
+            tried.append(now)
+            if now.is_within:
+                break
+        best = max(tried, key=lambda one: one.difference[0])
+        self.known[budgets[0].share] = best
+        return best.is_within
+
+    def _of_every_seed(self, method: str, budget: Budget | None = None) -> list[dict] | None:
+        found = [self.cells.cell(self.task, seed, method, budget) for seed in self.cells.options.seeds]
+        finished = [cell for cell in found if cell is not None]
+        return finished if len(finished) == len(found) else None
+
+    def _tried(self, budget: Budget) -> Tried | None:
+        found = self._of_every_seed(self.method, budget)
+        if found is None or self.lora is None:
+            return None
+        self.used.extend(found)
+        share = float(np.mean([cell["summary"]["bops"]["deployed"]["model_ratio"] for cell in found]))
+        mean, low, high = paired(found, self.lora, found[0]["summary"]["metric"]["name"])["score"]
+        print(f"{self.task} {self.method} {budget.name}: BOPs {share:.4f} of the model, score minus LoRA {mean:+.4f} "
+              f"[{low:+.4f}, {high:+.4f}]", flush=True)  # fmt: skip
+        return Tried(budget, share, (mean, low, high))
+
+
 def search(
     cells: Cells, task: str, method: str, points: Sequence[Sequence[Budget]], top: int, halvings: int = 0
 ) -> Found:  # fmt: skip
@@ -98,43 +138,14 @@ def search(
 
     halvings: of the last distance, by budgets in between; 0 for a method that has these points only.
     """
-    seeds, known, used = cells.options.seeds, {}, []
-    lora = [cells.cell(task, seed, "lora") for seed in seeds]
-    metric = next((cell["summary"]["metric"]["name"] for cell in lora if cell), "")
-
-    def tried(budget: Budget) -> Tried | None:
-        found = [cells.cell(task, seed, method, budget) for seed in seeds]
-        finished = [cell for cell in found if cell is not None]
-        plain = [cell for cell in lora if cell is not None]
-        if len(finished) < len(seeds) or len(plain) < len(seeds):
-            return None
-        used.extend(finished)
-        share = float(np.mean([cell["summary"]["bops"]["deployed"]["model_ratio"] for cell in finished]))
-        mean, low, high = paired(finished, plain, metric)["score"]
-        print(f"{task} {method} {budget.name}: BOPs {share:.4f} of the model, score minus LoRA {mean:+.4f} "
-              f"[{low:+.4f}, {high:+.4f}]", flush=True)  # fmt: skip
-        return Tried(budget, share, (mean, low, high))
-
-    def is_within(*budgets: Budget) -> bool | None:
-        best: Tried | None = None
-        for budget in budgets:
-            now = tried(budget)
-            if now is None:
-                return None
-            best = now if best is None or now.difference[0] > best.difference[0] else best
-            if best.is_within:
-                break
-        assert best is not None
-        known[budgets[0].share] = best
-        return best.is_within
-
-    place, is_finished = descend(len(points), top, lambda place: is_within(*points[place]))
+    trials = _Trials(cells, task, method)
+    place, is_finished = descend(len(points), top, lambda place: trials.is_within(*points[place]))
     fewest = None if place is None else points[place][0].share
     if place and fewest and is_finished:
         below = points[place - 1][0].share
-        fewest, is_finished = bisect(below, fewest, halvings, lambda share: is_within(between(share)))
-    each = [known[share] for share in sorted(known)]
-    return Found(task, method, each, None if fewest is None else known[fewest], is_finished, used)
+        fewest, is_finished = bisect(below, fewest, halvings, lambda share: trials.is_within(between(share)))
+    each = [trials.known[share] for share in sorted(trials.known)]
+    return Found(task, method, each, None if fewest is None else trials.known[fewest], is_finished, trials.used)
 
 
 def between(share: float) -> Budget:
