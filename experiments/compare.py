@@ -30,6 +30,7 @@ spin_briefly()  # before anything imports torch
 from experiments.studies.compare_page import at_every_rank, compared, differences, elpd, kept, means, what_differs
 from experiments.studies.loo import loo_of_run
 from experiments.studies.results import groups, missing, read
+from experiments.studies.scripts import run_script
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _MARKERS = "os^vD*PX<>hp"
@@ -141,7 +142,7 @@ is over examples only.
 """
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="results.parquet (or .csv) of experiments/grid.py")
     parser.add_argument("--axis", required=True, help="what is compared: an axis of the grid, such as method or prior")
@@ -155,23 +156,18 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     options.report = options.report or options.table.with_name("compare.md")
     options.figures = options.figures or options.report.parent
-    try:
-        table = read(options.table, options.axis)
-        if options.against not in set(table[options.axis]):
-            raise ValueError(
-                f"no run has {options.axis} {options.against!r}: {', '.join(dict.fromkeys(table[options.axis]))}"
-            )
-        page = report(table, options)
-    except ValueError as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        return 2
+    table = read(options.table, options.axis)
+    if options.against not in set(table[options.axis]):
+        raise ValueError(
+            f"no run has {options.axis} {options.against!r}: {', '.join(dict.fromkeys(table[options.axis]))}"
+        )
+    page = report(table, options)
     for folder in (options.report.parent, options.figures):
         folder.mkdir(parents=True, exist_ok=True)
     figure(table, options.axis, options.figures / f"{options.report.stem}.png")
     options.report.write_text(page, encoding="utf-8")
     print(options.report)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -21,6 +21,7 @@ spin_briefly()  # before anything imports torch
 import pandas as pd
 
 from experiments.studies.grid_file import Cell, read_grid
+from experiments.studies.scripts import run_script
 from pyro_blora.files import replace_text
 
 GRID = ROOT / "experiments" / "grids" / "deberta_glue.yaml"
@@ -127,7 +128,7 @@ def fill(page: Path, section: str) -> None:
     replace_text(page, between.sub(lambda _: f"{BEGIN}\n{section}\n{END}", text, count=1))
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "results", type=Path, nargs="?", help="results.parquet (or .csv) of the grid; none: nothing ran"
@@ -137,17 +138,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--table", type=Path, help="page whose table is filled (default: print it)")
     options = parser.parse_args(arguments)
-    try:
-        table = read(options.results) if options.results else pd.DataFrame(columns=list(_COLUMNS))
-        section = results_section(read_grid(options.grid), table)
-        if options.table:
-            fill(options.table, section)
-    except (ValueError, OSError) as error:
-        print(f"glue_table.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    table = read(options.results) if options.results else pd.DataFrame(columns=list(_COLUMNS))
+    section = results_section(read_grid(options.grid), table)
+    if options.table:
+        fill(options.table, section)
     print(options.table or section)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -24,6 +24,7 @@ import pandas as pd
 
 from experiments.studies.grid_file import Cell, read_grid
 from experiments.studies.launchers import Cluster, Processes
+from experiments.studies.scripts import run_script
 from pyro_blora.files import REPORT, replace
 from pyro_blora.progress import phase
 from pyro_blora.report import write_report
@@ -174,34 +175,26 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry_run", action="store_true", help="check the file and list its runs")
     options = parser.parse_args(arguments)
-    try:
-        cells = read_grid(options.grid, options.output_dir, options.glue_dir, taken=COLUMNS)
-        at_a_time = len(cells) if options.cluster == "slurm" else 1
-        at_a_time = at_a_time if options.at_a_time is None else options.at_a_time
-        if at_a_time < 1:
-            raise ValueError(f"--at_a_time must be at least 1, got {at_a_time}")
-        if options.dry_run:
-            for cell in cells:
-                print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)})")
-            return 0
-        if options.job and not options.cluster:
-            raise ValueError("--job is for the jobs of a cluster: add --cluster slurm")
-        folder, job = Path(cells[0].config.output_dir), job_settings(options.job)
-        launcher = Cluster(options.cluster, folder / "jobs", job) if options.cluster else Processes()
-    except ValueError as error:
-        print(f"grid.py: error: {error}", file=sys.stderr)
-        return 2
+    cells = read_grid(options.grid, options.output_dir, options.glue_dir, taken=COLUMNS)
+    at_a_time = len(cells) if options.cluster == "slurm" else 1
+    at_a_time = at_a_time if options.at_a_time is None else options.at_a_time
+    if at_a_time < 1:
+        raise ValueError(f"--at_a_time must be at least 1, got {at_a_time}")
+    if options.dry_run:
+        for cell in cells:
+            print(f"{'finished' if is_finished(cell) else 'to do':9s} {cell.name} ({steps_of(cell)})")
+        return 0
+    if options.job and not options.cluster:
+        raise ValueError("--job is for the jobs of a cluster: add --cluster slurm")
+    folder, job = Path(cells[0].config.output_dir), job_settings(options.job)
+    launcher = Cluster(options.cluster, folder / "jobs", job) if options.cluster else Processes()
     interrupted = None
     try:
         with heeded():
             failed = run_all(cells, launcher, at_a_time)
     except Interrupted as interruption:
         interrupted = interruption
-    try:
-        write_pages(cells, folder)
-    except OSError as error:
-        print(f"grid.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    write_pages(cells, folder)
     if interrupted:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return interrupted.exit_code
@@ -212,4 +205,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -23,6 +23,7 @@ spin_briefly()  # before anything imports torch
 
 from experiments.studies.costs import Cost, Steps, cost_of, kind_of
 from experiments.studies.grid_file import read_grid
+from experiments.studies.scripts import run_script
 from pyro_blora.files import replace_text
 
 STEPS = ROOT / "benchmarks" / "gpu" / "steps.json"
@@ -110,24 +111,19 @@ def write_head(plan: Plan) -> None:
     replace_text(plan.grid, text)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grids", nargs="+", type=Path, metavar="grid", help="a YAML file of experiments/grids")
     parser.add_argument("--steps", type=Path, default=STEPS, help="measured steps (default: benchmarks/gpu/steps.json)")
     parser.add_argument("--write", action="store_true", help="write the hours into the comments of the files")
     options = parser.parse_args(arguments)
-    try:
-        steps = Steps.read(options.steps)
-        for grid in options.grids:
-            plan = Plan(grid, steps)
-            if options.write:
-                write_head(plan)
-            print(plan.head() if options.write else plan.page())
-    except (ValueError, OSError) as error:
-        print(f"plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    steps = Steps.read(options.steps)
+    for grid in options.grids:
+        plan = Plan(grid, steps)
+        if options.write:
+            write_head(plan)
+        print(plan.head() if options.write else plan.page())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

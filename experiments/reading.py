@@ -18,6 +18,7 @@ from pyro_blora.machine import spin_briefly
 
 spin_briefly()  # before anything imports torch
 
+from experiments.studies.scripts import run_script
 from pyro_blora.report import RunFiles, Section, headline, sections_of
 
 _WIDTH, _SCALE = 680, 1.5
@@ -34,16 +35,12 @@ def name_of(section: Section, number: int) -> str:
     return f"{section.title.lower().replace(' ', '-')}{f'-{number + 1}' if number else ''}.png"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"), help="folder of the pictures")
     options = parser.parse_args(arguments)
-    try:
-        run = RunFiles(options.run)
-    except ValueError as error:
-        print(f"reading.py: error: {error}", file=sys.stderr)
-        return 2
+    run = RunFiles(options.run)
     options.figures.mkdir(parents=True, exist_ok=True)
     for what, value, remark in headline(run.summary):
         print(f"{what}: {value} ({remark})")
@@ -54,8 +51,7 @@ def main(arguments: list[str]) -> int:
                 print(caption, table.to_string(index=False), sep="\n")
         for number, (spec, _) in enumerate(section.charts):
             (options.figures / name_of(section, number)).write_bytes(picture(spec))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -1,13 +1,10 @@
 """The noise of what gates learned: after how many steps it is half of what decides, and whose runs are refused."""
 
-import sys
-
 import pytest
 import torch
 from tiny import save_tiny_backbone, tiny_config
 
 from experiments.gate_noise import Noise, main, noise_of
-from experiments.studies.scripts import run_script
 from pyro_blora.checkpoint import read_tensors
 from pyro_blora.run import train_run
 from pyro_blora.training.natural_gradient import standard_error
@@ -36,9 +33,5 @@ def test_it_is_read_from_a_runs_checkpoint_and_refused_where_gates_did_not_learn
         noise_of(train_run(tiny_config(backbone, prior="budget", output_dir=str(tmp_path))))
 
 
-def test_a_run_that_is_not_there_is_one_sentence(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gate_noise.py", str(tmp_path / "none")])
-    with pytest.raises(SystemExit) as ended:
-        run_script(main)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and line.startswith("gate_noise.py: error: ") and "none" in line
+def test_a_run_that_is_not_there_is_one_sentence(refusal, tmp_path):
+    assert "none" in refusal(main, tmp_path / "none")

@@ -168,11 +168,9 @@ def test_a_missing_file_is_refused(tmp_path):
         read_grid(tmp_path / "none.yaml")
 
 
-def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path, capsys):
+def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path, refusal):
     file = written(tmp_path, GOOD.replace("nested\n", "nestd\n"))
-    assert main([str(file), "--output_dir", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "did you mean 'nested'" in said
+    assert "did you mean 'nested'" in refusal(main, file, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -185,23 +183,22 @@ def test_a_wrong_file_ends_the_command_before_anything_is_written(tmp_path, caps
         (["--at_a_time", "-1"], "--at_a_time must be at least 1, got -1"),
     ],
 )
-def test_wrong_words_are_refused(tmp_path, backbone, capsys, words, message):
+def test_wrong_words_are_refused(tmp_path, backbone, refusal, words, message):
     file = tiny_grid(tmp_path / "grid.yaml", backbone)
-    assert main([str(file), "--output_dir", str(tmp_path / "out"), "--cluster", "local", *words]) == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(main, file, "--output_dir", tmp_path / "out", "--cluster", "local", *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_words_for_jobs_need_a_cluster(tmp_path, backbone, capsys):
-    assert main([str(tiny_grid(tmp_path / "grid.yaml", backbone)), "--job", "timeout_min=3"]) == 2
-    assert "add --cluster slurm" in capsys.readouterr().err
+def test_words_for_jobs_need_a_cluster(tmp_path, backbone, refusal):
+    file = tiny_grid(tmp_path / "grid.yaml", backbone)
+    assert "add --cluster slurm" in refusal(main, file, "--job", "timeout_min=3")
 
 
-def test_slurm_is_refused_where_there_is_none(tmp_path, backbone, capsys, monkeypatch):
+def test_slurm_is_refused_where_there_is_none(tmp_path, backbone, refusal, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     file = tiny_grid(tmp_path / "grid.yaml", backbone)
-    assert main([str(file), "--output_dir", str(tmp_path / "out"), "--cluster", "slurm"]) == 2
-    assert "--cluster slurm does not work here" in capsys.readouterr().err
+    said = refusal(main, file, "--output_dir", tmp_path / "out", "--cluster", "slurm")
+    assert "--cluster slurm does not work here" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from experiments.studies import compare
 from experiments.studies.cells import finished, kept, provenance
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
-from experiments.studies.scripts import run_script
 from experiments.studies.weight_distributions import ensembles
 from experiments.studies.weights_page import (
     _ece,
@@ -241,12 +239,8 @@ def test_the_calibration_error_of_many_samples_is_that_of_each():
         ("deploy_benchmark.py", "--quick", "no folder"),
     ],
 )
-def test_what_is_wrong_with_a_command_is_one_sentence(script, wrong, said, monkeypatch, capsys, tmp_path):
-    words = ["--glue_dir", str(tmp_path), "--output_dir", str(tmp_path / "runs")]
-    monkeypatch.setattr(sys, "argv", [script, *words, *wrong.split()])
+def test_what_is_wrong_with_a_command_is_one_sentence(script, wrong, said, refusal, tmp_path):
     main = importlib.import_module(f"experiments.{script.removesuffix('.py')}").main
-    with pytest.raises(SystemExit) as ended:
-        run_script(main)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert ended.value.code == 2 and line.startswith(f"{script}: error: ") and said in line
+    folders = "--glue_dir", tmp_path, "--output_dir", tmp_path / "runs"
+    assert said in refusal(main, *folders, *wrong.split(), script=script)
     assert not any(tmp_path.iterdir())
