@@ -154,7 +154,7 @@ query and key project content and positions. Plain LoRA (rank 8, 32 bit), and th
 trained on both. This page is written by
 
 ```sh
-python experiments/demo_deberta.py --glue_dir {options.glue_dir} --table benchmarks/demo_deberta.md
+python experiments/demo_deberta.py --glue_dir GLUE --table benchmarks/demo_deberta.md
 ```
 
 on {devices}, {threads} thread(s), beside other work; {packages}. One seed (0).

@@ -171,7 +171,7 @@ def report(options, rows: list[dict]) -> str:
     return f"""# Is the rate of the prior a dial?
 
 ```sh
-python experiments/dial.py --glue_dir {options.glue_dir} {given} --draws {options.draws} \\
+python experiments/dial.py --glue_dir GLUE {given} --draws {options.draws} \\
     --report benchmarks/dial.md --figures benchmarks/figures
 ```
 

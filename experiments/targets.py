@@ -110,7 +110,7 @@ def report(options, rows: list[dict]) -> str:
     return f"""# Does the budget prior meet its target?
 
 ```sh
-python experiments/targets.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} \\
+python experiments/targets.py --glue_dir GLUE --tasks {" ".join(options.tasks)} \\
     --targets {" ".join(map(str, options.targets))} --max_train {options.max_train} --epochs {options.epochs} \\
     --kl_warmup {options.kl_warmup} --report benchmarks/targets.md --figures benchmarks/figures
 ```

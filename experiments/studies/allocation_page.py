@@ -95,14 +95,19 @@ def figure(rows: list[dict], path: Path) -> None:
     plt.close()
 
 
-def rows_of(options: argparse.Namespace) -> str:
-    """How many training rows the cells have, and in what precision, for a page."""
-    every = ", ".join(task for task in options.tasks if task in options.all_rows)
-    bf16 = ", ".join(task for task in options.tasks if task in options.bf16)
+def training_of(options: argparse.Namespace) -> str:
+    """How many training rows and epochs the cells have, in what precision, and when gates start, for a page."""
+    every, bf16, twice = (
+        ", ".join(task for task in options.tasks if task in those)
+        for those in (options.all_rows, options.bf16, options.twice)
+    )
     return (
         f"at most {options.max_train} training examples"
         + (f" (of {every} all)" if every else "")
         + (f", {bf16} in bfloat16" if bf16 else "")
+        + f", {options.epochs} epochs"
+        + (f" ({twice} {2 * options.epochs})" if twice else "")
+        + f", gates start after {options.kl_warmup:.0%} of the steps"
     )
 
 
@@ -118,9 +123,9 @@ python experiments/allocation.py --glue_dir GLUE --tasks {" ".join(options.tasks
     --cells {" ".join(options.cells)} --report benchmarks/{page}.md --figures benchmarks/figures
 ```
 
-MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
-{options.kl_warmup:.0%} of the steps; {len(rows)} of {cells} cells are finished (the rest are not shown, nothing is
-filled in); {np.median(seconds):.0f} s of training a cell in the median, beside other work;
+MiniLM, scope `encoder`, {training_of(options)}; \
+{len(rows)} of {cells} cells are finished (the rest are not shown, nothing is filled in); \
+{np.median(seconds):.0f} s of training a cell in the median, beside other work;
 {provenance([row["cell"] for row in rows])}.
 `score` is the task's metric on the dev set, mean ± standard deviation over seeds. `deployed` is the one allocation that
 is exported, one forward an example; `draws` averages the predictions of {options.draws} draws of the gates. BOPs are of

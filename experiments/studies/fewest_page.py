@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.allocation_page import OPERATIONS, STYLES, rows_of
+from experiments.studies.allocation_page import OPERATIONS, STYLES, training_of
 from experiments.studies.bisection import TOLERANCE, Found, Tried
 from experiments.studies.cells import provenance
 from experiments.studies.compare import written
@@ -100,7 +100,7 @@ def report(options: argparse.Namespace, found: list[Found]) -> str:
 {headlines(found)}
 
 ```sh
-python experiments/fewest_bops.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} \\
+python experiments/fewest_bops.py --glue_dir GLUE --tasks {" ".join(options.tasks)} \\
     --seeds {" ".join(map(str, options.seeds))} --steps {options.steps} --methods {" ".join(options.methods)} \\
     --first {options.first} --lever {options.lever} \\
     --report benchmarks/{options.report.name} --figures benchmarks/figures
@@ -113,8 +113,7 @@ The fewest bit operations (of the whole model's at 32 x 32 bit) at which the sco
 The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
 `{options.lever}`.
 
-MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
-{options.kl_warmup:.0%} of the steps; {provenance(cells)}.
+MiniLM, scope `encoder`, {training_of(options)}; {provenance(cells)}.
 
 {table(found)}
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.allocation_page import rows_of
+from experiments.studies.allocation_page import training_of
 from experiments.studies.cells import provenance
 from experiments.studies.compare import paired, spread, written
 from experiments.studies.levers import LEVERS, NONE
@@ -93,7 +93,7 @@ def report(options: argparse.Namespace, rows: list[dict]) -> str:
     return f"""# What raises the score at given bit operations?
 
 ```sh
-python experiments/levers.py --glue_dir {options.glue_dir} --tasks {" ".join(options.tasks)} \\
+python experiments/levers.py --glue_dir GLUE --tasks {" ".join(options.tasks)} \\
     --seeds {" ".join(map(str, options.seeds))} --budgets {" ".join(options.budgets)} \\
     --levers {" ".join(options.levers)} --report benchmarks/levers.md --figures benchmarks/figures
 ```
@@ -102,8 +102,7 @@ Levers, as flags of `pyro-blora train`:
 
 {changes}
 
-MiniLM, scope `encoder`, {rows_of(options)}, {options.epochs} epochs, gates start after \
-{options.kl_warmup:.0%} of the steps; {provenance([row["cell"] for row in rows])}.
+MiniLM, scope `encoder`, {training_of(options)}; {provenance([row["cell"] for row in rows])}.
 Numbers are of the one allocation that is deployed, on the dev set: mean ± standard deviation over seeds, and BOPs of
 the model. `uniform` has every weight at one width and every activation at one, `start` has the widths and ranks that
 prior `budget` starts from, at the same bit operations.

@@ -10,7 +10,7 @@ from experiments.studies.levers import ALL, ALONE, LEVERS, NONE, LeverCells
 from experiments.studies.levers_page import compared, figure, table
 
 OPTIONS = argparse.Namespace(
-    glue_dir="glue", backbone="demo", max_train=64, all_rows=[], bf16=[], epochs=1, kl_warmup=0.7, draws=2,
+    glue_dir="glue", backbone="demo", max_train=64, all_rows=[], bf16=[], twice=[], epochs=1, kl_warmup=0.7, draws=2,
     output_dir="runs", keep=Path("kept"), without=Path("without"), seeds=[0], granularity="tensor",
     bit_widths="2,4,8,16,32",
 )  # fmt: skip

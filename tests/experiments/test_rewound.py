@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from experiments.studies.allocation_page import rows_of
+from experiments.studies.allocation_page import training_of
 from experiments.studies.allocations import Budget, Cells
 from pyro_blora.config import RunConfig
 
@@ -14,7 +14,7 @@ WIDTHS = {"0.query": {"base": 4, "input": 8, "rank": 2}}
 def cells(folder):
     return Cells(argparse.Namespace(
         glue_dir="glue", backbone="demo", max_train=64, epochs=1, kl_warmup=0.4, draws=2, output_dir=str(folder),
-        granularity="tensor", bit_widths=RunConfig().bit_widths, all_rows=[], bf16=[], keep=folder, seeds=[0],
+        granularity="tensor", bit_widths=RunConfig().bit_widths, all_rows=[], bf16=[], twice=[], keep=folder, seeds=[0],
         only_finished=True,
     ))  # fmt: skip
 
@@ -32,16 +32,15 @@ def test_it_is_the_allocation_of_the_run_in_the_steps_of_the_others(tmp_path):
     assert (learned.settle, start.settle) == (0.3, 0.6) and learned.prior_settings == start.prior_settings
 
 
-def test_the_tasks_that_are_named_have_all_rows_and_bfloat16(tmp_path):
+def test_the_tasks_that_are_named_have_all_rows_bfloat16_and_twice_the_epochs(tmp_path):
     study = cells(tmp_path)
-    study.options.all_rows, study.options.bf16, study.options.tasks = (
-        ["cola"],
-        ["cola", "mrpc"],
-        ["sst2", "mrpc", "cola"],
-    )
-    found = {task: study.config(task, 0, "uniform", BUDGET) for task in study.options.tasks}
-    assert {task: (one.max_train, one.precision) for task, one in found.items()} == {
-        "sst2": (64, "float32"), "mrpc": (64, "bf16"), "cola": (None, "bf16"),
+    given = study.options
+    given.tasks, given.bf16 = ["sst2", "mrpc", "cola"], ["cola", "mrpc"]
+    given.all_rows = given.twice = ["cola"]
+    found = {task: study.config(task, 0, "uniform", BUDGET) for task in given.tasks}
+    assert {task: (one.max_train, one.precision, one.epochs) for task, one in found.items()} == {
+        "sst2": (64, "float32", 1), "mrpc": (64, "bf16", 1), "cola": (None, "bf16", 2),
     }  # fmt: skip
-    assert study.lora("cola", 0).precision == "bf16"
-    assert rows_of(study.options) == "at most 64 training examples (of cola all), mrpc, cola in bfloat16"
+    assert study.lora("cola", 0).precision == "bf16" and study.lora("cola", 0).epochs == 2
+    said = "at most 64 training examples (of cola all), mrpc, cola in bfloat16, 1 epochs (cola 2), gates start after"
+    assert training_of(given) == f"{said} 40% of the steps"
