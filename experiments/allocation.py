@@ -23,7 +23,7 @@ from pyro_blora.machine import spin_briefly
 spin_briefly()  # before anything imports torch
 
 from experiments.studies.allocation_page import figure, line, report
-from experiments.studies.allocations import EVERY, METHODS, Cells, Wanted, add_options, plan
+from experiments.studies.allocations import EVERY, METHODS, OPEN, Cells, Wanted, add_options, plan
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.scripts import run_script
 
@@ -34,11 +34,14 @@ def wanted(options, cells: Cells) -> Wanted:
     """(task, seed, method, budget) of every cell, in the order of the table."""
     for seed in options.seeds:
         for task in options.tasks:
-            yield task, seed, "lora", None
+            methods = [method for method in EVERY if method in METHODS or method in options.cells]
+            for method in methods:
+                if method in OPEN:
+                    yield task, seed, method, None
             for name in options.budgets:
                 budget = cells.uniform(task, name)
-                for method in EVERY[1:]:  # but `lora`
-                    if method in METHODS or method in options.cells:
+                for method in methods:
+                    if method not in OPEN:
                         yield task, seed, method, budget
 
 

@@ -9,13 +9,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.allocations import EVERY
+from experiments.studies.allocations import EVERY, OPEN
 from experiments.studies.cells import provenance
 from experiments.studies.compare import paired, spread, written
 
 STYLES = {  # colours of Okabe and Ito
-    "lora": ("#000000", "*"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"), "random": ("#009E73", "^"),
-    "post": ("#CC79A7", "v"), "hessian": ("#E69F00", "D"), "greedy": ("#56B4E9", "P"),
+    "lora": ("#000000", "*"), "no_dropout": ("#882255", "<"), "uniform": ("#D55E00", "s"), "budget": ("#0072B2", "o"),
+    "random": ("#009E73", "^"), "post": ("#CC79A7", "v"), "hessian": ("#E69F00", "D"), "greedy": ("#56B4E9", "P"),
     "exact_hessian": ("#F0E442", "X"), "start": ("#7F7F7F", "h"), "rewound": ("#332288", "p"),
     "rested": ("#999933", "d"),
 }  # fmt: skip
@@ -63,7 +63,7 @@ def differences(rows: list[dict]) -> str:
     for (task, budget, method), cells in found.items():
         mine = {x["seed"]: x for x in cells}
         for other in EVERY if method in OURS else ():
-            rivals = {x["seed"]: x for x in found.get((task, None if other == "lora" else budget, other), [])}
+            rivals = {x["seed"]: x for x in found.get((task, None if other in OPEN else budget, other), [])}
             seeds = sorted(mine.keys() & rivals.keys())
             if other not in OURS[: 1 + OURS.index(method)] and seeds:
                 result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
@@ -112,7 +112,7 @@ def training_of(options: argparse.Namespace) -> str:
 
 
 def report(options: argparse.Namespace, rows: list[dict]) -> str:
-    each = [len(options.budgets) if method != "lora" else 1 for method in options.cells]
+    each = [1 if method in OPEN else len(options.budgets) for method in options.cells]
     cells, page = len(options.tasks) * len(options.seeds) * sum(each), options.report.stem
     seconds = [x["seconds"]["training"] for x in rows]
     return f"""# Is the allocation worth anything?

@@ -3,6 +3,7 @@
 All methods of a task and seed go on from one LoRA, in the same data order, for the same number of steps:
 
     lora        no quantization
+    no_dropout  the same, without dropout from where the others are quantized on, as these have none there
     uniform     quantization-aware LoRA: every weight at one width, every activation at one width
     post        the same widths, but set after training: ranges are fitted in the last step only
     random      rungs closed at random down to the same BOPs, then as `uniform`
@@ -39,8 +40,10 @@ from pyro_blora.layout import ACTIVATIONS, AdapterLayout
 from pyro_blora.priors import build_prior
 from pyro_blora.priors.allocation import RANK, Widths, of_run
 
-METHODS = ("lora", "uniform", "start", "rested", "budget", "rewound", "random", "post", "hessian", "greedy")
+OPEN = ("lora", "no_dropout")  # nothing is quantized: they have no budget
+METHODS = (*OPEN, "uniform", "start", "rested", "budget", "rewound", "random", "post", "hessian", "greedy")
 EVERY = (*METHODS, "exact_hessian")  # the last only where it is asked for: studies/hessian.py has the reason
+_LORA: dict[str, Any] = {"prior": "fixed", "prior_settings": {"bits": 32}}
 COLD = 0.1  # weight of the KL: what is deployed is one allocation, so the posterior is kept near its mode
 SECONDS = {  # of a step, of a peer's measurements, of a run's other phases, on one core, for --plan
     "open": 0.5, "gated": 1.2, "hessian": 60.0, "exact_hessian": 150.0, "greedy": 500.0, "other": 45.0,
@@ -97,7 +100,7 @@ class Cells:
         return uniform_budget(name, self.layout_and_rows(task)[0])
 
     def lora(self, task: str, seed: int) -> RunConfig:
-        return self._config(task, seed, {"prior": "fixed", "prior_settings": {"bits": 32}})
+        return self._config(task, seed, _LORA)
 
     def _config(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
         options = self.options
@@ -111,6 +114,8 @@ class Cells:
 
     def config(self, task: str, seed: int, method: str, budget: Budget | None = None) -> RunConfig | None:
         """The run of one cell; None for a peer's that nothing is measured for yet."""
+        if method == "no_dropout":
+            return self._quantized(task, seed, _LORA)
         if method == "lora" or budget is None:
             return self.lora(task, seed)
         if method == "rewound" or method in peers.PEERS:
@@ -177,7 +182,7 @@ class Cells:
         """A guess of a cell's time on one core without what it shares with others."""
         steps = self.layout_and_rows(task)[1] // 16 * epochs(self.options, task)
         share = 1e-4 if method == "post" else 1 - self.options.kl_warmup
-        kind = "open" if method in ("lora", "post") else "gated"
+        kind = "open" if method in (*OPEN, "post") else "gated"
         at_open = steps * (1 - self.options.kl_warmup - share) if method == "post" else 0.0
         return (steps * share * SECONDS[kind] + at_open * SECONDS["open"] + SECONDS["other"]) / 60
 
