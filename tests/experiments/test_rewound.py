@@ -1,6 +1,7 @@
 """What gates have learned is trained from the LoRA on, as every other allocation of the study."""
 
 import argparse
+import dataclasses
 import json
 
 from experiments.studies.allocation_page import training_of
@@ -44,3 +45,10 @@ def test_the_tasks_that_are_named_have_all_rows_bfloat16_and_twice_the_epochs(tm
     assert study.lora("cola", 0).precision == "bf16" and study.lora("cola", 0).epochs == 2
     said = "at most 64 training examples (of cola all), mrpc, cola in bfloat16, 1 epochs (cola 2), gates start after"
     assert training_of(given) == f"{said} 40% of the steps"
+
+
+def test_lora_without_dropout_has_none_where_the_others_are_quantized_and_no_budget(tmp_path):
+    study = cells(tmp_path)
+    control, lora, uniform = (study.config("sst2", 0, method, BUDGET) for method in ("no_dropout", "lora", "uniform"))
+    assert (control.gated_dropout, lora.gated_dropout, uniform.gated_dropout) == (False, None, False)
+    assert dataclasses.replace(control, gated_dropout=None) == lora
