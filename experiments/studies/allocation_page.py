@@ -56,20 +56,27 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _rivals(method: str) -> list[str]:
+    """What a method is compared with: allocations of gates with all, and of two of them the later with the earlier."""
+    if method in OURS:
+        return [other for other in EVERY if other not in OURS[: 1 + OURS.index(method)]]
+    return ["lora"] if method == "no_dropout" else []
+
+
 def differences(rows: list[dict]) -> str:
     """Paired differences of the allocations of gates to every other method at the same BOPs, and to LoRA."""
     lines = ["| task | BOPs of | method | minus | seeds | score [95 %] | NLL [95 %] |", "|---|---|---|---|---|---|---|"]
     found = groups(rows)
     for (task, budget, method), cells in found.items():
         mine = {x["seed"]: x for x in cells}
-        for other in EVERY if method in OURS else ():
+        for other in _rivals(method):
             rivals = {x["seed"]: x for x in found.get((task, None if other in OPEN else budget, other), [])}
             seeds = sorted(mine.keys() & rivals.keys())
-            if other not in OURS[: 1 + OURS.index(method)] and seeds:
+            if seeds:
                 result = paired([mine[s]["cell"] for s in seeds], [rivals[s]["cell"] for s in seeds],
                                 cells[0]["metric"]["name"])  # fmt: skip
                 told = " | ".join(map(written, result.values()))
-                lines.append(f"| {task} | {budget} | `{method}` | `{other}` | {len(seeds)} | {told} |")
+                lines.append(f"| {task} | {budget or '32 bit'} | `{method}` | `{other}` | {len(seeds)} | {told} |")
     return "\n".join(lines)
 
 
