@@ -43,7 +43,6 @@ from pyro_blora.priors.allocation import RANK, Widths, of_run
 OPEN = ("lora", "no_dropout")  # nothing is quantized: they have no budget
 METHODS = (*OPEN, "uniform", "start", "rested", "budget", "rewound", "random", "post", "hessian", "greedy")
 EVERY = (*METHODS, "exact_hessian")  # the last only where it is asked for: studies/hessian.py has the reason
-_LORA: dict[str, Any] = {"prior": "fixed", "prior_settings": {"bits": 32}}
 COLD = 0.1  # weight of the KL: what is deployed is one allocation, so the posterior is kept near its mode
 SECONDS = {  # of a step, of a peer's measurements, of a run's other phases, on one core, for --plan
     "open": 0.5, "gated": 1.2, "hessian": 60.0, "exact_hessian": 150.0, "greedy": 500.0, "other": 45.0,
@@ -100,7 +99,7 @@ class Cells:
         return uniform_budget(name, self.layout_and_rows(task)[0])
 
     def lora(self, task: str, seed: int) -> RunConfig:
-        return self._config(task, seed, _LORA)
+        return self._config(task, seed, {"prior": "fixed", "prior_settings": {"bits": 32}})
 
     def _config(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
         options = self.options
@@ -115,7 +114,7 @@ class Cells:
     def config(self, task: str, seed: int, method: str, budget: Budget | None = None) -> RunConfig | None:
         """The run of one cell; None for a peer's that nothing is measured for yet."""
         if method == "no_dropout":
-            return self._quantized(task, seed, _LORA)
+            return dataclasses.replace(self.lora(task, seed), gated_dropout=False)
         if method == "lora" or budget is None:
             return self.lora(task, seed)
         if method == "rewound" or method in peers.PEERS:

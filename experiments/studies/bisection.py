@@ -20,11 +20,15 @@ TOLERANCE = 0.005  # of the score: half a point
 
 
 class Tried(NamedTuple):
-    """A budget with every seed: what was deployed (share of the model's BOPs), and its score minus LoRA's [95 %]."""
+    """A budget with every seed: what was deployed (share of the model's BOPs), and its score minus LoRA's [95 %].
+
+    control: its score minus that of LoRA without dropout where this one has none, None where that is not finished.
+    """
 
     budget: Budget
     share: float
     difference: tuple[float, float, float]
+    control: tuple[float, float, float] | None = None
 
     @property
     def is_within(self) -> bool:
@@ -96,7 +100,7 @@ class _Trials:
 
     def __init__(self, cells: Cells, task: str, method: str):
         self.cells, self.task, self.method = cells, task, method
-        self.lora = self._of_every_seed("lora")
+        self.lora, self.control = self._of_every_seed("lora"), self._of_every_seed("no_dropout", train=False)
         self.known: dict[float, Tried] = {}
         self.used: list[dict] = []
 
@@ -114,8 +118,9 @@ class _Trials:
         self.known[budgets[0].share] = best
         return best.is_within
 
-    def _of_every_seed(self, method: str, budget: Budget | None = None) -> list[dict] | None:
-        found = [self.cells.cell(self.task, seed, method, budget) for seed in self.cells.options.seeds]
+    def _of_every_seed(self, method: str, budget: Budget | None = None, *, train: bool = True) -> list[dict] | None:
+        seeds = self.cells.options.seeds
+        found = [self.cells.cell(self.task, seed, method, budget, train=train) for seed in seeds]
         finished = [cell for cell in found if cell is not None]
         return finished if len(finished) == len(found) else None
 
@@ -125,10 +130,12 @@ class _Trials:
             return None
         self.used.extend(found)
         share = float(np.mean([cell["summary"]["bops"]["deployed"]["model_ratio"] for cell in found]))
-        mean, low, high = paired(found, self.lora, found[0]["summary"]["metric"]["name"])["score"]
+        metric = found[0]["summary"]["metric"]["name"]
+        mean, low, high = paired(found, self.lora, metric)["score"]
+        control = paired(found, self.control, metric)["score"] if self.control else None
         print(f"{self.task} {self.method} {budget.name}: BOPs {share:.4f} of the model, score minus LoRA {mean:+.4f} "
               f"[{low:+.4f}, {high:+.4f}]", flush=True)  # fmt: skip
-        return Tried(budget, share, (mean, low, high))
+        return Tried(budget, share, (mean, low, high), control)
 
 
 def search(

@@ -48,14 +48,15 @@ def headlines(found: list[Found]) -> str:
 
 def table(found: list[Found]) -> str:
     lines = [
-        "| task | method | fewest BOPs | score minus LoRA there [95 %] | next fewer tried | score minus LoRA [95 %] | "
-        "shown too few at | shown enough at | budgets tried |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | method | fewest BOPs | score minus LoRA there [95 %] | minus LoRA without dropout | "
+        "next fewer tried | score minus LoRA [95 %] | shown too few at | shown enough at | budgets tried |",
+        "|" + "---|" * 10,
     ]
     for each in found:
         below = [x for x in each.tried if each.fewest is None or x.share < each.fewest.share]
         there, fewer = each.fewest, below[-1] if below else None
         cells = [f"| {each.task} | `{each.method}` | {_told(each)}", _difference(there)]
+        cells.append(written(there.control, 4) if there and there.control else "")
         cells += [f"{fewer.share:.2%}" if fewer else "none", _difference(fewer)]
         cells += ["no budget" if share is None else f"{share:.2%}" for share in (each.too_few, each.enough)]
         lines.append(" | ".join([*cells, f"{len(each.tried)} |"]))
@@ -110,6 +111,8 @@ The fewest bit operations (of the whole model's at 32 x 32 bit) at which the sco
 {TOLERANCE} of plain LoRA's, averaged over {len(options.seeds)} seeds and paired by example and seed. {_how(options)}
 *Shown too few*: the largest share tried whose whole 95 % interval is below
 -{TOLERANCE}; *shown enough*: the smallest whose whole interval is above it. Shares are of what was deployed.
+LoRA has dropout throughout, the quantized methods have none from where their gates start; *LoRA without dropout* has
+none there, either, a control (`no_dropout` of `experiments/allocation.py`).
 The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
 `{options.lever}`.
 

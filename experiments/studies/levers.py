@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.studies.allocations import Budget, Cells
+from experiments.studies.allocations import OPEN, Budget, Cells
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
 from pyro_blora.layout import AdapterLayout
@@ -51,4 +51,4 @@ class LeverCells(Cells):
 
     def path(self, task: str, seed: int, method: str, budget: Budget | None = None) -> Path:
         path = super().path(task, seed, method, budget)
-        return self.options.without / path.name if method == "lora" else path
+        return self.options.without / path.name if method in OPEN else path
