@@ -1,9 +1,11 @@
-"""The fewest bit operations at which a score is within a tolerance of plain LoRA, by a search over budgets.
+"""The fewest bit operations at which a score is within a tolerance of LoRA's, by a search over budgets.
 
-Points are budgets in order; one is tried with every seed, and is within the tolerance where the paired difference to
-LoRA, averaged over seeds, is not below minus the tolerance. They are tried one after the other, downwards until one is
-not within; between the last that is and that one the search then bisects, which takes the score to rise with the
-budget: with noise, its end is one of the places where the difference crosses, which is why all that was tried is shown.
+LoRA is the better of two: with dropout throughout, or without it from where the others are quantized on, which have
+none there. Points are budgets in order; one is tried with every seed, and is within the tolerance where the paired
+difference to LoRA, averaged over seeds, is not below minus the tolerance. They are tried one after the other, downwards
+until one is not within; between the last that is and that one the search then bisects, which takes the score to rise
+with the budget: with noise, its end is one of the places where the difference crosses, which is why all that was tried
+is shown.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.studies.allocations import Budget, Cells
+from experiments.studies.allocations import OPEN, Budget, Cells
 from experiments.studies.compare import paired
 
 TOLERANCE = 0.005  # of the score: half a point
@@ -22,13 +24,13 @@ TOLERANCE = 0.005  # of the score: half a point
 class Tried(NamedTuple):
     """A budget with every seed: what was deployed (share of the model's BOPs), and its score minus LoRA's [95 %].
 
-    control: its score minus that of LoRA without dropout where this one has none, None where that is not finished.
+    other: the same to the LoRA that is not the better one, None where it is not finished.
     """
 
     budget: Budget
     share: float
     difference: tuple[float, float, float]
-    control: tuple[float, float, float] | None = None
+    other: tuple[float, float, float] | None = None
 
     @property
     def is_within(self) -> bool:
@@ -37,7 +39,10 @@ class Tried(NamedTuple):
 
 @dataclasses.dataclass
 class Found:
-    """tried: by the place of the point. fewest: the one, None where no point is within; is_finished: or not all ran."""
+    """tried: by the place of the point. fewest: the one, None where no point is within; is_finished: or not all ran.
+
+    loras: scores of those that are finished, by seed; the first is the better one.
+    """
 
     task: str
     method: str
@@ -45,6 +50,7 @@ class Found:
     fewest: Tried | None
     is_finished: bool
     cells: list[dict]
+    loras: dict[str, list[float]]
 
     @property
     def too_few(self) -> float | None:
@@ -95,12 +101,19 @@ def bisect(
     return high, True
 
 
+def scores(cells: list[dict]) -> list[float]:
+    """Of what is deployed."""
+    return [cell["summary"]["deployed"]["metric"]["value"] for cell in cells]
+
+
 class _Trials:
-    """Of one task and method: cells of budgets with every seed, beside LoRA's; what was tried is kept by its point."""
+    """Of one task and method: cells with every seed, beside both LoRAs'; what was tried is kept by its point."""
 
     def __init__(self, cells: Cells, task: str, method: str):
         self.cells, self.task, self.method = cells, task, method
-        self.lora, self.control = self._of_every_seed("lora"), self._of_every_seed("no_dropout", train=False)
+        finished = {name: found for name in OPEN if (found := self._of_every_seed(name))}
+        better = sorted(finished, key=lambda name: -np.mean(scores(finished[name])))
+        self.loras = {name: finished[name] for name in better}
         self.known: dict[float, Tried] = {}
         self.used: list[dict] = []
 
@@ -118,24 +131,22 @@ class _Trials:
         self.known[budgets[0].share] = best
         return best.is_within
 
-    def _of_every_seed(self, method: str, budget: Budget | None = None, *, train: bool = True) -> list[dict] | None:
-        seeds = self.cells.options.seeds
-        found = [self.cells.cell(self.task, seed, method, budget, train=train) for seed in seeds]
+    def _of_every_seed(self, method: str, budget: Budget | None = None) -> list[dict] | None:
+        found = [self.cells.cell(self.task, seed, method, budget) for seed in self.cells.options.seeds]
         finished = [cell for cell in found if cell is not None]
         return finished if len(finished) == len(found) else None
 
     def _tried(self, budget: Budget) -> Tried | None:
         found = self._of_every_seed(self.method, budget)
-        if found is None or self.lora is None:
+        if found is None or "lora" not in self.loras:
             return None
         self.used.extend(found)
         share = float(np.mean([cell["summary"]["bops"]["deployed"]["model_ratio"] for cell in found]))
         metric = found[0]["summary"]["metric"]["name"]
-        mean, low, high = paired(found, self.lora, metric)["score"]
-        control = paired(found, self.control, metric)["score"] if self.control else None
+        (mean, low, high), *other = (paired(found, lora, metric)["score"] for lora in self.loras.values())
         print(f"{self.task} {self.method} {budget.name}: BOPs {share:.4f} of the model, score minus LoRA {mean:+.4f} "
               f"[{low:+.4f}, {high:+.4f}]", flush=True)  # fmt: skip
-        return Tried(budget, share, (mean, low, high), control)
+        return Tried(budget, share, (mean, low, high), *other)
 
 
 def search(
@@ -152,7 +163,9 @@ def search(
         below = points[place - 1][0].share
         fewest, is_finished = bisect(below, fewest, halvings, lambda share: trials.is_within(between(share)))
     each = [trials.known[share] for share in sorted(trials.known)]
-    return Found(task, method, each, None if fewest is None else trials.known[fewest], is_finished, trials.used)
+    there = None if fewest is None else trials.known[fewest]
+    loras = {name: scores(found) for name, found in trials.loras.items()}
+    return Found(task, method, each, there, is_finished, trials.used, loras)
 
 
 def between(share: float) -> Budget:

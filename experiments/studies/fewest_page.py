@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.studies.allocation_page import OPERATIONS, STYLES, training_of
+from experiments.studies.allocations import OPEN
 from experiments.studies.bisection import TOLERANCE, Found, Tried
 from experiments.studies.cells import provenance
-from experiments.studies.compare import written
+from experiments.studies.compare import spread, written
 
 
 def by_task(found: list[Found]) -> dict[str, list[Found]]:
@@ -48,7 +49,7 @@ def headlines(found: list[Found]) -> str:
 
 def table(found: list[Found]) -> str:
     lines = [
-        "| task | method | fewest BOPs | score minus LoRA there [95 %] | minus LoRA without dropout | "
+        "| task | method | fewest BOPs | score minus LoRA there [95 %] | minus the other LoRA | "
         "next fewer tried | score minus LoRA [95 %] | shown too few at | shown enough at | budgets tried |",
         "|" + "---|" * 10,
     ]
@@ -56,10 +57,18 @@ def table(found: list[Found]) -> str:
         below = [x for x in each.tried if each.fewest is None or x.share < each.fewest.share]
         there, fewer = each.fewest, below[-1] if below else None
         cells = [f"| {each.task} | `{each.method}` | {_told(each)}", _difference(there)]
-        cells.append(written(there.control, 4) if there and there.control else "")
+        cells.append(written(there.other, 4) if there else "")
         cells += [f"{fewer.share:.2%}" if fewer else "none", _difference(fewer)]
         cells += ["no budget" if share is None else f"{share:.2%}" for share in (each.too_few, each.enough)]
         lines.append(" | ".join([*cells, f"{len(each.tried)} |"]))
+    return "\n".join(lines)
+
+
+def table_of_loras(found: list[Found]) -> str:
+    lines = ["| task | `" + "` | `".join(OPEN) + "` | compared with |", "|---|" + "---|" * (1 + len(OPEN))]
+    for task, (first, *_) in by_task(found).items():
+        told = " | ".join(spread(first.loras[name]) if name in first.loras else "" for name in OPEN)
+        lines.append(f"| {task} | {told} | `{next(iter(first.loras))}` |")
     return "\n".join(lines)
 
 
@@ -111,8 +120,10 @@ The fewest bit operations (of the whole model's at 32 x 32 bit) at which the sco
 {TOLERANCE} of plain LoRA's, averaged over {len(options.seeds)} seeds and paired by example and seed. {_how(options)}
 *Shown too few*: the largest share tried whose whole 95 % interval is below
 -{TOLERANCE}; *shown enough*: the smallest whose whole interval is above it. Shares are of what was deployed.
-LoRA has dropout throughout, the quantized methods have none from where their gates start; *LoRA without dropout* has
-none there, either, a control (`no_dropout` of `experiments/allocation.py`).
+LoRA is the better of two, by its mean score: `lora` has dropout throughout, `no_dropout` none from where the gates of
+the others start, as they have none there, either.
+
+{table_of_loras(found)}
 The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
 `{options.lever}`.
 

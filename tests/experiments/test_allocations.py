@@ -267,18 +267,23 @@ class _Scored:
 
     def __init__(self, finished):
         self.options, self.finished, self.asked = SimpleNamespace(seeds=[0, 1]), finished, []
+        self.loras = {"lora": 10, "no_dropout": 12}
 
-    def cell(self, task, seed, method, budget=None, *, train=True):
-        wrong = {"lora": 10, "no_dropout": 9}.get(method)  # of a method with a budget: 10 at 6 %, 11 at 5.7 %
-        wrong = round(0.6 / budget.share) if wrong is None else wrong
-        assert train == (method != "no_dropout")
+    def cell(self, task, seed, method, budget=None):
+        if budget is None and method not in self.loras:
+            return None
+        wrong = self.loras[method] if budget is None else round(0.6 / budget.share)  # 10 at 6 %, 11 at 5.7 %
         if budget:
             self.asked.append(budget.name)
             if budget.name not in self.finished:
                 return None
         label, decision = [0.0] * 100, [1.0] * wrong + [0.0] * (100 - wrong)
         return {
-            "summary": {"metric": {"name": "accuracy"}, "bops": {"deployed": {"model_ratio": budget and budget.share}}},
+            "summary": {
+                "metric": {"name": "accuracy"},
+                "deployed": {"metric": {"value": 1 - wrong / 100}},
+                "bops": {"deployed": {"model_ratio": budget and budget.share}},
+            },
             "examples": {"label": label, "deployed_decision": decision, "deployed_log_likelihood": label},
         }
 
@@ -301,7 +306,18 @@ def test_a_search_goes_down_and_then_between(halvings, missing, fewest, finished
     assert (found.fewest and found.fewest.budget.name, found.is_finished) == (fewest, finished)
     assert "W4A4" not in cells.asked and ("W3A8" in cells.asked) == (missing != "W4A8")
     assert [each.share for each in found.tried] == sorted(each.share for each in found.tried)
-    assert all(each.control[0] == pytest.approx(each.difference[0] - 0.01) for each in found.tried)  # one more is right
+    assert all(each.other[0] == pytest.approx(each.difference[0] + 0.02) for each in found.tried)  # two more are wrong
+
+
+@pytest.mark.parametrize(("wrong", "better"), [((10, 12), "lora"), ((12, 10), "no_dropout"), ((10, None), "lora")])
+def test_a_search_compares_with_the_better_of_the_two_loras_that_are_finished(wrong, better):
+    cells = _Scored({"W4A8", "W3A8"})
+    cells.loras = {name: x for name, x in zip(("lora", "no_dropout"), wrong, strict=True) if x is not None}
+    budgets = [bisection.Budget("W3A8", 0.051), bisection.Budget("W4A8", 0.08)]
+    found = bisection.search(cells, "sst2", "start", [[budget] for budget in budgets], 1)
+    assert found.fewest.budget.name == "W4A8" and found.fewest.difference[0] == pytest.approx(0.02)
+    assert next(iter(found.loras)) == better and found.loras[better] == [0.9, 0.9]
+    assert (found.fewest.other is None) == (wrong[1] is None)
 
 
 def test_the_headline_says_what_is_known():
@@ -312,7 +328,8 @@ def test_the_headline_says_what_is_known():
     fewer, enough = at
 
     def found(method, fewest, *, finished, tried=at):
-        return bisection.Found("sst2", method, tried, fewest, finished, [])
+        loras = {"no_dropout": [0.8, 0.9], "lora": [0.7, 0.8]}
+        return bisection.Found("sst2", method, tried, fewest, finished, [], loras)
 
     each = [
         found("uniform", enough, finished=True),
@@ -325,6 +342,7 @@ def test_the_headline_says_what_is_known():
     )
     (row,) = [line for line in fewest_page.table(each).splitlines() if "`uniform`" in line]
     assert "| +0.0990 [-0.0010, +0.1990] | 4.00% | -0.0200 [-0.0300, -0.0100] | 4.00% | no budget | 2 |" in row
+    assert fewest_page.table_of_loras(each).endswith("| sst2 | 0.750 ± 0.071 | 0.850 ± 0.071 | `no_dropout` |")
 
 
 def test_what_was_measured_of_another_configuration_is_refused(tmp_path):
