@@ -1,4 +1,4 @@
-"""LoRA's score at x % of its bit operations: the fewest BOPs at which a method is within half a point of plain LoRA.
+"""LoRA's score at x % of its bit operations: the fewest BOPs at which a method is within half a point of LoRA.
 
     python experiments/fewest_bops.py --glue_dir GLUE --report benchmarks/fewest_bops.md --figures benchmarks/figures
 
@@ -6,7 +6,8 @@ For each task and method, one budget after the other downwards from the bit oper
 are not enough: those of uniform allocations whose activations have at least as many bits as weights, as they are the
 more sensitive. Between the last of them that is enough and the next one, methods other than `uniform` then bisect, on a
 log scale, `--steps` times. A budget is enough where the score of what is deployed, on the dev set, is on average over
-seeds not more than 0.005 below LoRA's.
+seeds not more than 0.005 below LoRA's, the better of LoRA with dropout throughout and without where the others have
+none.
 `--lever` gives a lever of `levers.py` to all methods but LoRA. Cells are those of `allocation.py` and `levers.py`, kept
 in the same folders and shared with them, so the study may be spread out; `--methods` runs some methods only.
 """

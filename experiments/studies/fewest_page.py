@@ -117,15 +117,16 @@ python experiments/fewest_bops.py --glue_dir GLUE --tasks {" ".join(options.task
 ```
 
 The fewest bit operations (of the whole model's at 32 x 32 bit) at which the score of what is deployed is within \
-{TOLERANCE} of plain LoRA's, averaged over {len(options.seeds)} seeds and paired by example and seed. {_how(options)}
+{TOLERANCE} of LoRA's, averaged over {len(options.seeds)} seeds and paired by example and seed. {_how(options)}
 *Shown too few*: the largest share tried whose whole 95 % interval is below
 -{TOLERANCE}; *shown enough*: the smallest whose whole interval is above it. Shares are of what was deployed.
+The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
+`{options.lever}`.
+
 LoRA is the better of two, by its mean score: `lora` has dropout throughout, `no_dropout` none from where the gates of
 the others start, as they have none there, either.
 
 {table_of_loras(found)}
-The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
-`{options.lever}`.
 
 MiniLM, scope `encoder`, {training_of(options)}; {provenance(cells)}.
 
