@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 gc.disable()  # until the tests are collected: a million objects that stay would be looked through sixteen times
@@ -174,3 +175,19 @@ def param_store_stays_empty():
     pyro.clear_param_store()
     yield
     assert not pyro.get_param_store().keys()
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Runs a script's main on these words, which must end with exit code 2 and one sentence; returns the sentence."""
+    from experiments.studies.scripts import run_script
+
+    def run(main, *words, script: str = "script.py") -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert ended.value.code == 2 and line.startswith(f"{script}: error: ") and len(line) < 1000
+        return line
+
+    return run

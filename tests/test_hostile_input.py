@@ -44,9 +44,9 @@ def memory_stays():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "KiB that no refusal takes"
 
 
-def refused(capsys, *argv, command=main):
+def refused(capsys, *argv):
     """The one line that a mistake gets."""
-    assert command([str(word) for word in argv]) == 2
+    assert main([str(word) for word in argv]) == 2
     said = capsys.readouterr().err
     sentence = [line for line in said.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]  # without the phases
     assert len(sentence) == 1 and "error: " in sentence[0] and len(sentence[0]) < 1000
@@ -113,23 +113,22 @@ def test_settings_in_python_are_small(capsys):
         ("x" * 300_000, "more than 262,144 characters"),
     ],
 )
-def test_a_preset_and_a_grid_say_what_is_wrong_and_where(tmp_path, capsys, text, message):
+def test_a_preset_and_a_grid_say_what_is_wrong_and_where(tmp_path, capsys, refusal, text, message):
     file = tmp_path / "own.yaml"
     file.write_text(text, encoding="utf-8")
     said = refused(capsys, "train", "--preset", file)
     assert message in said and str(file) in said
-    said = refused(capsys, file, "--dry_run", command=grid.main)
+    said = refusal(grid.main, file, "--dry_run")
     assert str(file) in said and (message in said or "expected a table" in said or "a name must be a word" in said
                                   or "unknown key" in said)  # fmt: skip
 
 
 @pytest.mark.parametrize("place", ["base", "axes"])
-def test_grid_keys_are_words(tmp_path, capsys, place):
+def test_grid_keys_are_words(tmp_path, refusal, place):
     file = tmp_path / "grid.yaml"
     text = {"base": "base:\n  [rank, seed]: 3\naxes:\n  seed: [0]\n", "axes": "axes:\n  ? [rank, seed]\n  : [0]\n"}
     file.write_text(text[place], encoding="utf-8")
-    said = refused(capsys, file, "--dry_run", command=grid.main)
-    assert "line 2: a name must be a word, not a list or a table" in said
+    assert "line 2: a name must be a word, not a list or a table" in refusal(grid.main, file, "--dry_run")
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x) |
