@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
-from experiments.studies.allocation_page import training_of
+from experiments.studies.allocation_page import differences, training_of
 from experiments.studies.allocations import Budget, Cells
 from pyro_blora.config import RunConfig
 
+KEPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cells" / "allocation"
 BUDGET = Budget("W4A4", 0.04, "fixed", {"bits": 4})
 WIDTHS = {"0.query": {"base": 4, "input": 8, "rank": 2}}
 
@@ -52,3 +54,16 @@ def test_lora_without_dropout_has_none_where_the_others_are_quantized_and_no_bud
     control, lora, uniform = (study.config("sst2", 0, method, BUDGET) for method in ("no_dropout", "lora", "uniform"))
     assert (control.gated_dropout, lora.gated_dropout, uniform.gated_dropout) == (False, None, False)
     assert dataclasses.replace(control, gated_dropout=None) == lora
+
+
+def test_the_page_compares_lora_without_dropout_with_lora():
+    rows = []
+    for method in ("lora", "no_dropout"):
+        cell = json.loads((KEPT / f"sst2-0-full-{method}.json").read_text("utf-8"))
+        names = {"task": "sst2", "seed": 0, "budget": None, "method": method, "share": 1.0}
+        rows.append({**names, "cell": cell, **cell["summary"], **names})
+    _, _, *lines = differences(rows).splitlines()
+    accuracies = [row["deployed"]["metric"]["value"] for row in rows]
+    assert len(lines) == 1 and lines[0].startswith(
+        f"| sst2 | 32 bit | `no_dropout` | `lora` | 1 | {accuracies[1] - accuracies[0]:+.3f} ["
+    )
