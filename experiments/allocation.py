@@ -32,9 +32,9 @@ BUDGETS = ("W8A8", "W4A8", "W4A4", "W3A4")
 
 def wanted(options, cells: Cells) -> Wanted:
     """(task, seed, method, budget) of every cell, in the order of the table."""
+    methods = [method for method in EVERY if method in METHODS or method in options.cells]
     for seed in options.seeds:
         for task in options.tasks:
-            methods = [method for method in EVERY if method in METHODS or method in options.cells]
             for method in methods:
                 if method in OPEN:
                     yield task, seed, method, None
