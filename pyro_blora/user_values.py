@@ -66,6 +66,13 @@ def as_word(value: Any, annotation: Any) -> Any:
     return str(value) if wanted == {str} and isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def spelled(value: Any) -> str:
+    """The value as a flag of the command line says it: true, none, query,value."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _converted(value: Any, kind: type) -> Any:
     """The value as `kind` where nothing is lost on the way, else _NOTHING."""
     text = value.strip().lower() if isinstance(value, str) else ""

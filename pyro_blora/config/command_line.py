@@ -19,7 +19,7 @@ from typing import Any, cast
 from ..registries import CHOSEN, TASKS
 from ..user_code import is_of_file
 from ..user_files import compose_yaml, load_yaml, read_text, value_of
-from ..user_values import shown, suggest
+from ..user_values import shown, spelled, suggest
 from .config_file import OF_MACHINE, RETIRED, without_machine, without_retired
 from .methods import left_open, require_consistent
 from .run_config import OWNERS, PRESETS, RunConfig, field_names
@@ -157,7 +157,7 @@ def command_line(config: RunConfig, written: Path | None = None) -> str:
                 if key not in known or known[key] != setting:
                     words += [f"--{owner}.{key}", setting if isinstance(setting, str) else json.dumps(setting)]
         elif value != getattr(usual, field.name) or field.name in ("task", "method", "seed"):
-            words += [f"--{field.name}", _word(value)]
+            words += [f"--{field.name}", spelled(value)]
     line = shlex.join(words)
     if written is not None and len(line) > _LONG:
         return shlex.join(["pyro-blora", "train", "--preset", str(written), "--seed", str(config.seed)])
@@ -169,12 +169,6 @@ def of_scripts(config: RunConfig) -> list[tuple[str, str]]:
     chosen = {kind: [getattr(config, kind)] for kind in CHOSEN} | {"prior": config.prior_names}
     each = ((kind, name) for kind, names in chosen.items() for name in names if name != "off")
     return [(kind, name) for kind, name in each if not is_of_file(name) and not CHOSEN[kind].has_own(name)]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def take_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -4,6 +4,7 @@ import textwrap
 
 from ..registries import CHOSEN, LISTED
 from ..registry import REQUIRED
+from ..user_values import spelled
 from .methods import METHODS
 
 LISTS = {  # of LISTED, what each is a list of
@@ -35,7 +36,7 @@ def print_methods() -> None:
         print(f"{name:14s} {method.line}")
         for verb, flags in (("sets", method.fixes), ("proposes", method.proposes)):
             if flags:
-                print(f"{'':14s}   {verb} {' '.join(f'--{flag} {value}' for flag, value in flags.items())}")
+                print(f"{'':14s}   {verb} {' '.join(f'--{flag} {spelled(value)}' for flag, value in flags.items())}")
 
 
 def print_list(command: str) -> None:

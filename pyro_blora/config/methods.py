@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..user_values import spelled
+
 _LORA = {"prior": "fixed", "prior.bits": 32}  # nothing random, nothing quantized
 
 
@@ -25,6 +27,10 @@ class Method:
 METHODS = {
     "bayesian_lora": Method("gates of bits and ranks, learned under the chosen prior and guide"),
     "lora": Method("plain LoRA: 32 bit, every rank (Hu et al., 2021)", _LORA),
+    "no_dropout": Method(
+        "plain LoRA without dropout from where the gates of the others start: they have none there, either",
+        {**_LORA, "gated_dropout": False},
+    ),
     "qat_lora": Method(
         "LoRA trained at one bit width, straight-through (Jacob et al., 2018)",
         {"prior": "fixed"}, {"prior.bits": 8},
@@ -65,13 +71,16 @@ def require_consistent(name: str, stated: Mapping[str, Any]) -> None:
     """Errors: ValueError for a flag that was stated on the line or in a file and contradicts the method."""
     for flag, value in METHODS[name].fixes.items() if name in METHODS else ():
         if flag in stated and not _same(stated[flag], value):
-            raise ValueError(f"--{flag} {stated[flag]} contradicts --method {name}, which is {flag} {value}: drop one")
+            said, own = spelled(stated[flag]), spelled(value)
+            raise ValueError(f"--{flag} {said} contradicts --method {name}, which is {flag} {own}: drop one")
 
 
 def _same(stated: Any, value: Any) -> bool:
     """Whether a word of the line or of a file is the value: `1` is 1.0, and YAML reads `off` as False."""
     if isinstance(value, str):
         return stated == value or (stated is False and value == "off")
+    if isinstance(value, bool):
+        return spelled(stated).lower() == spelled(value)
     try:
         return float(stated) == value
     except (TypeError, ValueError):

@@ -22,6 +22,7 @@ from pyro_blora.posterior import deployed, predict
 from pyro_blora.report.terminal import result_tables
 from pyro_blora.run import train_run
 from pyro_blora.tasks.batching import by_length, on_device
+from pyro_blora.user_values import spelled
 
 ONLY_PEFT = ("adalora",)  # its layers have no quantizer
 
@@ -102,13 +103,19 @@ def test_a_configuration_that_is_read_back_is_the_same(method):
 def test_what_a_method_fixes_cannot_be_contradicted(method):
     for flag in METHODS[method].fixes:
         owner, dot, setting = flag.partition(".")
-        other = {"prior": "nested", "guide": "mixture", "estimator": "score_function", "kl_warmup": 0.5}
+        other = {
+            "prior": "nested",
+            "guide": "mixture",
+            "estimator": "score_function",
+            "kl_warmup": 0.5,
+            "gated_dropout": True,
+        }
         if dot or flag in other:
             wrong = {f"{owner}_settings": {setting: 4}} if dot else {flag: other[flag]}
             with pytest.raises(ValueError, match=f"--{flag} .* contradicts --method {method}"):
                 RunConfig(method=method, **wrong)
         default = getattr(RunConfig(), flag, "4")  # on the line and in a file, a default can be told from nothing
-        with pytest.raises(ValueError, match=f"--{flag} {default} contradicts --method {method}"):
+        with pytest.raises(ValueError, match=f"--{flag} {spelled(default)} contradicts --method {method}"):
             require_consistent(method, {flag: default})
 
 
@@ -118,9 +125,16 @@ def test_what_a_method_fixes_may_be_said_again():
         ("rank_gates", "prior.z", False),
         ("lora", "prior.bits", 32.0),
         ("lora", "prior", "fixed"),
+        ("no_dropout", "gated_dropout", False),
+        ("no_dropout", "gated_dropout", "False"),
     ]
     for method, flag, value in said:
         require_consistent(method, {flag: value})
+
+
+def test_a_contradiction_is_written_as_flags_are():
+    with pytest.raises(ValueError, match=r"--gated_dropout true contradicts --method no_dropout, which is .* false:"):
+        RunConfig(method="no_dropout", gated_dropout=True)
 
 
 def test_an_adapter_of_a_method_is_refused_without_it():
@@ -155,6 +169,18 @@ def test_lora_is_the_fixed_prior(backbone):
     settings = {"prior": "fixed", "prior_settings": {"bits": 32}}
     one, two = (fit(tiny_config(backbone, **x), quiet=True) for x in ({"method": "lora"}, settings))
     assert [line["loss"] for line in one.metrics] == [line["loss"] for line in two.metrics]
+
+
+def test_no_dropout_is_lora_up_to_the_start_of_the_gates(backbone):
+    def losses(**settings):
+        return [
+            line["nll"] for line in fit(tiny_config(backbone, epochs=2, kl_warmup=0.5, **settings), quiet=True).metrics
+        ]
+
+    without, lora, gated = losses(method="no_dropout"), losses(method="lora"), losses(method="lora", gated_dropout=True)
+    half = len(lora) // 2
+    assert without[:half] == lora[:half] and without[half] != lora[half] and lora == gated
+    assert RunConfig(method="no_dropout").gated_dropout is False
 
 
 def test_quantization_after_training_trains_lora_and_deploys_eight_bits(runs, backbone):
