@@ -70,14 +70,14 @@ def differences(found: Differences, axis: str, against: str) -> str:
 
 
 def what_differs(found: Differences, against: str) -> str:
-    """By task, the entries whose deployed allocation differs from one of them by more than the interval."""
+    """By task, what differs from one of the entries by more than the interval, as deployed and averaged over draws."""
     lines = []
     for task in dict.fromkeys(task for task, _ in found):
         told = [
             f"`{entry}` {name} {written(interval)}{' (one seed)' if seeds == 1 else ''}"
-            for (of, entry), (seeds, both) in found.items()
+            for (of, entry), (seeds, intervals) in found.items()
             if of == task
-            for name, interval in zip(("score", "NLL"), both[:2], strict=False)
+            for name, interval in zip(("score", "NLL", "score of draws", "NLL of draws"), intervals, strict=False)
             if beyond_noise(interval)
         ]
         lines.append(f"- **{task}**, minus `{against}`: {'; '.join(told) or 'nothing'} beyond noise.")
