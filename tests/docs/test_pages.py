@@ -47,7 +47,7 @@ def test_the_results_in_readme_are_those_of_their_page():
     rows = [cells(line) for line in lines if line.startswith(("| sst2", "| stsb"))]
     source = {tuple(row[:3]): row for row in rows if len(row) == 10}  # the first table
     methods = {
-        "LoRA": "lora", "without dropout": "no_dropout", "**`--prior budget`**": "start", "everywhere": "uniform",
+        "LoRA": "lora", "dropout off": "no_dropout", "**`--prior budget`**": "start", "everywhere": "uniform",
         "Hessian": "hessian",
     }  # fmt: skip
     at = {"100 %": "32 bit", "5.7 %": "W4A8", "5.0 %": "W3A8", "4.2 %": "W4A4"}
@@ -59,6 +59,17 @@ def test_the_results_in_readme_are_those_of_their_page():
             row = source[task, at[bops], method]
             assert row[4] == score
             assert float(row[6].rstrip("%")) == pytest.approx(float(bops.rstrip("% ")), rel=0.03)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/explanation/findings.md"])
+def test_the_fewest_bit_operations_that_are_told_are_those_of_their_page(page):
+    text, opening = " ".join(read(page).split()), read("benchmarks/fewest_bops.md").split("```")[0]
+    found = re.findall(r"(\w+): LoRA's score at (?:no more than )?([\d.]+)%.* ([-+.\d]+) \[(.+?), (.+?)\]\)", opening)
+    assert len(found) >= 3
+    for task, share, *interval in found:
+        mean, low, high = (f"{float(x):.3f}" for x in interval)
+        assert f"{mean} [{low}, {high}]" in text, task
+        assert f"{float(share):.1f} %" in text, task
 
 
 def test_old_addresses_lead_on():
