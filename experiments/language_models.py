@@ -6,10 +6,11 @@
 DATA has GLUE in `glue/`, the E2E challenge in `e2e/`, SQuAD's `train.json` and `eval.json` of squad_split.py in
 `squad/`, and OpenBookQA in `choice/openbookqa/`. For each study and seed, from the same LoRA:
 
-    lora      plain LoRA at 32 bit, every rank
-    bops      gates learned, a rung or a rank costs the bit operations that it adds
-    nested    gates learned, every gate at the same rate: differences between projections come from the data only
-    ptq       that LoRA at 8 bit, ranges fitted after training
+    lora        plain LoRA at 32 bit, every rank
+    no_dropout  the same, without dropout from where the gates of the others start, as these have none there
+    bops        gates learned, a rung or a rank costs the bit operations that it adds
+    nested      gates learned, every gate at the same rate: differences between projections come from the data only
+    ptq         that LoRA at 8 bit, ranges fitted after training
 
 Finished cells are kept, so the study may be spread out; `--studies` and `--methods` are for some of them only.
 """
@@ -54,16 +55,20 @@ OF_CHOICE = {"task": "choice", "max_train": 400, "epochs": 1, "max_length": 160,
 RATE = 0.1  # nats a gate, of the dearest one under `bops`: a few hundred examples must be able to open 2,000 gates
 METHODS = {
     "lora": {"method": "lora"},
+    "no_dropout": {"method": "no_dropout"},  # of networks that have dropout
     "bops": {"prior": "bops", "prior_settings": {"rate": RATE}},
     "nested": {"prior": "nested", "prior_settings": {"rate": RATE, "rank_rate": RATE}},
     "ptq": {"method": "ptq", "prior_settings": {"bits": 8}},
 }
 STUDIES = {  # methods, and what differs from the defaults
-    "SST-2, SmolLM2": ([*METHODS], {**ON_DECODER, "task": "sst2", "max_train": 500, "epochs": 4, "max_length": 64}),
+    "SST-2, SmolLM2": (
+        ["lora", "bops", "nested", "ptq"],
+        {**ON_DECODER, "task": "sst2", "max_train": 500, "epochs": 4, "max_length": 64},
+    ),
     "E2E, SmolLM2": (["lora", "bops", "nested"], {**OF_E2E, **ON_DECODER}),
     "E2E, GPT-2's architecture": (["lora", "bops"], {**OF_E2E, "backbone": RANDOM_GPT2, "lr": 2e-3}),
-    "SQuAD, MiniLM": (["lora", "bops", "nested"], {**OF_SQUAD, "backbone": "demo"}),
-    "SQuAD, MiniLM as DeBERTaV3": (["lora", "bops", "nested"], {**OF_SQUAD, "backbone": "demo-deberta"}),
+    "SQuAD, MiniLM": (["lora", "no_dropout", "bops", "nested"], {**OF_SQUAD, "backbone": "demo"}),
+    "SQuAD, MiniLM as DeBERTaV3": (["lora", "no_dropout", "bops", "nested"], {**OF_SQUAD, "backbone": "demo-deberta"}),
     "OpenBookQA, SmolLM2": (["lora", "bops"], {**ON_DECODER, **OF_CHOICE}),
 }
 KL_WARMUP = 0.5
@@ -138,7 +143,8 @@ def grouped(rows: list[dict]) -> Groups:
 
 def table(groups: Groups) -> str:
     lines = ["| study | method | seeds | score, deployed | NLL, deployed | NLL, draws | NLL less LoRA's [95 %] | "
-             "BOPs / adapted | BOPs / model | expected bits: weights, activations |", "|" + "---|" * 10]  # fmt: skip
+             "less that without dropout | BOPs / adapted | BOPs / model | expected bits: weights, activations |",
+             "|" + "---|" * 11]  # fmt: skip
     for (name, method), cells in groups.items():
         found = [cell["summary"] for cell in cells]
         deployed = [x["deployed"] for x in found]
@@ -147,7 +153,7 @@ def table(groups: Groups) -> str:
         lines.append(
             f"| {name} | {method} | {len(cells)} | {metric} {spread([x['metric']['value'] for x in deployed])} | "
             f"{spread([x['nll'] for x in deployed])} | {spread([x['nll'] for x in found])} | "
-            f"{written(less_lora(groups, name, method))} | "
+            f"{written(less(groups, name, method, 'lora'))} | {written(less(groups, name, method, 'no_dropout'))} | "
             f"{np.mean([x['bops']['deployed']['adapted_ratio'] for x in found]):.1%} | "
             f"{np.mean([x['bops']['deployed']['model_ratio'] for x in found]):.1%} | "
             f"{bits['base']:.1f}, {bits['input']:.1f} |"
@@ -155,11 +161,11 @@ def table(groups: Groups) -> str:
     return "\n".join(lines)
 
 
-def less_lora(groups: Groups, study: str, method: str) -> tuple[float, ...] | None:
-    """Mean and 95 % interval of the deployed NLL less LoRA's, over the seeds that both have."""
-    lora = {cell["seed"]: cell for cell in groups.get((study, "lora"), [])}
-    pairs = [(cell, lora[cell["seed"]]) for cell in groups[study, method] if cell["seed"] in lora]
-    if method == "lora" or not pairs:
+def less(groups: Groups, study: str, method: str, rival: str) -> tuple[float, ...] | None:
+    """Mean and 95 % interval of the deployed NLL less that of a rival without gates, over the seeds that both have."""
+    theirs = {cell["seed"]: cell for cell in groups.get((study, rival), [])}
+    pairs = [(cell, theirs[cell["seed"]]) for cell in groups[study, method] if cell["seed"] in theirs]
+    if method == rival or not pairs:
         return None
     arrays = [tuple({"label": _scores(cell), "score": _scores(cell)} for cell in pair) for pair in pairs]
     return intervals(arrays, lambda pair, rows: ((pair[1]["score"][rows] - pair[0]["score"][rows]).mean(-1),))[0]
@@ -254,7 +260,8 @@ gates start when {KL_WARMUP:.0%} of its steps are over, and cost at most {RATE:g
 Deployed is the one allocation of all gates that are likelier open than closed. The interval is over the held-out
 examples, paired, and over seeds where there are several; a negative difference favours the gates. BOPs are of the
 deployed allocation, against 32 x 32 bit; `ptq` is 8 bit everywhere. LoRA has dropout to its end, learned gates have
-none once they start: part of what they gain on SQuAD may be that, which this page does not take apart.
+none once they start, nor has `no_dropout`, LoRA without it from there: the second difference is what the gates do.
+SmolLM2 has no dropout to begin with.
 
 ## Which projections keep their ranks
 
