@@ -72,6 +72,42 @@ def test_the_fewest_bit_operations_that_are_told_are_those_of_their_page(page):
         assert f"{float(share):.1f} %" in text, task
 
 
+NUMBER = r"[-+]?\d*\.?\d+"
+INTERVAL = re.compile(rf"(?:({NUMBER}) )?\[({NUMBER}), ({NUMBER})\]")  # 0.1 [0.0, 0.2], or the interval alone
+DEVIATION = re.compile(rf"({NUMBER}) ± ({NUMBER})")
+
+
+def is_told(mine: tuple[str, ...], pages: list[tuple[str, ...]]) -> bool:
+    """Whether a page has what is quoted, to the digits of the quotation; turned round where it says "below by"."""
+    near = 0.51 * 10 ** -max(len(x.partition(".")[2]) for x in mine)
+    either = [each for theirs in pages for each in (theirs, turned(theirs))]
+    return any(
+        all(not x or (y and abs(float(x) - float(y)) <= near) for x, y in zip(mine, theirs, strict=True))
+        for theirs in either
+    )
+
+
+def turned(interval: tuple[str, ...]) -> tuple[str, ...]:
+    """The interval of the difference the other way round."""
+    mean, high, low = (x and str(-float(x)) for x in interval)
+    return mean, low, high
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/explanation/findings.md"])
+def test_every_interval_is_on_a_page_that_its_section_links_to(page):
+    found = 0
+    for section in re.split(r"\n(?=## )", read(page)):
+        links = re.findall(r"benchmarks/[\w/]+\.md", section)
+        text, source = (
+            " ".join(x.replace("\N{MINUS SIGN}", "-").split()) for x in (section, " ".join(map(read, links)))
+        )
+        quoted, pages = ((INTERVAL.findall(x), DEVIATION.findall(x)) for x in (text, source))
+        assert [x for x in quoted[0] if not is_told(x, pages[0])] == [], section.splitlines()[0]
+        assert [x for x in quoted[1] if x not in pages[1]] == [], section.splitlines()[0]
+        found += len(quoted[0]) + len(quoted[1])
+    assert found > 20
+
+
 def test_old_addresses_lead_on():
     for page in ("docs/reading-the-posterior.md", "docs/scaling.md"):
         assert len(LINK.findall(read(page))) == 1
