@@ -81,7 +81,7 @@ def configuration(options, study: str, method: str, seed: int) -> RunConfig:
     if method == "ptq":
         settings["kl_warmup"] = 1.0  # its gates start when everything else has learned
     if settings["backbone"] == RANDOM_GPT2:
-        settings["backbone"] = str(random_gpt2(Path(options.output_dir) / RANDOM_GPT2))
+        settings["backbone"] = str(Path(options.output_dir) / RANDOM_GPT2)
     own = settings.pop("task_settings", {}) | data_of(settings["task"], Path(options.data))
     if settings["task"] == "sst2":
         settings["glue_dir"] = own.pop("glue_dir")
@@ -120,7 +120,11 @@ def study(options) -> list[dict]:
             continue
         lora, config = (configuration(options, name, each, seed) for each in ("lora", method))
         path = options.keep / "language_models" / f"{file_name(name)}-{seed}-{method}.json"
-        n_train = 0 if path.exists() or options.only_finished else build(lora).program.n_train
+        n_train = 0
+        if not path.exists() and not options.only_finished:
+            if STUDIES[name][1]["backbone"] == RANDOM_GPT2:
+                random_gpt2(Path(config.backbone))
+            n_train = build(lora).program.n_train
         cell = finished(path, config, lora, n_train, train=not options.only_finished)
         if cell is not None:
             rows.append({"study": name, "seed": seed, "method": method, **cell})

@@ -128,6 +128,8 @@ def settings_of(config: RunConfig) -> dict:
     if config.task_settings:  # a task's own flags are where its data are
         places = TASKS.entry(config.task).flags
         values["task_settings"] = {key: x for key, x in config.task_settings.items() if key not in places}
+    if (backbone := Path(config.backbone)).is_relative_to(config.output_dir):  # a study has made it there
+        values["backbone"] = str(backbone.relative_to(config.output_dir))
     return {key: value for key, value in values.items() if key not in _ELSEWHERE}
 
 
