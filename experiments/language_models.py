@@ -147,7 +147,7 @@ def grouped(rows: list[dict]) -> Groups:
 
 def table(groups: Groups) -> str:
     lines = ["| study | method | seeds | score, deployed | NLL, deployed | NLL, draws | NLL less LoRA's [95 %] | "
-             "less that without dropout | BOPs / adapted | BOPs / model | expected bits: weights, activations |",
+             "less that without dropout [95 %] | BOPs / adapted | BOPs / model | expected bits: weights, activations |",
              "|" + "---|" * 11]  # fmt: skip
     for (name, method), cells in groups.items():
         found = [cell["summary"] for cell in cells]
