@@ -18,7 +18,7 @@ def ended(monkeypatch, capsys):
 
     def run(main):
         monkeypatch.setattr(sys, "argv", ["study.py"])
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as end:  # the latter would end pytest itself
             run_script(main)
         return end.value.code, *capsys.readouterr().err.splitlines()[-1:]
 
