@@ -12,6 +12,7 @@ from pyro_blora.posterior.arviz_compat import arviz_itself, held_out
 
 Interval = tuple[float, ...]  # mean, low, high
 Differences = dict[tuple[str, str], tuple[int, list[Interval]]]  # (task, entry) -> seeds, score and NLL
+_MEASURED = ("score", "NLL", "score of draws", "NLL of draws")
 
 
 def means(table: pd.DataFrame, axis: str) -> str:
@@ -77,8 +78,9 @@ def what_differs(found: Differences, against: str) -> str:
             f"`{entry}` {name} {written(interval)}{' (one seed)' if seeds == 1 else ''}"
             for (of, entry), (seeds, intervals) in found.items()
             if of == task
-            for name, interval in zip(("score", "NLL", "score of draws", "NLL of draws"), intervals, strict=False)
+            for i, (name, interval) in enumerate(zip(_MEASURED, intervals, strict=False))
             if beyond_noise(interval)
+            and interval not in intervals[:i]  # draws of what has no gates are what is deployed
         ]
         lines.append(f"- **{task}**, minus `{against}`: {'; '.join(told) or 'nothing'} beyond noise.")
     return "\n".join(lines)

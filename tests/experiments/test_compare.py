@@ -71,12 +71,14 @@ def test_the_page_says_what_the_runs_say(results):
 def test_the_page_opens_with_what_is_beyond_noise(results):
     apart, near = (0.2, 0.1, 0.3), (0.1, -0.1, 0.3)
     found = {("sst2", "wide"): (3, [near, apart, near, near]), ("sst2", "flat"): (3, [near, near, near, apart]),
-             ("stsb", "wide"): (1, [near, apart, near, near]), ("rte", "wide"): (0, [])}  # fmt: skip
+             ("stsb", "wide"): (1, [near, apart, near, near]), ("rte", "wide"): (0, []),
+             ("mrpc", "eva"): (3, [apart, near, apart, near])}  # fmt: skip
     assert what_differs(found, "lora").splitlines() == [
         "- **sst2**, minus `lora`: `wide` NLL +0.200 [+0.100, +0.300]; `flat` NLL of draws +0.200 [+0.100, +0.300] "
         "beyond noise.",
         "- **stsb**, minus `lora`: `wide` NLL +0.200 [+0.100, +0.300] (one seed) beyond noise.",
         "- **rte**, minus `lora`: nothing beyond noise.",
+        "- **mrpc**, minus `lora`: `eva` score +0.200 [+0.100, +0.300] beyond noise.",
     ]
     assert page(results).splitlines()[2].startswith("- **acceptability**, minus `lora`: ")
 
