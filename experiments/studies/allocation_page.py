@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.allocations import EVERY, OPEN
+from experiments.studies.allocations import COLD, EVERY, OPEN
 from experiments.studies.cells import provenance
 from experiments.studies.compare import paired, spread, written
 
@@ -103,7 +103,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def training_of(options: argparse.Namespace) -> str:
-    """How many training rows and epochs the cells have, in what precision, and when gates start, for a page."""
+    """Training rows and epochs of the cells, precision, when gates start and how cold their posterior is, for a page."""
     every, bf16, twice = (
         ", ".join(task for task in options.tasks if task in those)
         for those in (options.all_rows, options.bf16, options.twice)
@@ -114,7 +114,7 @@ def training_of(options: argparse.Namespace) -> str:
         + (f", {bf16} in bfloat16" if bf16 else "")
         + f", {options.epochs} epochs"
         + (f" ({twice} {2 * options.epochs})" if twice else "")
-        + f", gates start after {options.kl_warmup:.0%} of the steps"
+        + f", gates start after {options.kl_warmup:.0%} of the steps, under a KL with weight {COLD:g}"
     )
 
 

@@ -46,7 +46,7 @@ def test_the_tasks_that_are_named_have_all_rows_bfloat16_and_twice_the_epochs(tm
     }  # fmt: skip
     assert study.lora("cola", 0).precision == "bf16" and study.lora("cola", 0).epochs == 2
     said = "at most 64 training examples (of cola all), mrpc, cola in bfloat16, 1 epochs (cola 2), gates start after"
-    assert training_of(given) == f"{said} 40% of the steps"
+    assert training_of(given) == f"{said} 40% of the steps, under a KL with weight 0.1"
 
 
 def test_lora_without_dropout_has_none_where_the_others_are_quantized_and_no_budget(tmp_path):
