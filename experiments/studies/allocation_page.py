@@ -103,7 +103,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def training_of(options: argparse.Namespace) -> str:
-    """Training rows and epochs of the cells, precision, when gates start and how cold their posterior is, for a page."""
+    """Training rows and epochs of the cells, precision, when gates start, how cold the posterior is, for a page."""
     every, bf16, twice = (
         ", ".join(task for task in options.tasks if task in those)
         for those in (options.all_rows, options.bf16, options.twice)
