@@ -49,7 +49,7 @@ def limited(rows: datasets.Dataset, n_train: int | None, seed: int) -> datasets.
     """As many rows, drawn with the seed; all of them where there are no more, or for None."""
     if n_train is None or n_train >= len(rows):
         return rows
-    return rows.shuffle(seed=seed).select(range(n_train)).flatten_indices()
+    return rows.shuffle(seed=seed).select(range(n_train))
 
 
 def _shown(header: Sequence[str]) -> list[str]:

@@ -118,6 +118,12 @@ def test_a_saved_folder_keeps_names_and_brings_its_validation_rows(glue_dir, tmp
     assert rows["eval"]["label"][:] == splits["validation"]["label"][:]
 
 
+def test_fewer_rows_are_taken_without_a_bar_of_the_library(forget, capfd):
+    task = from_frame("films_cut_short", pd.DataFrame(FILMS, columns=["text", "label"]))
+    assert len(task.load(n_train=10)["train"]) == 10
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_frame_is_a_task_with_the_same_findings(forget):
     frame = pd.DataFrame(FILMS, columns=["text", "label"])
     task = check_task(from_frame("films_of_a_frame", frame))
