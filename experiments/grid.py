@@ -25,6 +25,7 @@ import pandas as pd
 from experiments.studies.grid_file import Cell, read_grid
 from experiments.studies.launchers import Cluster, Processes
 from experiments.studies.scripts import run_script
+from pyro_blora.config.data_files import require_same_data
 from pyro_blora.files import REPORT, replace
 from pyro_blora.progress import phase
 from pyro_blora.report import write_report
@@ -176,6 +177,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="check the file and list its runs")
     options = parser.parse_args(arguments)
     cells = read_grid(options.grid, options.output_dir, options.glue_dir, taken=COLUMNS)
+    for cell in filter(is_finished, cells):
+        require_same_data(cell.folder, cell.config)
     at_a_time = len(cells) if options.cluster == "slurm" else 1
     at_a_time = at_a_time if options.at_a_time is None else options.at_a_time
     if at_a_time < 1:

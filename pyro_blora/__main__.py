@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from .commands import AFTER
 from .config.command_line import called_elsewhere, run_fields, take_settings
 from .config.completion import complete
+from .config.data_files import require_same_data
 from .config.export_flags import add_export_command
 from .config.flags import add_run_flags
 from .config.lists import LISTS, choices, print_list, print_methods
@@ -134,6 +135,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     config.require_known()
     folder = config.folder
     if arguments.if_finished == "show" and (folder / "summary.json").is_file():
+        require_same_data(folder, config)
         if quiet:
             print(folder)
             return 0

@@ -25,6 +25,8 @@ from torch import nn
 
 from .build import build, check_names
 from .checkpoint import drop_older, saved_in, trainable
+from .config.data_files import KEY as DATA_FILES
+from .config.data_files import data_hashes, require_same_data
 from .config.run_config import RunConfig
 from .deploy.peft import export
 from .distributed import sharding_wanted
@@ -62,7 +64,7 @@ def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     with heeded(), silenced(quiet), alone(folder) if main else contextlib.nullcontext():
         try:
             if folder.exists():
-                _require_unfinished(folder, main)
+                _require_unfinished(folder, config, main)
             else:
                 with claimed(_partial(folder), folder) if main else contextlib.nullcontext(_nothing) as still_there:
                     _complete(config, folder, still_there)
@@ -82,8 +84,11 @@ def _partial(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def _require_unfinished(folder: Path, main: bool) -> None:
-    """Write the page that a finished run lacks.  Errors: FileExistsError where it lacks nothing."""
+def _require_unfinished(folder: Path, config: RunConfig, main: bool) -> None:
+    """Write the page that a finished run lacks.
+
+    Errors: FileExistsError where it lacks nothing; ValueError where its data have changed since.
+    """
     if _lacks_page(folder):
         if main:
             _write_page(folder)
@@ -93,6 +98,7 @@ def _require_unfinished(folder: Path, main: bool) -> None:
             f"{folder} is there, but is no finished run (it has no summary.json): move it away, or give another "
             "--output_dir"
         )
+    require_same_data(folder, config)
     raise FileExistsError(
         f"{folder} is a finished run already: look at it with `pyro-blora show {folder}`, or change --seed or "
         "--output_dir to run again"
@@ -117,6 +123,7 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
     still_there: refuses a temporary folder that has been removed.
     """
     partial, main = _partial(folder), accelerate.PartialState().is_main_process
+    read = data_hashes(config) if main else {}
     restarts = [(one, partial / "restarts" / f"seed-{one.seed}") for one in each_restart(config)]
     for number, (one, place) in enumerate(restarts, 1):
         if not place.exists():
@@ -132,6 +139,7 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
         with writing(partial):
             summary = _write(trained, evaluated, partial, [place for _, place in restarts])
             summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
+            summary |= {DATA_FILES: read} if read else {}
             check()
             written = config.to_json(versions=versions(trained.program.net.backbone), threads=torch.get_num_threads())
             replace_text(partial / "config.json", written)

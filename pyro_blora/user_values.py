@@ -33,6 +33,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
+def is_encodable(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, as a cut-off emoji in JSON is: no character, and in no encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def coerce(value: Any, annotation: Any, where: str) -> Any:
     """The value as one of the annotated types, nothing lost on the way: 3 as 3.0, `1e-3` as a number, 4.0 as 4.
 

@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from pyro_blora.build import check_names
-from pyro_blora.config import RunConfig, field_names
-from pyro_blora.config.command_line import EXPONENT, OWNED, gather_settings, read_preset
+from pyro_blora.config import RunConfig
+from pyro_blora.config.command_line import EXPONENT, OWNED, flag_names, gather_settings, read_preset
 from pyro_blora.config.methods import left_open, require_consistent
 from pyro_blora.guides import GUIDES, build_guide
 from pyro_blora.priors import PRIORS, build_prior, parts
@@ -195,8 +195,8 @@ def _flags(node: yaml.Node, path: Path, extra: tuple[str, ...] = ()) -> dict[str
 
 
 def _require_flag(key: str, node: yaml.Node, path: Path) -> None:
-    if key != "preset" and key not in field_names() and not OWNED.fullmatch(key):
-        raise ValueError(f"{_at(path, node)}: unknown flag {key!r}: {suggest(key, ['preset', *field_names()])}")
+    if key != "preset" and key not in flag_names() and not OWNED.fullmatch(key):
+        raise ValueError(f"{_at(path, node)}: unknown flag {key!r}: {suggest(key, ['preset', *flag_names()])}")
 
 
 def _pairs(node: yaml.Node | None, path: Path, what: str, known: tuple[str, ...] = ()) -> list[tuple[str, yaml.Node]]:

@@ -85,14 +85,36 @@ def read_preset(name: str) -> dict[str, Any]:
         key = key_node.value
         if key in seen:
             raise ValueError(f"{where}: {key!r} is given twice")
-        if key not in (*field_names(), *OF_MACHINE, *RETIRED) and not OWNED.fullmatch(key):
-            raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, field_names())}")
+        if key not in (*flag_names(), *OF_MACHINE, *RETIRED) and not OWNED.fullmatch(key):
+            raise ValueError(f"{where}: unknown key {key!r}: {suggest(key, flag_names())}")
         seen.add(key)
     return without_retired(without_machine(values))
 
 
+def flag_names() -> list[str]:
+    """What a preset and a grid file may set, beside settings with a dot: fields, and flags of tasks, as `data`."""
+    return [*field_names(), *_task_flags()]
+
+
+def _task_flags() -> dict[str, str]:
+    """The task of each flag that belongs to one."""
+    return {name: entry.name for entry in TASKS.entries() for name in entry.flags}
+
+
 def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values with every `prior.NAME`, `guide.NAME`, ... moved into `prior_settings`, `guide_settings`, ..."""
+    """The same values with every `prior.NAME`, `guide.NAME`, ... moved into `prior_settings`, `guide_settings`, ...
+
+    A flag of a task, as `data`, is a setting of it too, and chooses the task.
+    Errors: ValueError where another task is chosen, or where the setting is there as well.
+    """
+    values = dict(values)
+    for name, task in _task_flags().items():
+        if name in values:
+            if values.setdefault("task", task) != task:
+                raise ValueError(f"{name} is of task {task}, not of {values['task']!r}: drop one of them")
+            if f"task.{name}" in values:
+                raise ValueError(f"{name} and task.{name} are one setting: give it once")
+            values[f"task.{name}"] = values.pop(name)
     gathered = {key: value for key, value in values.items() if "." not in key}
     for key, value in values.items():
         if "." in key:
@@ -155,13 +177,28 @@ def command_line(config: RunConfig, written: Path | None = None) -> str:
             known = getattr(usual, field.name) if getattr(usual, owner) == getattr(config, owner) else {}
             for key, setting in value.items():
                 if key not in known or known[key] != setting:
-                    words += [f"--{owner}.{key}", setting if isinstance(setting, str) else json.dumps(setting)]
+                    words += _setting_words(owner, key, setting, config)
         elif value != getattr(usual, field.name) or field.name in ("task", "method", "seed"):
             words += [f"--{field.name}", spelled(value)]
     line = shlex.join(words)
     if written is not None and len(line) > _LONG:
         return shlex.join(["pyro-blora", "train", "--preset", str(written), "--seed", str(config.seed)])
     return line
+
+
+def _setting_words(owner: str, key: str, setting: Any, config: RunConfig) -> list[str]:
+    """The flag that gives a setting, and its value as the line reads it back: quoted where YAML takes it for more."""
+    if not isinstance(setting, str):
+        return [f"--{owner}.{key}", json.dumps(setting)]
+    is_plain = not setting.startswith("-") and setting.lower() not in ("none", "null")
+    if owner == "task" and is_plain and _task_flags().get(key) == config.task:
+        return [f"--{key}", setting]
+    name = f"{owner}.{key}"
+    try:
+        read = gather_settings({name: _value(name, setting)})[f"{owner}_settings"][key]
+    except ValueError:
+        read = None
+    return [f"--{name}", setting if is_plain and read == setting else json.dumps(setting, ensure_ascii=False)]
 
 
 def of_scripts(config: RunConfig) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from ..program import Inputs
 from ..progress import phase
 from ..tasks.batching import lengths_of, longest_first, split_labels
 from ..tasks.likelihoods import Rows
+from ..tasks.tabular.cells import as_text
 from ..tasks.writing import Writer
 from ..user_values import shown, suggest
 
@@ -109,7 +110,7 @@ class Answers:
 
     def __call__(self, texts: Any) -> pd.DataFrame:
         """A row for each text.  Errors: ValueError for texts that are none, with their number."""
-        rows = columns_of(texts, self.columns)
+        rows = {name: [*map(as_text, cells)] for name, cells in columns_of(texts, self.columns).items()}
         for name, cells in rows.items():
             for number, cell in enumerate(cells):
                 if not self.kind.is_text(cell):

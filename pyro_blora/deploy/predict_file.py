@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import sys
@@ -13,9 +14,10 @@ import torch
 
 from ..files import replace
 from ..progress import phase
+from ..tasks.tabular.cells import as_text
 from ..tasks.tabular.reading import Row, Table
 from ..user_values import shown, suggest
-from .answer_files import FORMATS, Rows, open_answers
+from .answer_files import FORMATS, Rows, Types, open_answers, types_of
 from .answering import Answers
 from .opening import load_to_predict
 
@@ -42,8 +44,10 @@ def predict_file(
     Errors: ValueError with file, line and remedy; no file is left then. NotWritten for a full disk.
     """
     path = None if out is None else _free(Path(out).expanduser(), overwrite)
+    suffix = ".csv" if path is None else path.suffix
     left_out = _LeftOut()
-    table = Table(_stream() if str(source) == "-" else source, format=format if str(source) == "-" else None,
+    streamed = str(source) == "-"
+    table = Table(_stream() if streamed else source, format=format if streamed else None,
                   skipped=left_out if skip else None)  # fmt: skip
     for remark in () if quiet else table.remarks:
         _say(remark)
@@ -59,13 +63,20 @@ def predict_file(
     if (first := next(rows, None)) is None:
         raise ValueError(f"{table.name} has no rows to predict: give a table with a text in each row")
     rows, done = itertools.chain([first], rows), 0
+    types = _types_of_kept(source, table, kept) if suffix == ".parquet" else {}
 
     def write(target: Path | IO[str]) -> None:
         nonlocal done
-        suffix = ".csv" if path is None else path.suffix
-        with phase(f"predicting {table.name}") as progress, open_answers(target, suffix) as file:
+        with phase(f"predicting {table.name}") as progress, contextlib.ExitStack() as opened:
+            file, own = None, dict[str, str]()
             while chunk := [*itertools.islice(rows, CHUNK)]:
-                file(_answered(chunk, answers, table, names, kept))
+                found = _answered(chunk, answers, names)
+                if file is None:
+                    own = _own_names(kept, {table.unit, *found})
+                    of_kept = {own[name]: type for name, type in types.items()}
+                    file = opened.enter_context(open_answers(target, suffix, of_kept))
+                columns = {own[name]: [cells[name] for _, cells in chunk] for name in own}
+                file({table.unit: [number for number, _ in chunk]} | columns | found)
                 done += len(chunk)
                 progress.advance(len(chunk), note=f"{done:,} rows")
 
@@ -123,7 +134,7 @@ def _texts(
 ) -> Iterator[Row]:  # fmt: skip
     """The rows that have texts."""
     for number, cells in table.rows([*dict.fromkeys((*names, *kept))]):
-        wrong = next((name for name in names if not answers.kind.is_text(cells[name])), None)
+        wrong = next((name for name in names if not answers.kind.is_text(as_text(cells[name]))), None)
         if wrong is None:
             yield number, cells
             continue
@@ -133,18 +144,38 @@ def _texts(
         left_out(sentence)
 
 
-def _answered(
-    chunk: Sequence[Row], answers: Answers, table: Table, names: tuple[str, ...], kept: tuple[str, ...]
-) -> Rows:
-    """A table of one chunk: the number in the file, columns that are kept, the answers."""
+def _answered(chunk: Sequence[Row], answers: Answers, names: tuple[str, ...]) -> Rows:
     texts = zip(answers.columns, names, strict=True)
-    found = answers.table({own: [cells[name] for _, cells in chunk] for own, name in texts})
-    taken = {table.unit, *map(str, found)}
-    columns: Rows = {table.unit: [number for number, _ in chunk]}
-    for name in kept:
-        free = name if name not in taken else f"input_{name}"
-        columns[free] = [cells[name] for _, cells in chunk]
-    return columns | {str(name): found[name].tolist() for name in found}
+    found = answers.table({own: [as_text(cells[name]) for _, cells in chunk] for own, name in texts})
+    return {str(name): found[name].tolist() for name in found}
+
+
+def _own_names(kept: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """What kept columns are called among the answers: one of a name that is taken has `input_` before it."""
+    own: dict[str, str] = {}
+    for name in sorted(kept, key=taken.__contains__):  # those that keep their names first
+        free = name
+        while free in taken or free in own.values():
+            free = f"input_{free}"
+        own[name] = free
+    return {name: own[name] for name in kept}
+
+
+def _types_of_kept(source: Any, table: Table, kept: tuple[str, ...]) -> Types:
+    """For Parquet: of a source that has types those, of another file what all of its cells are, of a stream text."""
+    import pyarrow as pa
+
+    if not kept:
+        return {}
+    if table.features is not None:
+        schema = table.features.arrow_schema
+        return {name: schema.field(name).type for name in kept}
+    if str(source) == "-":
+        return dict.fromkeys(kept, pa.string())
+    rows = Table(source, skipped=lambda _: None).rows(kept)
+    with phase(f"reading {table.name}", still=True):
+        chunks = iter(lambda: [*itertools.islice(rows, CHUNK)], [])
+        return types_of({name: [cells[name] for _, cells in chunk] for name in kept} for chunk in chunks)
 
 
 class _LeftOut:

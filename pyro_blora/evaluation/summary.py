@@ -18,6 +18,7 @@ from ..interval import INTERVAL
 from ..posterior.draws import bops, component_marginals, deployed, draw, draw_weights, marginals, mean_kl
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
+from ..tasks.columns import beside
 from ..tasks.outcomes import described
 from ..weights.laplace import Laplace
 from .evaluating import Evaluated
@@ -168,16 +169,16 @@ def predictions_table(parts: Parts, split: str, prediction: Prediction, at_mode:
     `log_likelihood` is the log of the density averaged over draws, as in `nll`; `deployed_*`: of the one allocation.
     """
     table, kind = parts.rows[split].to_pandas(), prediction.likelihood
-    table["decision"] = kind.cells(prediction.decision)
     texts = list(zip(*(table[name] for name in parts.task.text_columns if name in table), strict=True))
-    for name, column in kind.in_words(dict(kind.columns(prediction.outputs)), texts).items():
-        table[name] = column
+    found = {"decision": kind.cells(prediction.decision)}
+    found |= kind.in_words(dict(kind.columns(prediction.outputs)), texts)
     if split == "ood":  # another task's sentences: no answer is right
-        return table.drop(columns="label")
-    table["log_likelihood"] = prediction.log_score.numpy()
-    table["deployed_decision"] = kind.cells(at_mode.decision)
-    table["deployed_log_likelihood"] = at_mode.log_score.numpy()
-    return table
+        return beside(table, found).drop(columns="label")
+    scored = {
+        "log_likelihood": prediction.log_score.numpy(), "deployed_decision": kind.cells(at_mode.decision),
+        "deployed_log_likelihood": at_mode.log_score.numpy(),
+    }  # fmt: skip
+    return beside(table, found | scored)
 
 
 def _peak_memory() -> int:

@@ -71,8 +71,6 @@ class Desk:
                 length = len(cell) if isinstance(cell, str) else sum(map(len, cell))
                 if length > max_characters:
                     raise TooLong(f"{where} has {length:,} characters, at most {max_characters:,} are read: shorten it")
-                if any("\ud800" <= character <= "\udfff" for part in cell for character in part):
-                    raise ValueError(f"{where} has half of a surrogate pair, which is no character: send UTF-8")
         return list(zip(*(rows[name] for name in self.columns), strict=True))
 
     def _wanted(self) -> str:

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .columns import numbers
+from .columns import beside, numbers
 from .conformal import ClassSets
 from .label_scores import by_label
 from .likelihoods import Likelihood, register_likelihood
@@ -123,12 +123,13 @@ class Categorical(Likelihood):
     def worst(self, table: pd.DataFrame, count: int) -> tuple[str, pd.DataFrame]:
         answers = ("idx", "label", "decision", "deployed_decision")
         text = [name for name in table if table[name].dtype.kind not in "fiub" and name not in answers]
-        confidence = self.probabilities(table).max(axis=1)
-        wrong = table.assign(confidence=confidence)[table["decision"] != table["label"]]
-        worst = wrong.sort_values("confidence", ascending=False).head(count)
+        wrong = table[table["decision"] != table["label"]]
+        confidence = self.probabilities(wrong).max(axis=1).sort_values(ascending=False).head(count)
+        worst = wrong.loc[confidence.index]
         label, answer = (worst[column].map(lambda i: self.names[int(i)]) for column in ("label", "decision"))
-        shown = worst[text].assign(label=label, answer=answer, confidence=worst["confidence"].map("{:.3f}".format))
-        return f"{len(wrong)} of {len(table)} answers are wrong; these are the most confident.", shown
+        added = {"label": label, "answer": answer, "confidence": confidence.map("{:.3f}".format)}
+        sentence = f"{len(wrong)} of {len(table)} answers are wrong; these are the most confident."
+        return sentence, beside(worst[text], added)
 
     def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         return self.in_eigenbasis(logits, scale)

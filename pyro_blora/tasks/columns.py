@@ -1,8 +1,9 @@
-"""Columns of tables: labels as numbers, and the examples whose labels were least expected."""
+"""Columns of tables: labels as numbers, those beside a user's, and the examples whose labels were least expected."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,11 @@ def numbers(labels: np.ndarray) -> np.ndarray:
     except (TypeError, ValueError):  # words, or lists of several lengths
         found = np.array([x if isinstance(x, int | float | np.number) else np.nan for x in labels], dtype=np.float64)
     return found if found.ndim == 1 else np.full(len(found), np.nan)
+
+
+def beside(table: pd.DataFrame, columns: Mapping[str, Any]) -> pd.DataFrame:
+    """The table and further columns; one of its own that has the name of one of these is called `NAME (text)`."""
+    return table.rename(columns={name: f"{name} (text)" for name in columns}).assign(**columns)
 
 
 def least_expected(table: pd.DataFrame, count: int) -> tuple[str, pd.DataFrame]:

@@ -21,6 +21,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from ..registries import LIKELIHOODS as LIKELIHOODS
 from ..registries import register_likelihood as register_likelihood  # for the files of kinds
+from ..user_values import is_encodable
 from .columns import least_expected
 from .fisher import in_eigenbasis
 from .heads import Head
@@ -112,7 +113,7 @@ class Likelihood(abc.ABC):
 
     def is_text(self, cell: object) -> bool:
         """Whether a cell of a text column is one."""
-        return isinstance(cell, str) and bool(cell.strip())
+        return isinstance(cell, str) and bool(cell.strip()) and is_encodable(cell)
 
     def reader(self, by_name: bool) -> tuple[Callable[[str], Any], str]:
         """(what turns a label of a text file into one, or raises KeyError or ValueError; the allowed ones in words).

@@ -360,6 +360,19 @@ def test_a_preset_file_speaks_the_flags(tmp_path):
     assert RunConfig(**fields).lr == 1e-3
 
 
+def test_a_preset_file_speaks_the_flags_of_tasks(tmp_path):
+    fields = load_preset(write(tmp_path / "mine.yaml", "data: reviews.csv\ntext: '#1'\ntask.kind: normal\n"))
+    config = RunConfig(**fields)
+    assert config.task == "files"
+    assert config.task_settings == {"data": "reviews.csv", "text": "#1", "kind": "normal"}
+    for more, sentence in (
+        ("task: sst2\n", "data is of task files, not of 'sst2': drop one"),
+        ("task.data: a.csv\n", "data and task.data are one setting: give it once"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_preset(write(tmp_path / "mine.yaml", f"data: reviews.csv\n{more}"))
+
+
 def test_an_empty_preset_sets_nothing(tmp_path):
     assert load_preset(write(tmp_path / "empty.yaml", "# nothing yet\n")) == {}
 

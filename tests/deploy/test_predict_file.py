@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from forked import started
 from tiny import save_tiny_backbone, tiny_config
@@ -20,6 +21,7 @@ from pyro_blora.__main__ import main
 from pyro_blora.deploy import predict_file
 from pyro_blora.run import train_run
 from pyro_blora.tasks import get_task
+from pyro_blora.tasks.tabular.reading import Table
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -90,6 +92,66 @@ def test_a_file_has_the_same_and_what_is_kept(run, table, texts, expected, tmp_p
     assert sets == [*load(run).predict(texts, coverage=0.8)["set"]]
     predicted(argv, capsys, code=2)  # it is there now
     predicted([*argv, "--overwrite"], capsys)
+
+
+def test_parquet_has_the_type_that_every_kept_cell_has(run, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict_file, "CHUNK", 2)  # later cells are of other types than the first ones
+    kept = {  # what is read, and what is written
+        "number": ([7, 8, 9, None, 11],) * 2, "score": ([0, 1, 2, None, 0.9], [0.0, 1.0, 2.0, None, 0.9]),
+        "large": ([2**60 + 1, 2, 3, 4, 0.5], ["1152921504606846977", "2", "3", "4", "0.5"]),
+        "code": ([1, 2, 3, 4, "n/a"], ["1", "2", "3", "4", "n/a"]), "flag": ([True, False, True, None, True],) * 2,
+        "object": ([{"a": 1}, {"a": 2}, {}, {"b": 1}, None], ['{"a": 1}', '{"a": 2}', "{}", '{"b": 1}', None]),
+    }  # fmt: skip
+    source, path = tmp_path / "rows.jsonl", tmp_path / "answers.parquet"
+    cells = {"sentence": texts[:5], **{name: before for name, (before, _) in kept.items()}}
+    rows = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    predicted(["predict", run, source, "--out", path, "--keep", ",".join(kept)], capsys)
+    found = pq.read_table(path).to_pydict()
+    assert {name: found[name] for name in kept} == {name: after for name, (_, after) in kept.items()}
+    assert [type(found[name][0]) for name in kept] == [int, float, str, str, bool, str]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(source.read_text()))  # which is read once
+    predicted(["predict", run, "-", "--format", "jsonl", "--out", path, "--keep", "score", "--overwrite"], capsys)
+    assert pq.read_table(path).to_pydict()["score"] == ["0", "1", "2", None, "0.9"]
+    again = tmp_path / "again.parquet"  # of a file that has types they stay
+    pd.DataFrame({"sentence": texts[:3], "when": pd.to_datetime(["2026-11-29"] * 3)}).to_parquet(tmp_path / "x.parquet")
+    predicted(["predict", run, tmp_path / "x.parquet", "--out", again, "--keep", "when"], capsys)
+    assert pq.read_schema(again).field("when").type == pq.read_schema(tmp_path / "x.parquet").field("when").type
+
+
+def test_a_lone_carriage_return_is_inside_its_cell(run, texts, tmp_path, capsys):
+    source, path = tmp_path / "rows.jsonl", tmp_path / "answers.csv"
+    notes = ["a\rb", 'say "a"\r\n', "c,d", "e\nf", "\r"]
+    source.write_text(
+        "".join(json.dumps({"sentence": t, "note": n}) + "\n" for t, n in zip(texts, notes, strict=False))
+    )
+    predicted(["predict", run, source, "--out", path, "--keep", "note"], capsys)
+    assert [cells["note"] for _, cells in Table(path).rows()] == notes
+    with path.open(newline="") as file:
+        assert [row["note"] for row in csv.DictReader(file)] == notes
+
+
+def test_kept_columns_never_take_each_others_place(run, texts, tmp_path, capsys):
+    source, path = tmp_path / "rows.csv", tmp_path / "answers.csv"
+    pd.DataFrame({"input_label": ["a"], "sentence": texts[:1], "label": ["b"], "line": ["c"]}).to_csv(
+        source, index=False
+    )
+    predicted(["predict", run, source, "--out", path, "--keep", "all"], capsys)
+    found = pd.read_csv(path).iloc[0]
+    assert [found[name] for name in ("input_label", "input_input_label", "input_line")] == ["a", "b", "c"]
+
+
+def test_numbers_are_texts_as_in_training_and_half_a_character_is_none(run, tmp_path, capsys):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"sentence": 1984}\n{"sentence": "1984"}\n{"sentence": "a \\ud83d"}\n')
+    out, err = predicted(["predict", run, source, "--on_error", "skip", "--keep", "sentence"], capsys)
+    first, second = pd.read_csv(io.StringIO(out)).to_dict("records")
+    assert first | {"line": 2} == second
+    assert f"left out: {source}, line 3: half of a surrogate pair" in err
+    _, err = predicted(["predict", run, source], capsys, code=2)
+    assert f"{source}, line 3: half of a surrogate pair" in err and "Traceback" not in err
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\), 'sentence': 'a \\ud83d' is no text"):
+        load(run).predict(["fine", "a \ud83d"])
 
 
 def test_chunks_change_nothing_but_the_padding(run, table, expected, tmp_path, monkeypatch):

@@ -74,6 +74,15 @@ def test_a_file_is_every_combination_of_its_axes(tmp_path):
     assert read_grid(written(tmp_path, GOOD), "elsewhere")[0].config.output_dir == "elsewhere"
 
 
+def test_a_flag_of_a_task_is_one_of_a_grid(tmp_path):
+    data = tmp_path / "reviews.csv"
+    data.write_text("".join(["review,title,label\n", *(f"film {n},{n} films,{n % 2}\n" for n in range(40))]))
+    text = f"base:\n  data: {data}\n  max_train: 16\naxes:\n  text: [review, title]\n"
+    cells = read_grid(written(tmp_path, text))
+    assert {(cell.config.task, cell.config.task_settings["data"]) for cell in cells} == {("files", str(data))}
+    assert [cell.config.task_settings["text"] for cell in cells] == ["review", "title"]
+
+
 def test_a_preset_is_under_everything_that_the_file_says(tmp_path):
     text = """
 base:

@@ -170,6 +170,10 @@ def test_bops_of_the_page_are_those_of_the_draws(run):
         RunConfig(prior_settings={"z": "off"}, gradient_checkpointing=True, kl_warmup=1, target_modules=".*query"),
         RunConfig(lr=3e-5, restarts=3, data_seed=2, tracker="tensorboard", output_dir="elsewhere"),
         *(RunConfig(method=name) for name in METHODS),
+        *(
+            RunConfig(task="files", task_settings={"data": "my data #2.csv", "text": text, "label": label})
+            for text, label in (("#1 String,#2 String", "no"), ("-x", "007"), ("1e3", "None"), ("😀: x", "Unnamed: 0"))
+        ),
     ],
     ids=lambda config: config.folder_name,
 )

@@ -1,4 +1,4 @@
-"""Cells of a label column, and how they are named and shown."""
+"""Cells of tables: of a label column, how they are named and shown, and of a text column."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ def number_of(value: Any) -> float | None:
         number = float(value)
         return number if math.isfinite(number) else None
     return None
+
+
+def as_text(cell: Any) -> Any:
+    """A number of a text column as text, as a file without types would have it; anything else as it is."""
+    return str(cell) if isinstance(cell, int | float) and not math.isnan(cell) else cell
 
 
 def few(names: Sequence[str], count: int = 5) -> str:

@@ -19,7 +19,7 @@ def several(cells: Sequence[Cell], names: list[str] | None, column: str, *, give
     if size := _multi_hot(lists):
         hot = MultiLabel(tuple(f"label_{number}" for number in range(size)))
         rule = f"lists of {size} zeros and ones in {column!r} are several labels"
-        return Labels(hot, rule, lambda cell: [int(x) for x in _labels_in(cell)])
+        return Labels(hot, rule, lambda cell: _switches(cell, size))
     if names is None:
         if given and not any(len(labels) > 1 for _, labels in lists):
             raise ValueError(
@@ -49,8 +49,22 @@ def several(cells: Sequence[Cell], names: list[str] | None, column: str, *, give
 def _multi_hot(lists: Sequence[tuple[Cell, list[Any]]]) -> int:
     """The length of lists of 0 and 1, one a label; 0 for lists of labels."""
     sizes = {len(labels) for _, labels in lists}
-    is_hot = len(sizes) == 1 and all(not isinstance(x, str) and x in (0, 1) for _, labels in lists for x in labels)
-    return sizes.pop() if is_hot and min(sizes) > 2 else 0  # of two, [0, 1] may be the labels 0 and 1
+    is_hot = len(sizes) == 1 and all(_is_switch(x) for _, labels in lists for x in labels)
+    return sizes.pop() if is_hot and min(sizes) > 1 else 0  # of one, [0] and [1] are the labels 0 and 1
+
+
+def _is_switch(label: Any) -> bool:
+    return not isinstance(label, str) and label in (0, 1)
+
+
+def _switches(cell: Cell, size: int) -> list[int]:
+    found = _labels_in(cell)
+    if len(found) != size or not all(map(_is_switch, found)):
+        raise ValueError(
+            f"{cell.where}: the label {shown(cell.value)} is not {size} zeros and ones, as those in training are: "
+            "correct it or drop the row"
+        )
+    return [int(x) for x in found]
 
 
 def _labels_in(cell: Cell) -> list[Any]:

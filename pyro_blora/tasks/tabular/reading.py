@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ...user_files import require_plain
-from ...user_values import nearest
+from ...user_values import is_encodable, nearest
 from .delimited import delimiter_of, has_plain_quotes, header_of, in_words, rows_of
 from .encodings import broken_byte, encoding_of, lines_of
 from .sources import FORMATS, dataset_of
@@ -181,6 +181,8 @@ class Table:
                     self._refuse(number, f"{type(cells).__name__} instead of an object: write {{...}} in each line")
                 elif said := broken_byte([line]):
                     self._refuse(number, said)
+                elif "\\u" in line and not is_encodable(json.dumps(cells, ensure_ascii=False)):
+                    self._refuse(number, "half of a surrogate pair (\\ud800 to \\udfff) is no character: correct it")
                 else:
                     yield number, {**dict.fromkeys(self.columns), **cells}
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...progress import phase
+from ...user_values import is_encodable
 from ..base import Task
 from ..files import limited, require_mostly_whole, require_rows
 from ..likelihoods import Likelihood
 from ..names import register_task
-from .cells import Cell, Labels
+from .cells import Cell, Labels, as_text
 from .columns import Columns, choose, require_columns
 from .findings import Rows, counted, findings
 from .labels import Kind, infer, is_empty, named, widened
@@ -154,12 +155,13 @@ class _Lacking(NamedTuple):
 
 def _text(cell: Any, column: str, where: str) -> str:
     """As it is, but "" for white space alone; a number as text."""
-    if isinstance(cell, str):
-        return cell if cell.strip() else ""
+    text = as_text(cell)
+    if isinstance(text, str):
+        if not is_encodable(text):
+            raise ValueError(f"{where}: half of a surrogate pair in the text column {column!r}: correct it")
+        return text if text.strip() else ""
     if cell is None or cell != cell:  # nan
         return ""
-    if isinstance(cell, int | float):
-        return str(cell)
     raise ValueError(f"{where}: {type(cell).__name__} in the text column {column!r}: give texts")
 
 

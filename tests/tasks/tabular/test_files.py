@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import datasets
 import pandas as pd
@@ -11,6 +12,7 @@ from tiny import save_tiny_backbone, tiny_config
 from pyro_blora import RunConfig, load
 from pyro_blora.__main__ import _parser, main
 from pyro_blora.config.command_line import command_line, run_fields, take_settings
+from pyro_blora.config.data_files import require_same_data
 from pyro_blora.run import train_run
 from pyro_blora.tasks import from_frame, get_task, register_task
 from pyro_blora.tasks.multi_label import MultiLabel
@@ -29,6 +31,10 @@ def write(path, rows, header="text,label"):
 
 def files(**settings):
     return get_task("files", settings)
+
+
+def state_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def findings(task):
@@ -213,9 +219,7 @@ def test_flags_of_files_choose_the_task_whatever_the_preset(tmp_path, monkeypatc
     assert config.task == "files"
     assert config.task_settings == {"data": "a b.csv", "validation_data": None, "text": "one,two", "label": "stars"}
     again = command_line(config)
-    assert (
-        "--task files --task.data 'a b.csv' --task.validation_data null --task.text one,two --task.label stars" in again
-    )
+    assert "--task files --data 'a b.csv' --task.validation_data null --text one,two --label stars" in again
     settings, rest = take_settings(shlex.split(again)[1:])
     assert RunConfig(**run_fields(_parser().parse_args(rest), settings)) == config
 
@@ -257,7 +261,20 @@ def test_a_csv_becomes_a_run_with_its_data_on_the_page(tmp_path, capsys, drawn_h
         "Scores by label, worst first",
     ):
         assert words in page
-    assert f"--task.data {path}" in page
+    assert f"--data {path}" in page
     table = pd.read_parquet(run / "predictions.parquet")
     assert {"text", "idx", "label", "p_bad", "p_good"} <= set(table)
     assert load(run).likelihood.names == ("bad", "good")
+
+    config, before = RunConfig.from_json(run / "config.json"), state_of(tmp_path / "runs")
+    line = [*shlex.split(command_line(config))[1:], "--if_finished", "show"]
+    assert main(line) == 0
+    Path(path).write_text(Path(path).read_text().replace("bad", "worse"))
+    for words in (line, line[:-2]):
+        capsys.readouterr()
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert f"{run} is a finished run of {path} as it was before it changed: give another --output_dir" in said
+    with pytest.raises(ValueError, match="as it was before it changed"):
+        require_same_data(run, config)
+    assert state_of(tmp_path / "runs") == before

@@ -69,6 +69,9 @@ def test_lists_of_zeros_and_ones_are_several_labels_too():
     labels = found(*values)
     assert labels.likelihood == MultiLabel(("label_0", "label_1", "label_2"))
     assert encoded(labels, *values) == [[1, 0, 1], [0, 0, 1]]
+    for rows in ([[1, 0], [0, 0], [1, 1]], [[0, 1], [1, 0]]):  # as lists of labels, the last would be alike
+        two = found(*rows)
+        assert two.likelihood == MultiLabel(("label_0", "label_1")) and encoded(two, *rows) == rows
     assert found([1, 0], [0]).likelihood == MultiLabel(("0", "1"))  # lists of labels
 
 
@@ -117,6 +120,9 @@ def test_labels_of_no_kind_are_a_sentence(values, kind, sentence):
     (("a", "b"), "c", "the label 'c' is not among those in training: a, b"),
     (([1, "a"], ["b"]), ["c"], "the label 'c' is not among those in training: 1, a, b"),
     (("0.5", "1"), "high", "the label 'high' is no finite number"),
+    (([1, 0, 1], [0, 0, 1]), [1, 0.7, 0.9], r"the label \[1, 0.7, 0.9\] is not 3 zeros and ones, as those in training"),
+    (([1, 0, 1], [0, 0, 1]), [1, 0], r"the label \[1, 0\] is not 3 zeros and ones"),
+    (([1, 0, 1], [0, 0, 1]), ["rude"], r"the label \['rude'\] is not 3 zeros and ones"),
 ])  # fmt: skip
 def test_a_label_unseen_in_training_names_its_line(values, unseen, sentence):
     labels = found(*values)
