@@ -212,5 +212,5 @@ def build_program(
             f"the gradient of estimator {config.estimator!r} is a natural one: drop --gate_optimizer adam, or use "
             "--estimator relaxed"
         )
-    program.text_columns = task.text_columns
+    program.text_columns, program.kl_weight = task.text_columns, config.kl_weight
     return program

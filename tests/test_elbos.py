@@ -20,6 +20,7 @@ from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, log_prob
 from pyro_blora.priors import build_prior
 from pyro_blora.program import GateProgram
+from pyro_blora.training.natural_gradient import fisher
 
 N_TRAIN = 20
 EXAMPLES = 8
@@ -418,3 +419,29 @@ def test_what_is_no_elbo_is_refused(tmp_path):
         bits(f"{tmp_path}/mine.py:old")
     with pytest.raises(ValueError, match="nothing' makes a NoneType, which is no ELBO of gates"):
         bits(f"{tmp_path}/mine.py:nothing")
+
+
+def test_the_natural_gradient_is_that_of_random_rates():
+    """Of KL(q || p(. | rates)) at the drawn rates: the factors alone would be that of KL(q || p(. | their mean))."""
+    layout = toy_layout()
+    prior = build_prior("hierarchical", layout, {})
+    guide = build_guide("mean_field", layout, prior)
+    program = Regression(layout, prior, guide, estimator="gauss_newton")
+    (inputs, labels), masks = data(program), (program.z_mask, program.g_mask)
+    factors = guide.z_evidence, guide.g_evidence
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in factors:
+            parameter.copy_(torch.randn_like(parameter))
+    for _ in range(3):
+        drawn = poutine.trace(poutine.block(program.guide, expose=["rates"])).get_trace(inputs, labels)
+        terms = program.elbo.terms(program.model, poutine.replay(program.guide, drawn), inputs, labels)
+        found = torch.autograd.grad(terms.kl_z + terms.kl_g, factors)
+        q, p = guide.components(), prior.gates_at(drawn.nodes["rates"]["value"])
+        kl = sum(torch.where(m, kl_divergence(a, b), 0.0).sum() for a, b, m in zip(q, p, masks, strict=True))
+        slopes = torch.autograd.grad(kl, factors)
+        for own, e, distribution, slope, mask in zip(found, factors, q, slopes, masks, strict=True):
+            matrix = fisher(distribution.mean[:, mask].double())
+            exact = torch.linalg.solve(matrix, slope[:, mask].double()[..., None])[..., 0]
+            torch.testing.assert_close(own[:, mask].double(), exact, rtol=0, atol=1e-3)
+            assert (exact - e[:, mask]).abs().max() > 0.1

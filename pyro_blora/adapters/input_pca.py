@@ -13,7 +13,7 @@ from .gated_model import GatedModel, observed
 
 
 class _Moments(Observer):
-    """Count, sum and sum of squares of each adapted projection's input, over batches, examples and tokens."""
+    """Count, sum and sum of squares of each wanted projection's input, over batches, examples and tokens."""
 
     def __init__(self, wanted: set[int]):
         self.wanted = wanted
@@ -46,16 +46,17 @@ def explained_variances(net: GatedModel, batches: Iterable[dict]) -> Tensor:
     Errors: ValueError without any batch.
     Source: principal components of layer inputs as in EVA (Paischer et al., 2024), here from the covariance itself.
     """
-    adapted = {i for i, p in enumerate(net.layout.projections) if p.adapted}
-    moments = _Moments(adapted)
+    owners = net.layout.input_owner.tolist()  # the observer sees a shared input once
+    adapted = {i: owners[i] for i, p in enumerate(net.layout.projections) if p.adapted}
+    moments = _Moments({*adapted.values()})
     with observed(net, moments):
         for batch in batches:
             net(**batch)
     if not all(moments.counts.values()):
         raise ValueError("explained variances need at least one batch of training examples, got none")
     rows = torch.zeros(len(net.layout.projections), net.layout.rank, device=net.log_range.device)
-    for projection in adapted:
-        rows[projection] = moments.ratios(projection, net.layout.rank)
+    for projection, owner in adapted.items():
+        rows[projection] = moments.ratios(owner, net.layout.rank)
     return rows
 
 

@@ -184,17 +184,17 @@ class RunConfig:
         """It gives way to a longer start, and to who says how the gates learn: a user, or a run's file, which has the
         estimator; so a run from before --settle is still one whose gates learned to the end.
         """
-        learning = {"rest", "estimator", "estimator_settings", "gate_optimizer", "lr_gates"}
+        learning = {"rest", "estimator", "estimator_settings", "gate_optimizer", "lr_gates", "guide.open_logit"}
         left = 1 - cast(float, self.kl_warmup)
         if given.keys() & learning or not 0 <= left <= 1:  # the latter is refused below
             return 0.0
-        return round(min(proposed, left), 6)
+        return round(min(proposed, left), 12)  # 1 - .55 is .45
 
     @property
     def parts(self) -> list[Entry]:
         """What is known of the parts that were chosen."""
-        names = {kind: getattr(self, kind) for kind in CHOSEN}
-        return [CHOSEN[kind].entry(name) for kind, name in names.items() if name is not None]
+        names = {kind: self.prior_names if kind == "prior" else [getattr(self, kind)] for kind in CHOSEN}
+        return [CHOSEN[kind].entry(x) for kind, each in names.items() for x in each if x not in (None, "off")]
 
     def require_known(self) -> None:
         """Errors: ValueError for a part that is not registered, with the nearest name; nothing is imported."""

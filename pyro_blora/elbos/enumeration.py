@@ -16,7 +16,9 @@ from .base import Evaluation, GateELBO, unused
 _MOST_STATES = 1 << 14  # forwards in one exact expectation
 
 
-@register_elbo("enumerate")
+@register_elbo(
+    "enumerate", excludes={"distillation": "--estimator enumerate has no draw at which a teacher answers: drop one"}
+)
 class Enumerate(GateELBO):
     """The exact expectation, a forward for each state of the free ladders. The temperature plays no part.
 

@@ -1,12 +1,12 @@
 """To ArviZ: a trained program's draws and exact distributions as named groups and dimensions, `posterior.nc`.
 
 Groups: posterior and prior (z, g, bits, ranks, bops_adapted, bops_model; rate where the prior's rates are random, and
-theta in the posterior where the weights are), sample_stats (log_q, log_prior; log_ratio of the rates), constant_data
-(exact: the distributions of guide and prior over widths and ranks, marginals, KL, and the deployed allocation; each
-projection's layer and type, to group by). Held-out rows are in predictions (what the kind of outcome predicts: label
-and probability, or mean; log_likelihood of the observed label) and predictions_constant_data (label, observed): there
-is no group log_likelihood, as `arviz.loo` would treat its rows as training data and remove an influence that they never
-had. `arviz_compat.held_out_elpd` scores them.
+theta in the posterior where the weights are), sample_stats (log_q; log_prior, at the mean of random rates; log_ratio of
+the rates), constant_data (exact: the distributions of guide and prior over widths and ranks, marginals, KL, and the
+deployed allocation; each projection's layer and type, to group by; attributes: the layout, the KL's weight). Held-out
+rows are in predictions (what the kind of outcome predicts: label and probability, or mean; log_likelihood of the
+observed label) and predictions_constant_data (label, observed): there is no group log_likelihood, as `arviz.loo` would
+treat its rows as training data and remove an influence that they never had. `arviz_compat.held_out_elpd` scores them.
 Dimensions: chain (one fit is one chain; restarts are further ones), draw, projection, tensor, rung, rank, width,
 open_rank, component, `law` (the random rates), weight, example, and those of the kind of outcome (class). Tensors that
 a projection does not have are nan.
@@ -101,17 +101,20 @@ def to_arviz(
     draws, of the rates and of the predicted labels.
     Errors: ValueError where the prediction has another number of draws.
     """
-    layout, S = program.net.layout, len(draws.z)
+    layout, S, found = program.net.layout, len(draws.z), rates(program, len(draws.z), seed=seed)
+    before = draw(program, S, seed=seed, distribution="prior")
+    if found is not None:  # a draw's gates are of its rates
+        before = before._replace(**found.prior_gates)
     groups = {
         "posterior": _gate_group(program, layout, draws),
-        "prior": _gate_group(program, layout, draw(program, S, seed=seed, distribution="prior")),
+        "prior": _gate_group(program, layout, before),
         "sample_stats": _densities(program, draws),
         "constant_data": _constants(program, layout),
     }
     if clipped is not None:
         groups["constant_data"]["clipped"] = _array(clipped)[None]
     coords, dims = coordinates(layout), dict(_DIMS)
-    if (found := rates(program, S, seed=seed)) is not None:
+    if found is not None:
         groups["posterior"]["rate"], groups["prior"]["rate"] = _chain(found.posterior), _chain(found.prior)
         groups["sample_stats"]["log_ratio"] = _chain(found.log_ratio)
         coords["law"] = list(found.names)
@@ -130,6 +133,7 @@ def to_arviz(
         dims |= prediction.likelihood.dims
     datasets = {name: _dataset(name, arrays, dims, coords) for name, arrays in groups.items()}
     datasets["constant_data"].attrs["layout"] = json.dumps(layout.to_dict())
+    datasets["constant_data"].attrs["kl_weight"] = program.kl_weight
     return container(datasets, {"created_by": "pyro_blora"})
 
 

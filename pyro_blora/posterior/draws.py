@@ -85,12 +85,16 @@ def draw_weights(program: GateProgram, draws: int, *, seed: int = 0) -> Tensor |
 
 
 class Rates(NamedTuple):
-    """Draws of a prior's own rates: names (n), posterior and prior (S, n), log_ratio (S,) as in `rates`."""
+    """Draws of a prior's own rates: names (n), posterior and prior (S, n), log_ratio (S,) as in `rates`.
+
+    prior_gates: by site, gates drawn at the prior's rates, z (S, L, T, K), g (S, L, R - 1).
+    """
 
     names: tuple[str, ...]
     posterior: Tensor
     prior: Tensor
     log_ratio: Tensor
+    prior_gates: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -125,7 +129,11 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
                     )  # (M, 1, ...) against (S, ...)
                     kl = torch.where(mask, kl_divergence(q_each, own), 0.0)
                     log_ratio = log_ratio - kl.flatten(2).sum(-1).mean(0)
-    return Rates(tuple(names), torch.cat(posterior, -1), torch.cat(before, -1), log_ratio)
+        gates = {
+            each: getattr(part.gates_at(own), each).sample()
+            for (site, part), own in zip(parts.items(), before, strict=True) for each in site
+        }  # fmt: skip
+    return Rates(tuple(names), torch.cat(posterior, -1), torch.cat(before, -1), log_ratio, gates)
 
 
 @contextlib.contextmanager

@@ -25,10 +25,10 @@ from .arviz_compat import group, pareto_weights
 class WhatIf(NamedTuple):
     """The predicted effect of forcing a gate, with the distributions of all other ladders unchanged.
 
-    probability: of the forced state under the guide. elbo_loss: nats that the ELBO loses, -log probability, which is
-    exact for a guide at its optimum. nll_rise: the part of them that the expected NLL rises (negative where the
-    likelihood favours the forced state); the KL has the rest. bops_adapted, bops_model: E[BOPs] then, against
-    before_adapted and before_model.
+    probability: of the forced state under the guide. elbo_loss: nats that the ELBO loses, exact for a guide at its
+    optimum: -log probability, and less (1 - beta) / beta nll_rise of a cold posterior, whose KL has weight beta.
+    nll_rise: the part of them that the expected NLL rises (negative where the likelihood favours the forced state); the
+    KL has the rest. bops_adapted, bops_model: E[BOPs] then, against before_adapted and before_model.
     """
 
     gate: str
@@ -69,7 +69,8 @@ class Posterior:
     """The exact side of an opened posterior.nc (`arviz_compat.read`).
 
     log_q: z (C, M, L, T, K + 1), g (C, M, L, R), log probabilities of widths and ranks; log_prior: the same without M.
-    What does not exist counts as open. masks: z (L, T), g (L), whether it exists.
+    What does not exist counts as open. masks: z (L, T), g (L), whether it exists. kl_weight: of the KL in training;
+    a file from before it was noted counts as 1.
     """
 
     def __init__(self, data):
@@ -78,7 +79,7 @@ class Posterior:
         self.masks = Gates(self.layout.z_mask, self.layout.g_mask)
         self.log_q = Gates(self._distribution("log_q_width"), self._distribution("log_q_rank"))
         self.log_prior = Gates(self._distribution("log_prior_width"), self._distribution("log_prior_rank"))
-        self.chains = len(self.log_q.z)
+        self.chains, self.kl_weight = len(self.log_q.z), float(self.constant.attrs.get("kl_weight", 1.0))
         self.projections = [str(name) for name in self.constant["projection"].values]
         self._slopes: dict[int, _Slopes] = {}
 
@@ -185,13 +186,11 @@ class Posterior:
             for x, slope in zip((adapted, model), slopes, strict=True)
         )
         whole, then = distribution.exp().mean(0), weights @ forced.exp()
-        log_factors = (
-            whole.log() - getattr(self.log_prior, site)[(chain, *index)]
-        )  # log Bayes factors, up to a constant
-        log_factors = torch.where(whole > 0, log_factors, 0.0)
+        log_factors = whole.log() - getattr(self.log_prior, site)[(chain, *index)]  # up to a constant
+        evidence = float(((whole - then) * torch.where(whole > 0, log_factors, 0.0)).sum())  # the NLL's rise / beta
         return WhatIf(
-            gate, opened, math.exp(log_probability), -log_probability + 0.0, float(((whole - then) *
-            log_factors).sum()), adapted_then, model_then, float(adapted.mean()), float(model.mean()),
+            gate, opened, math.exp(log_probability), -log_probability - (1 - self.kl_weight) * evidence + 0.0,
+            self.kl_weight * evidence, adapted_then, model_then, float(adapted.mean()), float(model.mean()),
         )  # fmt: skip
 
     @functools.cached_property
@@ -260,11 +259,8 @@ class Posterior:
         if not 0 < factor < math.inf:
             raise ValueError(f"factor must be a positive number, got {factor}: 2 doubles every rate")
         drawn = group(self.data, "posterior")
-        log_ratio, distributions, log_mass = (
-            torch.zeros((), dtype=torch.float64),
-            [],
-            torch.zeros((), dtype=torch.float64),
-        )
+        zero = torch.zeros((), dtype=torch.float64)
+        log_ratio, distributions, log_mass = zero, [], zero
         for site, mask in zip("zg", self.masks, strict=True):
             log_q, log_p = getattr(self.log_q, site)[chain], getattr(self.log_prior, site)[chain]
             at_least = log_p.flip(-1).logcumsumexp(-1).flip(-1)

@@ -153,19 +153,20 @@ class Sensitivity:
 def _pooled(squares: Tensor, kinds: Tensor) -> Tensor:
     """Means over M, shrunk on the log scale towards their mean over projections of a kind: random effects.
 
-    squares (M, L, ...) >= 0 -> (L, ...); a mean of zero stays zero.   Source: DerSimonian and Laird (1986).
+    squares (M, L, ...) >= 0 -> (L, ...); a mean of zero, as of what does not exist, stays zero and draws no other one.
+    Source: DerSimonian and Laird (1986).
     """
     mean = squares.mean(0)
     noise = squares.var(0) / len(squares) / mean.square().clamp(min=1e-30)  # variance of log(mean), (L, ...)
     log_mean, noise, pooled = mean.clamp(min=1e-30).log(), noise.clamp(min=1e-6), mean.clone()
     for kind in kinds.unique():
-        own, error = log_mean[kinds == kind], noise[kinds == kind]
-        weight = 1 / error
-        centre = (weight * own).sum(0) / weight.sum(0)
-        excess = (weight * (own - centre).square()).sum(0) - (len(own) - 1)
-        spread = excess / (weight.sum(0) - weight.square().sum(0) / weight.sum(0)).clamp(min=1e-30)
-        spread = spread.clamp(min=0.0) if len(own) > 1 else torch.full_like(spread, torch.inf)  # alone: nothing to pool
-        weight = 1 / (spread + error)
+        own, error, exists = log_mean[kinds == kind], noise[kinds == kind], mean[kinds == kind] > 0
+        weight, count = exists / error, exists.sum(0)
+        centre = (weight * own).sum(0) / weight.sum(0).clamp(min=1e-30)
+        excess = (weight * (own - centre).square()).sum(0) - (count - 1)
+        spread = excess / (weight.sum(0) - weight.square().sum(0) / weight.sum(0).clamp(min=1e-30)).clamp(min=1e-30)
+        spread = torch.where(count > 1, spread.clamp(min=0.0), torch.inf)  # alone: nothing to pool
+        weight = exists / (spread + error)
         centre = (weight * own).sum(0) / weight.sum(0).clamp(min=1e-30)
         keep = 1 / (1 + error / spread)
         pooled[kinds == kind] = torch.exp(keep * own + (1 - keep) * centre)

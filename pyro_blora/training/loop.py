@@ -37,7 +37,7 @@ from .laplace_fit import fit_run
 from .metrics_log import Logbook
 from .natural_gradient import NaturalGradient, is_natural
 from .non_finite import FiniteSteps, unvalidated
-from .optimizer import make_optimizer
+from .optimizer import forget_moments, make_optimizer
 from .range_calibration import range_errors
 from .resuming import DIVERGED, Checkpoints
 from .schedule import Schedule, step_seed
@@ -208,6 +208,8 @@ class _Loop:
         temperature, held = self.schedule.temperature(step), self.schedule.held(step)
         if hold(self.program, self.schedule, step):
             self.gradients.forget()
+        if step == self.schedule.learning:
+            forget_moments(optimizer, self.program)
         self.program.train()
         if held != "open" and not self.drops_out:
             adapters.without_dropout(self.program.net)
@@ -215,8 +217,7 @@ class _Loop:
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(config.seed, step, micro, accelerator.process_index))
             inputs, labels = split_labels(batch, accelerator.device)
-            found = self.gradients(inputs, labels, temperature, config.kl_weight, held, len(micro_batches))
-            parts.append(found)
+            parts.append(self.gradients(inputs, labels, temperature, config.kl_weight, held, len(micro_batches)))
         net = self.program.net
         average_gradients(self.learning, accelerator)
         clipped = [*net.adapter_parameters(), *net.head_parameters()]
@@ -286,8 +287,7 @@ class _Loop:
         with torch.no_grad():
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))
-        for parameter in guide.parameters():
-            optimizer.state.pop(parameter, None)
+        forget_moments(optimizer, program)
         if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
             state = guide.state_dict(keep_vars=True).values()
             for tensor in (*state, *program.prior.buffers(), *program.net.grid_parameters()):

@@ -9,6 +9,12 @@ from ..program import BayesianLoRA
 from .natural_gradient import is_natural
 
 
+def forget_moments(optimizer: torch.optim.Optimizer, program: BayesianLoRA) -> None:
+    """Of guide and prior: while gates are held their gradients are zeros, which would count as steps."""
+    for parameter in (*program.gate_guide.parameters(), *program.prior.parameters()):
+        optimizer.state.pop(parameter, None)
+
+
 def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW over six groups: adapter, random weights (means), their spread, head, gates (guide, prior), ranges."""
     net, decay = program.net, config.weight_decay

@@ -7,7 +7,7 @@ from typing import cast
 
 from ..config.run_config import RunConfig
 from ..program import Held
-from ..weights.base import Weights
+from ..weights.base import Weights, whole_steps
 
 _SPREAD_RATE = 0.02  # first learning rate of log standard deviations, whatever that of their means
 _LAST_RATE = 0.01  # of the gates' learning rate, at the last step, of the first
@@ -43,7 +43,7 @@ class Schedule:
     @property
     def opening(self) -> int:
         """The step at which the gates start."""
-        return int(cast(float, self.config.kl_warmup) * self.steps)  # which RunConfig has set
+        return whole_steps(cast(float, self.config.kl_warmup), self.steps)  # which RunConfig has set
 
     @property
     def learning(self) -> int:
@@ -53,8 +53,7 @@ class Schedule:
     @property
     def settling(self) -> int:
         """The step from which the gates rest at the deployed allocation, to the end."""
-        before = (1 - cast(float, self.config.settle)) * self.steps
-        return max(self.opening, math.floor(before + 1e-6))  # 1 - .3 is a little less than .7
+        return max(self.opening, whole_steps(1 - cast(float, self.config.settle), self.steps))
 
     def held(self, step: int) -> Held | None:
         """The allocation at which the gates are held, where they are."""
@@ -67,7 +66,9 @@ class Schedule:
         fractions = {"rest": self.config.rest, "settle": cast(float, self.config.settle)}
         told = " and ".join(f"{name} {fraction:g}" for name, fraction in fractions.items() if fraction)
         if told and not gates_are_random:
-            raise ValueError(f"{told}: random gates would rest at what is deployed, and this run has none: drop it")
+            raise ValueError(
+                f"{told}: random gates would rest at what is deployed, and this run has none: give --rest 0 --settle 0"
+            )
         if told and not start_from_data and (self.config.rest or self.settling <= self.opening < self.steps):
             raise ValueError(
                 f"{told}: gates would rest before they have learned, and those of guide {self.config.guide!r} do not "
@@ -101,7 +102,7 @@ class Schedule:
         peak = cast(float, peaks.get(group, self.config.lr))
         warm = max(1, math.ceil(self.config.warmup * self.steps))
         if self.constant_from < 1:
-            first = max(warm + 1, int(self.constant_from * self.steps))
+            first = max(warm + 1, whole_steps(self.constant_from, self.steps))
             gone = min(1.0, max(0, step - warm) / (first - warm))
             return peak * min((step + 1) / warm, 1 - (1 - self.plateau) * gone)
         return peak * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))

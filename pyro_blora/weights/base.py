@@ -10,6 +10,7 @@ fields of the configuration that it sets or excludes (`registry.Entry`).
 Shapes: D random weights, S draws, K deviations.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -23,6 +24,11 @@ Key = tuple[int, str]  # (projection, "lora_A", "lora_B" or "core")
 Parameters = Mapping[Key, nn.Parameter]
 Head = Mapping[Any, nn.Parameter]  # by whatever
 Sides = Literal["lora_A", "both"]
+
+
+def whole_steps(fraction: float, steps: int) -> int:
+    """So many of the steps, rounded down; .7 of 90 is 63, though a little less in floating point."""
+    return math.floor(fraction * steps + 1e-6)
 
 
 class Weights(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..registries import register_weights
-from .base import Head, Parameters, RandomWeights
+from .base import Head, Parameters, RandomWeights, whole_steps
 
 
 class Swag(RandomWeights):
@@ -51,7 +51,7 @@ class Swag(RandomWeights):
 
         Errors: ValueError.
         """
-        first, least = int(self.constant_from * steps), max(2, self.rank)
+        first, least = whole_steps(self.constant_from, steps), max(2, self.rank)
         if steps - first < least:
             raise ValueError(
                 f"weights 'swag': {steps - first} steps after the burn-in are fewer than the {least} snapshots that it "
@@ -65,7 +65,7 @@ class Swag(RandomWeights):
 
     def due(self, step: int, steps: int) -> bool:
         """Whether the weights after step `step` (from 1) of `steps` are noted: evenly, from the burn-in on."""
-        first = int(self.constant_from * steps)
+        first = whole_steps(self.constant_from, steps)
         before, now = (max(0, (s - first) * self.snapshots // max(1, steps - first)) for s in (step - 1, step))
         return now > before
 

@@ -44,6 +44,14 @@ def test_every_adapter_has_a_row_and_nothing_else(net):
     assert bool((found.diff() <= 0).all()) and bool((found.sum(-1) <= 1 + 1e-5).all())
 
 
+def test_inputs_that_projections_share_have_the_same(net):
+    torch.manual_seed(0)
+    shared = attach(tiny_bert(), rank=4, scope="encoder", sequence_length=10, share_inputs=True)
+    torch.manual_seed(0)
+    alone = attach(tiny_bert(), rank=4, scope="encoder", sequence_length=10)
+    torch.testing.assert_close(explained_variances(shared, batches()), explained_variances(alone, batches()))
+
+
 def test_half_precision_of_the_backbone_does_not_blur_them(net):
     exact = explained_variances(net, batches())
     net.autocast = torch.bfloat16

@@ -128,6 +128,9 @@ def test_a_task_proposes_what_a_user_can_refuse():
         ({"estimator": "relaxed"}, (0.4, 0.0, 0.0)),
         ({"lr_gates": 0.05}, (0.4, 0.0, 0.0)),
         ({"method": "bayesian_bits"}, (0.4, 0.0, 0.6)),
+        ({"guide_settings": {"open_logit": 2.0}}, (0.4, 0.0, 0.0)),  # gates that do not start from the data
+        ({"prior": "bops", "prior_settings": {"z": "budget"}}, (0.4, 0.0, 0.6)),
+        ({"prior_settings": {"z": "nested", "g": "nested"}}, (0.3, 0.0, 0.0)),  # which leave nothing of it
     ],
     ids=str,
 )

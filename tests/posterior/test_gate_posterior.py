@@ -327,11 +327,14 @@ def test_a_forced_gate_is_a_conditioned_law(guide, opens, gate):
     assert found.probability + posterior.what_if(gate, not opens).probability == pytest.approx(1, abs=1e-6)
 
 
-def test_the_loss_of_a_forced_gate_is_that_of_the_elbo():
-    """With evidence e the chain's part of the ELBO is E_q[e] - KL(q || p), at its best q before and after forcing."""
-    posterior = opened(made(prior="depth"))
+@pytest.mark.parametrize("kl_weight", [1.0, 0.1])
+def test_the_loss_of_a_forced_gate_is_that_of_the_elbo(kl_weight):
+    """With evidence e the chain's part of the ELBO is E_q[e] - KL(q || p), q the best for a KL of that weight."""
+    program = made(prior="depth")
+    program.kl_weight = kl_weight
+    posterior = opened(program)
     q, p = posterior.log_q.z[0, 0, 2, 1], posterior.log_prior.z[0, 2, 1]
-    evidence = q - p
+    evidence = kl_weight * (q - p)
 
     def elbo(distribution):
         alive = distribution > 0
@@ -343,6 +346,19 @@ def test_the_loss_of_a_forced_gate_is_that_of_the_elbo():
     found = posterior.what_if(f"{posterior.projections[2]}.base.8", False)
     assert found.elbo_loss == pytest.approx(elbo(q.exp()) - elbo(closed), rel=1e-5)
     assert found.nll_rise == pytest.approx(float(((q.exp() - closed) * evidence).sum()), rel=1e-5)
+
+
+def test_gates_of_the_prior_group_are_drawn_at_the_rates_beside_them():
+    data = to_arviz(program := made(prior="hierarchical"), draw(program, 2000))
+    before = arviz_compat.group(data, "prior")
+    for tensor in ("input", "base"):
+        rate = before["rate"].sel(law=tensor).values[0]
+        share = before["z"].sel(tensor=tensor).isel(rung=0).values[0].mean(-1)
+        assert np.corrcoef(np.log(rate), share)[0, 1] < -0.7
+    rate = before["rate"].sel(law="rank_query").values[0]
+    of_type = [name for name in before["projection"].values if str(name).endswith("query")]
+    share = before["g"].sel(projection=of_type).isel(rank=0).values[0].mean(-1)
+    assert np.corrcoef(np.log(rate), share)[0, 1] < -0.6
 
 
 def test_what_cannot_be_forced_is_told():

@@ -252,6 +252,18 @@ def test_precise_means_are_left_alone_and_zeros_stay_zeros():
     torch.testing.assert_close(_pooled(squares, torch.tensor([0, 0, 0, 1])), squares[0])
 
 
+def test_what_does_not_exist_draws_nothing_to_itself():
+    """As the adapters of a type that is adapted in some layers only."""
+    generator = torch.Generator().manual_seed(0)
+    squares = torch.randn(256, 6, 3, generator=generator).square() * torch.tensor([0.5, 1, 1, 1, 2, 1])[:, None]
+    more = torch.cat([squares, torch.zeros(256, 9, 3)], 1)
+    pooled = _pooled(more, torch.zeros(15))
+    torch.testing.assert_close(pooled[:6], _pooled(squares, torch.zeros(6)))
+    assert not pooled[6:].any()
+    alone = torch.cat([squares[:, :1], torch.zeros(256, 9, 3)], 1)
+    torch.testing.assert_close(_pooled(alone, torch.zeros(10))[0], squares[:, 0].mean(0))
+
+
 def test_noisy_means_are_drawn_to_those_of_their_kind():
     generator = torch.Generator().manual_seed(0)
     squares = torch.randn(20, 8, 1, generator=generator).square()

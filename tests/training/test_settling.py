@@ -1,11 +1,14 @@
 """--rest and --settle: weights train at what is deployed, and the gates rest, before they learn and after."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from tiny import save_tiny_backbone, tiny_config
 
-from pyro_blora.checkpoint import trainable
+from pyro_blora.checkpoint import NEWEST, read_tensors, trainable
 from pyro_blora.config import RunConfig
+from pyro_blora.evaluation.summary import _rests_at_its_start
 from pyro_blora.posterior import bops, deployed
 from pyro_blora.training import Schedule, fit, natural_gradient
 from pyro_blora.training.gradients import Gradients
@@ -48,6 +51,30 @@ def test_phases_are_functions_of_the_step():
     for rows in range(30, 130):  # fractions that sum to 1 leave no step between
         odd = Schedule.of(RunConfig(epochs=1, batch_size=10, kl_warmup=0.4, settle=0.6), rows)
         assert odd.settling == odd.opening == int(0.4 * odd.steps)
+
+
+@pytest.mark.parametrize("warmup", [0.29, 0.35, 0.41, 0.57, 0.58, 0.69, 0.7, 0.82, 1 / 3, 2 / 3])
+def test_a_budget_rests_from_the_opening_on_whatever_the_fraction(warmup):
+    config = RunConfig(prior="budget", kl_warmup=warmup, epochs=1, batch_size=10)
+    assert _rests_at_its_start(config)
+    for steps in range(3, 200):
+        schedule = Schedule.of(config, 10 * steps)
+        assert schedule.settling == schedule.learning == schedule.opening
+        assert (steps * Fraction(warmup).limit_denominator(100)) // 1 == schedule.opening
+
+
+@pytest.mark.parametrize("changes", [{"estimator": "relaxed"}, {"prior": "hierarchical"}], ids=str)
+def test_what_rested_begins_to_learn_with_fresh_moments(backbone, tmp_path, changes):
+    """Zeros of the rest would count as steps of Adam, whose next ones were up to four times the learning rate."""
+    config = tiny_config(backbone, epochs=4, kl_warmup=0.25, rest=0.5, **changes)
+    learning = Schedule.of(config, 64).learning
+    assert learning == 12
+    fit(config, folder=tmp_path, quiet=True, until=learning + 1)
+    state = read_tensors(tmp_path / "checkpoints" / NEWEST)[0]
+    found = {key: x for key, x in state.items() if key.startswith("step/")}
+    of_gates = [float(x) for key, x in found.items() if key.startswith(("step/gate_guide.", "step/prior."))]
+    assert of_gates and set(of_gates) == {1.0}
+    assert max(map(float, found.values())) == learning + 1  # adapters went on
 
 
 @pytest.mark.parametrize("changes", CHOICES, ids=str)
@@ -133,7 +160,7 @@ def test_fractions_that_do_not_fit_and_gates_that_are_not_random_are_refused(bac
         RunConfig(kl_warmup=0.8, settle=0.3)
     with pytest.raises(ValueError, match="settle must be"):
         RunConfig(settle=1.5)
-    with pytest.raises(ValueError, match="this run has none: drop it"):
+    with pytest.raises(ValueError, match="this run has none: give --rest 0 --settle 0"):
         fit(tiny_config(backbone, prior="fixed", prior_settings={"bits": 4}, settle=0.25), quiet=True)
     everything = {"kl_warmup": 0.4, "settle": 0.6, "guide_settings": {"open_logit": 3.0}}
     for shares in ({}, {"rest": 0.3, "settle": 0.0}):
