@@ -5,8 +5,9 @@
 
 For each task, seed and budget (the BOPs of uniform W4A4, or of `--budgets`), with uniform widths and with those
 that prior `budget` starts from, the levers of studies/levers.py: distillation from the open network, smoothing of
-outliers between activations and weights, ranges of every output channel of a weight, rungs of 3 and 6 bit. Everything
-else is as in `allocation.py`, whose cells are those without a lever.
+outliers between activations and weights, ranges of every output channel of a weight, rungs of 3 and 6 bit, adapters on
+every linear map in place of query, key and value alone. Everything else is as in `allocation.py`, whose cells are those
+without a lever. `all` is all but the last, which is another network at 32 bit, too.
 """
 
 import sys
@@ -32,7 +33,7 @@ def wanted(options, cells: LeverCells, without: LeverCells) -> Wanted:
     """(task, seed, method, budget) of every cell of a lever; without: the cells of none."""
     for task in options.tasks:
         for seed in options.seeds:
-            if cells is without:
+            if cells.has_own_lora:
                 yield task, seed, "lora", None
             for name in options.budgets:
                 budget = cells.at(task, name, without.uniform(task, name).share)

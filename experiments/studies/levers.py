@@ -20,8 +20,11 @@ ALONE: dict[str, dict[str, Any]] = {
     "smoothing": {"smoothing": True},
     "granularity": {"granularity": "channel"},
     "rungs": {"bit_widths": "2,3,4,6,8,16,32"},
+    "adapters": {"target_modules": "all-linear"},
 }
-LEVERS = {NONE: {}, **ALONE, ALL: {field: value for changes in ALONE.values() for field, value in changes.items()}}
+ALL_OF = ("distillation", "smoothing", "granularity", "rungs")  # what leaves LoRA at 32 bit the network that it is
+LEVERS = {NONE: {}, **ALONE, ALL: {field: value for lever in ALL_OF for field, value in ALONE[lever].items()}}
+BEFORE = ("target_modules",)  # fields that change the network before gates start: LoRA has them, too
 NEEDS_GATES = ("distillation",)  # fields that a run whose gates all stay open refuses
 
 
@@ -38,9 +41,14 @@ class LeverCells(Cells):
         program = build(dataclasses.replace(self.lora(task, self.options.seeds[0]), **some)).program
         return program.layout, program.n_train
 
+    @property
+    def has_own_lora(self) -> bool:
+        """Whether LoRA at 32 bit is another network with this lever, or there is none."""
+        return self.lever == NONE or not self.changes.keys().isdisjoint(BEFORE)
+
     def lora(self, task: str, seed: int) -> RunConfig:
-        """The same with every lever, as none changes the network before the gates start."""
-        return super()._config(task, seed, {"prior": "fixed", "prior_settings": {"bits": 32}})
+        before = {field: value for field, value in self.changes.items() if field in BEFORE}
+        return super()._config(task, seed, {**before, "prior": "fixed", "prior_settings": {"bits": 32}})
 
     def _config(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
         return super()._config(task, seed, {**self.changes, **changes})
@@ -51,4 +59,4 @@ class LeverCells(Cells):
 
     def path(self, task: str, seed: int, method: str, budget: Budget | None = None) -> Path:
         path = super().path(task, seed, method, budget)
-        return self.options.without / path.name if method in OPEN else path
+        return path if method not in OPEN or self.has_own_lora else self.options.without / path.name

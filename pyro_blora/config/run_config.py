@@ -69,7 +69,9 @@ class RunConfig:
     rank: int = _field(8, "largest rank R of every adapter")
     alpha: float = _field(16.0, "scale of the adapter: its output is multiplied by alpha / rank")
     target_modules: str | tuple | None = _field(
-        None, "modules to adapt: names separated by commas, or one regular expression; none: the architecture's preset"
+        None,
+        "modules to adapt: names separated by commas, one regular expression, or all-linear; none: the architecture's "
+        "preset",
     )
     scope: str = _field(
         "adapted",

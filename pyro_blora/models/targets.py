@@ -20,6 +20,7 @@ from .macs import evaluated
 _LONGEST_MATCH = 1.0  # seconds of a regular expression on one name, which takes microseconds
 _TOKENS = 16  # of the forward that finds the maps of an architecture without a preset
 
+ALL_LINEAR = "all-linear"  # as PEFT calls every linear map of the encoder
 _QUERY_KEY_VALUE = ("query", "key", "value")
 _PROJ = ("q_proj", "k_proj", "v_proj")
 _LIN = ("q_lin", "k_lin", "v_lin")
@@ -81,7 +82,10 @@ _ROLES = {
 def matched(
     model: nn.Module, targets: str | Iterable[str] | None, architecture: str, head: Head = SEQUENCE
 ) -> set[str]:
-    """Paths of the linear layers that the targets name.  Errors: ValueError listing what there is."""
+    """Paths of the linear layers that the targets name: names, a regular expression, or `all-linear`.
+
+    Errors: ValueError listing what there is.
+    """
     linears = encoder_linears(model)
     if not linears:
         raise ValueError(
@@ -95,6 +99,8 @@ def matched(
                 f"regular expression. {_listed(model, head)}"
             )
         targets = TARGETS[architecture]
+    if targets in (ALL_LINEAR, (ALL_LINEAR,)):
+        return {*linears}
     if isinstance(targets, str):
         found = _matching(targets, linears)
         missing = [] if found else [targets]

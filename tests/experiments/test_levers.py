@@ -1,6 +1,7 @@
 """The study of levers: what a lever changes, which LoRA its runs go on from, and what is compared."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,13 @@ def test_a_lever_changes_what_it_says_and_nothing_else(lever):
 
 def test_runs_with_any_lever_go_on_from_the_same_lora():
     plain = LeverCells(OPTIONS, NONE).lora("sst2", 1)
-    assert all(LeverCells(OPTIONS, lever).lora("sst2", 1) == plain for lever in LEVERS)
-    assert {LeverCells(OPTIONS, lever).path("sst2", 1, "lora").parent for lever in LEVERS} == {Path("without")}
-    assert {field for changes in ALONE.values() for field in changes} == set(LEVERS[ALL])
+    same = {*LEVERS} - {"adapters"}
+    assert all(LeverCells(OPTIONS, lever).lora("sst2", 1) == plain for lever in same)
+    assert {LeverCells(OPTIONS, lever).path("sst2", 1, "lora").parent for lever in same} == {Path("without")}
+    own = LeverCells(OPTIONS, "adapters")  # another network from its first step on
+    assert own.lora("sst2", 1) == dataclasses.replace(plain, target_modules="all-linear")
+    assert own.path("sst2", 1, "lora").parent == own.folder != Path("without")
+    assert {field for changes in ALONE.values() for field in changes} == {*LEVERS[ALL], "target_modules"}
 
 
 def test_cells_without_a_lever_are_those_of_the_allocation_study():

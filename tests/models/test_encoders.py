@@ -325,6 +325,16 @@ def test_nothing_is_proposed_without_attention_or_where_the_model_cannot_be_run(
         AdapterLayout.of(model, sequence_length=10)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ("all-linear",)])
+def test_every_linear_map_of_the_encoder_is_adapted_by_its_word_in_peft(targets):
+    net = attach(tiny_bert(), rank=2, target_modules=RunConfig(target_modules=targets).target_modules)
+    ends = {name.rsplit(".", 1)[-1] for name in (p.name for p in net.layout.projections)}
+    assert ends == {"query", "key", "value", "dense"}
+    assert all(p.adapted for p in net.layout.projections) and not any(
+        "pooler" in p.name for p in net.layout.projections
+    )
+
+
 def test_targets_that_match_nothing_are_answered_with_a_proposal():
     with pytest.raises(ValueError, match=r"'q_proj' match no linear layer .*--target_modules query,key,value$"):
         AdapterLayout.of(tiny_bert(), sequence_length=10, target_modules=["q_proj"])
