@@ -327,7 +327,9 @@ def test_nothing_is_proposed_without_attention_or_where_the_model_cannot_be_run(
 
 @pytest.mark.parametrize("targets", ["all-linear", ("all-linear",)])
 def test_every_linear_map_of_the_encoder_is_adapted_by_its_word_in_peft(targets):
-    net = attach(tiny_bert(), rank=2, target_modules=RunConfig(target_modules=targets).target_modules)
+    net = attach(
+        tiny_bert(), rank=2, sequence_length=10, target_modules=RunConfig(target_modules=targets).target_modules
+    )
     ends = {name.rsplit(".", 1)[-1] for name in (p.name for p in net.layout.projections)}
     assert ends == {"query", "key", "value", "dense"}
     assert all(p.adapted for p in net.layout.projections) and not any(
