@@ -14,6 +14,7 @@ from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import load
 from pyro_blora.__main__ import main
+from pyro_blora.deploy.hub_names import folder_of
 from pyro_blora.deploy.packed import MANIFEST, WEIGHTS
 from pyro_blora.deploy.peft import plain_backbone
 from pyro_blora.files import require_whole
@@ -204,3 +205,28 @@ def test_a_run_is_pushed_as_its_adapter_with_what_it_scored(run, tmp_path, capsy
         assert all(b"secret" not in content for content in sent.values())
         texts = ["she sings", "the dog barks"]
         assert load("someone/run", backbone=backbone).predict(texts).equals(load(run).predict(texts))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [], ["--merge"], ["--embeddings", "8"], ["--base", "reference"], ["--format", "peft"],
+        ["--format", "peft", "--draws", "2"], ["--format", "merged"], ["--format", "onnx"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_export_goes_to_the_hub_and_comes_back_with_all_files(exported, tmp_path, capsys, flags):
+    if "onnx" in flags:
+        pytest.importorskip("onnxscript", reason="ONNX: pip install 'pyro-blora[onnx]'")
+    _, folder = exported(capsys, *flags)
+    with hub_server(tmp_path) as hub:
+        hub.models["someone/model"] = {}
+        hub.commit("someone/model", "main", {"SHA256SUMS": b"of another", "chat_template.jinja": b"of another"})
+        assert main(["push", str(folder), "someone/model", "--quiet"]) == 0
+        fetched = folder_of("someone/model")
+    assert files_in(fetched) == files_in(folder)
+    require_whole(fetched)
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
