@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..tasks.heads import SEQUENCE
 from .about import About
 
 _MODEL = """import transformers
@@ -23,19 +24,21 @@ import transformers
 ADAPTER = """model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 """
-DRAWS = """names = [f"draw-{{i}}" for i in range({draws})]
+_DRAWS = """names = [f"draw-{{i}}" for i in range({draws})]
 model = peft.PeftModel.from_pretrained(backbone, "this folder/draw-0", adapter_name=names[0]).eval()
 for name in names[1:]:
     model.load_adapter(f"this folder/{{name}}", adapter_name=name)
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+"""
+_AVERAGE = """
 
-
-def probabilities(texts):
+def average(texts):
     inputs, each = tokenizer(texts, padding=True, truncation=True, return_tensors="pt"), []
     for name in names:
         model.set_adapter(name)
         with torch.no_grad():
-            each.append(model(**inputs).logits.softmax(-1))
+            logits = model(**inputs).logits
+        each.append({averaged})
     return torch.stack(each).mean(0)
 """
 PACKED = """import torch
@@ -93,6 +96,13 @@ def of_backbone(about: About) -> str:
         + settings + (_NEW + _padding(about) if head.is_new else ""),
     )  # fmt: skip
     return code
+
+
+def of_draws(about: About, count: int) -> str:
+    """Of adapters that are draws of one posterior, and of what they average where that follows from logits."""
+    code, averaged = of_backbone(about) + _DRAWS.format(draws=count), about.kind.averaged_in_code
+    takes_rows = about.kind.head.example is SEQUENCE.example
+    return f"import torch\n{code}{_AVERAGE.format(averaged=averaged)}" if averaged and takes_rows else code
 
 
 def _padding(about: About) -> str:

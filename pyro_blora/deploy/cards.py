@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..models.embeddings import EXACT, bits_of, is_tied
 from .about import About, allocation, bops_ratio, deployed_widths
-from .card_programs import ADAPTER, DRAWS, ONNX, PACKED, of_backbone, of_whole
+from .card_programs import ADAPTER, ONNX, PACKED, of_backbone, of_draws, of_whole
 from .model_card import Card
 
 if TYPE_CHECKING:
@@ -67,15 +67,14 @@ def draws(about: About, count: int) -> Card:
         f"{count} LoRA adapters of {about.base or 'a model of its own'}, draws of one posterior",
         [
             f"Each folder `draw-0` to `draw-{count - 1}` is an adapter of PEFT: ranks, bit widths and, where they are "
-            "random, weights are one draw of the posterior. The mean of their predicted probabilities is the "
+            f"random, weights are one draw of the posterior. The mean of their {about.kind.averages} is the "
             "prediction; where they disagree, it is uncertain.",
             "Matrices are rounded to the bit widths of the draw; PEFT runs them, the base's weights and all inputs at "
             "32 bit, while the run's own averaged predictions have these rounded too.",
             *_rounded_tables(about, _UNROUNDED),
             *_smoothing(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
-        "import torch\n" + of_backbone(about) + DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
-        "adapter",
+        of_draws(about, count), "peft", ["lora", "bayesian", "ensemble"], "adapter",
     )  # fmt: skip
 
 
