@@ -6,11 +6,11 @@ Only a packed model, and an ONNX file of one, computes the deployed allocation: 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..models.embeddings import EXACT, bits_of, is_tied
 from .about import About, allocation, bops_ratio, deployed_widths
-from .card_programs import ADAPTER, ONNX, PACKED, of_backbone, of_draws, of_whole
+from .card_programs import ADAPTER, PACKED, of_backbone, of_draws, of_onnx, of_whole
 from .model_card import Card
 
 if TYPE_CHECKING:
@@ -144,8 +144,10 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
     )  # fmt: skip
 
 
-def onnx(about: About, products: Products, gaps: dict[str, float], size: int, fast: bool) -> Card:
-    """Of the deployed model for onnxruntime. gaps: of logits, of the largest."""
+def onnx(
+    about: About, products: Products, gaps: dict[str, float], size: int, fast: bool, *, tokenizer: Any = None
+) -> Card:
+    """Of the deployed model for onnxruntime. gaps: of logits, of the largest. tokenizer: in the folder."""
     bits, opened = deployed_widths(about.program)
     is_float = fast or products.narrow > 0
     return Card(
@@ -169,7 +171,7 @@ def onnx(about: About, products: Products, gaps: dict[str, float], size: int, fa
             "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
             "and tokenizers, neither torch nor pyro_blora.",
         ],
-        ONNX, "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
+        of_onnx(tokenizer), "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
     )  # fmt: skip
 
 
