@@ -106,18 +106,21 @@ class AdaLoRAModel(GatedModel):
     "adalora",
     excludes={
         "init_lora_weights": "--init_lora_weights eva is for LoRA, which --method adalora does not have: drop one",
+        "granularity": "--granularity channel is of quantized weights, --method adalora quantizes nothing: drop one",
     },
 )
 def adalora(backbone: nn.Module, layout: AdapterLayout, head: Head) -> AdaLoRAModel:
     """PEFT's AdaLoRA at 32 bit, from R ranks everywhere to the guide's `target_rank` on average.
 
-    Errors: ValueError for scope `encoder`: nothing is quantized here.
+    Errors: ValueError for scope `encoder` and for ranges of channels: nothing is quantized here.
     Source: Zhang et al., AdaLoRA (2023).
     """
     import peft
 
     if layout.scope != "adapted":
         raise ValueError(f"adalora quantizes nothing, so it has no scope {layout.scope!r}: drop --scope")
+    if layout.granularity != "tensor":
+        raise ValueError(f"adalora quantizes nothing, so it has no granularity {layout.granularity!r}: drop it")
     layout = dataclasses.replace(layout, share_inputs=False)  # of which it has no gates
     settle(backbone)
     plain = lora_config(backbone, layout, head)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..tasks.heads import SEQUENCE
 from .about import About
 
 _MODEL = """import transformers
@@ -23,19 +26,21 @@ import transformers
 ADAPTER = """model = peft.PeftModel.from_pretrained(backbone, "this folder").eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 """
-DRAWS = """names = [f"draw-{{i}}" for i in range({draws})]
+_DRAWS = """names = [f"draw-{{i}}" for i in range({draws})]
 model = peft.PeftModel.from_pretrained(backbone, "this folder/draw-0", adapter_name=names[0]).eval()
 for name in names[1:]:
     model.load_adapter(f"this folder/{{name}}", adapter_name=name)
 tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
+"""
+_AVERAGE = """
 
-
-def probabilities(texts):
+def average(texts):
     inputs, each = tokenizer(texts, padding=True, truncation=True, return_tensors="pt"), []
     for name in names:
         model.set_adapter(name)
         with torch.no_grad():
-            each.append(model(**inputs).logits.softmax(-1))
+            logits = model(**inputs).logits
+        each.append({averaged})
     return torch.stack(each).mean(0)
 """
 PACKED = """import torch
@@ -47,28 +52,28 @@ tokenizer = transformers.AutoTokenizer.from_pretrained("this folder")
 with torch.no_grad():
     logits = model(**tokenizer(["a text"], truncation=True, return_tensors="pt")).logits
 """
-ONNX = """import json
+_ONNX = """import json
 
 import numpy as np
 import onnxruntime
 import tokenizers
 
 folder = "this folder"
-about = json.load(open(f"{folder}/onnx.json"))
-session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
-tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+about = json.load(open(f"{{folder}}/onnx.json"))
+session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
+tokenizer = tokenizers.Tokenizer.from_file(f"{{folder}}/tokenizer.json")
 tokenizer.enable_truncation(about["task"]["max_length"] or 512)
-tokenizer.enable_padding()
+tokenizer.enable_padding({padding})
 
 
 def logits(texts):
     rows = tokenizer.encode_batch(texts)
-    every = {
+    every = {{
         "input_ids": [row.ids for row in rows],
         "attention_mask": [row.attention_mask for row in rows],
         "token_type_ids": [row.type_ids for row in rows],
-    }
-    return session.run(None, {name: np.array(every[name], dtype=np.int64) for name in about["inputs"]})[0]
+    }}
+    return session.run(None, {{name: np.array(every[name], dtype=np.int64) for name in about["inputs"]}})[0]
 """
 _OUTPUTS = "\n    num_labels={},"
 _NAMED = "\n    id2label=dict(enumerate(labels)),\n    label2id={label: i for i, label in enumerate(labels)},"
@@ -93,6 +98,19 @@ def of_backbone(about: About) -> str:
         + settings + (_NEW + _padding(about) if head.is_new else ""),
     )  # fmt: skip
     return code
+
+
+def of_draws(about: About, count: int) -> str:
+    """Of adapters that are draws of one posterior, and of what they average where that follows from logits."""
+    code, averaged = of_backbone(about) + _DRAWS.format(draws=count), about.kind.averaged_in_code
+    takes_rows = about.kind.head.example is SEQUENCE.example
+    return f"import torch\n{code}{_AVERAGE.format(averaged=averaged)}" if averaged and takes_rows else code
+
+
+def of_onnx(tokenizer: Any) -> str:
+    """Of an ONNX file. tokenizer: whose padding is in the graph, as decoders end before it; None: not known."""
+    pad_id = getattr(tokenizer, "pad_token_id", None)
+    return _ONNX.format(padding="" if pad_id is None else f"pad_id={pad_id}, pad_token={tokenizer.pad_token!r}")
 
 
 def _padding(about: About) -> str:

@@ -6,11 +6,11 @@ Only a packed model, and an ONNX file of one, computes the deployed allocation: 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..models.embeddings import EXACT, bits_of, is_tied
 from .about import About, allocation, bops_ratio, deployed_widths
-from .card_programs import ADAPTER, DRAWS, ONNX, PACKED, of_backbone, of_whole
+from .card_programs import ADAPTER, PACKED, of_backbone, of_draws, of_onnx, of_whole
 from .model_card import Card
 
 if TYPE_CHECKING:
@@ -67,15 +67,14 @@ def draws(about: About, count: int) -> Card:
         f"{count} LoRA adapters of {about.base or 'a model of its own'}, draws of one posterior",
         [
             f"Each folder `draw-0` to `draw-{count - 1}` is an adapter of PEFT: ranks, bit widths and, where they are "
-            "random, weights are one draw of the posterior. The mean of their predicted probabilities is the "
+            f"random, weights are one draw of the posterior. The mean of their {about.kind.averages} is the "
             "prediction; where they disagree, it is uncertain.",
             "Matrices are rounded to the bit widths of the draw; PEFT runs them, the base's weights and all inputs at "
             "32 bit, while the run's own averaged predictions have these rounded too.",
             *_rounded_tables(about, _UNROUNDED),
             *_smoothing(about, _NOT_NEEDED.format(_OF_LOW_RANK)),
         ],
-        "import torch\n" + of_backbone(about) + DRAWS.format(draws=count), "peft", ["lora", "bayesian", "ensemble"],
-        "adapter",
+        of_draws(about, count), "peft", ["lora", "bayesian", "ensemble"], "adapter",
     )  # fmt: skip
 
 
@@ -145,8 +144,10 @@ def packed(about: About, *, is_merged: bool, share: str, reference: bool, embedd
     )  # fmt: skip
 
 
-def onnx(about: About, products: Products, gaps: dict[str, float], size: int, fast: bool) -> Card:
-    """Of the deployed model for onnxruntime. gaps: of logits, of the largest."""
+def onnx(
+    about: About, products: Products, gaps: dict[str, float], size: int, fast: bool, *, tokenizer: Any = None
+) -> Card:
+    """Of the deployed model for onnxruntime. gaps: of logits, of the largest. tokenizer: in the folder."""
     bits, opened = deployed_widths(about.program)
     is_float = fast or products.narrow > 0
     return Card(
@@ -170,7 +171,7 @@ def onnx(about: About, products: Products, gaps: dict[str, float], size: int, fa
             "`onnx.json` names inputs, labels and the hashes of all files. The program below needs onnxruntime, numpy "
             "and tokenizers, neither torch nor pyro_blora.",
         ],
-        ONNX, "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
+        of_onnx(tokenizer), "onnxruntime", ["onnx", "lora", "bayesian", "quantized"], "quantized",
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from ..progress import phase
 from ..tasks.base import has_glue_score, metric_of
 from ..tasks.batching import lengths_of, longest_first, split_labels
 from .answering import Source
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .loaded_model import PREDICTIONS
 
 Answer = Callable[[dict[str, Tensor]], Tensor]  # inputs of a batch -> what the likelihood takes as logits, (B, *, C)
 
@@ -114,12 +112,10 @@ class HeldOut:
 
 
 def held_out_of(source: Source, run: Path | None) -> HeldOut | None:
-    """None for a folder that was exported without its run."""
-    table: pd.DataFrame | None = None
-    if run is None:
+    """None for a folder that was exported without its run, and for a run without such rows.
+
+    Errors: ValueError where they are damaged.
+    """
+    if run is None or not all((run / name).is_file() for name in (PREDICTIONS, "summary.json")):
         return None
-    try:
-        table = source.held_out()
-    except ValueError:
-        return None
-    return HeldOut(source, run) if "deployed_decision" in table and (run / "summary.json").is_file() else None
+    return HeldOut(source, run) if "deployed_decision" in source.held_out() else None

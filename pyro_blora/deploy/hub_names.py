@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-PATTERNS = ("*.safetensors", "*.json", "*.onnx", "*.txt", "*.model", "*.md")  # no pickle, no code
-"""Files that are sent and fetched: weights, descriptions, vocabularies, cards."""
+from ..files import SUMS
+
+PATTERNS = (  # no pickle, no code
+    "*.safetensors", "*.json", "*.onnx", "*.txt", "*.model", "bpe.codes", "*.jinja", "*.md", SUMS,
+)  # fmt: skip
+"""Files that are sent and fetched: weights, descriptions, vocabularies, templates of a chat, cards, hashes."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ..config.run_config import RunConfig
 from ..files import require_whole
 from ..program import BayesianLoRA
@@ -75,7 +77,17 @@ class Model(BayesianLoRA):
 
     @functools.cached_property
     def source(self) -> Source:
-        return Source(self, self.config, self._tokenizer(), self._held_out, self._others())
+        others = self._others()
+        for other in others:
+            other.program.to(self.log_scale.device)
+        return Source(self, self.config, self._tokenizer(), self._held_out, others)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
+        """What `to`, `cuda` and the like do to every tensor; the other fits of an ensemble follow."""
+        super()._apply(fn, recurse)
+        for other in self.source.others if "source" in vars(self) else ():
+            other.program._apply(fn, recurse)
+        return self
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer

@@ -85,7 +85,7 @@ def load(
     def others() -> tuple[Source, ...]:
         folders = (run / "restarts").glob("seed-*") if is_run and config.is_ensemble else ()
         in_order = sorted(folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
-        return tuple(load(folder, allow_code=allow_code).source for folder in in_order)
+        return tuple(load(folder, allow_code=allow_code, backbone=backbone).source for folder in in_order)
 
     program.is_of(config, path.parent, run if is_run else None, others)
     return program.eval()

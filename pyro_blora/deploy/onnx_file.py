@@ -103,7 +103,7 @@ def export_onnx(
         }  # fmt: skip
         write_manifest(partial / MANIFEST, content)
         size = (partial / MODEL).stat().st_size
-        write_card(partial, about, cards.onnx(about, products, gaps, size, fast), measured)
+        write_card(partial, about, cards.onnx(about, products, gaps, size, fast, tokenizer=tokenizer), measured)
     return Path(folder)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..files import SUMS
 from ..progress import phase
 from . import onnx_file, packed
 from .exporting import export_run
@@ -23,10 +24,12 @@ from .manifest import CARD, read_manifest
 from .peft import GATES_FILE
 
 _REPLACED = (  # of another export, where one was pushed before; what else is there stays
-    "packed.*", "onnx.json", "model.onnx", "*.safetensors", "adapter_config.json", "config.json", "draw-*/*",
-    "tokenizer*",
+    "packed.*", "onnx.json", "model.onnx", "*.safetensors*", "adapter_config.json", "config.json",
+    "generation_config.json", "draw-*/*", "tokenizer*", "*.jinja", SUMS,
 )  # fmt: skip
-_WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "spm.model")  # of any text
+_WORDS = (  # of any text
+    "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "spiece.model", "spm.model",
+)  # fmt: skip
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _PATH = re.compile(r"(?<![\w.:/])(?:/(?:home|root|Users|tmp|private)/[\w.-]+|[A-Z]:\\\\?Users\\)[^\s\"'`]*")
 _SHOWN = 100  # characters of what is refused

@@ -30,6 +30,7 @@ class Categorical(Likelihood):
     names: tuple[str, ...]
     problem_type: ClassVar[str | None] = "single_label_classification"
     has_confidence = True
+    averaged_in_code: ClassVar[str | None] = "logits.softmax(-1)"
     dims: ClassVar = {"label": ("example",), "probability": ("example", "class")}
     curvature: ClassVar[str | None] = "classification"
 

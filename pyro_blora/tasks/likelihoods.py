@@ -1,9 +1,8 @@
 """Kinds of outcome: everything that depends on what is predicted is asked of one object, a `Likelihood`.
 
 Those of the package are categorical.py, normal.py, multi_label.py, token_labels.py, spans.py, and of language models
-causal_lm.py and multiple_choice.py.
-A task has one; a kind of one's own is a subclass with `@register_likelihood("name")`, in a file of its own. Nothing
-outside this folder asks which kind it is.
+causal_lm.py and multiple_choice.py. A task has one; a kind of one's own is a subclass with
+`@register_likelihood("name")`, in a file of its own. Nothing outside this folder asks which kind it is.
 Shapes: S draws, E examples, B batch, C outputs of the head. `*` stands for the further dimensions of an example,
 whichever they are: of a label none for one class, (C,) for several labels, (T,) for one of every token.
 """
@@ -82,6 +81,11 @@ class Likelihood(abc.ABC):
     def card(self, labels: Sequence[str]) -> str:
         """How the outputs of an exported model are read, in a sentence; labels: their names in the exported model."""
         return f"Its outputs are the logits of {', '.join(f'`{x}`' for x in labels)}, in this order." if labels else ""
+
+    @property
+    def averaged_in_code(self) -> str | None:
+        """What is averaged over draws, in PyTorch and of `logits` (B, ...) alone; None where these do not give it."""
+        return None
 
     # --- labels -------------------------------------------------------------------------------------------------------
 
@@ -229,10 +233,7 @@ class Likelihood(abc.ABC):
         return None
 
     def details(self, mean: Tensor, labels: Tensor) -> dict[str, Any]:
-        """What else a summary says of predictions.  (E, *)
-
-        `tables` among it, rows by caption, are shown in the report: {"Scores by label": [{"label": ..., "f1": ...}]}.
-        """
+        """What else a summary says of predictions (E, *); `tables` in it, rows by caption, are shown in the report."""
         return {}
 
     # --- report -------------------------------------------------------------------------------------------------------
@@ -253,8 +254,7 @@ class Likelihood(abc.ABC):
         """Random v, of the logits' shape, with E[v v'] = the Fisher information of an example's label about its logits.
 
         labels: where something is asked; what they are is not looked at. Here v is the slope of the log-probability of
-        a label that is drawn from the distribution itself; a kind whose outputs are independent groups along the last
-        dimension has less noise in `in_eigenbasis`.
+        a label drawn from the distribution itself; independent groups of outputs have less noise in `in_eigenbasis`.
         """
         with torch.enable_grad():
             here = logits.detach().clone().requires_grad_()

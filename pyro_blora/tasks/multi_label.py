@@ -40,6 +40,7 @@ class MultiLabel(Likelihood):
     names: tuple[str, ...]
     problem_type = "multi_label_classification"
     no_confidence = "several labels: no single confidence"
+    averaged_in_code = "logits.sigmoid()"
     left_out = ("Calibration",)
     observed = "labels"
     dims: ClassVar = {"labels": ("example", "class"), "probability": ("example", "class")}

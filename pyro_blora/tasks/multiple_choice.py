@@ -81,6 +81,7 @@ class MultipleChoice(Categorical):
     head = LANGUAGE_MODEL
     one_row = False
     curvature: ClassVar[str | None] = None
+    averaged_in_code: ClassVar[str | None] = None  # letters' tokens and their place are the tokenizer's
     constant = "letter frequencies"
 
     @property

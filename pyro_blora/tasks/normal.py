@@ -144,6 +144,11 @@ class Normal(Likelihood):
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
         return f"It predicts {middle:g} + {half:g} * its one output, from {self.low:g} to {self.high:g}."
 
+    @property
+    def averaged_in_code(self) -> str:
+        middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
+        return f"{float(middle)!r} + {float(half)!r} * logits.squeeze(-1)"
+
 
 def _quantile(means: Tensor, std: Tensor, p: float) -> Tensor:
     """(E,) of equally likely normal distributions of one standard deviation, by bisection.  means (S, E), std ()"""

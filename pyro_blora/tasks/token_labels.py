@@ -47,6 +47,7 @@ class TokenLabels(Likelihood):
     )  # fmt: skip
     one_row = False
     no_confidence = "a label of every word: no single confidence"
+    averaged_in_code = "logits.softmax(-1)"  # of every token; those of words are among them
     left_out = ("Calibration",)
     dims: ClassVar = {"label": ("example", "word"), "probability": ("example", "word", "class")}
 

@@ -377,6 +377,7 @@ def test_what_adalora_exports_is_its_update(backbone):
         ({"guide_settings": {"target_rank": 4}}, "target_rank must be from 1 to 3, below the rank 4"),
         ({"guide_settings": {"target_rank": 0}}, "target_rank must be from 1 to 3"),
         ({"scope": "encoder"}, "adalora quantizes nothing"),
+        ({"granularity": "channel"}, "--granularity channel is of quantized weights, --method adalora quantizes noth"),
         ({"rank": 1}, "raise --rank"),
     ],
     ids=str,
@@ -384,6 +385,11 @@ def test_what_adalora_exports_is_its_update(backbone):
 def test_adalora_refuses_what_it_cannot_do(backbone, changes, message):
     with pytest.raises(ValueError, match=message):
         build(tiny_config(backbone, method="adalora", **changes))
+
+
+def test_an_adalora_network_has_no_ranges_of_channels():
+    with pytest.raises(ValueError, match="adalora quantizes nothing, so it has no granularity 'channel': drop it"):
+        attach(tiny_bert(), adapter="adalora", rank=4, sequence_length=16, granularity="channel")
 
 
 def test_a_copy_of_adalora_allocates_for_itself():

@@ -138,13 +138,33 @@ def test_a_fit_in_memory_and_its_export_predict_alike(backbone, tmp_path):
     pd.testing.assert_frame_equal(load(tmp_path / "again", backbone=backbone).predict(texts), trained.predict(texts))
 
 
-def test_an_ensembles_predictions_are_those_of_all_its_fits(backbone, tmp_path):
-    settings = {"weights": "ensemble", "weights_settings": {"members": 2}, "output_dir": str(tmp_path)}
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """A run of two members, whose backbone's folder has moved; and where it is now."""
+    place = tmp_path_factory.mktemp("ensemble")
+    backbone = save_tiny_backbone(place / "before")
+    settings = {"weights": "ensemble", "weights_settings": {"members": 2}, "output_dir": str(place / "runs")}
     run = train_run(tiny_config(backbone, max_train=32, epochs=1, **settings))
+    return run, backbone.rename(place / "now")
+
+
+def test_an_ensembles_predictions_are_those_of_all_its_fits_wherever_its_backbone_is(ensemble):
+    run, backbone = ensemble
     held_out = pd.read_parquet(run / "predictions.parquet").head(32)
-    found = load(run).predict(held_out)
+    found = load(run, backbone=backbone).predict(held_out)
     np.testing.assert_allclose(found["p_acceptable"], held_out["p_acceptable"], atol=1e-4)
     assert (found["mutual_information"] > 0).all()
+
+
+def test_all_fits_of_an_ensemble_go_where_the_first_one_goes(ensemble):
+    run, backbone = ensemble
+    model = load(run, backbone=backbone)
+    (other,) = model.source.others
+    model.double()
+    assert {p.dtype for program in (model, other.program) for p in program.parameters()} == {torch.float64}
+    model = load(run, backbone=backbone).to("meta")  # before the others are read
+    (other,) = model.source.others
+    assert {p.device.type for p in other.program.parameters()} == {"meta"}
 
 
 # --- kinds of outcome -------------------------------------------------------------------------------------------------

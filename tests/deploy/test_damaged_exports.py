@@ -11,9 +11,12 @@ from damage import damage_and_read
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import export, fit
+from pyro_blora.__main__ import main
+from pyro_blora.deploy.loaded_model import PREDICTIONS
 from pyro_blora.deploy.onnx_file import MANIFEST, MODEL, export_onnx
 from pyro_blora.deploy.opening import load_to_predict
 from pyro_blora.deploy.peft import GATES_FILE
+from pyro_blora.run import train_run
 
 pytestmark = pytest.mark.usefixtures("eager")
 FILES = {
@@ -46,3 +49,16 @@ def test_damaged_bytes_end_in_a_sentence_or_change_nothing(folders, backbone, fo
         return torch.tensor(model.predict(["the dog sees", "a cat"])["p_acceptable"].to_numpy())
 
     damage_and_read(shutil.copytree(folders[form], tmp_path / "copy"), name, answers, examples=12)
+
+
+def test_a_run_whose_held_out_rows_are_damaged_is_not_exported_and_one_without_is_not_measured(
+    backbone, tmp_path, capsys
+):
+    run = train_run(tiny_config(backbone, max_train=32, epochs=1, output_dir=str(tmp_path / "runs")))
+    content = (run / PREDICTIONS).read_bytes()
+    (run / PREDICTIONS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(["export", str(run), "--to", str(tmp_path / "model"), "--quiet"]) == 2
+    assert f"{PREDICTIONS} is not what the run wrote" in capsys.readouterr().err and not (tmp_path / "model").exists()
+    (run / PREDICTIONS).unlink()
+    assert main(["export", str(run), "--to", str(tmp_path / "model"), "--quiet"]) == 0
+    assert "**Measured**" not in (tmp_path / "model" / "README.md").read_text()

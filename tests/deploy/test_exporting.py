@@ -3,22 +3,32 @@
 import json
 import re
 
+import datasets
 import huggingface_hub
 import pandas as pd
 import pytest
 import torch
 import transformers
 from hub_server import hub_server
+from models import tiny_language_model
+from packed_models import allocated, randomize_biases
 from safetensors.torch import load_file
 from tiny import save_tiny_backbone, tiny_config
 
-from pyro_blora import load
+from pyro_blora import Task, load, register_task
 from pyro_blora.__main__ import main
+from pyro_blora.build import build
+from pyro_blora.deploy.draw_tree import export_draws
+from pyro_blora.deploy.hub_names import folder_of
 from pyro_blora.deploy.packed import MANIFEST, WEIGHTS
 from pyro_blora.deploy.peft import plain_backbone
 from pyro_blora.files import require_whole
 from pyro_blora.posterior import deployed, draw, predict
 from pyro_blora.run import train_run
+from pyro_blora.tasks import MultiLabel, TokenLabels
+from pyro_blora.tasks.batching import split_labels
+from pyro_blora.tasks.causal_lm import CausalLM
+from pyro_blora.tasks.multiple_choice import MultipleChoice
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -171,7 +181,63 @@ def test_draws_are_an_ensemble_of_adapters(run, exported, capsys):
     batches = [({name: x[:8] for name, x in inputs.items()}, torch.zeros(8, dtype=torch.long))]
     expected = predict(program, batches, gates=gates._replace(z=z)).mean
     texts = pd.read_parquet(run / "predictions.parquet")["sentence"][:8]
-    assert torch.allclose(names["probabilities"](list(texts)), expected, atol=1e-5)
+    assert torch.allclose(names["average"](list(texts)), expected, atol=1e-5)
+
+
+OUTCOMES = {
+    "number": {"label_range": (1.0, 5.0), "metric_name": "pearson"},
+    "several": {"kind": MultiLabel(("a", "b", "c")), "metric_name": "micro_f1"},
+    "words": {"kind": TokenLabels(("O", "B-X", "I-X")), "metric_name": "f1"},
+}
+
+
+def drawn(run, folder, outcome):
+    """(an untrained program of this outcome, exported as two draws, and its data; the card's program, with its base)"""
+    labels = {"number": [1.0, 4.5], "several": [[1, 0, 1], [0, 0, 1]], "words": [[0, 1], [2, 0, 1]]}
+    texts = {"number": ("The soldier", "The lawyer lost"), "words": (["The", "soldier"], ["The", "lawyer", "lost"])}
+    rows = datasets.Dataset.from_dict({"sentence": texts.get(outcome, texts["number"]), "label": labels[outcome]})
+    task = Task(name=f"drawn_{outcome}", text_columns=("sentence",), load=lambda **_: {"train": rows, "eval": rows},
+                **OUTCOMES[outcome])  # fmt: skip
+    register_task(task)
+    settings = {"scope": "encoder", "guide_settings": {"open_logit": 0.0}, "max_train": None, "task": task.name}
+    config = tiny_config(load(run).config.backbone, **settings)
+    parts = build(config)
+    with torch.no_grad():
+        for number, parameter in enumerate(parts.program.net.adapter_parameters()):
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+    export_draws(parts.program, folder, 2, seed=3, config=config, tokenizer=parts.tokenizer)
+    return parts, code_of(folder).replace('"tiny"', repr(config.backbone))
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_the_card_of_draws_averages_what_the_outcome_averages(run, tmp_path, outcome, forget):
+    parts, code = drawn(run, tmp_path / "draws", outcome)
+    names = {}
+    exec(code, names)
+    gates = draw(parts.program, 2, seed=3)
+    z = gates.z.clone()
+    z[:, :, [0, 1, 4]] = 1.0
+    rows = parts.tokens["eval"]
+    batch = split_labels(parts.collate([rows[i] for i in range(2)]), torch.device("cpu"))
+    outputs = predict(parts.program, [batch], gates=gates._replace(z=z)).outputs
+    expected, found = outputs.mean(0), names["average"](["The soldier", "The lawyer lost"])
+    if outcome == "words":
+        found = found[:, 1:4] * (expected.sum(-1, keepdim=True) > 0)  # between [CLS] and [SEP], a token a word
+    assert torch.allclose(found.view_as(expected), expected, atol=1e-5)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [CausalLM(), MultipleChoice(("A", "B"))], ids=["text", "letters"])
+def test_the_card_of_draws_loads_them_alone_where_logits_give_no_average(tmp_path, kind):
+    base, folder = tmp_path / "base", tmp_path / "draws"
+    randomize_biases(tiny_language_model()).save_pretrained(base)
+    program = allocated(lambda dropout: transformers.AutoModelForCausalLM.from_pretrained(base), kind=kind)
+    words = transformers.AutoTokenizer.from_pretrained(save_tiny_backbone(tmp_path / "words"))
+    export_draws(program, folder, 2, tokenizer=words)
+    names = {}
+    exec(code_of(folder).replace('"base"', repr(str(base))), names)
+    assert "average" not in names and [*names["model"].peft_config] == names["names"] == ["draw-0", "draw-1"]
+    assert f"The mean of their {kind.averages} is the prediction" in card_of(folder).text
 
 
 @pytest.mark.parametrize(
@@ -204,3 +270,28 @@ def test_a_run_is_pushed_as_its_adapter_with_what_it_scored(run, tmp_path, capsy
         assert all(b"secret" not in content for content in sent.values())
         texts = ["she sings", "the dog barks"]
         assert load("someone/run", backbone=backbone).predict(texts).equals(load(run).predict(texts))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [], ["--merge"], ["--embeddings", "8"], ["--base", "reference"], ["--format", "peft"],
+        ["--format", "peft", "--draws", "2"], ["--format", "merged"], ["--format", "onnx"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_export_goes_to_the_hub_and_comes_back_with_all_files(exported, tmp_path, capsys, flags):
+    if "onnx" in flags:
+        pytest.importorskip("onnxscript", reason="ONNX: pip install 'pyro-blora[onnx]'")
+    _, folder = exported(capsys, *flags)
+    with hub_server(tmp_path) as hub:
+        hub.models["someone/model"] = {}
+        hub.commit("someone/model", "main", {"SHA256SUMS": b"of another", "chat_template.jinja": b"of another"})
+        assert main(["push", str(folder), "someone/model", "--quiet"]) == 0
+        fetched = folder_of("someone/model")
+    assert files_in(fetched) == files_in(folder)
+    require_whole(fetched)
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

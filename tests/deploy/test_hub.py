@@ -10,11 +10,13 @@ from hub_server import TOKEN, hub_server
 from models import batch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone, tiny_config
+from transformers import AutoTokenizer
 
 from pyro_blora import export, load
 from pyro_blora.__main__ import main
 from pyro_blora.build import build
 from pyro_blora.deploy import pack
+from pyro_blora.deploy.hub_names import folder_of
 from pyro_blora.deploy.packed import MANIFEST, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -99,6 +101,19 @@ def test_a_model_that_is_damaged_on_the_hub_is_refused_as_a_folder_is(hub, expor
     with pytest.raises(ValueError, match="is not what was written, its hash is another"):
         load("someone/tiny", revision="short")
     assert not any(path.endswith(("x.py", "x.bin")) for _, path, _ in hub.seen)
+
+
+@pytest.mark.parametrize("write", [export, pack])
+def test_the_template_of_a_chat_is_sent_and_fetched(hub, backbone, write, tmp_path):
+    config = tiny_config(backbone, scope="encoder")
+    parts = build(config)
+    parts.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    folder = write(parts.program, tmp_path / "model", config=config, tokenizer=parts.tokenizer)
+    assert (folder / "chat_template.jinja").is_file()
+    assert main(["push", str(folder), "someone/chat", "--quiet"]) == 0
+    fetched = folder_of("someone/chat")
+    assert {path.name for path in fetched.iterdir()} == {path.name for path in folder.iterdir()}
+    assert AutoTokenizer.from_pretrained(fetched).chat_template == parts.tokenizer.chat_template
 
 
 def test_offline_and_without_a_login_nothing_is_asked(hub, exported, capsys, monkeypatch):

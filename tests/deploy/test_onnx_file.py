@@ -345,6 +345,22 @@ def test_the_cards_program_needs_neither_torch_nor_this_package(made):
     assert np.allclose(found, expected.numpy(), rtol=0, atol=EQUAL)
 
 
+def test_the_cards_program_pads_a_decoders_texts_as_its_graph_finds_their_ends(tmp_path):
+    words = transformers.AutoTokenizer.from_pretrained(save_tiny_backbone(tmp_path / "words"))
+    words.pad_token = words.sep_token  # the end of a text, as in a decoder without a token for padding
+    sizes = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, "num_hidden_layers": 1}
+    program = allocated(lambda dropout: tiny_llama(**sizes), target_modules=["q_proj", "v_proj"], scope="encoder")
+    folder = export_onnx(program, tmp_path / "model", rows=batch(3, 8)[0], tokenizer=words)
+    code, names = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1], {}
+    exec(code.replace('"this folder"', repr(str(folder))), names)
+    texts = ["The soldier", "The lawyer lost the soldier"]
+    alone = np.concatenate([names["logits"]([text]) for text in texts])
+    assert words.pad_token_id != 0 and np.allclose(names["logits"](texts), alone, rtol=0, atol=1e-5)
+    with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
+        expected = program.net.logits(**words(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
+    assert np.allclose(alone, expected.numpy(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("path", "to", "said"),
     [
