@@ -153,8 +153,8 @@ def test_a_cut_training_resumes_to_the_same_bits(config, tmp_path):
 
 
 def test_a_table_of_questions_is_answered_with_texts(run, tmp_path, capsys):
-    asked = [{"question": "who smiled", "context": f"near the ball the {who} smiled at these books"}
-             for who in ("old teacher", "small doctor")]  # fmt: skip
+    asked = [{"question": "who smiled", "context": f"{before}near the ball the {who} smiled at these books"}
+             for before, who in (("", "old teacher"), (" ", "small doctor"), ("\n\t", "old doctor"))]  # fmt: skip
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     assert main(["predict", str(run), str(tmp_path / "asked.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
