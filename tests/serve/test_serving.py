@@ -234,6 +234,7 @@ def test_the_load_test_measures_a_server_and_writes_a_page(desk, texts, tmp_path
         ('{"text": " "}', 422, "text 0 (from 0): ' ' is no text"),
         ('{"text": ["a", "b"]}', 422, "text 0 (from 0): ['a', 'b'] is no text"),
         ('{"texts": [{"sentense": "a"}]}', 422, "row 0 (from 0) has no column 'sentence': did you mean"),
+        ('{"texts": [{"\\ud800": "a"}]}', 422, "row 0 (from 0) has no column 'sentence': Known: \ud800"),
         ('{"text": "a \\ud800"}', 422, "text 0 (from 0): 'a \\ud800' is no text"),
         ('{"texts": ["a", "a", "a", "a", "a"]}', 413, "5 texts are more than the 4 of a request"),
         (json.dumps({"text": "a" * 101}), 413, "text 0 (from 0) has 101 characters, at most 100 are read"),
