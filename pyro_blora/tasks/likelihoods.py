@@ -1,9 +1,8 @@
 """Kinds of outcome: everything that depends on what is predicted is asked of one object, a `Likelihood`.
 
 Those of the package are categorical.py, normal.py, multi_label.py, token_labels.py, spans.py, and of language models
-causal_lm.py and multiple_choice.py.
-A task has one; a kind of one's own is a subclass with `@register_likelihood("name")`, in a file of its own. Nothing
-outside this folder asks which kind it is.
+causal_lm.py and multiple_choice.py. A task has one; a kind of one's own is a subclass with
+`@register_likelihood("name")`, in a file of its own. Nothing outside this folder asks which kind it is.
 Shapes: S draws, E examples, B batch, C outputs of the head. `*` stands for the further dimensions of an example,
 whichever they are: of a label none for one class, (C,) for several labels, (T,) for one of every token.
 """
@@ -53,6 +52,7 @@ class Likelihood(abc.ABC):
     has_confidence: ClassVar[bool] = False  # one probability of being right: ECE, temperature, selection mean something
     no_confidence: ClassVar[str] = "no single confidence"  # in words, why not
     curvature: ClassVar[str | None] = None  # laplace-torch's name of the likelihood; None: it has none
+    example_texts: ClassVar[tuple[Any, ...]] = ()  # one for each text column, where those of columns differ in form
     one_row: ClassVar[bool] = True  # whether an example has one row of logits, (C,), as many in every batch
 
     @property

@@ -82,6 +82,7 @@ class MultipleChoice(Categorical):
     one_row = False
     curvature: ClassVar[str | None] = None
     constant = "letter frequencies"
+    example_texts: ClassVar[tuple[Any, ...]] = ("a short question", ["yes", "no"])
 
     @property
     def title(self) -> str:
