@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 _SHOWN_FROM = 20  # batches, from which progress is shown
 
 
+class Unreadable(ValueError):
+    """A text that the kind of outcome cannot read (`Likelihood.encode`), as a question that leaves no room for one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """What answers: a program, its tokenizer, the configuration of its run.
@@ -160,9 +164,8 @@ class Answers:
         return found | ({"drawn": [list(texts) for texts in zip(*each, strict=True)]} if each else {})
 
     def prediction(self, rows: Rows, labels: Sequence[Any] | None = None, *, show: bool = False) -> Prediction:
-        """Of texts by column, (S, E, *); of an ensemble a fit's mean is a draw."""
-        texts = list(zip(*(rows[name] for name in self.columns), strict=True))
-        known = [self.kind.placeholder(each) for each in texts] if labels is None else list(labels)
+        """Of texts by column, (S, E, *); of an ensemble a fit's mean is a draw.  Errors: Unreadable."""
+        known = self._placeholders(rows) if labels is None else list(labels)
         each = [
             self._of_fit(fit, draws, {**rows, "label": known}, show)
             for fit, draws in zip(self._fits, self.drawn, strict=True)
@@ -172,8 +175,29 @@ class Answers:
         outputs, scores = (torch.stack(x) for x in zip(*((p.mean, p.log_score) for p in each), strict=True))
         return Prediction(outputs, scores, each[0].labels, self.kind)
 
+    def unreadable(self, rows: Rows) -> dict[int, str]:
+        """Why, by the number of each text by column that is Unreadable: tried one by one, so where one is."""
+        rows, found = {**rows, "label": self._placeholders(rows)}, {}
+        for number in range(len(rows["label"])):
+            try:
+                for fit in self._fits:
+                    self._encoded(fit, {name: [cells[number]] for name, cells in rows.items()})
+            except Unreadable as error:
+                found[number] = str(error)
+        return found
+
+    def _placeholders(self, rows: Rows) -> list[Any]:
+        return [self.kind.placeholder(each) for each in zip(*(rows[name] for name in self.columns), strict=True)]
+
+    def _encoded(self, fit: Source, rows: Rows) -> Rows:
+        try:
+            found = self.kind.encode(fit.tokenizer, rows, self.columns, fit.config.max_length)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
+        return {"label": rows["label"], **found}
+
     def _of_fit(self, fit: Source, draws: dict[str, Any], rows: Rows, show: bool) -> Prediction:
-        encoded = {"label": rows["label"], **self.kind.encode(fit.tokenizer, rows, self.columns, fit.config.max_length)}
+        encoded = self._encoded(fit, rows)
         batches = longest_first(lengths_of(encoded), self.batch_size)
         collate, device = self.kind.collator(fit.tokenizer), fit.program.log_scale.device
 

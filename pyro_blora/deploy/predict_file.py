@@ -18,12 +18,13 @@ from ..tasks.tabular.cells import as_text
 from ..tasks.tabular.reading import Row, Table
 from ..user_values import shown, suggest
 from .answer_files import FORMATS, Rows, Types, open_answers, types_of
-from .answering import Answers
+from .answering import Answers, Unreadable
 from .opening import load_to_predict
 
 CHUNK = 1024  # rows that are in memory together, and sorted by length
 EVERY_COLUMN = "all"
 _NAMED = 10  # skipped rows that are reported one by one
+_REMEDY = "or leave such rows out with --on_error skip"
 
 
 def predict_file(
@@ -37,7 +38,8 @@ def predict_file(
     source: what `tasks.tabular.reading.Table` reads, or `-` for the standard input, whose format is csv, tsv or jsonl.
     out: a new .csv, .jsonl or .parquet file; None: CSV on the standard output, as it is predicted. text: names of the
     text columns in the file, where they are not those of the run. keep: columns that go along; `all` for every one.
-    skip: leave out malformed rows and those without text, and report them; else the first one ends the work.
+    skip: leave out malformed rows, those without text and those that the kind of outcome cannot read, and report them;
+    else the first one ends the work.
     overwrite: replace a file that is there. allow_code, backbone, revision: as in `load`. options: as in
     `Model.predict`.
     quiet: of remarks, which go to stderr, only those on rows that were left out.
@@ -59,18 +61,17 @@ def predict_file(
     answers = model.answers(**options)
     for remark in () if quiet else answers.remarks:
         _say(remark)
-    rows = _texts(table, answers, names, kept, left_out if skip else None)
-    if (first := next(rows, None)) is None:
-        raise ValueError(f"{table.name} has no rows to predict: give a table with a text in each row")
-    rows, done = itertools.chain([first], rows), 0
+    rows, done = _texts(table, answers, names, kept, left_out if skip else None), 0
     types = _types_of_kept(source, table, kept) if suffix == ".parquet" else {}
 
     def write(target: Path | IO[str]) -> None:
         nonlocal done
         with phase(f"predicting {table.name}") as progress, contextlib.ExitStack() as opened:
             file, own = None, dict[str, str]()
-            while chunk := [*itertools.islice(rows, CHUNK)]:
-                found = _answered(chunk, answers, names)
+            while given := [*itertools.islice(rows, CHUNK)]:
+                chunk, found = _answered(given, table, answers, names, left_out if skip else None)
+                if not chunk:
+                    continue
                 if file is None:
                     own = _own_names(kept, {table.unit, *found})
                     of_kept = {own[name]: type for name, type in types.items()}
@@ -79,6 +80,8 @@ def predict_file(
                 file({table.unit: [number for number, _ in chunk]} | columns | found)
                 done += len(chunk)
                 progress.advance(len(chunk), note=f"{done:,} rows")
+        if not done:
+            raise ValueError(f"{table.name} has no rows to predict: give a table with a text in each row")
 
     if path is None:
         write(sys.stdout)
@@ -140,14 +143,30 @@ def _texts(
             continue
         sentence = f"{table.where(number)}: {shown(cells[wrong])} in column {wrong!r} is no text"
         if left_out is None:
-            raise ValueError(f"{sentence}: correct it, or leave such rows out with --on_error skip")
+            raise ValueError(f"{sentence}: correct it, {_REMEDY}")
         left_out(sentence)
 
 
-def _answered(chunk: Sequence[Row], answers: Answers, names: tuple[str, ...]) -> Rows:
-    texts = zip(answers.columns, names, strict=True)
-    found = answers.table({own: [as_text(cells[name]) for _, cells in chunk] for own, name in texts})
-    return {str(name): found[name].tolist() for name in found}
+def _answered(
+    chunk: Sequence[Row], table: Table, answers: Answers, names: tuple[str, ...],
+    left_out: Callable[[str], None] | None,
+) -> tuple[Sequence[Row], Rows]:  # fmt: skip
+    """The rows that can be read, and their answers."""
+    columns = zip(answers.columns, names, strict=True)
+    texts = {own: [as_text(cells[name]) for _, cells in chunk] for own, name in columns}
+    try:
+        found = answers.table(texts)
+        return chunk, {str(name): found[name].tolist() for name in found}
+    except Unreadable:
+        if not (wrong := answers.unreadable(texts)):
+            raise
+    for place, reason in wrong.items():
+        sentence = f"{table.where(chunk[place][0])}: {reason}"
+        if left_out is None:
+            raise ValueError(f"{sentence}, {_REMEDY}")
+        left_out(sentence)
+    rest = [row for place, row in enumerate(chunk) if place not in wrong]
+    return _answered(rest, table, answers, names, left_out) if rest else ([], {})
 
 
 def _own_names(kept: Sequence[str], taken: set[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.exceptions import HTTPException
 
 from ..config.serve_flags import Serving
+from ..deploy.answering import Unreadable
 from .desk import Asked, Desk, TooLong
 from .guard import Guard, Refusal
 from .metrics import Metrics
@@ -91,6 +92,8 @@ def app_of(desk: Desk, serving: Serving) -> Guard:
             raise Refusal(422, str(error)) from None
         try:
             answers = await asyncio.wait_for(work.answer(Asked(texts, question.draws)), serving.timeout)
+        except Unreadable as error:
+            raise Refusal(422, str(error)) from None
         except Full:
             raise Refusal(503, "too many texts wait: ask again in a moment", _SOON) from None
         except TimeoutError:

@@ -49,11 +49,10 @@ class Desk:
             raise ValueError(f"{name} is a language model, whose texts are not served: use pyro-blora predict")
         self.columns: tuple[str, ...] = self.answers.columns
         self.batch_size = self.answers.batch_size
-        self.answer([Asked([tuple(self._example() for _ in self.columns)], draws=False)])  # what fails, fails now
-
-    def _example(self) -> Any:
         text = " ".join(_WORDS)
-        return text if self.kind.is_text(text) else list(_WORDS)
+        each = text if self.kind.is_text(text) else list(_WORDS)
+        self._example = self.kind.example_texts or (each,) * len(self.columns)
+        self.answer([Asked([self._example], draws=False)])  # what fails, fails now
 
     def read(self, texts: Any, *, max_texts: int, max_characters: int) -> list[tuple[Any, ...]]:
         """The texts of a request, as `Model.predict` takes them.
@@ -112,10 +111,15 @@ class Desk:
         layout: AdapterLayout | None = getattr(program, "layout", None)
         return {
             "model": self.name, "task": _task(self.model), "form": self._form(),
-            "columns": list(self.columns), "words": not self.kind.is_text("a"), "labels": list(self.kind.names),
+            "columns": list(self.columns), "words": not self.kind.is_text("a"), "lists": self._lists(),
+            "labels": list(self.kind.names),
             "answered_from": self.answers.confidence, "batch_size": self.batch_size,
             "draws": _costs(layout, drawn[0]["gates"]) if layout is not None and len(drawn) == 1 and drawn[0] else [],
         }  # fmt: skip
+
+    def _lists(self) -> list[str]:
+        """The columns whose texts are lists."""
+        return [name for name, cell in zip(self.columns, self._example, strict=True) if not isinstance(cell, str)]
 
     def _form(self) -> str:
         return getattr(self.model, "form", "posterior" if self.answers.drawn[0] else "deployed")

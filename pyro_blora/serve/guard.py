@@ -27,7 +27,8 @@ class Refusal(Exception):
 
     @property
     def body(self) -> bytes:
-        return json.dumps({"error": self.sentence}, ensure_ascii=False).encode()
+        """Half of a surrogate pair, which a client's own words may have, as JSON's escape of it."""
+        return json.dumps({"error": self.sentence}, ensure_ascii=False).encode(errors="backslashreplace")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -39,20 +40,22 @@ class Rate:
     """So many requests of an address in a minute: a bucket that fills as time goes by."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic):
-        self._most, self._clock = per_minute, clock
+        self._per_minute, self._clock = per_minute, clock
+        self._most = max(1.0, per_minute)  # with less room than one request it would never have one
         self._left: dict[str, tuple[float, float]] = {}  # by address: (requests left, at this time)
 
     def wait(self, address: str) -> float:
         """Take one; seconds until there is one, 0 where there was."""
-        if not self._most:
+        if not self._per_minute:
             return 0.0
         now = self._clock()
         left, at = self._left.get(address, (self._most, now))
-        left = min(self._most, left + (now - at) * self._most / _MINUTE)
+        left = min(self._most, left + (now - at) * self._per_minute / _MINUTE)
         self._left[address] = (left - 1 if left >= 1 else left, now)
         if len(self._left) > _ADDRESSES:
-            self._left = {x: (n, t) for x, (n, t) in self._left.items() if now - t < _MINUTE}
-        return 0.0 if left >= 1 else (1 - left) * _MINUTE / self._most
+            full_after = _MINUTE * self._most / self._per_minute
+            self._left = {x: (n, t) for x, (n, t) in self._left.items() if now - t < full_after}
+        return 0.0 if left >= 1 else (1 - left) * _MINUTE / self._per_minute
 
 
 class Guard:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ..deploy.answering import Unreadable
 from .desk import Asked
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class Queue:
                 for job in jobs:
                     await self._run([job])
             elif not jobs[0].done.done():
-                logger.exception("a request could not be answered")
+                if not isinstance(error, Unreadable):  # which is the client's, who is told
+                    logger.exception("a request could not be answered")
                 jobs[0].done.set_exception(error)
             return
         self._seen(sum(len(job.asked.texts) for job in jobs), time.perf_counter() - begun)

@@ -52,6 +52,7 @@ class Likelihood(abc.ABC):
     has_confidence: ClassVar[bool] = False  # one probability of being right: ECE, temperature, selection mean something
     no_confidence: ClassVar[str] = "no single confidence"  # in words, why not
     curvature: ClassVar[str | None] = None  # laplace-torch's name of the likelihood; None: it has none
+    example_texts: ClassVar[tuple[Any, ...]] = ()  # one for each text column, where those of columns differ in form
     one_row: ClassVar[bool] = True  # whether an example has one row of logits, (C,), as many in every batch
 
     @property

@@ -83,6 +83,7 @@ class MultipleChoice(Categorical):
     curvature: ClassVar[str | None] = None
     averaged_in_code: ClassVar[str | None] = None  # letters' tokens and their place are the tokenizer's
     constant = "letter frequencies"
+    example_texts: ClassVar[tuple[Any, ...]] = ("a short question", ["yes", "no"])
 
     @property
     def title(self) -> str:
@@ -106,7 +107,7 @@ class MultipleChoice(Categorical):
         if isinstance(cell, str):
             return super().is_text(cell)
         is_list = isinstance(cell, list | tuple | np.ndarray) and 2 <= len(cell) <= len(self.names)
-        return is_list and all(isinstance(x, str) and x.strip() for x in cell)  # type: ignore[attr-defined]
+        return is_list and all(map(super().is_text, cell))  # type: ignore[call-overload]
 
     # --- batches ---
 
@@ -124,6 +125,8 @@ class MultipleChoice(Categorical):
             )
         found: dict[str, list[list[int]]] = {"input_ids": [], "label": []}
         for question, options, label in zip(*(rows[column] for column in columns), rows["label"], strict=True):
+            if not isinstance(question, str):
+                raise ValueError(f"the question {str(question)[:60]!r} is a list: give a text, and a list of options")
             if isinstance(options, str) or not self.is_text(options):
                 raise ValueError(f"the question {question[:60]!r} has no options: give a list of two or more texts")
             listed = zip(self.names, options, strict=False)

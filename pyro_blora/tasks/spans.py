@@ -101,13 +101,15 @@ class Spans(Likelihood):
         return padded(labels, IGNORED).numpy()
 
     def placeholder(self, texts: Sequence[Any]) -> list[int]:
-        return self.examples[0]
+        """A label without an answer, whatever the text begins with."""
+        return [0, 2]
 
     # --- batches ---
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, columns: tuple[str, ...], max_length: int) -> Rows:
         """The inputs of all windows, and as `label` the head, each token's window, place there and characters.
 
+        A label without an answer has the text's first token in the head, whose probability nobody asks for.
         Errors: ValueError for what has no windows (`windows_of`), and for an answer outside its text.
         """
         found: dict[str, list[Any]] = {"label": []}
@@ -115,8 +117,8 @@ class Spans(Likelihood):
         every = windows_of(tokenizer, questions, texts, max_length, self.stride)
         for windows, text, label in zip(every, texts, rows["label"], strict=True):
             number, words, *edges = label
-            own = windows.tokens_of(*edges[:2])
-            if own is None or max(edges) > len(text):
+            own = windows.tokens_of(*edges[:2]) if edges else (0, 0)
+            if own is None or max(edges, default=0) > len(text):
                 raise ValueError(f"an answer at {edges[:2]} is outside its text ({text[:60]!r}): correct its place")
             for name, row in windows.inputs.items():
                 found.setdefault(name, []).append(row)

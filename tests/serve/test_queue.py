@@ -100,3 +100,15 @@ def test_a_rate_is_of_each_address_and_comes_back():
     now[0] = 1.0
     assert rate.wait("a") == 0.0 and rate.wait("a") > 0
     assert all(Rate(0.0).wait("a") == 0.0 for _ in range(100))
+
+
+def test_a_rate_below_one_in_a_minute_lets_one_through_from_time_to_time():
+    now = [0.0]
+    rate = Rate(0.5, lambda: now[0])
+    assert rate.wait("a") == 0.0 and rate.wait("a") == pytest.approx(120.0)
+    now[0] = 30.0
+    assert rate.wait("a") == pytest.approx(90.0)
+    now[0] = 120.0
+    assert rate.wait("a") == 0.0 and rate.wait("a") > 0
+    now[0] = 1000.0
+    assert [rate.wait("a") > 0 for _ in range(2)] == [False, True]  # what was not asked for is not saved up

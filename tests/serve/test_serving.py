@@ -18,7 +18,7 @@ import pytest
 import requests
 import torch
 from forked import ended, started
-from tiny import save_tiny_backbone, tiny_config
+from tiny import save_tiny_backbone, save_tiny_decoder, tiny_config
 
 from pyro_blora import export
 from pyro_blora.__main__ import main
@@ -27,7 +27,7 @@ from pyro_blora.config.serve_flags import Serving
 from pyro_blora.deploy import pack
 from pyro_blora.deploy.onnx_file import export_onnx
 from pyro_blora.deploy.opening import load_to_predict
-from pyro_blora.tasks import MultiLabel, Task, TokenLabels, get_task, register_task
+from pyro_blora.tasks import MultiLabel, MultipleChoice, Spans, Task, TokenLabels, get_task, register_task
 from pyro_blora.training.trained import Trained
 
 for needed in ("fastapi", "uvicorn", "prometheus_client"):
@@ -153,6 +153,12 @@ KINDS = {
                    load=lambda **_: rows(one="The soldier", other="The lawyer", label=1.5)), ["a", "b"], ["a", " "]),
     "words": (Task(name="served_words", text_columns=("words",), kind=TokenLabels(("O", "X")), metric_name="f1",
                    load=lambda **_: rows(words=["The", "soldier"], label=[0, 1])), ["the", "dog"], "the dog"),
+    "choice": (Task(name="served_choice", text_columns=("question", "options"), kind=MultipleChoice(("A", "B", "C")),
+                    metric_name="accuracy", load=lambda **_: rows(question="who", options=["a", "b"], label=1)),
+               ["who", ["the dog", "a"]], ["who", []]),
+    "spans": (Task(name="served_spans", text_columns=("question", "text"), kind=Spans(stride=2, longest=2, best=4),
+                   metric_name="same_span", load=lambda **_: rows(question="who", text="a dog", label=[0, 2, 0, 1])),
+              ["who", " the dog"], ["who", " "]),
 }  # fmt: skip
 
 
@@ -161,11 +167,30 @@ def rows(**row):
     return {"train": table, "eval": table}
 
 
+@pytest.fixture
+def desk_of(folders, backbone, tmp_path, forget):
+    """A desk of an untrained posterior of a kind, by name, and what it is called.
+
+    folders: built before, so that the parts of the package are registered by then, which `forget` leaves.
+    """
+
+    def made(name, called):
+        task, changes, folder = KINDS[name][0], {}, backbone
+        if name == "choice":
+            folder = save_tiny_decoder(tmp_path, "qwen3", head_dim=8)
+            changes = {"target_modules": ("q_proj", "v_proj"), "scope": "encoder", "max_length": 64}
+        if name == "spans":
+            folder = save_tiny_backbone(tmp_path, letters=True)
+        register_task(task)
+        return Desk(Trained(build(tiny_config(folder, task=task.name, **changes)), [], 0.0), called)
+
+    return made
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_outcome_is_json(backbone, name, forget):
-    task, text, wrong = KINDS[name]
-    register_task(task)
-    desk = Desk(Trained(build(tiny_config(backbone, task=task.name)), [], 0.0), name)
+def test_every_kind_of_outcome_is_json(desk_of, name):
+    _, text, wrong = KINDS[name]
+    desk = desk_of(name, name)
     limits = {"max_texts": 2, "max_characters": 20}
     if name != "several":
         with pytest.raises(ValueError, match=r"text 0 \(from 0\).* is no text"):
@@ -176,10 +201,22 @@ def test_every_kind_of_outcome_is_json(backbone, name, forget):
     if name == "stars":
         assert row["low"] < row["mean"] < row["high"] and row["std"] > 0 and "disagree" not in row
         assert np.isclose(np.mean([draw["mean"] for draw in row["draws"]]), row["mean"])
+    elif name == "spans":
+        assert row["answer"] == row["n_best"][0] and len(row["n_best"]) == len(row["probabilities"]) == 4
     else:
         assert {*row["probabilities"]} == {*desk.about()["labels"]} and row["disagree"] is not None
     if name == "words":
         assert len(row["labels"]) == 2 and all(len(p) == 2 for p in row["probabilities"].values())
+
+
+def test_a_text_that_cannot_be_read_is_refused_alone_and_with_its_reason(desk_of, caplog):
+    desk = desk_of("spans", "answers")
+    texts = [["who", "the dog"], ["who " * 40, "the dog"], ["who", "\u200b\tthe dog"]]
+    with served(desk, wait_ms=200.0) as address, ThreadPoolExecutor(3) as pool:
+        found = [*pool.map(lambda x: requests.post(f"{address}/predict", json={"text": x}), texts)]
+    assert [each.status_code for each in found] == [200, 422, 200]
+    assert re.match(r"the question 'who who .* leaves no room for a text", found[1].json()["error"])
+    assert "could not be answered" not in caplog.text and "Traceback" not in caplog.text
 
 
 def test_requests_that_come_together_share_passes(desk, texts):
@@ -234,6 +271,7 @@ def test_the_load_test_measures_a_server_and_writes_a_page(desk, texts, tmp_path
         ('{"text": " "}', 422, "text 0 (from 0): ' ' is no text"),
         ('{"text": ["a", "b"]}', 422, "text 0 (from 0): ['a', 'b'] is no text"),
         ('{"texts": [{"sentense": "a"}]}', 422, "row 0 (from 0) has no column 'sentence': did you mean"),
+        ('{"texts": [{"\\ud800": "a"}]}', 422, "row 0 (from 0) has no column 'sentence': Known: \ud800"),
         ('{"text": "a \\ud800"}', 422, "text 0 (from 0): 'a \\ud800' is no text"),
         ('{"texts": ["a", "a", "a", "a", "a"]}', 413, "5 texts are more than the 4 of a request"),
         (json.dumps({"text": "a" * 101}), 413, "text 0 (from 0) has 101 characters, at most 100 are read"),
@@ -414,17 +452,16 @@ def test_the_page_takes_text_as_text_and_says_what_is_wrong(chromium, url):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_page_of_every_kind_of_outcome(chromium, backbone, name, forget):
-    task, _, _ = KINDS[name]
-    register_task(task)
+def test_the_page_of_every_kind_of_outcome(chromium, desk_of, name):
     label = "<b>a</b>"
-    desk = Desk(Trained(build(tiny_config(backbone, task=task.name)), [], 0.0), label)
+    desk = desk_of(name, label)
     with served(desk) as url:
         page, said = opened(chromium, url, viewport={"width": 390, "height": 800})
         assert page.locator("h1").inner_text() == label
-        ask(page, *["The soldier"] * len(desk.columns))
+        given = ("who", " a dog \n\nthe dog") if name == "choice" else ("The soldier",) * len(desk.columns)
+        ask(page, *given)
         shown = page.locator("#answer").inner_text()
-        text = (["The", "soldier"],) if name == "words" else ("The soldier",) * len(desk.columns)
+        text = {"words": (["The", "soldier"],), "choice": ("who", ["a dog", "the dog"])}.get(name, given)
         (row,) = desk.answer([Asked([text], draws=True)])[0]
         if name == "stars":
             assert f"{row['mean']:.3f}" in shown and f"± {row['std']:.3f}" in shown and "94 %" in shown
@@ -433,6 +470,21 @@ def test_the_page_of_every_kind_of_outcome(chromium, backbone, name, forget):
             assert page.locator("tbody tr").count() == 2 and "soldier" in shown
         if name == "several":
             assert f"{100 * row['probabilities']['a']:.1f} %" in shown
+        if name == "choice":
+            assert page.locator("strong").inner_text() == row["label"] and page.locator(".dot").count() == 3
+            assert all(f"{100 * p:.1f} %" in shown for p in row["probabilities"].values())
+            page.locator("textarea").last.press("End")
+            page.locator("textarea").last.press("Enter")  # the next option, no question
+            assert page.locator("textarea").last.input_value().count("\n") == 3
+        if name == "spans":
+            bars = zip(row["n_best"], row["probabilities"], strict=True)
+            found = page.locator(".bars .name, .bars .value").all_inner_texts()
+            assert found == [cell for text, p in bars for cell in (text, f"{100 * p:.1f} %")]
+            assert page.locator("strong").inner_text() == row["answer"] and page.locator(".fill.first").count() == 1
+            assert f"is {row['entropy']:.3f} nats" in shown and "at most" not in shown
+            assert page.locator(".strip, .dot").count() == 0
+            page.locator("summary").click()
+            assert page.locator("tbody tr").count() == 3
         assert "draws" in shown.lower() and said == []
         page.close()
 

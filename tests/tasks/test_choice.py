@@ -192,6 +192,10 @@ def test_what_cannot_be_read_is_refused(decoder, tmp_path):
     rows["options"] = ["yes or no"]
     with pytest.raises(ValueError, match=r"the question 'who' has no options"):
         KIND.encode(tokenizer, rows, ("question", "options"), 16)
+    rows = {"question": [["who", "what"]], "options": [["it", "a dog"]], "label": [0]}
+    with pytest.raises(ValueError, match=r"\['who', 'what'\]\" is a list: give a text"):
+        KIND.encode(tokenizer, rows, ("question", "options"), 16)
+    assert KIND.is_text(["it", "a dog"]) and not KIND.is_text(["it", "a \ud83d"])
 
 
 def test_the_preset_is_of_a_decoder():

@@ -92,6 +92,16 @@ def test_an_answer_is_the_tokens_that_have_its_characters(tokenizer):
     assert found.tokens_of(500, 510) is None
 
 
+@pytest.mark.parametrize("text", [" the cat", "\n\tthe cat", "\u200b the cat", "the cat"])
+def test_a_text_without_a_label_may_begin_with_anything(tokenizer, text):
+    rows = {"question": ["who"], "context": [text], "label": [KIND.placeholder(("who", text))]}
+    encoded = KIND.encode(tokenizer, rows, ("question", "context"), 40)
+    labels = KIND.collator(tokenizer)([{name: x[0] for name, x in encoded.items()}])["labels"]
+    assert labels[0, 0, 2:4].tolist() == [0, 0] and KIND.scored(labels).tolist() == [[0, 2]]
+    known = KIND.encode(tokenizer, {**rows, "label": [[0, 2, text.index("cat"), len(text)]]}, tuple(rows)[:2], 40)
+    assert known["input_ids"] == encoded["input_ids"] and known["label"][0][1:] == encoded["label"][0][1:]
+
+
 def test_the_probabilities_of_all_spans_of_all_windows_sum_to_one(batch):
     labels = batch["labels"]
     logits = torch.randn(2, *batch["input_ids"].shape[1:], 2)

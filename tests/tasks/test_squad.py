@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from torchmetrics.functional.text import squad as torchmetrics_squad
 
 from pyro_blora import load
 from pyro_blora.__main__ import main
+from pyro_blora.deploy import predict_file
 from pyro_blora.deploy.opening import load_to_predict
 from pyro_blora.posterior.arviz_compat import group, read
 from pyro_blora.run import train_run
@@ -153,8 +155,8 @@ def test_a_cut_training_resumes_to_the_same_bits(config, tmp_path):
 
 
 def test_a_table_of_questions_is_answered_with_texts(run, tmp_path, capsys):
-    asked = [{"question": "who smiled", "context": f"near the ball the {who} smiled at these books"}
-             for who in ("old teacher", "small doctor")]  # fmt: skip
+    asked = [{"question": "who smiled", "context": f"{before}near the ball the {who} smiled at these books"}
+             for before, who in (("", "old teacher"), (" ", "small doctor"), ("\n\t", "old doctor"))]  # fmt: skip
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     assert main(["predict", str(run), str(tmp_path / "asked.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -164,6 +166,26 @@ def test_a_table_of_questions_is_answered_with_texts(run, tmp_path, capsys):
     assert list(rows[0])[1:5] == ["answer", "probability", "entropy", "n_best"]
     assert main(["predict", str(run), str(tmp_path / "asked.jsonl"), "--confidence", "0.9"]) == 2
     assert "confidence needs a confidence, there is none" in capsys.readouterr().err
+
+
+def test_a_question_that_cannot_be_read_is_left_out_or_ends_the_work_with_its_line(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict_file, "CHUNK", 3)
+    long, source, out = "who " * 40, tmp_path / "asked.jsonl", tmp_path / "out.csv"
+    questions = ["who smiled", long, "who smiled", *[long] * 3, "who smiled"]  # the second three are all left out
+    rows = [{"question": question, "context": "near the ball the old teacher smiled"} for question in questions]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    line = ["predict", str(run), str(source), "--out", str(out), "--quiet"]
+    assert main(line) == 2 and not out.exists()
+    told = capsys.readouterr().err
+    assert f"{source}, line 2: the question 'who who" in told and "raise it, or leave such rows out with --on" in told
+    assert main([*line, "--on_error", "skip"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert [re.search(r"left out: .*, line (\d): the question", each)[1] for each in told] == ["2", "4", "5", "6"]
+    table = pd.read_csv(out)
+    assert table["line"].tolist() == [1, 3, 7] and table["answer"].nunique() == 1
+    source.write_text(json.dumps(rows[1]))
+    assert main([*line, "--on_error", "skip", "--overwrite"]) == 2 and len(pd.read_csv(out)) == 3
+    assert "has no rows to predict" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["packed", "onnx", "peft"])
