@@ -3,9 +3,8 @@
 Those of the package are categorical.py, normal.py, multi_label.py, token_labels.py, spans.py, and of language models
 causal_lm.py and multiple_choice.py. A task has one; a kind of one's own is a subclass with
 `@register_likelihood("name")`, in a file of its own. Nothing outside this folder asks which kind it is.
-Shapes: S draws, E examples, B batch, C outputs of the head. `*` stands for the further dimensions of an example,
-whichever they are: of a label none for one class, (C,) for several labels, (T,) for one of every token.
-"""
+Shapes: S draws, E examples, B batch, C outputs of the head, `*` an example's further dimensions, which of a label are
+none for one class, (C,) for several labels, (T,) for one of every token."""
 
 from __future__ import annotations
 
