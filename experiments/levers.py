@@ -5,9 +5,10 @@
 
 For each task, seed and budget (the BOPs of uniform W4A4, or of `--budgets`), with uniform widths and with those
 that prior `budget` starts from, the levers of studies/levers.py: distillation from the open network, smoothing of
-outliers between activations and weights, ranges of every output channel of a weight, rungs of 3 and 6 bit, adapters on
-every linear map in place of query, key and value alone. Everything else is as in `allocation.py`, whose cells are those
-without a lever. `all` is all but the last, which is another network at 32 bit, too.
+outliers between activations and weights, ranges of every output channel of a weight, rungs of 3 and 6 bit; adapters on
+every linear map in place of query, key and value alone, and of three times the rank there, which has as many
+parameters. Everything else is as in `allocation.py`, whose cells are those without a lever. `all` is all but the last
+two, which are other networks at 32 bit, too.
 """
 
 import sys

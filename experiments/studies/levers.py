@@ -21,10 +21,11 @@ ALONE: dict[str, dict[str, Any]] = {
     "granularity": {"granularity": "channel"},
     "rungs": {"bit_widths": "2,3,4,6,8,16,32"},
     "adapters": {"target_modules": "all-linear"},
+    "rank": {"rank": 24, "alpha": 48.0},  # as many parameters as `adapters`, at query, key and value
 }
 ALL_OF = ("distillation", "smoothing", "granularity", "rungs")  # what leaves LoRA at 32 bit the network that it is
 LEVERS = {NONE: {}, **ALONE, ALL: {field: value for lever in ALL_OF for field, value in ALONE[lever].items()}}
-BEFORE = ("target_modules",)  # fields that change the network before gates start: LoRA has them, too
+BEFORE = ("target_modules", "rank", "alpha")  # fields that change the network before gates start: LoRA has them, too
 NEEDS_GATES = ("distillation",)  # fields that a run whose gates all stay open refuses
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.studies.allocations import Budget
-from experiments.studies.levers import ALL, ALONE, LEVERS, NONE, LeverCells
+from experiments.studies.levers import ALL, ALONE, BEFORE, LEVERS, NONE, LeverCells
 from experiments.studies.levers_page import compared, figure, table
 
 OPTIONS = argparse.Namespace(
@@ -28,13 +28,14 @@ def test_a_lever_changes_what_it_says_and_nothing_else(lever):
 
 def test_runs_with_any_lever_go_on_from_the_same_lora():
     plain = LeverCells(OPTIONS, NONE).lora("sst2", 1)
-    same = {*LEVERS} - {"adapters"}
+    same = {*LEVERS} - {"adapters", "rank"}
     assert all(LeverCells(OPTIONS, lever).lora("sst2", 1) == plain for lever in same)
     assert {LeverCells(OPTIONS, lever).path("sst2", 1, "lora").parent for lever in same} == {Path("without")}
     own = LeverCells(OPTIONS, "adapters")  # another network from its first step on
     assert own.lora("sst2", 1) == dataclasses.replace(plain, target_modules="all-linear")
     assert own.path("sst2", 1, "lora").parent == own.folder != Path("without")
-    assert {field for changes in ALONE.values() for field in changes} == {*LEVERS[ALL], "target_modules"}
+    assert LeverCells(OPTIONS, "rank").lora("sst2", 1) == dataclasses.replace(plain, rank=24, alpha=48.0)
+    assert {field for changes in ALONE.values() for field in changes} == {*LEVERS[ALL], *BEFORE}
 
 
 def test_cells_without_a_lever_are_those_of_the_allocation_study():
