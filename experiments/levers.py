@@ -36,6 +36,8 @@ def wanted(options, cells: LeverCells, without: LeverCells) -> Wanted:
         for seed in options.seeds:
             if cells.has_own_lora:
                 yield task, seed, "lora", None
+            if cells is without:
+                yield task, seed, "no_dropout", None
             for name in options.budgets:
                 budget = cells.at(task, name, without.uniform(task, name).share)
                 for method in options.methods:

@@ -61,6 +61,29 @@ def compared(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def to_lora(rows: list[dict]) -> str:
+    """Paired differences of every quantized run to LoRA at 32 bit: without a lever and dropout, and with the lever."""
+    head = (
+        "| task | BOPs of | method | lever | seeds | score minus LoRA's [95 %] | minus LoRA's with the lever [95 %] |"
+    )
+    found, lines = groups(rows), [head, "|---|---|---|---|---|---|---|"]
+    for (task, budget, method), by_lever in found.items():
+        open_runs = found.get((task, None, "no_dropout"), {}).get(NONE, [])
+        of_lever = found.get((task, None, "lora"), {})
+        for lever, cells in by_lever.items() if budget else ():
+            against = (open_runs, of_lever.get(lever, []) if lever != NONE else [])
+            told = [_paired_scores(cells, loras) for loras in against]
+            lines.append(f"| {task} | {budget} | `{method}` | {lever} | {len(cells)} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def _paired_scores(cells: list[dict], loras: list[dict]) -> str:
+    mine, theirs = ({x["seed"]: x for x in each} for each in (cells, loras))
+    seeds = sorted(mine.keys() & theirs.keys())
+    pairs = ([by[seed]["cell"] for seed in seeds] for by in (mine, theirs))
+    return written(paired(*pairs, cells[0]["metric"]["name"])["score"]) if seeds else ""
+
+
 def figure(rows: list[dict], path: Path) -> None:
     """Differences of NLL to no lever with their intervals, a panel a task, of the first budget."""
     tasks, found = list(dict.fromkeys(row["task"] for row in rows)), list(differences(rows))
@@ -95,6 +118,7 @@ def report(options: argparse.Namespace, rows: list[dict]) -> str:
 ```sh
 python experiments/levers.py --glue_dir GLUE --tasks {" ".join(options.tasks)} \\
     --seeds {" ".join(map(str, options.seeds))} --budgets {" ".join(options.budgets)} \\
+    --methods {" ".join(options.methods)} \\
     --levers {" ".join(options.levers)} --report benchmarks/levers.md --figures benchmarks/figures
 ```
 
@@ -115,4 +139,9 @@ negative NLL are in favour of the lever:
 {compared(rows)}
 
 ![Differences of NLL](figures/levers.png)
+
+The same runs against LoRA at 32 bit: of no lever, without dropout from where the others are quantized, as these have
+none there; and, where a lever changes LoRA, against LoRA with it (and with dropout):
+
+{to_lora(rows)}
 """

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.studies.allocations import Budget
 from experiments.studies.levers import ALL, ALONE, BEFORE, LEVERS, NONE, LeverCells
-from experiments.studies.levers_page import compared, figure, table
+from experiments.studies.levers_page import compared, figure, table, to_lora
 
 OPTIONS = argparse.Namespace(
     glue_dir="glue", backbone="demo", max_train=64, all_rows=[], bf16=[], twice=[], epochs=1, kl_warmup=0.7, draws=2,
@@ -60,5 +60,12 @@ def test_a_difference_is_paired_with_the_same_seed_without_a_lever(tmp_path):
     assert len(told) == 3 and told[-1].startswith("| sst2 | W4A4 | `uniform` | smoothing | 1 | +0.250 [")
     assert told[-1].endswith("| -0.100 [-0.100, -0.100] |")
     assert "| sst2 | W4A4 | `uniform` | none | 2 | 0.500 ± 0.354 | 0.700 ± 0.283 | 4.00% |" in table(rows)
+    loras = [
+        row(NONE, 0, [0, 1, 1, 1], 0.1) | {"method": "no_dropout", "budget": None},
+        row("smoothing", 0, [0, 0, 1, 1], 0.1) | {"method": "lora", "budget": None},
+    ]
+    plain, smoothed = to_lora([*rows, *loras]).splitlines()[2:]
+    assert plain.startswith("| sst2 | W4A4 | `uniform` | none | 2 | -0.250 [") and plain.endswith("] |  |")
+    assert smoothed.startswith("| sst2 | W4A4 | `uniform` | smoothing | 1 | +0.000 [+0.000, +0.000] | +0.250 [")
     figure(rows, tmp_path / "levers.png")
     assert (tmp_path / "levers.png").stat().st_size > 1000

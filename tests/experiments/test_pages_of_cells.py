@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("fewest_bops", "language_models", "ranks")  # settling.md, of the same cells as the first, takes half a minute
+PAGES = (
+    "fewest_bops",
+    "language_models",
+    "levers",
+    "ranks",
+)  # settling.md, of the same cells as the first, takes half a minute
 
 
 @pytest.mark.parametrize("page", PAGES)
