@@ -130,6 +130,7 @@ MiniLM, scope `encoder`, {training_of(options)}; {provenance([row["cell"] for ro
 Numbers are of the one allocation that is deployed, on the dev set: mean ± standard deviation over seeds, and BOPs of
 the model. `uniform` has every weight at one width and every activation at one, `start` has the widths and ranks that
 prior `budget` starts from, at the same bit operations. Where a lever changes LoRA at 32 bit, it has a row with it, too.
+Rows of different numbers of seeds compare by the paired differences below only.
 
 {table(rows)}
 
