@@ -246,6 +246,7 @@ def test_sites_with_priors_of_their_own_are_in_the_name(tmp_path):
         ({"weight_decay": -0.1}, "weight_decay must be 0 or a positive number"),
         ({"warmup": 100}, "warmup must be between 0 and 1, got 100.0: it is a fraction"),
         ({"kl_warmup": -0.1}, "kl_warmup must be between 0 and 1"),
+        ({"estimator": "enumerate", "distillation": 0.5}, "has no draw at which a teacher answers: drop one"),
         ({"kl_weight": 0}, "kl_weight must be a positive number, got 0.0: 1 is the ELBO"),
         ({"temperature_end": 0}, "temperature_end must be a positive number"),
         ({"temperature_start": 0.05}, "temperature_end must be at most temperature_start"),
