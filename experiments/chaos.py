@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     for module in _NEEDED:
         importlib.import_module(module)
     backbones = options.folder / "backbones"
-    Process(lambda: save_backbones(backbones), options.folder / "backbones.log").wait(300)
+    Process(lambda: save_backbones(backbones), options.folder / "backbones.log").end()
     names = options.only[: options.kills]
     wanted = [(name, options.kills // len(names) + (i < options.kills % len(names))) for i, name in enumerate(names)]
     parts = [wanted[i :: options.at_a_time] for i in range(options.at_a_time)]

@@ -1,5 +1,6 @@
 """Processes that begin as copies of this one: what they run is imported already, which takes a new one seconds."""
 
+import faulthandler
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ def started(run: Callable[[], int | None], output: Path, **variables: str) -> in
     try:
         sys.stdout = sys.stderr = output.open("w", buffering=1, encoding="utf-8")
         os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
+        faulthandler.enable()  # SIGABRT: where it is, into its file
         os.environ.update(variables)
         torch.set_num_threads(1)  # a fork has none of the threads that this one may have
         AcceleratorState._reset_state(reset_partial_state=True)  # it may say that this is the only process
@@ -55,7 +57,7 @@ def in_two(run: Callable[[], int | None], folder: Path, **variables: str) -> str
         time.sleep(0.02)
         if any(codes) or time.monotonic() > ends:  # the other one waits for it
             for process in left:
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, signal.SIGABRT)
         found = {process: ended(process) for process in left}
         codes += [code for code in found.values() if code is not None]
         left = [process for process, code in found.items() if code is None]

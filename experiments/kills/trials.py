@@ -5,6 +5,7 @@ the whole life of a run can be hit.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -39,6 +40,7 @@ class Process:
         try:
             with open(log, "ab", buffering=0) as file:
                 os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            faulthandler.enable()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             code = act() or 0
         except BaseException:
@@ -57,14 +59,18 @@ class Process:
                 return None
             time.sleep(min(0.005, max(0.0, ends - time.monotonic())))
 
+    def end(self) -> int | None:
+        """The exit code; None where it goes on for too long, and is ended, its log with every thread's stack."""
+        code = self.wait(_PATIENCE)
+        if code is None:
+            os.kill(self.number, signal.SIGABRT)
+            self.wait(_PATIENCE)
+        return code
+
     def kill(self, signum: int) -> int | None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.number, signum)
-        code = self.wait(_PATIENCE)
-        if code is None:
-            os.kill(self.number, signal.SIGKILL)
-            self.wait(_PATIENCE)
-        return code
+        return self.end()
 
 
 def command(name: str, backbones: Path, output: Path) -> Process:
@@ -73,11 +79,12 @@ def command(name: str, backbones: Path, output: Path) -> Process:
 
 
 def undisturbed(name: str, backbones: Path, output: Path) -> tuple[float, dict]:
-    """Seconds and contents of a run that nothing disturbs.  Errors: RuntimeError with its last line."""
+    """Seconds and contents of a run that nothing disturbs.  Errors: RuntimeError with what it printed."""
     began = time.monotonic()
-    code = command(name, backbones, output).wait(_PATIENCE)
+    code = command(name, backbones, output).end()
     if code != 0:
-        raise RuntimeError(f"{name}: an undisturbed run ends with {code}: {last_line(output)}")
+        log = output.with_suffix(".log").read_text("utf-8", errors="replace")
+        raise RuntimeError(f"{name}: an undisturbed run ends with {code}: {log}")
     return time.monotonic() - began, read_contents(finished_folder(output))
 
 
@@ -89,9 +96,7 @@ def finished_folder(output: Path) -> Path | None:
 def read_contents(folder: Path) -> dict:
     """In a process of its own: readers start threads, which a process that forks should not have."""
     out = folder.parent.with_suffix(".json")
-    Process(lambda: out.write_text(json.dumps(contents(folder))) and 0, folder.parent.with_suffix(".log")).wait(
-        _PATIENCE
-    )
+    Process(lambda: out.write_text(json.dumps(contents(folder))) and 0, folder.parent.with_suffix(".log")).end()
     return json.loads(out.read_text())
 
 
@@ -165,7 +170,7 @@ def trial(
             break
     codes = []
     for _ in range(_AGAIN if kills else 0):
-        codes.append(command(name, backbones, output).wait(_PATIENCE))
+        codes.append(command(name, backbones, output).end())
         if codes[-1] == 0:
             break
     result = outcome(output, codes, expected) if kills else {}
