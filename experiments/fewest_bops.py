@@ -8,7 +8,8 @@ more sensitive. Between the last of them that is enough and the next one, method
 log scale, `--steps` times. A budget is enough where the score of what is deployed, on the dev set, is on average over
 seeds not more than 0.005 below LoRA's, the better of LoRA with dropout throughout and without where the others have
 none.
-`--lever` gives a lever of `levers.py` to all methods but LoRA. Cells are those of `allocation.py` and `levers.py`, kept
+`--lever` gives a lever of `levers.py` to all methods but LoRA, which has those that are another network at 32 bit
+(`adapters`, `rank`), too. Cells are those of `allocation.py` and `levers.py`, kept
 in the same folders and shared with them, so the study may be spread out; `--methods` runs some methods only.
 """
 
@@ -61,7 +62,7 @@ def planned(options, cells: LeverCells) -> str:
 def main(arguments: list[str]) -> None:
     parser = study_parser(__doc__, "fewest_bops", max_train=4000, output_dir="runs/allocation")
     add_options(parser)
-    parser.add_argument("--lever", default=NONE, choices=[*LEVERS], help="of all methods but LoRA")
+    parser.add_argument("--lever", default=NONE, choices=[*LEVERS], help="of all methods; of LoRA those that change it")
     parser.add_argument(
         "--of_levers", type=Path, default=Path("benchmarks/cells/levers"), help="finished cells of levers"
     )

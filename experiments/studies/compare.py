@@ -16,8 +16,10 @@ _CORRELATIONS = ("pearson", "matthews_correlation")  # of two classes, Matthews'
 ROLES = ("query", "key", "value")
 
 
-def _arrays(cell: dict) -> dict[str, np.ndarray]:
-    return {name: np.asarray(values) for name, values in cell["examples"].items()}
+def _arrays(cell: dict, prefix: str) -> dict[str, np.ndarray]:
+    """What is compared: a bootstrap takes rows of every array, two thousand times."""
+    names = ("label", f"{prefix}decision", f"{prefix}log_likelihood")
+    return {name: np.asarray(cell["examples"][name]) for name in names}
 
 
 def score(examples: dict[str, np.ndarray], metric: str, prefix: str = "deployed_") -> np.ndarray:
@@ -46,7 +48,7 @@ def paired(
 
     ours, theirs: cells by seed, in the same order.
     """
-    pairs = [(_arrays(a), _arrays(b)) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [(_arrays(a, prefix), _arrays(b, prefix)) for a, b in zip(ours, theirs, strict=True)]
     found = intervals(pairs, lambda pair, rows: _differences(pair, rows, metric, prefix), seed=seed)
     return dict(zip(("score", "nll"), found, strict=True))
 

@@ -120,7 +120,7 @@ The fewest bit operations (of the whole model's at 32 x 32 bit) at which the sco
 {TOLERANCE} of LoRA's, averaged over {len(options.seeds)} seeds and paired by example and seed. {_how(options)}
 *Shown too few*: the largest share tried whose whole 95 % interval is below
 -{TOLERANCE}; *shown enough*: the smallest whose whole interval is above it. Shares are of what was deployed.
-The methods: `experiments/studies/allocations.py`; lever of all but LoRA (`experiments/studies/levers.py`):
+The methods: `experiments/studies/allocations.py`; their lever (`experiments/studies/levers.py`):
 `{options.lever}`.
 
 LoRA is the better of two, by its mean score: `lora` has dropout throughout, `no_dropout` none from where the gates of

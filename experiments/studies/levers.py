@@ -23,9 +23,9 @@ ALONE: dict[str, dict[str, Any]] = {
     "adapters": {"target_modules": "all-linear"},
     "rank": {"rank": 24, "alpha": 48.0},  # as many parameters as `adapters`, at query, key and value
 }
-ALL_OF = ("distillation", "smoothing", "granularity", "rungs")  # what leaves LoRA at 32 bit the network that it is
-LEVERS = {NONE: {}, **ALONE, ALL: {field: value for lever in ALL_OF for field, value in ALONE[lever].items()}}
 BEFORE = ("target_modules", "rank", "alpha")  # fields that change the network before gates start: LoRA has them, too
+_TOGETHER = {field: value for changes in ALONE.values() for field, value in changes.items() if field not in BEFORE}
+LEVERS = {NONE: {}, **ALONE, ALL: _TOGETHER}
 NEEDS_GATES = ("distillation",)  # fields that a run whose gates all stay open refuses
 
 

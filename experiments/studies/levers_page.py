@@ -44,13 +44,17 @@ def table(rows: list[dict]) -> str:
 def differences(rows: list[dict]) -> Iterator[tuple[Group, str, int, dict[str, tuple[float, ...]]]]:
     """(group, lever, seeds, paired differences of score and NLL to the runs without a lever)."""
     for group, by_lever in groups(rows).items():
-        without = {x["seed"]: x for x in by_lever.get(NONE, [])}
         for lever, cells in by_lever.items():
-            mine = {x["seed"]: x for x in cells}
-            seeds = sorted(mine.keys() & without.keys())
-            if lever != NONE and seeds:
-                pairs = ([by[seed]["cell"] for seed in seeds] for by in (mine, without))
-                yield group, lever, len(seeds), paired(*pairs, cells[0]["metric"]["name"])
+            ours, theirs = by_seed(cells, by_lever.get(NONE, []))
+            if lever != NONE and ours:
+                yield group, lever, len(ours), paired(ours, theirs, cells[0]["metric"]["name"])
+
+
+def by_seed(rows: list[dict], others: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The cells of the seeds that both have, in one order."""
+    one, other = ({row["seed"]: row["cell"] for row in each} for each in (rows, others))
+    seeds = sorted(one.keys() & other.keys())
+    return [one[seed] for seed in seeds], [other[seed] for seed in seeds]
 
 
 def compared(rows: list[dict]) -> str:
@@ -71,17 +75,12 @@ def to_lora(rows: list[dict]) -> str:
         open_runs = found.get((task, None, "no_dropout"), {}).get(NONE, [])
         of_lever = found.get((task, None, "lora"), {})
         for lever, cells in by_lever.items() if budget else ():
-            against = (open_runs, of_lever.get(lever, []) if lever != NONE else [])
-            told = [_paired_scores(cells, loras) for loras in against]
+            told = []
+            for loras in (open_runs, of_lever.get(lever, []) if lever != NONE else []):
+                ours, theirs = by_seed(cells, loras)
+                told.append(written(paired(ours, theirs, cells[0]["metric"]["name"])["score"]) if ours else "")
             lines.append(f"| {task} | {budget} | `{method}` | {lever} | {len(cells)} | {' | '.join(told)} |")
     return "\n".join(lines)
-
-
-def _paired_scores(cells: list[dict], loras: list[dict]) -> str:
-    mine, theirs = ({x["seed"]: x for x in each} for each in (cells, loras))
-    seeds = sorted(mine.keys() & theirs.keys())
-    pairs = ([by[seed]["cell"] for seed in seeds] for by in (mine, theirs))
-    return written(paired(*pairs, cells[0]["metric"]["name"])["score"]) if seeds else ""
 
 
 def figure(rows: list[dict], path: Path) -> None:

@@ -101,20 +101,30 @@ def _task_flags() -> dict[str, str]:
     return {name: entry.name for entry in TASKS.entries() for name in entry.flags}
 
 
+def _as_settings(values: Mapping[str, Any], dashes: str = "") -> dict[str, Any]:
+    """With each flag of a task, as `data`, as the setting that it is, `task.data`, and with the task that it chooses.
+
+    Errors: ValueError where another task is chosen, or where the setting is there as well.
+    """
+    found = dict(values)
+    for name, task in _task_flags().items():
+        if name in found:
+            if found.setdefault("task", task) != task:
+                raise ValueError(
+                    f"{dashes}{name} is of {dashes}task {task}, not of {found['task']!r}: drop one of them"
+                )
+            if f"task.{name}" in found:
+                raise ValueError(f"{dashes}{name} and {dashes}task.{name} are one setting: give it once")
+            found[f"task.{name}"] = found.pop(name)
+    return found
+
+
 def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values with every `prior.NAME`, `guide.NAME`, ... moved into `prior_settings`, `guide_settings`, ...
 
-    A flag of a task, as `data`, is a setting of it too, and chooses the task.
-    Errors: ValueError where another task is chosen, or where the setting is there as well.
+    Errors: ValueError as of `_as_settings`.
     """
-    values = dict(values)
-    for name, task in _task_flags().items():
-        if name in values:
-            if values.setdefault("task", task) != task:
-                raise ValueError(f"{name} is of task {task}, not of {values['task']!r}: drop one of them")
-            if f"task.{name}" in values:
-                raise ValueError(f"{name} and task.{name} are one setting: give it once")
-            values[f"task.{name}"] = values.pop(name)
+    values = _as_settings(values)
     gathered = {key: value for key, value in values.items() if "." not in key}
     for key, value in values.items():
         if "." in key:
@@ -125,6 +135,10 @@ def gather_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return gathered
 
 
+def _or_none(value: str) -> str | None:
+    return None if value.lower() in ("none", "null") else value
+
+
 def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     """The RunConfig fields of a command line: the preset's, overridden by the flags and settings given."""
     given: dict[str, Any] = {}
@@ -132,8 +146,11 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
         if hasattr(arguments, field.name):
             value, kind = getattr(arguments, field.name), cast(Any, field.type)
             optional = not isinstance(kind, type) and isinstance(None, kind)
-            given[field.name] = None if optional and value.lower() in ("none", "null") else value
-    settings = settings | _of_flags(arguments, given, settings)
+            given[field.name] = _or_none(value) if optional else value
+    flags = {name: _or_none(getattr(arguments, name)) for name in _task_flags() if hasattr(arguments, name)}
+    chosen = {"task": given["task"]} if "task" in given else {}
+    settings = _as_settings({**chosen, **settings, **flags}, "--")
+    given |= {"task": settings.pop("task")} if "task" in settings else {}
     preset = read_preset(arguments.preset) if arguments.preset else {}
     if given.get("method", preset.get("method")) != preset.get("method"):
         preset = left_open(given["method"], preset)
@@ -147,20 +164,6 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     for key in line.keys() & preset.keys():
         line[key] = {**preset[key], **line[key]}
     return {**preset, **given, **line}
-
-
-def _of_flags(arguments: argparse.Namespace, given: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of flags that belong to a task, as --data does, which they choose in `given`."""
-    found = {}
-    for entry in TASKS.entries():
-        for name in (name for name in entry.flags if hasattr(arguments, name)):
-            if given.setdefault("task", entry.name) != entry.name:
-                raise ValueError(f"--{name} is of --task {entry.name}, not of {given['task']!r}: drop one of them")
-            if f"task.{name}" in settings:
-                raise ValueError(f"--{name} and --task.{name} are one setting: give it once")
-            value = getattr(arguments, name)
-            found[f"task.{name}"] = None if value.lower() in ("none", "null") else value
-    return found
 
 
 def command_line(config: RunConfig, written: Path | None = None) -> str:

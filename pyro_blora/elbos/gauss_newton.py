@@ -74,21 +74,20 @@ class GaussNewton(GateELBO):
         found = super().divergences(at)
         masks = Gates(*(at.drawn[site]["mask"] for site in Gates._fields))
         slopes, factors = self.guide.kl_slopes(*masks), Gates(self.guide.z_evidence, self.guide.g_evidence)
-        for site, mask, slope, e, off in zip(Gates._fields, masks, slopes, factors, self._off(at), strict=True):
-            found[site] = found[site] + torch.where(mask[..., None], (slope + off) * _zero(e), 0.0).sum()
+        if at.shared.keys() - {"theta"}:  # rates are random: factors multiply the prior at their mean
+            slopes = Gates(*(a + b for a, b in zip(slopes, self._from_the_mean(at), strict=True)))
+        for site, mask, slope, e in zip(Gates._fields, masks, slopes, factors, strict=True):
+            found[site] = found[site] + torch.where(mask[..., None], slope * _zero(e), 0.0).sum()
         return found
 
-    def _off(self, at: Evaluation) -> Gates[Tensor]:
-        """The slopes of the prior that factors multiply less those of the one of this run, whose rates may be random.
-
-        z (L, T, K), g (L, R - 1), nats; 0 where both are one.
+    @torch.no_grad()
+    def _from_the_mean(self, at: Evaluation) -> Gates[Tensor]:
+        """From one depth to the next, the slopes of the prior's log-probability at the mean rates less those at the
+        drawn ones, nats.  z (L, T, K), g (L, R - 1)
         """
-        if not at.shared.keys() - {"theta"}:
-            return Gates(torch.zeros(()), torch.zeros(()))
-        with torch.no_grad():
-            own, scored = self.guide.prior(), Gates(*(at.scored[site]["fn"] for site in Gates._fields))
-            pairs = ((p.depth_log_probs - s.depth_log_probs).diff(dim=-1) for p, s in zip(own, scored, strict=True))
-            return Gates(*(x.nan_to_num(0.0, 0.0, 0.0) for x in pairs))
+        own, scored = self.guide.prior(), Gates(*(at.scored[site]["fn"] for site in Gates._fields))
+        pairs = ((p.depth_log_probs - s.depth_log_probs).diff(dim=-1) for p, s in zip(own, scored, strict=True))
+        return Gates(*(x.nan_to_num(0.0, 0.0, 0.0) for x in pairs))
 
 
 def _zero(factors: Tensor) -> Tensor:

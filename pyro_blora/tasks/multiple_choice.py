@@ -106,8 +106,9 @@ class MultipleChoice(Categorical):
         """A text, or two or more of them."""
         if isinstance(cell, str):
             return super().is_text(cell)
-        is_list = isinstance(cell, list | tuple | np.ndarray) and 2 <= len(cell) <= len(self.names)
-        return is_list and all(map(super().is_text, cell))  # type: ignore[call-overload]
+        if not isinstance(cell, list | tuple | np.ndarray):
+            return False
+        return 2 <= len(cell) <= len(self.names) and all(map(super().is_text, cell))
 
     # --- batches ---
 
