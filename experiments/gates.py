@@ -145,6 +145,21 @@ def gained(cell: dict | None) -> tuple[float, float] | None:
     return n * (learned["elbo"] - start["elbo"]), n * float(np.hypot(learned["error"], start["error"]))
 
 
+def headline(rows: list[dict]) -> str:
+    """A line a task: what `natural` gains over where its gates start, on average over seeds."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        found = [gain for cell in by(rows, task, "natural").values() if (gain := gained(cell)) is not None]
+        if found:
+            gains, errors = np.array(found).T
+            mean, error = gains.mean(), float(np.hypot.reduce(errors)) / len(gains)
+            verdict = "more than" if mean > 2 * error else "not more than"
+            seeds = ", ".join(f"{gain:+.1f}" for gain in gains)
+            lines.append(f"- **{task}: learning gains {mean:+.1f} ± {error:.1f} nats of ELBO**, {verdict} twice the error "
+                         f"of its draws (by seed {seeds})")  # fmt: skip
+    return "\n".join(lines)
+
+
 def figure(rows: list[dict], path: Path) -> None:
     """ELBO against E[BOPs], a panel a task, a point a seed."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -210,6 +225,8 @@ gap, and the control variate gains nothing there that its second forward would n
 def report(options, rows: list[dict]) -> str:
     noise = noise_section(options.keep / "gates" / "estimates") if options.noise else ""
     return f"""# Do the gates learn?
+
+{headline(rows)}
 
 ```sh
 python experiments/gates.py --glue_dir GLUE --seeds {" ".join(map(str, options.seeds))}{" --noise" * options.noise} \\

@@ -39,6 +39,7 @@ class Setting:
     length: int = 64
     rank: int = 8
     scope: str = "adapted"
+    target_modules: str | None = None  # none: query, key and value
     device: str = "cpu"
     precision: str = "float32"
 
@@ -102,7 +103,7 @@ def program_of(
     """The gated network with undecided gates, so that every grid takes part."""
     net = adapters.attach(
         setting.network(), rank=setting.rank, alpha=2.0 * setting.rank, scope=setting.scope,
-        sequence_length=setting.length, **attached,
+        target_modules=setting.target_modules, sequence_length=setting.length, **attached,
     )  # fmt: skip
     net.autocast = torch.bfloat16 if setting.precision == "bf16" else None
     prior = build_prior(prior, net.layout)
@@ -143,7 +144,8 @@ def gated_step(setting: Setting, *, compiled: bool = False, graphs: bool = True,
 
 def lora_model(setting: Setting, config: peft.LoraConfig | None = None) -> peft.PeftModel:
     network = setting.network()
-    targets = [p.name for p in AdapterLayout.of(network, sequence_length=setting.length).projections]
+    layout = AdapterLayout.of(network, target_modules=setting.target_modules, sequence_length=setting.length)
+    targets = [p.name for p in layout.projections]
     config = config or peft.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank)
     config.task_type, config.target_modules = "SEQ_CLS", targets
     return peft.get_peft_model(network, config)

@@ -41,6 +41,14 @@ def _encoder(setting: Setting) -> Callable[[], None]:
     return gated_step(dataclasses.replace(setting, scope="encoder"))
 
 
+def _adapted_everywhere(setting: Setting) -> Callable[[], None]:
+    return gated_step(dataclasses.replace(setting, scope="encoder", target_modules="all-linear"))
+
+
+def _lora_everywhere(setting: Setting) -> Callable[[], None]:
+    return lora_step(dataclasses.replace(setting, target_modules="all-linear"))
+
+
 def _relaxed(setting: Setting) -> Callable[[], None]:
     return gated_step(setting, estimator="relaxed")
 
@@ -76,7 +84,9 @@ STEPS = {
     "gated, every projection": _encoder,
     "gated, every projection, by channel": _by_channel,
     "gated, every projection, seven widths": _seven_widths,
+    "gated, adapters on every projection": _adapted_everywhere,
     "PEFT LoRA": lora_step,
+    "PEFT LoRA on every projection": _lora_everywhere,
     "PEFT AdaLoRA": adalora_step,
     "5 draws": lambda setting: _predictive(setting, 5),
     "50 draws": lambda setting: _predictive(setting, 50),
@@ -89,7 +99,8 @@ STEPS = {
 def steps(setting: Setting, seconds: float) -> list[Row]:
     section = "Training step"
     on_gpu = setting.device == "cuda"
-    names = ("gated", "gated, relaxed draws", "gated, shared inputs", "gated, every projection", "PEFT AdaLoRA",
+    names = ("gated", "gated, relaxed draws", "gated, shared inputs", "gated, every projection",
+             "gated, adapters on every projection", "PEFT LoRA on every projection", "PEFT AdaLoRA",
              "PEFT LoRA")  # fmt: skip
     functions = {name: STEPS[name](setting) for name in names}
     if on_gpu:  # on two CPU cores, compiling a network takes minutes
@@ -101,6 +112,8 @@ def steps(setting: Setting, seconds: float) -> list[Row]:
     goals = {"gated": 1.15, "gated, every projection": 1.3 if on_gpu else 1.4}
     rows = [compared(section, taken, name, "PEFT LoRA", goal=goals.get(name)) for name in names[:-1]]
     rows.append(compared(section, taken, "gated", "gated, relaxed draws", goal=1.0))
+    everywhere = ("gated, adapters on every projection", "PEFT LoRA on every projection")
+    rows.append(compared(section, taken, *everywhere))
     if on_gpu:
         rows.append(compared(section, taken, "gated, network compiled", "PEFT LoRA, compiled"))
     return rows

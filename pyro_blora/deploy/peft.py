@@ -103,7 +103,9 @@ def save_tokenizer(tokenizer, folder: Path, config: RunConfig | None) -> None:
         tokenizer.backend_tokenizer.no_padding()
     if config is not None:
         tokenizer.model_max_length = config.max_length
-    tokenizer.save_pretrained(str(folder))
+    # several templates of chats would be a folder of files, where a model on the hub and its manifest have none
+    one = not isinstance(getattr(tokenizer, "chat_template", None), dict)
+    tokenizer.save_pretrained(str(folder), save_jinja_files=one)
 
 
 def plain_backbone(net: adapters.GatedModel) -> PreTrainedModel:

@@ -103,13 +103,17 @@ def test_a_model_that_is_damaged_on_the_hub_is_refused_as_a_folder_is(hub, expor
     assert not any(path.endswith(("x.py", "x.bin")) for _, path, _ in hub.seen)
 
 
+_CHAT = "{{ messages[0]['content'] }}"
+
+
 @pytest.mark.parametrize("write", [export, pack])
-def test_the_template_of_a_chat_is_sent_and_fetched(hub, backbone, write, tmp_path):
+@pytest.mark.parametrize("template", [_CHAT, {"default": _CHAT, "tool_use": "{{ tools }}"}], ids=["one", "several"])
+def test_the_template_of_a_chat_is_sent_and_fetched(hub, backbone, write, template, tmp_path):
     config = tiny_config(backbone, scope="encoder")
     parts = build(config)
-    parts.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    parts.tokenizer.chat_template = template
     folder = write(parts.program, tmp_path / "model", config=config, tokenizer=parts.tokenizer)
-    assert (folder / "chat_template.jinja").is_file()
+    assert (folder / "chat_template.jinja").is_file() == isinstance(template, str)
     assert main(["push", str(folder), "someone/chat", "--quiet"]) == 0
     fetched = folder_of("someone/chat")
     assert {path.name for path in fetched.iterdir()} == {path.name for path in folder.iterdir()}
