@@ -1,6 +1,6 @@
 """Is the allocation worth anything? The learned bit widths and ranks against others with the same bit operations.
 
-    python experiments/allocation.py --glue_dir GLUE --report benchmarks/allocation.md --figures benchmarks/figures
+    python experiments/allocation.py --glue_dir GLUE --report benchmarks/settling.md --figures benchmarks/figures
     python experiments/allocation.py --glue_dir GLUE --plan     # what is missing, and how long it takes
 
 For each task, seed and budget (the BOPs of uniform W8A8, W4A8, W4A4 and W3A4, scope `encoder`), in the same loop, data
