@@ -155,8 +155,10 @@ def headline(rows: list[dict]) -> str:
             mean, error = gains.mean(), float(np.hypot.reduce(errors)) / len(gains)
             verdict = "more than" if mean > 2 * error else "not more than"
             seeds = ", ".join(f"{gain:+.1f}" for gain in gains)
-            lines.append(f"- **{task}: learning gains {mean:+.1f} ± {error:.1f} nats of ELBO**, {verdict} twice the error "
-                         f"of its draws (by seed {seeds})")  # fmt: skip
+            lines.append(
+                f"- **{task}: learning gains {mean:+.1f} ± {error:.1f} nats of ELBO**, {verdict} twice the error "
+                f"of its draws (by seed {seeds})"
+            )
     return "\n".join(lines)
 
 

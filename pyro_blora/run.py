@@ -56,7 +56,7 @@ def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     SIGTERM, SIGINT or SIGHUP, with a sentence on what is kept.
     """
     folder = config.folder
-    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+    if folder.parent.exists() and not folder.parent.is_dir():
         raise ValueError(f"output_dir {config.output_dir!r} is a file: give a folder")
     with silenced(quiet):
         check_names(config)

@@ -25,6 +25,7 @@ from ..models.conv1d import to_linear
 from ..models.layout import layout_of
 from ..registries import ADAPTERS
 from ..tasks.heads import SEQUENCE, Head
+from .gate_context import Gated
 from .gated_model import GatedModel
 
 
@@ -60,6 +61,8 @@ def attach(
     `channel`, what of a weight has a range of its own.
     Errors: ValueError, see `layout_of`; nothing is changed in the backbone then.
     """
+    if any(isinstance(x, Gated | GatedModel) or type(x).__module__.startswith("peft.") for x in backbone.modules()):
+        raise ValueError("this backbone has adapters already, attach puts them into it in place: load it again")
     make = ADAPTERS.resolve(adapter)
     settings = ADAPTERS.settings(make, adapter_settings or {})
     if init_lora_weights != "default" and "init_lora_weights" not in inspect.signature(make).parameters:

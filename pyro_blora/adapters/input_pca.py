@@ -60,6 +60,23 @@ def explained_variances(net: GatedModel, batches: Iterable[dict]) -> Tensor:
     return rows
 
 
+class _Readers(Observer):
+    """The projections whose input has a row for every token of the batch."""
+
+    def __init__(self, mask: Tensor):
+        self.shape, self.found = mask.shape, set[int]()
+
+    def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
+        if tensor == INPUT and x.shape[:2] == self.shape:
+            self.found.add(projection)
+        return x
+
+
+def _mask(inputs: dict[str, Tensor]) -> Tensor:
+    """Whether a token is no padding, of the rows that layers see, (rows, T): an example may be several (B, C, T)."""
+    return inputs["attention_mask"].bool().flatten(0, -2)
+
+
 def _tokens(inputs: tuple[Tensor, ...], mask: Tensor, name: str) -> Tensor:
     """Rows of a layer's input that are tokens of the batch, (tokens, n); none of another shape's."""
     x = inputs[0] if isinstance(inputs, tuple | list) else inputs
@@ -72,18 +89,28 @@ def start_eva(net: GatedModel, batches: Iterable[dict]) -> None:
 
     batches: passed over again until the components have settled. Padding and DeBERTa's table of positions, which its
     projections see too, do not count. Every adapter keeps its rank.
-    Errors: ValueError where every batch has fewer tokens than the adapter ranks: PEFT would pass over them forever.
+    Errors: ValueError where every batch has fewer tokens than the adapter ranks, or a layer reads something else than
+    the texts: PEFT would pass over them forever.
     Source: Paischer et al., EVA (2024).
     """
     import peft
 
-    batches, learning = list(batches), {name: p.requires_grad for name, p in net.named_parameters()}
-    if max((int(batch["attention_mask"].sum()) for batch in batches), default=0) < net.layout.rank:
+    batches = [net.head.rows(inputs) for inputs in batches]
+    learning = {name: p.requires_grad for name, p in net.named_parameters()}
+    if max((int(_mask(inputs).sum()) for inputs in batches), default=0) < net.layout.rank:
         raise ValueError(f"EVA needs {net.layout.rank} tokens in a batch, as many as ranks: raise --batch_size")
+    with observed(net, readers := _Readers(_mask(batches[0]))):
+        net(**batches[0])
+    readers_of = zip(net.layout.projections, net.layout.input_owner.tolist(), strict=True)
+    if missing := [p.name for p, owner in readers_of if p.adapted and owner not in readers.found]:
+        raise ValueError(
+            f"EVA starts an adapter from the tokens that its layer reads, and {missing[0]} reads none of the text: "
+            "drop --init_lora_weights eva, or choose other --target_modules"
+        )
     with observed(net, Observer()), contextlib.redirect_stdout(io.StringIO()):  # PEFT prints what it leaves out
         peft.initialize_lora_eva_weights(
             net.peft_model, batches, show_progress_bar=False, gather_distributed_inputs=False,
-            prepare_model_inputs_fn=lambda inputs, config: inputs["attention_mask"].bool(),
+            prepare_model_inputs_fn=lambda inputs, config: _mask(inputs),
             prepare_layer_inputs_fn=_tokens,
         )  # fmt: skip
     for name, parameter in net.named_parameters():  # PEFT lets the pooler learn when it puts its adapter back

@@ -58,7 +58,10 @@ class GatedLinear(LoraLinear, Gated):
 
 
 class XSLinear(GatedLinear):
-    """B-LoRA-XS: lora_A = S Q^T and P, in PEFT's lora_B, are frozen; lora_B = P M with the core M (R, R) learned."""
+    """B-LoRA-XS: lora_A = S Q^T and P, in PEFT's lora_B, are frozen; lora_B = P M with the core M (R, R) learned.
+
+    PEFT's `save_pretrained` writes P and loses the core: `pyro_blora.export` writes plain LoRA of it.
+    """
 
     @torch.no_grad()
     def start(self, **settings: str) -> None:
@@ -69,6 +72,12 @@ class XSLinear(GatedLinear):
             side[ADAPTER].weight.requires_grad_(False).copy_(value)
         self.lora_core = nn.Linear(rank, rank, bias=False, device=left.device, dtype=left.dtype)
         nn.init.zeros_(self.lora_core.weight)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What PEFT merges into the base weight, (m, n)."""
+        down, up = self.low_rank()
+        delta: Tensor = self.scaling[adapter] * (up @ down)
+        return delta
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         core = self.gate_context.drawn(self.index, "core", self.lora_core.weight)

@@ -71,6 +71,8 @@ def lora(backbone: nn.Module, layout: AdapterLayout, head: Head, init_lora_weigh
 
     if init_lora_weights == "default":
         return gated(backbone, layout, head, GatedLinear)
+    if init_lora_weights != "eva":
+        raise ValueError(f"unknown init_lora_weights {init_lora_weights!r}: known are default, eva")
     import peft
 
     net = gated(backbone, layout, head, GatedLinear, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))

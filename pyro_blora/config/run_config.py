@@ -278,7 +278,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The run's folder in output_dir; one of an older version, whose name had the prior whatever the method."""
-        root, now, before = Path(self.output_dir), self.folder_name, self._named(self._prior)
+        root, now, before = Path(self.output_dir).expanduser(), self.folder_name, self._named(self._prior)
         is_older = before != now and any((root / name).exists() for name in (before, f".{before}.partial"))
         return root / (before if is_older and not (root / now).exists() else now)
 

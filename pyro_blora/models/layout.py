@@ -1,6 +1,7 @@
 """The AdapterLayout of a Hugging Face model: which of its linear maps carry gates, and their MACs."""
 
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -37,14 +38,19 @@ def layout_of(
     target_modules: None for the architecture's preset (`TARGETS`), names (matched as the end of a module's path),
     or one regular expression (matched against the whole path). head: how the model is called and read, of a task's
     `likelihood`. ladder: the bit widths that a tensor can have. granularity: see `AdapterLayout`.
-    Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an unknown scope or
-    granularity, a ladder that is none; for scope `encoder+head` of a model without such a head.
+    Errors: ValueError for targets that match nothing, a rank below 1 or above a target's size, an alpha that is no
+    positive number, a batch or sequence without a token, an unknown scope or granularity, a ladder that is none; for
+    scope `encoder+head` of a model without such a head.
     """
     require_scope(scope, head)
     if granularity not in GRANULARITIES:
         raise ValueError(f"unknown granularity {granularity!r}: known are {', '.join(GRANULARITIES)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, got {rank}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be a number above 0, got {alpha}: 2 * rank is usual")
+    if min(batch_size, sequence_length) < 1:
+        raise ValueError(f"batch_size and sequence_length must be at least 1, got {batch_size} and {sequence_length}")
     ladder = ladder_of(ladder)
     if not hasattr(model, str(model.base_model_prefix)):
         raise ValueError(

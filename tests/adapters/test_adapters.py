@@ -1,6 +1,7 @@
 """Laws of the gated network: it starts as the pretrained model, computes the equation, and leaves plain PEFT behind."""
 
 import copy
+import math
 
 import peft
 import pytest
@@ -364,6 +365,37 @@ def test_peft_alone_reloads_what_was_saved_with_no_gap(build, scope, tmp_path):
     expected = logits(net, *open_gates(net.layout))
     assert torch.equal(plain(**batch()[0]).logits, expected)
     assert not torch.allclose(build().eval()(**batch()[0]).logits, expected, atol=1e-3)
+
+
+def test_peft_merges_what_b_lora_xs_computes():
+    net = gated(adapter="xs")
+    with torch.no_grad():
+        for core in net.adapter_parameters():
+            core.normal_(std=0.2)
+    expected = logits(net, *open_gates(net.layout))
+    merged = copy.deepcopy(net.peft_model).merge_and_unload()
+    torch.testing.assert_close(merged(**batch()[0]).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(tiny_bert().eval()(**batch()[0]).logits, expected, atol=1e-3)
+
+
+def test_a_backbone_takes_adapters_once():
+    net = gated()
+    for used in (net, net.peft_model, net.backbone):
+        with pytest.raises(ValueError, match=r"has adapters already.*load it again"):
+            attach(used, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [({"alpha": 0.0}, "alpha must be a number above 0, got 0.0"), ({"alpha": math.nan}, "alpha must be a number"),
+     ({"batch_size": 0}, "batch_size and sequence_length must be at least 1, got 0 and"),
+     ({"init_lora_weights": "pissa"}, "unknown init_lora_weights 'pissa': known are default, eva")],
+)  # fmt: skip
+def test_settings_of_no_adapter_are_refused_and_the_backbone_is_as_it_was(settings, sentence):
+    backbone = tiny_bert()
+    with pytest.raises(ValueError, match=sentence):
+        attach(backbone, **{**SETTINGS, **settings})
+    assert backbone.state_dict().keys() == tiny_bert().state_dict().keys()
 
 
 def test_disabled_adapters_are_the_pretrained_model():

@@ -8,10 +8,16 @@ import pandas as pd
 import peft
 import pytest
 import torch
+from kinds import Choice
 from models import tiny_bert, tiny_deberta
 from safetensors.torch import load_file
 from tiny import save_tiny_backbone, tiny_config
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+)
 
 from pyro_blora import attach, draw, fit, load
 from pyro_blora.adapters.input_pca import start_eva
@@ -22,6 +28,8 @@ from pyro_blora.posterior import deployed, predict
 from pyro_blora.report.terminal import result_tables
 from pyro_blora.run import train_run
 from pyro_blora.tasks.batching import by_length, on_device
+from pyro_blora.tasks.heads import SEQUENCE
+from pyro_blora.tasks.spans import Spans
 from pyro_blora.user_values import spelled
 
 ONLY_PEFT = ("adalora",)  # its layers have no quantizer
@@ -286,6 +294,37 @@ def test_eva_leaves_out_deberta_s_positions_and_padding():
     assert torch.allclose(weights[0].abs(), weights[1].abs(), atol=1e-3)
     with pytest.raises(ValueError, match="EVA needs 4 tokens in a batch"):
         start_eva(nets[0], [{"input_ids": ids[:1, :3], "attention_mask": torch.ones(1, 3).long()}])
+
+
+def test_eva_reads_examples_of_several_rows_as_the_rows_that_they_are():
+    torch.manual_seed(0)
+    ids, mask = torch.randint(1, 100, (4, 3, 12)), torch.ones(4, 3, 12).long()
+    mask[3, 0, 7:] = 0
+    rows = {"input_ids": ids, "attention_mask": mask}
+    windows = {name: torch.nn.functional.pad(x, (0, 0, 0, 1)) for name, x in rows.items()}  # and one that is no window
+    starts = []
+    for model, head, inputs in (
+        (BertForSequenceClassification, SEQUENCE, {name: x.flatten(0, 1) for name, x in rows.items()}),
+        (BertForMultipleChoice, Choice(("a", "b", "c")).head, rows),
+        (BertForQuestionAnswering, Spans().head, windows),
+    ):
+        plain = tiny_bert(dropout=0.0)
+        built = model(plain.config)
+        built.bert.load_state_dict(plain.bert.state_dict(), strict=False)  # one for parts of a text has no pooler
+        net = attach(built, rank=4, init_lora_weights="eva", sequence_length=16, head=head)
+        start_eva(net, [inputs, inputs])
+        starts.append([layer.lora_A["default"].weight.abs() for layer in net.layers()])
+    for found in starts[1:]:
+        assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(found, starts[0], strict=True))
+
+
+def test_eva_is_refused_where_a_layer_reads_no_token():
+    net = attach(tiny_bert(dropout=0.0), rank=4, init_lora_weights="eva", sequence_length=16)
+    batch = {"input_ids": torch.randint(1, 100, (4, 12)), "attention_mask": torch.ones(4, 12).long()}
+    pooled = net.get_submodule("peft_model.base_model.model.bert.encoder.layer.1")
+    pooled.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, :5], None, *inputs[2:]))
+    with pytest.raises(ValueError, match=r"layer\.1\..* reads none of the text: drop --init_lora_weights eva"):
+        start_eva(net, [batch, batch])
 
 
 def test_dropout_masks_need_dropout(tmp_path):

@@ -436,3 +436,8 @@ def test_a_run_is_repeated_by_its_own_file_where_the_line_would_be_long(tmp_path
     again = dataclasses.replace(config, seed=4)
     assert command_line(again, written) == f"pyro-blora train --preset {written} --seed 4"
     assert command_line(RunConfig(prior="budget"), written) == command_line(RunConfig(prior="budget"))
+
+
+def test_a_tilde_of_output_dir_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunConfig(output_dir="~/runs").folder.parent == tmp_path / "runs"
