@@ -41,7 +41,8 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
     learning = [*net.adapter_parameters(), *net.head_parameters()]
     prediction, at_mode = evaluated.pairs["eval"]
     (kl_z, kl_g), kl_theta = mean_kl(program, seed=config.seed), float(program.weights.divergence())
-    expected, at = bops(program), expected_bops(layout, *deployed(program))
+    exported = deployed(program)
+    expected, at = bops(program), expected_bops(layout, *exported)
     ratios = expected_bops(layout, *draw(program, _BOPS_DRAWS, seed=config.seed)).adapted_ratio.cpu()
     bits, ranks = expected_bits(layout, z).cpu(), expected_rank(g).cpu()
     kinds = {p.type: [i for i, q in enumerate(layout.projections) if q.type == p.type] for p in layout.adapted}
@@ -79,7 +80,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         },
         "expected_rank": {kind: float(ranks[rows].mean()) for kind, rows in kinds.items()},
         "adapter_parameters": sum(
-            net.parameters_per_rank(p) * (1 + int((g[i] > 0.5).sum()))
+            net.parameters_per_rank(p) * (1 + int(exported.g[i].sum()))
             for i, p in enumerate(layout.projections) if p.adapted
         ),
         "trained_parameters": sum(p.numel() for p in learning),
@@ -87,7 +88,7 @@ def summarize(parts: Parts, evaluated: Evaluated, seconds: float) -> dict:
         "peak_memory_bytes": _peak_memory(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)",
     }  # fmt: skip
-    spent, at_deployed = (program.prior.spent(gates) for gates in (component_marginals(program), deployed(program)))
+    spent, at_deployed = (program.prior.spent(gates) for gates in (component_marginals(program), exported))
     if spent is not None and at_deployed is not None:
         found["cost"] = spent._asdict() | {"deployed": {"value": at_deployed.value, "ratio": at_deployed.ratio}}
     if missed := program.prior.missed(component_marginals(program)):
