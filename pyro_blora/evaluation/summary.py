@@ -15,7 +15,7 @@ from ..build import Parts
 from ..config.naming import task_called
 from ..config.run_config import RunConfig
 from ..interval import INTERVAL
-from ..posterior.draws import bops, component_marginals, deployed, draw, draw_weights, marginals, mean_kl
+from ..posterior.draws import bops, component_marginals, deployed, draw, draw_weights, draws_vary, marginals, mean_kl
 from ..posterior.prediction import Prediction
 from ..program import BayesianLoRA
 from ..tasks.columns import beside
@@ -145,7 +145,7 @@ def _of_weights(parts: Parts) -> dict:
 def _averaging(parts: Parts) -> str:
     config, program = parts.config, parts.program
     drawn = {
-        "the gates": program.gates_are_random, "the weights": program.weights.random,
+        "the gates": draws_vary(program), "the weights": program.weights.random,
         "dropout masks": config.average_over == "dropout",
     }  # fmt: skip
     averages = program.likelihood.averages

@@ -41,6 +41,16 @@ def component_marginals(program: BayesianLoRA) -> Gates:
 
 
 @torch.no_grad()
+def draws_vary(program: GateProgram) -> bool:
+    """Whether draws of the gates can differ: not under a guide of one allocation, however random the prior is."""
+    for q, mask in zip(components(program.gate_guide), (program.z_mask, program.g_mask), strict=True):
+        log_probs, means = q.log_probs[:, mask], q.mean[:, mask]  # (M, ladders, gates)
+        if bool((log_probs.isfinite() & (log_probs < 0)).any()) or bool((means != means[:1]).any()):
+            return True
+    return False
+
+
+@torch.no_grad()
 def deployed(program: GateProgram) -> Gates:
     """The one allocation that is exported: open where the marginal exceeds one half.  z (L, T, K), g (L, R - 1).
 

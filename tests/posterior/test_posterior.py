@@ -11,7 +11,7 @@ from pyro_blora.adapters import clipped, gate_context
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.posterior import Prediction, deployed, divergences, marginals, mean_kl
-from pyro_blora.posterior.draws import seeded
+from pyro_blora.posterior.draws import draws_vary, seeded
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
 from pyro_blora.tasks import get_task
@@ -22,7 +22,7 @@ def program(prior="nested", task="sst2", guide="mean_field", scope="adapted", **
     torch.manual_seed(0)
     net = attach(tiny_bert(num_labels=get_task(task).num_labels), rank=4, scope=scope, sequence_length=16)
     distribution = build_prior(prior, net.layout, settings)
-    guide = build_guide(guide, net.layout, distribution, {"open_logit": 0.5})
+    guide = build_guide(guide, net.layout, distribution, {} if guide == "uniform_rank" else {"open_logit": 0.5})
     return BayesianLoRA(net, distribution, guide, get_task(task).likelihood, n_train=100).eval()
 
 
@@ -38,6 +38,17 @@ def test_draws_have_the_exact_marginals_and_leave_the_generator_alone(guide):
     for sampled, exact in zip(gates, marginals(built), strict=True):
         error = (sampled.mean(0) - exact).abs()
         assert error.max() < 5 * math.sqrt(0.25 / 4000)
+
+
+@pytest.mark.parametrize(
+    ("guide", "prior", "vary"),
+    [("mean_field", "nested", True), ("mixture", "nested", True), ("uniform_rank", "depth", True),
+     ("point", "nested", False), ("mean_field", "fixed", False)],
+)  # fmt: skip
+def test_draws_vary_where_the_guide_is_random(guide, prior, vary):
+    built = program(prior, guide=guide)
+    gates = draw(built, 50)
+    assert draws_vary(built) == vary == any(bool((x != x[:1]).any()) for x in gates)
 
 
 def test_draws_of_the_prior_do_not_know_what_was_learned():
