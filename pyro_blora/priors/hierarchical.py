@@ -26,11 +26,13 @@ def _kl_log_normal_gamma(q: torch.distributions.LogNormal, p: torch.distribution
 class Hierarchical(Prior):
     """Nested gates whose rates, site `rates`, have a Gamma prior and a log-normal guide, learned with everything else.
 
-    As the prior of z or g alone its site is `z_rates` or `g_rates`.
+    As the prior of z or g alone its site is `z_rates` or `g_rates`. A role or type without a ladder has parameters, as
+    in older checkpoints, but no rate, which would only cost KL.
     """
 
     site = "rates"
     kind: Tensor  # (L,), the number of each projection's type
+    used: Tensor  # (n,), places among all names of the rates of ladders that exist
 
     def __init__(self, layout: AdapterLayout, shape: float, rate: float):
         super().__init__()
@@ -38,14 +40,20 @@ class Hierarchical(Prior):
         kinds = list(dict.fromkeys(p.type for p in layout.projections))
         self.names = [*layout.tensors, *(f"rank_{kind}" for kind in kinds)]
         self.register_buffer("kind", torch.tensor([kinds.index(p.type) for p in layout.projections]), persistent=False)
-        self.used = slice(0, len(self.names))
+        ranked = {p.type for p in layout.adapted} if layout.rank > 1 else set()
+        exist = [*layout.z_mask.any(0).tolist(), *(kind in ranked for kind in kinds)]
+        self._use([i for i, exists in enumerate(exist) if exists])
         self.loc = nn.Parameter(torch.full((len(self.names),), math.log(shape / rate)))  # of log(rate)
         self.log_sd = nn.Parameter(torch.full((len(self.names),), -1.0))
 
     def only(self, site: str) -> None:
         tensors = self.z_shape[1]
-        self.used = slice(0, tensors) if site == "z" else slice(tensors, len(self.names))
+        self._use([i for i in self.used.tolist() if (i < tensors) == (site == "z")])
         self.site = f"{site}_rates"
+
+    def _use(self, places: list[int]) -> None:
+        self.in_use = [self.names[i] for i in places]
+        self.register_buffer("used", torch.tensor(places, dtype=torch.long, device=self.kind.device), persistent=False)
 
     def _gates(self, rates: Tensor) -> Gates[NestedBernoulli]:
         """rates (..., tensors + types) -> distributions of z (..., L, T, K) and g (..., L, R - 1)."""
@@ -73,10 +81,10 @@ class Hierarchical(Prior):
         return self._gates(self._distribution("posterior").mean)
 
     def pyro_model(self) -> Gates[NestedBernoulli]:
-        return self.gates_at(self._rates("prior"))
+        return self.gates_at(self._rates("prior")) if self.in_use else self()
 
     def pyro_guide(self) -> dict[str, Tensor]:
-        return {self.site: self._rates("posterior")}
+        return {self.site: self._rates("posterior")} if self.in_use else {}
 
     def _rates(self, of: str) -> Tensor:
         """A sample site of the rates in use, (n,)."""
@@ -86,7 +94,7 @@ class Hierarchical(Prior):
 
     @property
     def rate_names(self) -> list[str]:
-        return self.names[self.used]
+        return self.in_use
 
     def draw_rates(self, draws: int, distribution: str = "posterior") -> Tensor:
         """(S, n) rates in use, from their log-normal guide or from their Gamma distribution."""
@@ -94,9 +102,8 @@ class Hierarchical(Prior):
 
     def gates_at(self, rates: Tensor) -> Gates[NestedBernoulli]:
         """Distributions of the gates at given rates in use (..., n)."""
-        others = self._distribution("posterior").mean.expand(*rates.shape[:-1], -1)
-        before, after = others[..., : self.used.start], others[..., self.used.stop :]
-        return self._gates(torch.cat([before, rates, after], -1))
+        every = self._distribution("posterior").mean.expand(*rates.shape[:-1], -1)
+        return self._gates(every.index_copy(-1, self.used, rates))
 
     def log_ratio(self, rates: Tensor) -> Tensor:
         """log Gamma density - log density of the guide, of rates in use (S, n) -> (S,)"""

@@ -437,7 +437,7 @@ def test_the_ratio_of_rates_is_joint_over_guide(settings, guide):
     part = program.prior if not settings else program.prior.g if "z" in settings else program.prior.z
     names, sites = part.names, {"z", "g"} - set(settings)
     every = dict(zip(found.names, found.posterior.double().unbind(-1), strict=True))
-    assert set(every) == {name for name in names if ("g" if name.startswith("rank_") else "z") in sites}
+    assert set(every) == {name for name in part.rate_names if ("g" if name.startswith("rank_") else "z") in sites}
     loc, sd = part.loc.detach().double(), part.log_sd.detach().double().exp()
     expected, q = torch.zeros(50, dtype=torch.float64), components(program.gate_guide)
     for name, rate in every.items():

@@ -287,7 +287,7 @@ def test_the_divergence_is_that_of_a_log_normal_from_a_gamma(layout, shape, rate
         prior.log_sd.fill_(log_sd)
     q, p = LogNormal(prior.loc.double(), prior.log_sd.double().exp()), Gamma(shape, rate)
     draws = q.sample((40000,))
-    sampled = (q.log_prob(draws) - p.log_prob(draws)).sum(-1)
+    sampled = (q.log_prob(draws) - p.log_prob(draws))[:, prior.used].sum(-1)
     error = sampled.std().item() / math.sqrt(len(sampled))
     assert divergence(prior).item() == pytest.approx(sampled.mean().item(), abs=4 * error)
 
@@ -302,16 +302,17 @@ def test_a_draw_has_one_rate_for_each_role_and_is_reparametrised(layout):
     types = [p.type for p in layout.projections]
     for i, kind in enumerate(types):
         assert bool((one.g.log_probs[i] == one.g.log_probs[types.index(kind), 0]).all())
-    assert len(one.g.log_probs.unique()) == len(set(types))
-    slopes = torch.autograd.grad(one.z.log_probs.sum() + one.g.log_probs.sum(), (prior.loc, prior.log_sd))
-    assert all(bool((slope != 0).all()) for slope in slopes)
+    adapted = [p.adapted for p in layout.projections]
+    assert len(one.g.log_probs[adapted].unique()) == len({p.type for p in layout.adapted})
+    slopes = torch.autograd.grad(one.z.log_probs.sum() + one.g.log_probs[adapted].sum(), (prior.loc, prior.log_sd))
+    assert all(bool((slope[prior.used] != 0).all()) for slope in slopes)
 
 
 def test_intervals_of_the_rates_are_ordered_and_hold_their_share(layout):
     prior = build_prior("hierarchical", layout, {"shape": 3.0})
     report, draws = prior.report(), LogNormal(prior.loc, prior.log_sd.exp()).sample((20000,))
-    assert len(report) == 3 * len(prior.names)
-    for i, name in enumerate(prior.names):
+    assert len(report) == 3 * len(prior.rate_names)
+    for i, name in zip(prior.used.tolist(), prior.rate_names, strict=True):
         low, mean, high = (report[f"rate_{name}{end}"] for end in ("_low", "", "_high"))
         assert 0 < low < mean < high
         assert ((draws[:, i] > low) & (draws[:, i] < high)).float().mean().item() == pytest.approx(0.94, abs=0.01)
@@ -450,7 +451,7 @@ def test_rates_are_drawn_from_either_law_and_set_the_gates(layout, site):
                                                                    f"{site}.rate": 4.0}  # fmt: skip
     prior = build_prior("hierarchical" if site == "both" else "depth", layout, settings)
     part = prior if site == "both" else getattr(prior, site)
-    kinds = [f"rank_{kind}" for kind in dict.fromkeys(p.type for p in layout.projections)]
+    kinds = [f"rank_{kind}" for kind in dict.fromkeys(p.type for p in layout.adapted)]
     names = {"both": [*layout.tensors, *kinds], "z": [*layout.tensors], "g": kinds}[site]
     assert part.rate_names == names
     torch.manual_seed(0)
@@ -470,9 +471,28 @@ def test_rates_are_drawn_from_either_law_and_set_the_gates(layout, site):
         for t, tensor in enumerate(layout.tensors):
             if site != "g":
                 assert torch.equal(distributions.z.log_probs[:, i, t], -column[tensor][:, None].expand(3, 4))
-        if site != "z":
+        if site != "z" and projection.adapted:
             assert torch.equal(
                 distributions.g.log_probs[:, i], -column[f"rank_{projection.type}"][:, None].expand(3, 3)
             )
     expected = Gamma(2.0, 4.0).log_prob(rates) - LogNormal(1.0, sd).log_prob(rates)
     torch.testing.assert_close(part.log_ratio(rates).detach(), expected.sum(-1))
+
+
+@pytest.mark.parametrize(("size", "site"), [(4, "both"), (1, "both"), (1, "z"), (1, "g")])
+def test_what_has_no_ladder_has_no_rate(size, site):
+    of = AdapterLayout.of(tiny_bert(), rank=size, scope="encoder", sequence_length=10, target_modules=["query"])
+    settings = {} if site == "both" else {site: "hierarchical"}
+    prior = build_prior("hierarchical" if site == "both" else "fixed", of, settings)
+    part = prior if site == "both" else getattr(prior, site)
+    ranks = ["rank_query"] if size > 1 else []
+    assert part.rate_names == {"both": [*of.tensors, *ranks], "z": [*of.tensors], "g": ranks}[site]
+    assert len(part.loc) == len(part.names) > len(part.rate_names)  # as in older checkpoints
+    program = GatesAlone(of, prior, build_guide("mean_field", of, prior, {"open_logit": 1.0}), n_train=1)
+    assert all(bool(x.isfinite()) for x in program.kl()) and prior.report().keys() == {
+        f"{'' if site == 'both' else site + '_'}rate_{name}{end}"
+        for name in part.rate_names for end in ("", "_low", "_high")
+    }  # fmt: skip
+    drawn = prior.pyro_guide()
+    assert sum(x.numel() for x in drawn.values()) == len(part.rate_names)
+    assert bool(prior.rate_parts()) == bool(part.rate_names) == bool(drawn)

@@ -87,9 +87,9 @@ def test_only_what_a_part_can_do_is_offered(layout):
     assert many.z.sample().shape == (7, *layout.z_shape) and many.g.sample().shape == (7, *layout.g_shape)
     whole = build_prior("hierarchical", layout)
     tensors = len(layout.tensors)
-    assert learned.pyro_guide()["g_rates"].shape == (len(whole.names) - tensors,)  # of the ranks' rates only
+    assert learned.pyro_guide()["g_rates"].shape == (len(whole.rate_names) - tensors,)  # of the ranks' rates only
     both = build_prior("nested", layout, {"z": "hierarchical", "g": "hierarchical"}).pyro_guide()
-    ranks = len(whole.names) - tensors
+    ranks = len(whole.rate_names) - tensors
     assert {name: len(rates) for name, rates in both.items()} == {"z_rates": tensors, "g_rates": ranks}
     assert learned.report() and all(name.startswith("g_rate_rank_") for name in learned.report())
     assert not build_prior("nested", layout, {"z": "eva"}).report()
