@@ -116,14 +116,15 @@ def expected_bops(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> BO
     return BOPs(adapted, model, adapted / full.adapted.item(), model / full.model.item())
 
 
-def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates[Tensor]:
+def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor, of_adapted: bool = False) -> Gates[Tensor]:
     """What each gate contributes to the expected saving, in BOPs: Shapley values, which sum to full minus expected.
 
     BOPs are sums of products such as bits * bits * rank, so what one factor saves depends on the others; a Shapley
     value is its mean over all orders in which the factors could have gone from full to expected. Within a factor, bits
     and ranks are linear in the gates, and each closed gate saves its own share.
     Shapes: z_probs (L, T, K), g_probs (L, R - 1) marginals under a mean-field distribution -> the same, float64;
-    the sum over the adapted projections is the saving of `adapted`, that over all is the saving of `model`.
+    the sum over all gates is the saving of `model`, or with `of_adapted` that of `adapted`: a shared input is credited
+    with what its adapted readers save, whether or not its owner is adapted.
     Source: Shapley, A value for n-person games (1953).
     """
     z_probs, g_probs = z_probs.double().cpu(), g_probs.double().cpu()
@@ -132,8 +133,8 @@ def savings(layout: AdapterLayout, z_probs: Tensor, g_probs: Tensor) -> Gates[Te
     factors = {t: (torch.full_like(bits[:, i], most), bits[:, i]) for i, t in enumerate(layout.tensors)}
     factors["rank"] = (torch.full_like(bits[:, 0], rank), expected_rank(g_probs))
     saved = {name: torch.zeros_like(bits[:, 0]) for name in factors}
-    for product, macs in layout.product_macs().items():
-        names = PRODUCTS[product]
+    for product, all_macs in layout.product_macs().items():
+        names, macs = PRODUCTS[product], all_macs * _adapted(layout) if of_adapted else all_macs
         for order in itertools.permutations(names):
             for place, name in enumerate(order):
                 full, expected = factors[name]

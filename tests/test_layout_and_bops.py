@@ -307,6 +307,8 @@ def test_shared_inputs_cost_what_equal_inputs_cost(build, scope):
     total = sum(x.sum() for x in saved)
     assert total.item() == pytest.approx((most.model - spent.model).item(), rel=1e-9)
     assert not saved.z[~shared.z_mask].any()
+    of_adapted = sum(x.sum() for x in savings(shared, z, g, of_adapted=True))
+    assert of_adapted.item() == pytest.approx((most.adapted - spent.adapted).item(), rel=1e-9)
     read = own.tensor_macs[:, 0]
     expected = torch.zeros_like(read).index_add(0, shared.input_owner, read)  # in all that read it
     assert torch.equal(shared.tensor_macs[:, 0], expected) and torch.equal(

@@ -124,20 +124,24 @@ class Posterior:
 
     def gates(self, chain: int = 0) -> pd.DataFrame:
         """One row per existing gate: its names, whether it is deployed open, and the probability that it is open; what
-        it contributes to the expected saving (of `adapted` where its projection is adapted, and of `model`); and the
+        it contributes to the expected saving (of `adapted`, 0 where no adapted one reads it, and of `model`); and the
         WhatIf of forcing it to the other state than the deployed one.  nan where that is impossible.
         """
         full = at_full_width(self.layout)
         marginals = _marginals(Gates(*(x[chain] for x in self.log_q)))
-        each = [savings(self.layout, z, g) for z, g in zip(*marginals, strict=True)]
-        saved = Gates(*(torch.stack(x).mean(0) for x in zip(*each, strict=True)))
+        saved, of_adapted = (
+            Gates(*(torch.stack(x).mean(0) for x in zip(*each, strict=True)))
+            for each in (
+                [savings(self.layout, z, g, x) for z, g in zip(*marginals, strict=True)] for x in (False, True)
+            )
+        )
         mean = Gates(*(x.mean(0) for x in marginals))
         deployed = Gates(*(self.constant[f"{site}_deployed"].values[chain] > 0.5 for site in "zg"))
         lines = []
         for name, (site, index, depth) in self._known.items():
             at = (*index, depth - 1)
             is_open = bool(getattr(deployed, site)[at])
-            saving = float(getattr(saved, site)[at])
+            saving, adapted = (float(getattr(x, site)[at]) for x in (saved, of_adapted))
             try:
                 forced = self.what_if(name, not is_open, chain)
                 after = {
@@ -152,7 +156,7 @@ class Posterior:
                 "type": projection.type, "tensor": self.layout.tensors[index[1]] if site == "z" else "rank",
                 "rung": self.layout.ladder[depth] if site == "z" else depth + 1,
                 "probability": float(getattr(mean, site)[at]), "deployed": is_open,
-                "saving_adapted": saving / float(full.adapted), "saving_model": saving / float(full.model), **after,
+                "saving_adapted": adapted / float(full.adapted), "saving_model": saving / float(full.model), **after,
             })  # fmt: skip
         return pd.DataFrame(lines)
 

@@ -272,6 +272,18 @@ def test_savings_add_up_to_full_minus_expected(guide):
     assert mine == pytest.approx(1 - float(posterior.expected_bops().adapted_ratio), rel=1e-6)
 
 
+@pytest.mark.parametrize("target", ["query", "value"])
+def test_a_shared_input_saves_what_its_adapted_readers_do(target):
+    torch.manual_seed(0)
+    net = attach(tiny_bert(), rank=4, scope="encoder", sequence_length=10, share_inputs=True, target_modules=[target])
+    prior = build_prior("nested", net.layout, {})
+    guide = build_guide("mean_field", net.layout, prior, {"open_logit": -1.0})
+    posterior = opened(BayesianLoRA(net, prior, guide, get_task("acceptability").likelihood, n_train=100))
+    table = posterior.gates()
+    for column, now in zip(("adapted", "model"), posterior.expected_bops()[2:], strict=True):
+        assert table[f"saving_{column}"].sum() == pytest.approx(1 - float(now), rel=1e-6)
+
+
 def test_savings_are_shapley_values():
     """Of one projection's six factors, by going through all 720 orders with `expected_bops` itself."""
     program = made()

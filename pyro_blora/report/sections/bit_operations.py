@@ -21,7 +21,7 @@ def bit_operations(run: RunFiles, title: str) -> Section:
     counted = [p.adapted for p in posterior.layout.projections]
     counted = counted if any(counted) else [True] * len(counted)  # after full fine-tuning
     names = [name for name, is_counted in zip(posterior.projections, counted, strict=True) if is_counted]
-    saved = gates[gates["projection"].isin(names)]
+    saved = gates[gates["projection"].isin(names) | (gates["saving_adapted"] != 0)]  # an input may have other readers
     saved = saved.assign(gates=saved["rung"].astype(str).add(" bit").where(saved["site"] == "z", "ranks"))
     text = [
         f"E[BOPs] is {summary['bops']['adapted_ratio']:.2%} [{low:.2%}, {high:.2%}] of the "
