@@ -29,6 +29,7 @@ from pyro_blora.posterior import (
 from pyro_blora.posterior.arviz import coordinates
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
+from pyro_blora.report.sections.bit_operations import spent_of
 from pyro_blora.tasks import get_task
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -282,6 +283,9 @@ def test_a_shared_input_saves_what_its_adapted_readers_do(target):
     table = posterior.gates()
     for column, now in zip(("adapted", "model"), posterior.expected_bops()[2:], strict=True):
         assert table[f"saving_{column}"].sum() == pytest.approx(1 - float(now), rel=1e-6)
+    spent = spent_of(posterior)
+    assert set(spent[spent["share"] > 0]["part"]) == {target}
+    assert spent["share"].sum() == pytest.approx(float(posterior.expected_bops().adapted_ratio), rel=1e-6)
 
 
 def test_savings_are_shapley_values():

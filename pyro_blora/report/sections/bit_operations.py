@@ -43,7 +43,12 @@ def bit_operations(run: RunFiles, title: str) -> Section:
     if not any(bool(mask.any()) for mask in posterior.free()):  # nothing can be forced
         text, tables = text[:1], tables[-1:]
     of = "Shares of the adapted projections at 32 x 32 bit with all ranks."
-    made = [(charts.bars(spent, "part", "share", "product", "spent"), f"Where bit operations are spent. {of}")]
+    made = [
+        (
+            charts.bars(spent[spent["share"] > 0], "part", "share", "product", "spent"),
+            f"Where bit operations are spent. {of}",
+        )
+    ]
     if saved["saving_adapted"].abs().max() > 0:
         made.append((charts.bars(saved, "tensor", "saving_adapted", "gates", "saved"), f"What the gates save. {of}"))
     else:
@@ -63,15 +68,16 @@ def _shown(gates: pd.DataFrame) -> pd.DataFrame:
 
 
 def spent_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:
-    """Expected bit operations by projection type and product, as shares of `adapted` and of `model`; exact."""
+    """Expected bit operations by projection type and product, exact: shares of `adapted`, 0 if none is, of `model`."""
     layout, full = posterior.layout, at_full_width(posterior.layout)
     z, g = marginals_of(posterior, chain)  # (M, ...)
+    counted = layout.g_mask | ~layout.g_mask.any()  # all of them after full fine-tuning
     lines = []
     for part in dict.fromkeys(p.type for p in layout.projections):
         mine = torch.tensor([p.type == part for p in layout.projections])
         for product, each in bops_by_product(layout, z, g).items():
-            total = float(each.mean(0)[mine].sum())
+            total, adapted = (float(each.mean(0)[rows].sum()) for rows in (mine, mine & counted))
             if total > 0:
-                shares = {"share": total / float(full.adapted), "of model": total / float(full.model)}
+                shares = {"share": adapted / float(full.adapted), "of model": total / float(full.model)}
                 lines.append({"part": part, "product": product, **shares})
     return pd.DataFrame(lines)
