@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from pyro_blora.posterior import (
 from pyro_blora.posterior.arviz import coordinates
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
-from pyro_blora.report.sections.bit_operations import spent_of
+from pyro_blora.report.sections.bit_operations import _shown, spent_of
+from pyro_blora.report.sections.restarts import restarts
 from pyro_blora.tasks import get_task
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -175,6 +177,15 @@ def test_moments_divergences_and_choices_are_those_of_the_laws():
     kl = torch.where(distribution > 0, distribution * (distribution.log() - log_prior.z[0]), 0.0).sum(-1)
     assert torch.allclose(posterior.kl().z[exists], kl[exists]) and not posterior.kl().z[~exists].any()
     assert torch.equal(posterior.free().z, exists) and torch.equal(posterior.free().g, layout.g_mask)
+
+
+def test_a_median_of_infinite_rhats_is_infinite():
+    free, rhat = Gates(torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)), torch.full((4,), math.inf)
+    posterior = SimpleNamespace(rhat=lambda: Gates(rhat, rhat), free=lambda: free, chains=2)
+    fit = {"seed": 0, "metric": {"value": 0.5}, "nll": 0.7, "elbo_per_example": -1.0, "bops": {"adapted_ratio": 0.5}}
+    run = SimpleNamespace(summary={**fit, "restarts": [fit]}, metric="accuracy", posterior=posterior)
+    (text,) = restarts(run, "").paragraphs
+    assert "bits: median inf, worst inf" in text
 
 
 def test_restarts_that_are_sure_of_something_else_never_agree():
@@ -538,6 +549,7 @@ def test_a_gate_that_the_data_hold_open_by_hundreds_of_nats_is_not_pinned():
 def test_a_guide_of_one_allocation_is_not_taken_for_a_pin():
     posterior = opened(made("point"))
     line = posterior.gates().iloc[0]
+    assert "nan" not in _shown(posterior.gates()).to_string()
     assert line["forced"] == "never" and bool(posterior.free().z.all())
     with pytest.raises(ValueError, match="its guide is a single allocation"):
         posterior.what_if(line["gate"], not line["deployed"])

@@ -61,10 +61,15 @@ def _shown(gates: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({
         "gate": gates["gate"], "P(open)": gates["probability"].map("{:.3f}".format),
         "saves": gates["saving_model"].map("{:.3%} of the model".format), "forced": gates["forced"],
-        "BOPs then": gates["bops_change"].map("{:+.3%}".format),
-        "ELBO loses (nat)": gates["elbo_loss"].map("{:.2f}".format),
-        "NLL rises (nat)": gates["nll_rise"].map("{:.2f}".format),
+        "BOPs then": _cells(gates["bops_change"], "{:+.3%}"),
+        "ELBO loses (nat)": _cells(gates["elbo_loss"], "{:.2f}"),
+        "NLL rises (nat)": _cells(gates["nll_rise"], "{:.2f}"),
     })  # fmt: skip
+
+
+def _cells(column: pd.Series, form: str) -> list[str]:
+    """`-` for nan: the gate cannot be forced."""
+    return ["-" if x != x else form.format(x) for x in column.tolist()]
 
 
 def spent_of(posterior: Posterior, chain: int = 0) -> pd.DataFrame:

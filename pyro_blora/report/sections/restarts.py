@@ -20,8 +20,8 @@ def restarts(run: RunFiles, title: str) -> Section:
     ]  # fmt: skip
     rhat = run.posterior.rhat()
     lines = [("bits", rhat.z[run.posterior.free().z]), ("ranks", rhat.g[run.posterior.free().g])]
-    summaries = [
-        f"{name}: median {float(x.quantile(0.5)):.2f}, worst {float(x.max()):.2f}" for name, x in lines if len(x)
+    summaries = [  # `median` takes the lower of two, as inf - inf is nan
+        f"{name}: median {float(x.median()):.2f}, worst {float(x.max()):.2f}" for name, x in lines if len(x)
     ]
     text = f"R-hat between {run.posterior.chains} fits, at infinitely many draws. {'; '.join(summaries)}."
     return Section(title, [text], tables=[("", pd.DataFrame(rows), True)])
