@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..bit_widths import ladder_of
 from ..config.command_line import command_line, of_scripts
 from ..evaluation.verdicts import beside, ece_by_chance, nothing_learned, of_chance, of_score, plus_minus
 from ..files import REPORT, require_whole
@@ -49,8 +50,10 @@ def next_steps(run: RunFiles) -> list[tuple[str, str]]:
     if (folder / "adapter" / "tokenizer_config.json").is_file():
         found["predict new texts"] = shlex.join(["pyro-blora", "predict", str(folder), "FILE", "--out", "answers.csv"])
     if summary.get("kl", {}).get("z") and summary["expected_rank"]:  # bit gates are random
-        gate = f"0.{next(iter(summary['expected_rank']))}.base.8"
-        found["ask what forcing a gate costs"] = shlex.join(["pyro-blora", "what-if", str(folder), gate, "closed"])
+        with contextlib.suppress(ValueError, OSError):  # a folder without a readable config.json
+            widths = ladder_of(run.config.bit_widths)
+            gate = f"0.{next(iter(summary['expected_rank']))}.base.{widths[len(widths) // 2]}"
+            found["ask what forcing a gate costs"] = shlex.join(["pyro-blora", "what-if", str(folder), gate, "closed"])
     if (folder / "adapter" / "README.md").is_file():
         found["use the exported adapter"] = f"the code in {folder / 'adapter' / 'README.md'}"
     found["go on in Python"] = f"from pyro_blora import load; program = load({str(folder)!r})"

@@ -29,7 +29,7 @@ from pyro_blora.report.grid import grid_page
 from pyro_blora.report.page import as_script, marked
 from pyro_blora.report.run_folder import docs_link
 from pyro_blora.report.sections.calibration import reliability_bins
-from pyro_blora.report.terminal import result_sentences, result_tables
+from pyro_blora.report.terminal import next_steps, result_sentences, result_tables
 from pyro_blora.report.warnings import FEW_DRAWS, in_words, warnings
 from pyro_blora.run import train_run
 
@@ -579,6 +579,13 @@ def test_what_if_is_answered_on_the_line(run, capsys):
     assert f"{found.bops_adapted:.3%}" in text and f"{-found.elbo_loss:+.3f}" in text
     assert main(["what-if", str(run), "1.value.base.7", "closed"]) == 2
     assert "1.value.base.8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("widths", ["4,16,32", "8,32"])
+def test_the_gate_of_the_line_that_is_shown_is_one_of_the_run(backbone, tmp_path, widths, capsys):
+    folder = train_run(tiny_config(backbone, bit_widths=widths, output_dir=str(tmp_path)), quiet=True)
+    (line,) = (how for purpose, how in next_steps(RunFiles(folder)) if purpose == "ask what forcing a gate costs")
+    assert main(shlex.split(line)[1:]) == 0
 
 
 # --- a real browser -------------------------------------------------------------------------------------------------
