@@ -99,8 +99,9 @@ def start_eva(net: GatedModel, batches: Iterable[dict]) -> None:
     learning = {name: p.requires_grad for name, p in net.named_parameters()}
     if max((int(_mask(inputs).sum()) for inputs in batches), default=0) < net.layout.rank:
         raise ValueError(f"EVA needs {net.layout.rank} tokens in a batch, as many as ranks: raise --batch_size")
-    with observed(net, readers := _Readers(_mask(batches[0]))):
-        net(**batches[0])
+    first = {name: x.to(net.log_range.device) for name, x in batches[0].items()}  # as PEFT does
+    with observed(net, readers := _Readers(_mask(first))):
+        net(**first)
     readers_of = zip(net.layout.projections, net.layout.input_owner.tolist(), strict=True)
     if missing := [p.name for p, owner in readers_of if p.adapted and owner not in readers.found]:
         raise ValueError(

@@ -60,7 +60,7 @@ class GatedLinear(LoraLinear, Gated):
 class XSLinear(GatedLinear):
     """B-LoRA-XS: lora_A = S Q^T and P, in PEFT's lora_B, are frozen; lora_B = P M with the core M (R, R) learned.
 
-    PEFT's `save_pretrained` writes P and loses the core: `pyro_blora.export` writes plain LoRA of it.
+    PEFT's `save_pretrained` would lose the core, so it is refused: `pyro_blora.export` writes plain LoRA of it.
     """
 
     @torch.no_grad()

@@ -87,6 +87,13 @@ class XSModel(GatedModel):
         return self.layout.rank
 
 
+def _unsaved(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "PEFT's save_pretrained would write the frozen factors of adapter 'xs' without its cores, another model: write "
+        "it with pyro_blora.export(program, folder)"
+    )
+
+
 @register_adapter(
     "xs", proposes={"lr": 5e-3},  # of the rates tried on SST-2, from 1e-3 to 5e-2, the one that learned
     excludes={"init_lora_weights": "--init_lora_weights eva is for LoRA, --adapter xs starts from W0: drop one"},
@@ -103,7 +110,10 @@ def xs(
     from .layers import XSLinear
 
     start = {"singular_values": singular_values, "svd": svd}
-    return gated(backbone, layout, head, XSLinear, model=XSModel, start=start)
+    net = gated(backbone, layout, head, XSLinear, model=XSModel, start=start)
+    whole: Any = net.peft_model
+    whole.save_pretrained = _unsaved
+    return net
 
 
 @register_adapter(

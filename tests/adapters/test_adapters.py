@@ -367,12 +367,15 @@ def test_peft_alone_reloads_what_was_saved_with_no_gap(build, scope, tmp_path):
     assert not torch.allclose(build().eval()(**batch()[0]).logits, expected, atol=1e-3)
 
 
-def test_peft_merges_what_b_lora_xs_computes():
+def test_peft_merges_what_b_lora_xs_computes_and_does_not_save_it_without_cores(tmp_path):
     net = gated(adapter="xs")
     with torch.no_grad():
         for core in net.adapter_parameters():
             core.normal_(std=0.2)
     expected = logits(net, *open_gates(net.layout))
+    with pytest.raises(ValueError, match=r"without its cores.*write it with pyro_blora\.export"):
+        net.peft_model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
     merged = copy.deepcopy(net.peft_model).merge_and_unload()
     torch.testing.assert_close(merged(**batch()[0]).logits, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(tiny_bert().eval()(**batch()[0]).logits, expected, atol=1e-3)
