@@ -193,13 +193,15 @@ def quantize(x: Tensor, value_range: Tensor, gates: Tensor, ladder: Sequence[int
 
     Shapes: x any; value_range a scalar > 0, or one for each row of x (..., C, n), (C,); gates (5,), the ladder [z_2,
     z_4, z_8, z_16, z_32] or another one's, each at most the one before it; relaxed ladders in [0, 1] mix the grids.
-    Errors: ValueError for ranges that are not positive or fit no rows, or another length of the ladder.
+    Errors: ValueError for ranges that are not positive and finite or fit no rows, or another length of the ladder.
     """
+    if not gates.is_floating_point():
+        gates = gates.to(torch.promote_types(x.dtype, torch.float32))
     value_range = torch.as_tensor(value_range, dtype=gates.dtype, device=x.device)
     by_row = value_range.dim() == 1 and x.dim() > 1 and x.shape[-2] == len(value_range)
-    if not (by_row or value_range.numel() == 1) or not bool((value_range > 0).all()):
+    if not (by_row or value_range.numel() == 1) or not bool(((value_range > 0) & value_range.isfinite()).all()):
         raise ValueError(
-            f"the range of a quantizer must be one number > 0, or one for each row of {tuple(x.shape)}, got "
+            f"the range of a quantizer must be one number > 0, finite, or one for each row of {tuple(x.shape)}, got "
             f"{value_range}"
         )
     if gates.shape != (len(ladder),):

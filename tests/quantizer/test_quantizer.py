@@ -237,7 +237,15 @@ def test_only_the_input_is_saved_for_the_backward_pass(mode):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, [1.0, 2.0]])
+@pytest.mark.parametrize("kind", [torch.bool, torch.long])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gates_may_be_whole_numbers(kind, dtype, eager):
+    x = torch.linspace(-2, 2, 9, dtype=dtype)
+    expected = quantize(x, 0.7, chain_at(4, torch.promote_types(dtype, torch.float32)))
+    assert torch.equal(quantize(x, 0.7, chain_at(4).to(kind)), expected)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, [1.0, 2.0]])
 def test_a_range_that_is_not_one_positive_number_is_refused(bad):
     with pytest.raises(ValueError, match="one number > 0"):
         quantize(torch.ones(3), torch.tensor(bad), chain_at(8))
