@@ -44,7 +44,7 @@ def is_finished(cell: Cell) -> bool:
 
 
 def log_file(cell: Cell) -> Path:
-    return Path(cell.config.output_dir) / "logs" / f"{cell.folder.name}.txt"
+    return cell.config.folder.parent / "logs" / f"{cell.folder.name}.txt"
 
 
 def step(cell: Cell) -> int:
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.job and not options.cluster:
         raise ValueError("--job is for the jobs of a cluster: add --cluster slurm")
-    folder, job = Path(cells[0].config.output_dir), job_settings(options.job)
+    folder, job = cells[0].config.folder.parent, job_settings(options.job)
     launcher = Cluster(options.cluster, folder / "jobs", job) if options.cluster else Processes()
     interrupted = None
     try:

@@ -75,7 +75,7 @@ def trained(config: RunConfig, lora: RunConfig, n_train: int) -> Path:
 def trunk(lora: RunConfig, schedule: Schedule) -> Path:
     """The checkpoint of `lora` at the step where the gates of `schedule` start, going on from an earlier one."""
     steps = min(schedule.opening, schedule.steps - 1)
-    root = Path(lora.output_dir) / f".trunk-{lora.folder_name}"
+    root = lora.folder.parent / f".trunk-{lora.folder_name}"
     folder = root / str(steps)
     if not (folder / CHECKPOINT).exists():
         earlier = [int(path.name) for path in root.glob("[0-9]*") if int(path.name) < steps]

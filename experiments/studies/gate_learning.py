@@ -31,7 +31,7 @@ def cell(path: Path, config: RunConfig, lora: RunConfig, *, train: bool = True) 
     found = kept(path, config)
     if found is not None or not train:
         return found
-    folder = Path(config.output_dir) / f".gates-{path.stem}"
+    folder = config.folder.parent / f".gates-{path.stem}"
     if not folder.exists():
         n_train = len(build(lora).rows["train"])
         warm(config, trunk(lora, Schedule.of(config, n_train)), folder)
