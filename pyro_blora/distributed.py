@@ -21,13 +21,21 @@ _ASKED = 10  # steps between two questions of the processes on GPUs, whether one
 def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Accelerator) -> None:
     """The mean of the processes' gradients, in one transfer: what learns is small, whatever the size of the backbone.
 
-    So nothing has to be wrapped, and gates without a gradient, or a sharded backbone, are no special case.
+    So nothing has to be wrapped, and a sharded backbone is no special case. A parameter may have no gradient on some
+    processes, as the ranges where a draw has every tensor at 32 bit: it counts as zero there, and stays None where no
+    process has one.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]  # the same ones on every process
-    if accelerator.num_processes > 1 and gradients:
-        mean = accelerator.reduce(torch.cat([x.flatten() for x in gradients]), "mean")
-        for gradient, part in zip(gradients, mean.split([x.numel() for x in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+    if accelerator.num_processes == 1:
+        return
+    has = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    mean = accelerator.reduce(torch.cat([*(x.flatten() for x in parts), has]), "mean")
+    *means, anywhere = mean.split([*(p.numel() for p in parameters), len(parameters)])
+    for i, (parameter, part) in enumerate(zip(parameters, means, strict=True)):
+        if parameter.grad is not None:
+            parameter.grad.copy_(part.view_as(parameter))
+        elif anywhere[i] > 0:
+            parameter.grad = part.view_as(parameter).clone()
 
 
 def any_of(number: int, accelerator: accelerate.Accelerator, step: int) -> int:

@@ -200,6 +200,23 @@ def test_two_processes_have_the_gradients_of_the_union_of_their_batches(folder):
     assert len(gaps) == 2 and max(gaps) <= 1e-5
 
 
+def print_means_of_missing():
+    """Mean gradients of three parameters, of which the second has one on process 1 alone, the third on none."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.tensor([1.0, 2.0]) * (1 + accelerator.process_index)
+    if accelerator.process_index == 1:
+        parameters[1].grad = torch.tensor([4.0, 6.0])
+    average_gradients(parameters, accelerator)
+    print([None if p.grad is None else p.grad.tolist() for p in parameters])
+    leave()
+
+
+def test_a_gradient_that_one_process_lacks_is_zero_there(folder):
+    said = in_two(print_means_of_missing, folder).splitlines()
+    assert said == ["[[1.5, 3.0], [2.0, 3.0], None]"] * 2
+
+
 def test_every_process_draws_gates_of_its_own_and_learns_the_same(folder, backbone):
     config = RunConfig(**settings(backbone, folder / "unused"))
     said = in_two(lambda: print_draws(config), folder).splitlines()
