@@ -201,7 +201,7 @@ def quantize(x: Tensor, value_range: Tensor, gates: Tensor, ladder: Sequence[int
     by_row = value_range.dim() == 1 and x.dim() > 1 and x.shape[-2] == len(value_range)
     if not (by_row or value_range.numel() == 1) or not bool(((value_range > 0) & value_range.isfinite()).all()):
         raise ValueError(
-            f"the range of a quantizer must be one number > 0, finite, or one for each row of {tuple(x.shape)}, got "
+            f"the range of a quantizer must be one number > 0, or one for each row of {tuple(x.shape)}, finite, got "
             f"{value_range}"
         )
     if gates.shape != (len(ladder),):
