@@ -20,26 +20,7 @@ from ..bops import BOPs, at_full_width, expected_bops, savings
 from ..gates import Gates, NestedBernoulli
 from ..layout import AdapterLayout
 from .arviz_compat import group, pareto_weights
-
-
-class WhatIf(NamedTuple):
-    """The predicted effect of forcing a gate, with the distributions of all other ladders unchanged.
-
-    probability: of the forced state under the guide. elbo_loss: nats that the ELBO loses, exact for a guide at its
-    optimum: -log probability, and less (1 - beta) / beta nll_rise of a cold posterior, whose KL has weight beta.
-    nll_rise: the part of them that the expected NLL rises (negative where the likelihood favours the forced state); the
-    KL has the rest. bops_adapted, bops_model: E[BOPs] then, against before_adapted and before_model.
-    """
-
-    gate: str
-    opened: bool
-    probability: float
-    elbo_loss: float
-    nll_rise: float
-    bops_adapted: float
-    bops_model: float
-    before_adapted: float
-    before_model: float
+from .forcing import Forcing, WhatIf, opening
 
 
 class Reweighted(NamedTuple):
@@ -49,15 +30,6 @@ class Reweighted(NamedTuple):
     pareto_k: float
     bops_adapted: float
     bops_exact: float
-
-
-class _Slopes(NamedTuple):
-    """E[BOPs] of every component, (M,) of either denominator, and their slopes in the marginals of all gates."""
-
-    adapted: Tensor
-    model: Tensor
-    of_adapted: Gates
-    of_model: Gates
 
 
 def layout_of(data) -> AdapterLayout:
@@ -81,7 +53,7 @@ class Posterior:
         self.log_prior = Gates(self._distribution("log_prior_width"), self._distribution("log_prior_rank"))
         self.chains, self.kl_weight = len(self.log_q.z), float(self.constant.attrs.get("kl_weight", 1.0))
         self.projections = [str(name) for name in self.constant["projection"].values]
-        self._slopes: dict[int, _Slopes] = {}
+        self._forcing: dict[int, Forcing] = {}
 
     def _distribution(self, name: str) -> Tensor:
         distribution = torch.tensor(self.constant[name].values, dtype=torch.float64)
@@ -95,16 +67,13 @@ class Posterior:
         """Probabilities of widths (L, T, K + 1) and of ranks (L, R)."""
         return Gates(*(x[chain].exp().mean(0) for x in self.log_q))
 
-    def slopes(self, chain: int = 0) -> "_Slopes":
-        """E[BOPs] of every component and its slopes in the marginals, computed once."""
-        if chain not in self._slopes:
-            with torch.enable_grad():
-                marginals = Gates(*(x.requires_grad_() for x in _marginals(Gates(*(x[chain] for x in self.log_q)))))
-                found = expected_bops(self.layout, *marginals)
-                ratios = found.adapted_ratio, found.model_ratio
-                each = [Gates(*torch.autograd.grad(x.sum(), marginals, retain_graph=True)) for x in ratios]
-            self._slopes[chain] = _Slopes(found.adapted_ratio.detach(), found.model_ratio.detach(), *each)
-        return self._slopes[chain]
+    def forcing(self, chain: int = 0) -> Forcing:
+        """What conditions the guide on states of a ladder."""
+        if chain not in self._forcing:
+            self._forcing[chain] = Forcing(
+                self.layout, *(Gates(*(x[chain] for x in y)) for y in (self.log_q, self.log_prior))
+            )
+        return self._forcing[chain]
 
     def expected_bops(self, chain: int = 0) -> BOPs:
         """Exact: ladders are independent given the component."""
@@ -167,34 +136,18 @@ class Posterior:
         guide.
         """
         site, index, depth = self._find(gate)
-        log_q = getattr(self.log_q, site)[chain]  # (M, L, ..., D)
-        distribution = log_q[(slice(None), *index)]  # (M, D)
-        kept = torch.arange(distribution.shape[-1]) >= depth
-        kept = kept if opened else ~kept
-        mass = torch.where(kept, distribution, -torch.inf).logsumexp(-1)  # (M,)
-        log_probability = float(mass.logsumexp(0) - math.log(len(mass)))
-        if log_probability == -math.inf:
+        kept = (torch.arange(getattr(self.log_q, site).shape[-1]) >= depth) == opened
+        forcing = self.forcing(chain)
+        found = forcing(site, index, kept)
+        if found.log_probability == -math.inf:
             allowed = bool((getattr(self.log_prior, site)[(chain, *index)][kept] > -torch.inf).any())
             why = "its guide is a single allocation" if allowed else "it is pinned by its prior"
             raise ValueError(f"gate {gate} cannot be {'open' if opened else 'closed'}: {why}")
-        weights = mass.softmax(0)
-        alive = mass > -torch.inf
-        forced = torch.where(kept & alive[:, None], distribution - mass.clamp(min=-1e300)[:, None], -torch.inf)
-        forced = torch.where(alive[:, None], forced, distribution)  # of weight 0
-        adapted, model, *slopes = self.slopes(chain)
-        shift = _opening(forced) - _opening(
-            distribution
-        )  # (M, D - 1); E[BOPs] is linear in the marginals of one ladder
-        adapted_then, model_then = (
-            float(weights @ (x + (getattr(slope, site)[(slice(None), *index)] * shift).sum(-1)))
-            for x, slope in zip((adapted, model), slopes, strict=True)
-        )
-        whole, then = distribution.exp().mean(0), weights @ forced.exp()
-        log_factors = whole.log() - getattr(self.log_prior, site)[(chain, *index)]  # up to a constant
-        evidence = float(((whole - then) * torch.where(whole > 0, log_factors, 0.0)).sum())  # the NLL's rise / beta
         return WhatIf(
-            gate, opened, math.exp(log_probability), -log_probability - (1 - self.kl_weight) * evidence + 0.0,
-            self.kl_weight * evidence, adapted_then, model_then, float(adapted.mean()), float(model.mean()),
+            gate, opened, math.exp(found.log_probability),
+            -found.log_probability - (1 - self.kl_weight) * found.log_factor_loss + 0.0,
+            self.kl_weight * found.log_factor_loss, found.bops_adapted, found.bops_model,
+            *(float(x.mean()) for x in forcing.slopes[:2]),
         )  # fmt: skip
 
     @functools.cached_property
@@ -293,8 +246,4 @@ def marginals_of(posterior: Posterior, chain: int = 0) -> Gates:
 
 def _marginals(log_probs_of_depths: Gates) -> Gates:
     """Probabilities that each gate is open, from log probabilities of the depths.  (..., D) -> (..., D - 1)"""
-    return Gates(*map(_opening, log_probs_of_depths))
-
-
-def _opening(log_q: Tensor) -> Tensor:
-    return log_q.exp().flip(-1).cumsum(-1).flip(-1)[..., 1:].clamp(max=1.0)
+    return Gates(*map(opening, log_probs_of_depths))
