@@ -31,7 +31,8 @@ from .config.run_config import RunConfig
 from .deploy.peft import export
 from .distributed import sharding_wanted
 from .evaluation.evaluating import Evaluated, evaluate, predictions_file, with_members
-from .evaluation.summary import of_restart, predictions_table, summarize
+from .evaluation.metrics import scores_of
+from .evaluation.summary import of_fit, of_restart, predictions_table, summarize
 from .files import REPORT, NotWritten, replace_text, require_whole, sync, sync_tree, write_sums, writing
 from .models.names import commit_of
 from .posterior.arviz import to_arviz
@@ -214,6 +215,7 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
             _unsharded(trained), folder / "adapter", rows=first_inputs(parts.tokens["train"], parts.collate),
             tokenizer=parts.tokenizer, config=config,
         )  # fmt: skip
+    first = evaluated.pairs["eval"][0]  # of an ensemble its first member's
     if config.is_ensemble:
         pairs = {
             split: (with_members(averaged, split, restarts), at_mode)
@@ -227,6 +229,8 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
         summary = summarize(parts, evaluated, trained.seconds)
     if restarts:
         summary["restarts"] = [of_restart(place) for place in restarts]
+    if config.is_ensemble:
+        summary["first_fit"] = of_fit(summary | scores_of(parts.task, first))
     return summary
 
 

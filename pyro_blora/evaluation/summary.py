@@ -159,7 +159,11 @@ def _averaging(parts: Parts) -> str:
 
 def of_restart(folder: Path) -> dict:
     """What of a restart's summary stands in that of the run."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return of_fit(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+
+
+def of_fit(summary: dict) -> dict:
+    """What fits from several seeds are compared by."""
     kept = ("seed", "metric", "nll", "ece", "elbo_per_example", "bops", "deployed", "beside")
     return {key: summary[key] for key in kept if key in summary}  # older ones have no `beside`
 

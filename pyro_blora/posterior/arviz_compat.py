@@ -171,7 +171,10 @@ def held_out_scores(data, chain: int = 0) -> np.ndarray:
 
 
 def held_out_elpd(data, chain: int = 0) -> tuple[float, float]:
-    """(held-out elpd, standard error over the rows), nats per example: the mean log score, so minus a run's NLL."""
+    """(held-out elpd, standard error over the rows) of a chain, nats per example: the mean log score, minus its NLL.
+
+    A chain of an ensemble is one member, whose NLL is not that of the run.
+    """
     scores = held_out_scores(data, chain)
     return float(scores.mean()), float(scores.std(ddof=1) / np.sqrt(len(scores)))
 

@@ -45,6 +45,7 @@ Kernels = tuple[
     Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     Callable[[Tensor, Tensor, Tensor], Tensor],
 ]
+_LADDER_ERROR = 1e-4  # by which rounding may put a gate above the one before it
 _PROBED = 1000  # elements on which compiled functions are compared with the eager ones
 log = logging.getLogger(__name__)
 
@@ -193,10 +194,11 @@ def quantize(x: Tensor, value_range: Tensor, gates: Tensor, ladder: Sequence[int
 
     Shapes: x any; value_range a scalar > 0, or one for each row of x (..., C, n), (C,); gates (5,), the ladder [z_2,
     z_4, z_8, z_16, z_32] or another one's, each at most the one before it; relaxed ladders in [0, 1] mix the grids.
-    Errors: ValueError for ranges that are not positive and finite or fit no rows, or another length of the ladder.
+    Errors: ValueError for ranges that are not positive and finite or fit no rows, gates that are no ladder, or another
+    length of it.
     """
-    if not gates.is_floating_point():
-        gates = gates.to(torch.promote_types(x.dtype, torch.float32))
+    exact = torch.promote_types(x.dtype, torch.float32)  # so that 32 bit is x itself
+    gates = gates.to(torch.promote_types(exact, gates.dtype) if gates.is_floating_point() else exact)
     value_range = torch.as_tensor(value_range, dtype=gates.dtype, device=x.device)
     by_row = value_range.dim() == 1 and x.dim() > 1 and x.shape[-2] == len(value_range)
     if not (by_row or value_range.numel() == 1) or not bool(((value_range > 0) & value_range.isfinite()).all()):
@@ -206,5 +208,11 @@ def quantize(x: Tensor, value_range: Tensor, gates: Tensor, ladder: Sequence[int
         )
     if gates.shape != (len(ladder),):
         raise ValueError(f"gates must be the ladder of {ladder} bit, shape ({len(ladder)},), got {tuple(gates.shape)}")
+    beyond = torch.cat([gates.detach().diff(), gates.detach()[:1] - 1, -gates.detach()[-1:]])
+    if not bool((beyond <= _LADDER_ERROR).all()):
+        raise ValueError(
+            f"gates must be a ladder in [0, 1], each at most the one before it, got {gates.tolist()}: cumprod "
+            "makes one of independent gates"
+        )
     value_range = value_range if by_row else value_range.reshape(())
     return quantize_mixture(x, value_range, mixture_weights(gates), ladder)

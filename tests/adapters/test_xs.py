@@ -17,12 +17,15 @@ from pyro_blora import adapters, attach, fit, load
 from pyro_blora.adapters import layers, open_gates
 from pyro_blora.adapters.xs import Factors, factors
 from pyro_blora.build import build
+from pyro_blora.evaluation.verdicts import of_score
 from pyro_blora.gates import Gates
 from pyro_blora.layout import AdapterLayout
 from pyro_blora.posterior import deployed
 from pyro_blora.posterior.arviz_compat import group, read
 from pyro_blora.posterior.calibration import fit_temperature
 from pyro_blora.report import write_report
+from pyro_blora.report.run_folder import RunFiles
+from pyro_blora.report.sections.restarts import restarts
 from pyro_blora.run import train_run
 from pyro_blora.tasks import get_task
 from pyro_blora.tasks.batching import by_length, held_out, on_device
@@ -396,6 +399,9 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
     assert "2 fits" in summary["averaging"] and summary["calibration"]["averaged"]["mutual_information"] > 0
     alone, weights = json.loads((alone / "summary.json").read_text()), summary["weights"]
     assert summary["calibration"]["deployed"]["nll"] == pytest.approx(alone["deployed"]["nll"], rel=1e-6)
+    assert summary["first_fit"]["nll"] == pytest.approx(alone["nll"], rel=1e-6) and summary["nll"] != alone["nll"]
+    rows = restarts(RunFiles(folder), "Restarts").tables[0][1]
+    assert rows["NLL"][0] == of_score(alone, "nll") and list(rows["seed"]) == [summary["seed"], summary["seed"] + 1]
     assert weights["random"] == alone["weights"]["random"] and weights["stored"] == 2 * alone["weights"]["stored"]
     assert (weights.get("of"), "draws of the weights" in summary["averaging"]) == (
         ("laplace", True) if of == "laplace" else ("point", False)

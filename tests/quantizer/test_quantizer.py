@@ -103,6 +103,18 @@ def test_scales_nest_by_odd_integers():
         torch.testing.assert_close(again, on_coarse, atol=1e-15, rtol=0)
 
 
+def test_float64_is_exact_at_32_bit_whatever_the_gates_dtype():
+    x = torch.linspace(-3, 3, 1001, dtype=torch.float64)
+    for gates in (chain_at(32), chain_at(32).to(torch.int8)):
+        assert torch.equal(quantize(x, 1.0, gates), x)
+
+
+@pytest.mark.parametrize("gates", [[1, 0, 1, 0, 0], [2, 1, 1, 1, 1], [1, 1, 1, 1, -0.5], [1, 1, float("nan"), 0, 0]])
+def test_gates_that_are_no_ladder_are_refused(gates):
+    with pytest.raises(ValueError, match=r"must be a ladder in \[0, 1\], each at most the one before it"):
+        quantize(torch.randn(4), 1.0, torch.tensor(gates))
+
+
 def test_weights_of_a_chain_sum_to_its_first_gate_and_a_binary_chain_selects_one_width():
     chains = torch.tensor(SOFT).cumprod(-1)
     torch.testing.assert_close(mixture_weights(chains).sum(-1), chains[:, 0])

@@ -16,7 +16,7 @@ def restarts(run: RunFiles, title: str) -> Section:
     rows = [
         {"seed": s["seed"], run.metric: of_score(s, run.metric), "NLL": of_score(s, "nll"),
          "ELBO per example": round(s["elbo_per_example"], 4), "E[BOPs], adapted": f"{s['bops']['adapted_ratio']:.2%}"}
-        for s in [run.summary, *others]
+        for s in [run.summary | run.summary.get("first_fit", {}), *others]
     ]  # fmt: skip
     rhat = run.posterior.rhat()
     lines = [("bits", rhat.z[run.posterior.free().z]), ("ranks", rhat.g[run.posterior.free().g])]
