@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from experiments.studies import peers
-from experiments.studies.cells import finished, folder_of, kept, trained
+from experiments.studies.cells import finished, folder_of, kept, settings_of, trained
 from pyro_blora.bit_widths import LADDER, written
 from pyro_blora.bops import expected_bops
 from pyro_blora.build import build
@@ -92,8 +92,24 @@ class Cells:
         self.layout_and_rows = functools.cache(self._layout_and_rows)
 
     def _layout_and_rows(self, task: str) -> tuple[AdapterLayout, int]:
-        program = build(self.lora(task, self.options.seeds[0])).program
+        """Of every seed; kept beside the cells, so that pages are written without data and models."""
+        path, config = self.folder / f"{task}.layout.json", self.of_layout(task)
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if settings_of(dataclasses.replace(RunConfig.from_dict(known["config"]), seed=config.seed)) == settings_of(
+                config
+            ):
+                return AdapterLayout.from_dict(known["layout"]), known["rows"]
+        program = build(config).program
+        if not (path.exists() or self.options.only_finished):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = {"config": settings_of(config), "rows": program.n_train, "layout": program.layout.to_dict()}
+            replace_text(path, json.dumps(found) + "\n")
         return program.layout, program.n_train
+
+    def of_layout(self, task: str) -> RunConfig:
+        """A run that has the layout of all cells."""
+        return self.lora(task, self.options.seeds[0])
 
     def uniform(self, task: str, name: str) -> Budget:
         return uniform_budget(name, self.layout_and_rows(task)[0])

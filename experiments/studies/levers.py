@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies.allocations import OPEN, Budget, Cells
-from pyro_blora.build import build
 from pyro_blora.config import RunConfig
-from pyro_blora.layout import AdapterLayout
 
 NONE, ALL = "none", "all"
 ALONE: dict[str, dict[str, Any]] = {
@@ -37,10 +35,9 @@ class LeverCells(Cells):
         self.lever, self.changes = lever, LEVERS[lever]
         self.folder = options.without if lever == NONE else options.keep / lever
 
-    def _layout_and_rows(self, task: str) -> tuple[AdapterLayout, int]:
+    def of_layout(self, task: str) -> RunConfig:
         some = {field: value for field, value in self.changes.items() if field not in NEEDS_GATES}
-        program = build(dataclasses.replace(self.lora(task, self.options.seeds[0]), **some)).program
-        return program.layout, program.n_train
+        return dataclasses.replace(super().of_layout(task), **some)
 
     @property
     def has_own_lora(self) -> bool:

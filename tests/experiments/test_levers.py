@@ -69,3 +69,30 @@ def test_a_difference_is_paired_with_the_same_seed_without_a_lever(tmp_path):
     assert smoothed.startswith("| sst2 | W4A4 | `uniform` | smoothing | 1 | +0.000 [+0.000, +0.000] | +0.250 [")
     figure(rows, tmp_path / "levers.png")
     assert (tmp_path / "levers.png").stat().st_size > 1000
+
+
+def cells_of(glue_dir, keep, **changes):
+    return LeverCells(argparse.Namespace(**{
+        **vars(OPTIONS), "glue_dir": str(glue_dir), "without": keep, "only_finished": False, **changes,
+    }), NONE)  # fmt: skip
+
+
+def test_the_layout_that_is_kept_is_that_of_the_model(glue_dir, tmp_path):
+    mine = cells_of(glue_dir, tmp_path, max_train=4000)
+    assert mine.layout_and_rows("sst2") == (
+        found := cells_of(glue_dir, tmp_path, max_train=4000).layout_and_rows("sst2")
+    )
+    kept = cells_of("nowhere", Path(__file__).resolve().parents[2] / "benchmarks/cells/allocation", max_train=4000)
+    kept.options.epochs, kept.options.kl_warmup = 2.0, 0.4
+    assert kept.layout_and_rows("sst2") == found
+
+
+def test_the_layout_of_another_run_is_not_taken(glue_dir, tmp_path):
+    cells_of(glue_dir, tmp_path).layout_and_rows("rte")
+    before = (tmp_path / "rte.layout.json").read_text()
+    layout, rows = cells_of(glue_dir, tmp_path, max_train=32, bit_widths="4,8,32").layout_and_rows("rte")
+    assert rows == 32 and layout.ladder == (4, 8, 32)
+    assert (tmp_path / "rte.layout.json").read_text() == before
+    assert cells_of("nowhere", tmp_path, seeds=[1]).layout_and_rows("rte")[1] == 64
+    cells_of(glue_dir, tmp_path, only_finished=True).layout_and_rows("mrpc")
+    assert not (tmp_path / "mrpc.layout.json").exists()
