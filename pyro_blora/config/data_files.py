@@ -1,4 +1,4 @@
-"""The files that a task's settings name, as `--data` does: hashes of what a run read, and whether that is there still.
+"""The files and folders that a task reads, as of `--data`: hashes of what a run read, and whether that is there still.
 
 A run's folder is found again by its configuration, which has the names of such files. So a finished run keeps their
 hashes, and is not taken for one of other rows.
@@ -8,23 +8,40 @@ import functools
 import hashlib
 from pathlib import Path
 
+from ..registries import TASKS
 from ..user_files import read_json
 from .run_config import RunConfig
 
-KEY = "data_files"  # of summary.json
+KEY, GLUE = "data_files", "glue_dir"  # of summary.json; a field
+_NO_DATA = (".", "cache-")  # how such files' names begin
 
 
 def data_hashes(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of each file that is a setting of the task, by the setting's name; folders and hub names have none."""
+    """SHA-256 of each file and folder that a setting of the task names, by the setting's name; hub names have none.
+
+    Of folders those that a flag for data names have one, of all files in them, and --glue_dir of the files that stand
+    directly in it, as those of task `pairs` do; not of hidden ones, and what `datasets` caches beside its own.
+    """
+    places = {name for name, text in TASKS.entry(config.task).flags.items() if text.startswith(("FILE ", "FOLDER "))}
     found = {}
-    for name, value in config.task_settings.items():
-        if isinstance(value, str) and (path := Path(value).expanduser()).is_file():
-            state = path.stat()
-            found[name] = _hash(path, state.st_size, state.st_mtime_ns)
+    for name, value in (config.task_settings | {GLUE: config.glue_dir}).items():
+        path = Path(value).expanduser() if isinstance(value, str) and value else None
+        if path is not None and path.is_file():
+            found[name] = _of_file(path)
+        elif path is not None and path.is_dir() and name in places | {GLUE}:
+            inside = sorted(path.glob("*" if name == GLUE else "**/*"))
+            files = [file for file in inside if file.is_file() and not file.name.startswith(_NO_DATA)]
+            lines = "".join(f"{_of_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
+            found |= {name: hashlib.sha256(lines.encode()).hexdigest()} if files else {}
     return found
 
 
-@functools.lru_cache
+def _of_file(path: Path) -> str:
+    state = path.stat()
+    return _hash(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
 def _hash(path: Path, size: int, changed: int) -> str:
     """Of a file of that size and time of its last change; a grid asks it for each of its runs."""
     with path.open("rb") as file:
@@ -35,7 +52,8 @@ def require_same_data(folder: Path, config: RunConfig) -> None:
     """Errors: ValueError where a file that the finished run in the folder has read is another one now."""
     summary, now = read_json(folder / "summary.json"), data_hashes(config)
     before = summary.get(KEY, {}) if isinstance(summary, dict) else {}
-    changed = [config.task_settings[name] for name in now if before.get(name, now[name]) != now[name]]
+    named = config.task_settings | {GLUE: config.glue_dir}
+    changed = [named[name] for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise ValueError(
             f"{folder} is a finished run of {' and '.join(changed)} as it was before it changed: give another "

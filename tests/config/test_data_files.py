@@ -1,0 +1,62 @@
+"""A run is of the files and folders that it read: a hash of each tells when they have changed."""
+
+import json
+
+import datasets
+import pytest
+
+from pyro_blora.config import RunConfig
+from pyro_blora.config.data_files import KEY, data_hashes, require_same_data
+
+
+def finished(folder, config):
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({KEY: data_hashes(config)}))
+    return folder
+
+
+def changed(folder, config):
+    with pytest.raises(ValueError, match="as it was before it changed: give another --output_dir"):
+        require_same_data(folder, config)
+
+
+def test_a_folder_of_datasets_is_known_by_what_is_in_it(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    rows.save_to_disk(tmp_path / "data")
+    config = RunConfig(task="files", task_settings={"data": str(tmp_path / "data")})
+    run = finished(tmp_path / "run", config)
+    (tmp_path / "data" / "cache-1.arrow").write_bytes(b"0")
+    (tmp_path / "data" / ".DS_Store").write_bytes(b"0")
+    require_same_data(run, config)
+    rows.map(lambda row: {"label": 1 - row["label"]}).save_to_disk(tmp_path / "other")
+    (tmp_path / "data").rename(tmp_path / "before")
+    (tmp_path / "other").rename(tmp_path / "data")
+    changed(run, config)
+
+
+def test_the_files_of_pairs_are_known_by_what_is_in_them(tmp_path):
+    for name in ("train.csv", "dev.csv"):
+        (tmp_path / name).write_text("first,second,label\na,b,yes\nc,d,no\n")
+    config = RunConfig(task="pairs", glue_dir=str(tmp_path))
+    run = finished(tmp_path / "run", config)
+    require_same_data(run, config)
+    (tmp_path / "dev.csv").write_text("first,second,label\na,b,no\nc,d,no\n")
+    changed(run, config)
+
+
+def test_what_is_no_flag_for_data_is_a_word(tmp_path, monkeypatch):
+    """`--text text` names a column, whatever folder of that name there is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "file").write_text("1")
+    (tmp_path / "data.csv").write_text("text,label\na,0\n")
+    found = data_hashes(RunConfig(task="files", task_settings={"data": "data.csv", "text": "text"}))
+    assert list(found) == ["data"]
+
+
+def test_runs_from_before_folders_had_a_hash_are_still_theirs(tmp_path):
+    config = RunConfig(task="pairs", glue_dir=str(tmp_path))
+    (tmp_path / "dev.csv").write_text("first,second,label\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    require_same_data(tmp_path / "run", config)
