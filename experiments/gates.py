@@ -10,8 +10,9 @@ For each task and seed, from the same LoRA and the same estimate of every gate's
     alone       as `natural`, with adapter, head and ranges left as they are when the gates start
     alone_4     the same, with four times the steps: is there more to gain?
 
-The ELBO is that of discrete draws, by 64 of them on 400 training rows. Beside it stands the ELBO of the adapter of
-`natural` with the gates that it started from, which separates what the gates gain from what the adapter does. Finished
+The ELBO is that of discrete draws, by 64 of them on 400 training rows. Beside it stands by how much it is above that
+of the adapter of `natural` with the gates that it started from, which separates what the gates gain from what the
+adapter does, with draws from the same random numbers. Finished
 cells are kept; `--cells` trains some methods only. With `--noise`, tables of optimizers and of estimates of the natural
 gradient, on problems that can be enumerated: twelve gates, and a tiny network. Rows of estimates are kept, too.
 """
@@ -35,7 +36,7 @@ spin_briefly()  # before anything imports torch
 
 from experiments.ladder.estimates import network_table, twelve_table
 from experiments.ladder.noisy import table as noise_table
-from experiments.studies.compare import spread
+from experiments.studies.compare import half_width, spread
 from experiments.studies.gate_learning import DRAWS, ROWS, cell
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.scripts import run_script
@@ -118,7 +119,7 @@ def differences(rows: list[dict]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         frozen = by(rows, task, "frozen")
         for seed, cell_ in by(rows, task, "natural").items():
-            n, (own, error) = cell_["config"]["max_train"], gained(cell_)
+            n, (own, error) = cell_["config"]["max_train"], gained(cell_) or (np.nan, np.nan)
             gain = n * (cell_["learned"]["elbo"] - frozen[seed]["learned"]["elbo"]) if seed in frozen else np.nan
             lines.append(f"| {task} | {seed} | {gain:+.1f} | {own:+.1f} | {error:.1f} | {cell_['moved']:.2f} |")
     return "\n".join(lines)
@@ -138,15 +139,18 @@ def alone(rows: list[dict]) -> str:
 
 
 def gained(cell: dict | None) -> tuple[float, float] | None:
-    """ELBO of all examples above that of the gates' start under the same adapter, and its standard error; nats."""
-    if cell is None:
-        return None
-    n, learned, start = cell["config"]["max_train"], cell["learned"], cell["start"]
-    return n * (learned["elbo"] - start["elbo"]), n * float(np.hypot(learned["error"], start["error"]))
+    """ELBO of all training examples above that of the gates' start under the same adapter; nats.
+
+    And its standard error over draws of the gates and rows, in one training.
+    """
+    return (cell["gain"]["nats"], cell["gain"]["error"]) if cell and "gain" in cell else None
 
 
 def headline(rows: list[dict]) -> str:
-    """A line a task: what `natural` gains over where its gates start, on average over seeds."""
+    """A line a task: what `natural` gains over where its gates start, on average over seeds.
+
+    With the error in these trainings, of draws and rows, and the 95 % interval (Student) of the mean of all seeds.
+    """
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         found = [gain for cell in by(rows, task, "natural").values() if (gain := gained(cell)) is not None]
@@ -155,9 +159,12 @@ def headline(rows: list[dict]) -> str:
             mean, error = gains.mean(), float(np.hypot.reduce(errors)) / len(gains)
             verdict = "more than" if mean > 2 * error else "not more than"
             seeds = ", ".join(f"{gain:+.1f}" for gain in gains)
+            half = float(half_width(gains)) if len(gains) > 1 else np.inf
+            over_seeds = f"the mean of all seeds is in [{mean - half:.1f}, {mean + half:.1f}]"
             lines.append(
-                f"- **{task}: learning gains {mean:+.1f} ± {error:.1f} nats of ELBO**, {verdict} twice the error "
-                f"of its draws (by seed {seeds})"
+                f"- **{task}: learning gains {mean:+.1f} ± {error:.1f} nats of ELBO** in these trainings, {verdict} "
+                f"twice this error (by seed {seeds}); "
+                f"{over_seeds if len(gains) > 1 else 'one seed has no interval'}"
             )
     return "\n".join(lines)
 
@@ -238,8 +245,8 @@ python experiments/gates.py --glue_dir GLUE --seeds {" ".join(map(str, options.s
 MiniLM, scope `adapted`, prior `bops`, {options.max_train} training examples, {options.epochs} epochs, gates start after
 a third of the steps; {len(rows)} of {len(options.tasks) * len(options.seeds) * len(METHODS)} cells are finished. The
 ELBO is of discrete draws, {DRAWS} of them on {ROWS} training rows; mean ± standard deviation over seeds. With one seed,
-a difference to `frozen` is one of two trainings that went apart; that to the own start, under one adapter and the same
-draws, is what the gates have learned.
+a difference to `frozen` is one of two trainings that went apart; that to the own start, under one adapter, with draws
+from the same random numbers, is what the gates have learned. Its error, ±, is the standard error over draws and rows.
 
 {table(rows)}
 

@@ -34,7 +34,7 @@ spin_briefly()  # before anything imports torch
 import transformers
 
 from experiments.studies.cells import finished, provenance
-from experiments.studies.compare import intervals, spread, written
+from experiments.studies.compare import half_width, intervals, spread, written
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.scripts import run_script
 from pyro_blora.build import build
@@ -198,7 +198,7 @@ def value_less_key(cells: list[dict]) -> tuple[float, ...] | None:
     if not all({"key", "value"} <= set(found) for found in by_type):
         return None
     each = np.mean([np.subtract(found["value"], found["key"]) for found in by_type], axis=0)
-    half = 2 * each.std(ddof=1) / len(each) ** 0.5
+    half = float(half_width(each))
     return each.mean(), each.mean() - half, each.mean() + half
 
 

@@ -77,11 +77,14 @@ def trunk(lora: RunConfig, schedule: Schedule) -> Path:
     steps = min(schedule.opening, schedule.steps - 1)
     root = lora.folder.parent / f".trunk-{lora.folder_name}"
     folder = root / str(steps)
-    if not (folder / CHECKPOINT).exists():
+    if not folder.exists():
         earlier = [int(path.name) for path in root.glob("[0-9]*") if int(path.name) < steps]
-        if earlier and not folder.exists():
-            shutil.copytree(root / str(max(earlier)), folder)
-        fit(lora, folder=folder, until=steps)
+        if earlier:
+            copy = root / f".{steps}"  # no number: half a copy is none
+            shutil.copytree(root / str(max(earlier)), copy, dirs_exist_ok=True)
+            copy.rename(folder)
+    if not (folder / CHECKPOINT).exists() or int(read_tensors(folder / CHECKPOINT)[1]["step"]) < steps:
+        fit(lora, folder=folder, until=steps)  # goes on where it was interrupted
     return folder / CHECKPOINT
 
 

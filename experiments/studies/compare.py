@@ -66,7 +66,7 @@ def intervals(pairs: list[tuple[dict, dict]], differences: Callable, *, seed: in
     samples = np.concatenate([np.mean([differences(pair, rows) for pair in pairs], 0) for rows in drawn], 1)
     squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 1)) ** 2
     if len(pairs) > 1:
-        squares = squares + _half_width(by_seed) ** 2
+        squares = squares + half_width(by_seed) ** 2
     return [(mean, mean - half, mean + half) for mean, half in zip(by_seed.mean(0), np.sqrt(squares), strict=True)]
 
 
@@ -87,7 +87,7 @@ def beyond_noise(interval: tuple[float, ...]) -> bool:
     return low > 0 or high < 0
 
 
-def _half_width(values: np.ndarray) -> np.ndarray:
+def half_width(values: np.ndarray) -> np.ndarray:
     """Of Student's interval for the mean over the first dimension."""
     n = len(values)
     return stats.t.ppf((1 + LEVEL) / 2, n - 1) * values.std(0, ddof=1) / n**0.5
@@ -105,5 +105,5 @@ def rank_differences(cells: list[dict], over: str = "layers") -> tuple[float, fl
         of = {kind: np.array([cell["ranks"][f"{layer}.{kind}"] for layer in layers]) for kind in ROLES}
         differences.append(of["value"] - (of["query"] + of["key"]) / 2)
     values = np.mean(differences, axis=1 if over == "seeds" else 0)
-    half = float(_half_width(values))
+    half = float(half_width(values))
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half, len(values)

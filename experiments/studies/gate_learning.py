@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,28 +63,45 @@ def _judged(parts: Parts, start: list[Tensor] | None) -> dict:
     both = Gates(*(torch.cat(pair) for pair in zip(few, mode, strict=True)))
     predictions = predicted(parts, "eval", both)
     averaged, single = (scores_of(parts.task, predictions.of_draws(part)) for part in (slice(_FEW), slice(_FEW, None)))
-    learned = _elbo(parts)
-    found = {"learned": learned, "draws": _score(averaged), "deployed": _score(single)}
+    nll = _nll(parts)
+    found = {"learned": _elbo(parts, nll), "draws": _score(averaged), "deployed": _score(single)}
     if start is not None:
         factors = [program.gate_guide.z_evidence, program.gate_guide.g_evidence]
         moved = [(e - before)[:, mask] for e, before, mask in
                  zip(factors, start, (program.z_mask, program.g_mask), strict=True)]  # fmt: skip
         found["moved"] = torch.cat([x.flatten() for x in moved]).square().mean().sqrt().item()
+        kl = float(sum(program.kl()))
         for e, before in zip(factors, start, strict=True):
             e.copy_(before)
-        found["start"] = _elbo(parts)
+        found["gain"] = gain(_nll(parts) - nll, float(sum(program.kl())) - kl, program.n_train)
     return found
+
+
+def gain(nll: Tensor, kl: float, n_train: int) -> dict[str, float]:
+    """How far the ELBO of all examples rises where the NLL of some falls by `nll` (D, E) and the KL by `kl`; nats.
+
+    error: its standard error, over draws, of `n_train` rows these, and both; each part has what is of a row and a draw.
+    """
+    draws, rows = nll.shape
+    of_draws = n_train * float(nll.mean(1).std()) / draws**0.5
+    of_rows = n_train * float(nll.mean(0).std()) * max(0.0, 1 / rows - 1 / n_train) ** 0.5
+    return {"nats": n_train * float(nll.mean()) + kl, "of_draws": of_draws, "of_rows": of_rows,
+            "error": float(np.hypot(of_draws, of_rows))}  # fmt: skip
+
+
+def _nll(parts: Parts) -> Tensor:
+    """Of some training examples under draws of the gates, from the same random numbers each time; (D, E)."""
+    rows = take(parts.tokens["train"], ROWS, parts.config.seed)
+    return -predicted(parts, "train", draw(parts.program, DRAWS, seed=parts.config.seed), rows=rows).log_likelihood
 
 
 def _score(scores: dict) -> dict:
     return {"metric": scores["metric"]["name"], "score": scores["metric"]["value"], "nll": scores["nll"]}
 
 
-def _elbo(parts: Parts) -> dict:
-    """The ELBO per example with discrete draws, its standard error over them, and the allocation."""
-    program, layout = parts.program, parts.program.layout
-    rows = take(parts.tokens["train"], ROWS, parts.config.seed)
-    nll = -predicted(parts, "train", draw(program, DRAWS, seed=parts.config.seed), rows=rows).log_likelihood.mean(1)
+def _elbo(parts: Parts, nll: Tensor) -> dict:
+    """The ELBO per example with discrete draws, its standard error over them, and the allocation.  nll (D, E)"""
+    program, layout, nll = parts.program, parts.program.layout, nll.mean(1)
     kl = float(sum(program.kl()))
     z, g = (q.mean for q in program.gate_guide.posterior())
     z_deployed, g_deployed = deployed(program)
