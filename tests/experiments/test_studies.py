@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from tiny import save_tiny_backbone, tiny_config
 
 from experiments.studies import compare
-from experiments.studies.cells import finished, kept, provenance
+from experiments.studies.cells import finished, kept, provenance, trunk
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.weight_distributions import ensembles
@@ -26,7 +28,9 @@ from experiments.studies.weights_page import (
     winners,
     with_gates,
 )
+from pyro_blora.checkpoint import read_tensors
 from pyro_blora.config import RunConfig
+from pyro_blora.training import Schedule, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -244,3 +248,18 @@ def test_what_is_wrong_with_a_command_is_one_sentence(script, wrong, said, refus
     folders = "--glue_dir", tmp_path, "--output_dir", tmp_path / "runs"
     assert said in refusal(main, *folders, *wrong.split(), script=script)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_shared_lora_that_was_interrupted_goes_on_to_its_step(tmp_path):
+    backbone = tmp_path / "tiny"
+    save_tiny_backbone(backbone)
+    lora = tiny_config(backbone, output_dir=str(tmp_path / "runs"), prior="fixed", prior_settings={"bits": 32},
+                       kl_warmup=0.75)  # fmt: skip
+    schedule = Schedule.of(lora, 64)
+    assert (schedule.opening, schedule.steps) == (6, 8)
+    fit(lora, folder=tmp_path / "runs" / f".trunk-{lora.folder_name}" / "6", until=2)  # as one that a signal ends
+    found, notes = read_tensors(trunk(lora, schedule))
+    assert notes["step"] == "6"
+    whole = dataclasses.replace(lora, output_dir=str(tmp_path / "again"))
+    undisturbed = read_tensors(trunk(whole, schedule))[0]
+    assert found.keys() == undisturbed.keys() and all(torch.equal(x, undisturbed[key]) for key, x in found.items())
