@@ -119,7 +119,8 @@ def differences(rows: list[dict]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         frozen = by(rows, task, "frozen")
         for seed, cell_ in by(rows, task, "natural").items():
-            n, (own, error) = cell_["config"]["max_train"], gained(cell_) or (np.nan, np.nan)
+            n = cell_.get("n_train", cell_["config"]["max_train"])  # older cells have as many rows as they may
+            own, error = gained(cell_) or (np.nan, np.nan)
             gain = n * (cell_["learned"]["elbo"] - frozen[seed]["learned"]["elbo"]) if seed in frozen else np.nan
             lines.append(f"| {task} | {seed} | {gain:+.1f} | {own:+.1f} | {error:.1f} | {cell_['moved']:.2f} |")
     return "\n".join(lines)

@@ -64,7 +64,12 @@ def _judged(parts: Parts, start: list[Tensor] | None) -> dict:
     predictions = predicted(parts, "eval", both)
     averaged, single = (scores_of(parts.task, predictions.of_draws(part)) for part in (slice(_FEW), slice(_FEW, None)))
     nll = _nll(parts)
-    found = {"learned": _elbo(parts, nll), "draws": _score(averaged), "deployed": _score(single)}
+    found = {
+        "n_train": program.n_train,
+        "learned": _elbo(parts, nll),
+        "draws": _score(averaged),
+        "deployed": _score(single),
+    }
     if start is not None:
         factors = [program.gate_guide.z_evidence, program.gate_guide.g_evidence]
         moved = [(e - before)[:, mask] for e, before, mask in
