@@ -93,7 +93,7 @@ class Cells:
 
     def _layout_and_rows(self, task: str) -> tuple[AdapterLayout, int]:
         """Of every seed; kept beside the cells, so that pages are written without data and models."""
-        path, config = self.folder / f"{task}.layout.json", self.of_layout(task)
+        path, config = self.folder / f"{task}.layout.json", self.opened(task, self.options.seeds[0])
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
             if settings_of(dataclasses.replace(RunConfig.from_dict(known["config"]), seed=config.seed)) == settings_of(
@@ -107,15 +107,15 @@ class Cells:
             replace_text(path, json.dumps(found) + "\n")
         return program.layout, program.n_train
 
-    def of_layout(self, task: str) -> RunConfig:
-        """A run that has the layout of all cells."""
-        return self.lora(task, self.options.seeds[0])
-
     def uniform(self, task: str, name: str) -> Budget:
         return uniform_budget(name, self.layout_and_rows(task)[0])
 
     def lora(self, task: str, seed: int) -> RunConfig:
         return self._config(task, seed, {"prior": "fixed", "prior_settings": {"bits": 32}})
+
+    def opened(self, task: str, seed: int) -> RunConfig:
+        """The quantized runs with every gate open: it has their layout, and at it peers measure."""
+        return self.lora(task, seed)
 
     def _config(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
         options = self.options
@@ -136,7 +136,7 @@ class Cells:
         if method == "rewound" or method in peers.PEERS:
             widths = (
                 self._learned(task, seed, budget) if method == "rewound" else
-                peers.allocation(method, self.folder, f"{task}-{seed}", budget.name, self.lora(task, seed),
+                peers.allocation(method, self.folder, f"{task}-{seed}", budget.name, self.opened(task, seed),
                                  self.layout_and_rows(task)[0], budget.share)
             )  # fmt: skip
             own = {"prior": "allocation", "prior_settings": {"widths": widths}}
@@ -181,7 +181,7 @@ class Cells:
         train = train and not self.options.only_finished
         lora, path = self.lora(task, seed), self.path(task, seed, method, budget)
         if train and method in peers.PEERS and not path.exists():
-            peers.measure(method, lora, self.folder, f"{task}-{seed}")
+            peers.measure(method, self.opened(task, seed), lora, self.folder, f"{task}-{seed}")
         if train and method == "rewound" and self.config(task, seed, method, budget) is None:
             learned = self.config(task, seed, "budget", budget)
             assert learned is not None

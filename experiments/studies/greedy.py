@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_blora import adapters
+from pyro_blora.bit_widths import written
 from pyro_blora.bops import expected_bops
 from pyro_blora.gates import Gates
 from pyro_blora.layout import AdapterLayout
@@ -177,8 +178,13 @@ def allocation_at(
 ) -> Gates[Tensor]:  # fmt: skip
     """The first allocation of the path whose share of the model's BOPs is at most `bops`, and what fits opened again.
 
-    Errors: ValueError where even the path's end is above it.
+    Errors: ValueError where even the path's end is above it, and for a path of another layout.
     """
+    if set(path) != set(closings(layout)):
+        raise ValueError(
+            f"the path closes {len(set(path))} gates, which are not those of the layout: measure it with bit widths "
+            f"{written(layout.ladder)} and rank {layout.rank}"
+        )
 
     def share(state: Depths) -> float:
         return expected_bops(layout, *state.gates(layout)).model_ratio.item()

@@ -138,5 +138,5 @@ def mean_squared_errors(program: BayesianLoRA, batches: Batches, ranges: Tensor)
 
 
 def sensitivities(traces: Tensor, errors: Tensor) -> Tensor:
-    """Omega of every tensor at every bit width.  traces (L, T), errors (L, T, 5) -> (L, T, 5)"""
+    """Omega of every tensor at every bit width.  traces (L, T), errors (L, T, K + 1) -> (L, T, K + 1)"""
     return traces.clamp(min=0.0)[..., None] * errors

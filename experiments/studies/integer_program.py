@@ -11,12 +11,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from pyro_blora.bit_widths import written
 from pyro_blora.bops import at_full_width, expected_bops
 from pyro_blora.gates import Gates
 from pyro_blora.layout import INPUT, PRODUCTS, AdapterLayout
 
 GAP = 1e-4  # of the optimum, at which it stops
 SECONDS = 60.0
+_ROUNDING = 1e-6  # of a share of bit operations, a number of single precision
 
 
 class _Rows:
@@ -39,14 +41,22 @@ class _Rows:
 def cheapest(layout: AdapterLayout, sensitivities: Tensor, bops: float) -> Gates[Tensor]:
     """The gates of the allocation of least summed sensitivity whose share of the model's BOPs is at most `bops`.
 
-    sensitivities (L, T, 5); all ranks are open.  Returns z (L, T, K), g (L, R - 1), 0 or 1.
-    Errors: ValueError for a budget below that of the lowest width everywhere.
+    sensitivities (L, T, K + 1); all ranks are open.  Returns z (L, T, K), g (L, R - 1), 0 or 1.
+    Errors: ValueError for a budget below that of the lowest width everywhere, one at which none is found in time, and
+    sensitivities of another ladder.
     """
     widths, (L, T, K) = layout.ladder, layout.z_shape
+    if sensitivities.shape != (L, T, K + 1):
+        raise ValueError(
+            f"sensitivities {tuple(sensitivities.shape)} do not fit the layout, ({L}, {T}, {K + 1}): measure them with "
+            f"its bit widths, {written(widths)}"
+        )
     open_ranks = torch.ones(layout.g_shape)
     least = expected_bops(layout, torch.zeros(layout.z_shape), open_ranks).model_ratio.item()
     if bops < least:
         raise ValueError(f"bops must be at least {least:.3g} ({widths[0]} bit, every rank open), got {bops:g}")
+    if bops <= least * (1 + _ROUNDING):  # nothing else fits
+        return Gates(torch.zeros(layout.z_shape), open_ranks)
     n, rows, first, price, objective = len(widths), _Rows(), {}, {}, []
 
     def block(size: int) -> int:
@@ -84,7 +94,10 @@ def cheapest(layout: AdapterLayout, sensitivities: Tensor, bops: float) -> Gates
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )  # fmt: skip
     if solved.x is None:
-        raise RuntimeError(f"the integer program has no solution at {bops:g} of the model's BOPs: {solved.message}")
+        raise ValueError(
+            f"the integer program found no allocation at {bops:g} of the model's BOPs ({solved.message}): give a "
+            "larger budget, or a ladder of fewer bit widths"
+        )
     depths = torch.full((L, T), K)
     for (i, t), start in first.items():
         depths[i, t] = int(np.argmax(solved.x[start : start + n]))

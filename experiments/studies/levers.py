@@ -35,10 +35,6 @@ class LeverCells(Cells):
         self.lever, self.changes = lever, LEVERS[lever]
         self.folder = options.without if lever == NONE else options.keep / lever
 
-    def of_layout(self, task: str) -> RunConfig:
-        some = {field: value for field, value in self.changes.items() if field not in NEEDS_GATES}
-        return dataclasses.replace(super().of_layout(task), **some)
-
     @property
     def has_own_lora(self) -> bool:
         """Whether LoRA at 32 bit is another network with this lever, or there is none."""
@@ -47,6 +43,10 @@ class LeverCells(Cells):
     def lora(self, task: str, seed: int) -> RunConfig:
         before = {field: value for field, value in self.changes.items() if field in BEFORE}
         return super()._config(task, seed, {**before, "prior": "fixed", "prior_settings": {"bits": 32}})
+
+    def opened(self, task: str, seed: int) -> RunConfig:
+        some = {field: value for field, value in self.changes.items() if field not in NEEDS_GATES}
+        return dataclasses.replace(self.lora(task, seed), **some)
 
     def _config(self, task: str, seed: int, changes: dict[str, Any]) -> RunConfig:
         return super()._config(task, seed, {**self.changes, **changes})

@@ -20,6 +20,7 @@ from experiments.studies.cells import settings_of, trunk
 from experiments.studies.greedy import Move, allocation_at, closing_path, increments_of, loss_of
 from experiments.studies.hessian import gauss_newton_traces, hessian_traces, mean_squared_errors, sensitivities
 from experiments.studies.integer_program import cheapest
+from pyro_blora.adapters import start_smoothing
 from pyro_blora.build import Parts, build
 from pyro_blora.checkpoint import read_tensors, trainable
 from pyro_blora.config import RunConfig
@@ -39,16 +40,16 @@ _RANGE_BATCHES = 4  # that ranges are fitted to, as where gates start
 
 
 def allocation(
-    method: str, folder: Path, name: str, budget: str, lora: RunConfig, layout: AdapterLayout, bops: float
+    method: str, folder: Path, name: str, budget: str, config: RunConfig, layout: AdapterLayout, bops: float
 ) -> Widths | None:  # fmt: skip
     """The table of a peer's allocation at a share of the model's BOPs; None where nothing is measured yet.
 
-    folder: where `measure` left its file, of the same name. budget: what the budget is called.
+    folder: where `measure` left its file, of the same name and configuration. budget: what the budget is called.
     Errors: ValueError for what was measured of another configuration.
     """
     measured, path = _measured(folder, name, method), folder / f"{name}-{budget}-{method}.widths.json"
     if measured.exists():
-        _require_same(measured, lora)
+        _require_same(measured, config)
     elif not path.exists():
         return None
     if not path.exists():
@@ -58,18 +59,23 @@ def allocation(
     return found
 
 
-def measure(method: str, lora: RunConfig, folder: Path, name: str) -> None:
-    """Measure what a peer allocates by, at the shared LoRA where its gates would start; kept in `folder`."""
+def measure(method: str, config: RunConfig, lora: RunConfig, folder: Path, name: str) -> None:
+    """Measure what a peer allocates by, at the shared LoRA where its gates would start; kept in `folder`.
+
+    config: nothing is quantized, as in `lora`, but rungs, ranges and smoothing are those of the runs at the allocation.
+    """
     path = _measured(folder, name, method)
     if path.exists():
-        _require_same(path, lora)
+        _require_same(path, config)
         return
-    parts = build(lora)
+    parts = build(config)
     program = parts.program.eval()
     _restore(program, trunk(lora, Schedule.of(lora, len(parts.rows["train"]))))
-    ranges = range_errors(program, _batches(parts, _RANGE_BATCHES, lora.batch_size, epoch=-1)).best_by_width()
+    fitted = _batches(parts, _RANGE_BATCHES, config.batch_size, epoch=-1)
+    start_smoothing(program.net, (inputs for inputs, _ in fitted))
+    ranges = range_errors(program, fitted).best_by_width()
     batches = _batches(parts, EXAMPLES[method] // BATCH[method], BATCH[method], epoch=-2)
-    found: dict[str, Any] = {"lora": settings_of(lora), "examples": sum(len(labels) for _, labels in batches)}
+    found: dict[str, Any] = {"lora": settings_of(config), "examples": sum(len(labels) for _, labels in batches)}
     if method == "greedy":
         loss = loss_of(program, batches, ranges)
         increments = increments_of(program.layout, loss)
@@ -78,7 +84,7 @@ def measure(method: str, lora: RunConfig, folder: Path, name: str) -> None:
     else:
         traces_of = gauss_newton_traces if method == "hessian" else hessian_traces
         with phase("measuring curvatures"):
-            traces = traces_of(program, batches, probes=1, seed=lora.seed)
+            traces = traces_of(program, batches, probes=1, seed=config.seed)
             errors = mean_squared_errors(program, batches, ranges)
         found |= {"traces": traces.tolist(), "sensitivities": sensitivities(traces, errors).tolist()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +95,10 @@ def _measured(folder: Path, name: str, method: str) -> Path:
     return folder / f"{name}-{method}.measured.json"
 
 
-def _require_same(path: Path, lora: RunConfig) -> None:
+def _require_same(path: Path, config: RunConfig) -> None:
     known = settings_of(RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["lora"]))
-    if known != settings_of(lora):
-        wrong = sorted(key for key, value in settings_of(lora).items() if known[key] != value)
+    if known != settings_of(config):
+        wrong = sorted(key for key, value in settings_of(config).items() if known[key] != value)
         raise ValueError(f"{path} is of another configuration ({', '.join(wrong)} differ): give another --keep")
 
 
@@ -105,11 +111,12 @@ def _allocated(method: str, layout: AdapterLayout, found: dict[str, Any], bops: 
 
 @torch.no_grad()
 def _restore(program: torch.nn.Module, checkpoint: Path) -> None:
-    """Put the parameters of a checkpoint into a program."""
+    """Put the parameters of a checkpoint into a program, but for ranges if they are of other tensors or rows."""
     found = read_tensors(checkpoint)[0]
     for name, parameter in trainable(program).items():
-        if f"parameter/{name}" in found:
-            parameter.copy_(found[f"parameter/{name}"])
+        known = found.get(f"parameter/{name}")
+        if known is not None and known.shape == parameter.shape:
+            parameter.copy_(known)
 
 
 def _batches(parts: Parts, count: int, size: int, epoch: int) -> list[tuple[dict, Tensor]]:
