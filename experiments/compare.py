@@ -29,7 +29,7 @@ spin_briefly()  # before anything imports torch
 
 from experiments.studies.compare_page import at_every_rank, compared, differences, elpd, kept, means, what_differs
 from experiments.studies.loo import loo_of_run
-from experiments.studies.results import groups, missing, read
+from experiments.studies.results import groups, missing, read, wanted
 from experiments.studies.scripts import run_script
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -91,10 +91,13 @@ def figure(table: pd.DataFrame, axis: str, path: Path) -> None:
 
 
 def report(table: pd.DataFrame, options: argparse.Namespace) -> str:
-    axis, summary = options.axis, table["summary"].iloc[0]
+    axis = options.axis
     loo = leave_one_out(table, axis, options) if options.loo else ""
-    draws = " or ".join(map(str, sorted({summary["draws"] for summary in table["summary"]})))
     found = compared(table, axis, options.against)
+
+    def each(name: str) -> str:
+        return " or ".join(map(str, sorted({summary[name] for summary in table["summary"]})))
+
     picture = os.path.relpath(options.figures / f"{options.report.stem}.png", options.report.parent)
     return f"""# {options.report.stem}: `{axis}` compared
 
@@ -106,9 +109,9 @@ python experiments/compare.py {options.table} --axis {axis} --against {options.a
 ```
 
 The table is what `experiments/grid.py` left of the grid `{options.table.parent.name}`, whose file has its command.
-{len(table)} runs on {summary["device"]}; backbone {summary["backbone"]}, {summary["n_train"]} training examples, in \
+{len(table)} runs on {each("device")}; backbone {each("backbone")}, {each("n_train")} training examples, in \
 {" or ".join(sorted(set(table["precision"])))}.
-Predictions average {draws} draws. Missing of the grid: {", ".join(missing(table, axis)) or "none"}.
+Predictions average {each("draws")} draws. {missing(table, axis, wanted(options.table, table, axis))}
 
 `deployed` is the one allocation that is exported, one forward an example; `draws` averages predictions over draws of
 the gates (or of dropout masks). ± is the standard deviation over seeds. Bit operations are of what is deployed, in one

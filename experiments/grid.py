@@ -4,7 +4,8 @@
 
 Finished runs are skipped and interrupted ones resumed, so the command can be killed and given again. Every run is a
 process of its own, the same as `pyro-blora train` with its flags: one that fails costs its own cell, which is listed at
-the end with the file of its output. The results are one table, results.parquet and results.csv, a line a finished run.
+the end with the file of its output. The results are one table, results.parquet and results.csv, a line a finished run;
+cells.json beside it has the labels of all runs that the file asks for.
 """
 
 import argparse
@@ -22,11 +23,11 @@ spin_briefly()  # before anything imports torch
 
 import pandas as pd
 
-from experiments.studies.grid_file import Cell, read_grid
+from experiments.studies.grid_file import CELLS, Cell, read_grid
 from experiments.studies.launchers import Cluster, Processes
 from experiments.studies.scripts import run_script
 from pyro_blora.config.data_files import require_same_data
-from pyro_blora.files import REPORT, replace
+from pyro_blora.files import REPORT, replace, replace_text
 from pyro_blora.progress import phase
 from pyro_blora.report import write_report
 from pyro_blora.signals import Interrupted, heeded
@@ -130,9 +131,11 @@ def second_score(summary: dict) -> float | None:
     return next((value for key, value in summary.get("scores", {}).items() if key != name), None)
 
 
-def write_results(table: pd.DataFrame, folder: Path) -> None:
-    """results.parquet and results.csv, each replaced in one rename."""
+def write_results(cells: list[Cell], folder: Path) -> None:
+    """results.parquet and results.csv of what is finished, cells.json of all; each replaced in one rename."""
     folder.mkdir(parents=True, exist_ok=True)
+    table = results(cells)
+    replace_text(folder / CELLS, json.dumps([cell.labels for cell in cells], indent=1) + "\n")
     for name, write in (("results.parquet", table.to_parquet), ("results.csv", table.to_csv)):
         replace(folder / name, functools.partial(write, index=False))
 
@@ -142,7 +145,7 @@ def write_pages(cells: list[Cell], folder: Path) -> None:
     for cell in filter(is_finished, cells):
         if not (cell.folder / REPORT).is_file():
             write_report(cell.folder)
-    write_results(results(cells), folder)
+    write_results(cells, folder)
     if any(map(is_finished, cells)):
         print(f"report: {write_report(folder)}")
 

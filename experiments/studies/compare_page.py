@@ -87,17 +87,20 @@ def what_differs(found: Differences, against: str) -> str:
 
 
 def kept(table: pd.DataFrame, axis: str) -> str:
-    """Expected bits by tensor role and expected ranks by projection type, over seeds."""
-    roles, types = (list(table["summary"].iloc[0][name]) for name in ("expected_bits", "expected_rank"))
+    """Expected bits by tensor role and expected ranks by projection type, over seeds; `-` where an entry has none."""
+    roles, types = (
+        list(dict.fromkeys(key for summary in table["summary"] for key in summary[name]))
+        for name in ("expected_bits", "expected_rank")
+    )
     titles = [f"E[bits] {roles[0]}", *roles[1:], *(f"E[rank] {name}" for name in types[:1]), *types[1:]]
     lines = [f"| task | {axis} | {' | '.join(titles)} |", "|" + "---|" * (2 + len(titles))]
     for (task, entry), runs in groups(table, axis).items():
         values = [
-            spread([summary[name].get(key, float("nan")) for summary in runs["summary"]], 1)
+            [summary[name][key] for summary in runs["summary"] if key in summary[name]]
             for name, keys in (("expected_bits", roles), ("expected_rank", types))
             for key in keys
         ]
-        lines.append(f"| {task} | `{entry}` | {' | '.join(values)} |")
+        lines.append(f"| {task} | `{entry}` | {' | '.join(spread(x, 1) if x else '-' for x in values)} |")
     return "\n".join(lines)
 
 

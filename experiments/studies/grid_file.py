@@ -34,6 +34,7 @@ from pyro_blora.training import Schedule
 from pyro_blora.user_files import compose_yaml, read_text, value_of
 from pyro_blora.user_values import suggest
 
+CELLS = "cells.json"  # beside the table of results: the labels of every cell, finished or not
 _OF_THE_MODEL = ("allocation", "budget", "random")  # priors whose settings only the model itself can refuse
 _preset = functools.cache(read_preset)  # once a grid, not once a cell
 

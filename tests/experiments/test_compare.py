@@ -11,7 +11,7 @@ from tiny import save_tiny_backbone, tiny_grid
 
 from experiments import compare, grid
 from experiments.studies import loo
-from experiments.studies.compare_page import what_differs
+from experiments.studies.compare_page import kept, what_differs
 from experiments.studies.grid_file import read_grid
 from experiments.studies.loo import loo_of_run
 from pyro_blora import draw, load
@@ -33,7 +33,7 @@ def results(tmp_path_factory):
     cells = read_grid(path, str(folder / "runs"))
     for cell in cells:
         train_run(cell.config)
-    grid.write_results(grid.results(cells), folder / "runs")
+    grid.write_results(cells, folder / "runs")
     return folder / "runs" / "results.parquet"
 
 
@@ -102,8 +102,38 @@ def test_a_cell_that_is_missing_is_named(results, tmp_path):
     )
     compare.main([str(tmp_path / "part.csv"), "--axis", "method", "--against", "lora"])
     text = (tmp_path / "compare.md").read_text(encoding="utf-8")
-    assert "Missing of the grid: acceptability `qat_lora` seed 1." in text
+    assert "Missing among the entries and seeds that have a run: acceptability `qat_lora` seed 1." in text
     assert rows(text, "## Paired differences", "qat_lora")[0][2] == "1"
+
+
+def test_an_entry_and_a_seed_that_nothing_is_finished_of_are_named(results, tmp_path):
+    """As the grid wanted them, beside the table; the cells of another grid do not count."""
+    table = pd.read_parquet(results)
+    table[(table["method"] != "qat_lora") & (table["seed"] == "0")].to_parquet(tmp_path / "results.parquet")
+    cells = json.loads(results.with_name("cells.json").read_text())
+    for left, said in (
+        (cells, "of the grid: acceptability `lora` seed 1, acceptability `bayesian_lora` seed 1, acceptability "
+                "`qat_lora` seed 0, acceptability `qat_lora` seed 1."),
+        ([cell for cell in cells if cell["method"] != "lora"], "among the entries and seeds that have a run: none."),
+        ([{**cell, "rank": "4"} for cell in cells], "among the entries and seeds that have a run: none."),
+    ):  # fmt: skip
+        (tmp_path / "cells.json").write_text(json.dumps(left))
+        assert f"Missing {said}" in page(tmp_path / "results.parquet")
+
+
+def test_what_only_some_entries_have_is_kept():
+    """Tensor roles of one adapter, projection types of one choice of modules."""
+    runs = [
+        ({"input": 8.0, "lora_A": 4.0}, {"query": 4.0}),
+        ({"input": 8.0, "core": 2.0}, {"query": 3.0, "dense": 7.0}),
+    ]
+    table = pd.DataFrame([
+        {"task": "sst2", "adapter": name, "seed": "0", "summary": {"expected_bits": bits, "expected_rank": ranks}}
+        for name, (bits, ranks) in zip(("lora", "xs"), runs, strict=True)
+    ])  # fmt: skip
+    head, _, *lines = kept(table, "adapter").splitlines()
+    assert head == "| task | adapter | E[bits] input | lora_A | core | E[rank] query | dense |"
+    assert lines == ["| sst2 | `lora` | 8.0 | 4.0 | - | 4.0 | - |", "| sst2 | `xs` | 8.0 | - | 2.0 | 3.0 | 7.0 |"]
 
 
 def test_leaving_one_out_is_of_random_gates_and_labelled(results):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny_backbone, tiny_config
 
-from experiments.grid import results, write_results
+from experiments.grid import write_results
 from experiments.studies.grid_file import Cell
 from pyro_blora.run import train_run
 from pyro_blora.tasks import get_task
@@ -65,7 +65,7 @@ def things(tmp_path_factory):
     cells = [Cell({"task": c.task, "prior": c.prior, "seed": str(c.seed)}, c) for c in configs]
     for cell in cells:
         train_run(cell.config)
-    write_results(results(cells), runs)
+    write_results(cells, runs)
     return {"TINY": backbone, "RUNS": folder / "runs", "RUN": configs[1].folder, "RESULTS": runs / "results.parquet"}
 
 

@@ -234,6 +234,7 @@ def test_a_failing_run_costs_its_own_cell_only(tmp_path, backbone, environment, 
     assert "1 of 2 runs are finished" in said and "failed: lr=1e+30" in said and "diverged" in said
     table = pd.read_parquet(out / "results.parquet")
     assert len(table) == 1 and table.lr.tolist() == ["0.001"] and Path(table.folder[0]).is_dir()
+    assert json.loads((out / "cells.json").read_text("utf-8")) == [{"lr": "0.001"}, {"lr": "1e+30"}]
     assert pd.read_csv(out / "results.csv").score[0] == pytest.approx(table.score[0])
     assert table.bops_adapted.between(0, 1).all() and table.metric[0] == "accuracy"
 
