@@ -25,7 +25,8 @@ from experiments.studies import intents
 from experiments.studies.cells import CODE, kept, settings_of
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.scripts import run_script
-from experiments.studies.uncertainty_page import figure, report
+from experiments.studies.uncertainty_page import DEPLOYED, figure, report
+from pyro_blora.bops import expected_bops
 from pyro_blora.config import RunConfig
 from pyro_blora.evaluation import predicted
 from pyro_blora.gates import Gates
@@ -75,6 +76,7 @@ def predictions(
     """
     outputs: dict[str, list[torch.Tensor]] = {}
     labels, seconds, costs = {}, 0.0, []
+    drawn = drawn and config.method == "bayesian_lora"
     for member in members(config):
         run = fit(member, folder=folder / member.folder_name)
         seconds += run.seconds
@@ -82,14 +84,16 @@ def predictions(
         gates, theta, dropout_seed = Gates(*(x[None] for x in deployed(program))), None, None
         if config.average_over == "dropout":
             gates, dropout_seed = Gates(*(x.expand(draws, *x.shape[1:]) for x in gates)), config.seed
-        elif drawn and config.method == "bayesian_lora":
+        elif drawn:
             gates, theta = draw(program, draws, seed=config.seed), draw_weights(program, draws, seed=config.seed)
-        costs.append(float(bops(program).adapted_ratio))
+        cost = bops(program) if drawn else expected_bops(program.net.layout, *deployed(program))
+        costs.append(float(cost.adapted_ratio))
         for split in ("validation", "eval", "ood"):
             found = predicted(run.parts, split, gates, theta, dropout_seed=dropout_seed)
             outputs.setdefault(split, []).append(found.outputs)
             labels[split] = found.labels
-    return {split: torch.cat(x) for split, x in outputs.items()}, labels, {"seconds": seconds, "bops": costs}
+    said = {"seconds": seconds, "bops": costs, "bops_of": "draws" if drawn else DEPLOYED}
+    return {split: torch.cat(x) for split, x in outputs.items()}, labels, said
 
 
 def of_examples(outputs: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, list]:
@@ -132,7 +136,7 @@ def cell_of(options, data: str, way: str) -> dict | None:
     cell = kept(file, config)
     if cell is not None or options.only_finished:
         return cell
-    outputs, labels, said = predictions(config, Path(options.output_dir), drawn=not way.endswith("deployed"))
+    outputs, labels, said = predictions(config, Path(options.output_dir), drawn=not way.endswith(DEPLOYED))
     cell = {
         "config": settings_of(config), "versions": versions(), "code": CODE, **said,
         "summary": {"task": data, "device": f"cpu ({torch.get_num_threads()} threads)"}, "way": way,

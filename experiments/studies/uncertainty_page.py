@@ -28,6 +28,7 @@ from experiments.studies.doubts import (
 )
 from pyro_blora.posterior import calibration
 
+DEPLOYED = "deployed"  # ends the name of a way without draws of the gates
 AGAINST = ("lora", "temperature")  # what any way has to beat
 _PAIRS = [("gates", "gates, deployed"), ("gates and weights", "gates"), ("gates and weights", "ensemble")]
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
@@ -51,7 +52,7 @@ def table(cells: Cells, found: Found) -> str:
         if not has_information(cell):
             said[AUROC["information"]] = "none"
         columns = [
-            cell["way"], _share(cell["bops"]), said["accuracy"], said["NLL"], f"{cell['temperature']:.2f}",
+            cell["way"], _share(cell), said["accuracy"], said["NLL"], f"{cell['temperature']:.2f}",
             said["NLL, scaled"], f"{scores['ece_15']:.4f}", f"{scores['chance']['ece_15']['high']:.4f}",
             f"{scaled['ece_15']:.4f}", *(said[name] for name in _SHOWN[3:]),
         ]  # fmt: skip
@@ -59,9 +60,14 @@ def table(cells: Cells, found: Found) -> str:
     return "\n".join(lines)
 
 
-def _share(bops: list[float]) -> str:
-    """Of one forward pass for each draw, in plain LoRA's; of an ensemble of all members."""
-    return f"{100 * sum(bops):.1f} %"
+def _share(cell: dict) -> str:
+    """Of one forward pass for each draw, in plain LoRA's; of an ensemble of all members.
+
+    Older cells have the expectation over draws for what is deployed, too: none is shown.
+    """
+    if cell["way"].endswith(DEPLOYED) and cell.get("bops_of") != DEPLOYED:
+        return "-"
+    return f"{100 * sum(cell['bops']):.1f} %"
 
 
 def abstention(cells: Cells, _: Found) -> str:
@@ -169,13 +175,14 @@ Of BANKING77, 20 intents are left out of training and their test rows are out of
 other questions. Rows of CLINC150 would be a poor choice: some ask BANKING77's questions, the others share no words with
 it. Of CLINC150, the rows out of scope are its authors'.
 
-Bit operations are of the adapted projections in one draw, in plain LoRA's; of an ensemble all members'. NLL is in nats
-per example. T is the temperature of least NLL on the held-out rows, below 1 where predictions are too cautious; scaled:
-at it. ECE is in 15 bins; that of calibrated predictions is below the next column in 95 % of cases. AURC is the share of
-wrong answers among the most confident rows, averaged over all shares answered (less is better); of all rows, where any
-answer to a row out of scope is wrong. AUROC is the probability that a row out of scope has more doubt than a test row,
-by three measures: 1 - p with the greatest probability p, the entropy, and the mutual information of label and draw. ±
-are standard errors by bootstrap of the rows, inside and out of scope together."""
+Bit operations are of the adapted projections in one draw, in plain LoRA's; of an ensemble all members'; of what is
+deployed its own, "-" where a cell is of before they were kept. NLL is in nats per example. T is the temperature of
+least NLL on the held-out rows, below 1 where predictions are too cautious; scaled: at it. ECE is in 15 bins; that of
+calibrated predictions is below the next column in 95 % of cases. AURC is the share of wrong answers among the most
+confident rows, averaged over all shares answered (less is better); of all rows, where any answer to a row out of scope
+is wrong. AUROC is the probability that a row out of scope has more doubt than a test row, by three measures: 1 - p with
+the greatest probability p, the entropy, and the mutual information of label and draw. ± are standard errors by
+bootstrap of the rows, inside and out of scope together."""
 
 _PAIRED = """Each way less plain LoRA, as it is and at its temperature, a single number. Intervals (95 %) are from a
 bootstrap of the rows, the same for both sides. `NLL, scaled` compares both at temperatures of their own. A mutual

@@ -24,8 +24,11 @@ from experiments.studies.doubts import (
     sign,
 )
 from experiments.studies.uncertainty_page import compared, report
-from pyro_blora.posterior import calibration
+from pyro_blora.bops import expected_bops
+from pyro_blora.config import RunConfig
+from pyro_blora.posterior import bops, calibration, deployed
 from pyro_blora.tasks import get_task
+from pyro_blora.training import fit
 
 INTENTS = [f"intent_{i:02}" for i in range(24)]  # four stay
 
@@ -161,6 +164,12 @@ def test_the_page_says_what_is_better_beyond_noise():
     assert "nan" not in text
 
 
+def test_an_older_cell_has_no_bit_operations_of_what_is_deployed():
+    older = cell("gates, deployed", draws=1)
+    for one, told in ((older, "-"), ({**older, "bops_of": "deployed"}, "10.0 %"), (cell("gates"), "10.0 %")):
+        assert f"| {one['way']} | {told} | 0." in report(None, [one])
+
+
 def test_the_study_in_small(folder, eager):
     save_tiny_backbone(folder / "tiny", letters=True)
     places = {
@@ -179,6 +188,12 @@ def test_the_study_in_small(folder, eager):
     assert all(len(x["inside"]["doubt"]) == 8 and len(x["outside"]["doubt"]) == 40 for x in cells.values())
     drawn = {name.split("-")[2] for name, x in cells.items() if any(x["inside"]["information"])}
     assert drawn >= {"dropout", "ensemble"}
+    at, drawn = (cells[f"uncertainty-banking77-gates{of}-0.json"] for of in ("-deployed", ""))
+    config = RunConfig.from_dict(at["config"])
+    program = fit(config, folder=folder / "runs" / config.folder_name).program  # nothing is left to train
+    costs = expected_bops(program.net.layout, *deployed(program)), bops(program)
+    assert [at["bops"], drawn["bops"]] == [[float(cost.adapted_ratio)] for cost in costs]
+    assert at["bops"] != drawn["bops"]
     written = (folder / "a.md").read_text(encoding="utf-8")
     assert (folder / "uncertainty.png").exists() and all(f"| {way} |" in written for way in uncertainty.WAYS)
     (folder / "banking77" / "train.csv").unlink()  # nothing is read or trained again
