@@ -28,6 +28,7 @@ from experiments.studies.weight_distributions import WeightDistribution, distrib
 from experiments.studies.weights_page import DEVIATIONS, FRACTIONS, RANKS, figure, report
 from pyro_blora.config import RunConfig
 from pyro_blora.run import versions
+from pyro_blora.tasks import get_task
 from pyro_blora.training import fit
 
 TASKS = {"rte": (1000, 6), "mrpc": (2000, 4), "cola": (8551, 4), "sst2": (1000, 6)}  # training rows, epochs
@@ -113,6 +114,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--draws", type=int, default=15)
     parser.add_argument("--last_epoch", action="store_true", help="keep the last epoch, not the best: other cells")
     options = parser.parse_args(arguments)
+    for task in options.tasks:
+        if len(get_task(task).labels) != 2:
+            raise ValueError(
+                f"task {task!r} is not of two classes, whose log odds are what is kept: give --tasks others, as of "
+                f"{', '.join(TASKS)}"
+            )
     write_page(options, "weights", study(options), report, figure)
     print(options.report)
 

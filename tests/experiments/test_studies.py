@@ -241,6 +241,9 @@ def test_the_calibration_error_of_many_samples_is_that_of_each():
         ("glue_small.py", "--tasks sst3", "sst3"),
         ("demo_deberta.py", "--only_finished", "run it without --only_finished"),
         ("deploy_benchmark.py", "--quick", "no folder"),
+        ("weights.py", "--tasks rte stsb", "task 'stsb' is not of two classes"),
+        ("weights.py", "--tasks mnli", "task 'mnli' is not of two classes"),
+        ("weights.py", "--tasks sst3", "did you mean 'sst2'?"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_one_sentence(script, wrong, said, refusal, tmp_path):
