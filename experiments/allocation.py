@@ -23,7 +23,7 @@ from pyro_blora.machine import spin_briefly
 spin_briefly()  # before anything imports torch
 
 from experiments.studies.allocation_page import figure, line, report
-from experiments.studies.allocations import EVERY, METHODS, OPEN, Cells, Wanted, add_options, plan
+from experiments.studies.allocations import EVERY, METHODS, OPEN, Cells, Wanted, add_options, methods_of, plan
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.scripts import run_script
 
@@ -32,7 +32,7 @@ BUDGETS = ("W8A8", "W4A8", "W4A4", "W3A4")
 
 def wanted(options, cells: Cells) -> Wanted:
     """(task, seed, method, budget) of every cell, in the order of the table."""
-    methods = [method for method in EVERY if method in METHODS or method in options.cells]
+    methods = methods_of(options)
     for seed in options.seeds:
         for task in options.tasks:
             for method in methods:

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.studies.allocations import COLD, EVERY, OPEN
+from experiments.studies.allocations import COLD, EVERY, OPEN, methods_of
 from experiments.studies.cells import provenance
 from experiments.studies.compare import paired, spread, written
 
@@ -119,7 +119,7 @@ def training_of(options: argparse.Namespace) -> str:
 
 
 def report(options: argparse.Namespace, rows: list[dict]) -> str:
-    each = [1 if method in OPEN else len(options.budgets) for method in options.cells]
+    each = [1 if method in OPEN else len(options.budgets) for method in methods_of(options)]
     cells, page = len(options.tasks) * len(options.seeds) * sum(each), options.report.stem
     seconds = [x["seconds"]["training"] for x in rows]
     return f"""# Is the allocation worth anything?

@@ -84,6 +84,11 @@ def epochs(options: argparse.Namespace, task: str) -> int:
     return int(2 * options.epochs if task in options.twice else options.epochs)
 
 
+def methods_of(options: argparse.Namespace) -> list[str]:
+    """What the page of the allocation study has rows of: of these methods, those asked for are trained."""
+    return [method for method in EVERY if method in METHODS or method in options.cells]
+
+
 class Cells:
     """Finds the cells of a study in the folder `--keep`, and trains those that are missing."""
 

@@ -3,10 +3,15 @@
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import pytest
+
+from experiments import allocation
+from experiments.studies import compare
 from experiments.studies.allocation_page import differences, training_of
-from experiments.studies.allocations import Budget, Cells
+from experiments.studies.allocations import METHODS, Budget, Cells
 from pyro_blora.config import RunConfig
 
 KEPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cells" / "allocation"
@@ -67,3 +72,15 @@ def test_the_page_compares_lora_without_dropout_with_lora():
     assert len(lines) == 1 and lines[0].startswith(
         f"| sst2 | 32 bit | `no_dropout` | `lora` | 1 | {accuracies[1] - accuracies[0]:+.3f} ["
     )
+
+
+@pytest.mark.parametrize(("named", "more"), [("lora", 0), ("exact_hessian", 1)])
+def test_the_page_counts_the_cells_that_it_would_show(named, more, tmp_path, monkeypatch):
+    """Those of every method, whichever are named: `--cells` chooses what is trained."""
+    monkeypatch.setattr(compare, "BOOTSTRAP", 200)
+    given = f"--tasks sst2 --seeds 0 --budgets W4A4 --cells {named} --only_finished --keep {KEPT} --glue_dir nowhere"
+    allocation.main([*given.split(), "--report", str(tmp_path / "page.md"), "--figures", str(tmp_path)])
+    text = (tmp_path / "page.md").read_text("utf-8")
+    finished, every = map(int, re.search(r"(\d+) of (\d+) cells are finished", text).groups())
+    shown = text.split("| E[BOPs] |")[1].split("Paired differences")[0]
+    assert finished == shown.count("| sst2 |") > 1 and every == len(METHODS) + more
