@@ -52,6 +52,7 @@ METHODS = {
 }
 TRAINED, ALONE = ("frozen", "natural", "adam"), ("alone", "alone_4")  # beside a trained adapter, or an adapter at rest
 LONGER = {"alone_4": 4}  # times the steps of the others
+_OLDER = ", of older cells over draws alone"
 OWN = {"acceptability": {"epochs": 5, "kl_warmup": 0.5}}  # of the demo's preset: nothing is learned before
 
 
@@ -115,14 +116,17 @@ def table(rows: list[dict]) -> str:
 def differences(rows: list[dict]) -> str:
     """Of `natural`, by seed: to `frozen`, and to the gates that it started from under its own adapter; nats of ELBO."""
     lines = ["| task | seed | `natural` minus `frozen`, nats | minus its own start, nats | error of the latter | "
-             "moved, nats (root mean square) |", "|" + "---|" * 6]  # fmt: skip
+             "over | moved, nats (root mean square) |", "|" + "---|" * 7]  # fmt: skip
     for task in dict.fromkeys(row["task"] for row in rows):
         frozen = by(rows, task, "frozen")
         for seed, cell_ in by(rows, task, "natural").items():
             n = cell_.get("n_train", cell_["config"]["max_train"])  # older cells have as many rows as they may
-            own, error = gained(cell_) or (np.nan, np.nan)
+            own, error = gained(cell_)
             gain = n * (cell_["learned"]["elbo"] - frozen[seed]["learned"]["elbo"]) if seed in frozen else np.nan
-            lines.append(f"| {task} | {seed} | {gain:+.1f} | {own:+.1f} | {error:.1f} | {cell_['moved']:.2f} |")
+            both = "draws, rows" if "gain" in cell_ else "draws"
+            lines.append(
+                f"| {task} | {seed} | {gain:+.1f} | {own:+.1f} | {error:.1f} | {both} | {cell_['moved']:.2f} |"
+            )
     return "\n".join(lines)
 
 
@@ -142,9 +146,12 @@ def alone(rows: list[dict]) -> str:
 def gained(cell: dict | None) -> tuple[float, float] | None:
     """ELBO of all training examples above that of the gates' start under the same adapter; nats.
 
-    And its standard error over draws of the gates and rows, in one training.
+    And its standard error over draws of the gates and rows, in one training; of older cells over draws alone.
     """
-    return (cell["gain"]["nats"], cell["gain"]["error"]) if cell and "gain" in cell else None
+    if cell is None or "gain" in cell:
+        return cell and (cell["gain"]["nats"], cell["gain"]["error"])
+    n, learned, start = cell["config"]["max_train"], cell["learned"], cell["start"]
+    return n * (learned["elbo"] - start["elbo"]), n * float(np.hypot(learned["error"], start["error"]))
 
 
 def headline(rows: list[dict]) -> str:
@@ -234,6 +241,7 @@ gap, and the control variate gains nothing there that its second forward would n
 
 def report(options, rows: list[dict]) -> str:
     noise = noise_section(options.keep / "gates" / "estimates") if options.noise else ""
+    older = _OLDER if any("start" in row for row in rows) else ""
     return f"""# Do the gates learn?
 
 {headline(rows)}
@@ -247,7 +255,8 @@ MiniLM, scope `adapted`, prior `bops`, {options.max_train} training examples, {o
 a third of the steps; {len(rows)} of {len(options.tasks) * len(options.seeds) * len(METHODS)} cells are finished. The
 ELBO is of discrete draws, {DRAWS} of them on {ROWS} training rows; mean ± standard deviation over seeds. With one seed,
 a difference to `frozen` is one of two trainings that went apart; that to the own start, under one adapter, with draws
-from the same random numbers, is what the gates have learned. Its error, ±, is the standard error over draws and rows.
+from the same random numbers, is what the gates have learned. Its error, ±, is the standard error over draws and
+rows{older}.
 
 {table(rows)}
 

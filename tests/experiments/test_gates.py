@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.gates import headline
+from experiments.gates import gained, headline
 from experiments.studies.gate_learning import gain
 
 
@@ -38,3 +38,9 @@ def test_the_error_of_a_gain_is_that_of_rows_and_draws():
     assert errors.mean() == pytest.approx(nats.std(), rel=0.1)
     whole = gain(torch.ones(40, 1) * of_row, 0.0, 2000)
     assert whole["of_rows"] == 0 and whole["of_draws"] < 1e-2  # nothing is left out
+
+
+def test_older_cells_have_the_error_of_their_draws_alone():
+    at = {"learned": {"elbo": -0.48, "error": 0.003}, "start": {"elbo": -0.5, "error": 0.004}}
+    nats, error = gained({"config": {"max_train": 1000}, **at})
+    assert (nats, error) == (pytest.approx(20), pytest.approx(5)) and gained(None) is None
