@@ -18,6 +18,7 @@ Shapes: B batch, N training examples, D random weights; z (L, T, K), g (L, R - 1
 import abc
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ class GateProgram(nn.Module, abc.ABC):
         self.layout, self.likelihood, self.n_train = layout, likelihood, n_train
         self.prior, self.gate_guide = adopted(prior, Prior), adopted(guide, Guide)
         self.elbo = build_elbo(estimator, self.gate_guide, estimator_settings)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(likelihood.starting_std)))
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)
         for site, q, p in zip(

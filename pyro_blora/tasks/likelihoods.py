@@ -3,8 +3,7 @@
 Those of the package are categorical.py, normal.py, multi_label.py, token_labels.py, spans.py, and of language models
 causal_lm.py and multiple_choice.py. A task has one; a kind of one's own is a subclass with
 `@register_likelihood("name")`, in a file of its own. Nothing outside this folder asks which kind it is.
-Shapes: S draws, E examples, B batch, C outputs of the head, `*` an example's further dimensions, which of a label are
-none for one class, (C,) for several labels, (T,) for one of every token."""
+Shapes: S draws, E examples, B batch, C outputs, `*` further dimensions: of a label none, (C,) labels, (T,) tokens."""
 
 from __future__ import annotations
 
@@ -52,6 +51,7 @@ class Likelihood(abc.ABC):
     no_confidence: ClassVar[str] = "no single confidence"  # in words, why not
     curvature: ClassVar[str | None] = None  # laplace-torch's name of the likelihood; None: it has none
     example_texts: ClassVar[tuple[Any, ...]] = ()  # one for each text column, where those of columns differ in form
+    starting_std: float = 1.0  # of a label where it is learned, in the unit of the labels
     one_row: ClassVar[bool] = True  # whether an example has one row of logits, (C,), as many in every batch
 
     @property

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import evaluate
     import pandas as pd
 
+_LEAST_VARIANCE = 1e-12  # of labels that are all alike, in squares of the standard deviation that training starts from
 _FAR, _HALVINGS = 8.0, 60  # standard deviations that hold all quantiles; halvings that leave nothing in float64
 
 
@@ -33,7 +34,8 @@ class Normal(Likelihood):
     The distribution is centred on `middle + half_range * logit`. An untrained head puts out values near 0, so it
     predicts the middle of the range (2.5 for STS-B) and logits of order 1 span the labels, as they do in
     classification. On the raw scale the first steps would only teach the bias where the labels lie, with gradients
-    several times those of the adapters.
+    several times those of the adapters. The noise starts at a fifth of the range, so that labels in another unit are
+    learned as well: its logarithm moves by no more than the learning rate in a step.
     """
 
     low: float
@@ -52,6 +54,11 @@ class Normal(Likelihood):
     @property
     def outputs(self) -> int:
         return 1
+
+    @property
+    def starting_std(self) -> float:  # type: ignore[override]
+        """1 on STS-B's range, 0 to 5."""
+        return (self.high - self.low) / 5
 
     def __call__(self, logits: Tensor, *, scale: Tensor | None = None) -> dist.Normal:
         self.require_outputs(logits)
@@ -123,7 +130,7 @@ class Normal(Likelihood):
         return [np.full(len(labels), labels.mean())]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
-        variance = max(labels.var(), 1e-12)
+        variance = max(labels.var(), _LEAST_VARIANCE * self.starting_std**2)
         squares = np.square(labels - labels.mean())
         return np.asarray(-0.5 * (np.log(2 * np.pi * variance) + squares / variance))
 

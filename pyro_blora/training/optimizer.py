@@ -1,5 +1,6 @@
 """The optimizer of a training: AdamW over groups with separate learning rates."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -31,4 +32,19 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
         {"name": "gates", "params": gates, "weight_decay": 0},
         {"name": "ranges", "params": net.grid_parameters(), "weight_decay": 0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cast(float, config.lr), fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=cast(float, config.lr), fused=True)
+    if start := math.log(program.likelihood.starting_std):
+        _decay_to(start, program.log_scale, optimizer)
+    return optimizer
+
+
+def _decay_to(start: float, log_scale: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """Weight decay draws `log_scale` to `start`: to 0, as all else in its group, is to one of the labels' unit."""
+
+    @torch.no_grad()
+    def drawn(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        (group,) = (group for group in optimizer.param_groups if group["name"] == "head")
+        taken = 1 - getattr(optimizer, "found_inf", torch.zeros(()))  # 0 where the step was left out
+        log_scale.add_(group["lr"] * group["weight_decay"] * start * taken)
+
+    optimizer.register_step_post_hook(drawn)

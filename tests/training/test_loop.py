@@ -17,6 +17,7 @@ from pyro_blora.build import build
 from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.priors import Budget
+from pyro_blora.tasks import from_frame, get_task, register_task
 from pyro_blora.tasks.batching import epoch_order
 from pyro_blora.training import Schedule, fit, make_optimizer, natural_gradient, resuming
 from pyro_blora.training.gate_pictures import gate_maps
@@ -55,6 +56,29 @@ def test_the_same_seed_gives_the_same_lines_and_parameters(backbone, usual):
     assert values(one.metrics) == values(two.metrics)
     assert len(one.metrics) == 8 and all(math.isfinite(line["loss"]) for line in one.metrics)
     assert all(torch.equal(a, b) for a, b in zip(state(one).values(), state(two).values(), strict=True))
+
+
+@pytest.mark.parametrize(("prior", "rounding"), [("fixed", 1e-4), ("bops", 0.02)])  # gates round what rounding moved
+def test_numbers_are_learned_alike_in_every_unit(backbone, usual, forget, prior, rounding):
+    """Labels and their range times a factor: predictions and noise times it, an NLL per example larger by its log."""
+    rows = get_task("acceptability").load(n_train=64)["train"].to_pandas()
+    rows["label"] += np.linspace(0, 4, 64)
+    found = {}
+    for unit in (1.0, 1e3, 1e-3):
+        frame = rows.assign(label=rows["label"] * unit)[["sentence", "label"]]
+        register_task(from_frame(f"times{unit}", frame, frame, kind="normal"))
+        config = tiny_config(backbone, task=f"times{unit}", prior=prior, weight_decay=0.5, lr=0.02)
+        trained = fit(config, quiet=True)
+        found[unit] = (
+            torch.tensor([line["nll"] - math.log(unit) for line in trained.metrics]),
+            trained.program.log_scale.detach() - math.log(unit),
+            torch.cat([p.detach().flatten() for p in trained.program.net.adapter_parameters()]),
+        )
+    one, *others = found.values()
+    assert one[0][4:].min() < one[0][0] - 0.1 and abs(one[1]) > 0.01  # something is learned
+    for other in others:
+        for here, there in zip(one, other, strict=True):
+            torch.testing.assert_close(there, here, atol=rounding, rtol=rounding)
 
 
 def test_another_seed_gives_other_lines(backbone, usual):
