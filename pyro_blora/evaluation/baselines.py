@@ -20,6 +20,7 @@ _RESAMPLES = 1000
 _CALLS = 50  # of a metric that is not known here, which may be slow; the error is then known to a tenth
 _MOST_CONSTANTS = 10  # answers that such a metric is asked about, the most frequent labels
 _KEYS = ("constant", "standard_error", "gain_error")
+ERRORS = ("nll", "brier", "rmse", "mse", "mae", "mape", "smape", "wer", "cer", "ter", "perplexity")  # less is better
 _AT_ONCE = 4_000_000  # numbers of a block of resamples
 
 
@@ -44,6 +45,11 @@ def beside(
         each = (np.square(x - unit).sum(-1) for x in (np.asarray(probabilities, float), shares))
         found["brier"] = _of_means(*each)
     return found
+
+
+def gain(name: str, value: float, other: float) -> float:
+    """How much better a score is than another one of its name, in its unit; negative where it is worse."""
+    return other - value if name in ERRORS else value - other
 
 
 def difference_error(
@@ -72,7 +78,7 @@ def _of_score(name: str, value: float, decision, labels, kind: Likelihood) -> di
     known = name in (_OF_CLASSES if kind.classes else _OF_VALUES)
     if not known or not math.isclose(score(decision), value, rel_tol=1e-6, abs_tol=1e-6):
         return None
-    best = min if name in _ERRORS else max
+    best = min if name in ERRORS else max
     constant, answer = best(((score(x), x) for x in kind.constants(labels)), key=lambda pair: pair[0])
     each = _resampled(name, labels, [decision, answer], kind.classes)
     error = share_error(value, len(labels)) if name == "accuracy" else float(each[0].std())
@@ -91,7 +97,8 @@ def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Cal
 
     answers = sorted(kind.constants(labels), key=lambda x: -(labels == x).sum())[:_MOST_CONSTANTS]
     of_answers = np.stack([scores(x) for x in answers])  # (answers, names)
-    best = np.nan_to_num(of_answers, nan=-np.inf).argmax(0)
+    signs = np.where(np.isin(names, ERRORS), -1.0, 1.0)
+    best = np.nan_to_num(signs * of_answers, nan=-np.inf).argmax(0)
     rng, resamples = np.random.default_rng(0), []
     for _ in range(_CALLS):
         i = rng.integers(len(labels), size=len(labels))
@@ -185,4 +192,3 @@ _OF_CLASSES = {
     "sensitivity": _recall(1), "specificity": _recall(0),
 }  # fmt: skip
 _OF_VALUES = {"pearson": _pearson, "spearmanr": _spearman, "rmse": _rmse}
-_ERRORS = ("rmse",)  # the best constant has the lowest

@@ -4,7 +4,7 @@ All from a summary (or its part `deployed`), whose `beside` older versions lack:
 """
 
 from ..posterior.calibration import CHANCE
-from .baselines import NOISE
+from .baselines import NOISE, gain
 
 
 def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
@@ -24,8 +24,12 @@ def ece_by_chance(scores: dict) -> dict[str, float] | None:
 
 def of_score(scores: dict, name: str, digits: int = 4) -> str:
     """`0.8452 ± 0.0123`: a summary's metric, or its `nll`."""
-    value = scores[name] if name in ("nll", "brier") else scores["metric"]["value"]
-    return plus_minus(value, beside(scores, name), digits)
+    return plus_minus(_value(scores, name), beside(scores, name), digits)
+
+
+def _value(scores: dict, name: str) -> float:
+    value: float = scores[name] if name in ("nll", "brier") else scores["metric"]["value"]
+    return value
 
 
 def is_better(scores: dict, name: str) -> bool | None:
@@ -33,8 +37,7 @@ def is_better(scores: dict, name: str) -> bool | None:
     constant, error = beside(scores, name, "constant"), beside(scores, name, "gain_error")
     if constant is None or error is None:
         return None
-    gain = constant - scores["nll"] if name == "nll" else scores["metric"]["value"] - constant
-    return gain > NOISE * error
+    return gain(name, _value(scores, name), constant) > NOISE * error
 
 
 def nothing_learned(summary: dict) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..evaluation.baselines import NOISE
+from ..evaluation.baselines import ERRORS, NOISE, gain
 from ..evaluation.verdicts import beside, nothing_learned, of_chance, of_score
 from ..posterior.calibration import TEMPERATURES
 from ..posterior.gate_posterior import Posterior
@@ -25,7 +25,7 @@ DISAGREE = 0.1  # share of the ladders above that
 FEW_DRAWS = 8  # below that, averages over draws are rough; every preset has as many, the default is 15
 CLIPPED = 0.05  # share of a tensor's values beyond its range, where it is deployed at 8 bit or more
 EDGE = 0.05  # of the logarithm: a fitted number that close to the end of what was tried was not found, but cut off
-GAP = 0.02  # of the metric or of ECE, between averaged and deployed predictions
+GAP = 0.02  # of the metric, between averaged and deployed predictions; of an error in shares of the constant answer's
 _EXACT_FROM = 8  # bits: coarser grids clip on purpose, as a range that covers everything would round the rest away
 
 
@@ -154,10 +154,12 @@ def _of_predictions(summary: dict, is_empty: bool) -> Iterator[str]:
                 f"The {name}, {value:.3g}, is at the edge of the values tried: the rows held out do not determine it. "
                 "More of them, or a longer training, might."
             )
-    gap = summary["metric"]["value"] - summary["deployed"]["metric"]["value"]
-    if abs(gap) > max(GAP, NOISE * (summary["deployed"].get("difference_error") or 0.0)) and not is_empty:
+    metric, deployed = summary["metric"], summary["deployed"]
+    gap = gain(metric["name"], metric["value"], deployed["metric"]["value"])
+    unit = (beside(summary, metric["name"], "constant") or 1.0) if metric["name"] in ERRORS else 1.0
+    if abs(gap) > max(GAP * unit, NOISE * (deployed.get("difference_error") or 0.0)) and not is_empty:
         yield (
-            f"What is deployed is {'worse' if gap > 0 else 'better'} by {abs(gap):.3f} in {summary['metric']['name']} "
+            f"What is deployed is {'worse' if gap > 0 else 'better'} by {abs(gap):.3f} in {metric['name']} "
             "than the average over draws: quote the one that you will use."
         )
     low, high = summary["bops"]["interval"]

@@ -37,7 +37,10 @@ class Task:
     labels: tuple[str, ...] = ()
     """Class names in the order of their integers; empty for other kinds of outcome."""
     metric_name: str
-    """The headline number among those the metric returns: "matthews_correlation"."""
+    """The headline number among those the metric returns: "matthews_correlation".
+
+    More of it is better; less is where its name is one of `evaluation.baselines.ERRORS`: "rmse", "mae", "wer".
+    """
     load: Callable[..., dict[str, datasets.Dataset]]
     """`load(*, glue_dir=None, seed=0, n_train=None)` -> {"train": ..., "eval": ...}, with the text columns and "label";
     `n_train` limits the training rows (drawn with `seed`), None means the task's usual number."""

@@ -75,6 +75,14 @@ def test_the_best_constant_of_an_error_has_the_lowest():
     assert scores["rmse"]["constant"] == pytest.approx(labels.std())  # not that of zero, which is larger
 
 
+def test_the_best_constant_of_an_error_that_is_asked_of_its_metric_has_the_lowest():
+    def compute(predictions, references):
+        return {"mae": float(np.abs(np.subtract(predictions, references)).mean())}
+
+    found = of({"mae": compute(DECISION.tolist(), LABELS.tolist())["mae"]}, compute=compute)["mae"]
+    assert found["constant"] == pytest.approx(LABELS.mean())  # that of 0, the label of most
+
+
 def test_the_constant_answer_has_known_scores():
     share = LABELS.mean()
     found = of({name: score(LABELS, DECISION) for name, score in BY_SKLEARN.items()},

@@ -461,6 +461,25 @@ def test_nothing_learned_is_said_and_nothing_is_recommended(run):
     assert "quote the one" not in " ".join(warnings(learned, None))
 
 
+@pytest.mark.parametrize("unit", [1.0, 1000.0])
+def test_of_an_error_less_is_better(run, unit):
+    """An rmse of 0.6 where one answer for all has 1.4; what is deployed has 0.63, which is 2.1 % of that more."""
+    summary = json.loads((run / "summary.json").read_text())
+    summary["metric"]["name"] = summary["deployed"]["metric"]["name"] = "rmse"
+    learned = scored(summary, 0.6 * unit, 1.4 * unit, 0.02 * unit, nll=0.37)
+    learned["deployed"] |= {"metric": {"name": "rmse", "value": 0.63 * unit}, "difference_error": 0.001 * unit}
+    said = " ".join(warnings(learned, None))
+    assert "othing was learned" not in said and f"is worse by {0.03 * unit:.3f} in rmse" in said
+    learned["deployed"]["metric"]["value"] = 0.57 * unit
+    assert f"is better by {0.03 * unit:.3f} in rmse" in " ".join(warnings(learned, None))
+    learned["deployed"]["metric"]["value"] = 0.61 * unit
+    assert "is better by" not in (said := " ".join(warnings(learned, None))) and "is worse by" not in said
+    none = scored(summary, 1.39 * unit, 1.4 * unit, 0.02 * unit)
+    assert "Nothing was learned: rmse is" in warnings(none, None)[0]
+    worse = scored(summary, 2.0 * unit, 1.4 * unit, 0.02 * unit)
+    assert "Nothing was learned: rmse is" in warnings(worse, None)[0]
+
+
 def test_an_ece_is_read_beside_chance(run):
     summary = scored(json.loads((run / "summary.json").read_text()), 0.845, 0.509, 0.02, nll=0.37)
     for ece, verdict in ((0.041, "no evidence of miscalibration"), (0.043, "so evidence of miscalibration")):
