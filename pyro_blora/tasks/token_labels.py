@@ -9,7 +9,7 @@ Shapes: S draws, E examples, B batch, T tokens, W words that are asked (of the l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.distributions import kl_divergence
 
 from .heads import Head
 from .likelihoods import IGNORED, PAD_TO, Collate, Likelihood, Rows, register_likelihood
+from .token_scores import TokenScores
 
 if TYPE_CHECKING:
     import datasets
@@ -229,71 +230,3 @@ def asked_first(labels: Tensor) -> tuple[Tensor, Tensor]:
     most = int(asked.sum(-1).max())
     places = (~asked).byte().argsort(dim=-1, stable=True)[..., :most]
     return places, asked.gather(-1, places)
-
-
-Lists = Iterable[Iterable[int]]  # class numbers of the words of each example
-Entity = tuple[int, int, int, str]  # (example, first word, word after the last, type)
-
-
-class TokenScores:
-    """Scores of labels of words: `accuracy` of the words, and of whole entities `precision`, `recall` and `f1`.
-
-    Entities are runs of B-TYPE, I-TYPE … as CoNLL's own script reads them (an I- that continues nothing begins one);
-    where names have no such prefixes, every word is one. Averages over all of them (micro).
-    Source: Tjong Kim Sang and De Meulder, CoNLL-2003.
-    """
-
-    def __init__(self, names: Sequence[str]):
-        self.names = tuple(names)
-        self.of_entities = any(name.startswith(("B-", "I-")) for name in names)
-        self.caption = "Entities by type" if self.of_entities else "Words by label"
-
-    def compute(self, *, predictions: Lists, references: Lists) -> dict[str, float]:
-        """Lists of class numbers; where a reference is IGNORED nothing is scored.  Errors: ValueError for no word."""
-        answers, truth = self._asked(predictions, references)
-        words = [a == b for one, other in zip(answers, truth, strict=True) for a, b in zip(one, other, strict=True)]
-        if not words:
-            raise ValueError("labels of words cannot be scored: no word is asked")
-        return {"accuracy": sum(words) / len(words), **_of_sets(*map(self._entities, (answers, truth)))}
-
-    def each(self, predictions: Lists, references: Lists) -> list[dict[str, Any]]:
-        """The same of every type (or label), with their number among the references."""
-        found, true = map(self._entities, self._asked(predictions, references))
-        rows = []
-        for kind in sorted({entity[-1] for entity in true | found}):
-            mine = [{entity for entity in every if entity[-1] == kind} for every in (found, true)]
-            rows.append({"label": kind, **_of_sets(*mine), "number": len(mine[1])})
-        return rows
-
-    def _asked(self, predictions: Lists, references: Lists) -> tuple[list[list[int]], list[list[int]]]:
-        pairs = [
-            [(int(a), int(b)) for a, b in zip(one, other, strict=True) if b != IGNORED]
-            for one, other in zip(predictions, references, strict=True)
-        ]
-        return [[a for a, _ in row] for row in pairs], [[b for _, b in row] for row in pairs]
-
-    def _entities(self, rows: list[list[int]]) -> set[Entity]:
-        """(example, first word, word after the last, type)."""
-        found = set()
-        for example, row in enumerate(rows):
-            start, kind = 0, None
-            for place, label in enumerate([*row, None]):
-                prefix, _, of = ("", "", None) if label is None else self._parts(self.names[label])
-                if kind is not None and (prefix != "I" or of != kind):
-                    found.add((example, start, place, kind))
-                    kind = None
-                if kind is None and prefix in ("B", "I"):
-                    start, kind = place, of
-        return found
-
-    def _parts(self, name: str) -> tuple[str, str, str]:
-        return name.partition("-") if self.of_entities else ("B", "-", name)
-
-
-def _of_sets(found: set[Entity], true: set[Entity]) -> dict[str, float]:
-    """0 where undefined."""
-    hits = len(found & true)
-    return {
-        "precision": hits / max(len(found), 1), "recall": hits / max(len(true), 1),
-        "f1": 2 * hits / max(len(found) + len(true), 1),
-    }  # fmt: skip

@@ -109,6 +109,36 @@ def test_entities_are_those_of_conll():
     assert TokenScores(("noun", "verb")).compute(predictions=[[0, 1]], references=[[0, 0]])["f1"] == 0.5
 
 
+@pytest.mark.parametrize("letters", ["BIES", "BILU", "BMES"])
+def test_entities_end_where_their_scheme_says_so(letters):
+    """As seqeval reads them."""
+    begin, inside, end, single = (f"{letter}-X" for letter in letters)
+    names = ("O", begin, inside, end, single, f"{single[0]}-Y")
+    scores = TokenScores(names)
+    for tags, entities in (
+        ([begin, inside, end, single], {(0, 3), (3, 4)}),
+        ([begin, end, begin, end], {(0, 2), (2, 4)}),
+        ([single, single, "O", end], {(0, 1), (1, 2), (3, 4)}),
+        ([begin, end, inside, inside], {(0, 2), (2, 4)}),
+        ([begin, single, end, end], {(0, 1), (1, 2), (2, 3), (3, 4)}),
+    ):
+        assert {entity[1:3] for entity in scores._entities([[names.index(tag) for tag in tags]])} == entities
+    truth = [[4, 0, 1, 3, 5]]  # X(0,1) X(2,4) Y(4,5)
+    assert scores.compute(predictions=truth, references=truth)["f1"] == 1.0
+    answers = [[4, 0, 1, 2, 5]]  # the last of an entity that is not marked as its end
+    assert scores.compute(predictions=answers, references=truth)["f1"] == 1.0
+    answers = [[0, 0, 4, 4, 5]]
+    assert scores.compute(predictions=answers, references=truth)["f1"] == pytest.approx(1 / 3)
+
+
+def test_what_looks_like_a_prefix_of_an_entity_is_read_as_one_or_refused():
+    assert TokenScores(("O", "S-X", "S-Y")).of_entities and TokenScores(("I-X", "O")).of_entities
+    assert not TokenScores(("E-mail", "word")).of_entities and not TokenScores(("noun", "O")).of_entities
+    assert TokenScores(("O", "B-X", "X")).compute(predictions=[[2, 1]], references=[[0, 1]])["f1"] == 1.0  # outside
+    with pytest.raises(ValueError, match=r"the prefix Q-, Z- are of no known scheme of entities: write B- and I-"):
+        TokenScores(("O", "B-X", "Z-X", "Q-X"))
+
+
 def test_constants_and_their_scores_are_those_of_frequencies():
     labels = np.array([[0, 0, 1], [0, IGNORED, IGNORED]])
     assert [answer.tolist() for answer in KIND.constants(labels)] == [
