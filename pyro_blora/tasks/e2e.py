@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..user_files import open_text
 from .base import Task
 from .causal_lm import CausalLM
-from .files import limited, require_header, require_rows
+from .files import limited, require_header, require_rows, require_whole_row
 from .names import register_task
 from .writing import require_packages
 
@@ -65,16 +65,16 @@ def _read(path: Path) -> datasets.Dataset:
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            require_header(path, reader.fieldnames or (), COLUMNS, _REMEDY)
+            header = reader.fieldnames or ()
+            require_header(path, header, COLUMNS, _REMEDY)
             for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                require_whole_row(where, row, header)
                 for column, own in zip(COLUMNS, rows, strict=True):
-                    text = " ".join((row[column] or "").split())
+                    text = " ".join(row[column].split())
                     if not text:
                         called = "reference" if column == "ref" else "meaning representation"
-                        raise ValueError(
-                            f"{path}, line {reader.line_num}: an empty {called} (column {column!r}): drop the row, or "
-                            "write the text"
-                        )
+                        raise ValueError(f"{where}: an empty {called} (column {column!r}): drop the row, or write it")
                     rows[own].append(text)
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: no row of a CSV file ({error}); {_REMEDY}") from None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
@@ -24,6 +24,19 @@ def require_header(path: Path, header: Sequence[str], needed: Sequence[str], rem
     twice = [column for column, count in Counter(header).items() if count > 1 and column in needed]
     if twice:
         raise ValueError(f"{path}: the header line names {', '.join(map(repr, twice))} twice: rename or drop one")
+
+
+def require_whole_row(where: str, row: Mapping[str | None, Any], header: Sequence[str]) -> None:
+    """Refuse a row of `csv.DictReader` with more or fewer fields than the header: its texts would be in wrong columns.
+
+    where: file and line, for the message.   Errors: ValueError with both numbers and the remedy.
+    """
+    fields = len(header) + len(row.get(None) or ()) - sum(field is None for field in row.values())
+    if fields != len(header):
+        raise ValueError(
+            f"{where}: {fields} field{'' if fields == 1 else 's'}, but the header has {len(header)}: put texts that "
+            "have commas in them into double quotes"
+        )
 
 
 def require_mostly_whole(path: Path, left_out: Sequence[int], kept: int, remedy: str) -> None:

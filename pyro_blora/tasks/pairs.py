@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..user_files import open_text
 from .base import Task
-from .files import limited, require_header, require_rows
+from .files import limited, require_header, require_rows, require_whole_row
 from .names import register_task
 
 if TYPE_CHECKING:
@@ -67,15 +67,17 @@ def read_pairs(path: Path) -> datasets.Dataset:
         require_header(path, header, tuple(rows), "name the columns so")
         try:
             for row in reader:
-                label = (row["label"] or "").strip().lower()
+                where = f"{path}, line {reader.line_num}"
+                require_whole_row(where, row, header)
+                label = row["label"].strip().lower()
                 if label not in LABELS:
-                    raise ValueError(f"label {row['label']!r} must be yes or no")
+                    raise ValueError(f"{where}: label {row['label']!r} must be yes or no")
                 if not row["first"] or not row["second"]:
-                    raise ValueError("a text of the pair is missing: fill it in, or drop the row")
+                    raise ValueError(f"{where}: a text of the pair is missing: fill it in, or drop the row")
                 for name in COLUMNS:
                     rows[name].append(row[name])
                 rows["label"].append(LABELS.index(label))
-        except (csv.Error, ValueError) as error:
+        except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows["label"]:
         raise ValueError(f"{path} has no rows under its header: add pairs")

@@ -224,6 +224,9 @@ def test_new_texts_are_written(run, tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda f: (f / "devset.csv").unlink(), r"there is no file .*devset\.csv: point --e2e_dir"),
     (lambda f: (f / "devset.csv").write_text("mr,ref\na,b\nname[x],\n"), r"devset\.csv, line 3: an empty reference"),
+    (lambda f: (f / "devset.csv").write_text("mr,ref\na,b\nname[x],A pub, by the river.\n"),
+     r"devset\.csv, line 3: 3 fields, but the header has 2: put texts that have commas in them into double quotes"),
+    (lambda f: (f / "devset.csv").write_text("mr,ref\nname[x]\n"), r"line 2: 1 field, but the header has 2: put texts"),
     (lambda f: (f / "devset.csv").write_text("mr,ref\n ,b\n"), r"line 2: an empty meaning representation"),
     (lambda f: (f / "trainset.csv").write_text("MR,ref\na,b\n"), r"lacks the columns \['mr'\]"),
     (lambda f: (f / "trainset.csv").write_text("mr,ref\n"), "has no rows"),

@@ -43,7 +43,9 @@ def test_columns_may_be_in_any_order_beside_others_with_a_byte_order_mark(tmp_pa
         ("first,label\na,yes\n", "the header line lacks the columns .'second'., it has"),
         ("first,second,label\na,b,yes\na,b,maybe\n", "line 3: label 'maybe' must be yes or no"),
         ("first,second,label\na,,yes\n", "line 2: a text of the pair is missing"),
-        ("first,second,label\na,b\n", "line 2: label None must be yes or no"),
+        ("first,second,label\na,b\n", "line 2: 2 fields, but the header has 3: put texts that have commas"),
+        ("first,label,second\na,yes,b\na,no,b, and more\n", "line 3: 4 fields, but the header has 3: put texts"),
+        ("label,second,first,x,x\nyes,b,a,1\n", "line 2: 4 fields, but the header has 5: put texts"),
         ("first,second,label\n", "has no rows under its header"),
         (
             "first,second,label,first\na,b,yes,c\n",
@@ -71,6 +73,13 @@ def test_a_file_of_another_encoding_is_refused_with_the_remedy(tmp_path, raw, me
     written(tmp_path)
     (tmp_path / "dev.csv").write_bytes(raw)
     with pytest.raises(ValueError, match=rf"{tmp_path / 'dev.csv'}.*{message}"):
+        get_task("pairs").load(glue_dir=tmp_path)
+
+
+def test_a_byte_of_another_encoding_far_into_a_file_is_refused_with_the_remedy(tmp_path):
+    written(tmp_path)
+    (tmp_path / "dev.csv").write_bytes(GOOD.encode() + b"a,b,yes\n" * 20_000 + "é,b,yes\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"line 20004: byte 0xe9 is no UTF-8.* iconv -f WINDOWS-1252"):
         get_task("pairs").load(glue_dir=tmp_path)
 
 
