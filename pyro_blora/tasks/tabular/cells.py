@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import decimal
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..likelihoods import Likelihood
+
+_WHOLE = re.compile(r"(?:-?(0)|(-?[1-9][0-9]*))(?:\.0+)?")  # a whole number as a table of numbers writes it
 
 
 class Cell(NamedTuple):
@@ -33,10 +36,14 @@ class Labels(NamedTuple):
 
 
 def name_of(cell: Cell) -> str:
-    """Of a class; 1, 1.0 and "1" are one."""
+    """Of a class; 1, 1.0, "1" and "1.0" are one, and codes are as they are written: "010", "1E5"."""
+    if isinstance(cell.value, str):
+        written = cell.value.strip()
+        whole = _WHOLE.fullmatch(written)
+        return whole[1] or whole[2] if whole else written
     number = number_of(cell.value)
     if number is not None and number.is_integer():
-        return str(int(number))
+        return str(int(cell.value))
     if isinstance(cell.value, list | dict):
         raise ValueError(f"{cell.where}: the label {shown(cell.value)} is a list, and others are not: correct it")
     return str(cell.value).lower() if isinstance(cell.value, bool) else str(cell.value).strip()

@@ -79,7 +79,8 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
                 "are classes; --task.kind categorical takes any number of them as classes)"
             )
             return _a_number(cells, numbers, rule, column)
-        rule = f"{len(values)} different whole numbers in {column!r} are classes; --task.kind normal: a number"
+        codes = len({name_of(cell) for cell in cells})
+        rule = f"{codes} different whole numbers in {column!r} are classes; --task.kind normal: a number"
     else:
         if kind is None:
             _require_points(cells)

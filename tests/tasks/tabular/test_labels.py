@@ -34,6 +34,11 @@ def encoded(labels, *values):
     (("True", "False"), ("False", "True"), [1, 0]),
     (("-1", "1"), ("-1", "1"), [0, 1]),
     (("1_0", "2"), ("2", "1_0"), [1, 0]),
+    (("010", "10", "0010", 10, "10.0"), ("0010", "010", "10"), [1, 2, 0, 2, 2]),
+    (("1E5", "100000", "1e5", "+100000"), ("+100000", "100000", "1E5", "1e5"), [2, 1, 3, 0]),
+    (("9007199254740993", 9007199254740992), ("9007199254740992", "9007199254740993"), [1, 0]),
+    ((9007199254740993, 9007199254740992), ("9007199254740992", "9007199254740993"), [1, 0]),
+    (("-0", "-1", "-0.0", 0, -1.0), ("-1", "0"), [1, 0, 1, 1, 0]),
 ])  # fmt: skip
 def test_words_and_few_whole_numbers_are_classes(values, names, codes):
     labels = found(*values)
@@ -89,6 +94,8 @@ def test_the_kind_that_is_given_counts():
     assert found("1", "2", "3", kind="normal").likelihood == Normal(1, 3)
     assert found(*range(40), *range(40), kind="categorical").likelihood.outputs == 40
     assert found("1.5", "2.5", kind="categorical").likelihood.names == ("1.5", "2.5")
+    assert found("010", "10", "0010", kind="categorical").likelihood.names == ("0010", "010", "10")
+    assert found("010|10", "10", kind="multi_label").likelihood.names == ("010", "10")
 
 
 @pytest.mark.parametrize("empty", [None, "", "  ", float("nan")])
