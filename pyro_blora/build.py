@@ -126,7 +126,8 @@ def build(config: RunConfig) -> Parts:
     if config.ood_task is not None:
         other = get_task(config.ood_task)
         with phase(f"reading the data of task {other.name}", still=True):
-            foreign = other.load(glue_dir=glue_dir, seed=seed, n_train=1)["eval"]
+            foreign = other.load(glue_dir=glue_dir, seed=seed, n_train=1)
+            foreign = other.validate(foreign, source=config.glue_dir or "the data")["eval"]
         rows["ood"] = unlabelled(foreign, other.text_columns)
         tokens["ood"] = tokenize(rows["ood"], tokenizer, other, longest_of(config))
     return Parts(config, task, rows, tokens, tokenizer, program, _findings(config, task, rows, tokens, tokenizer))

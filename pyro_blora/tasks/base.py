@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import datasets
     import evaluate
 
+_AT_ONCE = 1000  # rows that are looked at
 SPLITS = ("train", "eval")  # what every `load` returns; further splits (MNLI's "eval_mismatched") are allowed
 
 
@@ -110,9 +112,10 @@ class Task:
     def validate(
         self, splits: Mapping[str, datasets.Dataset], *, source: str = "the data"
     ) -> dict[str, datasets.Dataset]:
-        """The splits, unchanged, once every column is there and every label is one of the task's.
+        """The splits, unchanged, once every column is there, every text is one, and every label is one of the task's.
 
-        Errors: ValueError naming the source, the split, the row (from 0), the label and what is allowed.
+        Empty texts are let through: the official QQP has some.
+        Errors: ValueError naming the source, the split, the row (from 0), the text or label and what is allowed.
         """
         for split in SPLITS:
             if split not in splits:
@@ -131,7 +134,20 @@ class Task:
                 raise ValueError(
                     f"{where}, row {row} has label {labels[row]}; {self.allowed_labels}: correct it or drop it"
                 )
+            self._require_texts(rows, where)
         return dict(splits)
+
+    def _require_texts(self, rows: datasets.Dataset, where: str) -> None:
+        read = rows.select_columns([*self.text_columns, "label"])  # as they are tokenized
+        for start, batch in zip(itertools.count(0, _AT_ONCE), read.iter(_AT_ONCE), strict=False):
+            for column in self.text_columns:
+                for row, cell in enumerate(batch[column], start):
+                    is_empty = isinstance(cell, str) and not cell.strip()
+                    if not is_empty and not self.likelihood.is_text(cell):
+                        raise ValueError(
+                            f"{where}, row {row} has {repr(cell)[:60]} in its text column {column!r}, which is no text "
+                            "that is read there: correct it or drop it"
+                        )
 
     @property
     def allowed_labels(self) -> str:

@@ -115,7 +115,8 @@ class MultipleChoice(Categorical):
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, columns: tuple[str, ...], max_length: int) -> Rows:
         """input_ids, and as `label` rows of `NextLetter`; of a question that is too long the beginning is cut.
 
-        Errors: ValueError for options that do not fit, that are no list of texts, and where two letters look alike.
+        Errors: ValueError for options that do not fit, that are no list of texts or lack the answer, and where two
+        letters look alike.
         """
         letters = [text_ids(tokenizer, f" {letter}")[-1:] for letter in self.names]
         tokens = [token for one in letters for token in one]
@@ -130,6 +131,11 @@ class MultipleChoice(Categorical):
                 raise ValueError(f"the question {str(question)[:60]!r} is a list: give a text, and a list of options")
             if isinstance(options, str) or not self.is_text(options):
                 raise ValueError(f"the question {question[:60]!r} has no options: give a list of two or more texts")
+            if int(label) >= len(options):
+                raise ValueError(
+                    f"the question {question[:60]!r} has {len(options)} options, and the answer {self.names[label]}, "
+                    "which is none of them: correct it or drop the question"
+                )
             listed = zip(self.names, options, strict=False)
             rest = text_ids(tokenizer, "".join(f"\n{letter}. {option}" for letter, option in listed) + _ANSWER)
             whole = prompt_ids(tokenizer, question) + rest

@@ -195,6 +195,9 @@ def test_what_cannot_be_read_is_refused(decoder, tmp_path):
     rows = {"question": [["who", "what"]], "options": [["it", "a dog"]], "label": [0]}
     with pytest.raises(ValueError, match=r"\['who', 'what'\]\" is a list: give a text"):
         KIND.encode(tokenizer, rows, ("question", "options"), 16)
+    rows = {"question": ["who"], "options": [["it", "a dog"]], "label": [2]}
+    with pytest.raises(ValueError, match="the question 'who' has 2 options, and the answer C, which is none of them"):
+        KIND.encode(tokenizer, rows, ("question", "options"), 16)
     assert KIND.is_text(["it", "a dog"]) and not KIND.is_text(["it", "a \ud83d"])
 
 

@@ -406,6 +406,19 @@ def test_validation_names_split_row_label_and_allowed():
         task.validate({"train": good})
 
 
+def test_validation_names_a_text_that_is_none():
+    task = get_task("mrpc")
+    columns = {"sentence1": ["a"] * 1002, "label": [0, 1] * 501}
+    good = datasets.Dataset.from_dict({**columns, "sentence2": ["a", "", " "] * 334})  # QQP has empty ones
+    assert task.validate({"train": good, "eval": good})["train"] is good
+    bad = datasets.Dataset.from_dict({**columns, "sentence2": ["a"] * 1001 + [None]})
+    number = datasets.Dataset.from_dict({**columns, "sentence2": [1] * 1002})
+    cut = good.with_transform(lambda rows: {**rows, "sentence2": ["half an emoji: \ud83d"] * len(rows["sentence2"])})
+    for wrong, row, cell in ((bad, 1001, "None"), (number, 0, "1"), (cut, 0, r"'half an emoji: \\ud83d'")):
+        with pytest.raises(ValueError, match=f"'eval', row {row} has {cell} in its text column 'sentence2'"):
+            task.validate({"train": good, "eval": wrong}, source="mine")
+
+
 def test_labels_that_are_words_are_refused():
     words = datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": ["negative", "positive"]})
     with pytest.raises(ValueError, match=r"row 0 has label negative; allowed are 0 \(negative\)"):
