@@ -18,7 +18,6 @@ from ..tasks.likelihoods import Likelihood
 NOISE = 2.0  # standard errors, within which a difference is noise
 _RESAMPLES = 1000
 _CALLS = 50  # of a metric that is not known here, which may be slow; the error is then known to a tenth
-_MOST_CONSTANTS = 10  # answers that such a metric is asked about, the most frequent labels
 _KEYS = ("constant", "standard_error", "gain_error")
 ERRORS = ("nll", "brier", "rmse", "mse", "mae", "mape", "smape", "wer", "cer", "ter", "perplexity")  # less is better
 _AT_ONCE = 4_000_000  # numbers of a block of resamples
@@ -95,7 +94,7 @@ def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Cal
         except Exception:  # a metric may refuse a resample or a constant: nothing is known of it then
             return np.full(len(names), np.nan)
 
-    answers = sorted(kind.constants(labels), key=lambda x: -(labels == x).sum())[:_MOST_CONSTANTS]
+    answers = sorted(kind.constants(labels), key=lambda x: -(labels == x).sum())  # of equal ones the most frequent
     of_answers = np.stack([scores(x) for x in answers])  # (answers, names)
     signs = np.where(np.isin(names, ERRORS), -1.0, 1.0)
     best = np.nan_to_num(signs * of_answers, nan=-np.inf).argmax(0)

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 from pyro_blora.evaluation.baselines import beside, difference_error
 from pyro_blora.posterior.calibration import auroc_error, chance_level, ece, share_error
 from pyro_blora.tasks.categorical import Categorical
+from pyro_blora.tasks.multi_label import MultiLabel
 from pyro_blora.tasks.normal import Normal
 
 RNG = np.random.default_rng(0)
@@ -136,6 +137,22 @@ def test_a_name_that_means_something_else_is_asked_of_its_metric():
         raise RuntimeError("not today")
 
     assert of({"f1": value}, compute=moody)["f1"] == dict.fromkeys(("constant", "standard_error", "gain_error"))
+
+
+def test_the_best_constant_of_several_labels_is_that_of_all_that_are_asked():
+    labels = (np.random.default_rng(0).random((300, 30)) < 0.3).astype(int)
+    kind = MultiLabel(tuple(f"label {number}" for number in range(30)))
+    decision = (labels + (np.random.default_rng(1).random(labels.shape) < 0.2)) % 2
+
+    def compute(predictions, references):
+        return {"micro_f1": f1_score(references, predictions, average="micro", zero_division=0.0)}
+
+    value = compute(decision.tolist(), labels.tolist())["micro_f1"]
+    found = beside({"micro_f1": value}, decision, labels, np.zeros(300), kind=kind, compute=compute)["micro_f1"]
+    of_all = compute(np.ones_like(labels).tolist(), labels.tolist())["micro_f1"]
+    assert found["constant"] >= of_all > 0.45  # 0.3 of the cells are labels: without any, 0.7 are right and F1 is 0
+    best = max(compute(x.tolist(), labels.tolist())["micro_f1"] for x in kind.constants(labels))
+    assert found["constant"] == pytest.approx(best)
 
 
 def test_differences_are_paired_by_example():
