@@ -52,12 +52,16 @@ def gain(name: str, value: float, other: float) -> float:
 
 
 def difference_error(
-    name: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, kind: Likelihood
+    name: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, kind: Likelihood, *, value: float
 ) -> float | None:
-    """Standard error of a score's difference between two sets of decisions on the same examples, where it is known."""
-    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES):
+    """Standard error of a score's difference between two sets of decisions on the same examples.
+
+    value: the metric's own of `other`. None for a score that is not known here, or by that name is another one there.
+    """
+    labels, one, other = map(np.asarray, (labels, one, other))
+    if not _is_known(name, value, other, labels, kind):
         return None
-    each = _resampled(name, np.asarray(labels), [np.asarray(one), np.asarray(other)], kind.classes)
+    each = _resampled(name, labels, [one, other], kind.classes)
     return float((each[0] - each[1]).std())
 
 
@@ -70,18 +74,25 @@ def _of_means(each: np.ndarray, constant: np.ndarray) -> dict[str, float | None]
 
 def _of_score(name: str, value: float, decision, labels, kind: Likelihood) -> dict | None:
     """None for a score that is not known here, or by that name is another one there."""
-
-    def score(answers) -> float:
-        return float(_at(name, np.ones((1, len(labels))), labels, answers, kind.classes)[0])
-
-    known = name in (_OF_CLASSES if kind.classes else _OF_VALUES)
-    if not known or not math.isclose(score(decision), value, rel_tol=1e-6, abs_tol=1e-6):
+    if not _is_known(name, value, decision, labels, kind):
         return None
     best = min if name in ERRORS else max
-    constant, answer = best(((score(x), x) for x in kind.constants(labels)), key=lambda pair: pair[0])
+    each_constant = ((_whole(name, x, labels, kind), x) for x in kind.constants(labels))
+    constant, answer = best(each_constant, key=lambda pair: pair[0])
     each = _resampled(name, labels, [decision, answer], kind.classes)
     error = share_error(value, len(labels)) if name == "accuracy" else float(each[0].std())
     return dict(zip(_KEYS, (constant, error, float((each[0] - each[1]).std())), strict=True))
+
+
+def _is_known(name: str, value: float, decision, labels, kind: Likelihood) -> bool:
+    """Whether a metric's value of a name is that of the score which has the name here."""
+    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES) or labels.ndim > 1:
+        return False
+    return math.isclose(_whole(name, decision, labels, kind), value, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def _whole(name: str, decision, labels, kind: Likelihood) -> float:
+    return float(_at(name, np.ones((1, len(labels))), labels, decision, kind.classes)[0])
 
 
 def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Callable) -> dict[str, dict]:

@@ -38,8 +38,10 @@ def scores_of(task: Task, prediction: Prediction) -> dict:
 def deployed_scores(task: Task, averaged: Prediction, at_mode: Prediction) -> dict:
     """`scores_of` what is deployed, and the standard error of its metric's difference from the averaged one."""
     labels, one, other = (x.numpy() for x in (averaged.labels, averaged.decision, at_mode.decision))
-    error = baselines.difference_error(task.metric_name, labels, one, other, averaged.likelihood)
-    return {**scores_of(task, at_mode), "difference_error": error}
+    found, name = scores_of(task, at_mode), task.metric_name
+    value = found["metric"]["value"]
+    error = baselines.difference_error(name, labels, one, other, averaged.likelihood, value=value)
+    return {**found, "difference_error": error}
 
 
 def calibration_of(pairs: dict[str, tuple[Prediction, Prediction]]) -> dict:

@@ -149,7 +149,9 @@ class RunFiles:
         deployed, at_mode = summary["deployed"], table["deployed_decision"].to_numpy()
         log_scores = table["deployed_log_likelihood"].to_numpy()
         deployed["beside"] = baselines.beside(deployed["scores"], at_mode, labels, log_scores, kind=kind)
-        deployed["difference_error"] = baselines.difference_error(self.metric, labels, decision, at_mode, kind)
+        deployed["difference_error"] = baselines.difference_error(
+            self.metric, labels, decision, at_mode, kind, value=deployed["metric"]["value"]
+        )
         summary["beside"] = found
 
     @cached_property

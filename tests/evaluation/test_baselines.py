@@ -158,10 +158,27 @@ def test_the_best_constant_of_several_labels_is_that_of_all_that_are_asked():
 def test_differences_are_paired_by_example():
     other = DECISION.copy()
     other[:8] = 1 - other[:8]
-    error = difference_error("accuracy", LABELS, DECISION, other, BINARY)
+    value = float((other == LABELS).mean())
+    error = difference_error("accuracy", LABELS, DECISION, other, BINARY, value=value)
     assert error == pytest.approx(8**0.5 / 800, rel=0.1)  # eight examples differ, each by one
-    assert difference_error("accuracy", LABELS, DECISION, DECISION, BINARY) == 0
-    assert difference_error("loveliness", LABELS, DECISION, other, BINARY) is None
+    assert difference_error("accuracy", LABELS, other, other, BINARY, value=value) == 0
+    assert difference_error("loveliness", LABELS, DECISION, other, BINARY, value=value) is None
+
+
+def test_a_difference_of_another_score_of_the_same_name_has_no_known_error():
+    labels = RNG.integers(0, 3, size=300)
+    one, kind = np.where(RNG.random(300) < 0.7, labels, RNG.integers(0, 3, size=300)), Categorical(("a", "b", "c"))
+    other = np.where((one != 1) & (labels != 1) & (RNG.random(300) < 0.5), 2 - one, one)  # alike where 1 is either
+    value = f1_score(labels, other, average="weighted")
+    assert difference_error("f1", labels, one, other, kind, value=value) is None  # binary F1 of class 1 would have 0
+    value = f1_score(labels == 1, other == 1)
+    assert difference_error("f1", labels, one, other, kind, value=value) == 0
+
+
+def test_a_name_of_numbers_is_not_known_of_several_labels():
+    kind, labels = MultiLabel(("a", "b")), np.array([[0, 1], [1, 1], [1, 0]])
+    found = beside({"pearson": 0.5}, labels, labels, np.zeros(3), kind=kind)
+    assert found["pearson"] == dict.fromkeys(("constant", "standard_error", "gain_error"))
 
 
 # --- chance ----------------------------------------------------------------------------------------------------------
