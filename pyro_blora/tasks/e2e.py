@@ -18,6 +18,7 @@ from .base import Task
 from .causal_lm import CausalLM
 from .files import limited, require_header, require_rows, require_whole_row
 from .names import register_task
+from .tabular.delimited import read_long_fields
 from .writing import require_packages
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def _read(path: Path) -> datasets.Dataset:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: point --e2e_dir at the folder that has it, {_REMEDY}")
     rows: dict[str, list[str]] = {"mr": [], "label": []}
+    read_long_fields()
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:

@@ -20,6 +20,7 @@ from ..user_files import open_text
 from .base import Task
 from .files import limited, require_header, require_rows, require_whole_row
 from .names import register_task
+from .tabular.delimited import fault_of, read_long_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -54,12 +55,13 @@ def read_pairs(path: Path) -> datasets.Dataset:
     if not path.is_file():
         raise ValueError(f"task 'pairs': there is no file {path}: it has the columns first, second and label")
     rows: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "label")}
+    read_long_fields()
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             header = reader.fieldnames or ()
         except csv.Error as error:
-            raise ValueError(f"{path}, line 1: {error}") from None
+            raise ValueError(f"{path}, line 1: {fault_of(error)}") from None
         if not header:
             raise ValueError(f"{path} is empty: its first line names the columns, first,second,label")
         if len(header) == 1 and "\t" in header[0]:
@@ -78,7 +80,7 @@ def read_pairs(path: Path) -> datasets.Dataset:
                     rows[name].append(row[name])
                 rows["label"].append(LABELS.index(label))
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+            raise ValueError(f"{path}, line {reader.line_num}: {fault_of(error)}") from None
     if not rows["label"]:
         raise ValueError(f"{path} has no rows under its header: add pairs")
     features = {

@@ -182,6 +182,19 @@ def test_bad_rows_are_one_sentence(row, message, tmp_path, capsys):
     assert re.search(message, told), told
 
 
+def test_ends_of_lines_within_texts_are_no_ends_of_rows(tmp_path):
+    """JSON allows U+2028 and U+0085 in strings, which `str.splitlines` cuts at."""
+    row = {"question": "who\u2028sings\u0085here", "options": ["a", "b\u2029"], "answer": "A"}
+    folder = write_folder(tmp_path / "x", [question(0)])
+    lines = [json.dumps(row, ensure_ascii=False), json.dumps(question(1))]
+    (folder / "dev.jsonl").write_bytes("\r\n".join(lines).encode())
+    rows = get_task("choice", {"choice_dir": str(folder)}).load()["eval"]
+    assert rows["question"][:] == [row["question"], question(1)["question"]]
+    (folder / "dev.jsonl").write_text(lines[0] + "\n\n{}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"dev\.jsonl, line 3: there is no question"):
+        get_task("choice", {"choice_dir": str(folder)})
+
+
 def test_what_cannot_be_read_is_refused(decoder, tmp_path):
     with pytest.raises(ValueError, match=r"there is no train\.json in .*: point --choice_dir"):
         get_task("choice", {"choice_dir": str(tmp_path)})

@@ -1,5 +1,6 @@
 """Language modelling: the next tokens of a text that continues another, and the texts that a network writes."""
 
+import csv
 import json
 import math
 import re
@@ -241,6 +242,13 @@ def test_bad_files_are_one_sentence(change, message, decoder, tmp_path, capsys):
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(message, told), told
     assert not (tmp_path / "runs").exists() or not [*(tmp_path / "runs").glob("[!.]*")]
+
+
+def test_long_texts_are_read_whole(tmp_path):
+    csv.field_size_limit(131_072)  # of Python's csv module, before anything has raised it
+    long = " ".join(["a pub"] * 40_000)
+    rows = get_task("e2e", {"e2e_dir": str(write_folder(tmp_path / "e2e", [("name[x]", long)]))}).load()
+    assert rows["eval"]["label"][0] == long
 
 
 def test_meanings_to_validate_on_have_all_their_texts(folder):

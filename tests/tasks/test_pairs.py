@@ -9,6 +9,7 @@ from sklearn.metrics import confusion_matrix
 
 from pyro_blora.tasks import get_task
 from pyro_blora.tasks.pairs import read_pairs
+from pyro_blora.tasks.tabular.encodings import LONGEST
 
 GOOD = 'first,second,label\n"P53, human",MDM2,yes\nA,"B ""x""",NO\n'
 
@@ -34,6 +35,18 @@ def test_columns_may_be_in_any_order_beside_others_with_a_byte_order_mark(tmp_pa
     }  # fmt: skip
 
 
+def test_long_texts_are_read_whole(tmp_path):
+    csv.field_size_limit(131_072)  # of Python's csv module, before anything has raised it
+    long = "x" * 200_000
+    rows = get_task("pairs").load(glue_dir=written(tmp_path, f"first,second,label\n{long},b,yes\n"))["train"]
+    assert rows["first"][:] == [long] and rows["second"][:] == ["b"]
+    written(tmp_path, f"first,second,label\n{'x' * (LONGEST + 1)},b,yes\n")
+    with pytest.raises(
+        ValueError, match=r"train.csv, line \d: a field has more than 16,777,216 characters: is a quote"
+    ):
+        get_task("pairs").load(glue_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -51,8 +64,8 @@ def test_columns_may_be_in_any_order_beside_others_with_a_byte_order_mark(tmp_pa
             "first,second,label,first\na,b,yes,c\n",
             "the header line names 'first' twice: rename or drop one",
         ),
-        ("first,second,label\n" + "x" * 200_000 + ",b,yes\n", r"train.csv, line \d: field larger than field limit"),
-        ('first,second,label\na,"b,yes\n', r"line \d: unexpected end of data"),
+        ('first,second,label\na,"b,yes\n', r"line \d: a quote is left open until the end of the file: close it"),
+        ('"first,second,label\na,b,yes\n', r"line 1: a quote is left open until the end of the file: close it"),
     ],
 )
 def test_what_is_no_pair_is_refused_with_its_line(tmp_path, text, message):

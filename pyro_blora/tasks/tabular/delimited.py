@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .encodings import broken_byte
+from .encodings import LONGEST, broken_byte
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 Refuse = Callable[[int, str], None]  # a line's number and what is wrong with it: raises, or leaves the line out
@@ -38,7 +38,7 @@ def has_plain_quotes(read: Callable[[], Iterable[str]], delimiter: str) -> bool:
         if len(widths) > 1:
             return False
     try:
-        rows = sum(bool(row) for row in csv.reader(read(), delimiter=delimiter, strict=True))
+        rows = sum(bool(row) for row in _reader(read(), delimiter, quoted=True))
     except csv.Error:
         return True
     return rows != lines
@@ -75,7 +75,7 @@ def rows_of(
         except StopIteration:
             return
         except csv.Error as error:
-            refuse(number, _in_words(str(error)))
+            refuse(number, fault_of(error))
             continue
         if not row:
             continue
@@ -88,17 +88,24 @@ def rows_of(
             yield number, {name: cell for name, cell in zip(names, row, strict=True) if name}
 
 
+def read_long_fields() -> None:
+    """Let csv read fields as long as a line may be, for the whole process; its own limit is 131,072 characters."""
+    csv.field_size_limit(max(LONGEST, csv.field_size_limit()))
+
+
 def _reader(lines: Iterable[str], delimiter: str, quoted: bool) -> Any:
+    read_long_fields()
     if quoted:
         return csv.reader(lines, delimiter=delimiter, strict=True)
     return csv.reader(lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE)
 
 
-def _in_words(error: str) -> str:
-    if "field limit" in error:
+def fault_of(error: csv.Error) -> str:
+    """In words, with the remedy."""
+    if "field limit" in str(error):
         return f"a field has more than {csv.field_size_limit():,} characters: is a quote left open?"
-    if "expected after" in error:
+    if "expected after" in str(error):
         return 'a quote inside a quoted text: write it twice, "", or close the quoted text before'
-    if "unexpected end" in error:
+    if "unexpected end" in str(error):
         return "a quote is left open until the end of the file: close it"
     return f"{error}: correct it"

@@ -98,8 +98,18 @@ def test_a_broken_row_is_an_error_or_left_out(tmp_path, content, line, sentence)
 def test_an_open_quote_is_named_by_the_line_where_it_opens(tmp_path):
     with pytest.raises(ValueError, match=r"line 3: a quote is left open until the end of the file: close it"):
         rows(write(tmp_path, 'text,label\na,1\n"b,2\nc,3\n'))
-    with pytest.raises(ValueError, match=r"line 2: a field has more than 131,072 characters: is a quote left open"):
-        rows(write(tmp_path, 'text,label\n"b,2\n' + "words, words\n" * 20_000))
+    with pytest.raises(ValueError, match=r"line 2: a field has more than 16,777,216 characters: is a quote left open"):
+        rows(write(tmp_path, 'text,label\n"b,2\n' + ("words, words" * 1000 + "\n") * 1400))
+
+
+@pytest.mark.parametrize(("name", "end"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_long_texts_are_read_whole(tmp_path, name, end):
+    """Of a million characters, in one line and in many, where Python's csv module reads 131,072 by default."""
+    long, lines = "words " * 170_000, "a line\n" * 150_000
+    csv.field_size_limit(131_072)
+    found = rows(write(tmp_path, f'text{end}label\n{long}{end}1\n"{lines}"{end}2\nc{end}3\n', name))
+    assert [cells["text"] for _, cells in found] == [long, lines, "c"]
+    assert [line for line, _ in found] == [2, 3, 150_004]
 
 
 def test_jsonl_has_an_object_a_line(tmp_path):
