@@ -92,7 +92,8 @@ def _is_known(name: str, value: float, decision, labels, kind: Likelihood) -> bo
 
 
 def _whole(name: str, decision, labels, kind: Likelihood) -> float:
-    return float(_at(name, np.ones((1, len(labels))), labels, decision, kind.classes)[0])
+    true, given = _scored(name, labels, decision)
+    return float(_at(name, np.ones((1, len(labels))), true, given, kind.classes)[0])
 
 
 def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Callable) -> dict[str, dict]:
@@ -124,7 +125,7 @@ def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Cal
 
 def _resampled(name: str, labels: np.ndarray, decisions: list[np.ndarray], classes: int) -> np.ndarray:
     """(number of decisions, B): the score of each in the same bootstrap samples of the examples."""
-    rows, counts = np.unique(np.stack([labels, *decisions], 1), axis=0, return_counts=True)
+    rows, counts = np.unique(np.stack(_scored(name, labels, *decisions), 1), axis=0, return_counts=True)
     rows = rows.astype(int) if classes else rows
     rng, done = np.random.default_rng(0), []
     block = max(1, min(_RESAMPLES, _AT_ONCE // len(rows)))
@@ -132,6 +133,14 @@ def _resampled(name: str, labels: np.ndarray, decisions: list[np.ndarray], class
         weights = rng.multinomial(len(labels), counts / counts.sum(), size=min(block, _RESAMPLES - start))
         done.append([_at(name, weights, rows[:, 0], rows[:, 1 + d], classes) for d in range(len(decisions))])
     return np.concatenate(done, 1)
+
+
+def _scored(name: str, *values: np.ndarray) -> list[np.ndarray]:
+    """What a score is computed of: Spearman's of ranks in the whole sample, in which every row counts.
+
+    In a resample they are close enough for a standard error.
+    """
+    return [_ranks(x) if name == "spearmanr" else x for x in values]
 
 
 def _at(name: str, weights: np.ndarray, labels: np.ndarray, decision: np.ndarray, classes: int) -> np.ndarray:
@@ -176,16 +185,17 @@ def _recall(positive: int) -> Callable:
 
 def _pearson(w, labels, decision) -> np.ndarray:
     w = w / w.sum(1, keepdims=True)
-    x, y = labels - labels.mean(), decision - decision.mean()
+    x, y = _centred(labels), _centred(decision)
     cross = w @ (x * y) - (w @ x) * (w @ y)
     spreads = [np.clip(w @ (v * v) - (w @ v) ** 2, 0.0, None) for v in (x, y)]
     spread = np.sqrt(spreads[0] * spreads[1])
     return np.where(spread > 1e-12, cross / spread, 0.0)
 
 
-def _spearman(w, labels, decision) -> np.ndarray:
-    """Of the ranks in the whole sample, also in a resample: close enough for a standard error."""
-    return _pearson(w, *(_ranks(x) for x in (labels, decision)))
+def _centred(x: np.ndarray) -> np.ndarray:
+    """Of a range of 1, whatever the unit; zeros where all are alike."""
+    spread = np.ptp(x)
+    return (x - x.mean()) / (spread if spread > 0 else np.inf)
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
@@ -201,4 +211,4 @@ _OF_CLASSES = {
     "accuracy": _accuracy, "f1": _f1, "macro_f1": _macro_f1, "matthews_correlation": _matthews,
     "sensitivity": _recall(1), "specificity": _recall(0),
 }  # fmt: skip
-_OF_VALUES = {"pearson": _pearson, "spearmanr": _spearman, "rmse": _rmse}
+_OF_VALUES = {"pearson": _pearson, "spearmanr": _pearson, "rmse": _rmse}

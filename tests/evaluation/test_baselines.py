@@ -115,6 +115,19 @@ def test_correlations_have_the_error_of_normal_theory():
     assert found["nll"]["constant"] == pytest.approx(0.5 * math.log(2 * math.pi * math.e * y.var()))
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_correlations_of_few_values_have_the_error_of_a_bootstrap_by_scipy(unit):
+    """Of grades from 0 to 5, mostly 0, in whatever unit: pairs of label and answer repeat."""
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 1, 2, 3, 4, 5], p=[0.8, 0.04, 0.04, 0.04, 0.04, 0.04], size=800).astype(float)
+    decision = np.clip(labels + rng.choice([-1, 0, 1], size=800, p=[0.2, 0.6, 0.2]), 0, 5)
+    for name, score in (("pearson", pearsonr), ("spearmanr", spearmanr)):
+        found = of({name: score(labels, decision).statistic}, decision * unit, labels * unit, classes=0)[name]
+        resamples = [rng.integers(800, size=800) for _ in range(300)]
+        error = np.std([score(labels[i], decision[i]).statistic for i in resamples])
+        assert found["constant"] == 0 and found["standard_error"] == pytest.approx(error, rel=0.2)
+
+
 def test_more_classes_than_two():
     labels = RNG.integers(5, size=600)
     decision = np.where(RNG.random(600) < 0.5, labels, RNG.integers(5, size=600))
