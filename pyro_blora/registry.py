@@ -7,53 +7,21 @@ own signature, because a misspelt setting that is ignored silently makes a wrong
 `registries.py` has the tables.
 """
 
-import ast
-import contextlib
-import dataclasses
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .registry_entries import REQUIRED, Entry, Undeclared, written
 from .user_code import file_of, is_of_file, module_of, replaces, require_allowed
 from .user_values import as_word, coerce, suggest
 
-REQUIRED = inspect.Parameter.empty  # the "default" of a setting without one
 _PACKAGE = Path(__file__).parent
 Base = typing.TypeVar("Base")
 Maker = typing.TypeVar("Maker", bound=Callable[..., Any])
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """What is known of a name without importing what it stands for.
-
-    line: the first of the docstring. settings: their defaults, REQUIRED where there is none. The decorator may declare:
-    proposes: values of flags where neither the user nor the method sets them. sets: values of flags that follow.
-    excludes: flags that must keep their default, each with a sentence that has the reason and the remedy.
-    fits, each: the settings that say how many fits a run has, and the name by which each of them is chosen.
-    named_after: the setting whose value, a file, names runs. flags: of the line, each a setting with its help.
-    place: in a list that has an order, the report's sections, whose last ones have 100 and 110.
-    reads: settings that name a file, each with the function, `module:name`, that makes settings of it: a configuration
-    has these in place of the name, so that what was read decides its digest, and its runs need the file no more.
-    """
-
-    name: str
-    module: str = ""
-    line: str = ""
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    proposes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    excludes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    fits: str = ""
-    each: str = ""
-    named_after: str = ""
-    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    place: float = 90.0
-    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Registry:
@@ -111,12 +79,19 @@ class Registry:
         return sorted(map(self.entry, self.names()), key=lambda entry: entry.place)
 
     def entry(self, name: str) -> Entry:
-        """The entry of a name; that of a function in a file is read from the text, which is not run."""
+        """The entry of a name; that of a function in a file is read from the text, which is not run.
+
+        Errors: ValueError where what its decorator declares is not written out.
+        """
         known = self._entries.get(name) or self._own.get(name)
         if known is None and is_of_file(name) and file_of(name)[0].is_file():
-            with contextlib.suppress(Exception):  # `resolve` reports what is wrong with it
-                found = _written(file_of(name)[0], "", self._decorator)
+            try:
+                found = written(file_of(name)[0], "", self._decorator)
                 known = next((entry for function, entry in found if function == file_of(name)[1]), None)
+            except Undeclared:
+                raise
+            except Exception:  # `resolve` reports what is wrong with it
+                known = None
         return known or Entry(name)
 
     def read_files(self, name: str, settings: dict[str, Any], prefix: str = "") -> None:
@@ -185,7 +160,7 @@ class Registry:
     def _own(self) -> dict[str, Entry]:
         """The package's own, from the text of its modules."""
         paths = (path for module in self._modules for path in _files(module))
-        each = (entry for path in paths for _, entry in _written(path, _dotted(path), self._decorator))
+        each = (entry for path in paths for _, entry in written(path, _dotted(path), self._decorator))
         return {entry.name: entry for entry in each}
 
     def _from_file(self, name: str) -> Callable:
@@ -209,42 +184,6 @@ def _files(module: str) -> Iterable[Path]:
 
 def _dotted(path: Path) -> str:
     return ".".join([_PACKAGE.name, *path.relative_to(_PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
-
-
-def _written(path: Path, module: str, decorator: str) -> Iterator[tuple[str, Entry]]:
-    """(function, entry) of what has the decorator in a module's text."""
-    text = path.read_text(encoding="utf-8")
-    nodes = ast.parse(text).body if f"@{decorator}" in text else []
-    for node in (node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)):
-        for by in node.decorator_list:
-            call = by if isinstance(by, ast.Call) else ast.Call(by, [], [])
-            if isinstance(call.func, ast.Name) and call.func.id == decorator:
-                name = _value(call.args[0]) if call.args else node.name
-                declared = {keyword.arg: _value(keyword.value) for keyword in call.keywords if keyword.arg}
-                line = (ast.get_docstring(node) or "").partition("\n")[0]
-                yield node.name, Entry(name, module, line, _written_settings(node), **declared)
-
-
-def _written_settings(node: ast.FunctionDef | ast.ClassDef) -> dict[str, Any]:
-    """As `_settings`, from the text."""
-    if isinstance(node, ast.ClassDef):
-        made = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
-        own = {argument.arg for part in made for argument in part.args.kwonlyargs}
-        return {key: default for part in made for key, default in _written_settings(part).items() if key in own}
-    arguments = node.args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    with_default = zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True)
-    found: dict[ast.arg, ast.expr | None] = {arg: value for arg, value in with_default if arg in arguments.args}
-    found |= zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    return {argument.arg: REQUIRED if value is None else _value(value) for argument, value in found.items()}
-
-
-def _value(node: ast.expr) -> Any:
-    """What a literal stands for; of anything else its text."""
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
 
 
 def _settings(function: Callable) -> dict[str, Any]:

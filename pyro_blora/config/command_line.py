@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,7 +151,10 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     chosen = {"task": given["task"]} if "task" in given else {}
     settings = _as_settings({**chosen, **settings, **flags}, "--")
     given |= {"task": settings.pop("task")} if "task" in settings else {}
-    preset = read_preset(arguments.preset) if arguments.preset else {}
+    preset = {} if arguments.preset is None else read_preset(arguments.preset)
+    if _is_of_a_run(preset) and given.keys() & {"method", *OWNERS}:  # what the parts it had have set goes with them
+        config = RunConfig.from_dict(preset)
+        preset = {name: getattr(config, name) for name in _stated(config)}
     if given.get("method", preset.get("method")) != preset.get("method"):
         preset = left_open(given["method"], preset)
     preset = gather_settings(preset)
@@ -166,13 +169,37 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     return {**preset, **given, **line}
 
 
+def _is_of_a_run(preset: Mapping[str, Any]) -> bool:
+    """Whether it is a run's `config.json`, which has the value of every field, whoever has set it."""
+    return {"method", "seed", *(f"{owner}_settings" for owner in OWNERS)} <= preset.keys()
+
+
+def _stated(config: RunConfig) -> set[str]:
+    """The fields that are enough to make this configuration: its parts, and what these and the task do not say."""
+    names = {"task", "method", "seed"}
+
+    def left(among: Iterable[str]) -> set[str]:
+        """Those of `among` that are others without a word on them."""
+        again = RunConfig(**{name: getattr(config, name) for name in names})
+        return {name for name in among if getattr(again, name) != getattr(config, name)}
+
+    try:
+        for owner in sorted(OWNERS, key=lambda owner: owner == "estimator"):  # which the others propose
+            names |= left([owner, f"{owner}_settings"])
+        while more := left(field_names()) - names:
+            names |= more
+    except ValueError:  # parts that need other values than they propose
+        return set(field_names())
+    return names
+
+
 def command_line(config: RunConfig, written: Path | None = None) -> str:
-    """The `pyro-blora train` line of a configuration: what differs from the defaults of its method and task.
+    """The `pyro-blora train` line of a configuration: what its method, parts and task do not say.
 
     written: a run's `config.json` that differs in the seed only; it stands in a line that would be long, as that of an
     allocation with the width of every tensor.
     """
-    usual, words = RunConfig(method=config.method, task=config.task), ["pyro-blora", "train"]
+    usual, words, stated = RunConfig(method=config.method, task=config.task), ["pyro-blora", "train"], _stated(config)
     for field in dataclasses.fields(RunConfig):
         value = getattr(config, field.name)
         if field.name.endswith("_settings"):
@@ -181,7 +208,7 @@ def command_line(config: RunConfig, written: Path | None = None) -> str:
             for key, setting in value.items():
                 if key not in known or known[key] != setting:
                     words += _setting_words(owner, key, setting, config)
-        elif value != getattr(usual, field.name) or field.name in ("task", "method", "seed"):
+        elif field.name in stated:
             words += [f"--{field.name}", spelled(value)]
     line = shlex.join(words)
     if written is not None and len(line) > _LONG:

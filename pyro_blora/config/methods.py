@@ -104,5 +104,5 @@ def left_open(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Those flags of a preset, or of a grid's base, that do not give way to the method which replaces theirs."""
     method = METHODS.get(name, METHODS["bayesian_lora"])
     says = {**method.proposes, **method.fixes}
-    owned = tuple(f"{flag}." for flag in says if "." not in flag)  # settings of a part that is replaced
+    owned = tuple(f"{flag}{end}" for flag in says for end in (".", "_settings"))  # of a part that is replaced
     return {flag: value for flag, value in flags.items() if flag not in says and not flag.startswith(owned)}

@@ -34,7 +34,7 @@ def digest(config: Mapping[str, Any], contents: Sequence[str] = ()) -> str:
     values = {key: value for key, value in values.items() if (key, value) not in _ADDED}
     for owner in (f"{owner}_settings" for owner in CHOSEN):  # 3 and 3.0 are the same setting
         if owner in values:
-            values[owner] = {k: float(v) if type(v) is int else v for k, v in values[owner].items()}
+            values[owner] = {k: float(v) if _is_exact(v) else v for k, v in values[owner].items()}
     known = dict(zip(functions_of(config), contents, strict=True)) if contents else {}
     for table, key in _naming(values, config["weights"]):
         name = table[key]
@@ -42,6 +42,11 @@ def digest(config: Mapping[str, Any], contents: Sequence[str] = ()) -> str:
         table[key] = f"{name} {content}" if content else name
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether it is a whole number that a float holds."""
+    return type(value) is int and abs(value) <= 2**53
 
 
 def functions_of(config: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 from ..bit_widths import LADDER, ladder_of, written
 from ..registries import CHOSEN, WEIGHTS
-from ..registry import Entry
+from ..registry_entries import Entry
 from ..user_files import load_json, read_text
 from ..user_values import suggest
 from .checks import require_valid

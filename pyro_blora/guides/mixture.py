@@ -12,6 +12,7 @@ from ..layout import AdapterLayout
 from ..registries import register_guide
 from .base import IMPOSSIBLE, LogBayesFactors
 
+_MOST = 1000  # components
 _SPREAD = 0.5  # nats between the components of a mixture at its start: equal ones would stay equal
 _INFORMATION_DRAWS = 64  # of the gates, for their mutual information with the component; no forward of the backbone
 
@@ -107,6 +108,8 @@ def mixture(
     """
     if components < 2:
         raise ValueError(f"guide 'mixture' needs at least 2 components, got {components}: one is guide 'mean_field'")
+    if components > _MOST:
+        raise ValueError(f"guide 'mixture' takes at most {_MOST} components, a forward each, got {components:,}")
     guide = Mixture(layout, prior, open_logit, components)
     with torch.no_grad():
         for parameter in (guide.z_evidence, guide.g_evidence):

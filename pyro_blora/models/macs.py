@@ -29,8 +29,16 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, 
     return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
 
-# the counter has those of GPUs only
-_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _grouped_flops(rows: torch.Size, weights: torch.Size, *_, **__) -> int:
+    """Of a mixture's experts: rows (tokens, size), each times the weights (experts, size, out) of one of them."""
+    return 2 * rows.numel() * weights[-1]
+
+
+# the counter has fused attention of GPUs only, and no grouped products
+_FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._grouped_mm: _grouped_flops,
+}
 
 
 class Cost(NamedTuple):

@@ -125,6 +125,9 @@ class Hierarchical(Prior):
         return {f"rate_{name}{end}": x[i] for i, name in enumerate(self.rate_names) for end, x in columns.items()}
 
 
+_MOST = 1e6  # shape and rate of the Gamma, and one over it the least: digamma and float32 hold there
+
+
 @register_prior("hierarchical")
 def hierarchical(layout: AdapterLayout, *, shape: float = 1.0, rate: float = 1.0) -> Hierarchical:
     """Rates that are random: one for the bit gates of each tensor role, one for the ranks of each projection type.
@@ -132,6 +135,9 @@ def hierarchical(layout: AdapterLayout, *, shape: float = 1.0, rate: float = 1.0
     Settings: shape and rate of their Gamma hyperprior; its mean shape / rate is in nats a gate.
     Source: the Gamma hyperprior of sparse Bayesian learning (Tipping, 2001) on the rates of Bayesian-LoRA.
     """
-    if not (shape > 0 and rate > 0):
-        raise ValueError(f"prior 'hierarchical': shape and rate of the Gamma must be > 0, got {shape} and {rate}")
+    if not all(1 / _MOST <= x <= _MOST for x in (shape, rate)):
+        raise ValueError(
+            f"prior 'hierarchical': shape and rate of the Gamma must be from {1 / _MOST:g} to {_MOST:g}, got {shape} "
+            f"and {rate}"
+        )
     return Hierarchical(layout, float(shape), float(rate))

@@ -67,7 +67,7 @@ def register_task(task: Maker) -> Maker: ...
 def register_task(task: Any = None, **declared: Any) -> Any:
     """Make a task known by its name, which is given once: a `Task`, or as a decorator the function that returns it.
 
-    declared: what else `registry.Entry` has.
+    declared: what else `registry_entries.Entry` has.
 
     Errors: ValueError for a name that is taken, and for what would otherwise fail when a training has ended.
     """

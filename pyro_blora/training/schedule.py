@@ -100,7 +100,7 @@ class Schedule:
             return self.config.lr_gates * _LAST_RATE**gone if self.held(step) is None else 0.0
         peaks = {"head": self.config.lr if self.config.lr_head is None else self.config.lr_head, "spread": _SPREAD_RATE}
         peak = cast(float, peaks.get(group, self.config.lr))
-        warm = max(1, math.ceil(self.config.warmup * self.steps))
+        warm = max(1, math.ceil(self.config.warmup * self.steps - 1e-6))  # .07 of 100 is 7, as in `whole_steps`
         if self.constant_from < 1:
             first = max(warm + 1, whole_steps(self.constant_from, self.steps))
             gone = min(1.0, max(0, step - warm) / (first - warm))

@@ -4,7 +4,7 @@ They are chosen as `--weights NAME --weights.SETTING VALUE`. One is made by a fu
 the parameters of adapter and task head by key, which returns a `Weights`. The mean of theta is the net's own
 parameters, so that the trained weights are the exported ones; the task head is a point. Register the function with
 `@register_weights("name")`, or name it as `--weights file.py:function`. The decorator may also declare other
-fields of the configuration that it sets or excludes (`registry.Entry`).
+fields of the configuration that it sets or excludes (`registry_entries.Entry`).
 
 `ensemble` and `dropout` are random in more than theta, and what makes them so is in the configuration (run_config.py).
 Shapes: D random weights, S draws, K deviations.

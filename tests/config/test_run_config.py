@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+import shlex
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_blora.__main__ import main
+from pyro_blora.__main__ import _parser, main
 from pyro_blora.config import METHODS, NOT_IN_DIGEST, PRESETS, RunConfig, field_names, load_preset, preset_names
-from pyro_blora.config.command_line import command_line
+from pyro_blora.config.command_line import command_line, run_fields, take_settings
 from pyro_blora.config.naming import portable
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -441,3 +442,67 @@ def test_a_run_is_repeated_by_its_own_file_where_the_line_would_be_long(tmp_path
 def test_a_tilde_of_output_dir_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunConfig(output_dir="~/runs").folder.parent == tmp_path / "runs"
+
+
+GIVEN = [
+    {"prior": "budget", "settle": 0.0}, {"prior": "budget", "kl_warmup": 0.3}, {"prior": "budget", "rest": 0.2},
+    {"adapter": "xs", "lr": 1e-3}, {"gate_optimizer": "adam"}, {"gate_optimizer": "adam", "estimator": "gauss_newton"},
+    {"guide": "point"}, {"guide": "point", "estimator": "gauss_newton"}, {"method": "full", "lr": 1e-3},
+    {"method": "dylora", "kl_warmup": 0.3}, {"method": "ptq"}, {"prior_settings": {"z": "off"}}, {"backbone": "none"},
+    {"weights": "ensemble", "weights_settings": {"members": 3}}, {"target_modules": "all-linear"}, {"settle": 0.3},
+]  # fmt: skip
+
+
+def read_back(line):
+    settings, rest = take_settings(shlex.split(line)[1:])
+    arguments, left = _parser().parse_known_args(rest)
+    assert not left
+    return RunConfig(**run_fields(arguments, settings))
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+def test_the_line_of_a_configuration_makes_it_again(given):
+    """Also where a value is the default of other parts than it has."""
+    config = RunConfig(**given)
+    assert read_back(command_line(config)) == config
+
+
+def test_a_line_leaves_out_what_its_parts_propose():
+    line = command_line(RunConfig(prior="budget"))
+    assert "--prior budget" in line and "settle" not in line and "kl_warmup" not in line
+    assert "estimator" not in command_line(RunConfig(guide="uniform_rank"))
+
+
+@pytest.mark.parametrize(
+    ("before", "line", "same"),
+    [
+        ({"method": "mc_dropout"}, "--method lora", {"method": "lora"}),
+        ({"method": "eva"}, "--method lora", {"method": "lora"}),
+        ({"method": "no_dropout", "rank": 4}, "--method lora", {"method": "lora", "rank": 4}),
+        ({"method": "lora"}, "--method bayesian_lora", {}),
+        ({"method": "dylora", "seed": 3}, "--method bayesian_lora", {"seed": 3}),
+        ({"prior_settings": {"rate": 3}}, "--method lora", {"method": "lora"}),
+        ({"prior": "budget"}, "--prior bops", {}),
+        ({"prior": "budget", "settle": 0.25}, "--prior bops", {"settle": 0.25}),
+        ({"adapter": "xs"}, "--adapter lora", {}),
+        ({"weights": "dropout"}, "--weights point", {}),
+        ({"guide": "uniform_rank"}, "--guide mean_field", {}),
+        ({"prior": "budget"}, "--rank 4", {"prior": "budget", "rank": 4}),
+    ],
+    ids=str,
+)
+def test_a_run_with_another_part_has_nothing_of_the_one_that_it_had(tmp_path, before, line, same):
+    (tmp_path / "config.json").write_text(RunConfig(**before).to_json(), encoding="utf-8")
+    found = read_back(f"pyro-blora train --preset {tmp_path / 'config.json'} {line}")
+    assert found == RunConfig(**same)
+
+
+def test_whole_numbers_beyond_a_float_have_digests_of_their_own():
+    of = [RunConfig(prior="random", prior_settings={"seed": 2**53 + i}).digest for i in range(2)]
+    assert of[0] != of[1]
+    assert RunConfig(prior_settings={"rate": 3}).digest == RunConfig(prior_settings={"rate": 3.0}).digest
+
+
+def test_an_empty_preset_is_refused(capsys):
+    assert main(["train", "--preset", ""]) == 2
+    assert "unknown preset ''" in capsys.readouterr().err
