@@ -62,6 +62,19 @@ def test_a_billion_is_refused_with_the_largest(capsys, field):
     assert f"{field} must be from " in said and "got 1000000000" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--guide", "mixture", "--guide.components", "1000000000"), "takes at most 1000 components"),
+        (("--prior", "hierarchical", "--prior.shape", "1e300"), "must be from 1e-06 to 1e+06, got 1e+300"),
+        (("--prior", "hierarchical", "--prior.rate", "0"), "must be from 1e-06 to 1e+06"),
+    ],
+    ids=str,
+)
+def test_settings_beyond_what_can_be_computed_are_refused(capsys, words, message):
+    assert message in refused(capsys, "train", *words)
+
+
 def test_an_ensemble_of_a_billion_is_refused(capsys):
     said = refused(capsys, "train", "--weights", "ensemble", "--weights.members", "1000000000")
     assert "weights.members must be at most 1,000, got 1000000000" in said

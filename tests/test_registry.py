@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyro_blora.config import RunConfig
 from pyro_blora.elbos import GateELBO
 from pyro_blora.guides.base import Guide
 from pyro_blora.priors.base import Prior
@@ -230,3 +231,27 @@ def test_a_part_without_what_it_must_have_says_which_and_where_it_is_described(b
     mine, described = type("Mine", (base,), {}), rf"{base.__module__}.{base.__name__}.{method}"
     with pytest.raises(NotImplementedError, match=rf"^Mine does not define {method}\(\): {described} says what"):
         getattr(mine.__new__(mine), method)(*arguments)
+
+
+USERS = """
+import pyro_blora
+MORE = {{"lr": 0.25}}
+
+@pyro_blora.register_weights("mine", proposes={proposes}, sets={{"average_over": "dropout"}})
+def law(weights, head):
+    ...
+"""
+
+
+def test_what_a_decorator_declares_is_read_with_its_package_before_it(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(USERS.format(proposes='{"lr": 0.25}'))
+    config = RunConfig(weights=f"{path}:law")
+    assert (config.lr, config.average_over) == (0.25, "dropout")
+
+
+def test_what_a_decorator_declares_elsewhere_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(USERS.format(proposes="MORE"))
+    with pytest.raises(ValueError, match=r"mine.py, line 5: .* must be written out there, got proposes=MORE"):
+        RunConfig(weights=f"{path}:law")

@@ -285,3 +285,20 @@ def test_layouts_that_do_not_say_their_batch_size_were_counted_at_one():
     stored = layout.to_dict()
     del stored["batch_size"]
     assert AdapterLayout.from_dict(stored) == layout != dataclasses.replace(layout, batch_size=32)
+
+
+def test_the_experts_of_a_mixture_count_as_often_as_a_token_meets_one():
+    """By grouped products, the default, as one by one."""
+    sizes = {
+        "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+        "max_position_embeddings": 64, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "pad_token_id": 1, "num_labels": 2,
+    }  # fmt: skip
+    found = []
+    for implementation in ("grouped_mm", "eager"):
+        model = transformers.MixtralForSequenceClassification(transformers.MixtralConfig(**sizes))
+        model.set_experts_implementation(implementation)
+        found.append(macs.cost(model.eval(), 24, 2).model_macs)
+    attention = 32 * 32 * 2 + 32 * 16 * 2 + 2 * 24 * 32  # query and output, key and value, the two products
+    experts = 32 * 4 + 2 * 3 * 32 * 64  # the router, then two experts of three products each
+    assert found[0] == found[1] == 24 * 2 * (attention + experts) + 24 * 32 * 2

@@ -288,6 +288,13 @@ def test_gates_and_ranges_move_only_after_the_opening(backbone, usual):
     assert moved.std() > 0.1
 
 
+@pytest.mark.parametrize(("warmup", "steps", "peak"), [(0.07, 100, 7), (0.14, 50, 7), (0.56, 100, 56), (0.065, 100, 7)])
+def test_the_rate_peaks_when_that_share_of_the_steps_is_done(warmup, steps, peak):
+    schedule = Schedule.of(RunConfig(epochs=1, batch_size=10, warmup=warmup, lr=1.0), 10 * steps)
+    rates = [schedule.learning_rate("adapter", step) for step in range(steps)]
+    assert schedule.steps == steps and rates.index(max(rates)) == peak - 1 and max(rates) == 1.0
+
+
 def test_schedules_are_functions_of_the_step():
     schedule = Schedule.of(RunConfig(epochs=4, batch_size=10, warmup=0.1, kl_warmup=0.25, lr=1.0), 100)
     assert (schedule.steps, schedule.steps_per_epoch, schedule.opening) == (40, 10, 10)
