@@ -1,6 +1,5 @@
 """The optimizer of a training: AdamW over groups with separate learning rates."""
 
-import math
 from typing import Any, cast
 
 import torch
@@ -33,8 +32,8 @@ def make_optimizer(program: BayesianLoRA, config: RunConfig) -> torch.optim.Opti
         {"name": "ranges", "params": net.grid_parameters(), "weight_decay": 0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=cast(float, config.lr), fused=True)
-    if start := math.log(program.likelihood.starting_std):
-        _decay_to(start, program.log_scale, optimizer)
+    if program.starting_log_scale:
+        _decay_to(program.starting_log_scale, program.log_scale, optimizer)
     return optimizer
 
 
