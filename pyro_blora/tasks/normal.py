@@ -56,7 +56,7 @@ class Normal(Likelihood):
         return 1
 
     @property
-    def starting_std(self) -> float:  # type: ignore[override]
+    def starting_std(self) -> float:  # type: ignore[override]  # a default of the class there, of the range here
         """1 on STS-B's range, 0 to 5."""
         return (self.high - self.low) / 5
 

@@ -85,7 +85,7 @@ class TokenScores:
         if not self.of_entities:
             return _BEGINS[0], name
         prefixed = _PREFIXED.fullmatch(name)
-        return prefixed.group(1, 2) if prefixed else (_OUTSIDE, "")  # type: ignore[return-value]
+        return (prefixed[1], prefixed[2]) if prefixed else (_OUTSIDE, "")
 
 
 def _of_sets(found: set[Entity], true: set[Entity]) -> dict[str, float]:
