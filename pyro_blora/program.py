@@ -70,7 +70,7 @@ class GateProgram(nn.Module, abc.ABC):
         self.layout, self.likelihood, self.n_train = layout, likelihood, n_train
         self.prior, self.gate_guide = adopted(prior, Prior), adopted(guide, Guide)
         self.elbo = build_elbo(estimator, self.gate_guide, estimator_settings)
-        self.starting_log_scale = math.log(getattr(likelihood, "starting_std", 1.0))  # 1 of a plain function
+        self.starting_log_scale = math.log(getattr(likelihood, "starting_std", 1.0))  # a plain function starts at 1
         self.log_scale = nn.Parameter(torch.tensor(self.starting_log_scale))
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)

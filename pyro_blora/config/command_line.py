@@ -152,7 +152,7 @@ def run_fields(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[
     settings = _as_settings({**chosen, **settings, **flags}, "--")
     given |= {"task": settings.pop("task")} if "task" in settings else {}
     preset = {} if arguments.preset is None else read_preset(arguments.preset)
-    if _is_of_a_run(preset) and given.keys() & {"method", *OWNERS}:  # what the parts it had have set goes with them
+    if _is_of_a_run(preset) and given.keys() & {"method", *OWNERS}:  # without what the replaced parts have set
         config = RunConfig.from_dict(preset)
         preset = {name: getattr(config, name) for name in _stated(config)}
     if given.get("method", preset.get("method")) != preset.get("method"):
@@ -178,15 +178,15 @@ def _stated(config: RunConfig) -> set[str]:
     """The fields that are enough to make this configuration: its parts, and what these and the task do not say."""
     names = {"task", "method", "seed"}
 
-    def left(among: Iterable[str]) -> set[str]:
-        """Those of `among` that are others without a word on them."""
+    def differing(among: Iterable[str]) -> set[str]:
+        """The fields among these that would have another value if only `names` were given."""
         again = RunConfig(**{name: getattr(config, name) for name in names})
         return {name for name in among if getattr(again, name) != getattr(config, name)}
 
     try:
         for owner in sorted(OWNERS, key=lambda owner: owner == "estimator"):  # which the others propose
-            names |= left([owner, f"{owner}_settings"])
-        while more := left(field_names()) - names:
+            names |= differing([owner, f"{owner}_settings"])
+        while more := differing(field_names()) - names:
             names |= more
     except ValueError:  # parts that need other values than they propose
         return set(field_names())

@@ -115,7 +115,9 @@ class Forcing:
     def _excess(self, site: str, index: tuple[int, ...]) -> Tensor:
         """E[log guide - log component] given a state of the ladder, the others drawn from the component.  (M, D)"""
         log_q = getattr(self.log_q, site)[(slice(None), *index)]
-        own = log_q[:, getattr(self._drawn, site)[(slice(None), slice(None), *index)]]  # (M, S, M), last of the draw's
+        own = log_q[
+            :, getattr(self._drawn, site)[(slice(None), slice(None), *index)]
+        ]  # (M, S, M): of a density, of a draw, of what drew it
         others = _minus(self._joint, own.permute(1, 2, 0))  # (S, M, M)
         joint = others[..., None] + log_q  # (S, M, M, D), of every state
         excess = joint.logsumexp(2) - math.log(len(log_q)) - joint.diagonal(dim1=1, dim2=2).permute(0, 2, 1)
