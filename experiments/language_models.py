@@ -34,7 +34,7 @@ spin_briefly()  # before anything imports torch
 import transformers
 
 from experiments.studies.cells import finished, provenance
-from experiments.studies.compare import half_width, intervals, spread, written
+from experiments.studies.compare import average, half_width, intervals, spread, written
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.scripts import run_script
 from pyro_blora.build import build
@@ -172,7 +172,7 @@ def less(groups: Groups, study: str, method: str, rival: str) -> tuple[float, ..
     if method == rival or not pairs:
         return None
     arrays = [tuple({"label": _scores(cell), "score": _scores(cell)} for cell in pair) for pair in pairs]
-    return intervals(arrays, lambda pair, rows: ((pair[1]["score"][rows] - pair[0]["score"][rows]).mean(-1),))[0]
+    return intervals(arrays, lambda pair, counts: (average(counts, pair[1]["score"] - pair[0]["score"]),))[0]
 
 
 def _scores(cell: dict) -> np.ndarray:

@@ -2,43 +2,62 @@
 
 What is compared is the one allocation that is deployed, one forward an example at the bit operations of the table; or,
 with an empty prefix, what is averaged over draws.
+
+Shapes: E examples, B resamples of a bootstrap. One of those is counts (E), how often it has each example; all that is
+compared is a function of averages, which of every resample are one matrix product, counts (B, E) by values (E, k).
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
 
 BOOTSTRAP = 2000
-_AT_ONCE = 200  # of these: 2 MB of row numbers for a thousand examples
+_AT_ONCE = 200  # of these, in one call of the generator
 LEVEL = 0.95
+_ROUNDING = 1e-12  # of a square: less variance than this is that of a constant
 _CORRELATIONS = ("pearson", "matthews_correlation")  # of two classes, Matthews' is Pearson's
 ROLES = ("query", "key", "value")
 
 
 def _arrays(cell: dict, prefix: str) -> dict[str, np.ndarray]:
-    """What is compared: a bootstrap takes rows of every array, two thousand times."""
+    """What is compared, (E) each."""
     names = ("label", f"{prefix}decision", f"{prefix}log_likelihood")
     return {name: np.asarray(cell["examples"][name]) for name in names}
 
 
-def score(examples: dict[str, np.ndarray], metric: str, prefix: str = "deployed_") -> np.ndarray:
-    """Of the decisions (..., B): accuracy, or a correlation, (...).  Errors: ValueError for another metric."""
+def score(
+    examples: dict[str, np.ndarray], metric: str, prefix: str = "deployed_", counts: np.ndarray | None = None
+) -> np.ndarray:
+    """Of the decisions (E): accuracy, or a correlation, 0 of what is constant.  Errors: ValueError for another metric.
+
+    counts: (..., E), how often each example is taken; once each where None.   Returns (...).
+    """
     decision, label = examples[f"{prefix}decision"], examples["label"]
+    counts = np.ones(len(label)) if counts is None else counts
     if metric == "accuracy":
-        return (decision == label).mean(-1)
+        return average(counts, decision == label)
     if metric in _CORRELATIONS:
-        a, b = (x - x.mean(-1, keepdims=True) for x in (decision, label))
-        spread = decision.std(-1) * label.std(-1)
-        return np.divide((a * b).mean(-1), spread, out=np.zeros(spread.shape), where=spread > 0)
+        both = np.stack([x - x.mean() for x in (decision, label)], -1)
+        means, squares = average(counts, both), average(counts, both**2)
+        variances = squares - means**2
+        known = (variances > _ROUNDING * squares).all(-1)
+        covariance = average(counts, both.prod(-1)) - means.prod(-1)
+        return np.where(known, covariance / np.sqrt(np.where(known, variances.prod(-1), 1.0)), 0.0)
     raise ValueError(f"comparisons know accuracy, {', '.join(_CORRELATIONS)}, got {metric!r}: add it to compare.py")
 
 
-def _differences(pair, rows, metric: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of the score and of the NLL, at some of the examples, (..., n)."""
-    a, b = ({name: x[rows] for name, x in table.items()} for table in pair)
-    nll = (b[f"{prefix}log_likelihood"] - a[f"{prefix}log_likelihood"]).mean(-1)
-    return score(a, metric, prefix) - score(b, metric, prefix), nll
+def average(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Of the values (E) or (E, k) with each example taken as often as counts (..., E) says: (...) or (..., k)."""
+    return counts @ values / len(values)
+
+
+def _differences(pair, counts: np.ndarray, metric: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of the score and of the NLL, (...) each.  counts (..., E)"""
+    a, b = pair
+    nll = average(counts, b[f"{prefix}log_likelihood"] - a[f"{prefix}log_likelihood"])
+    return score(a, metric, prefix, counts) - score(b, metric, prefix, counts), nll
 
 
 def paired(
@@ -49,25 +68,34 @@ def paired(
     ours, theirs: cells by seed, in the same order.
     """
     pairs = [(_arrays(a, prefix), _arrays(b, prefix)) for a, b in zip(ours, theirs, strict=True)]
-    found = intervals(pairs, lambda pair, rows: _differences(pair, rows, metric, prefix), seed=seed)
+    found = intervals(pairs, lambda pair, counts: _differences(pair, counts, metric, prefix), seed=seed)
     return dict(zip(("score", "nll"), found, strict=True))
 
 
 def intervals(pairs: list[tuple[dict, dict]], differences: Callable, *, seed: int = 0) -> list[tuple[float, ...]]:
-    """Means and 95 % intervals of `differences(pair, rows)`, averaged over the pairs, one of each seed.
+    """Means and 95 % intervals of `differences(pair, counts)`, averaged over the pairs, one of each seed.
 
     pairs: arrays by name, ours and theirs, with the same examples for all: the examples' part is bootstrapped, all
     seeds together; the seeds' part is Student's, as there are few. Both are added in squares; one seed has no part.
-    `differences` is given rows (..., n) and gives a sequence of arrays (...).
+    `differences` is given counts (..., E) and gives a sequence of arrays (...).
     """
-    size, generator = len(pairs[0][0]["label"]), np.random.default_rng(seed)
-    by_seed = np.array([differences(pair, np.arange(size)) for pair in pairs])  # (seeds, differences)
-    drawn = (generator.integers(size, size=(_AT_ONCE, size)) for _ in range(BOOTSTRAP // _AT_ONCE))
-    samples = np.concatenate([np.mean([differences(pair, rows) for pair in pairs], 0) for rows in drawn], 1)
+    size = len(pairs[0][0]["label"])
+    by_seed = np.array([differences(pair, np.ones(size)) for pair in pairs])  # (seeds, differences)
+    counts = _resampled(size, seed, BOOTSTRAP)
+    samples = np.mean([differences(pair, counts) for pair in pairs], 0)  # (differences, B)
     squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 1)) ** 2
     if len(pairs) > 1:
         squares = squares + half_width(by_seed) ** 2
     return [(mean, mean - half, mean + half) for mean, half in zip(by_seed.mean(0), np.sqrt(squares), strict=True)]
+
+
+@functools.lru_cache(maxsize=4)  # 17 MB of a thousand examples; a page has one set for each task
+def _resampled(size: int, seed: int, number: int) -> np.ndarray:
+    """How often each example is in each resample, (B, E)."""
+    generator = np.random.default_rng(seed)
+    rows = np.concatenate([generator.integers(size, size=(_AT_ONCE, size)) for _ in range(number // _AT_ONCE)])
+    first = size * np.arange(number)[:, None]
+    return np.bincount((first + rows).ravel(), minlength=number * size).reshape(number, size).astype(float)
 
 
 def spread(values, digits: int = 3) -> str:

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.studies.cells import provenance
-from experiments.studies.compare import intervals, paired, written
+from experiments.studies.compare import average, intervals, paired, written
 from pyro_blora.tasks import get_task
 
 RANKS = (2, 8, 16, 25)
@@ -96,17 +96,16 @@ def ece_difference(ours: Rows, theirs: Rows) -> tuple[float, float, float] | Non
         )
         for pair in _of_both(ours, theirs)
     ]
-    return intervals(pairs, lambda pair, rows: [_ece(pair[0], rows) - _ece(pair[1], rows)])[0] if pairs else None
+    return intervals(pairs, lambda pair, counts: [_ece(pair[0], counts) - _ece(pair[1], counts)])[0] if pairs else None
 
 
-def _ece(examples: dict[str, np.ndarray], rows: np.ndarray, bins: int = 20) -> np.ndarray:
-    """(..., n) -> (...)."""
-    odds, label = examples["odds"][rows], examples["label"][rows]
+def _ece(examples: dict[str, np.ndarray], counts: np.ndarray, bins: int = 20) -> np.ndarray:
+    """Of the examples (E), each taken as often as counts (..., E) says: (...)."""
+    odds, label = examples["odds"], examples["label"]
     confidence, right = 1 / (1 + np.exp(-np.abs(odds))), (odds > 0) == label
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    of = bins * np.arange(odds[..., 0].size).reshape(odds[..., :1].shape)  # the first bin of each row
-    sums = np.bincount((which + of).ravel(), (confidence - right).ravel(), minlength=bins * odds[..., 0].size)
-    return np.abs(sums).reshape(*odds.shape[:-1], bins).sum(-1) / odds.shape[-1]
+    gaps = (confidence - right)[:, None] * (which[:, None] == np.arange(bins))  # (E, bins)
+    return np.abs(average(counts, gaps)).sum(-1)
 
 
 def comparisons(rows: Rows, tasks: list[str]) -> dict[tuple[str, str, str], list[tuple[float, float, float] | None]]:

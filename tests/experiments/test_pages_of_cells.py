@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("fewest_bops", "language_models", "levers", "ranks")  # settling.md is of the same cells as the first
+PAGES = ("fewest_bops", "language_models", "levers", "ranks", "settling")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -206,21 +206,36 @@ def test_an_ensemble_averages_probabilities_and_has_a_temperature_of_its_own():
 # --- many samples at once ---------------------------------------------------------------------------------------------
 
 
-def test_a_score_of_many_samples_is_that_of_each():
-    decision, label = np.random.default_rng(0).normal(size=(2, 5, 30))
-    decision[3] = 1.0  # which has no correlation
-    found = score({"decision": decision, "label": label}, "pearson", prefix="")
-    expected = [0.0 if i == 3 else stats.pearsonr(decision[i], label[i]).statistic for i in range(5)]
+def resampled(n: int, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of n, and how often each is taken, (*shape, n) both."""
+    rows = np.random.default_rng(1).integers(n, size=(*shape, n))
+    return rows, (rows[..., None] == np.arange(n)).sum(-2).astype(float)
+
+
+def test_a_score_of_many_resamples_is_that_of_each():
+    decision, label = np.random.default_rng(0).normal(size=(2, 30))
+    rows, counts = resampled(30, 5)
+    rows[3], counts[3] = 7, 30 * (np.arange(30) == 7)  # one example alone has no correlation
+    found = score({"decision": decision, "label": label}, "pearson", prefix="", counts=counts)
+    expected = [0.0 if i == 3 else stats.pearsonr(decision[rows[i]], label[rows[i]]).statistic for i in range(5)]
     assert found == pytest.approx(expected)
     signs = {"decision": decision > 0, "label": label > 0}
-    assert score(signs, "accuracy", prefix="") == pytest.approx(np.mean(signs["decision"] == signs["label"], 1))
+    agree = (signs["decision"] == signs["label"])[rows].mean(1)
+    assert score(signs, "accuracy", prefix="", counts=counts) == pytest.approx(agree)
 
 
-def test_the_calibration_error_of_many_samples_is_that_of_each():
+def test_resamples_have_as_many_examples_as_there_are_each_as_often_as_another():
+    counts = compare._resampled(50, 0, 2000)
+    assert (counts.sum(1) == 50).all() and counts.var() == pytest.approx(49 / 50, rel=0.05)  # binomial
+    assert counts.mean(0) == pytest.approx(np.ones(50), abs=5 * (49 / 50 / 2000) ** 0.5)
+    assert not (counts == compare._resampled(50, 1, 2000)).all()
+
+
+def test_the_calibration_error_of_many_resamples_is_that_of_each():
     generator = np.random.default_rng(0)
     examples = {"odds": 2 * generator.normal(size=40), "label": generator.integers(2, size=40)}
-    rows = generator.integers(40, size=(3, 2, 40))
-    found = _ece(examples, rows)
+    rows, counts = resampled(40, 3, 2)
+    found = _ece(examples, counts)
     for at in np.ndindex(3, 2):
         odds, label = (x[rows[at]] for x in examples.values())
         gaps = [[] for _ in range(20)]
