@@ -20,7 +20,8 @@ from .naming import basename, digest, named_after
 PRESETS = Path(__file__).parent / "presets"
 OWNERS = tuple(CHOSEN)  # fields that name a part, whose settings are in NAME_settings
 _USUAL = {  # where neither user nor method nor a part sets a value
-    "lr": 1e-3, "kl_warmup": 0.3, "settle": 0.0, "estimator": "relaxed", "max_length": 128, "group_by_length": False,
+    "lr": 1e-3, "lr_gates": 0.1, "gate_optimizer": "auto", "kl_warmup": 0.3, "rest": 0.0, "settle": 0.0,
+    "estimator": "relaxed", "max_length": 128, "group_by_length": False,
 }  # fmt: skip
 
 
@@ -54,8 +55,8 @@ class RunConfig:
         None, "gradient of the gates: a name that `pyro-blora elbos` lists, or file.py:name; none: the guide's own"
     )
     estimator_settings: dict = _field(dict, "settings of the estimator, on the command line as --estimator.NAME VALUE")
-    gate_optimizer: str = _field(
-        "auto", "how the gates learn: natural (gradients, no rate), adam, or auto: as the estimator's gradient is"
+    gate_optimizer: str | None = _field(
+        None, "how the gates learn: natural (gradients, no rate), adam, or auto, as none: as the estimator's gradient is"
     )
     adapter: str = _field(
         "lora", "what learns beside the head: a name that `pyro-blora adapters` lists, or file.py:function"
@@ -96,8 +97,8 @@ class RunConfig:
     )
     lr: float | None = _field(None, "learning rate of the adapter; none: 1e-3, of xs 5e-3, or the method's own")
     lr_head: float | None = _field(None, "learning rate of the classification head; none: lr")
-    lr_gates: float = _field(
-        0.1, "first learning rate of gates under Adam, nats per step; falls to 1 %; 0 freezes gates"
+    lr_gates: float | None = _field(
+        None, "first learning rate of gates under Adam, nats per step; falls to 1 %; 0 freezes gates; none: 0.1"
     )
     lr_ranges: float = _field(1e-3, "learning rate of the quantization ranges; 0 freezes them")
     weight_decay: float = _field(0.01, "decoupled weight decay of adapter and head; gates and ranges have none")
@@ -106,10 +107,10 @@ class RunConfig:
     kl_warmup: float | None = _field(
         None, "fraction of the steps with open gates, before they start; 1: after training; none: 0.3, or the method's"
     )
-    rest: float = _field(
-        0.0,
+    rest: float | None = _field(
+        None,
         "fraction of the steps, from where the gates start, in which weights first train at the allocation that they "
-        "start from, before the gates learn",
+        "start from, before the gates learn; none: 0",
     )
     settle: float | None = _field(
         None,

@@ -231,7 +231,7 @@ class _Loop:
                     parameter.grad.masked_fill_(bad, 0.0)
             guide = self.program.gate_guide
             guide.allocate(net.allocate(step + 1, self.schedule.steps, guide.target_rank))
-        if self.natural and held is None and config.lr_gates > 0:
+        if self.natural and held is None and config.lr_gates:
             self.natural.step(bad, self.schedule.gates_move(step))
         for parameter in self.learning:
             parameter.grad = None

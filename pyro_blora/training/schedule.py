@@ -48,7 +48,7 @@ class Schedule:
     @property
     def learning(self) -> int:
         """The step at which gates begin to learn, after a rest at the allocation that they start from."""
-        return min(self.settling, self.opening + round(self.config.rest * self.steps))
+        return min(self.settling, self.opening + round(cast(float, self.config.rest) * self.steps))
 
     @property
     def settling(self) -> int:
@@ -63,7 +63,7 @@ class Schedule:
 
     def require(self, gates_are_random: bool, start_from_data: bool) -> None:
         """Errors: ValueError for gates that rest where there is nothing to decide, or nothing has decided it."""
-        fractions = {"rest": self.config.rest, "settle": cast(float, self.config.settle)}
+        fractions = {name: cast(float, getattr(self.config, name)) for name in ("rest", "settle")}
         told = " and ".join(f"{name} {fraction:g}" for name, fraction in fractions.items() if fraction)
         if told and not gates_are_random:
             raise ValueError(
@@ -97,7 +97,7 @@ class Schedule:
             if group == "ranges":
                 return self.config.lr_ranges if step >= self.opening else 0.0
             gone = (step - self.learning) / max(1, self.settling - self.learning)
-            return self.config.lr_gates * _LAST_RATE**gone if self.held(step) is None else 0.0
+            return cast(float, self.config.lr_gates) * _LAST_RATE**gone if self.held(step) is None else 0.0
         peaks = {"head": self.config.lr if self.config.lr_head is None else self.config.lr_head, "spread": _SPREAD_RATE}
         peak = cast(float, peaks.get(group, self.config.lr))
         warm = max(1, math.ceil(self.config.warmup * self.steps - 1e-6))  # .07 of 100 is 7, as in `whole_steps`

@@ -128,6 +128,9 @@ def test_a_task_proposes_what_a_user_can_refuse():
         ({"gate_optimizer": "adam"}, (0.4, 0.0, 0.0)),
         ({"estimator": "relaxed"}, (0.4, 0.0, 0.0)),
         ({"lr_gates": 0.05}, (0.4, 0.0, 0.0)),
+        ({"lr_gates": 0.1}, (0.4, 0.0, 0.0)),  # who says what is the default has said it
+        ({"gate_optimizer": "auto"}, (0.4, 0.0, 0.0)),
+        ({"rest": 0.0}, (0.4, 0.0, 0.0)),
         ({"method": "bayesian_bits"}, (0.4, 0.0, 0.6)),
         ({"guide_settings": {"open_logit": 2.0}}, (0.4, 0.0, 0.0)),  # gates that do not start from the data
         ({"prior": "bops", "prior_settings": {"z": "budget"}}, (0.4, 0.0, 0.6)),
