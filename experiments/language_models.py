@@ -171,7 +171,7 @@ def less(groups: Groups, study: str, method: str, rival: str) -> tuple[float, ..
     pairs = [(cell, theirs[cell["seed"]]) for cell in groups[study, method] if cell["seed"] in theirs]
     if method == rival or not pairs:
         return None
-    arrays = [tuple({"label": _scores(cell), "score": _scores(cell)} for cell in pair) for pair in pairs]
+    arrays = [tuple({"score": _scores(cell)} for cell in pair) for pair in pairs]
     return intervals(arrays, lambda pair, counts: (average(counts, pair[1]["score"] - pair[0]["score"]),))[0]
 
 

@@ -4,7 +4,7 @@ What is compared is the one allocation that is deployed, one forward an example 
 with an empty prefix, what is averaged over draws.
 
 Shapes: E examples, B resamples of a bootstrap. One of those is counts (E), how often it has each example; all that is
-compared is a function of averages, which of every resample are one matrix product, counts (B, E) by values (E, k).
+compared is a function of averages, which of every resample are one matrix product.
 """
 
 import functools
@@ -13,39 +13,38 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
+from pyro_blora.evaluation.weighted_scores import as_scored, known_scores, weighted_score
+
 BOOTSTRAP = 2000
 _AT_ONCE = 200  # of these, in one call of the generator
 LEVEL = 0.95
-_ROUNDING = 1e-12  # of a square: less variance than this is that of a constant
-_CORRELATIONS = ("pearson", "matthews_correlation")  # of two classes, Matthews' is Pearson's
 ROLES = ("query", "key", "value")
 
 
-def _arrays(cell: dict, prefix: str) -> dict[str, np.ndarray]:
+def _arrays(cell: dict, prefix: str, metric: str | None) -> dict[str, np.ndarray]:
     """What is compared, (E) each."""
-    names = ("label", f"{prefix}decision", f"{prefix}log_likelihood")
+    names = [f"{prefix}log_likelihood"] + (["label", f"{prefix}decision"] if metric else [])
     return {name: np.asarray(cell["examples"][name]) for name in names}
 
 
 def score(
     examples: dict[str, np.ndarray], metric: str, prefix: str = "deployed_", counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """Of the decisions (E): accuracy, or a correlation, 0 of what is constant.  Errors: ValueError for another metric.
+    """Of the decisions (E); 0 where it is undefined.  Errors: ValueError for a metric that resamples do not have.
 
     counts: (..., E), how often each example is taken; once each where None.   Returns (...).
     """
-    decision, label = examples[f"{prefix}decision"], examples["label"]
-    counts = np.ones(len(label)) if counts is None else counts
-    if metric == "accuracy":
-        return average(counts, decision == label)
-    if metric in _CORRELATIONS:
-        both = np.stack([x - x.mean() for x in (decision, label)], -1)
-        means, squares = average(counts, both), average(counts, both**2)
-        variances = squares - means**2
-        known = (variances > _ROUNDING * squares).all(-1)
-        covariance = average(counts, both.prod(-1)) - means.prod(-1)
-        return np.where(known, covariance / np.sqrt(np.where(known, variances.prod(-1), 1.0)), 0.0)
-    raise ValueError(f"comparisons know accuracy, {', '.join(_CORRELATIONS)}, got {metric!r}: add it to compare.py")
+    values = [np.asarray(examples[name]) for name in ("label", f"{prefix}decision")]
+    if metric not in known_scores(0) + known_scores(2):
+        known = ", ".join(known_scores(2) + known_scores(0))
+        raise ValueError(f"comparisons know {known}, got {metric!r}: add it to evaluation/weighted_scores.py")
+    classes = 0
+    if metric not in known_scores(0):
+        values = [x if metric == "accuracy" else x.astype(int) for x in values]
+        classes = 2 if metric == "accuracy" else 1 + max(x.max() for x in values)
+    counts = np.ones(len(values[0])) if counts is None else counts
+    label, decision = as_scored(metric, *values)
+    return weighted_score(metric, np.atleast_2d(counts), label, decision, classes).reshape(counts.shape[:-1])
 
 
 def average(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -53,23 +52,23 @@ def average(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
     return counts @ values / len(values)
 
 
-def _differences(pair, counts: np.ndarray, metric: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of the score and of the NLL, (...) each.  counts (..., E)"""
+def _differences(pair, counts: np.ndarray, metric: str | None, prefix: str) -> list[np.ndarray]:
+    """Of the score, if there is a metric, and of the NLL, (...) each.  counts (..., E)"""
     a, b = pair
     nll = average(counts, b[f"{prefix}log_likelihood"] - a[f"{prefix}log_likelihood"])
-    return score(a, metric, prefix, counts) - score(b, metric, prefix, counts), nll
+    return [*([score(a, metric, prefix, counts) - score(b, metric, prefix, counts)] if metric else []), nll]
 
 
 def paired(
-    ours: list[dict], theirs: list[dict], metric: str, *, seed: int = 0, prefix: str = "deployed_"
+    ours: list[dict], theirs: list[dict], metric: str | None, *, seed: int = 0, prefix: str = "deployed_"
 ) -> dict[str, tuple[float, ...]]:
-    """Ours minus theirs, of the score and of the NLL, averaged over seeds: mean and 95 % interval.
+    """Ours minus theirs, of the score, if there is a metric, and the NLL, averaged over seeds: mean and 95 % interval.
 
     ours, theirs: cells by seed, in the same order.
     """
-    pairs = [(_arrays(a, prefix), _arrays(b, prefix)) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [(_arrays(a, prefix, metric), _arrays(b, prefix, metric)) for a, b in zip(ours, theirs, strict=True)]
     found = intervals(pairs, lambda pair, counts: _differences(pair, counts, metric, prefix), seed=seed)
-    return dict(zip(("score", "nll"), found, strict=True))
+    return dict(zip(("score", "nll") if metric else ("nll",), found, strict=True))
 
 
 def intervals(pairs: list[tuple[dict, dict]], differences: Callable, *, seed: int = 0) -> list[tuple[float, ...]]:
@@ -79,7 +78,7 @@ def intervals(pairs: list[tuple[dict, dict]], differences: Callable, *, seed: in
     seeds together; the seeds' part is Student's, as there are few. Both are added in squares; one seed has no part.
     `differences` is given counts (..., E) and gives a sequence of arrays (...).
     """
-    size = len(pairs[0][0]["label"])
+    size = len(next(iter(pairs[0][0].values())))
     by_seed = np.array([differences(pair, np.ones(size)) for pair in pairs])  # (seeds, differences)
     counts = _resampled(size, seed, BOOTSTRAP)
     samples = np.mean([differences(pair, counts) for pair in pairs], 0)  # (differences, B)

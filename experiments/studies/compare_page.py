@@ -6,12 +6,12 @@ table: runs as `results.read` gives them. axis: the grid's axis that is compared
 import numpy as np
 import pandas as pd
 
-from experiments.studies.compare import beyond_noise, paired, spread, written
+from experiments.studies.compare import beyond_noise, paired, score, spread, written
 from experiments.studies.results import groups
 from pyro_blora.posterior.arviz_compat import arviz_itself, held_out
 
 Interval = tuple[float, ...]  # mean, low, high
-Differences = dict[tuple[str, str], tuple[int, list[Interval]]]  # (task, entry) -> seeds, score and NLL
+Differences = dict[tuple[str, str], tuple[int, list[Interval | None]]]  # (task, entry) -> seeds, score and NLL
 _MEASURED = ("score", "NLL", "score of draws", "NLL of draws")
 
 
@@ -42,20 +42,33 @@ def constants(table: pd.DataFrame) -> list[str]:
 def compared(table: pd.DataFrame, axis: str, against: str) -> Differences:
     """Every entry minus one of them, over the seeds that both have: how many, and score and NLL, deployed and of draws.
 
-    (task, entry) -> (seeds, four of mean, low, high; none without a seed in common).
+    (task, entry) -> (seeds, four of mean, low, high; none without a seed in common).  A score is None where the metric
+    is not one that resamples have.
     """
     found, differences = groups(table, axis), {}
     for (task, entry), runs in found.items():
         rivals = found.get((task, against))
         if entry == against or rivals is None:
             continue
+        metric = runs["metric"].iloc[0]
         pairs = runs.merge(rivals, on="seed", suffixes=("", "_theirs"))
         ours, theirs = ([{"examples": x} for x in pairs[column]] for column in ("examples", "examples_theirs"))
-        told: list[Interval] = []
+        told: list[Interval | None] = []
         for prefix in ("deployed_", "") if len(pairs) else ():
-            told += paired(ours, theirs, runs["metric"].iloc[0], prefix=prefix).values()
+            known = _is_its_metric(runs, metric, prefix) and _is_its_metric(rivals, metric, prefix)
+            both = paired(ours, theirs, metric if known else None, prefix=prefix)
+            told += [both.get("score"), both["nll"]]
         differences[task, entry] = len(pairs), told
     return differences
+
+
+def _is_its_metric(runs: pd.DataFrame, metric: str, prefix: str) -> bool:
+    """Whether resamples have the score of the metric's name, and it is what the runs' own metric says."""
+    try:
+        scores = [score(x, metric, prefix) for x in runs["examples"]]
+    except (ValueError, TypeError):  # another name, or answers that are no numbers
+        return False
+    return np.allclose(np.array(scores, float), runs[f"{prefix}score"].to_numpy(float), rtol=1e-6, atol=1e-6)
 
 
 def differences(found: Differences, axis: str, against: str) -> str:
@@ -65,7 +78,7 @@ def differences(found: Differences, axis: str, against: str) -> str:
         "|" + "---|" * 7,
     ]
     for (task, entry), (seeds, told) in found.items():
-        cells = " | ".join(map(written, told)) or " | | |"
+        cells = " | ".join(written(x) or "-" for x in told) or " | | |"
         lines.append(f"| {task} | `{entry}` | {seeds or 'none in common'} | {cells} |")
     return "\n".join(lines)
 
@@ -79,7 +92,8 @@ def what_differs(found: Differences, against: str) -> str:
             for (of, entry), (seeds, intervals) in found.items()
             if of == task
             for i, (name, interval) in enumerate(zip(_MEASURED, intervals, strict=False))
-            if beyond_noise(interval)
+            if interval is not None
+            and beyond_noise(interval)
             and interval not in intervals[:i]  # draws of what has no gates are what is deployed
         ]
         lines.append(f"- **{task}**, minus `{against}`: {'; '.join(told) or 'nothing'} beyond noise.")

@@ -56,7 +56,8 @@ class RunConfig:
     )
     estimator_settings: dict = _field(dict, "settings of the estimator, on the command line as --estimator.NAME VALUE")
     gate_optimizer: str | None = _field(
-        None, "how the gates learn: natural (gradients, no rate), adam, or auto, as none: as the estimator's gradient is"
+        None,
+        "how the gates learn: natural (gradients, no rate), adam, or auto, as none: as the estimator's gradient is",
     )
     adapter: str = _field(
         "lora", "what learns beside the head: a name that `pyro-blora adapters` lists, or file.py:function"

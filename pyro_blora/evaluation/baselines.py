@@ -14,6 +14,7 @@ import numpy as np
 
 from ..posterior.calibration import share_error
 from ..tasks.likelihoods import Likelihood
+from .weighted_scores import as_scored, known_scores, weighted_score
 
 NOISE = 2.0  # standard errors, within which a difference is noise
 _RESAMPLES = 1000
@@ -86,14 +87,14 @@ def _of_score(name: str, value: float, decision, labels, kind: Likelihood) -> di
 
 def _is_known(name: str, value: float, decision, labels, kind: Likelihood) -> bool:
     """Whether a metric's value of a name is that of the score which has the name here."""
-    if name not in (_OF_CLASSES if kind.classes else _OF_VALUES) or labels.ndim > 1:
+    if name not in known_scores(kind.classes) or labels.ndim > 1:
         return False
     return math.isclose(_whole(name, decision, labels, kind), value, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def _whole(name: str, decision, labels, kind: Likelihood) -> float:
-    true, given = _scored(name, labels, decision)
-    return float(_at(name, np.ones((1, len(labels))), true, given, kind.classes)[0])
+    true, given = as_scored(name, labels, decision)
+    return float(weighted_score(name, np.ones((1, len(labels))), true, given, kind.classes)[0])
 
 
 def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Callable) -> dict[str, dict]:
@@ -125,90 +126,11 @@ def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Cal
 
 def _resampled(name: str, labels: np.ndarray, decisions: list[np.ndarray], classes: int) -> np.ndarray:
     """(number of decisions, B): the score of each in the same bootstrap samples of the examples."""
-    rows, counts = np.unique(np.stack(_scored(name, labels, *decisions), 1), axis=0, return_counts=True)
+    rows, counts = np.unique(np.stack(as_scored(name, labels, *decisions), 1), axis=0, return_counts=True)
     rows = rows.astype(int) if classes else rows
     rng, done = np.random.default_rng(0), []
     block = max(1, min(_RESAMPLES, _AT_ONCE // len(rows)))
     for start in range(0, _RESAMPLES, block):
         weights = rng.multinomial(len(labels), counts / counts.sum(), size=min(block, _RESAMPLES - start))
-        done.append([_at(name, weights, rows[:, 0], rows[:, 1 + d], classes) for d in range(len(decisions))])
+        done.append([weighted_score(name, weights, rows[:, 0], rows[:, 1 + d], classes) for d in range(len(decisions))])
     return np.concatenate(done, 1)
-
-
-def _scored(name: str, *values: np.ndarray) -> list[np.ndarray]:
-    """What a score is computed of: Spearman's of ranks in the whole sample, in which every row counts.
-
-    In a resample they are close enough for a standard error.
-    """
-    return [_ranks(x) if name == "spearmanr" else x for x in values]
-
-
-def _at(name: str, weights: np.ndarray, labels: np.ndarray, decision: np.ndarray, classes: int) -> np.ndarray:
-    """The score with every row as often as its weight says, (B,); weights (B, U).  0 where it is undefined."""
-    weights = weights.astype(float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if classes:
-            found = _OF_CLASSES[name](weights, labels, decision, classes)
-        else:
-            found = _OF_VALUES[name](weights, labels, decision)
-    return np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _accuracy(w, labels, decision, classes) -> np.ndarray:
-    return w @ (labels == decision) / w.sum(1)
-
-
-def _f1(w, labels, decision, classes) -> np.ndarray:
-    return 2 * (w @ ((labels == 1) & (decision == 1))) / (w @ (labels == 1) + w @ (decision == 1))
-
-
-def _matthews(w, labels, decision, classes) -> np.ndarray:
-    total, right = w.sum(1), w @ (labels == decision)
-    true, given = (w @ np.eye(classes)[x] for x in (labels, decision))  # (B, C)
-    spreads = (total**2 - np.square(true).sum(1)) * (total**2 - np.square(given).sum(1))
-    return np.where(spreads > 0, (right * total - (true * given).sum(1)) / np.sqrt(spreads), 0.0)
-
-
-def _macro_f1(w, labels, decision, classes) -> np.ndarray:
-    """Over the classes that are among labels or decisions."""
-    true, given = (w @ np.eye(classes)[x] for x in (labels, decision))  # (B, C)
-    hits = (w * (labels == decision)) @ np.eye(classes)[labels]
-    return np.nanmean(2 * hits / (true + given), axis=1)
-
-
-def _recall(positive: int) -> Callable:
-    def found(w, labels, decision, classes) -> np.ndarray:
-        return w @ ((labels == positive) & (decision == positive)) / (w @ (labels == positive))
-
-    return found
-
-
-def _pearson(w, labels, decision) -> np.ndarray:
-    w = w / w.sum(1, keepdims=True)
-    x, y = _centred(labels), _centred(decision)
-    cross = w @ (x * y) - (w @ x) * (w @ y)
-    spreads = [np.clip(w @ (v * v) - (w @ v) ** 2, 0.0, None) for v in (x, y)]
-    spread = np.sqrt(spreads[0] * spreads[1])
-    return np.where(spread > 1e-12, cross / spread, 0.0)
-
-
-def _centred(x: np.ndarray) -> np.ndarray:
-    """Of a range of 1, whatever the unit; zeros where all are alike."""
-    spread = np.ptp(x)
-    return (x - x.mean()) / (spread if spread > 0 else np.inf)
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
-
-
-def _rmse(w, labels, decision) -> np.ndarray:
-    return np.sqrt(w @ np.square(labels - decision) / w.sum(1))
-
-
-_OF_CLASSES = {
-    "accuracy": _accuracy, "f1": _f1, "macro_f1": _macro_f1, "matthews_correlation": _matthews,
-    "sensitivity": _recall(1), "specificity": _recall(0),
-}  # fmt: skip
-_OF_VALUES = {"pearson": _pearson, "spearmanr": _pearson, "rmse": _rmse}

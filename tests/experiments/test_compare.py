@@ -83,6 +83,18 @@ def test_the_page_opens_with_what_is_beyond_noise(results):
     assert page(results).splitlines()[2].startswith("- **acceptability**, minus `lora`: ")
 
 
+@pytest.mark.parametrize(
+    ("metric", "known"), [("accuracy", True), ("bleu", False), ("macro_f1", False)], ids=["known", "unknown", "its own"]
+)
+def test_a_score_that_resamples_do_not_have_has_no_interval(metric, known, results, tmp_path):
+    """Nor does one that has the name of a score, and is another; the NLL has one in any case."""
+    table = pd.read_parquet(results)
+    table["metric"] = metric
+    table.to_parquet(tmp_path / "results.parquet")
+    (line,) = rows(page(tmp_path / "results.parquet"), "## Paired differences", "qat_lora")
+    assert [cell != "-" for cell in line[3:]] == [known, True, known, True]
+
+
 def test_arviz_compares_the_log_scores_of_held_out_examples(results):
     text, table = page(results), pd.read_parquet(results)
     lines = [rows(text, "## ArviZ's compare", entry)[0] for entry in ("lora", "bayesian_lora", "qat_lora")]

@@ -49,8 +49,9 @@ def test_scores_are_those_of_what_is_deployed():
     assert score(examples, "matthews_correlation") == pytest.approx(1 / 3**0.5)  # (2 * 1 - 0) / sqrt(2 * 3 * 1 * 2)
     assert score(examples, "pearson") == pytest.approx(np.corrcoef(*examples.values())[0, 1])
     assert score({**examples, "deployed_decision": np.ones(4)}, "matthews_correlation") == 0
-    with pytest.raises(ValueError, match="got 'f1': add it to compare"):
-        score(examples, "f1")
+    assert score(examples, "f1") == pytest.approx(2 * 2 / (3 + 2))
+    with pytest.raises(ValueError, match=r"got 'bleu': add it to evaluation/weighted_scores\.py"):
+        score(examples, "bleu")
 
 
 def test_what_is_averaged_over_draws_has_an_empty_prefix():
