@@ -77,6 +77,10 @@ RANGES = {  # field: (check, what is expected, remedy)
     "guide": (bool, "a name or file.py:function", "`pyro-blora guides` lists the names"),
     "weights": (bool, "a name or file.py:function", "`pyro-blora weights` lists the names"),
     "output_dir": (bool, "a folder", "runs is the default"),
+    "glue_dir": (bool, "a folder", "give none to download"),
+    "backbone_revision": (bool, "a branch, tag or commit", "give none for the newest"),
+    "ood_task": (bool, "a name or file.py:function", "give none for no other task"),
+    "tracker": (bool, "a name that Accelerate knows", "give none for no tracker"),
 }
 
 
@@ -148,7 +152,7 @@ def targets(value: str | tuple | None) -> str | tuple[str, ...] | None:
     """None, a tuple of names (also from `query,value`), or one regular expression."""
     if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", value.strip()):
         value = tuple(part.strip() for part in value.split(","))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) or value == "":
         if not value or not all(isinstance(part, str) and part for part in value):
             raise ValueError(f"target_modules must be names of modules, got {value!r}: query,value for example")
         return value

@@ -280,6 +280,16 @@ def test_a_value_out_of_range_is_refused_by_name(values, message):
     assert message in str(error.value)
 
 
+WORDS = [f.name for f in dataclasses.fields(RunConfig) if "str" in str(f.type)]
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_word_that_is_empty_is_refused(name):
+    """It is what a shell makes of a variable that is not set."""
+    with pytest.raises(ValueError, match=f"{name}.* ''"):
+        RunConfig(**{name: ""}).require_known()
+
+
 @pytest.mark.parametrize("name", ["fp16", "float16", "half"])
 def test_half_precision_is_refused_with_the_remedy(name):
     with pytest.raises(ValueError, match=r"is refused: .* use bf16"):
