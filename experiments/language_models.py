@@ -52,7 +52,7 @@ OF_E2E = {
     "task_settings": {"meanings": 20, "drawn": 1},
 }  # fmt: skip
 OF_CHOICE = {"task": "choice", "max_train": 400, "epochs": 1, "max_length": 160, "task_settings": {"held_out": 200}}
-RATE = 0.1  # nats a gate, under `bops` a bit of the dearest tensor: a few hundred examples must be able to open 2,000 gates
+RATE = 0.1  # nats a gate, under `bops` a bit of the dearest tensor: few examples must be able to open 2,000 gates
 METHODS = {
     "lora": {"method": "lora"},
     "no_dropout": {"method": "no_dropout"},  # of networks that have dropout
@@ -256,8 +256,8 @@ What two cores can show of the gates on other networks and kinds of outcome than
 whose weights were rounded to 4 bit before they came here (by groups, as a GGUF file); GPT-2's architecture with weights
 that have learned nothing, so that its scores say that the commands work, and nothing else; and answers as spans of a
 text. A few hundred training examples, scope `adapted`, 8 ranks. All methods of a study and seed go on from one LoRA;
-gates start when {KL_WARMUP:.0%} of its steps are over; a rate is {RATE:g} nats (`nested`: of a gate; `bops`: of one more bit of
-the dearest tensor). {len(rows)} cells,
+gates start when {KL_WARMUP:.0%} of its steps are over; a rate is {RATE:g} nats (`nested`: of a gate; `bops`: of one
+more bit of the dearest tensor). {len(rows)} cells,
 {provenance(rows)}.
 
 {table(groups)}
@@ -274,8 +274,8 @@ SmolLM2 has no dropout to begin with.
 
 Under `nested` every rank costs the same, so that a difference comes from the data. Key and value have as many outputs
 as each other in these networks; query has three times as many in SmolLM2, so that `bops` makes its ranks dearer. The
-interval is of the mean over layers of a seed's average. Under `bops`, at {RATE:g} nats a bit of the dearest tensor, few ranks
-close, so it says little; [ranks](ranks.md) has dearer gates, on encoders.
+interval is of the mean over layers of a seed's average. Under `bops`, at {RATE:g} nats a bit of the dearest tensor,
+few ranks close, so it says little; [ranks](ranks.md) has dearer gates, on encoders.
 
 ![E[rank] by layer](figures/language_models.png)
 
