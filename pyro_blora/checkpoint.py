@@ -125,17 +125,24 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, total: int,
-    identity: Mapping[str, str] | None = None,
+    identity: Mapping[str, str] | None = None, processes: int = 1,
 ) -> Resumed:  # fmt: skip
     """Restore what `save_checkpoint` wrote: the newest, or with a warning the one before it where that is damaged.
 
-    Errors: ValueError where all are damaged, and for one of another configuration, of other data or another backbone.
+    Errors: ValueError where all are damaged, and for one of another configuration, of other data, another backbone or
+    another number of processes, whose steps have other examples.
     """
     found = _newest_whole(folder)
     if found is None:
         return Resumed(0, {})
     path, tensors, notes = found
     require_same_origin(path, notes, identity)
+    before = int(notes.get("processes", processes))  # older files have none
+    if before != processes:
+        raise ValueError(
+            f"checkpoint {path} is of a run on {before} processes, this one has {processes}: resume on {before}, or "
+            "delete its folder to start again"
+        )
     step, expected = int(notes["step"]), int(notes["total"])
     if expected != total:  # the configuration is the same, or the folder would be another one
         raise ValueError(

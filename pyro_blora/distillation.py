@@ -13,6 +13,7 @@ Source: Mishra and Marr, Apprentice (2018), a frozen teacher in full precision; 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,7 +72,8 @@ class Teacher(nn.Module):
         net.eval()
         try:
             with adapters.use_gates(net, *opened, opened=True):
-                found = net.head.logits(lambda rows: torch.func.functional_call(net, copies, (), rows), inputs)
+                network = functools.partial(torch.func.functional_call, net, copies, ())
+                found = net.head.logits(network, inputs, in_step=True)
         finally:
             for module, training in modes.items():
                 module.training = training

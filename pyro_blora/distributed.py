@@ -5,10 +5,11 @@ averaged. A backbone that does not fit on one device is sharded by FSDP2; what l
 everywhere. Evaluation is split, too: the same draws on every process, each on its own batches.
 """
 
+import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import accelerate
 import torch
@@ -27,7 +28,7 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Ac
     """
     if accelerator.num_processes == 1:
         return
-    has = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
+    has = _as_tensor(tuple(p.grad is not None for p in parameters), accelerator.device)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     mean = accelerator.reduce(torch.cat([*(x.flatten() for x in parts), has]), "mean")
     *means, anywhere = mean.split([*(p.numel() for p in parameters), len(parameters)])
@@ -36,6 +37,18 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Ac
             parameter.grad.copy_(part.view_as(parameter))
         elif anywhere[i] > 0:
             parameter.grad = part.view_as(parameter).clone()
+
+
+@functools.lru_cache(maxsize=32)  # few patterns, and what comes from the host is waited for
+def _as_tensor(has: tuple[bool, ...], device: torch.device) -> Tensor:
+    return torch.tensor(has, dtype=torch.float32, device=device)
+
+
+def as_on_main(estimated: Iterable[Tensor], accelerator: accelerate.Accelerator) -> None:
+    """Make what each process has estimated the main one's, whatever the order of its sums."""
+    if accelerator.num_processes > 1:
+        for tensor in estimated:
+            accelerate.utils.broadcast(tensor.data)
 
 
 def any_of(number: int, accelerator: accelerate.Accelerator, step: int) -> int:

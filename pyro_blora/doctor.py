@@ -55,7 +55,7 @@ def examine() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Those that decide what a training computes, and of all that this package requires what is missing or too old."""
+    """Those that decide what a training computes, and of all that this package requires what lacks or does not fit."""
     own = _package("pyro-blora", "pyro-blora", "pip install -e . in the checkout")
     yield own
     required = importlib.metadata.requires("pyro-blora") or [] if own.fine else _NAMED
@@ -63,7 +63,7 @@ def _packages() -> Iterator[Finding]:
         name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
         found = _package(name, name, f"pip install '{line}'", needed=True)
         if found.fine and not _fits(line, found.found):
-            found = found._replace(fine=False, found=f"{found.found}, too old", remedy=f"pip install -U '{line}'")
+            found = found._replace(fine=False, found=f"{found.found}, does not fit", remedy=f"pip install -U '{line}'")
         if name in _NAMED or not found.fine:
             yield found
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..machine import cache_folder
 
 _SUM = "model.sha256"
@@ -35,20 +37,24 @@ def converted(kind: str, version: str, sources: Iterable[Path], write: Callable[
         shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    except OSError as error:
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
+            _put(write, Path(partial) / "whole", folder)
+    except (OSError, SafetensorError) as error:  # the latter is a full disk's, too
         raise ValueError(
             f"the converted model cannot be kept in {folder.parent} ({error}): name another folder in PYRO_BLORA_CACHE"
         ) from None
-    try:
-        write(partial)
-        (partial / _SUM).write_text(_sum_of(partial))
-        partial.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was faster: its folder is the same
-            os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _put(write: Callable[[Path], None], partial: Path, folder: Path) -> None:
+    partial.mkdir()
+    write(partial)
+    (partial / _SUM).write_text(_sum_of(partial))
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if not _is_whole(folder):  # or another process was faster: its folder is the same
+            raise
 
 
 def _is_whole(folder: Path) -> bool:

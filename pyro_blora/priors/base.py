@@ -122,8 +122,8 @@ class Constant(Prior):
 
     def __init__(self, gates: Gates[NestedBernoulli]):
         super().__init__()
-        self.register_buffer("z_log_probs", gates.z.log_probs, persistent=False)
-        self.register_buffer("g_log_probs", gates.g.log_probs, persistent=False)
+        self.register_buffer("z_log_probs", gates.z.log_probs.contiguous(), persistent=False)
+        self.register_buffer("g_log_probs", gates.g.log_probs.contiguous(), persistent=False)
 
         self._distributions: Gates[NestedBernoulli] | None = None
 

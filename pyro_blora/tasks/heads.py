@@ -18,8 +18,8 @@ def _as_they_are(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return rows
 
 
-def _is_recorded(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.device.type != "cpu"
+def _is_recorded(x: Tensor, in_step: bool) -> bool:
+    return (in_step or torch.is_grad_enabled()) and x.device.type != "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +44,33 @@ class Head:
     windows: bool = False
     """Whether an example has several windows, (B, W, T), each of which the model takes as a row of its own."""
 
-    def rows(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rows(self, inputs: dict[str, Tensor], *, in_step: bool = False) -> dict[str, Tensor]:
         """What the model itself takes: of windows (B, W, T) those that are no padding, (rows, T).
 
         All of them where a training step must not wait for the host (CUDA graphs); padding then reads one token.
+        in_step: it is one of those, though it takes no gradients.
         """
         if not self._has_windows(inputs):
             return inputs
         mask = inputs["attention_mask"]
-        if _is_recorded(mask):
+        if _is_recorded(mask, in_step):
             first = torch.arange(mask.shape[-1], device=mask.device) == 0
             inputs = {**inputs, "attention_mask": torch.where(first, 1, mask)}
             return {name: x.flatten(0, 1) for name, x in inputs.items()}
         kept = mask.any(-1)
         return {name: x[kept] for name, x in inputs.items()}
 
-    def logits(self, call: Callable[[dict[str, Tensor]], Any], inputs: dict[str, Tensor]) -> Tensor:
+    def logits(
+        self, call: Callable[[dict[str, Tensor]], Any], inputs: dict[str, Tensor], *, in_step: bool = False
+    ) -> Tensor:
         """What `call`, the model, makes of a batch, as the likelihood takes it; of windows (B, W, T, C).
 
-        Without gradients, no more windows are in memory together than a batch of one window each has.
+        Without gradients, no more windows are in memory together than a batch of one window each has.  in_step: `rows`.
         """
         if not self._has_windows(inputs):
             return self.read(call(inputs))
-        mask, rows = inputs["attention_mask"], self.rows(inputs)
-        if _is_recorded(mask):
+        mask, rows = inputs["attention_mask"], self.rows(inputs, in_step=in_step)
+        if _is_recorded(mask, in_step):
             every: Tensor = self.read(call(rows))
             return every.view(*mask.shape[:2], *every.shape[1:])
         size = len(rows["input_ids"]) if torch.is_grad_enabled() else max(len(mask), _ROWS)

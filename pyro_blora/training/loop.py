@@ -22,7 +22,7 @@ from ..build import Parts, build
 from ..checkpoint import saved_in
 from ..config.run_config import RunConfig
 from ..deploy.peft import require_exportable
-from ..distributed import any_of, average_gradients, on_main, shard, sharding_wanted
+from ..distributed import any_of, as_on_main, average_gradients, on_main, shard, sharding_wanted
 from ..elbos import GateELBO
 from ..machine import release_freed_memory
 from ..posterior.draws import component_marginals
@@ -146,17 +146,15 @@ class _Loop:
                 signum = any_of(asked() or 0, accelerator, step)
                 due = self.checkpoints.due(step + 1, config.checkpoint_steps, config.checkpoint_minutes)
                 if self.folder and (due or signum or step + 1 == last):
-                    self._save(step + 1)
+                    self._skipped()  # or it has diverged
+                    self.checkpoints.save(step + 1)
                 if signum:
+                    accelerator.wait_for_everyone()  # for the checkpoint: a launcher ends all after the first one
                     raise Interrupted(signum, (self.folder and saved_in(self.folder)) or "nothing was kept")
         if last == total:
             self._finish()
         self.program.eval()
         return Trained(self.parts, self.book.lines, time.perf_counter() - began)
-
-    def _save(self, steps: int) -> None:
-        self._skipped()
-        self.checkpoints.save(steps)
 
     def _skipped(self) -> dict[str, int]:
         """For the log, how many steps were left out, if any.  Errors: ValueError where these are too many in a row."""
@@ -246,6 +244,7 @@ class _Loop:
             with phase("finding principal components"):
                 net.start_from_inputs(net, (inputs for inputs, _ in self._training_batches(_START_BATCHES, epoch=-3)))
             self.program.weights.follow(net.random_weights(), dict(enumerate(net.head_parameters())))  # may be new ones
+            as_on_main(net.adapter_parameters(), self.accelerator)
         batches = self._training_batches(_CALIBRATION_BATCHES, epoch=-1)
         with phase("calibrating ranges", len(batches), unit="batches") as shown:
             adapters.calibrate(net, (inputs for inputs, _ in shown.over(batches)))
@@ -288,10 +287,8 @@ class _Loop:
             widths = guide.posterior().z.depth_probs  # (L, T, K + 1)
         adapters.set_ranges(program.net, errors.best(widths))
         forget_moments(optimizer, program)
-        if self.accelerator.num_processes > 1:  # the same estimate everywhere, whatever the order of its sums
-            state = guide.state_dict(keep_vars=True).values()
-            for tensor in (*state, *program.prior.buffers(), *program.net.grid_parameters()):
-                accelerate.utils.broadcast(tensor.data)
+        state = guide.state_dict(keep_vars=True).values()
+        as_on_main((*state, *program.prior.buffers(), *program.net.grid_parameters()), self.accelerator)
 
     def _training_batches(self, count: int, epoch: int) -> list[tuple[dict, torch.Tensor]]:
         """The first batches of a separate order: the same on every process."""

@@ -107,7 +107,8 @@ class NaturalGradient:
         """(F + damping I)^-1 gradient, of each component and ladder."""
         matrix = fisher(self.guide.components()[site].mean)
         damped = matrix + _DAMPING * torch.eye(matrix.shape[-1], device=matrix.device)
-        return torch.linalg.solve(damped, len(matrix) * gradient[..., None])[..., 0]
+        found, _ = torch.linalg.solve_ex(damped, len(matrix) * gradient[..., None])  # without a look from the host
+        return found[..., 0]
 
 
 def fisher(marginals: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """When the checkpoints of a training are written, what their notes hold, and where a run goes on from.
 
 Only the main process writes. Notes: hashes of what the training started from, the number of logged lines, the best
-epoch so far, and counts of the steps that were left out.
+epoch so far, counts of the steps that were left out, and the number of processes.
 """
 
 import time
@@ -26,6 +26,7 @@ class Checkpoints:
         self.folder, self.program, self.optimizer, self.total, self.origin = folder, program, optimizer, total, origin
         self.book, self.validation, self.finite = book, validation, finite
         self.saved = time.monotonic()
+        self.processes = accelerate.PartialState().num_processes
         self.writes = folder is not None and accelerate.PartialState().is_main_process
         self.require_folder = same_folder(folder) if folder is not None and self.writes else lambda: None
 
@@ -33,7 +34,9 @@ class Checkpoints:
         """Take up the checkpoint, if there is one; returns the step that is next."""
         if self.folder is None:
             return 0
-        found = load_checkpoint(self.folder / "checkpoints", self.program, self.optimizer, self.total, self.origin)
+        found = load_checkpoint(
+            self.folder / "checkpoints", self.program, self.optimizer, self.total, self.origin, self.processes
+        )
         self.book.restore(found.step, found.notes.get("lines"))
         self.validation.restore(found.step, self.origin, found.notes.get("best"))
         self.finite.restore(found.notes.get("skipped"))
@@ -51,7 +54,7 @@ class Checkpoints:
         self.require_folder()
         self.book.sync()
         notes = {**self.origin, "lines": str(len(self.book.lines)), "best": self.validation.kept,
-                 "skipped": self.finite.state}  # fmt: skip
+                 "skipped": self.finite.state, "processes": str(self.processes)}  # fmt: skip
         try:
             save_checkpoint(self.folder / "checkpoints", self.program, self.optimizer, steps, self.total, notes)
         except ValueError as error:

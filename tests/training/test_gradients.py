@@ -5,6 +5,7 @@ import traceback
 
 import pytest
 import torch
+import transformers
 from models import batch, tiny_bert, tiny_deberta, tiny_deberta_v2, tiny_gpt2, tiny_language_model, tiny_llama
 from tiny import save_tiny_backbone, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from pyro_blora.models.relative_positions import remember_positions
 from pyro_blora.posterior import deployed
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
-from pyro_blora.tasks import CausalLM, MultipleChoice, get_task
+from pyro_blora.tasks import CausalLM, MultipleChoice, Spans, get_task
 from pyro_blora.tasks.likelihoods import IGNORED
 from pyro_blora.training.gradients import Gradients
 from pyro_blora.weights import build_weights
@@ -26,6 +27,12 @@ from pyro_blora.weights import build_weights
 
 def tied_language_model():
     return tiny_language_model(tie_word_embeddings=True)
+
+
+def tiny_reader():
+    config = tiny_bert().config
+    torch.manual_seed(0)
+    return transformers.BertForQuestionAnswering(config)
 
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: a CUDA graph needs one")
@@ -48,6 +55,8 @@ RECORDED = {
     "GPT-2": {"build": tiny_gpt2, "scope": "encoder"},
     "language model": {"build": tiny_language_model, "kind": CausalLM(), "distillation": 0.5},
     "multiple choice": {"build": tiny_language_model, "kind": MultipleChoice(("A", "B")), "distillation": 0.5},
+    "spans": {"build": tiny_reader, "kind": Spans()},
+    "spans, distillation": {"build": tiny_reader, "kind": Spans(), "distillation": 0.5},
     "language model's head": {"build": tied_language_model, "kind": CausalLM(), "scope": "encoder+head"},
 }
 
@@ -55,6 +64,11 @@ RECORDED = {
 def batch_of(name, **settings):
     """Inputs and labels, as the kind of outcome has them."""
     inputs, labels = batch(**settings)
+    if name.startswith("spans"):  # two windows of each text, whose tokens are those of the first
+        of_windows = [batch(**{**settings, "seed": seed})[0] for seed in (settings.get("seed", 0), 9)]
+        inputs = {key: torch.stack([x[key] for x in of_windows], 1) for key in inputs}
+        places = torch.arange(inputs["input_ids"].shape[-1])
+        labels = torch.stack([(places == 3).long(), *[places] * 3]).expand(len(labels), -1, -1)  # from token 0 to 1
     if name.startswith("language model"):
         labels = torch.where(inputs["attention_mask"] > 0, inputs["input_ids"].roll(-1, 1), IGNORED)
     if name == "multiple choice":

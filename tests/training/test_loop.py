@@ -245,6 +245,14 @@ def test_a_checkpoint_of_another_number_of_steps_is_refused(backbone, usual, fol
         load_checkpoint(folder / "checkpoints", program, optimizer, 4)
 
 
+def test_a_checkpoint_of_another_number_of_processes_is_refused(backbone, usual, folder):
+    """Also where as many steps come out: 1,000 rows make 3 steps an epoch on 8, 9 and 10 processes."""
+    program = build(tiny_config(backbone)).program
+    optimizer = make_optimizer(program, tiny_config(backbone))
+    with pytest.raises(ValueError, match="of a run on 1 processes, this one has 2: resume on 1, or delete"):
+        load_checkpoint(folder / "checkpoints", program, optimizer, 8, processes=2)
+
+
 def test_the_gates_are_open_before_they_start(backbone, usual):
     """Phase one is plain LoRA: its losses are those of a prior that pins every gate open."""
     bops, lora = usual.metrics, fit(tiny_config(backbone, prior="fixed"), quiet=True).metrics
