@@ -122,11 +122,10 @@ def differences(rows: list[dict]) -> str:
         for seed, cell_ in by(rows, task, "natural").items():
             n = cell_.get("n_train", cell_["config"]["max_train"])  # older cells have as many rows as they may
             own, error = gained(cell_)
-            gain = n * (cell_["learned"]["elbo"] - frozen[seed]["learned"]["elbo"]) if seed in frozen else np.nan
+            rival = frozen.get(seed)
+            gain = f"{n * (cell_['learned']['elbo'] - rival['learned']['elbo']):+.1f}" if rival else "-"
             both = "draws, rows" if "gain" in cell_ else "draws"
-            lines.append(
-                f"| {task} | {seed} | {gain:+.1f} | {own:+.1f} | {error:.1f} | {both} | {cell_['moved']:.2f} |"
-            )
+            lines.append(f"| {task} | {seed} | {gain} | {own:+.1f} | {error:.1f} | {both} | {cell_['moved']:.2f} |")
     return "\n".join(lines)
 
 

@@ -142,7 +142,7 @@ class Cells:
             widths = (
                 self._learned(task, seed, budget) if method == "rewound" else
                 peers.allocation(method, self.folder, f"{task}-{seed}", budget.name, self.opened(task, seed),
-                                 self.layout_and_rows(task)[0], budget.share)
+                                 self.layout_and_rows(task)[0], budget.share, keep=not self.options.only_finished)
             )  # fmt: skip
             own = {"prior": "allocation", "prior_settings": {"widths": widths}}
             return None if widths is None else self._quantized(task, seed, own)

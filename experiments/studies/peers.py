@@ -40,11 +40,13 @@ _RANGE_BATCHES = 4  # that ranges are fitted to, as where gates start
 
 
 def allocation(
-    method: str, folder: Path, name: str, budget: str, config: RunConfig, layout: AdapterLayout, bops: float
+    method: str, folder: Path, name: str, budget: str, config: RunConfig, layout: AdapterLayout, bops: float, *,
+    keep: bool = True,
 ) -> Widths | None:  # fmt: skip
     """The table of a peer's allocation at a share of the model's BOPs; None where nothing is measured yet.
 
     folder: where `measure` left its file, of the same name and configuration. budget: what the budget is called.
+    keep: leave the table there, too.
     Errors: ValueError for what was measured of another configuration.
     """
     measured, path = _measured(folder, name, method), folder / f"{name}-{budget}-{method}.widths.json"
@@ -52,10 +54,14 @@ def allocation(
         _require_same(measured, config)
     elif not path.exists():
         return None
-    if not path.exists():
+    if path.exists():
+        table = path.read_text(encoding="utf-8")
+    else:
         gates = _allocated(method, layout, json.loads(measured.read_text(encoding="utf-8")), bops)
-        replace_text(path, json.dumps(table_of(layout, *gates), indent=1) + "\n")
-    found: Widths = json.loads(path.read_text(encoding="utf-8"))
+        table = json.dumps(table_of(layout, *gates), indent=1) + "\n"
+        if keep:
+            replace_text(path, table)
+    found: Widths = json.loads(table)
     return found
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.gates import gained, headline
+from experiments.gates import differences, gained, headline
 from experiments.studies.gate_learning import gain
 
 
@@ -38,6 +38,14 @@ def test_the_error_of_a_gain_is_that_of_rows_and_draws():
     assert errors.mean() == pytest.approx(nats.std(), rel=0.1)
     whole = gain(torch.ones(40, 1) * of_row, 0.0, 2000)
     assert whole["of_rows"] == 0 and whole["of_draws"] < 1e-2  # nothing is left out
+
+
+def test_a_seed_without_a_frozen_rival_has_no_difference_to_it():
+    of_run = {"n_train": 100, "moved": 1.0, "config": {"max_train": 100}}
+    rows = [row("a", 0, "frozen", 0.0) | {"learned": {"elbo": -0.5}}]
+    rows += [row("a", seed, "natural", 6.0) | {"learned": {"elbo": -0.4}} | of_run for seed in (0, 1)]
+    cells = [[cell.strip() for cell in line.split("|")] for line in differences(rows).splitlines()[2:]]
+    assert [cell[2:6] for cell in cells] == [["0", "+10.0", "+6.0", "4.0"], ["1", "-", "+6.0", "4.0"]]
 
 
 def test_older_cells_have_the_error_of_their_draws_alone():

@@ -14,6 +14,7 @@ PAGES = ("fewest_bops", "language_models", "levers", "ranks", "settling")
 def test_the_page_is_what_its_command_writes(page, tmp_path, monkeypatch):
     """Without data and models."""
     monkeypatch.chdir(ROOT)
+    before = sorted(Path("benchmarks").rglob("*"))
     written = Path(f"benchmarks/{page}.md").read_text(encoding="utf-8")
     command = written.split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
     _, script, *words = shlex.split(command)
@@ -22,4 +23,4 @@ def test_the_page_is_what_its_command_writes(page, tmp_path, monkeypatch):
     main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
     main([*words, "--only_finished", "--output_dir", str(tmp_path / "runs")])
     assert (tmp_path / f"{page}.md").read_text(encoding="utf-8") == written
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() and sorted(Path("benchmarks").rglob("*")) == before
