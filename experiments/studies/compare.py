@@ -16,7 +16,7 @@ from scipy import stats
 from pyro_blora.evaluation.weighted_scores import as_scored, known_scores, weighted_score
 
 BOOTSTRAP = 2000
-_AT_ONCE = 200  # of these, in one call of the generator
+_AT_ONCE = 200  # of these: 64 MB of forty thousand examples
 LEVEL = 0.95
 ROLES = ("query", "key", "value")
 
@@ -80,21 +80,21 @@ def intervals(pairs: list[tuple[dict, dict]], differences: Callable, *, seed: in
     """
     size = len(next(iter(pairs[0][0].values())))
     by_seed = np.array([differences(pair, np.ones(size)) for pair in pairs])  # (seeds, differences)
-    counts = _resampled(size, seed, BOOTSTRAP)
-    samples = np.mean([differences(pair, counts) for pair in pairs], 0)  # (differences, B)
+    parts = (counts.astype(float) for counts in _resampled(size, seed, BOOTSTRAP))
+    samples = np.concatenate([np.mean([differences(pair, x) for pair in pairs], 0) for x in parts], 1)
     squares = (stats.norm.ppf((1 + LEVEL) / 2) * np.std(samples, 1)) ** 2
     if len(pairs) > 1:
         squares = squares + half_width(by_seed) ** 2
     return [(mean, mean - half, mean + half) for mean, half in zip(by_seed.mean(0), np.sqrt(squares), strict=True)]
 
 
-@functools.lru_cache(maxsize=4)  # 17 MB of a thousand examples; a page has one set for each task
-def _resampled(size: int, seed: int, number: int) -> np.ndarray:
-    """How often each example is in each resample, (B, E)."""
-    generator = np.random.default_rng(seed)
-    rows = np.concatenate([generator.integers(size, size=(_AT_ONCE, size)) for _ in range(number // _AT_ONCE)])
-    first = size * np.arange(number)[:, None]
-    return np.bincount((first + rows).ravel(), minlength=number * size).reshape(number, size).astype(float)
+@functools.lru_cache(maxsize=4)  # 4 MB of a thousand examples; a page has one set for each task
+def _resampled(size: int, seed: int, number: int) -> list[np.ndarray]:
+    """How often each example is in each resample, in parts (b, E) of all B."""
+    generator, first = np.random.default_rng(seed), size * np.arange(_AT_ONCE)[:, None]
+    rows = (generator.integers(size, size=(_AT_ONCE, size)) for _ in range(number // _AT_ONCE))
+    counts = (np.bincount((first + x).ravel(), minlength=first.size * size) for x in rows)
+    return [x.reshape(_AT_ONCE, size).astype(np.uint16) for x in counts]
 
 
 def spread(values, digits: int = 3) -> str:

@@ -226,10 +226,10 @@ def test_a_score_of_many_resamples_is_that_of_each():
 
 
 def test_resamples_have_as_many_examples_as_there_are_each_as_often_as_another():
-    counts = compare._resampled(50, 0, 2000)
+    counts = np.concatenate(compare._resampled(50, 0, 2000))
     assert (counts.sum(1) == 50).all() and counts.var() == pytest.approx(49 / 50, rel=0.05)  # binomial
     assert counts.mean(0) == pytest.approx(np.ones(50), abs=5 * (49 / 50 / 2000) ** 0.5)
-    assert not (counts == compare._resampled(50, 1, 2000)).all()
+    assert not (counts == np.concatenate(compare._resampled(50, 1, 2000))).all()
 
 
 def test_the_calibration_error_of_many_resamples_is_that_of_each():
