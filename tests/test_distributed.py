@@ -18,6 +18,7 @@ from pyro_blora import adapters, attach, draw, fit, load
 from pyro_blora.__main__ import main
 from pyro_blora.bops import expected_bits
 from pyro_blora.build import build
+from pyro_blora.checkpoint import read_tensors
 from pyro_blora.config import RunConfig
 from pyro_blora.distributed import average_gradients, gathered, leave, on_main, shard
 from pyro_blora.gates import Gates
@@ -227,7 +228,8 @@ def test_every_process_draws_gates_of_its_own_and_learns_the_same(folder, backbo
 def test_there_is_one_log_one_checkpoint_and_one_run(run):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["state.safetensors"]
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == "state.safetensors" and read_tensors(checkpoint)[1]["processes"] == "2"
     assert json.loads((run / "summary.json").read_text())["n_eval"] == len(pd.read_parquet(run / "predictions.parquet"))
     assert (run / "report.html").exists()
 

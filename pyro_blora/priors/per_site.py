@@ -79,7 +79,7 @@ class Separate(Prior):
 
 
 def build_prior(name: str | Callable[..., Any], layout: AdapterLayout, settings: dict | None = None) -> Prior:
-    """The named prior on a layout, as a module that returns Gates when called; settings `z` and `g` replace a site.
+    """The named prior on a layout, as a module that returns Gates when called.
 
     Settings `z` and `g` replace a site.
     Errors: ValueError for an unknown name or setting, and for a distribution of the wrong kind or shape.

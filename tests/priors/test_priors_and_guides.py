@@ -123,6 +123,16 @@ def test_a_prior_that_learns_is_a_module(forget, layout):
         check_guide(name, layout, "learned")
 
 
+def test_the_tables_of_a_prior_are_whole_in_memory(layout):
+    """Also those of views: processes exchange no strides."""
+
+    def same(layout):
+        return Gates(*(NestedBernoulli(torch.tensor(-1.0).expand(shape)) for shape in (layout.z_shape, layout.g_shape)))
+
+    prior = build_prior(same, layout)
+    assert all(buffer.is_contiguous() and bool((buffer == -1).all()) for buffer in prior.buffers())
+
+
 # --- known answers ----------------------------------------------------------------------------------------------------
 
 
