@@ -123,8 +123,8 @@ their adapters, and of the whole model. Seconds of training are the median, besi
 ## Paired differences
 
 The same seeds and the same held-out examples. Intervals hold both: Student's over the seeds, as they are few, and the
-bootstrap over the examples, added in squares. A negative NLL is in favour of the entry. `-`: a score that resamples do
-not have.
+bootstrap over the examples, added in squares. A negative NLL is in favour of the entry, as is a
+negative score where that is an error (RMSE). `-`: a score that resamples do not have.
 
 {differences(found, axis, options.against)}
 

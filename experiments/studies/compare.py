@@ -3,8 +3,8 @@
 What is compared is the one allocation that is deployed, one forward an example at the bit operations of the table; or,
 with an empty prefix, what is averaged over draws.
 
-Shapes: E examples, B resamples of a bootstrap. One of those is counts (E), how often it has each example; all that is
-compared is a function of averages, which of every resample are one matrix product.
+Shapes: E examples, B resamples of a bootstrap. A resample is counts (E), how often it has each example. All that is
+compared is a function of averages, and the averages of many resamples are one matrix product.
 """
 
 import functools
