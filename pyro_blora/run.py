@@ -29,7 +29,7 @@ from .config.data_files import KEY as DATA_FILES
 from .config.data_files import data_hashes, require_same_data
 from .config.run_config import RunConfig
 from .deploy.peft import export
-from .distributed import sharding_wanted
+from .distributed import gathered, sharding_wanted
 from .evaluation.evaluating import Evaluated, evaluate, predictions_file, with_members
 from .evaluation.metrics import scores_of
 from .evaluation.summary import of_fit, of_restart, predictions_table, summarize
@@ -90,7 +90,7 @@ def _require_unfinished(folder: Path, config: RunConfig, main: bool) -> None:
 
     Errors: FileExistsError where it lacks nothing; ValueError where its data have changed since.
     """
-    if _lacks_page(folder):
+    if gathered(_lacks_page(folder))[0]:  # as the main process sees it, before it writes the page
         if main:
             _write_page(folder)
         return
@@ -133,6 +133,8 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
         elif main and _lacks_page(place):
             _write_page(place)
     with labelled(f"fit {config.fits} of {config.fits}, seed {config.seed}" if restarts else ""):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of this fit, not of the restarts before it
         trained, began = fit(config, folder=partial), time.perf_counter()
         check = still_there or (same_folder(partial) if main else lambda: None)
         evaluated = evaluate(trained.parts)  # by all processes

@@ -1,9 +1,12 @@
 """Two processes on one machine, as torchrun starts them: gradients, draws, log, checkpoint, evaluation, sharding."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import accelerate
@@ -27,6 +30,7 @@ from pyro_blora.posterior import predict
 from pyro_blora.posterior.arviz_compat import read
 from pyro_blora.priors import build_prior
 from pyro_blora.program import BayesianLoRA
+from pyro_blora.run import train_run
 from pyro_blora.tasks import get_task
 from pyro_blora.tasks.batching import by_length, on_device
 
@@ -232,6 +236,20 @@ def test_there_is_one_log_one_checkpoint_and_one_run(run):
     assert checkpoint.name == "state.safetensors" and read_tensors(checkpoint)[1]["processes"] == "2"
     assert json.loads((run / "summary.json").read_text())["n_eval"] == len(pd.read_parquet(run / "predictions.parquet"))
     assert (run / "report.html").exists()
+
+
+def write_page(config):
+    """The second process comes when the first one could have written it."""
+    time.sleep(0.5 * accelerate.PartialState(cpu=True).process_index)
+    train_run(config, quiet=True)
+    leave()
+
+
+def test_a_page_that_is_missing_ends_no_process_that_comes_late(run, folder):
+    config = dataclasses.replace(RunConfig.from_json(run / "config.json"), output_dir=str(folder / "without-page"))
+    shutil.copytree(run, config.folder, ignore=shutil.ignore_patterns("report.html"))
+    in_two(lambda: write_page(config), folder)
+    assert (config.folder / "report.html").exists()
 
 
 def test_evaluation_in_parts_is_that_of_one_process(run):

@@ -14,7 +14,7 @@ from ..tasks.heads import SEQUENCE, Head
 from .architectures import encoder_linears, vocabulary_map
 from .conv1d import sizes
 from .macs import cost
-from .targets import matched, type_of
+from .targets import matched, other_maps, type_of
 
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|cross_att")  # maps of a decoder that read its encoder
 
@@ -72,6 +72,8 @@ def layout_of(
                 "leaves its head at 32 bit"
             )
         linears |= of_head
+    if scope != "adapted" and (others := other_maps(model)):
+        warnings.warn(f"scope {scope} quantizes linear maps: others stay at 32 bit, {others}", stacklevel=3)
     projections = []
     for name, linear in linears.items():
         if name not in reaching or (name not in targets and scope == "adapted"):

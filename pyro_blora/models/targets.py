@@ -90,7 +90,7 @@ def matched(
     if not linears:
         raise ValueError(
             f"the encoder of {type(model).__name__} has no torch.nn.Linear and no Conv1D, and layers of other "
-            f"kinds cannot be adapted: {_other_maps(model)}. Choose another backbone"
+            f"kinds cannot be adapted: {other_maps(model)}. Choose another backbone"
         )
     if targets is None:
         if architecture not in TARGETS:
@@ -134,7 +134,7 @@ def _matching(pattern: str, names: Iterable[str]) -> set[str]:
 
 def _listed(model: nn.Module, head: Head) -> str:
     """The layers of an encoder by the ends of their names, for a user to choose from, and what to choose."""
-    ends, others = collections.Counter(map(_end, encoder_linears(model))), _other_maps(model)
+    ends, others = collections.Counter(map(_end, encoder_linears(model))), other_maps(model)
     text = f"Its linear layers end in: {', '.join(f'{end} ({count})' for end, count in sorted(ends.items()))}"
     if others:
         text += f". Layers of other kinds, which cannot be adapted: {others}"
@@ -151,12 +151,14 @@ def _end(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _other_maps(model: nn.Module) -> str:
-    """Layers that have a matrix of weights and are neither linear nor a table, as `QuantLinear (dense, query)`."""
+def other_maps(model: nn.Module) -> str:
+    """Layers that have matrices of weights and are neither linear nor a table, as `MixtralExperts (experts)`."""
     found: dict[str, set[str]] = {}
     for name, module in outside_the_head(model).items():
-        weight, of_table = getattr(module, "weight", None), hasattr(module, "num_embeddings")
-        if isinstance(weight, Tensor) and weight.dim() > 1 and not of_table and not is_linear(module):
+        if is_linear(module) or hasattr(module, "num_embeddings"):
+            continue
+        own = [getattr(module, "weight", None), *module.parameters(recurse=False)]  # of integers: a buffer
+        if any(isinstance(x, Tensor) and x.dim() > 1 for x in own):
             found.setdefault(type(module).__name__, set()).add(_end(name))
     return "; ".join(f"{kind} ({', '.join(sorted(ends))})" for kind, ends in sorted(found.items()))
 

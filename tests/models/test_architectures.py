@@ -287,18 +287,32 @@ def test_layouts_that_do_not_say_their_batch_size_were_counted_at_one():
     assert AdapterLayout.from_dict(stored) == layout != dataclasses.replace(layout, batch_size=32)
 
 
-def test_the_experts_of_a_mixture_count_as_often_as_a_token_meets_one():
-    """By grouped products, the default, as one by one."""
+def mixtral():
     sizes = {
         "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
         "max_position_embeddings": 64, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
         "pad_token_id": 1, "num_labels": 2,
     }  # fmt: skip
+    return transformers.MixtralForSequenceClassification(transformers.MixtralConfig(**sizes))
+
+
+def test_the_experts_of_a_mixture_count_as_often_as_a_token_meets_one():
+    """By grouped products, the default, as one by one."""
     found = []
     for implementation in ("grouped_mm", "eager"):
-        model = transformers.MixtralForSequenceClassification(transformers.MixtralConfig(**sizes))
+        model = mixtral()
         model.set_experts_implementation(implementation)
         found.append(macs.cost(model.eval(), 24, 2).model_macs)
     attention = 32 * 32 * 2 + 32 * 16 * 2 + 2 * 24 * 32  # query and output, key and value, the two products
     experts = 32 * 4 + 2 * 3 * 32 * 64  # the router, then two experts of three products each
     assert found[0] == found[1] == 24 * 2 * (attention + experts) + 24 * 32 * 2
+
+
+def test_a_scope_of_the_whole_encoder_names_what_it_cannot_quantize():
+    others = r"others stay at 32 bit, MixtralExperts \(experts\); MixtralTopKRouter \(gate\)"
+    with pytest.warns(UserWarning, match=others):
+        attach(mixtral(), target_modules=("q_proj",), scope="encoder", sequence_length=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(mixtral(), target_modules=("q_proj",), sequence_length=8)
+        attach(tiny_deberta(), scope="encoder", sequence_length=8)
