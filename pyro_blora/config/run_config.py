@@ -77,8 +77,8 @@ class RunConfig:
     )
     scope: str = _field(
         "adapted",
-        "what is quantized: adapted (the adapted projections), encoder (every projection), or encoder+head (and the "
-        "output matrix of a language model)",
+        "what is quantized: adapted (the adapted projections), encoder (every projection, where adapters on all of "
+        "them pay: --target_modules all-linear), or encoder+head (and the output matrix of a language model)",
     )
     bit_widths: str | tuple = _field(written(LADDER), "bit widths that a tensor can have, rising; 32 is unquantized")
     granularity: str = _field("tensor", "what of a weight has a range of its own: the tensor, or every output channel")
