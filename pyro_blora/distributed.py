@@ -7,8 +7,10 @@ everywhere. Evaluation is split, too: the same draws on every process, each on i
 
 import functools
 import logging
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 import accelerate
@@ -16,7 +18,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, fsdp2_prepare_model, gather_object
 from torch import Tensor, nn
 
-_ASKED = 10  # steps between two questions of the processes on GPUs, whether one of them is to end
+_EVERY = 1.0  # seconds after which processes on GPUs ask one another again
 
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: accelerate.Accelerator) -> None:
@@ -51,17 +53,31 @@ def as_on_main(estimated: Iterable[Tensor], accelerator: accelerate.Accelerator)
             accelerate.utils.broadcast(tensor.data)
 
 
-def any_of(number: int, accelerator: accelerate.Accelerator, step: int) -> int:
-    """The largest of the processes' numbers, on all of them; 0 on steps without communication.
+class AnyOf:
+    """The largest of the processes' numbers, on all of them; 0 on steps at which they do not communicate.
 
-    On a GPU they communicate every tenth step, as this synchronizes with the device.
+    every: seconds between two communications, in steps of the slowest process; None: as this synchronizes with a GPU,
+    one there, and none elsewhere.
     """
-    if accelerator.num_processes == 1:
-        return number
-    if step % (_ASKED if accelerator.device.type == "cuda" else 1):
-        return 0
-    found = accelerator.gather(torch.tensor([number], device=accelerator.device))
-    return int(found.max())
+
+    def __init__(self, accelerator: accelerate.Accelerator, *, every: float | None = None):
+        self.accelerator, self.every = accelerator, every
+        if every is None:
+            self.every = _EVERY if accelerator.device.type == "cuda" else 0.0
+        self.last: int | None = None  # step at which they did
+        self.next, self.since = 0, 0.0
+
+    def __call__(self, number: int, step: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return number
+        if step < self.next:
+            return 0
+        now = time.monotonic()
+        seconds = math.inf if self.last is None else (now - self.since) / (step - self.last)
+        mine = torch.tensor([[number, seconds]], dtype=torch.float64, device=self.accelerator.device)
+        largest, slowest = self.accelerator.gather(mine).amax(0).tolist()
+        self.last, self.since, self.next = step, now, step + max(1, int(self.every / slowest))
+        return int(largest)
 
 
 def sharding_wanted() -> bool:

@@ -23,7 +23,7 @@ from pyro_blora.bops import expected_bits
 from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors
 from pyro_blora.config import RunConfig
-from pyro_blora.distributed import average_gradients, gathered, leave, on_main, shard
+from pyro_blora.distributed import AnyOf, average_gradients, gathered, leave, on_main, shard
 from pyro_blora.gates import Gates
 from pyro_blora.guides import build_guide
 from pyro_blora.posterior import predict
@@ -220,6 +220,31 @@ def print_means_of_missing():
 def test_a_gradient_that_one_process_lacks_is_zero_there(folder):
     said = in_two(print_means_of_missing, folder).splitlines()
     assert said == ["[[1.5, 3.0], [2.0, 3.0], None]"] * 2
+
+
+def print_when_it_is_said(every):
+    """Process 1 is the slow one, and has a number from step 20 on; of all: the number, its step, steps that asked."""
+    accelerator, asked, number = accelerate.Accelerator(cpu=True), set(), 0
+    any_of = AnyOf(accelerator, every=every)
+    for step in range(40):
+        time.sleep(0.002 * (1 + accelerator.process_index))
+        number = any_of(15 if accelerator.process_index == 1 and step >= 20 else 0, step)
+        asked.add(any_of.last)
+        if number:
+            break
+    print(number, step, *sorted(asked))
+    leave()
+
+
+@pytest.mark.parametrize("every", [0.0, 0.02, 1e6])
+def test_a_number_of_one_process_is_found_at_the_same_step_by_all(folder, every):
+    one, other = in_two(lambda: print_when_it_is_said(every), folder).splitlines()
+    number, step, *asked = map(int, one.split())
+    assert one == other and asked[:2] == [0, 1]  # how long a step takes is known after one
+    if every == 1e6:
+        assert number == 0 and asked == [0, 1]
+    else:
+        assert number == 15 and 20 <= step == asked[-1] and (every or asked == [*range(21)])
 
 
 def test_every_process_draws_gates_of_its_own_and_learns_the_same(folder, backbone):

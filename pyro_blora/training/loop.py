@@ -22,7 +22,7 @@ from ..build import Parts, build
 from ..checkpoint import saved_in
 from ..config.run_config import RunConfig
 from ..deploy.peft import require_exportable
-from ..distributed import any_of, as_on_main, average_gradients, on_main, shard, sharding_wanted
+from ..distributed import AnyOf, as_on_main, average_gradients, on_main, shard, sharding_wanted
 from ..elbos import GateELBO
 from ..machine import release_freed_memory
 from ..posterior.draws import component_marginals
@@ -124,6 +124,7 @@ class _Loop:
         self.learning = [p for group in optimizer.param_groups for p in group["params"]]
         self.learning += self.natural.parameters if self.natural else []
         self.gradients = Gradients(self.program, self.learning, sharded=sharding_wanted())
+        any_of = AnyOf(accelerator)
         if config.tracker:
             accelerator.init_trackers("pyro-blora", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
         with contextlib.ExitStack() as ending, deferred(), phase("training", last, first=first) as shown:
@@ -143,7 +144,7 @@ class _Loop:
                     seconds = time.perf_counter() - began
                     note = self.book.log(step + 1, seconds, self.last, self.grad_norm, optimizer, more)
                 shown.advance(note=note)
-                signum = any_of(asked() or 0, accelerator, step)
+                signum = any_of(asked() or 0, step)
                 due = self.checkpoints.due(step + 1, config.checkpoint_steps, config.checkpoint_minutes)
                 if self.folder and (due or signum or step + 1 == last):
                     self._skipped()  # or it has diverged
