@@ -1,7 +1,8 @@
 """From the cells of a label column to a kind of outcome, and to the labels that it takes.
 
 A rule a kind, of which the user is told: words, true and false are classes; whole numbers are classes where they are
-few, else a number; other numbers are a number; lists are several labels. The setting `kind` overrides it.
+few, or codes that begin with zeros, else a number; other numbers are a number; lists are several labels. The setting
+`kind` overrides it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _MOSTLY = 0.9  # of the labels that are numbers: a word among them is a mistake
 _MANY = 50  # classes, from which each must have two rows on average: else the column is text
 _WIDEST = 3.0  # times the training labels' range, beyond which a validation label is a mistake
 _COMMA = re.compile(r"[-+]?\d+,\d+")  # a number as written in much of Europe
+_CODE = re.compile(r"\s*0\d+\s*")  # a whole number that begins with a zero
 _LARGEST = 1e30  # of a number; squares of larger ones overflow
 
 
@@ -73,14 +75,15 @@ def infer(cells: Sequence[Cell], kind: Kind | None, feature: datasets.Features |
         values = {float(x) for x in numbers if x is not None}
         if any(not x.is_integer() for x in values):
             return _a_number(cells, numbers, f"numbers with decimals in {column!r} are a number to predict", column)
-        if len(values) > MOST_CODES:
+        are_codes = any(isinstance(cell.value, str) and _CODE.fullmatch(cell.value) for cell in cells)
+        if len(values) > MOST_CODES and not are_codes:
             rule = (
                 f"{len(values):,} different whole numbers in {column!r} are a number to predict (up to {MOST_CODES} "
                 "are classes; --task.kind categorical takes any number of them as classes)"
             )
             return _a_number(cells, numbers, rule, column)
-        codes = len({name_of(cell) for cell in cells})
-        rule = f"{codes} different whole numbers in {column!r} are classes; --task.kind normal: a number"
+        codes, what = len({name_of(cell) for cell in cells}), "codes" if are_codes else "whole numbers"
+        rule = f"{codes:,} different {what} in {column!r} are classes; --task.kind normal: a number"
     else:
         if kind is None:
             _require_points(cells)

@@ -45,6 +45,14 @@ def test_words_and_few_whole_numbers_are_classes(values, names, codes):
     assert labels.likelihood == Categorical(names) and encoded(labels, *values) == codes
 
 
+def test_codes_that_begin_with_zeros_are_classes_however_many():
+    codes = [f"{x:03}" for x in range(60, 160)] * 2
+    labels = found(*codes)
+    assert labels.likelihood == Categorical(tuple(sorted({*codes})))
+    assert labels.rule.startswith("100 different codes in 'stars' are classes")
+    assert found(*codes, kind="normal").likelihood.high == 159
+
+
 @pytest.mark.parametrize(("values", "low", "high"), [
     (("0.5", "2", "4.25"), 0.5, 4.25), (tuple(range(31)), 0, 30), ((1e3, 2.5), 2.5, 1e3), (("1e-3", "0"), 0, 1e-3),
 ])  # fmt: skip
