@@ -8,7 +8,7 @@ All methods of a task and seed go on from one LoRA, in the same data order, for 
     post        the same widths, but set after training: ranges are fitted in the last step only
     random      rungs closed at random down to the same BOPs, then as `uniform`
     hessian     widths by Hessian traces and an integer program, as HAWQ-V2, then as `uniform` (studies/peers.py)
-    greedy      widths and ranks by measured loss, greedily, a start of AutoQRA, then as `uniform` (studies/peers.py)
+    greedy      widths and ranks by measured divergence, a start of AutoQRA, then as `uniform` (studies/peers.py)
     start       prior `budget` at the BOPs of the uniform allocation, a cold posterior; what is deployed where its gates
                 start, from the Fisher information, then as `uniform`
     rested      the same for half of these steps; then gates learn, to the end
@@ -45,7 +45,7 @@ METHODS = (*OPEN, "uniform", "start", "rested", "budget", "rewound", "random", "
 EVERY = (*METHODS, "exact_hessian")  # the last only where it is asked for: studies/hessian.py has the reason
 COLD = 0.1  # weight of the KL: what is deployed is one allocation, so the posterior is kept near its mode
 SECONDS = {  # of a step, of a peer's measurements, of a run's other phases, on one core, for --plan
-    "open": 0.5, "gated": 1.2, "hessian": 60.0, "exact_hessian": 150.0, "greedy": 500.0, "other": 45.0,
+    "open": 0.5, "gated": 1.2, "hessian": 60.0, "exact_hessian": 150.0, "greedy": 250.0, "other": 45.0,
 }  # fmt: skip
 
 

@@ -1,16 +1,18 @@
-"""Bits and ranks together by measured loss, greedily: a peer in the manner of AutoQRA, without its search.
+"""Bits and ranks together by measured sensitivity, greedily: a peer in the manner of AutoQRA, without its search.
 
-For every tensor and width alone, and for every rank, the rise of the training loss with all others open is measured.
-Then rungs and ranks are closed one by one, the one of least rise per bit operation saved first; every few steps the
-next candidates are measured again, at the allocation reached. One path from open to closed serves every budget: the
-allocation is where the path first meets it, with what still fits opened again.
+For every tensor and width alone, and for every rank, with all others open, it is measured how far predictions move:
+their KL divergence from those of the open network. (The rise of the loss on some examples has either sign, and more
+noise than most differences between tensors.) Then rungs and ranks are closed one by one, the one of least divergence
+per bit operation saved first; every few steps the next candidates are measured again, at the allocation reached. One
+path from open to closed serves every budget: the allocation is where the path first meets it, with what still fits
+opened again.
 Source: what is allocated is as in AutoQRA (Zhou et al. 2026, arXiv:2602.22268), bits and ranks of each layer together,
-by loss. AutoQRA goes on from importances as these with an evolutionary search and Bayesian optimization over short
-trainings, for a budget of memory; this is not that search.
+by measurements. AutoQRA goes on from importances as these with an evolutionary search and Bayesian optimization over
+short trainings, for a budget of memory; this is not that search.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,23 +70,29 @@ class Depths(NamedTuple):
 Measure = Callable[[Depths], float]
 
 
-def loss_of(program: BayesianLoRA, batches: Sequence[tuple[dict, Tensor]], ranges: Tensor) -> Measure:
-    """The NLL per example of the batches at an allocation, each tensor with the range of its width.
+def divergence_of(program: BayesianLoRA, batches: Sequence[tuple[dict, Tensor]], ranges: Tensor) -> Measure:
+    """KL(open network || network at an allocation) of the batches' labels, nats per example; each tensor has the range
+    of its width.
 
     ranges (*layout.range_shape, K + 1).
     """
     kept = program.net.log_range.detach().exp()
 
     @torch.no_grad()
-    def measure(depths: Depths) -> float:
+    def answers(depths: Depths) -> list[Any]:
         widths = program.layout.by_range(depths.z)[..., None].to(ranges.device)
         adapters.set_ranges(program.net, ranges.gather(-1, widths).squeeze(-1))
         gates = Gates(*(x.to(ranges) for x in depths.gates(program.layout)))
-        total, scale = 0.0, program.log_scale.exp()
         each = program.each_logits([inputs for inputs, _ in batches], gates)
-        for logits, (_, labels) in zip(each, batches, strict=True):
-            total -= program.likelihood(logits, scale=scale).log_prob(labels).sum().item()
+        found = [program.likelihood(logits, scale=program.log_scale.exp()) for logits in each]
         adapters.set_ranges(program.net, kept)
+        return found
+
+    opened = answers(Depths.opened(program.layout))
+
+    def measure(depths: Depths) -> float:
+        each = zip(opened, answers(depths), batches, strict=True)
+        total = sum(program.likelihood.divergence(a, b, labels).sum().item() for a, b, (_, labels) in each)
         return total / sum(len(labels) for _, labels in batches)
 
     return measure
@@ -100,14 +108,14 @@ def closings(layout: AdapterLayout) -> Iterator[Move]:
 
 
 def increments_of(layout: AdapterLayout, measure: Measure) -> dict[Move, float]:
-    """By gate, what closing it adds to the loss where all else is open, nats per example.
+    """By gate, what closing it adds to what is measured where all else is open, nats per example.
 
     Ranks are measured where they halve, and in between shared evenly.
     """
     opened, found = Depths.opened(layout), {}
     every = list(closings(layout))
     measured = [m for m in every if (layout.ladder[m.depth] <= FINE if m.tensor >= 0 else _halves(m.depth + 1, layout))]
-    with phase("measuring losses", len(measured), unit="allocations") as shown:
+    with phase("measuring divergences", len(measured), unit="allocations") as shown:
         base = measure(opened)
         alone = {move: measure(opened.after(move)) - base for move in shown.over(measured)}
     for move in every:

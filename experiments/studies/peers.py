@@ -3,7 +3,7 @@
     hessian     widths by the average Hessian trace and an integer program, as HAWQ-V2 (studies/hessian.py), the Hessian
                 by Gauss and Newton
     exact_hessian   the same with the Hessian itself
-    greedy      widths and ranks by measured loss, closed one by one, as a start of AutoQRA (studies/greedy.py)
+    greedy      widths and ranks by measured divergence, closed one by one, as a start of AutoQRA (studies/greedy.py)
 
 What is measured of a task and seed serves every budget, and is kept in one JSON file; the allocation of a budget is
 another, which `pyro-blora train --prior allocation --prior.file` reads.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from experiments.studies.cells import settings_of, trunk
-from experiments.studies.greedy import Move, allocation_at, closing_path, increments_of, loss_of
+from experiments.studies.greedy import Move, allocation_at, closing_path, divergence_of, increments_of
 from experiments.studies.hessian import gauss_newton_traces, hessian_traces, mean_squared_errors, sensitivities
 from experiments.studies.integer_program import cheapest
 from pyro_blora.adapters import start_smoothing
@@ -34,7 +34,7 @@ from pyro_blora.training import Schedule
 from pyro_blora.training.range_calibration import range_errors
 
 PEERS = ("hessian", "greedy", "exact_hessian")
-EXAMPLES = {"hessian": 256, "greedy": 128, "exact_hessian": 64}  # that traces and losses are of
+EXAMPLES = {"hessian": 256, "greedy": 64, "exact_hessian": 64}  # that traces and divergences are of
 BATCH = {"hessian": 8, "greedy": 16, "exact_hessian": 8}  # of a trace, as each batch has signs of its own
 _RANGE_BATCHES = 4  # that ranges are fitted to, as where gates start
 
@@ -83,9 +83,9 @@ def measure(method: str, config: RunConfig, lora: RunConfig, folder: Path, name:
     batches = _batches(parts, EXAMPLES[method] // BATCH[method], BATCH[method], epoch=-2)
     found: dict[str, Any] = {"lora": settings_of(config), "examples": sum(len(labels) for _, labels in batches)}
     if method == "greedy":
-        loss = loss_of(program, batches, ranges)
-        increments = increments_of(program.layout, loss)
-        found["path"] = closing_path(program.layout, increments, loss)
+        divergence = divergence_of(program, batches, ranges)
+        increments = increments_of(program.layout, divergence)
+        found["path"] = closing_path(program.layout, increments, divergence)
         found["increments"] = [[*move, rise] for move, rise in increments.items()]
     else:
         traces_of = gauss_newton_traces if method == "hessian" else hessian_traces
