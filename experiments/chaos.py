@@ -3,7 +3,7 @@
     python experiments/chaos.py --kills 132 --report benchmarks/chaos.md
     python experiments/chaos.py --kills 4 --only bayesian_lora        # the fast form, as in the tests
 
-Exit code 1 where a run was lost, differs, or lacks its report. What went wrong is kept in --folder.
+Exit code 1 where a run was lost, differs, lacks its report or leaves something over. What went wrong is kept in --folder.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import importlib
 
 from experiments.kills.page import write
 from experiments.kills.subjects import SUBJECTS, save_backbones
-from experiments.kills.trials import Process, trial, undisturbed
+from experiments.kills.trials import Process, is_fine, trial, undisturbed
 
 _NEEDED = (  # what a run imports on its way, so that forked ones need not
     "pyro_blora.run", "pyro_blora.report.page", "transformers.models.bert.modeling_bert", "altair", "vl_convert",
@@ -60,9 +60,11 @@ def drive(mine: list[tuple[str, int]], options, backbones: Path, out: Path) -> i
             with open(out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(kill) + "\n" for kill in kills)
             for kill in kills:
-                fine = all(kill[key] for key in ("resumed", "equal", "report", "right code")) and not kill["left over"]
-                wrong += not fine
-                print(f"{'ok   ' if fine else 'WRONG'} {name}: SIG{kill['signal']} in {kill['moment']}", flush=True)
+                wrong += not is_fine(kill)
+                print(
+                    f"{'ok   ' if is_fine(kill) else 'WRONG'} {name}: SIG{kill['signal']} in {kill['moment']}",
+                    flush=True,
+                )
     return min(wrong, 1)
 
 

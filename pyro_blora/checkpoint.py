@@ -178,7 +178,9 @@ def _newest_whole(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]
         try:
             tensors, notes = read_tensors(path)
             int(notes["step"]), int(notes["total"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except OSError as error:  # of the system, not of the file
+            raise ValueError(f"checkpoint {path} cannot be read now ({error}): give the same command again") from None
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             damaged.append(f"checkpoint {path} is damaged ({' '.join(str(error).split())})")
             continue
         if damaged:

@@ -50,6 +50,8 @@ def examine() -> Iterator[Finding]:
             yield look()
         except ImportError as error:
             yield Finding(look.__name__.strip("_"), False, f"not known: {error}", "install the packages above first")
+        except OSError as error:
+            yield Finding(look.__name__.strip("_"), False, str(error))
     for name, (use, remedy) in _EXTRAS.items():
         yield _package(name, f"{name} ({use})", remedy, needed=name == _DEMO)
 

@@ -12,10 +12,13 @@ _SPINS = "1000"  # of libgomp's default of 300,000 or more: some microseconds, a
 
 
 def cache_folder() -> Path:
-    """PYRO_BLORA_CACHE, or pyro_blora in the user's cache."""
+    """PYRO_BLORA_CACHE, or pyro_blora in the user's cache.  Errors: OSError where there is no home."""
     if given := os.environ.get("PYRO_BLORA_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyro_blora"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyro_blora"
+    except RuntimeError as error:  # a container's user without a name
+        raise OSError(f"no folder for a cache ({error}): set PYRO_BLORA_CACHE to one") from None
 
 
 def keep_freed_memory() -> bool:

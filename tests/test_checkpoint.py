@@ -130,6 +130,14 @@ def test_a_damaged_newest_one_is_skipped_with_a_warning_and_without_another_refu
         fit(tiny_config(backbone), folder=copy, quiet=True)
 
 
+def test_one_that_the_system_cannot_read_is_kept(backbone, copy):
+    (copy / "checkpoints" / NAMES[0]).rename(copy / "whole")
+    (copy / "checkpoints" / NAMES[0]).mkdir()  # which cannot be read, whoever reads it
+    with pytest.raises(ValueError, match=r"state\.safetensors cannot be read now \(.*\): give the same command again"):
+        fit(tiny_config(backbone), folder=copy, quiet=True)
+    assert (copy / "checkpoints" / NAMES[0]).exists() and (copy / "checkpoints" / NAMES[1]).exists()
+
+
 def test_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_bits(backbone, copy, tmp_path):
     flip(copy / "checkpoints" / NAMES[0])
     with pytest.warns(UserWarning, match="going on from the one before it"):

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,18 @@ def test_a_cache_that_cannot_be_written_is_one(monkeypatch, tmp_path):
     assert not found.fine and "PYRO_BLORA_CACHE" in found.remedy
     monkeypatch.setenv("PYRO_BLORA_CACHE", str(tmp_path / "new" / "cache"))
     assert doctor._cache().fine and not (tmp_path / "new").exists()
+
+
+def test_a_user_without_a_home_is_told_where_a_cache_can_be(monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PYRO_BLORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setattr(doctor, "_hub", doctor._threads)
+    found = {one.what: one for one in doctor.examine()}
+    assert not found["cache"].fine and "set PYRO_BLORA_CACHE" in found["cache"].found
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "eager", "chosen"])

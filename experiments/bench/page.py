@@ -81,8 +81,11 @@ def _markdown(rows: list[Row], told: dict, missing: list[str], command: str, pic
     lost = [row for row in rows if row.met is False]
     if lost:
         lines += ["## Goals that were missed", ""]
-        lines += [f"- {row.subject} against {row.rival}, {row.section.lower()}: {_BOUNDS.get(_kind(row), _UNKNOWN)}."
-                  for row in lost] + [""]  # fmt: skip
+        for row in lost:
+            against = f" against {row.rival}" if row.rival else ""
+            why = _BOUNDS.get(_kind(row), _UNKNOWN)
+            lines.append(f"- {row.subject}{against}, {row.section.lower()}: {why}.")
+        lines.append("")
     if missing:
         lines += ["## Not taken on this machine", ""] + [f"- {what}" for what in missing] + [""]
     return "\n".join(lines)

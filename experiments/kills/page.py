@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from .trials import is_fine
+
 MOMENTS = ("before the first step", "training", "after training", "page", "finished")
 
 
@@ -11,7 +13,7 @@ def write(path: Path, kills: list[dict], command: str, machine: str) -> None:
     table = pd.DataFrame(kills)
     polite = table[table["signal"] != "KILL"]
     killed = table[(table["signal"] == "KILL") & (table["moment"] == "training")]
-    failed = table[~(table["resumed"] & table["equal"] & table["report"] & table["right code"])]
+    failed = table[[not is_fine(kill) for kill in kills]]
     lines = [
         "# Kills", "", "```sh", command, "```", "",
         f"Tiny networks of two layers, twelve steps, a checkpoint every three; {machine}. Real trainings of the",
@@ -21,7 +23,7 @@ def write(path: Path, kills: list[dict], command: str, machine: str) -> None:
         "undisturbed run, to the bit, seconds and memory left out. Some runs are killed twice.",
         "", f"{len(table)} kills: {int(table['resumed'].sum())} resumed by the next command, "
         f"{int(table['equal'].sum())} equal to the bit, {int((~table['report']).sum())} reports missing, "
-        f"{int((~table['resumed']).sum())} runs lost.", "",
+        f"{int((~table['resumed']).sum())} of runs that were lost.", "",
         *_lines(_by(table, "subject")), "", "By signal:", "", *_lines(_by(table, "signal")), "",
         f"SIGTERM and SIGINT ended a run {_range(polite['seconds to end'], 's')} after they were sent, with exit code "
         f"143 or 130 in {int(polite['right code'].sum())} of {len(polite)} cases, and left at most "

@@ -174,13 +174,16 @@ def trial(
         if codes[-1] == 0:
             break
     result = outcome(output, codes, expected) if kills else {}
-    keep = any(not kill["right code"] for kill in kills) or (
-        kills and not all(result[key] for key in ("resumed", "equal"))
-    )
-    if not keep:
+    kills = [kill | result for kill in kills]
+    if all(map(is_fine, kills)):
         for path in (output, output.with_suffix(".log"), output.with_suffix(".json")):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return [kill | result for kill in kills]
+    return kills
+
+
+def is_fine(kill: dict) -> bool:
+    """Whether a kill, and all that came after it, went as it should."""
+    return all(kill[key] for key in ("resumed", "equal", "report", "right code")) and not kill["left over"]
 
 
 def outcome(output: Path, codes: list[int | None], expected: dict) -> dict:

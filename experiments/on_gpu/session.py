@@ -72,7 +72,10 @@ class Worker:
         os.close(handle)
         result = Path(name)
         result.unlink()
-        limit = time.monotonic() + min(seconds, session.left)
+        seconds, is_last = min(seconds, session.left), seconds > session.left
+        limit = time.monotonic() + seconds
+        if self.process is not None and self.process.poll() is not None:  # it died after its last answer
+            self.process = None
         process = self.process or self._start(session, result.with_suffix(".log"))
         print(json.dumps([function, arguments, str(result)]), file=process.stdin, flush=True)
         while not result.exists():
@@ -84,7 +87,8 @@ class Worker:
                 return None
             if time.monotonic() > limit:
                 self.end()
-                raise RuntimeError(f"not finished in its {seconds:.0f} s; its output ends: {_end(self.log)}")
+                why = NO_TIME if is_last else f"not finished in its {seconds:.0f} s"
+                raise RuntimeError(f"{why}; its output ends: {_end(self.log)}")
             time.sleep(0.05)
         return json.loads(result.read_text())
 

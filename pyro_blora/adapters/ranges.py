@@ -5,6 +5,7 @@ Where inputs are smoothed, the start of that, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -19,7 +20,7 @@ from .gated_model import GatedModel, observed
 _UNSEEN_RANGE = 1.0  # of an activation before `calibrate`; at 32 bit the range plays no part
 _SMALLEST_RANGE = 1e-30  # of a tensor of zeros: the inverse of its 16-bit scale is still a float32
 _PERCENTILE = 99.99  # of |activation| that the starting range covers: a handful of outliers would coarsen every grid
-_SAMPLE = 1 << 20  # torch.quantile takes at most 2^24 numbers; an even stride through them is enough
+_SAMPLE = 1 << 20  # torch.quantile takes at most 2^24 numbers; an even stride that meets every channel is enough
 
 
 class _Extent(Observer):
@@ -29,8 +30,10 @@ class _Extent(Observer):
         self.ranges: dict[tuple[int, int], Tensor] = {}
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
-        magnitude = x.detach().float().abs().flatten()
-        covering = magnitude[:: max(1, magnitude.numel() // _SAMPLE)].quantile(_PERCENTILE / 100)
+        stride = max(1, x.numel() // _SAMPLE)
+        while math.gcd(stride, x.shape[-1]) > 1:
+            stride += 1
+        covering = x.detach().flatten()[::stride].float().abs().quantile(_PERCENTILE / 100)
         key = (projection, tensor)
         self.ranges[key] = torch.maximum(self.ranges.get(key, covering), covering)
         return x

@@ -62,6 +62,9 @@ def _all_float32(values: Sequence[Any]) -> bool:
 
 
 def _wide(x: Any) -> Any:
+    """In float64, also what says that a result is to be float32."""
+    if x is torch.float32:
+        return torch.float64
     if isinstance(x, tuple | list) and any(isinstance(each, Tensor) for each in x):
         return type(x)(map(_wide, x))
     return x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x

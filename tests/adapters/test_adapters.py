@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models import batch, headed, random_chains, tiny_bert, tiny_deberta, tiny_distilbert, tiny_roberta
 
 from pyro_blora import adapters
-from pyro_blora.adapters import attach, calibrate, gate_context, open_gates
+from pyro_blora.adapters import attach, calibrate, gate_context, open_gates, ranges
 from pyro_blora.adapters.gate_context import ADAPTER
 from pyro_blora.adapters.layers import GatedLinear, QuantizedLinear
 from pyro_blora.adapters.lora import xs
@@ -444,6 +444,16 @@ def test_calibrated_activations_cover_what_was_seen_in_any_batch():
     hook.remove()
     assert net.training and len(largest) == 3
     assert 0.9 * max(largest) < net.log_range[0, 0].exp() <= 1.0001 * max(largest)
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+def test_every_channel_of_a_large_activation_counts(channel):
+    x = torch.randn(32, 128, 768, generator=torch.Generator().manual_seed(0))  # three times what is looked at
+    x[..., channel] *= 100
+    extent = ranges._Extent()
+    extent.activation(0, 0, x)
+    true = x.abs().flatten().kthvalue(int(0.9999 * x.numel())).values
+    assert 0.8 < extent.ranges[0, 0] / true < 1.25
 
 
 def test_a_weight_of_zeros_gives_finite_outputs_and_gradients():

@@ -53,6 +53,7 @@ def test_the_page_names_what_was_missed_and_not_taken(tmp_path):
     rows = [
         Row("Training step", "gated", "PEFT LoRA", "ms", three, three, (1.0, 1.0, 1.0), goal=1.25),
         Row("Peak memory of training", "wide", "PEFT LoRA", "MiB", three, three, (1.5, 1.5, 1.5), goal=1.15),
+        Row("Pyro's overhead", "36 projections", None, "ms", three, None, None, goal=1.0),
         Row("Step by layers", "gated", "PEFT LoRA", "ms", three, three, (1.0, 1.0, 1.0), at=6),
     ]
     page.write(tmp_path / "out", tmp_path / "b.md", tmp_path / "f", rows, page.machine("cpu"), ["a GPU"], "command")
@@ -60,9 +61,11 @@ def test_the_page_names_what_was_missed_and_not_taken(tmp_path):
     assert "1.25 ✓" in text and "1.15 ✗" in text and "](f/growth.png)" in text and (tmp_path / "f/growth.png").exists()
     missed = text.split("## Goals that were missed")[1]
     assert "wide against PEFT LoRA, peak memory of training" in missed and "gated" not in missed
+    assert "- 36 projections, pyro's overhead: " in missed
     assert missed.split("## Not taken on this machine")[1].strip() == "- a GPU"
     assert [row["met"] for row in json.loads((tmp_path / "out/benchmark.json").read_text())["rows"]] == [
         True,
+        False,
         False,
         None,
     ]

@@ -14,6 +14,7 @@ from tiny import save_tiny_backbone, tiny_config
 from experiments.kills.contents import contents
 from experiments.kills.page import write
 from experiments.kills.subjects import SUBJECTS, words
+from experiments.kills.trials import is_fine
 from pyro_blora.__main__ import _parser
 from pyro_blora.config import RunConfig, run_fields, take_settings
 from pyro_blora.run import train_run
@@ -85,7 +86,12 @@ def test_the_page_counts_and_lists_what_went_wrong(tmp_path):
             "codes": [0], "said": "done"}  # fmt: skip
     bad = fine | {"subject": "b", "signal": "TERM", "equal": False, "report": False, "different": ["summary.json nll"],
                   "code": 143}  # fmt: skip
+    crumbs = fine | {"left over": [".a.lock"]}
     write(tmp_path / "page.md", [fine, fine, bad], "python x", "cpu")
     text = (tmp_path / "page.md").read_text()
-    assert "3 kills: 3 resumed by the next command, 2 equal to the bit, 1 reports missing, 0 runs lost." in text
+    counted = "3 kills: 3 resumed by the next command, 2 equal to the bit, 1 reports missing, 0 of runs that were lost."
+    assert counted in text
     assert "| a | 2 | 0 | 2 | 0 | 0 | 0 | 2 | 2 | 0 | 0 |" in text and "different: ['summary.json nll']" in text
+    write(tmp_path / "page.md", [fine, crumbs], "python x", "cpu")
+    assert "left over: ['.a.lock']" in (tmp_path / "page.md").read_text()
+    assert is_fine(fine) and not is_fine(bad) and not is_fine(crumbs)

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import gpu
 from experiments.on_gpu import fast, learns, works
-from experiments.on_gpu.session import Check, Session, run_part
+from experiments.on_gpu.session import Check, Session, Worker, run_part
 
 
 def session(tmp_path, seconds=60.0):
@@ -47,6 +47,24 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path):
     with pytest.raises(RuntimeError, match=r"not finished in its 0 s"):
         session(tmp_path).child("train", {"config": {}}, seconds=0.1)
     assert time.monotonic() - began < 30
+
+
+def test_what_the_session_has_no_time_for_is_not_called_too_slow(tmp_path):
+    with pytest.raises(RuntimeError, match="no time was left"):
+        session(tmp_path, seconds=8.2).child("train", {"config": {}}, seconds=60)
+
+
+def test_a_worker_that_died_after_its_answer_is_replaced(tmp_path):
+    here, worker = session(tmp_path), Worker()
+    try:
+        worker.ask(here, "_released", {}, seconds=60)
+        first = worker.process
+        first.kill()
+        first.wait()
+        worker.ask(here, "_released", {}, seconds=60)
+        assert worker.process is not first and worker.process.poll() is None
+    finally:
+        worker.end()
 
 
 def test_every_part_has_its_lines(tmp_path):

@@ -53,6 +53,17 @@ def test_only_float32_goes_through_float64():
         assert x.bfloat16().softmax(-1).dtype == torch.bfloat16 and x.long().sum().dtype == torch.int64
 
 
+def test_what_says_that_it_is_float32_goes_through_float64_too():
+    """As attention of transformers does: softmax(..., dtype=torch.float32)."""
+    x = torch.randn(200, 64)
+    softmax, mean = x.double().softmax(-1).float(), x.double().mean(-1).float()
+    assert not torch.equal(x.softmax(-1, dtype=torch.float32), softmax)
+    with reproducible():
+        assert torch.equal(torch.nn.functional.softmax(x, dim=-1, dtype=torch.float32), softmax)
+        assert torch.equal(x.softmax(-1, torch.float32), softmax)
+        assert torch.equal(x.mean(-1, dtype=torch.float32), mean)
+
+
 @pytest.mark.usefixtures("eager")
 def test_a_row_has_the_same_logits_in_every_batch():
     program = allocated(tiny_bert, scope="encoder")
