@@ -3,7 +3,8 @@
     python experiments/chaos.py --kills 132 --report benchmarks/chaos.md
     python experiments/chaos.py --kills 4 --only bayesian_lora        # the fast form, as in the tests
 
-Exit code 1 where a run was lost, differs, lacks its report or leaves something over. What went wrong is kept in --folder.
+Exit code 1 where a run was lost, differs, lacks its report or leaves something over. What went wrong is kept in
+--folder.
 """
 
 import argparse
