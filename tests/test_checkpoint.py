@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from torch import nn
 from pyro_blora.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from pyro_blora.tasks import get_task
 from pyro_blora.training import fit
+from pyro_blora.training.identity import _of_rows
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -206,3 +208,14 @@ def test_a_lost_best_epoch_is_missed(backbone, tmp_path):
     (tmp_path / "checkpoints" / "best.safetensors").unlink()
     with pytest.raises(ValueError, match=r"best\.safetensors is damaged \(.*No such file"):
         fit(config, folder=tmp_path, quiet=True)
+
+
+def test_rows_have_one_hash_however_they_are_stored():
+    rows = {"input_ids": [[1, 2, 3], [4], [5, 6]], "label": [0, 1, 0]}
+    whole = datasets.Dataset.from_dict(rows)
+    parts = [datasets.Dataset.from_dict({name: x[i : i + 1] for name, x in rows.items()}) for i in range(3)]
+    in_chunks = datasets.concatenate_datasets(parts)
+    assert in_chunks.data.column("input_ids").num_chunks == 3
+    assert _of_rows({"train": in_chunks}) == _of_rows({"train": whole}) == "d00660e37cba29d3"
+    other = datasets.Dataset.from_dict({**rows, "input_ids": [[1, 2], [3, 4], [5, 6]]})
+    assert _of_rows({"train": other}) != _of_rows({"train": whole})

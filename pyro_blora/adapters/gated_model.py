@@ -194,7 +194,8 @@ def use_gates(
     bits: list[int] | None = None
     codes: dict[tuple[int, int], Coded] | None = None
     if exact and any(grid is not None for grid in by_tensor):
-        bits, codes = torch.tensor(layout.ladder)[z.sum(-1).long().cpu()].flatten().tolist(), {}
+        bits = torch.tensor(layout.ladder)[z.sum(-1).long().cpu()].flatten().tolist()
+        codes = {} if net.gate_context.keeps_weights else None
     with gates_set(net.gate_context, LayerGates(by_tensor, ranks, kept, weights or {}, scales, bits, codes)):
         yield net
 

@@ -94,7 +94,11 @@ def _is_known(name: str, value: float, decision, labels, kind: Likelihood) -> bo
 
 def _whole(name: str, decision, labels, kind: Likelihood) -> float:
     true, given = as_scored(name, labels, decision)
-    return float(weighted_score(name, np.ones((1, len(labels))), true, given, kind.classes)[0])
+    counts: np.ndarray = np.ones(len(true))
+    if kind.classes:  # of C^2 pairs at most, whatever the number of examples
+        pairs, counts = np.unique(true * kind.classes + given, return_counts=True)
+        true, given = pairs // kind.classes, pairs % kind.classes
+    return float(weighted_score(name, counts[None], true, given, kind.classes)[0])
 
 
 def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Callable) -> dict[str, dict]:

@@ -25,7 +25,8 @@ from .evaluating import Evaluated
 from .metrics import calibration_of, deployed_scores, scores_of
 from .writing import scored_texts
 
-_WEIGHT_DRAWS = 100  # for their mean standard deviation
+_WEIGHT_DRAWS = 100  # for their mean standard deviation; of many weights few, which say as much
+_DRAWN_AT_ONCE = 50_000_000  # numbers
 _RESTED = (
     "The gates rest where they started, at estimates from the Fisher information of the open adapter; the steps after "
     "that trained the weights at what is deployed. To let the gates learn: --rest 0.3 --settle 0."
@@ -134,9 +135,10 @@ def _of_weights(parts: Parts) -> dict:
     }
     if parts.config.weights_of_fits != parts.config.weights:
         found["of"] = parts.config.weights_of_fits
-    drawn = draw_weights(parts.program, _WEIGHT_DRAWS, seed=parts.config.seed)
+    draws = min(_WEIGHT_DRAWS, max(2, _DRAWN_AT_ONCE // max(1, weights.size)))
+    drawn = draw_weights(parts.program, draws, seed=parts.config.seed)
     if drawn is not None:
-        found["std"] = float((drawn - drawn.mean(0)).square().mean().sqrt())
+        found["std"] = float(drawn.var(0).mean().sqrt())
     if isinstance(weights, Laplace):
         found["prior_precision"] = float(weights.prior_precision)
     return found

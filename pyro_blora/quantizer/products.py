@@ -87,5 +87,5 @@ def in_float64(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b, summed in float64 and rounded once, in as many pieces as keep the converted weights small."""
     rows = max(1, _ELEMENTS // max(1, weight.shape[-1]))
     x = x.double()
-    y = torch.cat([F.linear(x, part.double()) for part in weight.split(rows)], -1).float()
+    y = torch.cat([F.linear(x, part.double()).float() for part in weight.split(rows)], -1)
     return y if bias is None else y + bias

@@ -185,6 +185,7 @@ def curves(log: pd.DataFrame, names: list[str], axis: str, description: str, log
 def bars(table: pd.DataFrame, category: str, value: str, group: str, title: str) -> dict:
     """Stacked horizontal bars, shares of the denominator."""
     order, groups = list(dict.fromkeys(table[category])), list(dict.fromkeys(table[group]))
+    table = table.groupby([category, group], sort=False)[[value]].sum().reset_index()  # not a row for every gate
     colours = (STEPS + TYPES)[: len(groups)]
     empty = not table.groupby(category)[value].sum().abs().max() > 0
     scale = alt.Scale(domain=[0, 1]) if empty else alt.Undefined

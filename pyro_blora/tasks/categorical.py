@@ -105,7 +105,7 @@ class Categorical(Likelihood):
         return GlueScore("categorical")
 
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
-        return [np.full(len(labels), c) for c in np.flatnonzero(np.bincount(labels, minlength=self.classes))]
+        return [np.broadcast_to(c, labels.shape) for c in np.flatnonzero(np.bincount(labels, minlength=self.classes))]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
         counts = np.bincount(labels, minlength=self.classes)

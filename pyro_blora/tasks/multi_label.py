@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import evaluate
     import pandas as pd
 
+_CONSTANTS = 50  # numbers of labels that are tried as the constant answer
 _SMOOTHED = 0.5  # of an example, for frequencies of labels that all or none have: Jeffreys
 
 
@@ -105,10 +106,13 @@ class MultiLabel(Likelihood):
         return LabelF1()
 
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Every number of the most frequent labels: the best for F1 is among them, and that of each label alone."""
+        """Numbers of the most frequent labels, every one up to 50: the best for F1 is among them, and that of each
+        label alone. Of more labels about as many as an example has."""
         order = np.argsort(-labels.mean(0), kind="stable")
-        answers = [np.isin(np.arange(self.outputs), order[:count]).astype(int) for count in range(self.outputs + 1)]
-        return [np.tile(answer, (len(labels), 1)) for answer in answers]
+        first = int(np.clip(round(labels.sum(1).mean()) - _CONSTANTS // 2, 0, max(0, self.outputs - _CONSTANTS)))
+        counts = range(first, min(self.outputs, first + _CONSTANTS) + 1)
+        answers = [np.isin(np.arange(self.outputs), order[:count]).astype(int) for count in counts]
+        return [np.broadcast_to(answer, labels.shape) for answer in answers]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
         shares = (labels.sum(0) + _SMOOTHED) / (len(labels) + 2 * _SMOOTHED)

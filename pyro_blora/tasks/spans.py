@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
+_TEXT_TO = 64  # lengths of texts in steps of 64 tokens: few shapes of labels, as each is a CUDA graph of its own
+
 
 @register_likelihood("spans")
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Spans(Likelihood):
             heads, windows_, tokens, *edges = zip(*(row["label"] for row in rows), strict=True)
             places = [[w * T + t for w, t in zip(*each, strict=True)] for each in zip(windows_, tokens, strict=True)]
             parts = [padded(x, IGNORED) for x in (heads, places, *edges)]
-            most = max(x.shape[1] for x in parts)
+            most = -(-max(x.shape[1] for x in parts) // _TEXT_TO) * _TEXT_TO
             labels = torch.stack([F.pad(x, (0, most - x.shape[1]), value=IGNORED) for x in parts], 1)
             return {**inputs, "labels": labels}
 

@@ -28,10 +28,12 @@ def _of_rows(tokens: dict[str, datasets.Dataset]) -> str:
             continue
         table = tokens[split].with_format("arrow")[:]
         for name in sorted(table.column_names):
-            column = table[name].combine_chunks()
-            digest.update(f"{split} {name} {len(column)} ".encode())
-            while hasattr(column, "flatten") and hasattr(column, "value_lengths"):
-                digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-                column = column.flatten()
-            digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+            digest.update(f"{split} {name} {len(table)} ".encode())
+            chunks = table[name].chunks  # not combined: their offsets end at 2^31 values
+            while chunks and hasattr(chunks[0], "value_lengths"):
+                for chunk in chunks:
+                    digest.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                chunks = [chunk.flatten() for chunk in chunks]
+            for chunk in chunks:
+                digest.update(chunk.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()[:16]

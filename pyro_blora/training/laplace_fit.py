@@ -25,7 +25,7 @@ from ..progress import phase
 from ..tasks.batching import by_length, on_device, take
 from ..weights.laplace import PRECISIONS, Laplace
 
-_HELD_OUT = 256  # rows that choose the prior precision, whose Jacobians are kept together
+_HELD_OUT = 256  # rows that choose the prior precision
 _NOISES = 64  # draws of the logits behind a probability on held-out rows
 _TRIED = 19  # prior precisions, evenly in their logarithm, before the best one's neighbourhood is searched
 _SINGULAR = (
@@ -92,22 +92,29 @@ def eigenvectors_of(blocks: Iterable[Tensor], rank: int) -> tuple[Tensor, Tensor
     return (kept / roots[:, None]).mT, roots.square()
 
 
+def in_directions(directions: Tensor | None, J: Tensor) -> tuple[Tensor, Tensor]:
+    """J along the directions of the curvature (D, K), (E, C, K), and the products of what is beside them, (E, C, C).
+
+    directions None: the unit vectors.
+    """
+    along = J if directions is None else J @ directions
+    rest = torch.zeros_like(J[..., :1])
+    if directions is not None and directions.shape[0] != directions.shape[1]:
+        rest = J - along @ directions.mT
+    return along, rest @ rest.mT
+
+
 def precision_of_least_nll(
-    directions: Tensor | None, eigenvalues: Tensor, J: Tensor, outputs: Tensor, labels: Tensor, noise_std: float | None
+    eigenvalues: Tensor, along: Tensor, beside: Tensor, outputs: Tensor, labels: Tensor, noise_std: float | None
 ) -> float:
     """The prior precision whose linearized predictions of these held-out examples have the least NLL.
 
-    directions (D, K), eigenvalues (K,): of the curvature, 0 elsewhere; None: the unit vectors. J, outputs: of the
-    examples, at the mean. labels (E,): classes, or with a noise_std values. Probabilities are averaged over draws of
-    the logits, the same for every precision.
+    eigenvalues (K,): of the curvature, 0 elsewhere. along, beside: `in_directions` of the examples' Jacobians. outputs
+    (E, C): at the mean. labels (E,): classes, or with a noise_std values. Probabilities are averaged over draws of the
+    logits, the same for every precision.
     """
     from scipy.optimize import minimize_scalar
 
-    along = J if directions is None else J @ directions  # (E, C, K)
-    rest = torch.zeros_like(J[..., :1])  # of what the curvature does not see
-    if directions is not None and directions.shape[0] != directions.shape[1]:
-        rest = J - along @ directions.mT
-    beside = rest @ rest.mT  # (E, C, C)
     noise = torch.randn(_NOISES, *outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
 
     def nll_at(log_precision: float) -> float:
@@ -127,7 +134,7 @@ def precision_of_least_nll(
 
 
 def _spectrum(approximation, structure: str) -> tuple[Tensor | None, Tensor]:
-    """Directions and eigenvalues of a fitted curvature, see `precision_of_least_nll`."""
+    """Directions and eigenvalues of a fitted curvature, see `in_directions`."""
     approximation.prior_precision = 0.0  # then the posterior's precision is the curvature
     curvature = approximation.posterior_precision
     if structure == "low_rank":
@@ -212,11 +219,16 @@ def fit_laplace(
     if weights.given_precision is not None:
         approximation.prior_precision = weights.given_precision
     elif held_out:
-        J, outputs = map(torch.cat, zip(*(network.jacobians(inputs) for inputs, _ in held_out), strict=True))
-        labels = torch.cat([labels for _, labels in held_out])
         with torch.no_grad():
-            spectrum = _spectrum(approximation, weights.curvature)
-            chosen = precision_of_least_nll(*spectrum, J, outputs, labels, settings.get("sigma_noise"))
+            directions, eigenvalues = _spectrum(approximation, weights.curvature)
+        seen = []  # of each batch: Jacobians of all rows would be C times D numbers a row
+        for inputs, labels in held_out:
+            J, outputs = network.jacobians(inputs)
+            with torch.no_grad():
+                seen.append((*in_directions(directions, J), outputs, labels))
+        with torch.no_grad():
+            along, beside, outputs, labels = map(torch.cat, zip(*seen, strict=True))
+            chosen = precision_of_least_nll(eigenvalues, along, beside, outputs, labels, settings.get("sigma_noise"))
         approximation.prior_precision = chosen
     else:
         with warnings.catch_warnings():

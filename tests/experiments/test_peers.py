@@ -80,15 +80,20 @@ def test_what_was_measured_with_other_rungs_is_refused(method):
 
 def test_what_is_kept_of_no_lever_is_still_read(tmp_path, options):
     """The repository's files; the greedy table of one that is made again is the one that is kept."""
-    usual = {"glue_dir": "nowhere", "backbone": RunConfig().backbone, "max_train": 4000, "epochs": 2.0}
+    usual = {
+        "glue_dir": "nowhere", "backbone": RunConfig().backbone, "max_train": 4000, "epochs": 2.0,
+        "all_rows": ["cola"], "twice": ["cola"], "bf16": ["mrpc", "cola"],
+    }  # fmt: skip
     cells = LeverCells(argparse.Namespace(**{**vars(options), **usual, "without": KEPT}), NONE)
     files = sorted(KEPT.glob("*.measured.json"))
     assert files
     for path in files:
         task, seed, method = path.name.split(".")[0].split("-")
-        kept = json.loads((KEPT / f"{task}-{seed}-W4A4-{method}.widths.json").read_text())
-        budget = cells.uniform(task, "W4A4")
-        assert cells.config(task, int(seed), method, budget).prior_settings == {"widths": kept}
+        tables = sorted(KEPT.glob(f"{task}-{seed}-W*-{method}.widths.json"))
+        assert tables
+        for table in tables:
+            kept, budget = json.loads(table.read_text()), cells.uniform(task, table.name.split("-")[2])
+            assert cells.config(task, int(seed), method, budget).prior_settings == {"widths": kept}
         if method == "greedy":
             (tmp_path / path.name).symlink_to(path)
             cells.folder = tmp_path

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from pyro_blora.posterior import calibration
 from pyro_blora.posterior.calibration import (
@@ -118,3 +119,23 @@ def test_calibrated_predictions_have_a_small_ece_and_surer_ones_a_large_one():
     assert ece(surer, labels, 15) > 0.1 and adaptive_ece(surer, labels) == pytest.approx(
         ece(surer, labels, 15), abs=0.02
     )
+
+
+@pytest.mark.parametrize("E", [500, 1_000_000])
+def test_the_ece_is_that_of_torchmetrics_without_its_rounding(E):
+    """Of confidences that end near 1, as a million rows have."""
+    rng = np.random.default_rng(0)
+    confidence = torch.tensor(rng.uniform(0.98, 0.999, E))
+    mean = torch.stack([confidence, 1 - confidence], -1).float()
+    labels = torch.tensor((rng.random(E) > confidence.numpy()).astype(int))
+    expected = abs(float((mean[:, 0].double() - (labels == 0).double()).mean()))  # all are in one bin
+    assert ece(mean, labels, 15) == pytest.approx(expected, abs=1e-9)
+    if E < 1000:
+        theirs = multiclass_calibration_error(mean, labels, num_classes=2, n_bins=15).item()
+        assert ece(mean, labels, 15) == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_ece_of_many_bins_is_that_of_torchmetrics():
+    outputs, labels = predicted(1, 2000)
+    theirs = multiclass_calibration_error(outputs[0], labels, num_classes=3, n_bins=20).item()
+    assert ece(outputs[0], labels, 20) == pytest.approx(theirs, abs=1e-6)

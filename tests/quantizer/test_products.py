@@ -65,6 +65,20 @@ def test_what_says_that_it_is_float32_goes_through_float64_too():
 
 
 @pytest.mark.usefixtures("eager")
+def test_codes_of_weights_are_kept_only_where_weights_are():
+    """Those of a sharded backbone would be all of it, in every process."""
+    program, logits = allocated(tiny_bert, scope="encoder"), []
+    inputs, _ = batch(2, 9)
+    for keeps in (True, False):
+        program.net.gate_context.keeps_weights = keeps
+        with torch.no_grad(), use_gates(program.net, *deployed(program), exact=True):
+            logits.append(program.net.logits(**inputs))
+            kept = program.net.gate_context._current().codes
+        assert bool(kept) == keeps
+    assert torch.equal(*logits)
+
+
+@pytest.mark.usefixtures("eager")
 def test_a_row_has_the_same_logits_in_every_batch():
     program = allocated(tiny_bert, scope="encoder")
     inputs, _ = batch(6, 21)

@@ -730,3 +730,13 @@ def test_a_page_without_a_range_and_the_stored_run_render(chromium, plain, tmp_p
         place = folder / "report.html"
         page, said = opened(chromium, place, viewport={"width": width, "height": 900}, color_scheme=scheme)
         assert said == [] and cut_or_colliding(page) == [], (folder.name, width)
+
+
+def test_bars_have_a_row_for_each_part_not_for_every_gate():
+    gates = pd.DataFrame({"tensor": ["base", "input"] * 500, "gates": ["4 bit"] * 600 + ["8 bit"] * 400, "saved": 1e-4})
+    spec = charts.bars(gates, "tensor", "saved", "gates", "saved")
+    rows = spec["data"]["values"]
+    assert {(row["tensor"], row["gates"]): round(row["saved"], 6) for row in rows} == {
+        ("base", "4 bit"): 0.03, ("input", "4 bit"): 0.03, ("base", "8 bit"): 0.02, ("input", "8 bit"): 0.02,
+    }  # fmt: skip
+    assert len(rows) == 4

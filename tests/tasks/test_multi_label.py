@@ -75,6 +75,14 @@ def test_constants_and_their_scores_are_those_of_frequencies():
     assert -kind.constant_log_scores(labels).mean() == pytest.approx(entropy, rel=1e-4)
 
 
+def test_constants_of_a_thousand_labels_are_few_and_take_no_memory():
+    labels = (np.random.default_rng(0).random((200, 1000)) < 0.3).astype(int)
+    constants = MultiLabel(tuple(map(str, range(1000)))).constants(labels)
+    assert len(constants) == 51 and all(x.shape == labels.shape and x.strides[0] == 0 for x in constants)
+    counts = [int(x[0].sum()) for x in constants]
+    assert counts[0] < labels.sum(1).mean() < counts[-1]
+
+
 @pytest.mark.parametrize("names", [("one",), "ab", ("a", "a")])
 def test_names_that_are_none_are_refused(names):
     with pytest.raises(ValueError, match="two or more different names"):

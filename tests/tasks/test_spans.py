@@ -234,6 +234,7 @@ def test_slopes_of_gates_are_those_of_each_question_alone(tokenizer, tmp_path):
     collate, cpu = kind.collator(tokenizer), torch.device("cpu")
     whole, *single = (split_labels(collate(rows), cpu) for rows in (each, *([row] for row in each)))
     assert whole[0]["attention_mask"].any(-1).sum(-1).tolist()[::2] == [1, 1] and whole[1].shape[0] == 4
+    assert {labels.shape[-1] for _, labels in (whole, *single)} == {64}  # of texts of any length: few shapes
     calibrate(program.net, [whole[0]])
     ranges = range_errors(program, [whole]).best_by_width()
     one, other = (sensitivity(program, batches, ranges).alone for batches in ([whole], single))

@@ -12,7 +12,7 @@ from pyro_blora.gates import Gates
 from pyro_blora.posterior import deployed, draw_weights, predict
 from pyro_blora.posterior.jacobians import jacobians
 from pyro_blora.tasks.categorical import Categorical
-from pyro_blora.training.laplace_fit import eigenvectors_of, fit_laplace, precision_of_least_nll
+from pyro_blora.training.laplace_fit import eigenvectors_of, fit_laplace, in_directions, precision_of_least_nll
 
 pytest.importorskip("laplace")
 pytestmark = pytest.mark.usefixtures("eager")
@@ -118,7 +118,8 @@ def test_a_complete_basis_leaves_nothing_beside_it():
     basis = torch.linalg.qr(torch.randn(300, 300)).Q
     J, values = 5 * torch.randn(64, 1, 300), torch.full((300,), 1e6)
     outputs, labels = torch.randn(64, 1), torch.randn(64)
-    assert precision_of_least_nll(basis, values, J, outputs, labels, 0.01) > 0  # and no variance below 0 on the way
+    seen = in_directions(basis, J)
+    assert precision_of_least_nll(values, *seen, outputs, labels, 0.01) > 0  # and no variance below 0 on the way
 
 
 @pytest.mark.parametrize("classes", [2, 3])
