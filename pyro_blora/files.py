@@ -34,8 +34,10 @@ def writing(path: Path) -> Iterator[None]:
         code = next((c for c in _REFUSALS if getattr(error, "errno", None) == c or os.strerror(c) in str(error)), None)
         if code is None:
             raise
+        is_full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room" if is_full else "choose a place that can be written"
         raise NotWritten(
-            f"{path} could not be written ({os.strerror(code)}): make room, and give the same command again; what was "
+            f"{path} could not be written ({os.strerror(code)}): {remedy}, and give the same command again; what was "
             "saved before is whole"
         ) from error
 

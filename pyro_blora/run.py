@@ -7,6 +7,7 @@ after an interruption, is written by the same command.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,7 +30,7 @@ from .config.data_files import KEY as DATA_FILES
 from .config.data_files import data_hashes, require_same_data
 from .config.run_config import RunConfig
 from .deploy.peft import export
-from .distributed import gathered, sharding_wanted
+from .distributed import gathered, on_main, sharding_wanted
 from .evaluation.evaluating import Evaluated, evaluate, predictions_file, with_members
 from .evaluation.metrics import scores_of
 from .evaluation.summary import of_fit, of_restart, predictions_table, summarize
@@ -130,7 +131,9 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
         if not place.exists():
             with labelled(f"fit {number} of {config.fits}, seed {one.seed}"):
                 _complete(one, place)
-        elif main and _lacks_page(place):
+            continue
+        on_main(functools.partial(require_same_data, place, one))  # its answers are averaged, row by row
+        if main and _lacks_page(place):
             _write_page(place)
     with labelled(f"fit {config.fits} of {config.fits}, seed {config.seed}" if restarts else ""):
         if torch.cuda.is_available():
@@ -200,8 +203,9 @@ def _write(trained: Trained, evaluated: Evaluated, folder: Path, restarts: list[
     restarts: folders of finished runs, the further chains.
     """
     parts, program, config = trained.parts, trained.program, trained.parts.config
-    for place in restarts:
+    for one, place in zip(each_restart(config), restarts, strict=True):
         require_whole(place)
+        require_same_data(place, one)
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was cut off while it was finishing
     with phase("saving the posterior"):
         data = to_arviz(

@@ -1,5 +1,6 @@
 """Signals, locks, full disks, lost folders and lost pages: what is kept, what is said, and how the process ends."""
 
+import errno
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from forked import started
@@ -20,11 +22,12 @@ from pyro_blora import run as run_module
 from pyro_blora import signals
 from pyro_blora.__main__ import main
 from pyro_blora.checkpoint import read_tensors
-from pyro_blora.files import NotWritten, require_whole
+from pyro_blora.files import NotWritten, require_whole, writing
 from pyro_blora.progress import phase
 from pyro_blora.report import RunFiles
-from pyro_blora.run import train_run
+from pyro_blora.run import each_restart, train_run
 from pyro_blora.signals import Interrupted, deferred, heeded
+from pyro_blora.tasks import get_task
 from pyro_blora.training import fit
 from pyro_blora.training.loop import _Loop
 
@@ -273,6 +276,30 @@ def test_a_page_that_is_missing_is_written_by_the_same_command(backbone, finishe
     (folder / "report.html").unlink()
     assert main(line_of(config)) == 0 and (folder / "report.html").stat().st_size > 0
     assert main(line_of(config)) == 2 and "is a finished run already" in capsys.readouterr().err
+
+
+def test_a_place_that_is_read_only_is_not_called_full(tmp_path):
+    said = r"\(Read-only file system\): choose a place that can be written"
+    with pytest.raises(NotWritten, match=said), writing(tmp_path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_restart_of_other_rows_is_not_taken_up(backbone, tmp_path):
+    """A run of two fits was cut off after the first one; then its data changed."""
+    data = tmp_path / "data.csv"
+    rows = get_task("acceptability").load(n_train=60)["train"]
+    pd.DataFrame({"text": rows["sentence"], "label": rows["label"]}).to_csv(data, index=False)
+    settings = {"data": str(data), "text": "text", "label": "label"}
+    config = tiny_config(
+        backbone, task="files", task_settings=settings, max_train=None, restarts=2, output_dir=str(tmp_path / "runs")
+    )
+    (other,) = each_restart(config)
+    restarts = config.folder.with_name(f".{config.folder.name}.partial") / "restarts"
+    restarts.mkdir(parents=True)
+    train_run(other, quiet=True).rename(restarts / f"seed-{other.seed}")
+    pd.DataFrame({"text": rows["sentence"], "label": rows["label"][::-1]}).to_csv(data, index=False)
+    with pytest.raises(ValueError, match="as it was before it changed"):
+        train_run(config, quiet=True)
 
 
 def test_a_page_is_replaced_in_one_rename(finished, tmp_path, monkeypatch):

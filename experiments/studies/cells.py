@@ -19,7 +19,7 @@ import pandas as pd
 
 import pyro_blora
 from pyro_blora.build import build
-from pyro_blora.checkpoint import read_tensors, trainable, write_tensors
+from pyro_blora.checkpoint import read_tensors, require_same_origin, trainable, write_tensors
 from pyro_blora.config import RunConfig
 from pyro_blora.posterior.arviz_compat import arviz_itself
 from pyro_blora.registries import TASKS
@@ -102,8 +102,10 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     tensors = {key: x for key, x in found.items() if key.partition("/")[2] in shared}
     own = {f"parameter/{name}": x.detach().clone() for name, x in state.items() if name not in shared}
     (partial / CHECKPOINT).parent.mkdir(parents=True)
+    mine = identity(parts)
+    require_same_origin(source, notes, {"data": mine["data"]})
     changed = {"total": str(Schedule.of(config, program.n_train).steps), "lines": "0"}
-    write_tensors(partial / CHECKPOINT, tensors | own, {**notes, **identity(parts), **changed})
+    write_tensors(partial / CHECKPOINT, tensors | own, {**notes, **mine, **changed})
 
 
 def _code_digest() -> str:

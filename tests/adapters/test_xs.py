@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import datasets
 import peft
@@ -403,6 +404,9 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(backbone, tmp_pat
     rows = restarts(RunFiles(folder), "Restarts").tables[0][1]
     assert rows["NLL"][0] == of_score(alone, "nll") and list(rows["seed"]) == [summary["seed"], summary["seed"] + 1]
     assert weights["random"] == alone["weights"]["random"] and weights["stored"] == 2 * alone["weights"]["stored"]
+    shutil.rmtree(member)
+    with pytest.raises(ValueError, match=r"a member of the ensemble is missing, .*seed-1: copy the whole run folder"):
+        load(folder).predict(["the teacher laughs"])
     assert (weights.get("of"), "draws of the weights" in summary["averaging"]) == (
         ("laplace", True) if of == "laplace" else ("point", False)
     )

@@ -44,6 +44,22 @@ def test_the_files_of_pairs_are_known_by_what_is_in_them(tmp_path):
     changed(run, config)
 
 
+def test_a_release_of_glue_is_known_by_the_folder_of_its_task(tmp_path):
+    for name in ("SST-2", "CoLA", "RTE"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.tsv").write_text("sentence\tlabel\na\t0\n")
+    config = RunConfig(task="sst2", ood_task="cola", glue_dir=str(tmp_path))
+    run = finished(tmp_path / "run", config)
+    (tmp_path / "RTE" / "train.tsv").write_text("another task's")
+    require_same_data(run, config)
+    for name in ("SST-2", "CoLA"):
+        before = (tmp_path / name / "train.tsv").read_text()
+        (tmp_path / name / "train.tsv").write_text("sentence\tlabel\na\t1\n")
+        changed(run, config)
+        (tmp_path / name / "train.tsv").write_text(before)
+        require_same_data(run, config)
+
+
 def test_what_is_no_flag_for_data_is_a_word(tmp_path, monkeypatch):
     """`--text text` names a column, whatever folder of that name there is."""
     monkeypatch.chdir(tmp_path)

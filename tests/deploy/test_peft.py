@@ -111,6 +111,11 @@ def test_no_file_of_an_export_holds_a_local_path(runs, backbone):
     assert saved.base_model_name_or_path == "tiny" and saved.revision is None
 
 
+def test_a_backbone_in_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert backbone_path("~/models/bert") == str(tmp_path / "models" / "bert")
+
+
 def test_names_without_a_path_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Comparisons of a grid's results: what the page says is what the runs say, and what is missing is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import arviz
@@ -239,6 +240,17 @@ def test_entries_without_a_common_seed_are_named(results, tmp_path):
 def test_what_cannot_be_compared_is_refused(results, refusal, arguments, message):
     assert message in refusal(compare.main, results, *arguments, "--report", results.with_name("not.md"))
     assert not results.with_name("not.md").exists()
+
+
+def test_runs_of_other_examples_are_not_paired(results, tmp_path, refusal):
+    table = pd.read_parquet(results)
+    moved = Path(shutil.copytree(table["folder"].iloc[-1], tmp_path / "run"))
+    answers = pd.read_parquet(moved / "predictions.parquet")
+    answers.assign(label=1 - answers["label"]).to_parquet(moved / "predictions.parquet")
+    table.loc[table.index[-1], "folder"] = str(moved)
+    table.to_parquet(tmp_path / "results.parquet")
+    said = refusal(compare.main, tmp_path / "results.parquet", "--axis", "method", "--against", "lora")
+    assert "run was evaluated on other examples than" in said
 
 
 def test_a_table_or_a_run_that_is_gone_is_named(results, tmp_path, refusal):
