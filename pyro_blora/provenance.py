@@ -17,7 +17,7 @@ import torch
 from .checkpoint import trainable
 from .config.naming import content_of, digest, functions_of, is_local, portable, without_path
 from .config.run_config import RunConfig
-from .user_code import may_run
+from .user_code import content_in_use, may_run
 
 _CONFIGS = ("adapter_config.json", "config.json")
 _FREE = ("base_model_name_or_path", "revision", "_name_or_path")  # where a user keeps the backbone: theirs to change
@@ -33,9 +33,10 @@ def notes_of(program: torch.nn.Module, folder: Path, config: RunConfig | None) -
     if config is None:
         return notes
     values = dataclasses.asdict(config)
+    code = [content_in_use(name) or content_of(name) for name in functions_of(values)]  # as it ran, if edited since
     return notes | {
-        "config": config.digest, "run": json.dumps(portable(values), sort_keys=True),
-        "code": json.dumps([content_of(name) for name in functions_of(values)]),
+        "config": digest(values, code), "run": json.dumps(portable(values), sort_keys=True),
+        "code": json.dumps(code),
         "local_backbone": without_path(config.backbone) if is_local(config.backbone) else "",
     }  # fmt: skip
 

@@ -147,7 +147,8 @@ def _complete(config: RunConfig, folder: Path, still_there: Callable[[], None] |
             summary["seconds"]["evaluation"] = round(time.perf_counter() - began, 2)
             summary |= {DATA_FILES: read} if read else {}
             check()
-            written = config.to_json(versions=versions(trained.program.net.backbone), threads=torch.get_num_threads())
+            machine = {"threads": torch.get_num_threads(), "processes": accelerate.PartialState().num_processes}
+            written = config.to_json(versions=versions(trained.program.net.backbone), **machine)
             replace_text(partial / "config.json", written)
             replace_text(partial / "summary.json", json.dumps(summary, indent=2) + "\n")
             drop_older(partial / "checkpoints")

@@ -78,7 +78,7 @@ def module_of(name: str, kind: str) -> types.ModuleType:
         raise ValueError(f"{kind} file {path} does not exist (looked for {file})")
     source = file.read_bytes()
     content = hashlib.sha256(source).hexdigest()
-    imported_as = _MODULE + hashlib.sha256(str(file).encode()).hexdigest()[:12]
+    imported_as = _imported_as(file)
     loaded = sys.modules.get(imported_as)
     if loaded is not None and vars(loaded).get("__content__") == content:
         return loaded
@@ -94,6 +94,16 @@ def module_of(name: str, kind: str) -> types.ModuleType:
         sys.modules.pop(imported_as, None)
         raise ValueError(f"{kind} file {path} fails to import: {type(error).__name__}: {error}") from error
     return module
+
+
+def content_in_use(name: str) -> str | None:
+    """The hash of the file of a function as it was imported, whatever has become of it since; None where it was not."""
+    module = sys.modules.get(_imported_as(file_of(name)[0].resolve()))
+    return None if module is None else vars(module).get("__content__")
+
+
+def _imported_as(file: Path) -> str:
+    return _MODULE + hashlib.sha256(str(file).encode()).hexdigest()[:12]
 
 
 def place_of(error: BaseException) -> str | None:

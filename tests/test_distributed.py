@@ -259,6 +259,7 @@ def test_there_is_one_log_one_checkpoint_and_one_run(run):
     assert steps == [1, 2, 3, 4]
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == "state.safetensors" and read_tensors(checkpoint)[1]["processes"] == "2"
+    assert json.loads((run / "config.json").read_text())["processes"] == 2
     assert json.loads((run / "summary.json").read_text())["n_eval"] == len(pd.read_parquet(run / "predictions.parquet"))
     assert (run / "report.html").exists()
 

@@ -12,11 +12,13 @@ import torch
 
 from pyro_blora.build import build
 from pyro_blora.config import RunConfig
+from pyro_blora.config.data_files import require_same_data
 from pyro_blora.deploy import load
 from pyro_blora.guides import log_prob
 from pyro_blora.posterior import draw, predict
 from pyro_blora.posterior.arviz_compat import leave_one_out
 from pyro_blora.tasks.batching import by_length, on_device, take
+from pyro_blora.user_code import only_code
 
 
 @torch.no_grad()
@@ -27,8 +29,11 @@ def loo_of_run(folder: Path, examples: int, draws: int, allow_code: Iterable[str
 
     The joint density of gates and data, which the correction needs, is that of the examples times N / `examples`.
     """
-    program = load(folder, allow_code=allow_code)  # first: it refuses code that is not allowed
-    parts = build(RunConfig.from_json(folder / "config.json"))
+    program = load(folder, allow_code=allow_code)
+    with only_code(allow_code, folder / "config.json"):  # also of what `load` does without
+        config = RunConfig.from_json(folder / "config.json")
+        require_same_data(folder, config)
+        parts = build(config)
     rows = take(parts.tokens["train"], examples, parts.config.seed)
     gates = draw(program, draws, seed=parts.config.seed)
     if len(torch.unique(torch.cat([x.flatten(1) for x in gates], -1), dim=0)) == 1:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-OF_MACHINE = ("versions", "threads")  # what a run's config.json has beside the fields
+OF_MACHINE = ("versions", "threads", "processes")  # what a run's config.json has beside the fields
 RETIRED = {  # fields that older runs have: what they then were, and what became of the rest
     "attention": ("softmax", "was taken out, as it did not pay; the last commit that has it is 4c71044"),
 }

@@ -244,13 +244,14 @@ class RunConfig:
             raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
         return cls.from_dict(without_machine(values))
 
-    def to_json(self, *, versions: Mapping[str, str] | None = None, threads: int | None = None) -> str:
-        """JSON with sorted keys; `versions` (package to version) and torch's `threads` travel along for the reader."""
-        values = dataclasses.asdict(self)
+    def to_json(self, *, versions: Mapping[str, str] | None = None, **of_machine: int) -> str:
+        """JSON with sorted keys; `versions` (package to version), torch's `threads` and `processes` travel along.
+
+        Sums in another order differ in their last bits, and a step of several processes is one of larger batches.
+        """
+        values = dataclasses.asdict(self) | of_machine
         if versions is not None:
             values["versions"] = dict(versions)
-        if threads is not None:  # sums in another order differ in their last bits, and trainings grow apart
-            values["threads"] = threads
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @property

@@ -1,6 +1,7 @@
 """The AdapterLayout of a Hugging Face model: which of its linear maps carry gates, and their MACs."""
 
 import dataclasses
+import logging
 import math
 import re
 import warnings
@@ -16,6 +17,7 @@ from .conv1d import sizes
 from .macs import cost
 from .targets import matched, other_maps, type_of
 
+log = logging.getLogger(__name__)
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|cross_att")  # maps of a decoder that read its encoder
 
 
@@ -73,7 +75,7 @@ def layout_of(
             )
         linears |= of_head
     if scope != "adapted" and (others := other_maps(model)):
-        warnings.warn(f"scope {scope} quantizes linear maps: others stay at 32 bit, {others}", stacklevel=3)
+        log.warning("scope %s quantizes linear maps: others stay at 32 bit, %s", scope, others)
     projections = []
     for name, linear in linears.items():
         if name not in reaching or (name not in targets and scope == "adapted"):

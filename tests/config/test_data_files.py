@@ -60,6 +60,16 @@ def test_a_release_of_glue_is_known_by_the_folder_of_its_task(tmp_path):
         require_same_data(run, config)
 
 
+def test_a_backbone_in_a_folder_is_known_by_what_is_in_it(tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"1")
+    config = RunConfig(backbone=str(tmp_path / "bert"))
+    run = finished(tmp_path / "run", config)
+    require_same_data(run, config)
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"2")
+    changed(run, config)
+
+
 def test_what_is_no_flag_for_data_is_a_word(tmp_path, monkeypatch):
     """`--text text` names a column, whatever folder of that name there is."""
     monkeypatch.chdir(tmp_path)

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import hub, save_tiny_backbone, tiny_config
 
-from pyro_blora import load
+from pyro_blora import fit, load
 from pyro_blora.__main__ import main
 from pyro_blora.checkpoint import read_tensors, write_tensors
 from pyro_blora.config import RunConfig
+from pyro_blora.deploy import export
 from pyro_blora.provenance import frozen_hash
 from pyro_blora.registry import Registry
 from pyro_blora.run import train_run
@@ -109,6 +110,21 @@ def test_code_that_is_named_again_runs(backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for allowed in (["mine.py:late"], f"{tmp_path}/mine.py:late"):  # however its path is written
         assert load(folder, allow_code=allowed).prior().z.log_probs.exp().mean() == pytest.approx(0.6065, abs=1e-3)
+
+
+def test_the_hash_of_code_is_of_what_ran_not_of_what_it_became(backbone, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_PRIOR)
+    config = tiny_config(backbone, prior=f"{file}:late", max_train=16, epochs=1)
+    program = fit(config, quiet=True).program
+    file.write_text(f"{OWN_PRIOR}\n")  # while it trains
+    export(program, tmp_path / "adapter", config=config)
+    with pytest.raises(ValueError, match="was edited or moved"):
+        load(tmp_path / "adapter", allow_code=[f"{file}:late"], backbone=backbone)
+    file.write_text(OWN_PRIOR)
+    assert (
+        load(tmp_path / "adapter", allow_code=[f"{file}:late"], backbone=backbone).prior().z.log_probs.isfinite().all()
+    )
 
 
 def test_the_refusal_ends_with_its_block(tmp_path):
