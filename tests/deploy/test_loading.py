@@ -112,19 +112,18 @@ def test_code_that_is_named_again_runs(backbone, tmp_path, monkeypatch):
         assert load(folder, allow_code=allowed).prior().z.log_probs.exp().mean() == pytest.approx(0.6065, abs=1e-3)
 
 
-def test_the_hash_of_code_is_of_what_ran_not_of_what_it_became(backbone, tmp_path):
-    file = tmp_path / "mine.py"
+def test_the_hash_of_code_is_of_what_ran_not_of_what_it_became(backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, settings = tmp_path / "mine.py", {"allow_code": ["mine.py:late"], "backbone": backbone}
     file.write_text(OWN_PRIOR)
-    config = tiny_config(backbone, prior=f"{file}:late", max_train=16, epochs=1)
+    config = tiny_config(backbone, prior="mine.py:late", max_train=16, epochs=1)
     program = fit(config, quiet=True).program
     file.write_text(f"{OWN_PRIOR}\n")  # while it trains
     export(program, tmp_path / "adapter", config=config)
-    with pytest.raises(ValueError, match="was edited or moved"):
-        load(tmp_path / "adapter", allow_code=[f"{file}:late"], backbone=backbone)
+    with pytest.raises(ValueError, match="names code that was edited"):
+        load(tmp_path / "adapter", **settings)
     file.write_text(OWN_PRIOR)
-    assert (
-        load(tmp_path / "adapter", allow_code=[f"{file}:late"], backbone=backbone).prior().z.log_probs.isfinite().all()
-    )
+    assert load(tmp_path / "adapter", **settings).prior().z.log_probs.exp().mean() == pytest.approx(0.6065, abs=1e-3)
 
 
 def test_the_refusal_ends_with_its_block(tmp_path):

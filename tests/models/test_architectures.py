@@ -310,10 +310,8 @@ def test_the_experts_of_a_mixture_count_as_often_as_a_token_meets_one():
 
 def test_a_scope_of_the_whole_encoder_names_what_it_cannot_quantize(caplog):
     attach(mixtral(), target_modules=("q_proj",), scope="encoder", sequence_length=8)
-    others = (
-        "scope encoder quantizes linear maps: others stay at 32 bit, MixtralExperts (experts); MixtralTopKRouter (gate)"
-    )
-    assert caplog.messages == [f"scope encoder quantizes linear maps: {others}"]
+    (said,) = caplog.messages
+    assert said.endswith("others stay at 32 bit, MixtralExperts (experts); MixtralTopKRouter (gate)")
     attach(mixtral(), target_modules=("q_proj",), sequence_length=8)
     attach(tiny_deberta(), scope="encoder", sequence_length=8)
     assert len(caplog.messages) == 1
