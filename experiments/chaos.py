@@ -61,11 +61,9 @@ def drive(mine: list[tuple[str, int]], options, backbones: Path, out: Path) -> i
             with open(out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(kill) + "\n" for kill in kills)
             for kill in kills:
+                said = "ok   " if is_fine(kill) else "WRONG"
                 wrong += not is_fine(kill)
-                print(
-                    f"{'ok   ' if is_fine(kill) else 'WRONG'} {name}: SIG{kill['signal']} in {kill['moment']}",
-                    flush=True,
-                )
+                print(f"{said} {name}: SIG{kill['signal']} in {kill['moment']}", flush=True)
     return min(wrong, 1)
 
 

@@ -56,8 +56,8 @@ def as_on_main(estimated: Iterable[Tensor], accelerator: accelerate.Accelerator)
 class AnyOf:
     """The largest of the processes' numbers, on all of them; 0 on steps at which they do not communicate.
 
-    every: seconds between two communications, in steps of the slowest process; None: as this synchronizes with a GPU,
-    one there, and none elsewhere.
+    every: seconds between two communications, counted in steps of the slowest process. None: one second on GPUs, which
+    this has to wait for, and every step elsewhere.
     """
 
     def __init__(self, accelerator: accelerate.Accelerator, *, every: float | None = None):

@@ -72,7 +72,7 @@ class Worker:
         os.close(handle)
         result = Path(name)
         result.unlink()
-        seconds, is_last = min(seconds, session.left), seconds > session.left
+        seconds, is_cut = min(seconds, session.left), seconds > session.left
         limit = time.monotonic() + seconds
         if self.process is not None and self.process.poll() is not None:  # it died after its last answer
             self.process = None
@@ -87,7 +87,7 @@ class Worker:
                 return None
             if time.monotonic() > limit:
                 self.end()
-                why = NO_TIME if is_last else f"not finished in its {seconds:.0f} s"
+                why = NO_TIME if is_cut else f"not finished in its {seconds:.0f} s"
                 raise RuntimeError(f"{why}; its output ends: {_end(self.log)}")
             time.sleep(0.05)
         return json.loads(result.read_text())

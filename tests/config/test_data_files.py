@@ -7,6 +7,7 @@ import pytest
 
 from pyro_blora.config import RunConfig
 from pyro_blora.config.data_files import KEY, data_hashes, require_same_data
+from pyro_blora.tasks.glue import RELEASES
 
 
 def finished(folder, config):
@@ -58,6 +59,13 @@ def test_a_release_of_glue_is_known_by_the_folder_of_its_task(tmp_path):
         changed(run, config)
         (tmp_path / name / "train.tsv").write_text(before)
         require_same_data(run, config)
+
+
+def test_folders_of_the_release_are_named_as_their_tasks():
+    """By which rule their files are found."""
+    assert {name: release.folder.lower().replace("-", "") for name, release in RELEASES.items()} == {
+        name: name for name in RELEASES
+    }
 
 
 def test_a_backbone_in_a_folder_is_known_by_what_is_in_it(tmp_path):

@@ -48,7 +48,7 @@ def test_the_results_in_readme_are_those_of_their_page():
     source = {tuple(row[:3]): row for row in rows if len(row) == 10}  # the first table
     methods = {
         "LoRA": "lora", "dropout off": "no_dropout", "**`--prior budget`**": "start", "everywhere": "uniform",
-        "Hessian": "hessian", "predictions move": "greedy",
+        "Hessian": "hessian", "moves predictions": "greedy",
     }  # fmt: skip
     at = {"100 %": "32 bit", "5.7 %": "W4A8", "5.0 %": "W3A8", "4.2 %": "W4A4"}
     shown = [cells(line) for line in read("README.md").splitlines() if re.match(r"\| [\d.]+ %", line)]

@@ -112,6 +112,17 @@ def test_held_out_rows_choose_what_predicts_their_classes_best():
     assert nll_at(chosen) < min(others) + 0.02 and max(others) > min(others) + 0.1
 
 
+def test_held_out_rows_choose_the_same_precision_in_one_batch_and_in_three():
+    train, (inputs, labels) = batch(24, seed=1), batch(48, seed=2)
+    parts = [({name: x[i : i + 16] for name, x in inputs.items()}, labels[i : i + 16]) for i in (0, 16, 32)]
+    chosen = []
+    for held_out in ([(inputs, labels)], parts, parts[2:]):
+        program = weighted_program(weighted_net("lora"), "laplace", structure="low_rank")
+        fit_laplace(program, [train], deployed(program), held_out)
+        chosen.append(program.weights.prior_precision.item())
+    assert chosen[1] == pytest.approx(chosen[0], rel=0.01) and chosen[2] != pytest.approx(chosen[0], rel=0.05)
+
+
 def test_a_complete_basis_leaves_nothing_beside_it():
     """In single precision |J|^2 less its part along the basis is not quite 0, and a small precision divides it."""
     torch.manual_seed(0)
