@@ -31,9 +31,9 @@ def wrapped(backbone: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
 
 
 def freeze_pooler(model: peft.PeftModel) -> peft.PeftModel:
-    """It is pretrained, like the encoder it belongs to, and in PEFT's files in case it was not."""
-    inside: Any = model
-    if pooler := getattr(inside.base_model.model.base_model, "pooler", None):
+    """A pretrained one, like the encoder it belongs to; one that the checkpoint lacked learns, as the head does."""
+    backbone: Any = model.base_model.model
+    if (pooler := getattr(backbone.base_model, "pooler", None)) and not getattr(backbone, "pooler_is_new", False):
         pooler.requires_grad_(False)
     return model
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..adapters.gate_context import ADAPTER
 from ..build import build_program, check_names, check_parts
 from ..checkpoint import read_tensors, trainable
 from ..config.run_config import RunConfig
@@ -63,13 +65,14 @@ def load(
     with torch.random.fork_rng(devices=[]), only_code(allow_code, source):
         task, prior = _task(config, notes, path), _prior(config, tensors)
         require_belonging(path, notes, config, from_notes=not is_run)
-        torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked was drawn, and may be frozen
+        torch.manual_seed(config.seed)  # what the checkpoint of the backbone lacked is drawn
         commit = _commit(run) if is_run else notes.get("commit")
         read_from = dataclasses.replace(config, backbone_revision=commit or config.backbone_revision)
         if backbone is not None:
             read_from = dataclasses.replace(config, backbone=str(backbone), backbone_revision=None)
         program = build_program(read_from, task, n_train or rows, layout, prior=prior, of=Model)
     assert isinstance(program, Model)
+    _freeze_as_older_runs(program, tensors, path.parent)
     parameters = trainable(program)
     left_out = (STATED,) if prior is None else (STATED, "prior.")  # of the user's prior what it had learned
     tensors = {name: x for name, x in tensors.items() if not name.startswith(left_out)}
@@ -91,6 +94,17 @@ def load(
 
     program.is_of(config, path.parent, run if is_run else None, others)
     return program.eval()
+
+
+def _freeze_as_older_runs(program: Model, tensors: Mapping[str, Tensor], adapter: Path) -> None:
+    """In older runs a pooler that the backbone's checkpoint lacked was frozen, and is in PEFT's file alone."""
+    frozen = {name: p for name, p in trainable(program).items() if ".pooler." in name and name not in tensors}
+    if frozen and (path := adapter / "adapter_model.safetensors").is_file():
+        saved = load_file(path)
+        for name, parameter in frozen.items():
+            key = name.partition("peft_model.")[2].replace(f".modules_to_save.{ADAPTER}.", ".")
+            if key in saved:
+                parameter.requires_grad_(False).copy_(saved[key])
 
 
 def require_exported(folder: Path) -> None:

@@ -4,6 +4,7 @@ Nothing is read off an architecture's name.
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     beside = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
     pooler = getattr(getattr(model, prefix, model), "pooler", None)
     return (*beside, f"{prefix}.pooler") if pooler is not None else tuple(beside)
+
+
+def is_pooler_new(model: nn.Module, missing: Iterable[str]) -> bool:
+    """Whether a checkpoint that lacks the tensors of these names has no pooler, as training on masked words leaves."""
+    return any(key.startswith(f"{model.base_model_prefix}.pooler.") for key in missing)
 
 
 def outside_the_head(model: nn.Module) -> dict[str, nn.Module]:

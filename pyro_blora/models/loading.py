@@ -22,7 +22,7 @@ from torch import nn
 from ..registry import Registry
 from ..tasks.heads import SEQUENCE, Head
 from ..tasks.likelihoods import Likelihood
-from .architectures import head_modules
+from .architectures import head_modules, is_pooler_new
 from .embeddings import EXACT, round_tables
 from .names import backbone_path
 from .quiet_loading import quiet
@@ -64,6 +64,7 @@ def load_backbone(
             output_loading_info=True, ignore_mismatched_sizes=True,  # a head of another task is replaced
         )  # fmt: skip
         _require_pretrained(model, report, name, head)
+        model.pooler_is_new = is_pooler_new(model, report["missing_keys"])
         model.config._commit_hash = _commit(name, revision)
     _require_finite(model, name)
     if getattr(model.config, "pad_token_id", None) is None and head.is_new:

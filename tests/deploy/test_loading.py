@@ -14,6 +14,7 @@ from tiny import hub, save_tiny_backbone, tiny_config
 
 from pyro_blora import fit, load
 from pyro_blora.__main__ import main
+from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors, write_tensors
 from pyro_blora.config import RunConfig
 from pyro_blora.deploy import export
@@ -236,3 +237,57 @@ def test_the_hash_of_frozen_weights_is_of_those_that_are_read():
         assert frozen_hash(program) == before
         next(p for name, p in named.items() if "intermediate.dense.weight" in name)[0, 0] += 1e-6
     assert frozen_hash(program) != before
+
+
+@pytest.fixture(scope="module")
+def without_pooler(backbone, tmp_path_factory):
+    """As training on masked words leaves a BERT."""
+    folder = shutil.copytree(backbone, tmp_path_factory.mktemp("masked") / "backbone")
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: x for key, x in weights.items() if ".pooler." not in key}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def as_on_another_processor(monkeypatch):
+    """Random numbers of one seed differ between processors: from here on by those of another seed."""
+    seeded = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeded(seed + 1))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["learns", "of an older run"])
+def test_a_new_pooler_learns_and_is_read_from_the_run(without_pooler, tmp_path, monkeypatch, frozen):
+    before = "pyro_blora.adapters.lora.freeze_pooler"
+    with monkeypatch.context() as patch:
+        if frozen:  # as it was: whether the checkpoint has it or not
+            patch.setattr(before, lambda model: model.base_model.model.bert.pooler.requires_grad_(False) and model)
+        config = tiny_config(without_pooler, output_dir=str(tmp_path), max_train=32, epochs=1)
+        start = build(config).program.state_dict()
+        folder = train_run(config)
+    as_on_another_processor(monkeypatch)
+    program = load(folder)
+    pooler = {name: p for name, p in program.named_parameters() if ".pooler.modules_to_save." in name}
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(pooler) == 2
+    for name, p in pooler.items():
+        assert p.requires_grad is not frozen
+        assert torch.equal(p, saved[f"base_model.model.bert.pooler.dense.{name.rpartition('.')[2]}"])
+        assert torch.equal(p, start[name]) is frozen
+    tensors = read_tensors(folder / "adapter" / "gates.safetensors")[0]
+    assert any(".pooler." in name for name in tensors) is not frozen
+
+
+def test_a_new_pooler_is_resumed_on_another_processor(without_pooler, tmp_path, monkeypatch):
+    config = tiny_config(without_pooler)
+    fit(config, folder=tmp_path, quiet=True)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copy(checkpoints / "state.safetensors", tmp_path / "state.safetensors")
+    as_on_another_processor(monkeypatch)
+    resumed = fit(config, folder=tmp_path, quiet=True)
+    state = read_tensors(tmp_path / "state.safetensors")[0]
+    assert sum(".pooler." in key for key in state) == 3 * 2 + 2  # weight, bias: value, 2 moments, steps
+    found = dict(resumed.program.named_parameters())
+    for name, p in found.items():
+        if p.requires_grad:
+            assert torch.equal(p.detach(), state[f"parameter/{name}"])
