@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from .run_lock import alone
+
 SUMS, REPORT = "SHA256SUMS", "report.html"
 _UNLISTED = (SUMS, REPORT)  # a report may be written again at any time
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -70,20 +72,26 @@ def replace_text(path: Path, text: str) -> None:
 def new_folder(folder: Path, what: str) -> Iterator[Path]:
     """A temporary folder beside, which takes this name when the block has ended; nothing is left where it fails.
 
-    what: is never overwritten, for the message.   Errors: FileExistsError for a folder that is there; NotWritten.
+    what: is never overwritten, for the message.
+    Errors: FileExistsError for a folder that is there; ValueError where another process writes it; NotWritten.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: give another folder, {what} is never overwritten")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(folder):
-            partial.mkdir(parents=True)
+
+    def require_new() -> None:
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already: give another folder, {what} is never overwritten")
+
+    require_new()
+    with writing(folder), alone(folder, what="written", remedy="give another folder"):
+        require_new()  # by the process that held the lock
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        try:
+            partial.mkdir()
             yield partial
             sync_tree(partial)
             partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One process per run: a lock file beside its folder, which names the owner, and a lock on the folder being filled.
+"""One process per output: a lock file beside it, which names the owner, and a lock on the folder that a run fills.
 
 Both are system locks (flock), which are released however a process ends. The second one still holds if the lock file of
 a run in progress is deleted.
@@ -14,19 +14,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # file systems that have none
+_ANOTHER_RUN = "change --seed or --output_dir"
 _TRIES = 10  # at a lock file that is replaced while it is taken
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the lock file of a run's folder, `.<name>.lock`; it is gone afterwards, and so are folders made for it.
+def alone(output: Path, *, what: str = "trained", remedy: str = _ANOTHER_RUN) -> Iterator[None]:
+    """Hold the lock file of a file or folder, `.<name>.lock`; it is gone afterwards, and so are folders made for it.
 
+    what: is done to it meanwhile. remedy: for who does not want to wait.
     Errors: ValueError where another process holds it, naming host, process and time.
     """
-    path = folder.with_name(f".{folder.name}.lock")
+    path = output.with_name(f".{output.name}.lock")
     missing = [place for place in path.parents if not place.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _taken(path, folder)
+    descriptor = _taken(path, f"{output} is being {what} by another process", remedy)
     try:
         with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
             owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
@@ -52,7 +54,7 @@ def claimed(partial: Path, folder: Path) -> Iterator[Callable[[], None]]:
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
     try:
-        _lock(descriptor, folder, None)
+        _lock(descriptor, None, f"{folder} is being trained by another process", _ANOTHER_RUN)
         yield same_folder(partial)
     finally:
         with contextlib.suppress(OSError):  # missing, renamed, or with something in it
@@ -76,11 +78,11 @@ def same_folder(folder: Path) -> Callable[[], None]:
     return check
 
 
-def _taken(path: Path, folder: Path) -> int:
+def _taken(path: Path, busy: str, remedy: str) -> int:
     for _ in range(_TRIES):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _lock(descriptor, folder, path)
+            _lock(descriptor, path, busy, remedy)
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:  # deleted by the process that held it until now
@@ -89,18 +91,15 @@ def _taken(path: Path, folder: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-    raise ValueError(f"{path} changes all the time: wait for the other processes of this run")
+    raise ValueError(f"{path} changes all the time: wait for the other processes that write there")
 
 
-def _lock(descriptor: int, folder: Path, path: Path | None) -> None:
+def _lock(descriptor: int, path: Path | None, busy: str, remedy: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = path.read_text(encoding="utf-8", errors="replace").strip() if path and path.exists() else ""
-        raise ValueError(
-            f"{folder} is being trained by another process{f' ({owner})' if owner else ''}: wait for it, or change "
-            "--seed or --output_dir"
-        ) from None
+        raise ValueError(f"{busy}{f' ({owner})' if owner else ''}: wait for it, or {remedy}") from None
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise

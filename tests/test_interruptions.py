@@ -1,5 +1,6 @@
 """Signals, locks, full disks, lost folders and lost pages: what is kept, what is said, and how the process ends."""
 
+import contextlib
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ from pyro_blora import run as run_module
 from pyro_blora import signals
 from pyro_blora.__main__ import main
 from pyro_blora.checkpoint import read_tensors
-from pyro_blora.files import NotWritten, require_whole, writing
+from pyro_blora.files import NotWritten, new_folder, require_whole, writing
 from pyro_blora.progress import phase
 from pyro_blora.report import RunFiles
 from pyro_blora.run import each_restart, train_run
@@ -218,6 +219,54 @@ def test_a_run_is_trained_by_one_process_whose_host_number_and_time_are_told(bac
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []
     same_training(train_run(config), finished)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+
+
+HOLDS_OUTPUT = """
+import sys
+from pathlib import Path
+from pyro_blora.run_lock import alone
+with alone(Path(sys.argv[1]), what="written", remedy=""):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("command", ["export", "predict"])
+def test_an_output_is_written_by_one_process(finished, tmp_path, capsys, command):
+    """The other one is refused, and what the first has begun stays as it is."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("sentence\nThe soldier painted the bike.\n", encoding="utf-8")
+    out = tmp_path / ("out.csv" if command == "predict" else "out")
+    begun = tmp_path / (".out.csv.partial" if command == "predict" else "out.partial/begun")
+    begun.parent.mkdir(exist_ok=True)
+    given = [str(finished), *([str(rows), "--out"] if command == "predict" else ["--to"]), str(out)]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS_OUTPUT, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        begun.write_text("half")
+        assert main([command, *given]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{out} is being written by another process (process {other.pid} on " in error
+        assert "wait for it, or give another " in error and begun.read_text() == "half" and not out.exists()
+        other.stdin.close()
+        assert other.wait() == 0
+    assert main([command, *given]) == 0
+    assert out.exists() and not begun.exists() and not (tmp_path / f".{out.name}.lock").exists()
+
+
+def test_an_output_that_appears_while_its_lock_is_waited_for_stays(tmp_path, monkeypatch):
+    def alone(folder, **_):
+        folder.mkdir()
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("pyro_blora.files.alone", alone)
+    with (
+        pytest.raises(FileExistsError, match="an adapter is never overwritten"),
+        new_folder(tmp_path / "out", "an adapter"),
+    ):
+        pass
+    assert (tmp_path / "out").is_dir()
 
 
 # --- disks and folders ------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from typing import IO, Any
 
 import torch
 
-from ..files import replace
+from ..files import replace, writing
 from ..progress import phase
+from ..run_lock import alone
 from ..tasks.tabular.cells import as_text
 from ..tasks.tabular.reading import Row, Table
 from ..user_values import shown, suggest
@@ -86,7 +87,8 @@ def predict_file(
     if path is None:
         write(sys.stdout)
     else:
-        replace(path, write)
+        with writing(path), alone(path, what="written", remedy="give another --out"):
+            replace(_free(path, overwrite), write)  # another process may have written it meanwhile
     left_out.sum_up()
     return done
 
