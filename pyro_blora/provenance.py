@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import trainable
-from .config.naming import content_of, digest, functions_of, is_local, portable, without_path
+from .config.naming import digest, functions_of, is_local, portable, without_path
 from .config.run_config import RunConfig
-from .user_code import content_in_use, may_run
+from .user_code import content_in_use, content_of, may_run
 
 _CONFIGS = ("adapter_config.json", "config.json")
 _FREE = ("base_model_name_or_path", "revision", "_name_or_path")  # where a user keeps the backbone: theirs to change

@@ -28,6 +28,7 @@ from .build import build, check_names
 from .checkpoint import drop_older, saved_in, trainable
 from .config.data_files import KEY as DATA_FILES
 from .config.data_files import data_hashes, require_same_data
+from .config.naming import functions_of
 from .config.run_config import RunConfig
 from .deploy.peft import export
 from .distributed import gathered, on_main, sharding_wanted
@@ -45,6 +46,7 @@ from .run_lock import alone, claimed, same_folder
 from .signals import Interrupted, heeded
 from .tasks.batching import first_inputs
 from .training.loop import Trained, fit
+from .user_code import held
 
 _PACKAGES = ("pyro-blora", "torch", "pyro-ppl", "transformers", "peft", "accelerate", "datasets", "arviz", "numpy")
 
@@ -63,7 +65,8 @@ def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     with silenced(quiet):
         check_names(config)
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process  # as fit's Accelerator is
-    with heeded(), silenced(quiet), alone(folder) if main else contextlib.nullcontext():
+    code = held(functions_of(dataclasses.asdict(config)))
+    with code, heeded(), silenced(quiet), alone(folder) if main else contextlib.nullcontext():
         try:
             if folder.exists():
                 _require_unfinished(folder, config, main)

@@ -20,6 +20,7 @@ class _Limit(NamedTuple):
 
 
 _LIMIT: contextvars.ContextVar[_Limit | None] = contextvars.ContextVar("functions of files that may run", default=None)
+_HELD: contextvars.ContextVar[bool] = contextvars.ContextVar("imported files stay as they are", default=False)
 
 
 @contextlib.contextmanager
@@ -34,6 +35,22 @@ def only_code(allowed: Iterable[str], source: Path) -> Iterator[None]:
         yield
     finally:
         _LIMIT.reset(before)
+
+
+@contextlib.contextmanager
+def held(names: Iterable[str]) -> Iterator[None]:
+    """Within the block a file that was imported stays as it is, also where it is edited: a run has one code.
+
+    names: of the functions that will be used, of which what was imported before an edit is imported again, now.
+    """
+    for name in names:
+        if content_in_use(name) not in (None, content_of(name)):
+            module_of(name, "code")
+    before = _HELD.set(True)
+    try:
+        yield
+    finally:
+        _HELD.reset(before)
 
 
 def is_of_file(name: str) -> bool:
@@ -68,18 +85,20 @@ def may_run(name: str) -> bool:
 
 
 def module_of(name: str, kind: str) -> types.ModuleType:
-    """The file's module, imported once per content, so that two calls return the same function.
+    """The file's module, imported once per content (see also `held`), so that two calls return the same function.
 
     Errors: ValueError for a file that is missing, that is no Python file, or that fails to import.
     """
     path = str(name).rpartition(":")[0]
     file = file_of(name)[0].resolve()
+    imported_as = _imported_as(file)
+    loaded = sys.modules.get(imported_as)
+    if loaded is not None and _HELD.get():
+        return loaded
     if not file.is_file():
         raise ValueError(f"{kind} file {path} does not exist (looked for {file})")
     source = file.read_bytes()
     content = hashlib.sha256(source).hexdigest()
-    imported_as = _imported_as(file)
-    loaded = sys.modules.get(imported_as)
     if loaded is not None and vars(loaded).get("__content__") == content:
         return loaded
     spec = importlib.util.spec_from_file_location(imported_as, file)
@@ -100,6 +119,14 @@ def content_in_use(name: str) -> str | None:
     """The hash of the file of a function as it was imported, whatever has become of it since; None where it was not."""
     module = sys.modules.get(_imported_as(file_of(name)[0].resolve()))
     return None if module is None else vars(module).get("__content__")
+
+
+def content_of(name: str) -> str:
+    """The hash of the file that a function is in, "" without one: it is identified by that, not by its name alone."""
+    if _HELD.get() and (content := content_in_use(name)):
+        return content
+    file, _ = file_of(name)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _imported_as(file: Path) -> str:

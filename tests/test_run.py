@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from architectures import ROWS
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone, tiny_config
 from transformers import AutoModelForSequenceClassification
 
@@ -26,7 +26,8 @@ from pyro_blora.posterior.arviz_compat import held_out_elpd
 from pyro_blora.run import each_restart, train_run
 from pyro_blora.tasks.batching import by_length, on_device
 from pyro_blora.training import natural_gradient
-from pyro_blora.training.loop import _Loop
+from pyro_blora.training.loop import _Loop, fit
+from pyro_blora.user_code import content_in_use, held, module_of
 
 SUMMARY = {
     "task", "backbone", "prior", "guide", "seed", "n_train", "n_eval", "metric", "accuracy", "nll", "ece", "brier",
@@ -307,6 +308,51 @@ def test_restarts_are_runs_of_their_own_and_chains_of_one_posterior(backbone, us
     restart = folder / "restarts" / "seed-1"
     assert RunConfig.from_json(restart / "config.json").data_seed == 0 and load(restart).n_train == 64
     assert [path.name for path in (folder / "restarts").iterdir()] == ["seed-1"]
+
+
+def test_a_file_that_is_edited_between_two_fits_runs_as_it_was(backbone, tmp_path, monkeypatch):
+    """The code of a run is that of its folder's name, in all of its fits."""
+    code = """
+import torch
+from pyro_blora.gates import Gates, NestedBernoulli
+
+def late(layout):
+    return Gates(*(NestedBernoulli.from_rate(torch.full(shape, 0.5)) for shape in (layout.z_shape, layout.g_shape)))
+"""
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    config = tiny_config(
+        backbone, prior=f"{file}:late", restarts=2, max_train=16, epochs=1, output_dir=str(tmp_path / "runs")
+    )
+    fits, name = [], config.folder_name
+
+    def edited(*arguments, **settings):
+        trained = fit(*arguments, **settings)
+        fits.append(trained.parts.config)
+        file.write_text(code.replace("0.5", "2.0"))
+        return trained
+
+    monkeypatch.setattr("pyro_blora.run.fit", edited)
+    folder = train_run(config)
+    assert folder.name == name and [one.seed for one in fits] == [1, 0]
+    file.write_text(code)
+    for place in (folder / "restarts" / "seed-1", folder):
+        stated = load_file(place / "adapter" / "gates.safetensors")["prior_log_probs.z"]
+        assert torch.allclose(stated.exp(), torch.tensor(-0.5).exp())
+        assert load(place, allow_code=[f"{file}:late"]).n_train == 16
+
+
+def test_code_that_was_edited_before_it_is_held_is_imported_again(tmp_path):
+    file, name = tmp_path / "mine.py", f"{tmp_path}/mine.py:value"
+    file.write_text("value = 1")
+    assert module_of(name, "prior").value == 1
+    file.write_text("value = 2")
+    with held([name]):
+        assert module_of(name, "prior").value == 2
+        now = content_in_use(name)
+        file.write_text("value = 3")
+        assert module_of(name, "prior").value == 2 and content_in_use(name) == now
+    assert module_of(name, "prior").value == 3
 
 
 def test_restarts_have_the_same_training_rows_and_a_seed_of_their_own(backbone):

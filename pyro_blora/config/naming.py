@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bit_widths import LADDER, written
 from ..registries import CHOSEN, TASKS, WEIGHTS
-from ..user_code import file_of, is_of_file
+from ..user_code import content_of, file_of, is_of_file
 
 # Left out of the digest: they set where and how a run is logged and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps", "checkpoint_minutes")
@@ -75,12 +75,6 @@ def is_local(name: str) -> bool:
     """Whether a name, of a backbone, is that of a folder."""
     path = Path(name).expanduser()
     return path.is_absolute() or name.startswith((".", "~")) or path.is_dir()
-
-
-def content_of(name: str) -> str:
-    """The hash of the file that a function is in, "" without one: it is identified by that, not by its name alone."""
-    file, _ = file_of(name)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _naming(config: Any, weights: str) -> Iterator[tuple[Any, str]]:
