@@ -328,13 +328,13 @@ def late(layout):
 
     def edited(*arguments, **settings):
         trained = fit(*arguments, **settings)
-        fits.append(trained.parts.config)
         file.write_text(code.replace("0.5", "2.0"))
+        fits.append((trained.parts.config.seed, trained.parts.config.digest))
         return trained
 
     monkeypatch.setattr("pyro_blora.run.fit", edited)
     folder = train_run(config)
-    assert folder.name == name and [one.seed for one in fits] == [1, 0]
+    assert folder.name == name and [seed for seed, _ in fits] == [1, 0] and name.endswith(fits[1][1])
     file.write_text(code)
     for place in (folder / "restarts" / "seed-1", folder):
         stated = load_file(place / "adapter" / "gates.safetensors")["prior_log_probs.z"]
