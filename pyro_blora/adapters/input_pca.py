@@ -13,27 +13,41 @@ from .gated_model import GatedModel, observed
 
 
 class _Moments(Observer):
-    """Count, sum and sum of squares of each wanted projection's input, over batches, examples and tokens."""
+    """Count, sum and sum of squares of each wanted projection's input, over batches, examples and tokens.
+
+    Projections that read one tensor, as query, key and value do, have one entry: its matrix is the largest thing here.
+    """
 
     def __init__(self, wanted: set[int]):
         self.wanted = wanted
-        self.counts: dict[int, int] = dict.fromkeys(wanted, 0)
+        self.owner: dict[int, int] = {}  # of a projection's entry, the first one of its readers in the first batch
+        self.counts: dict[int, int] = {}
         self.sums: dict[int, Tensor] = {}  # (n,)
         self.products: dict[int, Tensor] = {}  # (n, n)
+        self._read: tuple[Tensor, int] | None = None  # what was read last, and its entry
 
     def activation(self, projection: int, tensor: int, x: Tensor) -> Tensor:
-        if tensor == INPUT and projection in self.wanted:
+        if tensor != INPUT or projection not in self.wanted:
+            return x
+        same = self._read[1] if self._read is not None and self._read[0] is x else projection
+        owner = self.owner.setdefault(projection, same)
+        if owner == projection:
             rows = x.detach().flatten(0, -2).double()  # a mean's square is taken off; autocast leaves it alone
-            self.counts[projection] += len(rows)
-            self.sums[projection] = self.sums.get(projection, 0.0) + rows.sum(0)
-            self.products[projection] = self.products.get(projection, 0.0) + rows.mT @ rows
+            self.counts[owner] = self.counts.get(owner, 0) + len(rows)
+            self.sums[owner] = self.sums.get(owner, 0.0) + rows.sum(0)
+            self.products[owner] = self.products.get(owner, 0.0) + rows.mT @ rows
+        self._read = x, owner
         return x
 
-    def ratios(self, projection: int, components: int) -> Tensor:
-        """Shares of the variance, falling, (components,); 0 beyond the input's width."""
-        count = max(1, self.counts[projection])
-        mean = self.sums[projection] / count
-        variances = torch.linalg.eigvalsh(self.products[projection] / count - torch.outer(mean, mean)).flip(0)
+    def ratios(self, components: int) -> dict[int, Tensor]:
+        """Shares of the variance of every projection's input, falling, (components,); 0 beyond the input's width."""
+        each = {owner: self._ratios(owner, components) for owner in self.counts}
+        return {projection: each[owner] for projection, owner in self.owner.items()}
+
+    def _ratios(self, owner: int, components: int) -> Tensor:
+        count = max(1, self.counts[owner])
+        mean = self.sums[owner] / count
+        variances = torch.linalg.eigvalsh(self.products.pop(owner) / count - torch.outer(mean, mean)).flip(0)
         shares = variances.clamp(min=0) / variances.clamp(min=0).sum().clamp(min=torch.finfo(variances.dtype).tiny)
         return torch.nn.functional.pad(shares, (0, max(0, components - len(shares))))[:components]
 
@@ -52,11 +66,12 @@ def explained_variances(net: GatedModel, batches: Iterable[dict]) -> Tensor:
     with observed(net, moments):
         for batch in batches:
             net(**batch)
-    if not all(moments.counts.values()):
+    if not all(moments.counts.get(moments.owner.get(i, i)) for i in moments.wanted):
         raise ValueError("explained variances need at least one batch of training examples, got none")
+    ratios = moments.ratios(net.layout.rank)
     rows = torch.zeros(len(net.layout.projections), net.layout.rank, device=net.log_range.device)
     for projection, owner in adapted.items():
-        rows[projection] = moments.ratios(owner, net.layout.rank)
+        rows[projection] = ratios[owner]
     return rows
 
 

@@ -52,6 +52,17 @@ def test_inputs_that_projections_share_have_the_same(net):
     torch.testing.assert_close(explained_variances(shared, batches()), explained_variances(alone, batches()))
 
 
+def test_projections_that_read_one_tensor_have_one_matrix(net, monkeypatch):
+    """Query, key and value of 2 layers: 6 rows from 2 matrices, equal within a layer and not between them."""
+    seen, ratios = [], _Moments.ratios
+    monkeypatch.setattr(_Moments, "ratios", lambda self, r: seen.append([*self.products]) or ratios(self, r))
+    found = explained_variances(net, batches())[net.layout.g_mask]
+    assert [len(each) for each in seen] == [2] and found.shape == (6, 4)
+    first, second = found.view(2, 3, 4)
+    assert torch.equal(first, first[:1].expand(3, 4)) and torch.equal(second, second[:1].expand(3, 4))
+    assert not torch.allclose(first, second)
+
+
 def test_half_precision_of_the_backbone_does_not_blur_them(net):
     exact = explained_variances(net, batches())
     net.autocast = torch.bfloat16
@@ -70,7 +81,7 @@ def test_a_large_mean_does_not_hide_them():
     for part in rows.split(100):
         moments.activation(0, INPUT, part[None])
     expected = PCA(4).fit(rows.double().numpy()).explained_variance_ratio_
-    torch.testing.assert_close(moments.ratios(0, 4), torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(moments.ratios(4)[0], torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_without_data_they_are_refused(net):
