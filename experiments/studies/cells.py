@@ -89,10 +89,15 @@ def trunk(lora: RunConfig, schedule: Schedule) -> Path:
 
 
 def warm(config: RunConfig, source: Path, partial: Path) -> None:
-    """Put a state of LoRA where the run of `config` resumes: until then both are the same."""
+    """Put a state of LoRA where the run of `config` resumes: until then both are the same.
+
+    Errors: ValueError where it was trained on other rows; then nothing is written.
+    """
     parts = build(config)
     program = parts.program
     found, notes = read_tensors(source)
+    mine = identity(parts)
+    require_same_origin(source, notes, {"data": mine["data"]})
     state = trainable(program, in_training=True)
     shapes = {key.partition("/")[2]: x.shape for key, x in found.items() if key.startswith("parameter/")}
     shared = {
@@ -102,8 +107,6 @@ def warm(config: RunConfig, source: Path, partial: Path) -> None:
     tensors = {key: x for key, x in found.items() if key.partition("/")[2] in shared}
     own = {f"parameter/{name}": x.detach().clone() for name, x in state.items() if name not in shared}
     (partial / CHECKPOINT).parent.mkdir(parents=True)
-    mine = identity(parts)
-    require_same_origin(source, notes, {"data": mine["data"]})
     changed = {"total": str(Schedule.of(config, program.n_train).steps), "lines": "0"}
     write_tensors(partial / CHECKPOINT, tensors | own, {**notes, **mine, **changed})
 

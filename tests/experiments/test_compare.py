@@ -17,6 +17,8 @@ from experiments.studies.grid_file import read_grid
 from experiments.studies.loo import loo_of_run
 from pyro_blora import draw, load
 from pyro_blora.bops import at_full_width
+from pyro_blora.checkpoint import read_tensors, write_tensors
+from pyro_blora.config import RunConfig
 from pyro_blora.posterior.arviz_compat import held_out, leave_one_out
 from pyro_blora.run import train_run
 
@@ -162,6 +164,22 @@ def test_leave_one_out_of_a_run_is_below_its_fit(results):
     assert loo_of_run(compare.Path(table[table["method"] == "lora"]["folder"].iloc[0]), 16, 20) is None
     result, _ = loo_of_run(compare.Path(folder), 16, 20)
     assert result.n_data_points == 16 and result.n_samples == 20 and result.p_loo >= 0
+
+
+def test_leave_one_out_runs_no_code_but_what_is_allowed(results, tmp_path):
+    """Also that of the data, which `load` does without."""
+    table = pd.read_parquet(results)
+    folder = shutil.copytree(table[table["method"] == "bayesian_lora"]["folder"].iloc[0], tmp_path / "run")
+    (tmp_path / "mine.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    values = json.loads((folder / "config.json").read_text()) | {"task": f"{tmp_path}/mine.py:task"}
+    (folder / "config.json").write_text(json.dumps(values))
+    gates = folder / "adapter" / "gates.safetensors"
+    tensors, notes = read_tensors(gates)
+    config = RunConfig.from_json(folder / "config.json")
+    write_tensors(gates, tensors, notes | {"config": config.digest})  # as of a run of that task
+    with pytest.raises(ValueError, match=r"mine\.py:task.?, and code never runs because a file names it"):
+        loo_of_run(folder, 16, 20)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_leave_one_out_is_given_the_densities_of_its_draws(results, monkeypatch):

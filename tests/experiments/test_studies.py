@@ -12,7 +12,7 @@ from scipy import stats
 from tiny import save_tiny_backbone, tiny_config
 
 from experiments.studies import compare
-from experiments.studies.cells import finished, kept, provenance, trunk
+from experiments.studies.cells import finished, kept, provenance, trunk, warm
 from experiments.studies.compare import paired, rank_differences, score
 from experiments.studies.pages import study_parser, write_page
 from experiments.studies.weight_distributions import ensembles
@@ -282,3 +282,17 @@ def test_a_shared_lora_that_was_interrupted_goes_on_to_its_step(tmp_path):
     whole = dataclasses.replace(lora, output_dir=str(tmp_path / "again"))
     undisturbed = read_tensors(trunk(whole, schedule))[0]
     assert found.keys() == undisturbed.keys() and all(torch.equal(x, undisturbed[key]) for key, x in found.items())
+
+
+def test_a_shared_lora_of_other_rows_is_refused_and_leaves_nothing(tmp_path):
+    save_tiny_backbone(tmp_path / "tiny")
+    config = tiny_config(tmp_path / "tiny", output_dir=str(tmp_path / "runs"), kl_warmup=0.75, data_seed=0)
+    lora = dataclasses.replace(config, prior="fixed", prior_settings={"bits": 32})
+    source, partial = trunk(lora, Schedule.of(lora, 64)), tmp_path / "partial"
+    with pytest.raises(ValueError, match="is of other training data: texts, labels or tokenizer have changed since"):
+        warm(dataclasses.replace(config, data_seed=1), source, partial)
+    assert not partial.exists()
+    warm(config, source, partial)
+    started, trained = (read_tensors(path)[0] for path in (partial / "checkpoints" / source.name, source))
+    shared = [key for key in trained if key.startswith("parameter/net.") and key in started]
+    assert shared and all(torch.equal(started[key], trained[key]) for key in shared)
