@@ -16,6 +16,7 @@ from ..interval import PERCENT
 
 _TEXT, _LINES = "currentColor", "#88888855"
 _FONT = "system-ui, sans-serif"  # the page's; a name that Vega can measure, which "inherit" is not
+_VISIBLE = 5e-4  # the least probability that has a mark
 _ALIKE = 1e-6  # of the largest value: a smaller range is a rounding error
 VIRIDIS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"]  # of bit widths, from the fewest to 32
 TYPES = ["#3182bd", "#D55E00", "#009E73", "#CC79A7", "#b8860b", "#8c6bb1"]  # nearly Okabe and Ito's, on either paper
@@ -105,11 +106,15 @@ def gate_map(cells: pd.DataFrame, ladder: Sequence[int]) -> dict:
 
 @_unchecked
 def rank_map(ranks: pd.DataFrame) -> dict:
-    """Probability of every number of open ranks, a row a projection; its mean and interval on hover."""
-    order = list(dict.fromkeys(ranks["projection"]))
+    """Probability of every number of open ranks, a row a projection; its mean and interval on hover.
+
+    Without those that no reader sees, which are most of them where ranks are many.
+    """
+    order, numbers = list(dict.fromkeys(ranks["projection"])), [*range(1, int(ranks["rank"].max()) + 1)]
+    ranks = ranks[ranks["probability"] >= _VISIBLE]
     y = alt.Y("projection:N", sort=order, title=None)
     squares = alt.Chart(_data(ranks)).mark_rect().encode(
-        x=alt.X("rank:O", title="open ranks", axis=alt.Axis(labelAngle=0)), y=y,
+        x=alt.X("rank:O", title="open ranks", scale=alt.Scale(domain=numbers), axis=alt.Axis(labelAngle=0)), y=y,
         color=alt.Color("probability:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]),
                         legend=alt.Legend(format=".0%", columns=1, values=[0, 0.5, 1])),
         tooltip=[alt.Tooltip("projection:N"), alt.Tooltip("rank:O"), alt.Tooltip("probability:Q", format=".3f"),

@@ -740,3 +740,16 @@ def test_bars_have_a_row_for_each_part_not_for_every_gate():
         ("base", "4 bit"): 0.03, ("input", "4 bit"): 0.03, ("base", "8 bit"): 0.02, ("input", "8 bit"): 0.02,
     }  # fmt: skip
     assert len(rows) == 4
+
+
+def test_a_map_of_many_ranks_has_marks_where_there_is_something_to_see():
+    probability = np.zeros((2, 256))
+    probability[0, [6, 7, 8]], probability[1, [0, 200]] = [0.001, 0.9986, 0.0004], [0.25, 0.75]
+    table = pd.DataFrame([
+        {"projection": name, "rank": r + 1, "probability": p, "mean": 8.0, "interval": "8 to 8"}
+        for name, row in zip("ab", probability, strict=True) for r, p in enumerate(row)
+    ])  # fmt: skip
+    spec = charts.rank_map(table)
+    found = {(row["projection"], row["rank"]): row["probability"] for row in spec["data"]["values"]}
+    assert found == {("a", 7): 0.001, ("a", 8): 0.9986, ("b", 1): 0.25, ("b", 201): 0.75}
+    assert spec["encoding"]["x"]["scale"]["domain"] == [*range(1, 257)]
