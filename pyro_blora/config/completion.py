@@ -14,6 +14,7 @@ from ..registries import CHOSEN
 from .checks import CHOICES
 from .command_line import preset_names, read_preset
 from .methods import METHODS
+from .naming import OUR_BACKBONES
 from .run_config import OWNERS, RunConfig
 
 _FLAG = re.compile(r"--(\w+)[ =]+([^-\s]\S*)")  # of a line, with its value
@@ -50,7 +51,7 @@ def _values(action: argparse.Action) -> Iterable[str]:
     if action.dest == "preset":
         return preset_names()
     if action.dest == "backbone":
-        return ("demo", "demo-deberta", "demo-decoder")
+        return OUR_BACKBONES
     if action.dest in ("prior.z", "prior.g"):
         return [*_registered("prior"), "off"]
     return CHOICES.get(action.dest) or _registered(action.dest) or ()

@@ -13,6 +13,7 @@ from ..user_code import content_of, file_of, is_of_file
 
 # Left out of the digest: they set where and how a run is logged and saved, not what it computes.
 NOT_IN_DIGEST = ("output_dir", "tracker", "checkpoint_steps", "checkpoint_minutes")
+OUR_BACKBONES = ("demo", "demo-deberta", "demo-decoder")  # carried by packages, whatever folders there are
 _OF_DATA = ("task_settings", "glue_dir", "ood_task")
 # Newer fields: default values are left out of the digest, for compatibility.
 _ADDED: tuple[tuple[str, Any], ...] = (
@@ -74,6 +75,8 @@ def without_path(name: str) -> str:
 def is_local(name: str) -> bool:
     """Whether a name, of a backbone, is that of a folder."""
     path = Path(name).expanduser()
+    if name in OUR_BACKBONES:
+        return False
     return path.is_absolute() or name.startswith((".", "~")) or path.is_dir()
 
 

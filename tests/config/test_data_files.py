@@ -7,6 +7,8 @@ import pytest
 
 from pyro_blora.config import RunConfig
 from pyro_blora.config.data_files import KEY, data_hashes, require_same_data
+from pyro_blora.config.naming import OUR_BACKBONES, is_local
+from pyro_blora.models import names
 from pyro_blora.tasks.glue import RELEASES
 
 
@@ -94,3 +96,12 @@ def test_runs_from_before_folders_had_a_hash_are_still_theirs(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("{}")
     require_same_data(tmp_path / "run", config)
+
+
+def test_a_folder_of_the_users_that_is_called_demo_is_no_backbone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "notes.txt").write_text("mine")
+    assert OUR_BACKBONES == (names.DEMO, names.DEMO_DEBERTA, names.DEMO_DECODER)
+    assert data_hashes(RunConfig(backbone="demo")) == {} and not is_local("demo")
+    assert "backbone" in data_hashes(RunConfig(backbone="./demo"))
