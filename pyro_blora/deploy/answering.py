@@ -29,6 +29,7 @@ from ..tasks.likelihoods import Rows
 from ..tasks.tabular.cells import as_text
 from ..tasks.writing import Writer
 from ..user_values import shown, suggest
+from .of_fits import OfFits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,11 +131,11 @@ class Answers:
             return pd.DataFrame(self._written(rows))
         return self.table_of(self.prediction(rows, show=show), rows)
 
-    def table_of(self, prediction: Prediction, rows: Rows) -> pd.DataFrame:
+    def table_of(self, prediction: OfFits, rows: Rows) -> pd.DataFrame:
         """The table of what was predicted of texts by column."""
         import pandas as pd
 
-        found = self.in_words(prediction.outputs, rows)
+        found = self.in_words(prediction.of_label, rows)
         first = next(iter(found))
         table, mean = {first: found.pop(first)}, prediction.mean
         if self.kind.has_confidence:
@@ -147,10 +148,10 @@ class Answers:
             table |= self._sets.columns(mean)
         return pd.DataFrame({name: x.numpy() if isinstance(x, Tensor) else x for name, x in {**table, **found}.items()})
 
-    def in_words(self, outputs: Tensor, rows: Rows) -> dict[str, Any]:
-        """Columns of answers, of outputs (S, E, *)."""
+    def in_words(self, answered: tuple[Tensor, Tensor], rows: Rows) -> dict[str, Any]:
+        """Columns of answers, of outputs (S, E, *) and the scale of a label."""
         texts = list(zip(*(rows[name] for name in self.columns), strict=True))
-        return self.kind.in_words(self.kind.answers(outputs, self.source.program.log_scale.detach().exp()), texts)
+        return self.kind.in_words(self.kind.answers(*answered), texts)
 
     def _written(self, rows: Rows) -> dict[str, list[Any]]:
         """text: of the deployed allocation; drawn: those of every draw, without `deployed`."""
@@ -163,17 +164,14 @@ class Answers:
                 each.append(fit.write(columns, self.batch_size, at, None if theta is None else theta[i]))
         return found | ({"drawn": [list(texts) for texts in zip(*each, strict=True)]} if each else {})
 
-    def prediction(self, rows: Rows, labels: Sequence[Any] | None = None, *, show: bool = False) -> Prediction:
-        """Of texts by column, (S, E, *); of an ensemble a fit's mean is a draw.  Errors: Unreadable."""
+    def prediction(self, rows: Rows, labels: Sequence[Any] | None = None, *, show: bool = False) -> OfFits:
+        """Of texts by column, (S, E, *).  Errors: Unreadable."""
         known = self._placeholders(rows) if labels is None else list(labels)
         each = [
             self._of_fit(fit, draws, {**rows, "label": known}, show)
             for fit, draws in zip(self._fits, self.drawn, strict=True)
         ]
-        if len(each) == 1:
-            return each[0]
-        outputs, scores = (torch.stack(x) for x in zip(*((p.mean, p.log_score) for p in each), strict=True))
-        return Prediction(outputs, scores, each[0].labels, self.kind)
+        return OfFits.of(each, [fit.program.log_scale.detach().exp() for fit in self._fits])
 
     def unreadable(self, rows: Rows) -> dict[int, str]:
         """Why, by the number of each text by column that is Unreadable: tried one by one, so where one is."""

@@ -2,7 +2,7 @@
 
 Numbers of one set of predictions, from their decisions and labels alone. Standard errors are over examples: of means
 from their spread, of other scores from a bootstrap; that of an accuracy is Jeffreys', which is not 0 where no example
-was wrong. Differences are paired by example.
+was wrong; a bootstrap has none there, and of one example. Differences are paired by example.
 Shapes: E examples, B resamples, U different pairs of label and decisions, C classes.   Units: the score's; nats (NLL).
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Brown, Cai and DasGupta (2001) for Jeffreys.
 """
@@ -63,7 +63,7 @@ def difference_error(
     if not _is_known(name, value, other, labels, kind):
         return None
     each = _resampled(name, labels, [one, other], kind.classes)
-    return float((each[0] - each[1]).std())
+    return float((each[0] - each[1]).std()) if len(labels) > 1 else None
 
 
 def _of_means(each: np.ndarray, constant: np.ndarray) -> dict[str, float | None]:
@@ -81,8 +81,9 @@ def _of_score(name: str, value: float, decision, labels, kind: Likelihood) -> di
     each_constant = ((_whole(name, x, labels, kind), x) for x in kind.constants(labels))
     constant, answer = best(each_constant, key=lambda pair: pair[0])
     each = _resampled(name, labels, [decision, answer], kind.classes)
-    error = share_error(value, len(labels)) if name == "accuracy" else float(each[0].std())
-    return dict(zip(_KEYS, (constant, error, float((each[0] - each[1]).std())), strict=True))
+    error = share_error(value, len(labels)) if name == "accuracy" else float(each[0].std()) or None
+    gain_error = float((each[0] - each[1]).std()) if len(labels) > 1 else None
+    return dict(zip(_KEYS, (constant, error, gain_error), strict=True))
 
 
 def _is_known(name: str, value: float, decision, labels, kind: Likelihood) -> bool:
@@ -121,7 +122,8 @@ def _by_calls(names: list[str], decision, labels, kind: Likelihood, compute: Cal
         constant = {k: scores(answers[k][i], labels[i]) for k in set(best.tolist())}
         resamples.append((scores(decision[i], labels[i]), [constant[k][n] for n, k in enumerate(best)]))
     one, other = np.array(resamples).swapaxes(0, 1)  # (calls, names)
-    columns = of_answers[best, range(len(names))], one.std(0), (one - other).std(0)
+    errors = one.std(0), (one - other).std(0) if len(labels) > 1 else np.full(len(names), np.nan)
+    columns = of_answers[best, range(len(names))], np.where(errors[0] > 0, errors[0], np.nan), errors[1]
     return {
         name: {key: float(x[n]) if np.isfinite(x[n]) else None for key, x in zip(_KEYS, columns, strict=True)}
         for n, name in enumerate(names)

@@ -21,8 +21,8 @@ _DRAWS, _NUMBERS = 512, 1 << 22  # of every component at most; of all that is dr
 class WhatIf(NamedTuple):
     """The predicted effect of forcing a gate: the guide, conditioned on it.
 
-    probability: of the forced state under the guide. elbo_loss: nats that the ELBO loses, exact for a guide at its
-    optimum: -log probability, and less (1 - beta) / beta nll_rise of a cold posterior, whose KL has weight beta.
+    probability: of the forced state under the guide. elbo_loss: nats that the ELBO loses, exact for a mean field at
+    its optimum: -log probability, and less (1 - beta) / beta nll_rise of a cold posterior, whose KL has weight beta.
     nll_rise: the part of them that the expected NLL rises (negative where the likelihood favours the forced state); the
     KL has the rest. bops_adapted, bops_model: E[BOPs] then, against before_adapted and before_model.
     """

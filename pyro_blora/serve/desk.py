@@ -82,7 +82,7 @@ class Desk:
         prediction = self.answers.prediction(by_column)
         found = self._tables(self.answers.table_of(prediction, by_column))
         if any(each.draws for each in asked) and len(prediction.outputs) > 1:
-            by_draw = [self._tables(self.answers.in_words(x[None], by_column)) for x in prediction.outputs]
+            by_draw = [self._tables(self.answers.in_words(one, by_column)) for one in prediction.alone()]
             for number, own in enumerate(found):
                 own["draws"] = [_of_draw(each[number], own) for each in by_draw]
                 if not isinstance(_first(own), float):

@@ -117,13 +117,21 @@ class Intervals(Conformal):
 
 
 def require_enough(rows: int, coverage: float) -> None:
-    """Errors: ValueError where so few rows calibrate no set but that of everything."""
-    needed = math.ceil(coverage / (1 - coverage) - 1e-9)
-    if rows < needed:
-        raise ValueError(
-            f"coverage {coverage:g} needs {needed} rows to calibrate sets and {needed} to check them, there are "
-            f"{rows} of each: lower it, to at most {math.floor(1000 * rows / (rows + 1)) / 1000:g}"
-        )
+    """Errors: ValueError where so few rows calibrate no set but that of everything, or that of nothing.
+
+    MAPIE wants 1 / (1 - coverage), one more than suffice, and 1 / coverage, one more where that is a whole number.
+    """
+    needed = max(math.ceil(1 / (1 - coverage) - 1e-9), math.floor(1 / coverage + 1e-9) + 1)
+    if rows >= needed:
+        return
+    remedy = "give more held-out rows"
+    if rows >= 3:
+        most, least = math.floor(1000 * (1 - 1 / rows)) / 1000, (math.floor(1000 / rows) + 1) / 1000
+        remedy = f"lower it, to at most {most:g}" if coverage > 0.5 else f"raise it, to at least {least:g}"
+    raise ValueError(
+        f"coverage {coverage:g} needs {needed} rows to calibrate sets and {needed} to check them, there are "
+        f"{rows} of each: {remedy}"
+    )
 
 
 def _probabilities(mean: Tensor) -> np.ndarray:

@@ -180,7 +180,7 @@ class Likelihood(abc.ABC):
         return self.examples[0]
 
     def answers(self, outputs: Tensor, scale: Tensor) -> dict[str, Any]:
-        """Columns of a table of predictions, the answer first.  outputs (S, E, *), scale ()"""
+        """Columns of a table of predictions, the answer first.  outputs (S, E, *), scale () or of every draw (S, 1)"""
         return {"decision": self.cells(self.decision(self.mean(outputs))), **self.columns(outputs)}
 
     def in_words(self, found: dict[str, Any], texts: Sequence[tuple[Any, ...]]) -> dict[str, Any]:

@@ -109,9 +109,10 @@ class Normal(Likelihood):
     def answers(self, outputs: Tensor, scale: Tensor) -> dict[str, Any]:
         """mean; std_over_draws of the mean; std of a label, with its noise; low and high: 94 % of a label's density."""
         means = outputs.squeeze(-1).double()  # (S, E)
-        noise, over_draws = scale.double().cpu(), means.std(0, correction=0)
+        noise, over_draws = scale.double().cpu().expand(len(means), 1), means.std(0, correction=0)
         low, high = (_quantile(means, noise, p) for p in INTERVAL)
-        found = {"mean": means.mean(0), "std_over_draws": over_draws, "std": (over_draws**2 + noise**2).sqrt()}
+        std = (over_draws**2 + noise.square().mean(0)).sqrt()
+        found = {"mean": means.mean(0), "std_over_draws": over_draws, "std": std}
         return {name: x.numpy() for name, x in {**found, "low": low, "high": high}.items()}
 
     def conformal(self, mean: Tensor, labels: Tensor, coverage: float) -> Intervals:
@@ -158,8 +159,8 @@ class Normal(Likelihood):
 
 
 def _quantile(means: Tensor, std: Tensor, p: float) -> Tensor:
-    """(E,) of equally likely normal distributions of one standard deviation, by bisection.  means (S, E), std ()"""
-    low, high = means.amin(0) - _FAR * std, means.amax(0) + _FAR * std
+    """(E,) of equally likely normal distributions, by bisection.  means (S, E), std (S, 1)"""
+    low, high = (means - _FAR * std).amin(0), (means + _FAR * std).amax(0)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         below = torch.special.ndtr((middle - means) / std).mean(0) < p

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
+_SAME = 8  # spans of tokens that are looked at for each of characters: more may have its characters, with little
 _TEXT_TO = 64  # lengths of texts in steps of 64 tokens: few shapes of labels, as each is a CUDA graph of its own
 
 
@@ -151,22 +152,35 @@ class Spans(Likelihood):
 
     def averaged(self, distribution: SpanOfText, labels: Tensor) -> Tensor:
         """(..., B, 1 + best, 3): the entropy of all spans, number and words; then spans of characters with their
-        probabilities, the most probable first, 0 where there are no more."""
+        probabilities, the most probable first, 0 where there are no more.
+
+        Tokens may share a character (bytes of an emoji): the probabilities of spans of the same characters are added.
+        """
         a, b = distribution.edges(labels)
         total, (first, last) = log_total(a, b), marginals(a, b)
         entropy = total - (first * a).sum(-1) - (last * b).sum(-1)
         each = a[..., None] + F.pad(b, (0, self.longest - 1), value=NEVER).unfold(-1, self.longest, 1)  # (..., D, L)
         flat = each.flatten(-2)
-        score, place = flat.topk(min(self.best, flat.shape[-1]), dim=-1)
+        score, place = flat.topk(min(_SAME * self.best, flat.shape[-1]), dim=-1)
         start, width = place // self.longest, place % self.longest
         characters = (
             labels[..., row, :].expand(a.shape).gather(-1, at.clamp(max=a.shape[-1] - 1))
             for row, at in ((STARTS, start), (ENDS, start + width))
         )
         p = (score - total[..., None]).exp().clamp(min=torch.finfo(score.dtype).tiny)  # 0 is where no span is
-        spans = torch.stack([*characters, p], -1) * (score > NEVER / 2)[..., None]
+        spans = self._most_probable(torch.stack([*characters, p], -1) * (score > NEVER / 2)[..., None])
         head = torch.stack([entropy, *labels[..., HEAD, :2].expand(*entropy.shape, 2).unbind(-1)], -1)
         return torch.cat([head[..., None, :], F.pad(spans, (0, 0, 0, self.best - spans.shape[-2]))], -2)
+
+    def _most_probable(self, spans: Tensor) -> Tensor:
+        """The `best` of spans (..., N, 3) of characters and probabilities, after those of equal ones are added."""
+        edges, p = spans[..., :2].double(), spans[..., 2:].double()
+        order = (edges[..., 0] * (edges.max() + 1) + edges[..., 1]).argsort(-1)[..., None]
+        edges, p = edges.take_along_dim(order, -2), p.take_along_dim(order, -2)
+        group = F.pad((edges.diff(dim=-2) != 0).any(-1), (1, 0)).cumsum(-1)[..., None]  # one number for equal spans
+        found = torch.zeros_like(edges).scatter(-2, group.expand_as(edges), edges)
+        p, best = torch.zeros_like(p).scatter_add(-2, group, p).topk(min(self.best, p.shape[-2]), dim=-2)
+        return torch.cat([found.take_along_dim(best, -2), p], -1).to(spans.dtype)
 
     def scored(self, labels: Tensor) -> Tensor:
         head = torch.cat([labels[:, HEAD, : OWN.start], labels[:, HEAD, OWN.stop :]], -1)
@@ -177,14 +191,9 @@ class Spans(Likelihood):
         if len(outputs) == 1:
             return outputs[0]
         head = torch.cat([outputs[:, :, :1, :1].mean(0), outputs[0, :, :1, 1:]], -1)
-        each = outputs[:, :, 1:].transpose(0, 1).flatten(1, 2).double()  # (E, S best, 3)
-        edges, p = each[..., :2], each[..., 2:]
-        order = (edges[..., 0] * (edges.max() + 1) + edges[..., 1]).argsort(-1)[..., None]
-        edges, p = edges.take_along_dim(order, 1), p.take_along_dim(order, 1)
-        group = F.pad((edges.diff(dim=1) != 0).any(-1), (1, 0)).cumsum(-1)[..., None]  # one number for equal spans
-        spans = torch.zeros_like(edges).scatter(1, group.expand_as(edges), edges)
-        p, best = torch.zeros_like(p).scatter_add(1, group, p / len(outputs)).topk(self.best, dim=1)
-        return torch.cat([head, torch.cat([spans.take_along_dim(best, 1), p], -1).to(outputs.dtype)], 1)
+        each = outputs[:, :, 1:].transpose(0, 1).flatten(1, 2)  # (E, S best, 3)
+        shares = torch.tensor([1.0, 1.0, 1.0 / len(outputs)], dtype=torch.float64, device=each.device)
+        return torch.cat([head, self._most_probable(each.double() * shares).to(outputs.dtype)], 1)
 
     def decision(self, mean: Tensor) -> Tensor:
         return torch.cat([mean[:, 0, 1:], mean[:, 1, :2]], -1).round().long()

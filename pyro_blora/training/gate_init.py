@@ -157,7 +157,8 @@ def _pooled(squares: Tensor, kinds: Tensor) -> Tensor:
     Source: DerSimonian and Laird (1986).
     """
     mean = squares.mean(0)
-    noise = squares.var(0) / len(squares) / mean.square().clamp(min=1e-30)  # variance of log(mean), (L, ...)
+    variance = squares.var(0) if len(squares) > 1 else mean.square()  # of one example: as of an exponential
+    noise = variance / len(squares) / mean.square().clamp(min=1e-30)  # variance of log(mean), (L, ...)
     log_mean, noise, pooled = mean.clamp(min=1e-30).log(), noise.clamp(min=1e-6), mean.clone()
     for kind in kinds.unique():
         own, error, exists = log_mean[kinds == kind], noise[kinds == kind], mean[kinds == kind] > 0

@@ -2,14 +2,18 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributions as dist
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import draw, expected_bops, export, fit, load, to_arviz
+from pyro_blora.deploy.of_fits import OfFits
+from pyro_blora.posterior.prediction import Prediction
 from pyro_blora.posterior.selection import threshold_for
 from pyro_blora.registries import LIKELIHOODS
 from pyro_blora.run import train_run
@@ -97,7 +101,7 @@ def test_what_is_no_text_is_one_sentence(model, texts, message):
     ({"draws": 0}, "draws must be at least 1"), ({"batch_size": 0}, "batch_size must be at least 1"),
     ({"abstain": 1.0}, "abstain must be a share between 0 and 1"), ({"coverage": 95}, "coverage must be a share"),
     ({"abstain": 0.9999}, r"not reached on the 120 held-out rows.*the best is 0\.\d+ ± 0\.\d+, on \d+ of them"),
-    ({"coverage": 0.999}, "needs 999 rows to calibrate sets and 999 to check them, there are 60 of each.*0.983"),
+    ({"coverage": 0.999}, "needs 1000 rows to calibrate sets and 1000 to check them, there are 60 of each.*0.983"),
 ])  # fmt: skip
 def test_an_option_that_cannot_be_is_one_sentence(model, options, message):
     with pytest.raises(ValueError, match=message):
@@ -228,6 +232,40 @@ def test_the_interval_of_a_number_holds_94_percent_of_the_predictive_density():
     assert found["high"][0] - found["low"][0] > found["high"][1] - found["low"][1]
 
 
+def test_the_interval_of_an_ensemble_is_of_all_draws_of_all_fits_each_with_its_noise():
+    kind, labels, noise = Normal(0.0, 5.0), torch.zeros(1), (torch.tensor(0.3), torch.tensor(1.5))
+    draws = [torch.tensor(means).view(2, 1, 1) for means in ([2.0, 2.0], [1.0, 3.0])]
+    each = [
+        Prediction(x, dist.Normal(x.squeeze(-1), scale).log_prob(labels), labels, kind)
+        for x, scale in zip(draws, noise, strict=True)
+    ]
+    found = OfFits.of(each, noise)
+    answers = kind.answers(*found.of_label)
+    sampled = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(4)),
+        dist.Normal(torch.tensor([2.0, 2.0, 1.0, 3.0]), torch.tensor([0.3, 0.3, 1.5, 1.5])),
+    ).sample((200_000,))
+    assert answers["mean"] == pytest.approx(2.0) and answers["std_over_draws"] == pytest.approx(0.5**0.5)
+    assert answers["std"] == pytest.approx(float(sampled.std()), abs=0.01)
+    inside = (sampled > torch.tensor(answers["low"])) & (sampled < torch.tensor(answers["high"]))
+    assert inside.double().mean() == pytest.approx(0.94, abs=0.003)
+    alone = [kind.answers(*one) for one in found.alone()]
+    assert [one["std"].item() for one in alone] == pytest.approx([0.3, (1 + 1.5**2) ** 0.5])
+
+
+def test_an_ensemble_of_regressions_answers_with_the_noise_of_each_fit(backbone, tmp_path, forget):
+    register_task(KINDS["stars"])
+    settings = {"weights": "ensemble", "weights_settings": {"members": 2}, "output_dir": str(tmp_path)}
+    model = load(train_run(tiny_config(backbone, task="answered_stars", max_train=32, epochs=1, **settings)))
+    fits = [model, model.source.others[0].program]
+    fits[1].log_scale.data += 2.0
+    noise = [float(program.log_scale.detach().exp()) for program in fits]
+    found = model.predict([("the dog", "a cat"), ("a", "b c")])
+    expected = np.sqrt(found["std_over_draws"] ** 2 + np.mean(np.square(noise)))
+    np.testing.assert_allclose(found["std"], expected, rtol=1e-6)
+    assert (found["high"] - found["low"] > 2 * noise[0] * 1.89).all()
+
+
 # --- thresholds and sets on exchangeable rows -------------------------------------------------------------------------
 
 
@@ -236,6 +274,23 @@ def simulated(rows, seed, classes=3):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(rows, classes, generator=generator)
     return logits.softmax(-1), torch.multinomial((0.5 * logits).softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+@pytest.mark.parametrize("coverage", [0.001, 0.05, 0.1, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.983, 0.999])
+def test_as_many_rows_as_are_asked_for_calibrate_sets_and_the_advice_is_followed(coverage):
+    def made(rows, coverage):
+        mean, labels = simulated(rows, 0)
+        number = mean[:, :1].double()
+        return ClassSets(("a", "b", "c"), mean, labels, coverage), Intervals(number, number.squeeze(-1), coverage)
+
+    with pytest.raises(ValueError, match=f"coverage {coverage:g} needs") as refused:
+        made(1, coverage)
+    needed = int(re.search(r"needs (\d+) rows", str(refused.value))[1])
+    assert "give more held-out rows" in str(refused.value) and len(made(needed, coverage)) == 2
+    for rows in {3, needed - 1} - {2, *range(needed, 4)}:
+        with pytest.raises(ValueError, match=r"(lower|raise) it, to at (most|least)") as refused:
+            made(rows, coverage)
+        assert len(made(rows, float(str(refused.value).rsplit(" ", 1)[1]))) == 2
 
 
 @pytest.mark.parametrize("coverage", [0.6, 0.9, 0.97])

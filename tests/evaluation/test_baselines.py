@@ -233,3 +233,18 @@ def test_a_large_evaluation_takes_no_time():
 def test_the_error_of_an_auroc_is_that_of_hanley_and_mcneil():
     assert auroc_error(0.5, 100, 100) == pytest.approx((201 / (12 * 100 * 100)) ** 0.5, rel=1e-2)  # Mann and Whitney's
     assert auroc_error(1.0, 10, 10) == 0 and auroc_error(None, 0, 10) is None
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (1, 0), (40, 2)])
+def test_where_an_error_cannot_be_estimated_there_is_none(rows, classes):
+    """Of one row, and of a bootstrap in which every resample is right; Jeffreys' is that of the accuracy."""
+    labels = np.arange(rows) % 2 if classes else np.arange(rows, dtype=float)
+    names = {"macro_f1": 1.0, "accuracy": 1.0} if classes else {"rmse": 0.0}
+    found = of(names, labels, labels, classes)
+    for name in names:
+        assert (found[name]["standard_error"] is None) is (name != "accuracy")
+        assert (found[name]["gain_error"] is None) is (rows == 1)
+    calls = of({"odd": 0.5}, labels, labels, classes, compute=lambda **_: {"odd": 0.5})["odd"]
+    assert calls["standard_error"] is None and calls["gain_error"] == (None if rows == 1 else 0.0)
+    error = difference_error("rmse", labels, labels, labels + 1.0, Normal(-9.0, 99.0), value=1.0)
+    assert (error is None) is (rows == 1)

@@ -138,6 +138,22 @@ def test_the_best_spans_and_the_entropy_are_those_of_all_spans(batch):
     assert KIND.decision(read).tolist()[0] == [7, 15, start, end]
 
 
+def test_spans_of_tokens_that_share_their_characters_are_one(batch):
+    """As the bytes of an emoji: one draw says what several would."""
+    labels, logits = batch["labels"].clone(), torch.randn(2, *batch["input_ids"].shape[1:], 2)
+    labels[0, 2:, 1:3] = labels[0, 2:, :1]  # the first three tokens have the first one's characters
+    found = KIND.averaged(KIND(logits), labels)[0]
+    spans, every = spans_of(logits, labels)
+    expected = {}
+    for (first, last), p in zip(spans, every.probs.tolist(), strict=True):
+        if last - first < KIND.longest:
+            edges = int(labels[0, 2, first]), int(labels[0, 3, last])
+            expected[edges] = expected.get(edges, 0.0) + p
+    rows = {(int(start), int(end)): p for start, end, p in found[1:].tolist() if p > 0}
+    most = sorted(expected.items(), key=lambda pair: -pair[1])[: KIND.best]
+    assert len(rows) == len(most) and rows == pytest.approx(dict(most), rel=1e-4)
+
+
 def test_spans_of_draws_are_merged():
     draws = [{(0, 3): 0.5, (4, 9): 0.3}, {(4, 9): 0.6, (1, 3): 0.1}, {(4, 9): 0.3}]
     outputs = torch.zeros(3, 1, 6, 3)

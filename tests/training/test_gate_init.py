@@ -387,3 +387,11 @@ def test_the_mode_is_left_as_it_was_and_no_gradient_behind(bert, training):
 def test_no_batch_at_all_is_refused(bert):
     with pytest.raises(ValueError, match="at least one batch of training examples, got none"):
         sensitivity(program_of(bert), [], ranges_of(bert))
+
+
+def test_one_example_gives_finite_means_near_those_of_their_kind():
+    squares = torch.tensor([1.0, 4.0, 16.0, 0.0])[None, :, None]
+    pooled = _pooled(squares, torch.zeros(4))[:, 0]
+    assert bool(pooled.isfinite().all()) and pooled[3] == 0
+    assert pooled[0] >= 1.0 and pooled[2] <= 16.0 and bool((pooled[:3].diff() >= 0).all())
+    assert pooled[2] / pooled[0] < 16.0 / 1.0
