@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -28,12 +28,17 @@ from .registries import ADAPTERS, ELBOS, GUIDES, WEIGHTS
 from .tasks import Task, get_task
 from .tasks.batching import cut_short, held_out, tokenize, unlabelled
 from .tasks.likelihoods import Collate
+from .tasks.names import make_anew
 from .tasks.outcomes import Form
 from .weights.base import build_weights
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +95,18 @@ def check_parts(config: RunConfig) -> None:
     WEIGHTS.resolve(config.weights_of_fits)
 
 
+def require_config(config: object) -> None:
+    """Errors: ValueError for what is no configuration, as a dict."""
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"a run is made of a RunConfig, got {type(config).__name__}: RunConfig(task=..., ...)")
+
+
 def build(config: RunConfig) -> Parts:
     """Everything a run needs, deterministic from config.seed.
 
     Errors: ValueError for whatever the user gave that cannot work; nothing is written.
     """
+    make_anew()
     task = check_names(config)
     glue_dir = Path(os.path.expanduser(config.glue_dir)) if config.glue_dir else None
     seed = config.seed if config.data_seed is None else config.data_seed
@@ -157,6 +169,22 @@ def _findings(
     return found
 
 
+def in_float32(function: Callable[P, T]) -> Callable[P, T]:
+    """Called with torch's default of float32: a user's float64 would give parameters of two precisions."""
+
+    @functools.wraps(function)
+    def called(*arguments: P.args, **settings: P.kwargs) -> T:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return function(*arguments, **settings)
+        finally:
+            torch.set_default_dtype(before)
+
+    return called
+
+
+@in_float32
 def build_program(
     config: RunConfig, task: Task | Form, n_train: int, stored: AdapterLayout | None = None, *,
     prior: Callable[..., Any] | None = None, of: type[BayesianLoRA] = BayesianLoRA,

@@ -28,6 +28,7 @@ WHAT = {  # a training starts from, by the name of its hash in the notes
     "config": "another configuration",
     "data": "other training data: texts, labels or tokenizer have changed since",
     "backbone": "another backbone: its frozen weights have changed since",
+    "code": "other code: a part that is registered has been edited since",
 }
 _AGAIN = "delete its folder to start this run again"
 

@@ -66,6 +66,11 @@ class Registry:
 
         return add
 
+    def forget(self, name: str) -> None:
+        """Remove what a user has registered under a name, if anything."""
+        self._functions.pop(name, None)
+        self._entries.pop(name, None)
+
     def names(self) -> list[str]:
         """The registered names, sorted."""
         return sorted({*self._own, *self._functions})

@@ -24,7 +24,7 @@ import accelerate
 import torch
 from torch import nn
 
-from .build import build, check_names
+from .build import build, check_names, require_config
 from .checkpoint import drop_older, saved_in, trainable
 from .config.data_files import KEY as DATA_FILES
 from .config.data_files import data_hashes, require_same_data
@@ -59,6 +59,7 @@ def train_run(config: RunConfig, *, quiet: bool = False) -> Path:
     that another process is training. Neither leaves anything behind. NotWritten for a full disk. Interrupted after
     SIGTERM, SIGINT or SIGHUP, with a sentence on what is kept.
     """
+    require_config(config)
     folder = config.folder
     if folder.parent.exists() and not folder.parent.is_dir():
         raise ValueError(f"output_dir {config.output_dir!r} is a file: give a folder")

@@ -42,6 +42,11 @@ def is_encodable(text: str) -> bool:
     return True
 
 
+def as_plain(value: Any) -> Any:
+    """A number of NumPy as one of Python, all else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
 def coerce(value: Any, annotation: Any, where: str) -> Any:
     """The value as one of the annotated types, nothing lost on the way: 3 as 3.0, `1e-3` as a number, 4.0 as 4.
 
@@ -50,6 +55,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
     """
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     allowed = typing.get_args(annotation) if union else (annotation,)
+    value = as_plain(value)
     literals = [choice for a in allowed if typing.get_origin(a) is typing.Literal for choice in typing.get_args(a)]
     plain = [a for a in allowed if a in _NOUNS]
     if len(plain) + sum(typing.get_origin(a) is typing.Literal for a in allowed) < len(allowed):

@@ -116,14 +116,16 @@ drawn, drawn_here = pytest.fixture(scope="module")(_drawn), pytest.fixture(_draw
 
 @pytest.fixture
 def forget():
-    """Names that a test registers are taken out again."""
+    """Names that a test registers are taken out again; the package's own stay, whose modules are imported once."""
     from pyro_blora.registries import LISTED
 
-    with pytest.MonkeyPatch.context() as patch:
-        for registry in LISTED.values():
-            patch.setattr(registry, "_functions", dict(registry._functions))
-            patch.setattr(registry, "_entries", dict(registry._entries))
-        yield
+    before = {kind: (dict(registry._functions), dict(registry._entries)) for kind, registry in LISTED.items()}
+    yield
+    for kind, registry in LISTED.items():
+        for held, kept in zip((registry._functions, registry._entries), before[kind], strict=True):
+            own = {name: x for name, x in held.items() if registry.has_own(name) and name not in kept}
+            held.clear()
+            held.update(kept | own)
 
 
 @pytest.fixture(scope="module", params=["bert", "deberta-encoder", "rank-1"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..registries import CHOSEN
-from ..user_values import LARGEST, coerce, shown
+from ..user_values import LARGEST, as_plain, coerce, shown
 
 _DEEPEST = 20  # levels of a setting
 _MOST_VALUES = 10_000  # of the settings of one part
@@ -103,9 +103,18 @@ def _table(name: str, value: Any) -> dict:
         raise ValueError(f"{name} must be a table of settings, got {shown(value)}")
     _require_small(name, value)
     try:
-        return json.loads(json.dumps(dict(value), allow_nan=False))  # a copy, and proof that it can be stored
+        # a copy, and proof that it can be stored
+        return json.loads(json.dumps(dict(value), allow_nan=False, default=_stored))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must hold plain numbers, words and lists, got {shown(value)}: {error}") from error
+
+
+def _stored(value: Any) -> Any:
+    """What JSON has no word for: a path, or a number of NumPy."""
+    found = str(value) if isinstance(value, Path) else as_plain(value)
+    if found is value:
+        raise TypeError(f"{type(value).__name__} has no form in a file")
+    return found
 
 
 def read_files(config: Any) -> None:

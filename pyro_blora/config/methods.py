@@ -106,3 +106,16 @@ def left_open(name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     says = {**method.proposes, **method.fixes}
     owned = tuple(f"{flag}{end}" for flag in says for end in (".", "_settings"))  # of a part that is replaced
     return {flag: value for flag, value in flags.items() if flag not in says and not flag.startswith(owned)}
+
+
+def proposed_settle(proposed: float, kl_warmup: float, given: Mapping[str, Any]) -> float:
+    """A prior's `settle`, which gives way to a longer start, and to who says how the gates learn.
+
+    That is a user, or a run's file, which has the estimator; so a run from before --settle is still one whose gates
+    learned to the end.
+    """
+    learning = {"rest", "estimator", "estimator_settings", "gate_optimizer", "lr_gates", "guide.open_logit"}
+    left = 1 - kl_warmup
+    if given.keys() & learning or not 0 <= left <= 1:  # the latter is refused by who asked
+        return 0.0
+    return round(min(proposed, left), 12)  # 1 - .55 is .45

@@ -1,5 +1,6 @@
 """One run's configuration: a frozen dataclass with its checks, its JSON and its digest."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from ..user_values import suggest
 from .checks import require_valid
 from .config_file import without_machine, without_retired
 from .fields import fit, read_files, targets
-from .methods import METHODS, resolved
+from .methods import METHODS, proposed_settle, resolved
 from .naming import basename, digest, named_after
 
 PRESETS = Path(__file__).parent / "presets"
@@ -151,6 +152,9 @@ class RunConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, fit(field.name, field.type, getattr(self, field.name)))
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        given = {name: copy.copy(getattr(self, name)) for name in usual if getattr(self, name) != usual[name]}
+        object.__setattr__(self, "_given", given)  # before anything is proposed
         if self.method in METHODS:  # an unknown one is refused below
             self._follow_method()
         for part in self.parts:
@@ -163,8 +167,7 @@ class RunConfig:
 
     def _follow_method(self) -> None:
         """Set what the method fixes or proposes."""
-        fields = dataclasses.fields(self)
-        given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        given = {**vars(self)["_given"]}
         for owner in OWNERS:
             given |= {f"{owner}.{key}": value for key, value in given.pop(f"{owner}_settings").items()}
         own = resolved(self.method, given)
@@ -182,17 +185,14 @@ class RunConfig:
         for flag in usual.keys() - given.keys() - own.keys():
             object.__setattr__(self, flag, usual[flag])
         if "settle" not in given and usual["settle"]:
-            object.__setattr__(self, "settle", self._proposed_settle(usual["settle"], given))
+            object.__setattr__(self, "settle", proposed_settle(usual["settle"], cast(float, self.kl_warmup), given))
 
-    def _proposed_settle(self, proposed: float, given: Mapping[str, Any]) -> float:
-        """It gives way to a longer start, and to who says how the gates learn: a user, or a run's file, which has the
-        estimator; so a run from before --settle is still one whose gates learned to the end.
+    def replace(self, **changes: Any) -> Self:
+        """A configuration as this one was given, but for the changes.
+
+        What a former prior or method proposed goes with it; `dataclasses.replace` keeps it, as if it had been given.
         """
-        learning = {"rest", "estimator", "estimator_settings", "gate_optimizer", "lr_gates", "guide.open_logit"}
-        left = 1 - cast(float, self.kl_warmup)
-        if given.keys() & learning or not 0 <= left <= 1:  # the latter is refused below
-            return 0.0
-        return round(min(proposed, left), 12)  # 1 - .55 is .45
+        return type(self)(**{**vars(self)["_given"], **changes})
 
     @property
     def parts(self) -> list[Entry]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.run_config import RunConfig
 from ..gates import Gates
 from ..posterior.calibration import uncertainty
-from ..posterior.draws import draw, draw_weights
+from ..posterior.draws import draw, draw_weights, one_at_a_time
 from ..posterior.prediction import Prediction, predict
 from ..posterior.selection import threshold_for
 from ..posterior.writing import write
@@ -28,7 +28,7 @@ from ..tasks.batching import lengths_of, longest_first, split_labels
 from ..tasks.likelihoods import Rows
 from ..tasks.tabular.cells import as_text
 from ..tasks.writing import Writer
-from ..user_values import shown, suggest
+from ..user_values import coerce, shown, suggest
 from .of_fits import OfFits
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Source:
     held_out: Callable[[], pd.DataFrame]
     others: tuple[Source, ...] = ()
 
+    @one_at_a_time
     def drawn(self, draws: int | None, seed: int | None) -> dict[str, Any]:
         """What `predict` averages over; None: the run's number and seed."""
         config, program = self.config, self.program
@@ -66,10 +67,12 @@ class Source:
         gates, theta = draw(program, count, seed=seed), draw_weights(program, count, seed=seed)
         return {"gates": gates, "weights": theta, "dropout_seed": seed if config.average_over == "dropout" else None}
 
+    @one_at_a_time
     def predict(self, batches: Iterable[tuple[Inputs, Tensor]], **drawn: Any) -> Prediction:
         """drawn: of `drawn`; without it, of the deployed allocation."""
         return predict(self.program, batches, **drawn)
 
+    @one_at_a_time
     def write(
         self, rows: Rows, batch_size: int, gates: Gates[Tensor] | None = None, theta: Tensor | None = None
     ) -> list[str]:
@@ -93,6 +96,13 @@ class Answers:
         self.columns = source.program.text_columns
         if not self.columns:
             raise ValueError("this model does not know its text columns: it was not made from a task")
+        draws, batch_size, seed = (
+            coerce(x, int | None, name) for name, x in (("draws", draws), ("batch_size", batch_size), ("seed", seed))
+        )
+        abstain, coverage, confidence = (
+            coerce(x, float | None, name)
+            for name, x in (("abstain", abstain), ("coverage", coverage), ("confidence", confidence))
+        )
         for name, value in (("draws", draws), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -121,7 +131,7 @@ class Answers:
                 if not self.kind.is_text(cell):
                     raise ValueError(f"row {number} (from 0), {name!r}: {shown(cell)} is no text: leave it out")
         table = self.table(rows, show=True)
-        return table.set_index(texts.index) if hasattr(texts, "columns") and hasattr(texts, "index") else table
+        return table.set_index(texts.index) if hasattr(texts, "iloc") else table  # of a frame or a series of pandas
 
     def table(self, rows: Rows, *, show: bool = False) -> pd.DataFrame:
         """The same of texts by column that are known to be texts."""
@@ -279,3 +289,5 @@ def _require_columns(columns: Sequence[str], have: Sequence[str], where: str) ->
     for name in columns:
         if name not in have:
             raise ValueError(f"{where} has no column {name!r}: {suggest(name, have)}")
+        if have.count(name) > 1:
+            raise ValueError(f"{where} has {have.count(name)} columns {name!r}: rename or drop all but one")

@@ -30,7 +30,7 @@ def export_draws(
 
     seed: of the draws, the run's gives those that it averaged over. Other arguments and errors as in `peft.export`.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     if not program.layout.adapted:

@@ -1,7 +1,9 @@
 """The trained program of a run folder, or of an exported one, with its hashes checked; no code of the task is run."""
 
 import dataclasses
+import functools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def load(
     Errors: ValueError for a folder that holds neither, whose files are damaged or belong to another model, that names
     code which is not allowed, or whose kind of outcome is not registered.
     """
-    run, allow_code = Path(run), (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
+    run, allow_code = Path(run).expanduser(), (allow_code,) if isinstance(allow_code, str) else tuple(allow_code)
     path, source, is_run = _files(run)
     try:
         tensors, notes = read_tensors(path)
@@ -70,30 +72,52 @@ def load(
         read_from = dataclasses.replace(config, backbone_revision=commit or config.backbone_revision)
         if backbone is not None:
             read_from = dataclasses.replace(config, backbone=str(backbone), backbone_revision=None)
-        program = build_program(read_from, task, n_train or rows, layout, prior=prior, of=Model)
-    assert isinstance(program, Model)
-    _freeze_as_older_runs(program, tensors, path.parent)
-    parameters = trainable(program)
-    left_out = (STATED,) if prior is None else (STATED, "prior.")  # of the user's prior what it had learned
-    tensors = {name: x for name, x in tensors.items() if not name.startswith(left_out)}
-    if program.net.layout != layout or set(parameters) != set(tensors):
-        raise ValueError(
-            f"{path} does not fit the model that config.json describes: restore the run folder from a copy"
-        )
+
+        def made(prior: Callable[..., Any] | None) -> Model:
+            program = build_program(read_from, task, n_train or rows, layout, prior=prior, of=Model)
+            assert isinstance(program, Model)
+            if program.net.layout != layout or not _restored(program, tensors, path.parent, prior is None):
+                raise ValueError(
+                    f"{path} does not fit the model that config.json describes: restore the run folder from a copy"
+                )
+            return program
+
+        program = made(prior)
+        own = all(name == "off" or PRIORS.has_own(name) for name in config.prior_names)
+        if prior is None and not own and _has_changed(program, tensors):
+            warnings.warn(
+                f"prior {config.prior!r} is not the one of the training any more, its code was edited: it is replaced "
+                "by its distributions at the end of the training",
+                stacklevel=2,
+            )
+            torch.manual_seed(config.seed)
+            program = made(_at_the_end(tensors))
     require_backbone(program, notes, config)
+    further = range(1, config.fits) if is_run and config.is_ensemble else ()
+    members = [run / "restarts" / f"seed-{config.seed + i}" for i in further]
+    others = functools.partial(_sources, members, allow_code, backbone)  # of this module: it can be pickled
+    program.is_of(config, path.parent, run if is_run else None, others)
+    return program.eval()
+
+
+def _sources(members: Iterable[Path], allow_code: tuple[str, ...], backbone: str | Path | None) -> tuple[Source, ...]:
+    """The further fits of an ensemble.  Errors: ValueError where one is missing."""
+    if missing := [folder for folder in members if not folder.is_dir()]:
+        raise ValueError(f"a member of the ensemble is missing, {missing[0]}: copy the whole run folder")
+    return tuple(load(folder, allow_code=allow_code, backbone=backbone).source for folder in members)
+
+
+def _restored(program: Model, tensors: Mapping[str, Tensor], adapter: Path, with_prior: bool) -> bool:
+    """Put what was trained into a program; False where it has other parts.  with_prior: and what its prior learned."""
+    _freeze_as_older_runs(program, tensors, adapter)
+    parameters, left_out = trainable(program), (STATED,) if with_prior else (STATED, "prior.")
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(left_out)}
+    if set(parameters) != set(tensors):
+        return False
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-    def others() -> tuple[Source, ...]:
-        seeds = range(config.seed + 1, config.seed + config.fits) if is_run and config.is_ensemble else ()
-        folders = [run / "restarts" / f"seed-{seed}" for seed in seeds]
-        if missing := [folder for folder in folders if not folder.is_dir()]:
-            raise ValueError(f"a member of the ensemble is missing, {missing[0]}: copy the whole run folder")
-        return tuple(load(folder, allow_code=allow_code, backbone=backbone).source for folder in folders)
-
-    program.is_of(config, path.parent, run if is_run else None, others)
-    return program.eval()
+    return True
 
 
 def _freeze_as_older_runs(program: Model, tensors: Mapping[str, Tensor], adapter: Path) -> None:
@@ -164,8 +188,26 @@ def _task(config: RunConfig, notes: Mapping[str, str], path: Path) -> Task | For
 def _prior(config: RunConfig, tensors: Mapping[str, Tensor]) -> Callable[..., Any] | None:
     """None for the one that the configuration names; else a function in its place, of the distributions at the end."""
     usable = (may_run(name) if is_of_file(name) else name in ("off", *PRIORS.names()) for name in config.prior_names)
-    if all(usable) or not all(f"{STATED}{site}" in tensors for site in "zg"):
+    if all(usable) or not _states_prior(tensors):
         return None
+    return _at_the_end(tensors)
+
+
+def _states_prior(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the file has the prior at the end of the training; older ones have not."""
+    return all(f"{STATED}{site}" in tensors for site in "zg")
+
+
+def _has_changed(program: Model, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the prior, after what it had learned is restored, is another one than at the end of the training."""
+    if not _states_prior(tensors):
+        return False
+    pairs = ((q.log_probs, tensors[f"{STATED}{site}"]) for site, q in zip("zg", program.prior(), strict=True))
+    return not all(a.shape == b.shape and torch.allclose(a.detach(), b, atol=1e-4) for a, b in pairs)
+
+
+def _at_the_end(tensors: Mapping[str, Tensor]) -> Callable[..., Gates[NestedBernoulli]]:
+    """A prior of the distributions at the end of the training."""
 
     def at_the_end(layout: AdapterLayout) -> Gates[NestedBernoulli]:
         return Gates(*(NestedBernoulli(tensors[f"{STATED}{site}"]) for site in "zg"))

@@ -43,7 +43,7 @@ def merge(
 
     Arguments and errors as in `peft.export`.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not program.layout.adapted:
         raise ValueError("after full fine-tuning there is no adapter to merge: --format peft writes the whole model")
     with new_folder(folder, "a model") as partial:

@@ -66,7 +66,8 @@ def export_onnx(
     Errors: as there; ImportError without the extra `onnx`; ValueError for a network that torch.onnx cannot export;
     RuntimeError if onnxruntime's logits are not the program's.
     """
-    with new_folder(Path(folder), "a model") as partial:
+    folder = Path(folder).expanduser()
+    with new_folder(folder, "a model") as partial:
         with tempfile.TemporaryDirectory() as place:
             packed = load_packed(pack(program, Path(place) / "packed", rows=rows))
             model = load_packed(Path(place) / "packed")
@@ -104,7 +105,7 @@ def export_onnx(
         write_manifest(partial / MANIFEST, content)
         size = (partial / MODEL).stat().st_size
         write_card(partial, about, cards.onnx(about, products, gaps, size, fast, tokenizer=tokenizer), measured)
-    return Path(folder)
+    return folder
 
 
 def _example(model: Any, head: Head, tokenizer: Any, held_out: HeldOut | None) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def pack(
     Errors: FileExistsError; ValueError for a network that has no such form; RuntimeError if what was written does not
     predict what the program predicts (nothing is left behind then).
     """
-    folder, net = Path(folder), program.net
+    folder, net = Path(folder).expanduser(), program.net
     _require_form(net)
     if merged and (reference or not net.layout.adapted):
         raise ValueError("a merged base is not the one to refer to, and needs an adapter: drop one of the two options")

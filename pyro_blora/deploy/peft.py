@@ -63,7 +63,7 @@ def export(
     Errors: FileExistsError; RuntimeError if what was written does not predict what the program predicts (nothing is
     left behind then).
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with new_folder(folder, "an adapter") as partial:
         plain = plain_backbone(program.net)
         ranks: dict[str, int] = {}

@@ -6,7 +6,10 @@ Shapes: S draws; z (S, L, T, K), g (S, L, R - 1).
 """
 
 import contextlib
-from typing import NamedTuple
+import functools
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +19,11 @@ from ..bops import BOPs, expected_bops
 from ..gates import Gates, NestedBernoulli
 from ..guides.base import components, draw_gates, log_prob
 from ..program import BayesianLoRA, GateProgram
+from ..user_values import suggest
 
+P = ParamSpec("P")
+T = TypeVar("T")
+_ALONE = threading.RLock()
 _KL_DRAWS = 100
 _OTHER_STREAM = 0x5EED_0F_7E7A  # of the weights' draws, whose seed differs from the gates' in these bits
 
@@ -75,10 +82,12 @@ def draw(program: BayesianLoRA, draws: int, *, seed: int = 0, distribution: str 
     """Discrete draws of all gates, from the guide's `posterior` or from the `prior`.
 
     The same seed gives the same draws on every process, and leaves the global generator as it was.
-    Errors: ValueError for fewer than one draw.
+    Errors: ValueError for fewer than one draw, and for another distribution.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
+    if distribution not in (known := ("posterior", "prior")):
+        raise ValueError(f"unknown distribution {distribution!r}: {suggest(distribution, known)}")
     with seeded(program, seed):
         if distribution == "posterior":
             return draw_gates(program.gate_guide, draws)
@@ -144,6 +153,17 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
             for (site, part), own in zip(parts.items(), before, strict=True) for each in site
         }  # fmt: skip
     return Rates(tuple(names), torch.cat(posterior, -1), torch.cat(before, -1), log_ratio, gates)
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Called in one thread after the other: gates are set in the network, and seeds in the whole process."""
+
+    @functools.wraps(function)
+    def called(*arguments: P.args, **settings: P.kwargs) -> T:
+        with _ALONE:
+            return function(*arguments, **settings)
+
+    return called
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def write_report(folder: str | Path, *, sections: Iterable[str] = ()) -> Path:
     sections: of a run's page, beside those that are registered: functions in files, `file.py:function`.
     Errors: ValueError for a folder that is neither; NotWritten, which leaves the older page.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     page = _run_page(RunFiles(folder), sections) if (folder / "summary.json").is_file() else _grid_page(folder)
     replace_text(folder / REPORT, page)
     return folder / REPORT

@@ -20,7 +20,7 @@ from .warnings import is_over_draws, weights_name
 
 def show_run(folder: str | Path) -> None:
     """Print the result of a finished run, and what can be done next.  Errors: ValueError for a folder that is none."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     require_whole(folder, ["summary.json"])
     run = RunFiles(folder)
     summary = run.summary

@@ -73,6 +73,7 @@ def app_of(desk: Desk, serving: Serving) -> Guard:
         limits = {name: getattr(serving, name) for name in ("max_texts", "max_characters", "max_bytes", "rate")}
         return {**about, "limits": limits}
 
+    @app.head("/health", include_in_schema=False)  # as load balancers ask
     @app.get("/health", summary="200 while texts are answered")
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok" if work.is_open else "ending", "waiting": work.waiting},

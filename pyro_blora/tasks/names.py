@@ -12,7 +12,24 @@ from ..registries import TASKS
 from ..registry import REQUIRED, Maker
 from .base import Task
 
+
+class _Given:
+    """A function that returns a task which a user has given."""
+
+    def __init__(self, task: Task):
+        self.task, self.__doc__ = task, task.__doc__
+
+    def __call__(self) -> Task:
+        return self.task
+
+
 _MADE: dict[tuple[Callable[..., Task], str], tuple[str, Task]] = {}  # once, of the same files: (their state, the task)
+
+
+def make_anew() -> None:
+    """Users' functions are called again for their tasks, as they may read files: every run reads what is there."""
+    for key in [key for key in _MADE if not key[0].__module__.startswith(f"{__package__}.")]:
+        del _MADE[key]
 
 
 def task_names() -> tuple[str, ...]:
@@ -65,24 +82,23 @@ def register_task(task: Maker) -> Maker: ...
 
 
 def register_task(task: Any = None, **declared: Any) -> Any:
-    """Make a task known by its name, which is given once: a `Task`, or as a decorator the function that returns it.
+    """Make a task known by its name: a `Task`, or as a decorator the function that returns it.
 
+    A `Task` takes the place of one that was given before, as where a notebook's cell runs again.
     declared: what else `registry_entries.Entry` has.
 
-    Errors: ValueError for a name that is taken, and for what would otherwise fail when a training has ended.
+    Errors: ValueError for a name that a task of the package or of a function has, and for what would otherwise fail
+    when a training has ended.
     """
     if task is None or isinstance(task, str) or (callable(task) and not isinstance(task, type)):
         return TASKS.register(task, **declared)
     if not isinstance(task, Task):
         raise ValueError(f"register_task takes a Task, got {type(task).__name__}: Task(name=..., load=..., ...)")
     task.require_usable()
-    if task.name in TASKS.names():
+    if task.name in TASKS.names() and not isinstance(TASKS.resolve(task.name), _Given):
         if REQUIRED in TASKS.entry(task.name).settings.values() or get_task(task.name) != task:
             raise ValueError(f"the task name {task.name!r} is taken: give the new task another name")
         return task
-
-    def given() -> Task:
-        return task
-
-    TASKS.register(task.name)(given)
+    TASKS.forget(task.name)
+    TASKS.register(task.name)(_Given(task))
     return task

@@ -6,18 +6,37 @@ a second for 1 GB of frozen weights, once, before they are moved to a device.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 from typing import TYPE_CHECKING
 
 from ..build import Parts
+from ..config.run_config import RunConfig
 from ..provenance import frozen_hash
+from ..registries import CHOSEN
+from ..user_code import is_of_file
 
 if TYPE_CHECKING:
     import datasets
 
 
 def identity(parts: Parts) -> dict[str, str]:
-    return {"config": parts.config.digest, "data": _of_rows(parts.tokens), "backbone": frozen_hash(parts.program)[:16]}
+    found = {"config": parts.config.digest, "data": _of_rows(parts.tokens), "backbone": frozen_hash(parts.program)[:16]}
+    code = _of_registered(parts.config)
+    return found | ({"code": code} if code else {})
+
+
+def _of_registered(config: RunConfig) -> str:
+    """Of the text of parts that a user has registered: the configuration has their names alone. "" without any."""
+    digest = hashlib.sha256()
+    for kind, registry in CHOSEN.items():
+        for name in config.prior_names if kind == "prior" else [getattr(config, kind)]:
+            if name in (None, "off") or is_of_file(name) or registry.has_own(name):
+                continue
+            with contextlib.suppress(OSError, TypeError):  # made by exec, or no function
+                digest.update(f"{kind} {name} {inspect.getsource(registry.resolve(name))}".encode())
+    return digest.hexdigest()[:16] if digest.digest() != hashlib.sha256().digest() else ""
 
 
 def _of_rows(tokens: dict[str, datasets.Dataset]) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from .. import adapters
 from ..adapters.input_pca import explained_variances
-from ..build import Parts, build
+from ..build import Parts, build, require_config
 from ..checkpoint import saved_in
 from ..config.run_config import RunConfig
 from ..deploy.peft import require_exportable
@@ -50,7 +50,9 @@ _STARTING_EXAMPLES = 256  # to initialize the gates: mean squares with a standar
 _SHOWN = 16  # numbers of rows that an error lists
 
 
-def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, until: int | None = None) -> Trained:
+def fit(
+    config: RunConfig, *, folder: str | Path | None = None, quiet: bool = False, until: int | None = None
+) -> Trained:
     """Train the run that `config` describes.
 
     folder: where metrics.jsonl and checkpoints/ are kept, and found again after an interruption; None keeps nothing.
@@ -58,18 +60,16 @@ def fit(config: RunConfig, *, folder: Path | None = None, quiet: bool = False, u
     Errors: ValueError, see `build`, before anything is written; where the training diverges; NotWritten for a full
     disk. Interrupted after SIGTERM, SIGINT or SIGHUP, with a checkpoint of the step that was in progress.
     """
+    require_config(config)
     with silenced(quiet):
-        return _fit(config, folder, until)
+        return _fit(config, None if folder is None else Path(folder).expanduser(), until)
 
 
 def _fit(config: RunConfig, folder: Path | None, until: int | None) -> Trained:
     if config.tracker and folder is None:
         raise ValueError(f"tracker {config.tracker!r} needs a folder to write to: fit(config, folder=...)")
-    accelerator = accelerate.Accelerator(
-        cpu=not torch.cuda.is_available(),  # exact BOPs are float64, which Apple's GPUs do not have
-        log_with=config.tracker,
-        project_dir=folder,
-    )
+    cpu = not torch.cuda.is_available()  # exact BOPs are float64, which Apple's GPUs do not have
+    accelerator = accelerate.Accelerator(cpu=cpu, log_with=config.tracker, project_dir=folder)
     if config.tracker and not accelerator.log_with:
         raise ValueError(
             f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or drop --tracker"

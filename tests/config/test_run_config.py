@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -519,3 +520,33 @@ def test_whole_numbers_beyond_a_float_have_digests_of_their_own():
 def test_an_empty_preset_is_refused(capsys):
     assert main(["train", "--preset", ""]) == 2
     assert "unknown preset ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [
+    {"prior": "budget"}, {"adapter": "xs"}, {"guide": "fixed_rank"}, {"gate_optimizer": "adam"}, {"method": "adalora"},
+    {"prior": "budget", "kl_warmup": 0.7}, {"method": "bayesian_lora", "prior": "nested"},
+])  # fmt: skip
+@pytest.mark.parametrize("first", [{}, {"seed": 3, "lr": 2e-3}, {"prior": "budget"}, {"prior_settings": {"rate": 2}}])
+def test_what_is_replaced_is_as_if_it_had_been_given_at_once(first, changes):
+    """Of another prior other settings are wrong, so they go with it."""
+    changes |= {"prior_settings": {}} if "prior_settings" in first and "prior" in changes else {}
+    if "prior" in first and "method" in changes and "prior" not in changes:
+        return  # a method that has a prior of its own
+    config = RunConfig(**first)
+    assert config.replace(**changes) == RunConfig(**first | changes) and config == RunConfig(**first)
+    assert config.replace(**changes).replace(seed=9) == RunConfig(**first | changes | {"seed": 9})
+
+
+def test_numbers_of_numpy_and_paths_are_numbers_and_texts(tmp_path):
+    of_numpy = RunConfig(
+        rank=np.int64(4), epochs=np.int32(3), lr=np.float64(1e-3), share_inputs=np.bool_(True),
+        prior_settings={"rate": np.int64(2)}, task="files", task_settings={"data": tmp_path / "x.csv"},
+    )  # fmt: skip
+    plain = RunConfig(
+        rank=4, epochs=3, lr=1e-3, share_inputs=True, prior_settings={"rate": 2}, task="files",
+        task_settings={"data": str(tmp_path / "x.csv")},
+    )  # fmt: skip
+    assert of_numpy == plain and of_numpy.to_json() == plain.to_json() and type(of_numpy.rank) is int
+    for wrong in (np.array([1, 2]), object()):
+        with pytest.raises(ValueError, match="prior_settings must hold plain numbers, words and lists"):
+            RunConfig(prior_settings={"rate": wrong})

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -398,3 +400,61 @@ def test_a_kind_of_outcome_that_is_not_registered_says_what_to_import(backbone, 
     export(trained.program, tmp_path / "adapter", config=config, tokenizer=trained.parts.tokenizer)
     with pytest.raises(ValueError, match=r"outcome .*Odd is not registered here: put @register_likelihood"):
         load(tmp_path / "adapter", backbone=backbone)
+
+
+# --- as from a notebook, or from an application of one's own ----------------------------------------------------------
+
+
+def test_a_series_keeps_its_index(model):
+    texts = pd.Series(["a good film", "the dog", "a cat"], index=[2, 0, 1])
+    found, alone = model.predict(texts), model.predict([*texts])
+    assert [*found.index] == [2, 0, 1]
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), alone)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"draws": 2.5}, "draws must be a whole number or none, got 2.5"), ({"draws": True}, "draws must be a whole"),
+    ({"seed": 1.5}, "seed must be a whole number"), ({"confidence": "high"}, "confidence must be a number or none"),
+    ({"batch_size": [1]}, "batch_size must be a whole number"),
+])  # fmt: skip
+def test_an_option_of_another_type_is_one_sentence(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict(["a"], **options)
+
+
+def test_a_column_that_is_there_twice_is_refused_and_numpys_numbers_are_numbers(model):
+    twice = pd.DataFrame([["a", "b"]], columns=["sentence", "sentence"])
+    with pytest.raises(ValueError, match="the frame has 2 columns 'sentence': rename or drop all but one"):
+        model.predict(twice)
+    pd.testing.assert_frame_equal(
+        model.predict(["a"], draws=np.int64(2), confidence=np.float32(0.5)),
+        model.predict(["a"], draws=2, confidence=0.5),
+    )
+
+
+def test_threads_answer_as_one_after_the_other(model):
+    texts = [f"the {word} painted the bike" for word in ("soldier", "dog", "boy", "teacher")] * 3
+    expected = [model.predict([text], draws=4) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda text: model.predict([text], draws=4), texts)]
+    for one, other in zip(found, expected, strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    assert model.net.gate_context.gates is None
+
+
+def test_a_loaded_model_can_be_pickled(model):
+    copy = pickle.loads(pickle.dumps(model))
+    pd.testing.assert_frame_equal(copy.predict(["the dog"]), model.predict(["the dog"]))
+
+
+def test_a_default_of_float64_changes_no_number(run, model):
+    expected = model.predict(["the dog", "a cat"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        loaded = load(run)
+        found = loaded.predict(["the dog", "a cat"])
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    pd.testing.assert_frame_equal(found, expected)

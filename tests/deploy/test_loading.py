@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import shutil
+import sys
 
+import pandas as pd
 import pytest
 import torch
 from models import weighted_net, weighted_program
@@ -17,7 +21,8 @@ from pyro_blora.__main__ import main
 from pyro_blora.build import build
 from pyro_blora.checkpoint import read_tensors, write_tensors
 from pyro_blora.config import RunConfig
-from pyro_blora.deploy import export
+from pyro_blora.deploy import export, export_draws, merge, pack
+from pyro_blora.posterior import marginals
 from pyro_blora.provenance import frozen_hash
 from pyro_blora.registry import Registry
 from pyro_blora.run import train_run
@@ -291,3 +296,61 @@ def test_a_new_pooler_is_resumed_on_another_processor(without_pooler, tmp_path, 
     for name, p in found.items():
         if p.requires_grad:
             assert torch.equal(p.detach(), state[f"parameter/{name}"])
+
+
+REGISTERED = """
+import torch
+from pyro_blora.gates import Gates, NestedBernoulli
+from pyro_blora.registries import register_prior
+
+@register_prior
+def late71(layout):
+    return Gates(*(NestedBernoulli.from_rate(torch.full(shape, 0.5)) for shape in (layout.z_shape, layout.g_shape)))
+"""
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch, forget):
+    """Runs a text as a notebook's cell does, whose source `inspect` finds; the former one's functions are replaced."""
+
+    def ran(text):
+        path = tmp_path / f"cell-{hashlib.sha256(text.encode()).hexdigest()[:8]}.py"
+        path.write_text(text)
+        exec(compile(text, str(path), "exec"), vars(sys.modules["__main__"]))
+
+    return ran
+
+
+def test_a_registered_prior_that_was_edited_is_replaced_by_what_it_was(backbone, tmp_path, cell):
+    cell(REGISTERED)
+    config = tiny_config(backbone, prior="late71", max_train=32, epochs=1, output_dir=str(tmp_path / "runs"))
+    folder = train_run(config)
+    whole = load(folder)
+    cell(REGISTERED.replace("0.5", "5.0"))
+    with pytest.warns(UserWarning, match="prior 'late71' is not the one of the training any more, its code was edited"):
+        edited = load(folder)
+    for one, other in zip(marginals(edited), marginals(whole), strict=True):
+        torch.testing.assert_close(one, other)
+    pd.testing.assert_frame_equal(edited.predict(["the dog"]), whole.predict(["the dog"]))
+
+
+def test_a_training_is_not_resumed_under_an_edited_part(backbone, tmp_path, cell):
+    cell(REGISTERED)
+    config = tiny_config(backbone, prior="late71", max_train=32)
+    fit(config, folder=tmp_path / "run", until=2)
+    cell(REGISTERED.replace("0.5", "5.0"))
+    with pytest.raises(ValueError, match="is of other code: a part that is registered has been edited since"):
+        fit(config, folder=str(tmp_path / "run"))
+    cell(REGISTERED)
+    assert len(fit(config, folder=tmp_path / "run").metrics) == 4
+
+
+@pytest.mark.parametrize("writer", [export, merge, functools.partial(export_draws, draws=1), pack])
+def test_the_home_folder_is_where_it_is(run, tmp_path, monkeypatch, writer):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    model = load(run)
+    assert writer(model, "~/out") == tmp_path / "home" / "out" and not (tmp_path / "~").exists()
+    shutil.copytree(run, tmp_path / "home" / "run")
+    assert load("~/run").n_train == model.n_train

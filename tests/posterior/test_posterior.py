@@ -143,6 +143,8 @@ def test_the_mean_kl_is_that_of_the_program_and_leaves_the_generator_alone(guide
 def test_no_draws_and_no_examples_are_refused():
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         draw(program(), 0)
+    with pytest.raises(ValueError, match="unknown distribution 'posteriour': did you mean 'posterior'"):
+        draw(program(), 1, distribution="posteriour")
     with pytest.raises(ValueError, match="no examples"):
         predict(program(), [])
 

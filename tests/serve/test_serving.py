@@ -302,6 +302,8 @@ def test_what_no_request_may_be(url):
         assert found.status_code == code and found.json()["error"].startswith(sentence)
         assert found.headers["x-content-type-options"] == "nosniff" and "server" not in found.headers
     assert requests.get(f"{url}/health").json() == {"status": "ok", "waiting": 0}
+    asked = requests.head(f"{url}/health")  # as load balancers do
+    assert asked.status_code == 200 and asked.content == b""
     assert {"/predict", "/health"} <= {*requests.get(f"{url}/openapi.json").json()["paths"]}
 
 

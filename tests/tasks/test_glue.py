@@ -13,7 +13,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from tiny import save_tiny_backbone, tiny_config
 
+from pyro_blora.build import build
 from pyro_blora.registries import TASKS as REGISTERED
 from pyro_blora.registry import REQUIRED
 from pyro_blora.tasks import get_task, register_task, task_names
@@ -281,13 +283,16 @@ def test_the_demo_and_the_nine_tasks_are_known():
     assert all(get_task(name).name == name for name in task_names() if needs_nothing(name))
 
 
-def test_a_registered_task_is_found_and_its_name_is_given_once(forget):
+def test_a_registered_task_is_found_and_takes_the_place_of_one_before_and_not_of_the_packages(forget):
     mine = replace(TASKS["cola"], name="mine", make_metric=partial(GlueScore, "cola"))
     assert register_task(mine) is mine
     assert get_task("mine") is mine
     assert register_task(mine) is mine
-    with pytest.raises(ValueError, match="'mine' is taken"):
-        register_task(replace(mine, text_columns=("other",)))
+    other = register_task(replace(mine, text_columns=("other",)))  # as where a notebook's cell is edited and runs again
+    assert get_task("mine") is other and get_task("mine") != mine
+    with pytest.raises(ValueError, match="'cola' is taken"):
+        register_task(replace(mine, name="cola"))
+    assert get_task("cola") is TASKS["cola"]
 
 
 def test_the_tasks_of_the_package_could_be_registered():
@@ -449,3 +454,24 @@ def test_a_head_of_the_wrong_size_and_a_missing_scale_are_refused():
         get_task("sst2").likelihood(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="standard deviation"):
         get_task("stsb").likelihood(torch.zeros(4, 1))
+
+
+def test_a_users_function_reads_its_file_again_for_every_run(tmp_path, monkeypatch, forget):
+    def wrote(*labels):
+        rows = [f"a film of {number} parts,{label}\n" for number in range(30) for label in labels]
+        (tmp_path / "films.csv").write_text("text,label\n" + "".join(rows))
+
+    wrote("good", "bad")
+    (tmp_path / "films.py").write_text(f"""
+import pandas as pd
+from pyro_blora.tasks import from_frame
+def films():
+    return from_frame('films', pd.read_csv('{tmp_path}/films.csv'), text='text', label='label')
+""")
+    config = tiny_config(save_tiny_backbone(tmp_path / "tiny", letters=True), task=f"{tmp_path}/films.py:films",
+                         max_train=None)  # fmt: skip
+    before = build(config)
+    assert get_task(config.task) is get_task(config.task)
+    wrote("good", "bad", "odd")
+    now = build(config)
+    assert len(now.rows["train"]) > len(before.rows["train"]) and now.task.likelihood.names == ("bad", "good", "odd")

@@ -17,6 +17,7 @@ from pyro_blora.build import build
 from pyro_blora.checkpoint import load_checkpoint, save_checkpoint, trainable
 from pyro_blora.config import RunConfig
 from pyro_blora.priors import Budget
+from pyro_blora.run import train_run
 from pyro_blora.tasks import from_frame, get_task, register_task
 from pyro_blora.tasks.batching import epoch_order
 from pyro_blora.training import Schedule, fit, make_optimizer, natural_gradient, resuming
@@ -493,3 +494,9 @@ def test_pictures_are_bright_where_gates_are_open_and_grey_where_there_are_none(
             assert np.abs(cell(bits, i, t) - colour.astype(float)).max() <= 1
         colour = np.full(3, 128) if not projection.adapted else dark if i == 1 else bright
         assert np.abs(cell(rank, i, 0) - colour.astype(float)).max() <= 1
+
+
+def test_what_is_no_configuration_is_one_sentence():
+    for trains in (fit, train_run):
+        with pytest.raises(ValueError, match=r"a run is made of a RunConfig, got dict: RunConfig\(task=..., ...\)"):
+            trains({"task": "acceptability"})
