@@ -106,7 +106,9 @@ def test_it_is_learned_and_its_scores_stand_beside_the_constant_answer(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["metric"]["name"] == "micro_f1" and set(summary["scores"]) == {"micro_f1", "macro_f1", "exact_match"}
     beside = summary["beside"]
-    assert summary["metric"]["value"] > beside["micro_f1"]["constant"] + 2 * beside["micro_f1"]["standard_error"]
+    assert summary["metric"]["value"] > beside["micro_f1"]["constant"] + 2 * (
+        beside["micro_f1"]["standard_error"] or 0.0
+    )
     assert summary["nll"] < beside["nll"]["constant"]
     assert summary["ece"]["value"] is None and summary["accuracy"] is None and summary["calibration"] == {}
     assert set(summary["nll_per_label"]) == set(NAMES)

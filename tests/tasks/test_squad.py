@@ -125,7 +125,7 @@ def test_it_is_learned_and_its_scores_are_those_of_the_answers_texts(run):
     assert summary["n_train"] == 96 and summary["n_eval"] == 24  # questions, not windows
     assert summary["metric"]["name"] == "f1"
     beside = summary["beside"]
-    assert summary["scores"]["f1"] > beside["f1"]["constant"] + 2 * beside["f1"]["standard_error"]
+    assert summary["scores"]["f1"] > beside["f1"]["constant"] + 2 * (beside["f1"]["standard_error"] or 0.0)
     assert summary["nll"] < beside["nll"]["constant"]
     table = pd.read_parquet(run / "predictions.parquet")
     assert summary["scores"] == pytest.approx(of_torchmetrics([*zip(table["answer"], table["answers"], strict=True)]))
