@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +53,11 @@ class Measured(NamedTuple):
         return f"{self.rows:,} held-out rows: {score}{nll}; {differ}"
 
 
+def _plain(cell: Any) -> Any:
+    """A list in place of the array that Parquet has for one."""
+    return cell.tolist() if isinstance(cell, np.ndarray) else cell
+
+
 class HeldOut:
     """The held-out rows of a run, encoded and in batches as the run evaluated them.
 
@@ -63,8 +69,8 @@ class HeldOut:
         self.source, self.run = source, run
         self.kind, self.table = source.program.likelihood, source.held_out()
         columns, tokenizer, config = source.program.text_columns, source.tokenizer, source.config
-        rows: dict[str, Any] = {name: self.table[name].tolist() for name in columns}
-        labels = {"label": self.table["label"].tolist()}
+        rows = {name: [*map(_plain, self.table[name])] for name in columns}
+        labels = {"label": [*map(_plain, self.table["label"])]}
         self._encoded = {**labels, **self.kind.encode(tokenizer, {**rows, **labels}, columns, config.max_length)}
         self._batches = longest_first(lengths_of(self._encoded), 2 * config.batch_size)
         self.measured: Measured | None = None

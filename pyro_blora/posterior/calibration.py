@@ -7,6 +7,8 @@ Uziel and El-Yaniv (2019) for its area; Bröcker and Smith (2007) for what a cal
 McNeil (1982) for the error of an AUROC.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -131,7 +133,7 @@ def uncertainty(outputs: Tensor) -> tuple[Tensor, Tensor]:
 def selective_accuracy(mean: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy on the share of the examples with the highest confidence, by share."""
     confidence, decision = mean.max(-1)
-    right = (decision == labels)[confidence.argsort(descending=True, stable=True)].double()
+    right = _in_order((decision == labels).double(), confidence)
     return {f"{share:g}": right[: _answered(share, len(right))].mean().item() for share in COVERAGES}
 
 
@@ -139,10 +141,18 @@ def aurc(confidence: Tensor, right: Tensor) -> float:
     """Area under the risk-coverage curve: the share of wrong answers among the k most confident, averaged over all k.
 
     confidence, right: (E,). 0 where everything is right; where the confidence says nothing, about the share of wrong
-    answers. Equal confidences keep their order.
+    answers. Of equal confidences each counts as their mean, as if they came in a random order.
     """
-    wrong = 1 - right[confidence.argsort(descending=True, stable=True)].double()
+    wrong = 1 - _in_order(right.double(), confidence)
     return (wrong.cumsum(0) / torch.arange(1, len(wrong) + 1, device=wrong.device)).mean().item()
+
+
+def _in_order(x: Tensor, confidence: Tensor) -> Tensor:
+    """(E,) from the most to the least confident; of equal ones their mean."""
+    order = confidence.argsort(descending=True, stable=True)
+    _, group, count = confidence[order].unique_consecutive(return_inverse=True, return_counts=True)
+    sums = x.new_zeros(len(count)).index_add(0, group, x[order])
+    return (sums / count)[group]
 
 
 def _answered(share: float, n: int) -> int:
@@ -186,5 +196,6 @@ def fit_temperature(mean: Tensor, labels: Tensor) -> float:
 
 
 def at_temperature(mean: Tensor, temperature: float) -> Tensor:
-    """Probabilities (..., C) at a temperature; 1 leaves them."""
-    return (mean.double().clamp(min=_TINY).log() / temperature).softmax(-1)
+    """Probabilities (..., C) at a temperature; 1 leaves them, and 0 stays 0, as of a letter that a question lacks."""
+    logits = mean.double().clamp(min=_TINY).log() / temperature
+    return logits.masked_fill(mean == 0, -math.inf).softmax(-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .columns import beside, numbers
 from .conformal import ClassSets
+from .divergences import of_classes
 from .label_scores import by_label
 from .likelihoods import Likelihood, register_likelihood
 
@@ -76,6 +77,9 @@ class Categorical(Likelihood):
 
     def averaged(self, distribution: dist.Categorical, labels: Tensor) -> Tensor:
         return distribution.probs
+
+    def divergence(self, teacher: Any, student: Any, labels: Tensor) -> Tensor:
+        return of_classes(teacher, student)
 
     def decision(self, mean: Tensor) -> Tensor:
         return mean.argmax(-1)

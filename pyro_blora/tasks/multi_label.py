@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .divergences import of_labels
 from .label_scores import by_label
 from .likelihoods import Likelihood, register_likelihood
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _CONSTANTS = 50  # numbers of labels that are tried as the constant answer
-_SMOOTHED = 0.5  # of an example, for frequencies of labels that all or none have: Jeffreys
 
 
 class _Bernoulli(dist.Bernoulli):  # type: ignore[misc]  # made at run time by Pyro, with no type
@@ -106,17 +106,25 @@ class MultiLabel(Likelihood):
         return LabelF1()
 
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Numbers of the most frequent labels, every one up to 50: the best for F1 is among them, and that of each
-        label alone. Of more labels about as many as an example has."""
+        """The most frequent set of labels, which matches most often; and numbers of the most frequent labels, every one
+        up to 50: the best for F1 is among them, and that of each label alone. Of more labels about as many as an
+        example has."""
         order = np.argsort(-labels.mean(0), kind="stable")
         first = int(np.clip(round(labels.sum(1).mean()) - _CONSTANTS // 2, 0, max(0, self.outputs - _CONSTANTS)))
         counts = range(first, min(self.outputs, first + _CONSTANTS) + 1)
-        answers = [np.isin(np.arange(self.outputs), order[:count]).astype(int) for count in counts]
+        _, rows, times = np.unique(np.packbits(labels > 0, axis=1), axis=0, return_index=True, return_counts=True)
+        answers = [labels[rows[times.argmax()]]]
+        answers += [np.isin(np.arange(self.outputs), order[:count]).astype(int) for count in counts]
         return [np.broadcast_to(answer, labels.shape) for answer in answers]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
-        shares = (labels.sum(0) + _SMOOTHED) / (len(labels) + 2 * _SMOOTHED)
-        return np.asarray((labels * np.log(shares) + (1 - labels) * np.log1p(-shares)).sum(1))
+        from scipy.special import xlog1py, xlogy
+
+        shares = labels.mean(0)
+        return np.asarray((xlogy(labels, shares) + xlog1py(1 - labels, -shares)).sum(1))
+
+    def divergence(self, teacher: Any, student: Any, labels: Tensor) -> Tensor:
+        return of_labels(teacher.base_dist, student.base_dist)
 
     def fisher_directions(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         return self.in_eigenbasis(logits, scale)

@@ -18,10 +18,10 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from .categorical import Categorical
 from .causal_lm import LANGUAGE_MODEL
+from .divergences import of_classes
 from .fisher import in_eigenbasis
 from .likelihoods import IGNORED, PAD_TO, Collate, Rows, register_likelihood
 from .prompts import end_of, prompt_ids, text_ids
@@ -195,4 +195,4 @@ class MultipleChoice(Categorical):
         return found.scatter(-2, place.expand_as(at_place), at_place)
 
     def divergence(self, teacher: Any, student: Any, labels: Tensor) -> Tensor:
-        return kl_divergence(teacher.letters(labels), student.letters(labels))
+        return of_classes(teacher.letters(labels), student.letters(labels))

@@ -128,7 +128,7 @@ class Normal(Likelihood):
         return GlueScore("normal")
 
     def constants(self, labels: np.ndarray) -> list[np.ndarray]:
-        return [np.full(len(labels), labels.mean())]
+        return [np.full(len(labels), labels.mean()), np.full(len(labels), np.median(labels))]
 
     def constant_log_scores(self, labels: np.ndarray) -> np.ndarray:
         variance = max(labels.var(), _LEAST_VARIANCE * self.starting_std**2)

@@ -16,8 +16,8 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
+from .divergences import of_classes
 from .heads import Head
 from .likelihoods import IGNORED, PAD_TO, Collate, Likelihood, Rows, register_likelihood
 from .token_scores import TokenScores
@@ -125,11 +125,12 @@ class TokenLabels(Likelihood):
     def averaged(self, distribution: _OfTokens, labels: Tensor) -> Tensor:
         """Probabilities at the words, (..., B, W, C)."""
         places, asked = asked_first(labels)
-        probs = torch.take_along_dim(distribution.base_dist.probs, places[..., None], -2)
+        probs: Tensor = distribution.base_dist.probs
+        probs = torch.take_along_dim(probs, places.expand(*probs.shape[:-2], -1)[..., None], -2)
         return torch.where(asked[..., None], probs, 0.0)
 
     def divergence(self, teacher: Any, student: Any, labels: Tensor) -> Tensor:
-        return torch.where(labels != IGNORED, kl_divergence(teacher.base_dist, student.base_dist), 0.0).sum(-1)
+        return torch.where(labels != IGNORED, of_classes(teacher.base_dist, student.base_dist), 0.0).sum(-1)
 
     def scored(self, labels: Tensor) -> Tensor:
         places, _ = asked_first(labels)

@@ -109,10 +109,11 @@ def _nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     from nltk.translate.nist_score import corpus_nist
 
     cut: Callable[[str], list[str]] = _tokens()
-    try:
-        return float(corpus_nist([[cut(x) for x in each] for each in references], [cut(x) for x in texts], n=5))
-    except ZeroDivisionError:  # NLTK's, where no text has a word
+    words = [cut(x) for x in texts]
+    longest = max(map(len, words))  # NLTK divides by the number of sequences of each length
+    if not longest:
         return 0.0
+    return float(corpus_nist([[cut(x) for x in each] for each in references], words, n=min(5, longest)))
 
 
 def _tokens() -> Callable[[str], list[str]]:

@@ -47,7 +47,28 @@ def test_the_area_of_risk_and_coverage_by_hand():
     confidence, right = torch.tensor([0.2, 0.9, 0.6, 0.4]), torch.tensor([False, True, False, True])
     assert aurc(confidence, right) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)  # risks of 1, 2, 3, 4 answers
     assert aurc(confidence, torch.ones(4)) == 0 and aurc(confidence, torch.zeros(4)) == 1
-    assert aurc(torch.ones(4), right) == pytest.approx((1 + 1 / 2 + 2 / 3 + 2 / 4) / 4)  # equal ones in their order
+    assert aurc(torch.ones(4), right) == pytest.approx(1 / 2)  # of equal ones in any order, in the mean
+    assert aurc(torch.tensor([0.9, 0.5, 0.5]), torch.tensor([True, False, True])) == pytest.approx(
+        (0 + 1 / 4 + 1 / 3) / 3
+    )
+
+
+def test_what_is_impossible_stays_so_at_every_temperature():
+    """As a letter that a question lacks: of others the odds alone count."""
+    mean = torch.tensor([[0.999, 0.001, 0.0], [0.2, 0.3, 0.5]])
+    found = at_temperature(mean, 5.0)
+    odds = (0.999 / 0.001) ** 0.2
+    assert found[0].tolist() == pytest.approx([odds / (1 + odds), 1 / (1 + odds), 0.0], rel=1e-5)
+    torch.testing.assert_close(found[1], mean[1].double() ** 0.2 / (mean[1].double() ** 0.2).sum())
+    torch.testing.assert_close(at_temperature(mean, 1.0), mean.double())
+
+
+def test_shares_of_equal_confidences_do_not_depend_on_the_order_of_rows():
+    mean = torch.tensor([[1.0, 0.0]] * 4 + [[0.6, 0.4]] * 6)
+    labels = torch.tensor([0, 1, 0, 0, 1, 1, 0, 0, 1, 0])
+    back = torch.arange(9, -1, -1)
+    shares = calibration.selective_accuracy
+    assert shares(mean, labels) == pytest.approx(shares(mean[back], labels[back]))
 
 
 def test_the_best_and_the_worst_order_bound_the_area():

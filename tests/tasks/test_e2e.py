@@ -146,6 +146,10 @@ def test_scores_are_the_packages_own():
     assert found["rougeL"] == pytest.approx((1 + 2 * 3 / (4 + 3)) / 2)  # three words of four, of three
     same = TextScores().compute(predictions=["a b c d e"], references=[["a b c d e"]])
     assert same["bleu"] == pytest.approx(1.0) and same["rougeL"] == 1.0 and same["nist"] == pytest.approx(math.log2(5))
+    short = TextScores().compute(
+        predictions=["The red house .", "A car ."], references=[["The red house ."], ["A car ."]]
+    )
+    assert short["nist"] > 1  # NLTK has no sequence of five words to divide by
     assert TextScores().compute(predictions=[""], references=[["a pub"]]) == {"bleu": 0.0, "nist": 0.0, "rougeL": 0.0}
     with pytest.raises(ValueError, match="give each text one or more"):
         TextScores().compute(predictions=["a"], references=[[]])

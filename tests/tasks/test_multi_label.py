@@ -15,6 +15,7 @@ from pyro_blora import load
 from pyro_blora.posterior.arviz_compat import group, read
 from pyro_blora.run import train_run
 from pyro_blora.tasks import MultiLabel, Task, get_task, register_task
+from pyro_blora.tasks.categorical import Categorical
 from pyro_blora.tasks.likelihoods import LIKELIHOODS
 
 pytestmark = pytest.mark.usefixtures("eager", "drawn")
@@ -75,11 +76,42 @@ def test_constants_and_their_scores_are_those_of_frequencies():
     assert -kind.constant_log_scores(labels).mean() == pytest.approx(entropy, rel=1e-4)
 
 
+def test_the_most_frequent_set_is_a_constant_answer():
+    """It matches most often, where no number of the most frequent labels matches at all."""
+    labels = np.array([[0, 1, 0, 0]] * 4 + [[1, 0, 1, 0]] * 3 + [[1, 0, 0, 1]] * 3)
+    constants = MultiLabel(tuple("abcd")).constants(labels)
+    matches = [(x == labels).all(1).mean() for x in constants]
+    assert max(matches) == 0.4 and constants[int(np.argmax(matches))][0].tolist() == [0, 1, 0, 0]
+
+
+def test_the_constant_score_is_of_the_frequencies_also_of_labels_that_nobody_has():
+    labels = np.zeros((50, 1000), int)
+    labels[np.arange(50), np.arange(50) % 10] = 1
+    found = -MultiLabel(tuple(map(str, range(1000)))).constant_log_scores(labels)
+    expected = -10 * (0.1 * np.log(0.1) + 0.9 * np.log(0.9))
+    assert np.isfinite(found).all() and found.mean() == pytest.approx(expected)
+
+
+def test_the_divergence_of_far_logits_is_finite_and_has_a_gradient():
+    kind = MultiLabel(tuple("abc"))
+    teacher, student = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[17.0, 40.0, -40.0]], requires_grad=True)
+    found = kind.divergence(kind(teacher), kind(student), torch.zeros(1, 3))
+    a, b = teacher.double(), student.detach().double()
+    p, log = a.sigmoid(), torch.nn.functional.logsigmoid
+    expected = (p * (log(a) - log(b)) + (1 - p) * (log(-a) - log(-b))).sum(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0.0)
+    (slope,) = torch.autograd.grad(found.sum(), student)
+    torch.testing.assert_close(slope.double(), b.sigmoid() - p, rtol=1e-4, atol=1e-6)
+    classes = Categorical(tuple("abc"))
+    far = classes.divergence(classes(torch.tensor([[0.0, 0.0, 0.0]])), classes(torch.tensor([[0.0, 500.0, 0.0]])), None)
+    assert far.item() == pytest.approx(2 / 3 * 500 - np.log(3), rel=1e-5)
+
+
 def test_constants_of_a_thousand_labels_are_few_and_take_no_memory():
     labels = (np.random.default_rng(0).random((200, 1000)) < 0.3).astype(int)
     constants = MultiLabel(tuple(map(str, range(1000)))).constants(labels)
-    assert len(constants) == 51 and all(x.shape == labels.shape and x.strides[0] == 0 for x in constants)
-    counts = [int(x[0].sum()) for x in constants]
+    assert len(constants) == 52 and all(x.shape == labels.shape and x.strides[0] == 0 for x in constants)
+    counts = [int(x[0].sum()) for x in constants[1:]]
     assert counts[0] < labels.sum(1).mean() < counts[-1]
 
 

@@ -11,7 +11,9 @@ import torch
 from tiny import save_tiny_backbone, tiny_config
 
 from pyro_blora import load
+from pyro_blora.__main__ import main
 from pyro_blora.build import build
+from pyro_blora.deploy.opening import load_to_predict
 from pyro_blora.posterior.arviz_compat import group, held_out_scores, read
 from pyro_blora.report.page import write_report
 from pyro_blora.run import train_run
@@ -255,3 +257,22 @@ def test_the_check_of_tasks_takes_lists_of_words_and_refuses_others(task):
 def test_what_has_no_meaning_for_it_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="no curvature for TokenLabels"):
         train_run(tiny_config(config.backbone, task="phrases", weights="laplace", output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("form", ["packed", "merged", "peft"])
+def test_a_run_is_exported_in_every_form_and_a_deployed_one_predicts(run, tmp_path, form):
+    """Measured on the run's held-out rows, whose words Parquet has as arrays."""
+    assert main(["export", str(run), "--to", str(tmp_path / form), "--format", form]) == 0
+    assert "held-out" in (tmp_path / form / "README.md").read_text("utf-8")
+    if form == "packed":
+        texts = pd.read_parquet(run / "predictions.parquet")["words"].tolist()[:6]
+        found = load_to_predict(tmp_path / form).predict([[*words] for words in texts])
+        expected = load(run).predict([[*words] for words in texts], deployed=True)
+        assert [*found["labels"]] == [*expected["labels"]]
+
+
+def test_probabilities_of_several_draws_are_those_of_each():
+    labels = torch.tensor([[IGNORED, 0, IGNORED, 1], [1, IGNORED, IGNORED, IGNORED]])
+    logits = torch.randn(3, 2, 4, KIND.outputs)
+    together = KIND.averaged(KIND(logits), labels)
+    assert torch.equal(together, torch.stack([KIND.averaged(KIND(each), labels) for each in logits]))
