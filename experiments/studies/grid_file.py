@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +124,31 @@ def _checked_fields(base: dict[str, Any], *entries: dict[str, Any]) -> RunConfig
     for level in ((base,), entries):
         for method in [table["method"] for table in level if "method" in table]:
             flags = left_open(method, flags)
+        flags = _of_parts(flags, level, base)
         for table in level:
-            flags = _over(flags, table)
+            flags |= table
     for table in entries if any("method" in entry for entry in entries) else (base, *entries):
         require_consistent(flags.get("method", "bayesian_lora"), table)
     flags.pop("preset", None)
     return RunConfig.from_dict(gather_settings(flags))
 
 
-def _over(flags: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """The flags with those of the table; without the settings of a part that it replaces."""
+def _of_parts(flags: dict[str, Any], level: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+    """The flags without the settings of a part that the tables of a level replace, in whatever order they do.
+
+    Errors: ValueError where the base sets them for no part that it names: nobody would see that they are dropped.
+    """
     for owner in ("prior", "guide"):
-        if owner in table and table[owner] != flags.get(owner):
-            flags = {key: value for key, value in flags.items() if not key.startswith(f"{owner}.")}
-    return flags | table
+        chosen = [table[owner] for table in level if owner in table]
+        if chosen and chosen[-1] != flags.get(owner):
+            dropped = [key for key in flags if key.startswith(f"{owner}.")]
+            if loose := [key for key in dropped if key in base and not base.keys() & {owner, "preset", "method"}]:
+                raise ValueError(
+                    f"base sets {loose[0]!r} and an axis chooses the {owner}: name its {owner} in base, too, or set "
+                    f"{loose[0]!r} in the entries of that axis"
+                )
+            flags = {key: value for key, value in flags.items() if key not in dropped}
+    return flags
 
 
 def _line_of(message: str, base: dict[str, Any], chosen: tuple[Entry, ...], path: Path) -> str | None:

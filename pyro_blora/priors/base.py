@@ -7,6 +7,7 @@ or use the data. Register it with `@register_prior("name")`, or name it as `--pr
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..costs import Spent
@@ -165,6 +166,10 @@ def checked(name: str, gates: Any, layout: AdapterLayout) -> Gates[NestedBernoul
         if tuple(distribution.log_probs.shape) != shape:
             raise ValueError(
                 f"prior {name!r}: {site} has shape {tuple(distribution.log_probs.shape)}, expected {shape}"
+            )
+        if distribution.log_probs.dtype != torch.float32:
+            raise ValueError(
+                f"prior {name!r}: {site} is {distribution.log_probs.dtype}, expected torch.float32: end with .float()"
             )
         if not bool((distribution.log_probs <= 0).all()):
             raise ValueError(f"prior {name!r}: the log-probabilities of {site} must be <= 0 and not nan")

@@ -112,9 +112,10 @@ class Task:
     def validate(
         self, splits: Mapping[str, datasets.Dataset], *, source: str = "the data"
     ) -> dict[str, datasets.Dataset]:
-        """The splits, unchanged, once every column is there, every text is one, and every label is one of the task's.
+        """The splits, once every column is there, every text is one, and every label is one of the task's.
 
-        Empty texts are let through: the official QQP has some.
+        They are unchanged, but that they are read as Python's objects, and that labels which are true or false, or 0.0
+        and 1.0, are whole numbers where the task's are. Empty texts are let through: the official QQP has some.
         Errors: ValueError naming the source, the split, the row (from 0), the text or label and what is allowed.
         """
         for split in SPLITS:
@@ -122,8 +123,16 @@ class Task:
                 raise ValueError(
                     f"task {self.name!r}: {source} has no split {split!r}, only {sorted(splits)}: return both from load"
                 )
+        found = {}
         for split, rows in splits.items():
             where = f"task {self.name!r}: {source}, split {split!r}"
+            if not hasattr(rows, "column_names"):
+                raise ValueError(f"{where} is a {type(rows).__name__}: load must return a datasets.Dataset of each")
+            if not len(rows):
+                raise ValueError(f"{where} has no rows: leave it out")
+            if "/" in split:
+                raise ValueError(f"{where}: its predictions are a file of that name: rename it")
+            rows = rows if rows.format["type"] in (None, "custom") else rows.with_format(None)  # not as tensors
             missing = [column for column in (*self.text_columns, "label") if column not in rows.column_names]
             if missing:
                 raise ValueError(f"{where} lacks the columns {missing}; it has {rows.column_names}: rename in load")
@@ -135,7 +144,16 @@ class Task:
                     f"{where}, row {row} has label {labels[row]}; {self.allowed_labels}: correct it or drop it"
                 )
             self._require_texts(rows, where)
-        return dict(splits)
+            found[split] = self._as_whole(rows, labels)
+        return found
+
+    def _as_whole(self, rows: datasets.Dataset, labels: np.ndarray) -> datasets.Dataset:
+        """The rows with whole numbers as labels, where they are others and the task's are whole."""
+        if type(self.likelihood.examples[0]) is not int or labels.dtype.kind in "iu":
+            return rows
+        import datasets
+
+        return rows.cast_column("label", datasets.Value("int64"))
 
     def _require_texts(self, rows: datasets.Dataset, where: str) -> None:
         read = rows.select_columns([*self.text_columns, "label"])  # as they are tokenized

@@ -38,6 +38,8 @@ class Categorical(Likelihood):
     def __post_init__(self) -> None:
         if len(self.names) < 2:
             raise ValueError(f"the single label {''.join(self.names)!r}: classification needs two or more")
+        if not isinstance(self.names, str) and (wrong := [name for name in self.names if not isinstance(name, str)]):
+            raise ValueError(f"labels {self.names!r}: a name is a text, not {wrong[0]!r}: write {str(wrong[0])!r}")
         if isinstance(self.names, str) or len(set(self.names)) < len(self.names):
             raise ValueError(f"labels {self.names!r}: give a tuple of different class names")
 

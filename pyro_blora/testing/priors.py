@@ -29,10 +29,11 @@ def check_prior(prior: str | Callable, layout: AdapterLayout | None = None, sett
     refuse = refusing(PRIORS, prior)
     distributions = built()
     for site, distribution, again in zip("zg", distributions, built(), strict=True):
-        if distribution.log_probs.dtype != torch.float32:
-            refuse(f"{site} is {distribution.log_probs.dtype}, expected torch.float32: end with .float()")
         if not torch.equal(distribution.log_probs, again.log_probs):
-            refuse(f"two calls gave different distributions of {site}: draw in sample(), or once with a seed")
+            refuse(
+                f"two calls gave different distributions of {site}: draw in pyro_model() and pyro_guide(), or "
+                "once with a seed"
+            )
     for site, distribution, twin in zip("zg", distributions, build_prior(prior, layout, settings)(), strict=True):
         if not torch.equal(distribution.log_probs, twin.log_probs):
             refuse(f"built twice, it gave different distributions of {site}: no run could be repeated; use a seed")

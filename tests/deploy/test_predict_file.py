@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(save_tiny_backbone(folder / "backbone"), max_train=32, epochs=1, weights="gaussian")
-    return train_run(config.__class__(**{**vars(config), "output_dir": str(folder)}))
+    return train_run(config.replace(output_dir=str(folder)))
 
 
 @pytest.fixture(scope="module")

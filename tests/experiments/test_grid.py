@@ -166,6 +166,20 @@ def test_settings_of_a_replaced_prior_go_and_numbers_are_numbers(tmp_path):
     assert [cell.config.prior_settings for cell in cells] == [{"bops": 0.2}, {}, {"rate": 1e-3}]
 
 
+def test_settings_of_a_part_stay_in_whatever_order_the_axes_are(tmp_path):
+    """A label that says a setting is of a run that has it."""
+    axes = ("  prior.rate: [1.5, 3]\n", "  prior: [nested, bops]\n")
+    for order in (axes, axes[::-1]):
+        cells = read_grid(written(tmp_path, "axes:\n" + "".join(order)), "runs")
+        assert len(cells) == 4
+        assert all(cell.config.prior_settings == {"rate": float(cell.labels["prior.rate"])} for cell in cells)
+    loose = "base:\n  prior.rate: 3\naxes:\n  prior: [nested, bops]\n"
+    with pytest.raises(
+        ValueError, match=r"base sets 'prior.rate' and an axis chooses the prior: name its prior in base"
+    ):
+        read_grid(written(tmp_path, loose), "runs")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "base: {seed: 1}\n", "axes: [1]\n", "axes: {}\nbase: 3\n"])
 def test_a_file_of_another_shape_is_refused(tmp_path, text):
     with pytest.raises(ValueError, match=r"grid .*study\.yaml"):

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from tiny import save_tiny_backbone, tiny_config
@@ -18,7 +19,9 @@ from tiny import save_tiny_backbone, tiny_config
 from pyro_blora.build import build
 from pyro_blora.registries import TASKS as REGISTERED
 from pyro_blora.registry import REQUIRED
-from pyro_blora.tasks import get_task, register_task, task_names
+from pyro_blora.run import train_run
+from pyro_blora.tasks import Task, get_task, register_task, task_names
+from pyro_blora.tasks.categorical import Categorical
 from pyro_blora.tasks.glue import REMEDY, TASKS
 from pyro_blora.tasks.glue_metric import GlueScore
 
@@ -475,3 +478,37 @@ def films():
     wrote("good", "bad", "odd")
     now = build(config)
     assert len(now.rows["train"]) > len(before.rows["train"]) and now.task.likelihood.names == ("bad", "good", "odd")
+
+
+@pytest.mark.parametrize("kind", [bool, float])
+def test_labels_that_are_true_or_false_are_trained_on_as_numbers(tmp_path, kind, forget):
+    def load(*, glue_dir=None, seed=0, n_train=None):
+        rows = datasets.Dataset.from_dict(
+            {"text": [f"film {i}" for i in range(40)], "label": [kind(i % 2) for i in range(40)]}
+        )
+        return {"train": rows, "eval": rows.select(range(10)).with_format("torch")}
+
+    register_task(Task(name="films", text_columns=("text",), labels=("bad", "good"), metric_name="accuracy", load=load))
+    config = tiny_config(save_tiny_backbone(tmp_path / "tiny", letters=True), task="films", max_train=None, epochs=1,
+                         output_dir=str(tmp_path / "runs"))  # fmt: skip
+    table = pd.read_parquet(train_run(config) / "predictions.parquet")
+    assert table["label"].tolist() == [0, 1] * 5
+
+
+@pytest.mark.parametrize(("splits", "message"), [
+    ({"eval_odd": []}, "split 'eval_odd' has no rows: leave it out"),
+    ({"a/b": [1]}, "split 'a/b': its predictions are a file of that name: rename it"),
+])  # fmt: skip
+def test_a_split_that_would_fail_when_training_has_ended_is_refused(splits, message):
+    task = get_task("cola")
+    good = datasets.Dataset.from_dict({"sentence": ["a"] * 4, "label": [0, 1] * 2})
+    more = {name: good.select(range(len(rows))) for name, rows in splits.items()}
+    with pytest.raises(ValueError, match=message):
+        task.validate({"train": good, "eval": good, **more})
+    with pytest.raises(ValueError, match=r"split 'eval' is a dict: load must return a datasets\.Dataset"):
+        task.validate({"train": good, "eval": {"sentence": ["a"], "label": [0]}})
+
+
+def test_names_of_labels_are_texts():
+    with pytest.raises(ValueError, match="a name is a text, not 0: write '0'"):
+        Categorical((0, 1))

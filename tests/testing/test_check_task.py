@@ -89,7 +89,7 @@ class Undefined:
         (made(no_eval), r"has no split 'eval', only \['train'\]: return both from load"),
         (made(text_columns=("text",)), r"lacks the columns \['text'\]"),
         (made(wrong_label), "split 'eval', row 0 has label 2; allowed are 0"),
-        (made(empty), "task 'films': split 'eval' has no rows"),
+        (made(empty), "task 'films': the data, split 'eval' has no rows"),
         (made(wordless), "split 'eval' has '' in its text column 'sentence'"),
         (made(everything), r"load\(n_train=8\) gave 30 training rows: keep n_train of them, drawn with seed"),
         (made(unseeded), "two loads with the same seed gave other rows of 'train'"),
