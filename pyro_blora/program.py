@@ -33,7 +33,7 @@ from .adapters.example_axis import leads_with_examples
 from .distillation import Distilled, Teacher
 from .elbos import JOINT, Evaluation, JointDivergence, Terms, build_elbo
 from .elbos.base import Program, mean_nll, sites_of, unused
-from .elbos.divergences import Distributions, closed_form_kl
+from .elbos.divergences import Distributions, closed_form_kl, masked
 from .gates import Gates
 from .guides.base import Guide
 from .layout import AdapterLayout
@@ -74,10 +74,14 @@ class GateProgram(nn.Module, abc.ABC):
         self.log_scale = nn.Parameter(torch.tensor(self.starting_log_scale))
         self.register_buffer("z_mask", layout.z_mask.clone(), persistent=False)
         self.register_buffer("g_mask", layout.g_mask.clone(), persistent=False)
-        for site, q, p in zip(
-            "zg", self.gate_guide.distributions(self.temperature, self.hard), self.prior(), strict=True
-        ):
-            closed_form_kl(site, q, p)  # which refuses a pair without one
+        masks, guides = (self.z_mask, self.g_mask), self.gate_guide.distributions(self.temperature, self.hard)
+        for site, q, p, mask in zip("zg", guides, self.prior(), masks, strict=True):
+            kl = closed_form_kl(site, q, p)  # which refuses a pair without one
+            if bool(masked(kl.detach(), mask).isposinf()):
+                raise ValueError(
+                    f"the guide {type(guide).__name__} moves gates of site {site!r} that the prior keeps open or closed"
+                    ", so its KL divergence is infinite: leave them where prior() has them, at 0 and 1"
+                )
 
     @abc.abstractmethod
     def logits(self, inputs: Inputs, gates: Gates[Tensor], theta: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMe
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_blora.elbos import ELBOS, Elbo, GateELBO, ScoreFunction, build_elbo, register_elbo
+from pyro_blora.elbos import ELBOS, Elbo, GateELBO, ScoreFunction, StraightThrough, build_elbo, register_elbo
 from pyro_blora.gates import Gates, NestedBernoulli
 from pyro_blora.guides import build_guide, log_prob
 from pyro_blora.priors import build_prior
@@ -445,3 +445,16 @@ def test_the_natural_gradient_is_that_of_random_rates():
             exact = torch.linalg.solve(matrix, slope[:, mask].double()[..., None])[..., 0]
             torch.testing.assert_close(own[:, mask].double(), exact, rtol=0, atol=1e-3)
             assert (exact - e[:, mask]).abs().max() > 0.1
+
+
+def test_an_estimator_with_something_to_learn_is_refused():
+    """Nothing would train it, and no checkpoint would hold it."""
+
+    class Learned(StraightThrough, nn.Module):
+        def __init__(self):
+            nn.Module.__init__(self)
+            StraightThrough.__init__(self)
+            self.c = nn.Parameter(torch.zeros(()))
+
+    with pytest.raises(ValueError, match="has parameters or buffers, which nothing trains and no checkpoint holds"):
+        build_elbo(lambda: Learned(), None)

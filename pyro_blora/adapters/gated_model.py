@@ -177,13 +177,16 @@ def use_gates(
     tensors, L T, a z without gradients leaves at 32 bit, where the caller knows; else the host reads it. exact: without
     gradients, multiply codes (quantizer/products.py) and run the rest in float64 (quantizer/reproducible.py), so that
     the answer for a row depends on nothing but that row. Where nothing is rounded it has no effect.
-    Errors: ValueError for another shape (a singleton left by a plate would broadcast silently).
+    Errors: ValueError for another shape (a singleton left by a plate would broadcast silently), and for weights of keys
+    that the net has not.
     """
     layout = net.layout
     if tuple(z.shape) != layout.z_shape or tuple(g.shape) != layout.g_shape:
         raise ValueError(
             f"gates z {tuple(z.shape)}, g {tuple(g.shape)} do not fit: expected z {layout.z_shape}, g {layout.g_shape}"
         )
+    if weights and (unknown := weights.keys() - net.random_weights().keys()):
+        raise ValueError(f"weights of {sorted(map(str, unknown))[0]} are none of net.random_weights(): give its keys")
     kept: dict[tuple[int, int], Tensor] | None = {}
     if torch.is_grad_enabled() or not net.gate_context.keeps_weights:
         kept = None

@@ -21,7 +21,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..gates import Gates
 from ..guides.base import Guide
@@ -280,5 +280,10 @@ def build_elbo(name: str, family: Guide, settings: dict[str, Any] | None = None)
     elbo = make(**ELBOS.settings(make, settings or {}))
     if not isinstance(elbo, Elbo):
         raise ValueError(f"estimator {name!r} makes a {type(elbo).__name__}, which is no ELBO of gates: {wanted}")
+    if isinstance(elbo, nn.Module) and next(elbo.parameters(), next(elbo.buffers(), None)) is not None:
+        raise ValueError(
+            f"estimator {name!r} has parameters or buffers, which nothing trains and no checkpoint holds: put what is "
+            "learned into a guide or a prior"
+        )
     elbo.check(family)
     return elbo

@@ -555,3 +555,14 @@ def test_a_shared_input_is_rounded_anew_in_every_block():
             within = layer(x)
         after = layer(x)
     assert torch.equal(before, expected[0]) and torch.equal(within, expected[1]) and torch.equal(after, expected[0])
+
+
+def test_weights_of_keys_that_the_net_has_not_are_refused():
+    net = attach(tiny_bert(), **SETTINGS)
+    z, g = (torch.ones(shape) for shape in (net.layout.z_shape, net.layout.g_shape))
+    key, value = next(iter(net.random_weights().items()))
+    said = r"weights of \(0, 'loraA'\) are none of net.random_weights\(\): give its keys"
+    with pytest.raises(ValueError, match=said), adapters.use_gates(net, z, g, weights={(0, "loraA"): value}):
+        pass
+    with adapters.use_gates(net, z, g, weights={key: value.detach() + 1.0}):
+        pass

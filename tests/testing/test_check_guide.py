@@ -7,7 +7,10 @@ from torch import nn
 
 from pyro_blora.gates import Gates, NestedBernoulli, RelaxedNestedBernoulli
 from pyro_blora.guides import GUIDES, MeanField
+from pyro_blora.priors import build_prior
 from pyro_blora.testing import check_guide
+from pyro_blora.testing.priors import GatesAlone
+from pyro_blora.testing.promises import example_layout
 
 
 class Plain(nn.Module):
@@ -217,3 +220,13 @@ def test_the_global_generator_is_left_as_it_was():
     before = torch.get_rng_state()
     check_guide("mixture")
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_guide_that_moves_what_the_prior_keeps_is_refused_before_it_trains():
+    """Its divergence is infinite: a training would go on, and report a posterior that cannot be."""
+    layout = example_layout()
+    for settings, site in (({"g": "off"}, "g"), ({"z": "off"}, "z")):
+        prior = build_prior("bops", layout, settings)
+        with pytest.raises(ValueError, match=f"the guide Plain moves gates of site '{site}' that the prior keeps open"):
+            GatesAlone(layout, prior, Plain(layout, prior), n_train=10)
+        GatesAlone(layout, prior, MeanField(layout, prior, 2.0), n_train=10)
