@@ -71,7 +71,9 @@ def test_it_is_killed_resumed_exported_and_predicts(config, request, tmp_path):
     wait_for(lambda: checkpoint.is_file() and log.read_text().count("\n") >= config.epochs - 1)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert not config.folder.exists() and checkpoint.is_file()
+    assert not config.folder.exists() and any(
+        checkpoint.parent.glob("state*.safetensors")
+    )  # between two names: the older
     folder = train_run(config)
     program, words = load(folder, allow_code=[config.backbone]), AutoTokenizer.from_pretrained(folder / "adapter")
     task = get_task("sst2")
