@@ -156,7 +156,7 @@ def rates(program: BayesianLoRA, draws: int, *, seed: int = 0) -> Rates | None:
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Called in one thread after the other: gates are set in the network, and seeds in the whole process."""
+    """Called by one thread at a time: gates are set in the network, and seeds in the whole process."""
 
     @functools.wraps(function)
     def called(*arguments: P.args, **settings: P.kwargs) -> T:
